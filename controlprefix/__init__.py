@@ -1,0 +1,73 @@
+"""Control and user prefixes on one frozen language model, put together per request."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from controlprefix.errors import (
+    ContextLengthError,
+    ControlPrefixError,
+    GeometryMismatchError,
+    PrefixFormatError,
+    RequestError,
+    StoreError,
+    TrainingDataError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from controlprefix.assembly import Part, PrefixBatch, assemble
+    from controlprefix.engine import ControlPrefix
+    from controlprefix.geometry import Geometry
+    from controlprefix.prefix import Prefix
+    from controlprefix.request import Completion, Example, Message, Request, Score
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that importing this package does not import torch.
+_HOMES = {
+    "Completion": "request",
+    "ControlPrefix": "engine",
+    "Example": "request",
+    "Geometry": "geometry",
+    "Message": "request",
+    "Part": "assembly",
+    "Prefix": "prefix",
+    "PrefixBatch": "assembly",
+    "Request": "request",
+    "Score": "request",
+    "assemble": "assembly",
+}
+
+__all__ = [
+    "Completion",
+    "ContextLengthError",
+    "ControlPrefix",
+    "ControlPrefixError",
+    "Example",
+    "Geometry",
+    "GeometryMismatchError",
+    "Message",
+    "Part",
+    "Prefix",
+    "PrefixBatch",
+    "PrefixFormatError",
+    "Request",
+    "RequestError",
+    "Score",
+    "StoreError",
+    "TrainingDataError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "assemble",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'controlprefix' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"controlprefix.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

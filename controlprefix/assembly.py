@@ -1,0 +1,182 @@
+"""Parts -> one prefix batch: padding, log strengths, shared parts kept once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from controlprefix.errors import RequestError
+from controlprefix.geometry import Geometry, Site
+from controlprefix.prefix import Prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A prefix and its strength in one request.
+
+    Strength `w` multiplies the unnormalized attention mass of the slots: 0 is
+    exactly absent, 1 exactly as trained.
+
+    Raises:
+        RequestError: If the strength is negative, NaN or infinite.
+    """
+
+    prefix: Prefix
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.strength) and self.strength >= 0):
+            raise RequestError(
+                f"strength {self.strength} is not a finite number >= 0; 0 leaves the part out, "
+                "1 is as trained"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SlotBlock:
+    """Slots that one site attends to, for one row (shared by all) or one for each row.
+
+    Attributes:
+        keys, values: For each layer, `(rows, num_kv_heads, num_slots, head_dim)`.
+        log_strengths: `(rows, num_slots)`, float32, added to the attention logits
+            of the slots; padding is -inf.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    log_strengths: Tensor
+
+
+@dataclass(frozen=True)
+class PrefixBatch:
+    """What a batch of requests attends to beside its tokens.
+
+    Attributes:
+        num_rows: Requests in the batch.
+        blocks: For each site, at most two: the slots that all rows share (one
+            row, kept once), then those of each row alone.
+    """
+
+    num_rows: int
+    blocks: Mapping[Site, tuple[SlotBlock, ...]]
+
+    @cached_property
+    def num_slots(self) -> int:
+        """Slots of the longest row, at the site that has most."""
+        return max(
+            (sum(b.log_strengths.shape[1] for b in blocks) for blocks in self.blocks.values()),
+            default=0,
+        )
+
+
+def assemble(
+    requests: Sequence[Sequence[Part]],
+    geometry: Geometry,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PrefixBatch:
+    """Put the parts of each request together, one row a request.
+
+    Attention reads slots as a set, so parts need no order and assembly is
+    union. Parts that every row has at the same strength are kept once and
+    shared by all rows. Gradients flow through.
+
+    Args:
+        requests: For each row, its parts; a row may have none.
+        geometry: Of the model that will attend to the batch.
+        device, dtype: Of the model; left out, those of the prefixes.
+
+    Returns:
+        For each site and layer, keys and values of shape
+        `(rows, num_kv_heads, num_slots, head_dim)`, padded to the longest row,
+        and log strengths of shape `(rows, num_slots)`; padding is -inf.
+
+    Raises:
+        GeometryMismatchError: If a part was made for another base model.
+
+    Reference:
+        Clive et al., "Control Prefixes for Parameter-Efficient Text
+        Generation", 2021, https://arxiv.org/abs/2110.08329. Their control
+        prefix is our attribute prefix; they concatenate in a fixed order.
+
+    Example:
+        >>> geometry = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4)
+        >>> formal = Prefix.random(geometry, num_slots=5)
+        >>> assemble([[Part(formal)], []], geometry).num_slots
+        5
+    """
+    for prefix in {id(part.prefix): part.prefix for row in requests for part in row}.values():
+        geometry.require(prefix.geometry, "prefix")
+    rows = [_merged(request) for request in requests]
+    shared = [part for part in rows[0] if all(_holds(row, part) for row in rows)] if rows else []
+    own = [[part for part in row if not _holds(shared, part)] for row in rows]
+    blocks = {}
+    for site in geometry.sites:
+        pair = (
+            _block([shared], site, geometry, device, dtype),
+            _block(own, site, geometry, device, dtype),
+        )
+        if found := tuple(block for block in pair if block is not None):
+            blocks[site] = found
+    return PrefixBatch(num_rows=len(rows), blocks=blocks)
+
+
+def _merged(request: Sequence[Part]) -> list[Part]:
+    """The live parts, each prefix once: the mass of two copies is the sum of their strengths."""
+    merged: dict[int, Part] = {}
+    for part in request:
+        if part.strength > 0:
+            earlier = merged.get(id(part.prefix))
+            strength = part.strength + (earlier.strength if earlier else 0.0)
+            merged[id(part.prefix)] = Part(part.prefix, strength)
+    return list(merged.values())
+
+
+def _holds(row: Sequence[Part], part: Part) -> bool:
+    return any(p.prefix is part.prefix and p.strength == part.strength for p in row)
+
+
+def _block(
+    rows: Sequence[Sequence[Part]],
+    site: Site,
+    geometry: Geometry,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> SlotBlock | None:
+    """The slots of some rows at one site, padded; None where no row has any."""
+    parts = [[part for part in row if len(part.prefix.slots[site])] for row in rows]
+    if not any(parts):
+        return None
+    first = next(part for row in parts for part in row).prefix.slots[site]
+    device, dtype = device or first.device, dtype or first.dtype
+    nothing = torch.empty(0, geometry.slot_size(site), device=device, dtype=dtype)
+    padded = pad_sequence(
+        [
+            torch.cat([nothing, *(part.prefix.slots[site].to(device, dtype) for part in row)])
+            for row in parts
+        ],
+        batch_first=True,
+    )  # (rows, num_slots, slot_size)
+    log_strengths = pad_sequence(
+        [
+            torch.tensor(
+                [math.log(p.strength) for p in row for _ in range(len(p.prefix.slots[site]))]
+            )
+            for row in parts
+        ],
+        batch_first=True,
+        padding_value=-math.inf,
+    )  # (rows, num_slots)
+    heads = [shape.num_kv_heads for shape in geometry.layers(site) for _ in range(2)]
+    layered = [
+        piece.unflatten(2, (num_heads, -1)).transpose(1, 2).contiguous()
+        for piece, num_heads in zip(
+            padded.split(geometry.split_sizes(site), dim=2), heads, strict=True
+        )
+    ]  # (rows, num_kv_heads, num_slots, head_dim)
+    return SlotBlock(tuple(layered[0::2]), tuple(layered[1::2]), log_strengths.to(device))

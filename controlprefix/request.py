@@ -1,0 +1,188 @@
+"""What a person may ask for, and what comes back."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from controlprefix.errors import RequestError, TrainingDataError, known_names
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Request(BaseModel):
+    """One generation: what to write, in whose voice, and how to sample.
+
+    Attributes:
+        prompt: The text to answer. A chat model's template is applied to it as one
+            user message, unless `raw`.
+        messages: A conversation, in place of `prompt`.
+        raw: Continue `prompt` as it stands, without a template.
+        task: The shared task prefix.
+        attributes: For each attribute its label, or labels with weights.
+        user: The user whose prefix to add.
+        strengths: Multiplies parts: keys are `task`, `user`, or an attribute; 0 is
+            absent, 1 as trained.
+        max_new_tokens: Tokens to generate at most.
+        temperature, top_k, top_p, min_p: Sample; with none of them, decoding is greedy.
+        repetition_penalty: Above 1, repeats become less likely.
+        num_beams: Beam search, when above 1; it does not sample.
+        stop: Texts that end the completion; they are cut off.
+        seed: Of this request's sampling; the same in any batch.
+
+    Raises:
+        RequestError: If a field is unknown, missing or out of range.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+    raw: bool = False
+    task: str | None = None
+    attributes: dict[str, str | dict[str, float]] = Field(default_factory=dict)
+    user: str | None = None
+    strengths: dict[str, float] = Field(default_factory=dict)
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    num_beams: int = Field(default=1, ge=1)
+    stop: tuple[str, ...] = ()
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise RequestError(_explain(error, type(self).model_fields)) from None
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return any(x is not None for x in (self.temperature, self.top_k, self.top_p, self.min_p))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_prompt()
+        if self.raw and self.messages is not None:
+            raise ValueError("raw continues a prompt; messages need the chat template")
+        for attribute, chosen in self.attributes.items():
+            for label, weight in ({chosen: 1.0} if isinstance(chosen, str) else chosen).items():
+                _check_strength(weight, f"of {attribute}={label}")
+        for part, strength in self.strengths.items():
+            if part not in {"task", "user", *self.attributes}:
+                raise ValueError(
+                    f"strengths names {part!r}; this request has: "
+                    f"{known_names(part, ['task', 'user', *self.attributes])}"
+                )
+            _check_strength(strength, f"of {part!r}")
+        if self.num_beams > 1 and self.samples:
+            raise ValueError("num_beams above 1 does not sample; leave temperature, top_* and min_p out")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty text, which ends every completion at once")
+        return self
+
+    def _check_prompt(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("the prompt is empty; write what to answer")
+        if self.messages is not None and not any(m.content.strip() for m in self.messages):
+            raise ValueError("messages are empty; write what to answer")
+
+
+class Example(Request):
+    """A Request whose completion is known: to learn from, or to score.
+
+    The prompt may be empty where `raw`: then the completion is a text that begins
+    at its first token.
+
+    Raises:
+        TrainingDataError: If a field is unknown, missing or out of range.
+    """
+
+    completion: str
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except RequestError as error:
+            raise TrainingDataError(str(error)) from None
+
+    def _check_prompt(self) -> None:
+        if not self.completion.strip():
+            raise ValueError("the completion is empty; an example needs the text to learn")
+        if not (self.raw and self.prompt == ""):
+            super()._check_prompt()
+
+
+class PartUsed(BaseModel):
+    """One prefix that a completion was steered by."""
+
+    kind: str
+    name: str
+    version: int
+    strength: float
+
+
+class Completion(BaseModel):
+    """What was generated for one request.
+
+    Attributes:
+        text: Without the end token, and cut before a `stop` text.
+        finish_reason: `stop` at an end token or a `stop` text, `length` at `max_new_tokens`.
+        num_prompt_tokens, num_tokens: Tokens read and written; slots are not tokens.
+        parts: The prefixes used, with their versions.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_prompt_tokens: int
+    num_tokens: int
+    parts: tuple[PartUsed, ...] = ()
+
+
+class Score(BaseModel):
+    """How likely a completion is.
+
+    Attributes:
+        log_likelihood: Natural logarithm (nats), summed over the tokens of the
+            completion; an end token is not counted.
+        num_tokens: Tokens of the completion.
+    """
+
+    log_likelihood: float
+    num_tokens: int
+
+
+def _check_strength(strength: float, what: str) -> None:
+    if not math.isfinite(strength):
+        raise ValueError(f"strength {what} is {strength}; give a finite number >= 0")
+    if strength < 0:
+        raise ValueError(
+            f"strength {what} is {strength}; below 0 is not supported, 0 leaves the part out"
+        )
+
+
+def _explain(error: ValidationError, fields: Mapping[str, Any]) -> str:
+    """pydantic's findings in one line each, without echoing the text of a prompt."""
+    lines = []
+    for found in error.errors(include_url=False, include_input=False):
+        place = ".".join(str(step) for step in found["loc"])
+        if found["type"] == "extra_forbidden":
+            lines.append(f"unknown field {place!r}; a request has: {known_names(place, fields)}")
+        else:
+            message = found["msg"].removeprefix("Value error, ")
+            lines.append(f"{place}: {message}" if place else message)
+    return "; ".join(lines)

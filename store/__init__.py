@@ -1,0 +1,12 @@
+"""Where prefixes are kept: SQLAlchemy tables, versions, tenants."""
+
+from controlprefix.store.prefix_store import (
+    Kind,
+    NewVersion,
+    PrefixKey,
+    PrefixStore,
+    StoredPrefix,
+    VersionInfo,
+)
+
+__all__ = ["Kind", "NewVersion", "PrefixKey", "PrefixStore", "StoredPrefix", "VersionInfo"]

@@ -1,0 +1,155 @@
+"""Small random models, built from a config, and a tokenizer of bytes."""
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB = 300
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+# name -> (model class, config class, config values)
+CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _SMALL),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_SMALL, "head_dim": 16}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**_SMALL, "sliding_window": 6}),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {
+            **_SMALL,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"},
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+        },
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            "word_embed_proj_dim": 32,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+        },
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 4,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "decoder_start_token_id": 1,
+            "forced_eos_token_id": None,
+        },
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 3,
+            "num_heads": 4,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "decoder_start_token_id": 2,
+        },
+    ),
+}
+ROTARY = ("llama", "qwen3", "mistral", "gemma3", "gpt_neox")
+DECODER_ONLY = (*ROTARY, "gpt2", "opt")
+ENCODER_DECODER = ("bart", "t5")
+ALL = (*DECODER_ONLY, *ENCODER_DECODER)
+
+
+def build(
+    name: str,
+    *,
+    seed: int = 0,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> PreTrainedModel:
+    """A random model whose attention matters: weights are larger than at initialization."""
+    model_class, config_class, values = CONFIGS[name]
+    config = getattr(transformers, config_class)(**copy.deepcopy({**values, **changes}))
+    config._attn_implementation = attention
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, model_class)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(1 if name == "t5" else 4)  # T5 starts large, and is chaotic beyond
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def byte_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
+    """Each byte a token (ids 3 to 258), after bos 0, eos 1 and pad 2."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": 0, "</s>": 1, "<pad>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    inner = Tokenizer(tokenizer_models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+        )
+    return tokenizer

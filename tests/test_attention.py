@@ -1,0 +1,506 @@
+"""Attention over slots, held against references that know nothing of our code."""
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import ALL, DECODER_ONLY, ENCODER_DECODER, ROTARY, build
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from controlprefix import Part, Prefix, RequestError, UnsupportedModelError, assemble
+from controlprefix.attention import Steering
+
+LENGTHS = (9, 5, 7, 2)  # tokens of the rows of a mixed batch
+
+
+def prefix(model: PreTrainedModel, num_slots: int, seed: int = 1) -> Prefix:
+    return Prefix.random(Steering.of(model).geometry, num_slots=num_slots, scale=1.0, seed=seed)
+
+
+def tokens(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 259, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Rows of different lengths in one batch: left-padded, or right-padded for an encoder."""
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.full((len(rows), longest), 2)
+    mask = torch.zeros_like(ids)
+    left = not model.config.is_encoder_decoder
+    for i, row in enumerate(rows):
+        where = slice(longest - row.shape[1], longest) if left else slice(row.shape[1])
+        ids[i, where], mask[i, where] = row[0], 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if left:
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    else:
+        batch["decoder_input_ids"] = torch.cat([tokens(4, seed=9)] * len(rows))
+    return batch
+
+
+def run(model: PreTrainedModel, rows: Sequence[Tensor], parts: Sequence[Sequence[Part]]) -> Tensor:
+    """Logits under the parts of each row."""
+    steering = Steering.of(model)
+    batch = assemble(parts, steering.geometry, dtype=model.dtype)
+    with torch.no_grad(), steering.attached(batch):
+        logits: Tensor = model(**inputs(model, rows)).logits
+    return logits
+
+
+def last(model: PreTrainedModel, logits: Tensor, row: int, length: int) -> Tensor:
+    """The logits of one row's own tokens."""
+    return logits[row] if model.config.is_encoder_decoder else logits[row, -length:]
+
+
+def mixed_parts(model: PreTrainedModel) -> list[list[Part]]:
+    task, warm, brief, user = (prefix(model, n, seed=n) for n in (4, 3, 6, 11))
+    return [
+        [Part(task), Part(warm, 0.6), Part(brief, 0.4)],
+        [Part(task), Part(user)],
+        [],
+        [Part(task, 2.0)],
+    ]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ROTARY)
+def test_slots_equal_the_same_keys_and_values_in_a_cache(name: str, attention: str) -> None:
+    """The reference: K/V put into transformers' own cache, the text at positions from 0."""
+    model = build(name, attention=attention)
+    # Shorter than the sliding windows: a cache's entries leave them, slots do not.
+    ids, ours = tokens(3), prefix(model, 3)
+    steps = []
+    for slots in (ours, None):
+        cache = DynamicCache()
+        if slots is not None:
+            for i in range(len(slots.geometry.decoder)):
+                keys, values = slots.layer("decoder", i)
+                cache.update(keys[None], values[None], i)
+        steps.append(cache)
+    with torch.no_grad():
+        expected = model(
+            ids,
+            past_key_values=steps[0],
+            position_ids=torch.arange(3)[None],
+            attention_mask=torch.ones(1, 6, dtype=torch.long),
+        ).logits
+    assert torch.allclose(run(model, [ids], [[Part(ours)]])[0], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_parts_and_strength_zero_leave_logits_bit_identical(name: str, attention: str) -> None:
+    model = build(name, attention=attention)
+    rows = [tokens(n, seed=n) for n in LENGTHS]
+    with torch.no_grad():
+        plain = model(**inputs(model, rows)).logits
+    assert torch.equal(run(model, rows, [[]] * 4), plain)
+    absent = [[Part(prefix(model, 5), 0.0)]] * 4
+    assert torch.equal(run(model, rows, absent), plain)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs(model, rows)).logits, plain)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_mixed_batch_matches_each_row_alone(name: str, attention: str) -> None:
+    model = build(name, attention=attention)
+    rows = [tokens(n, seed=n) for n in LENGTHS]
+    parts = mixed_parts(model)
+    together = run(model, rows, parts)
+    with torch.no_grad():
+        plain = model(**inputs(model, rows)).logits
+    for i, (row, its_parts) in enumerate(zip(rows, parts, strict=True)):
+        alone = run(model, [row], [its_parts])
+        length = row.shape[1]
+        assert torch.allclose(
+            last(model, together, i, length), last(model, alone, 0, length), atol=2e-5
+        )
+        steered = last(model, together, i, length) - last(model, plain, i, length)
+        assert (steered.abs().max() > 1e-2) == bool(its_parts)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_site_and_layer_is_attended_to(name: str) -> None:
+    """Changing the values of one layer's slots changes the logits, for each layer of each site."""
+    model = build(name)
+    rows = [tokens(6)]
+    base = prefix(model, 3)
+    for site in base.geometry.sites:
+        sizes = base.geometry.split_sizes(site)
+        for layer in range(len(sizes) // 2):
+            changed = base.slots[site].clone()
+            at = sum(sizes[: 2 * layer + 1])
+            changed[:, at : at + sizes[2 * layer + 1]] += 1.0
+            other = Prefix(base.geometry, {**base.slots, site: changed})
+            difference = run(model, rows, [[Part(base)]]) - run(model, rows, [[Part(other)]])
+            assert difference.abs().max() > 1e-4, (site, layer)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+def test_encoder_decoder_matches_attention_written_out(name: str) -> None:
+    """The reference: softmax over slots and tokens, written out, in place of the model's own."""
+    model = build(name, attention="eager")
+    ours = prefix(model, 5)
+    order: list[tuple[str, int]] = []
+    for site in ours.geometry.sites:
+        order += [(site, i) for i in range(len(ours.geometry.layers(site)))]
+    encoder = set(model.get_encoder().modules())
+    counts = {"encoder": 0, "decoder": 0, "cross": 0}
+    where: dict[torch.nn.Module, tuple[str, int]] = {}
+
+    def attend(module, query, key, value, mask, scaling=None, position_bias=None, **_):  # type: ignore[no-untyped-def]
+        if module not in where:
+            crossing = module not in encoder and key.shape[2] == 7
+            site = "encoder" if module in encoder else "cross" if crossing else "decoder"
+            where[module] = (site, counts[site])
+            counts[site] += 1
+        keys, values = ours.layer(*where[module])  # type: ignore[arg-type]
+        scores = query @ key.transpose(2, 3) * scaling
+        if position_bias is not None:
+            scores = scores + position_bias
+        if mask is not None:
+            scores = scores + mask
+        slots = query @ keys[None].transpose(2, 3) * scaling
+        weights = torch.cat([scores, slots], -1).softmax(-1)
+        output = weights[..., : key.shape[2]] @ value + weights[..., key.shape[2] :] @ values[None]
+        return output.transpose(1, 2), None
+
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("written_out", attend)
+    AttentionMaskInterface.register("written_out", eager_mask)
+    reference = build(name, attention="eager")
+    reference.set_attn_implementation("written_out")
+    for module in reference.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "written_out"
+    encoder = set(reference.get_encoder().modules())
+    rows = [tokens(7)]
+    with torch.no_grad():
+        expected = reference(**inputs(reference, rows)).logits
+    assert torch.allclose(run(model, rows, [[Part(ours)]]), expected, atol=1e-5)
+    assert len(where) == len(order)
+
+
+@given(
+    strengths=st.lists(
+        st.floats(min_value=0, max_value=8, allow_subnormal=False), min_size=3, max_size=3
+    ),
+    order=st.permutations(range(3)),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+)
+@settings(max_examples=25, deadline=None)
+def test_part_order_does_not_change_logits(
+    strengths: list[float], order: list[int], lengths: list[int]
+) -> None:
+    model = build("llama")
+    parts = [
+        Part(prefix(model, n, seed=n), w) for n, w in zip((2, 5, 3), strengths, strict=True)
+    ]
+    rows = [tokens(n, seed=n) for n in lengths]
+    straight = run(model, rows, [parts] * len(rows))
+    shuffled = run(model, rows, [[parts[i] for i in order]] * len(rows))
+    assert torch.allclose(straight, shuffled, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_whole_number_strength_equals_writing_each_slot_that_often(name: str) -> None:
+    model = build(name)
+    one = prefix(model, 4)
+    thrice = Prefix(one.geometry, {site: rows.repeat(3, 1) for site, rows in one.slots.items()})
+    rows = [tokens(6)]
+    assert torch.allclose(
+        run(model, rows, [[Part(one, 3.0)]]), run(model, rows, [[Part(thrice)]]), atol=1e-5
+    )
+    assert torch.allclose(
+        run(model, rows, [[Part(one), Part(one, 2.0)]]),
+        run(model, rows, [[Part(thrice)]]),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_slots_do_not_move_positions_or_fill_the_cache(name: str) -> None:
+    model = build(name)
+    steering = Steering.of(model)
+    with torch.no_grad(), steering.attached(assemble([[Part(prefix(model, 7))]], steering.geometry)):
+        cache = model(tokens(5), use_cache=True).past_key_values
+    assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_slots_stay_visible_past_a_sliding_window(name: str) -> None:
+    """Every layer's slots still move the last of 40 tokens, with a window of 6."""
+    model = build(name, **({"layer_types": ["sliding_attention"] * 3} if name == "gemma3" else {}))
+    ours, rows = prefix(model, 3), [tokens(40)]
+    with torch.no_grad():
+        plain = model(**inputs(model, rows)).logits[0, -1]
+    last_layer = ours.slots["decoder"].clone()
+    last_layer[:, : -2 * ours.geometry.split_sizes("decoder")[-1]] = 0
+    steered = run(model, rows, [[Part(Prefix(ours.geometry, {"decoder": last_layer}))]])[0, -1]
+    assert (steered - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_decoding_step_by_step_equals_one_pass(name: str, attention: str) -> None:
+    """Greedy tokens with a cache, from a mixed batch, against full passes without one."""
+    model = build(name, attention=attention)
+    rows = [tokens(n, seed=n) for n in LENGTHS]
+    parts = mixed_parts(model)
+    steering = Steering.of(model)
+    with torch.no_grad(), steering.attached(assemble(parts, steering.geometry)):
+        batch = {k: v for k, v in inputs(model, rows).items() if k in ("input_ids", "attention_mask")}
+        generated = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for i, (row, its_parts) in enumerate(zip(rows, parts, strict=True)):
+        if model.config.is_encoder_decoder:
+            expected = torch.tensor([[model.config.decoder_start_token_id]])
+        else:
+            expected = row
+        for _ in range(8):
+            with torch.no_grad(), steering.attached(assemble([its_parts], steering.geometry)):
+                if model.config.is_encoder_decoder:
+                    logits = model(input_ids=row, decoder_input_ids=expected).logits
+                else:
+                    logits = model(expected).logits
+            expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+        assert generated[i, -8:].tolist() == expected[0, -8:].tolist()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_beams_and_returned_sequences_match_each_row_alone(name: str) -> None:
+    model = build(name)
+    rows = [tokens(n, seed=n) for n in LENGTHS[:3]]
+    parts = mixed_parts(model)[:3]
+    steering = Steering.of(model)
+    wanted = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+
+    def search(which: Sequence[int]) -> Tensor:
+        batch = {
+            k: v
+            for k, v in inputs(model, [rows[i] for i in which]).items()
+            if k in ("input_ids", "attention_mask")
+        }
+        chosen = assemble([parts[i] for i in which], steering.geometry)
+        with torch.no_grad(), steering.attached(chosen):
+            found: Tensor = model.generate(**batch, **wanted, eos_token_id=None)
+        return found[:, -6:]
+
+    together = search(range(3))
+    for i in range(3):
+        assert together[2 * i : 2 * i + 2].tolist() == search([i]).tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_static_cache_gives_the_tokens_of_a_dynamic_one(name: str) -> None:
+    model = build(name)
+    rows = [tokens(n, seed=n) for n in LENGTHS]
+    steering = Steering.of(model)
+    batch = {k: v for k, v in inputs(model, rows).items() if k != "position_ids"}
+    wanted = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad(), steering.attached(assemble(mixed_parts(model), steering.geometry)):
+        dynamic = model.generate(**batch, **wanted)
+        static = model.generate(**batch, **wanted, cache_implementation="static")
+        alone = inputs(model, rows[:1])["input_ids"]
+    assert dynamic.tolist() == static.tolist()
+    with torch.no_grad(), steering.attached(assemble(mixed_parts(model)[:1], steering.geometry)):
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        unpadded = model(alone, past_key_values=cache).logits
+        expected = model(alone).logits
+    assert torch.allclose(unpadded, expected, atol=1e-5)
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    """Within the rounding of the plain model in bfloat16 itself, twice over."""
+    exact, rounded = build("llama"), build("llama", dtype=torch.bfloat16)
+    rows = [tokens(n, seed=n) for n in LENGTHS]
+    plain_error = (run(exact, rows, [[]] * 4) - run(rounded, rows, [[]] * 4).float()).abs().max()
+    parts = [[Part(prefix(exact, 6), 0.7)]] * 4
+    rounded_parts = [[Part(prefix(rounded, 6), 0.7)]] * 4
+    error = (run(exact, rows, parts) - run(rounded, rows, rounded_parts).float()).abs().max()
+    assert error < 2 * plain_error
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_every_slot_and_no_weight(name: str, checkpointing: bool) -> None:
+    """PEFT's prefixes lose half of an encoder-decoder's slots, and all with checkpointing."""
+    model = build(name)
+    steering = Steering.of(model)
+    slots = {
+        site: rows.requires_grad_()
+        for site, rows in prefix(model, 4).slots.items()
+    }
+    if checkpointing:
+        model.train()
+        for module in model.modules():
+            for key, value in list(vars(module).items()):
+                if "drop" in key and isinstance(value, float):
+                    setattr(module, key, 0.0)
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    parts = [[Part(Prefix(steering.geometry, slots))], []]
+    rows = [tokens(6), tokens(4)]
+    with steering.attached(assemble(parts, steering.geometry)):
+        model(**inputs(model, rows), use_cache=False).logits.square().sum().backward()
+    for site, rows_ in slots.items():
+        assert rows_.grad is not None
+        sizes = steering.geometry.split_sizes(site)
+        for piece in rows_.grad.split(sizes, dim=1):  # each layer's keys, each layer's values
+            assert (piece.abs().amax(dim=1) > 0).all()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bart", "t5"])
+def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    steering = Steering.of(model)
+    start = prefix(model, 2).to(dtype=torch.float64)
+    site = steering.geometry.sites[-1]
+    batch = inputs(model, [tokens(5)])
+
+    def loss(rows: Tensor) -> Tensor:
+        one = Prefix(steering.geometry, {**start.slots, site: rows})
+        with steering.attached(assemble([[Part(one, 0.7)]], steering.geometry)):
+            return model(**batch, use_cache=False).logits.log_softmax(-1)[..., 7].sum()
+
+    rows = start.slots[site].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(rows), rows)
+    direction = torch.randn(rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(3))
+    step = 1e-3  # some norms compute in float32 whatever the model's dtype
+    with torch.no_grad():
+        numeric = (loss(rows + step * direction) - loss(rows - step * direction)) / (2 * step)
+    assert torch.isclose((gradient * direction).sum(), numeric, rtol=5e-3)
+
+
+def test_nothing_is_left_on_the_model() -> None:
+    model = build("bart")
+    steering = Steering.of(model)
+    before = [(m, dict(vars(m))) for m in model.modules()]
+    configs = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    with pytest.raises(ZeroDivisionError), steering.attached(
+        assemble([[Part(prefix(model, 2))]], steering.geometry)
+    ):
+        assert any("controlprefix_place" in vars(m) for m in model.modules())
+        raise ZeroDivisionError
+    for module, attributes in before:
+        assert vars(module).keys() == attributes.keys()
+    after = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    assert after == configs
+
+
+def test_threads_and_nested_blocks_see_their_own_prefixes() -> None:
+    model = build("llama")
+    steering = Steering.of(model)
+    ids = tokens(6)
+    one, two = (assemble([[Part(prefix(model, 4, seed=s))]], steering.geometry) for s in (1, 2))
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            result: Tensor = model(ids).logits
+        return result
+
+    plain = logits()
+    with steering.attached(one):
+        first = logits()
+    with steering.attached(two):
+        second = logits()
+        with steering.attached(one):
+            assert torch.equal(logits(), first)
+        assert torch.equal(logits(), second)
+    seen: dict[str, object] = {}
+
+    def elsewhere(name: str) -> None:
+        def work() -> None:
+            try:
+                seen[name] = logits()
+            except RequestError as error:
+                seen[name] = error
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with steering.attached(one):
+        elsewhere("private")
+    with steering.attached(two, everywhere=True):
+        elsewhere("everywhere")
+    assert torch.equal(seen["private"], plain)  # type: ignore[arg-type]
+    assert torch.equal(seen["everywhere"], second)  # type: ignore[arg-type]
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with steering.attached(one, everywhere=True):
+            entered.set()
+            leave.wait(10)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    entered.wait(10)
+    with steering.attached(two, everywhere=True):
+        assert torch.equal(logits(), second)
+        elsewhere("ambiguous")
+    leave.set()
+    holder.join()
+    assert isinstance(seen["ambiguous"], RequestError)
+
+
+def test_a_call_with_the_wrong_number_of_rows_is_refused() -> None:
+    model = build("llama")
+    steering = Steering.of(model)
+    parts = [[Part(prefix(model, 2, seed=s))] for s in (1, 2)]
+    with steering.attached(assemble(parts, steering.geometry)):
+        with pytest.raises(RequestError, match="3 rows inside a block assembled for 2 requests"):
+            model(torch.cat([tokens(4)] * 3))
+
+
+def test_geometry_is_read_off_the_model() -> None:
+    qwen, bart = Steering.of(build("qwen3")).geometry, Steering.of(build("bart")).geometry
+    assert [(s.num_kv_heads, s.key_dim, s.value_dim) for s in qwen.decoder] == [(2, 16, 16)] * 3
+    assert qwen.sites == ("decoder",)
+    assert [len(bart.encoder), len(bart.decoder), len(bart.cross)] == [2, 4, 4]
+    assert bart.encoder[0].num_kv_heads == 4 and bart.decoder[0].num_kv_heads == 2
+
+
+def test_fingerprint_tells_weights_apart_but_not_precisions() -> None:
+    fingerprint = Steering.of(build("llama")).geometry.fingerprint
+    assert Steering.of(build("llama")).geometry.fingerprint == fingerprint
+    assert Steering.of(build("llama", seed=1)).geometry.fingerprint != fingerprint
+    half = build("llama", dtype=torch.bfloat16)
+    again = Steering.of(half.float()).geometry.fingerprint
+    assert Steering.of(build("llama", dtype=torch.bfloat16)).geometry.fingerprint == again
+    assert again == fingerprint
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_attention_weights_keep_the_shape_a_caller_expects(name: str) -> None:
+    model = build(name, attention="eager")
+    steering = Steering.of(model)
+    with torch.no_grad(), steering.attached(assemble([[Part(prefix(model, 4))]], steering.geometry)):
+        attentions = model(tokens(5), output_attentions=True).attentions
+    assert {tuple(a.shape) for a in attentions} == {(1, 4, 5, 5)}
+    assert all((a.sum(-1) < 1).all() for a in attentions)  # the rest of the mass is on slots
+
+
+def test_unsupported_models_are_refused_with_a_reason() -> None:
+    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2))
+    for model in (mamba, bloom):
+        with pytest.raises(UnsupportedModelError, match=type(model).__name__):
+            Steering.of(model)
+    flex = build("llama")
+    flex.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedModelError, match="attn_implementation='sdpa'"):
+        Steering.of(flex)
