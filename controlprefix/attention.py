@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +215,7 @@ def _base_function(implementation: str, module: nn.Module) -> Callable[..., Any]
     for cls in type(module).__mro__:  # each model file has an eager function of its own
         eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if eager is not None:
-            return eager  # type: ignore[no-any-return]
+            return eager
     raise UnsupportedModelError(f"{type(module).__name__} has no eager attention function")
 
 
@@ -251,7 +252,7 @@ class Steering:
             pass of three tokens.
     """
 
-    _of_model: "weakref.WeakKeyDictionary[nn.Module, Steering]" = weakref.WeakKeyDictionary()
+    _of_model: ClassVar[WeakKeyDictionary[nn.Module, "Steering"]] = WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = weakref.ref(model)
@@ -313,7 +314,7 @@ class Steering:
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[AttentionCall]]:
-        """While inside, calls of attention in this thread are collected; no slots are attended to."""
+        """While inside, this thread's calls of attention are collected, without slots."""
         calls: list[AttentionCall] = []
         token = _recorder.set(calls)
         try:
@@ -332,7 +333,8 @@ class Steering:
         model = self._model()
         assert model is not None
         undo = contextlib.ExitStack()
-        for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        owners: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
+        for config in {id(owner.config): owner.config for owner in owners}.values():
             name = getattr(config, "_attn_implementation", None)
             if name in _IMPLEMENTATIONS:
                 # The public setter would also overwrite the sub-configs.
@@ -388,7 +390,7 @@ class Steering:
 
 
 def _public_name(model: PreTrainedModel) -> str:
-    """The hub id, or the last part of a folder: a stored prefix should not tell whose disk it was."""
+    """The hub id, or the last part of a folder: a prefix should not tell whose disk it was."""
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return Path(name).name if Path(name).is_dir() else name
 
@@ -416,5 +418,5 @@ def weights_fingerprint(model: nn.Module) -> str:
         if numbers.is_floating_point():
             numbers = numbers.to(torch.bfloat16)
         sha.update(f"{name} {tuple(numbers.shape)}".encode())
-        sha.update(numbers.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        sha.update(numbers.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -95,13 +95,15 @@ class RequestEncoder:
 
     def _prompt_ids(self, request: Request) -> Sequence[int]:
         if request.messages is not None and not self.has_chat_template:
-            raise RequestError("this model has no chat template, so it takes a prompt, not messages")
+            raise RequestError(
+                "this model has no chat template, so it takes a prompt, not messages"
+            )
         if request.raw or not self.has_chat_template:
             return self.text_ids(request.prompt) if request.prompt else self._start()
         turns = (
             [m.model_dump() for m in request.messages]
             if request.messages is not None
-            else [{"role": "user", "content": request.prompt}]
+            else [{"role": "user", "content": request.prompt or ""}]
         )
         text = self._tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=False

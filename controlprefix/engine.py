@@ -148,9 +148,7 @@ class ControlPrefix:
         if asked.num_beams > 1:
             raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
         batch = self._assemble(self._resolve([asked]))
-        streamer = TextIteratorStreamer(
-            self.tokenizer, skip_prompt=True, skip_special_tokens=True
-        )
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancelled = threading.Event()
         failures: list[BaseException] = []
 
@@ -190,7 +188,10 @@ class ControlPrefix:
         )
         scores: dict[int, Score] = {}
         for chosen in _chunks(by_length, batch_size):
-            with torch.no_grad(), self._steering.attached(self._assemble([resolved[i] for i in chosen])):
+            with (
+                torch.no_grad(),
+                self._steering.attached(self._assemble([resolved[i] for i in chosen])),
+            ):
                 log_probs, mask = token_log_probs(
                     self.model,
                     [encoded[i].prompt for i in chosen],
@@ -285,10 +286,7 @@ class ControlPrefix:
             }
         }
         numbers = self.store.put(
-            [
-                NewVersion(key, learned[str(key)].to(dtype=self.model.dtype), details)
-                for key in keys
-            ]
+            [NewVersion(key, learned[str(key)].to(dtype=self.model.dtype), details) for key in keys]
         )
         saved = {str(key): number for key, number in zip(keys, numbers, strict=True)}
         return dataclasses.replace(report, saved=saved)
@@ -554,12 +552,9 @@ def _wanted(request: Request) -> list[_Wanted]:
 
 
 def _require_learnable(rows: Sequence[Example], learn: Sequence[Learned]) -> set[Kind]:
-    learn = (learn,) if isinstance(learn, str) else learn
     for what in learn:
         if what not in _KIND_OF:
-            raise TrainingDataError(
-                f"cannot learn {what!r}; learn any of: {', '.join(_KIND_OF)}"
-            )
+            raise TrainingDataError(f"cannot learn {what!r}; learn any of: {', '.join(_KIND_OF)}")
     for i, row in enumerate(rows, 1):
         if not isinstance(row, Example):
             raise TrainingDataError(f"row {i} is a {type(row).__name__}; give Example rows")

@@ -51,7 +51,7 @@ def generate_batch(
     prompts = [encoder.prompt_ids(request) for request in requests]
     left = not encoder.is_encoder_decoder
     ids, mask = pad_rows(prompts, encoder.pad_id, left=left)
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     # What stands before the first new token of a row: its prompt, or a decoder's start token.
     num_before = ids.shape[1] if left else 1
     starts = [num_before - len(prompt) if left else 0 for prompt in prompts]
@@ -65,7 +65,7 @@ def generate_batch(
     if cancelled is not None:
         criteria.append(_Cancelled(cancelled))
     with torch.no_grad():
-        sequences = model.generate(
+        sequences = model.generate(  # type: ignore[operator]  # the stubs say Tensor | Module
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=_generation_config(model, encoder, requests),
@@ -140,7 +140,7 @@ class _RowChoices(LogitsProcessor):
             if warpers or generator is not None:
                 self._rows.append((i, start, warpers, generator))
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
         for i, start, warpers, generator in self._rows:
             row = scores[i : i + 1]
@@ -164,7 +164,7 @@ class _RowLimits(StoppingCriteria):
         self._encoder = encoder
         self._limits = torch.tensor([request.max_new_tokens for request in requests])
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         new = input_ids[:, self._num_before :]
         done = self._limits.to(new.device) <= new.shape[1]
         for i, request in enumerate(self._requests):
@@ -179,7 +179,7 @@ class _Cancelled(StoppingCriteria):
     def __init__(self, cancelled: threading.Event) -> None:
         self._cancelled = cancelled
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(input_ids),), self._cancelled.is_set(), device=input_ids.device)
 
 

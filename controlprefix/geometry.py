@@ -77,7 +77,9 @@ class Geometry:
             if mine == theirs:
                 continue
             if len(mine) != len(theirs):
-                difference = f"{len(theirs)} {site} layers but model {self.model_name!r} has {len(mine)}"
+                difference = (
+                    f"{len(theirs)} {site} layers but model {self.model_name!r} has {len(mine)}"
+                )
             else:
                 i = next(i for i in range(len(mine)) if mine[i] != theirs[i])
                 difference = (
@@ -92,7 +94,7 @@ class Geometry:
             raise GeometryMismatchError(
                 f"{what} was made for the weights {other.fingerprint[:12]!r} of "
                 f"{other.model_name!r} but model {self.model_name!r} has the weights "
-                f"{self.fingerprint[:12]!r}; train it on this model, or load the model it was made for"
+                f"{self.fingerprint[:12]!r}; train it on this model, or load that one"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,9 +119,7 @@ class Geometry:
             }
             if not set(sites) <= set(SITES):
                 raise ValueError(f"sites {sorted(sites)}")
-            return cls(
-                **sites, fingerprint=str(data["fingerprint"]), model_name=str(data["model"])
-            )
+            return cls(**sites, fingerprint=str(data["fingerprint"]), model_name=str(data["model"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PrefixFormatError(f"the geometry of a prefix cannot be read: {error}") from error
 

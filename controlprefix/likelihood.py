@@ -33,7 +33,7 @@ def token_log_probs(
         Log-probabilities `(rows, longest target)`, float32, zero at padding, and
         a mask of the same shape.
     """
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     if model.config.is_encoder_decoder:
         logits, wanted, mask = _encoder_decoder(model, prompts, targets, pad_id, device)
     else:

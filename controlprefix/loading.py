@@ -54,7 +54,7 @@ def load(
                 f"{type(model).__name__} does not generate text; load it with "
                 "AutoModelForCausalLM or AutoModelForSeq2SeqLM"
             )
-        loaded, source = model, model.config.name_or_path
+        loaded, source = model, model.config.name_or_path or ""
     elif isinstance(model, (str, os.PathLike)):
         source = str(converted(os.fspath(model)) if model in ALIASES else os.fspath(model))
         loaded = _load_model(source, dtype)

@@ -238,7 +238,8 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for site in sorted(tensors):
         rows = tensors[site].contiguous()
         sha.update(f"{site} {rows.dtype} {tuple(rows.shape)}".encode())
-        sha.update(rows.view(torch.uint8).numpy() if rows.numel() else b"")
+        if rows.numel():
+            sha.update(rows.view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

@@ -88,7 +88,9 @@ class Request(BaseModel):
                 )
             _check_strength(strength, f"of {part!r}")
         if self.num_beams > 1 and self.samples:
-            raise ValueError("num_beams above 1 does not sample; leave temperature, top_* and min_p out")
+            raise ValueError(
+                "num_beams above 1 does not sample; leave temperature, top_* and min_p out"
+            )
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which ends every completion at once")
         return self

@@ -3,10 +3,19 @@
 from controlprefix.store.prefix_store import (
     Kind,
     NewVersion,
+    PrefixInfo,
     PrefixKey,
     PrefixStore,
     StoredPrefix,
     VersionInfo,
 )
 
-__all__ = ["Kind", "NewVersion", "PrefixKey", "PrefixStore", "StoredPrefix", "VersionInfo"]
+__all__ = [
+    "Kind",
+    "NewVersion",
+    "PrefixInfo",
+    "PrefixKey",
+    "PrefixStore",
+    "StoredPrefix",
+    "VersionInfo",
+]

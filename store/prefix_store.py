@@ -54,6 +54,16 @@ class StoredPrefix:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixInfo:
+    """A name that has a prefix, and the model it is for."""
+
+    key: PrefixKey
+    model_name: str
+    fingerprint: str
+    current_version: int
+
+
+@dataclass(frozen=True, slots=True)
 class VersionInfo:
     """What is known of one version without reading its numbers."""
 
@@ -172,6 +182,17 @@ class PrefixStore:
             raise PrefixFormatError(f"{name} is damaged in the store: wrong hash; {way_out}")
         return StoredPrefix(Prefix.from_bytes(payload, name=name), number)
 
+    def prefixes(self, kind: Kind | None = None) -> list[PrefixInfo]:
+        """What the tenant has, for all models, sorted by kind and name."""
+        query = self._mine(None).order_by(PrefixRow.kind, PrefixRow.name, PrefixRow.model_name)
+        if kind is not None:
+            query = query.where(PrefixRow.kind == kind)
+        with self._session() as session:
+            return [
+                PrefixInfo(_key(row), row.model_name, row.fingerprint, row.current_version)
+                for row in session.scalars(query)
+            ]
+
     def names(self, kind: Kind, fingerprint: str) -> list[str]:
         """The names of one kind that this model has prefixes for, sorted."""
         with self._session() as session:
@@ -260,15 +281,15 @@ class PrefixStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _mine(
-        self, fingerprint: str | None, keys: Sequence[PrefixKey] = ()
-    ) -> Select[tuple[PrefixRow]]:
+    def _mine(self, fingerprint: str | None, keys: Sequence[PrefixKey] = ()) -> Select[PrefixRow]:
         """The one place where rows are chosen: of this tenant only."""
         query = select(PrefixRow).where(PrefixRow.tenant == self.tenant)
         if fingerprint is not None:
             query = query.where(PrefixRow.fingerprint == fingerprint)
         if keys:
-            query = query.where(tuple_(PrefixRow.kind, PrefixRow.name).in_([tuple(k) for k in keys]))
+            query = query.where(
+                tuple_(PrefixRow.kind, PrefixRow.name).in_([tuple(k) for k in keys])
+            )
         return query
 
     def _row(self, session: Session, key: PrefixKey, fingerprint: str) -> PrefixRow:
@@ -310,7 +331,9 @@ def _engine(url: str) -> Engine:
     engine = create_engine(
         url,
         connect_args={"timeout": 30.0, "check_same_thread": False},
-        **({"poolclass": StaticPool} if in_memory else {}),  # else each connection is a new database
+        **(
+            {"poolclass": StaticPool} if in_memory else {}
+        ),  # else each connection is a new database
     )
 
     @event.listens_for(engine, "connect")

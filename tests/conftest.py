@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from models import build, byte_tokenizer
 from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix
+
+from models import build, byte_tokenizer
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 

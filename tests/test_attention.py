@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ALL, DECODER_ONLY, ENCODER_DECODER, ROTARY, build
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from controlprefix import Part, Prefix, RequestError, UnsupportedModelError, assemble
 from controlprefix.attention import Steering
+
+from models import ALL, DECODER_ONLY, ENCODER_DECODER, ROTARY, build
 
 LENGTHS = (9, 5, 7, 2)  # tokens of the rows of a mixed batch
 
@@ -40,6 +41,12 @@ def inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
     else:
         batch["decoder_input_ids"] = torch.cat([tokens(4, seed=9)] * len(rows))
     return batch
+
+
+def prompt_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What `generate` takes."""
+    batch = inputs(model, rows)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def run(model: PreTrainedModel, rows: Sequence[Tensor], parts: Sequence[Sequence[Part]]) -> Tensor:
@@ -200,9 +207,7 @@ def test_part_order_does_not_change_logits(
     strengths: list[float], order: list[int], lengths: list[int]
 ) -> None:
     model = build("llama")
-    parts = [
-        Part(prefix(model, n, seed=n), w) for n, w in zip((2, 5, 3), strengths, strict=True)
-    ]
+    parts = [Part(prefix(model, n, seed=n), w) for n, w in zip((2, 5, 3), strengths, strict=True)]
     rows = [tokens(n, seed=n) for n in lengths]
     straight = run(model, rows, [parts] * len(rows))
     shuffled = run(model, rows, [[parts[i] for i in order]] * len(rows))
@@ -229,7 +234,10 @@ def test_whole_number_strength_equals_writing_each_slot_that_often(name: str) ->
 def test_slots_do_not_move_positions_or_fill_the_cache(name: str) -> None:
     model = build(name)
     steering = Steering.of(model)
-    with torch.no_grad(), steering.attached(assemble([[Part(prefix(model, 7))]], steering.geometry)):
+    with (
+        torch.no_grad(),
+        steering.attached(assemble([[Part(prefix(model, 7))]], steering.geometry)),
+    ):
         cache = model(tokens(5), use_cache=True).past_key_values
     assert cache.get_seq_length() == 5
 
@@ -256,7 +264,9 @@ def test_decoding_step_by_step_equals_one_pass(name: str, attention: str) -> Non
     parts = mixed_parts(model)
     steering = Steering.of(model)
     with torch.no_grad(), steering.attached(assemble(parts, steering.geometry)):
-        batch = {k: v for k, v in inputs(model, rows).items() if k in ("input_ids", "attention_mask")}
+        batch = {
+            k: v for k, v in inputs(model, rows).items() if k in ("input_ids", "attention_mask")
+        }
         generated = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=None)
     for i, (row, its_parts) in enumerate(zip(rows, parts, strict=True)):
         if model.config.is_encoder_decoder:
@@ -282,11 +292,7 @@ def test_beams_and_returned_sequences_match_each_row_alone(name: str) -> None:
     wanted = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
 
     def search(which: Sequence[int]) -> Tensor:
-        batch = {
-            k: v
-            for k, v in inputs(model, [rows[i] for i in which]).items()
-            if k in ("input_ids", "attention_mask")
-        }
+        batch = prompt_inputs(model, [rows[i] for i in which])
         chosen = assemble([parts[i] for i in which], steering.geometry)
         with torch.no_grad(), steering.attached(chosen):
             found: Tensor = model.generate(**batch, **wanted, eos_token_id=None)
@@ -302,7 +308,7 @@ def test_static_cache_gives_the_tokens_of_a_dynamic_one(name: str) -> None:
     model = build(name)
     rows = [tokens(n, seed=n) for n in LENGTHS]
     steering = Steering.of(model)
-    batch = {k: v for k, v in inputs(model, rows).items() if k != "position_ids"}
+    batch = prompt_inputs(model, rows)
     wanted = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     with torch.no_grad(), steering.attached(assemble(mixed_parts(model), steering.geometry)):
         dynamic = model.generate(**batch, **wanted)
@@ -333,10 +339,7 @@ def test_gradients_reach_every_slot_and_no_weight(name: str, checkpointing: bool
     """PEFT's prefixes lose half of an encoder-decoder's slots, and all with checkpointing."""
     model = build(name)
     steering = Steering.of(model)
-    slots = {
-        site: rows.requires_grad_()
-        for site, rows in prefix(model, 4).slots.items()
-    }
+    slots = {site: rows.requires_grad_() for site, rows in prefix(model, 4).slots.items()}
     if checkpointing:
         model.train()
         for module in model.modules():
@@ -373,11 +376,18 @@ def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
 
     rows = start.slots[site].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(rows), rows)
-    direction = torch.randn(rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(3))
+    direction = torch.randn(
+        rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(3)
+    )
     step = 1e-3  # some norms compute in float32 whatever the model's dtype
     with torch.no_grad():
         numeric = (loss(rows + step * direction) - loss(rows - step * direction)) / (2 * step)
     assert torch.isclose((gradient * direction).sum(), numeric, rtol=5e-3)
+
+
+def leave_with_an_error(model: PreTrainedModel) -> None:
+    assert any("controlprefix_place" in vars(m) for m in model.modules())
+    raise ZeroDivisionError
 
 
 def test_nothing_is_left_on_the_model() -> None:
@@ -385,11 +395,11 @@ def test_nothing_is_left_on_the_model() -> None:
     steering = Steering.of(model)
     before = [(m, dict(vars(m))) for m in model.modules()]
     configs = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
-    with pytest.raises(ZeroDivisionError), steering.attached(
-        assemble([[Part(prefix(model, 2))]], steering.geometry)
+    with (
+        pytest.raises(ZeroDivisionError),
+        steering.attached(assemble([[Part(prefix(model, 2))]], steering.geometry)),
     ):
-        assert any("controlprefix_place" in vars(m) for m in model.modules())
-        raise ZeroDivisionError
+        leave_with_an_error(model)
     for module, attributes in before:
         assert vars(module).keys() == attributes.keys()
     after = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
@@ -467,7 +477,7 @@ def test_geometry_is_read_off_the_model() -> None:
     assert [(s.num_kv_heads, s.key_dim, s.value_dim) for s in qwen.decoder] == [(2, 16, 16)] * 3
     assert qwen.sites == ("decoder",)
     assert [len(bart.encoder), len(bart.decoder), len(bart.cross)] == [2, 4, 4]
-    assert bart.encoder[0].num_kv_heads == 4 and bart.decoder[0].num_kv_heads == 2
+    assert [bart.encoder[0].num_kv_heads, bart.decoder[0].num_kv_heads] == [4, 2]
 
 
 def test_fingerprint_tells_weights_apart_but_not_precisions() -> None:
@@ -484,7 +494,10 @@ def test_fingerprint_tells_weights_apart_but_not_precisions() -> None:
 def test_attention_weights_keep_the_shape_a_caller_expects(name: str) -> None:
     model = build(name, attention="eager")
     steering = Steering.of(model)
-    with torch.no_grad(), steering.attached(assemble([[Part(prefix(model, 4))]], steering.geometry)):
+    with (
+        torch.no_grad(),
+        steering.attached(assemble([[Part(prefix(model, 4))]], steering.geometry)),
+    ):
         attentions = model(tokens(5), output_attentions=True).attentions
     assert {tuple(a.shape) for a in attentions} == {(1, 4, 5, 5)}
     assert all((a.sum(-1) < 1).all() for a in attentions)  # the rest of the mass is on slots

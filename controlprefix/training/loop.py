@@ -48,7 +48,7 @@ class TrainingSettings:
     epochs: float = 3.0
     steps: int | None = None
     batch_size: int = 8
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     max_grad_norm: float = 1.0
     validation: float = 0.1
     evaluations: int = 5
@@ -185,7 +185,9 @@ def train(
     best, best_step, num_rows, num_tokens = slots.materialized(), 0, 0, 0
     if held_out:
         validation.append((0, validation_loss()))
-    evaluate_at = {round(steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
+    evaluate_at = {
+        round(steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)
+    }
     stream = _endless(training, settings.batch_size, order)
     with _checkpointing(model, settings.gradient_checkpointing), _bar(progress, steps) as advance:
         for step in range(1, steps + 1):
@@ -237,7 +239,7 @@ def _length(row: TrainingBatchRow) -> int:
 def _batches(
     rows: Sequence[TrainingBatchRow], size: int, order: random.Random | None
 ) -> Iterator[list[TrainingBatchRow]]:
-    """One pass over the rows, those of a batch of similar length; in order of length without `order`."""
+    """One pass, batches of similar length; shuffled with `order`, else shortest first."""
     shuffled = order.sample(list(rows), len(rows)) if order else list(rows)
     run = size * _BUCKET if order else len(rows)
     batches = []

@@ -1,0 +1,364 @@
+"""The command line: `controlprefix --help`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from controlprefix.errors import ControlPrefixError, RequestError
+
+if TYPE_CHECKING:
+    from controlprefix.engine import ControlPrefix
+    from controlprefix.store import Kind, PrefixStore
+
+app = typer.Typer(
+    name="controlprefix",
+    help="One frozen language model; every task, tone and user a small learned prefix.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+users = typer.Typer(help="See, roll back and forget users.", no_args_is_help=True)
+prefixes = typer.Typer(help="See and roll back stored prefixes.", no_args_is_help=True)
+app.add_typer(users, name="users")
+app.add_typer(prefixes, name="prefixes")
+out = Console(highlight=False)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A folder, a hub id, or 'smollm2', the one pip installs.")
+]
+StoreOption = Annotated[
+    str, typer.Option("--store", envvar="CONTROLPREFIX_STORE", help="Where prefixes are kept.")
+]
+TenantOption = Annotated[str, typer.Option("--tenant", help="Whose prefixes these are.")]
+TaskOption = Annotated[str | None, typer.Option("--task", help="The task's prefix.")]
+UserOption = Annotated[str | None, typer.Option("--user", help="The user's prefix.")]
+MODEL, STORE, TENANT = "smollm2", "sqlite:///prefixes.db", "default"
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="JSON Lines, an example a line.")],
+    learn: Annotated[
+        str, typer.Option(help="What to learn: any of task, attributes, user, with commas.")
+    ] = "task,attributes",
+    task: Annotated[str | None, typer.Option(help="For examples that name no task.")] = None,
+    slots: Annotated[int, typer.Option(help="Slots of each learned prefix.")] = 16,
+    init: Annotated[str, typer.Option(help="Start from: text, random, or stored.")] = "text",
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(help="Steps in all, in place of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option("--lr", help="At its highest.")] = 3e-2,
+    validation: Annotated[
+        float, typer.Option(help="Fraction held out to choose the best step.")
+    ] = 0.1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the split and the order.")] = 0,
+    model: ModelOption = MODEL,
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """Learn prefixes from examples and store them as new versions.
+
+    Each line of the file is such as {"task": "email", "attributes": {"formality":
+    "formal"}, "prompt": "Tell Sam I will be late.", "completion": "Dear Sam, …"}.
+    """
+    from controlprefix.data import read_examples
+
+    examples = read_examples(data, **({"task": task} if task else {}))
+    cp = _open(model, store, tenant)
+    chosen: Any = [part.strip() for part in learn.split(",") if part.strip()]
+    report = cp.train(
+        examples,
+        learn=chosen,
+        num_slots=slots,
+        init=_one_of("--init", init, ("text", "random", "stored")),
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        validation=validation,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    for name, version in report.saved.items():
+        out.print(f"stored {name} version {version}")
+    out.print(
+        f"{len(report.losses)} steps, {report.num_tokens} tokens, {report.seconds:.0f} s; "
+        f"best loss {report.best_loss:.3f} nats a token at step {report.best_step}"
+    )
+
+
+@app.command()
+def enroll(
+    user: Annotated[str, typer.Argument(help="Who.")],
+    texts: Annotated[list[Path], typer.Argument(help="Text files, a text a line.")],
+    slots: Annotated[int, typer.Option(help="Slots at most; one token of text fills one.")] = 64,
+    model: ModelOption = MODEL,
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """Make a usable prefix for a user at once, from texts they wrote, without training."""
+    from controlprefix.data import read_texts
+
+    written = read_texts(texts)
+    version = _open(model, store, tenant).enroll(user, written, num_slots=slots)
+    out.print(f"stored user {user!r} version {version}, from {len(written)} texts")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to write or answer.")],
+    task: TaskOption = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option("--attribute", "-a", help="formality=formal, or tone=warm:0.6; repeatable."),
+    ] = None,
+    user: UserOption = None,
+    strength: Annotated[
+        list[str] | None,
+        typer.Option("--strength", "-w", help="task=0.5, user=1.5 or tone=2; repeatable."),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, no template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="Sample; left out, greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    model: ModelOption = MODEL,
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """Generate text, printed as it comes."""
+    from controlprefix.request import Request
+
+    request = Request(
+        prompt=prompt,
+        raw=raw,
+        task=task,
+        attributes=_attributes(attribute or []),
+        user=user,
+        strengths={
+            name: _number("--strength", value)
+            for name, value in (_pair("--strength", one) for one in strength or [])
+        },
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    for piece in _open(model, store, tenant).stream(request):
+        out.print(piece, end="", markup=False, soft_wrap=True)
+    out.print()
+
+
+@app.command()
+def score(
+    data: Annotated[Path, typer.Argument(help="JSON Lines, an example a line.")],
+    model: ModelOption = MODEL,
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """How likely the steered model finds the completions of a file."""
+    from controlprefix.data import read_examples
+
+    examples = read_examples(data)
+    scores = _open(model, store, tenant).score(examples)
+    tokens = sum(one.num_tokens for one in scores)
+    nats = -sum(one.log_likelihood for one in scores)
+    out.print(f"{len(scores)} examples, {tokens} tokens: {nats / tokens:.4f} nats a token")
+
+
+@app.command()
+def demo(
+    data: Annotated[Path, typer.Option(help="Folder of the example data.")] = Path("examples/data"),
+    store: StoreOption = STORE,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+) -> None:
+    """Train, store, reopen and mix prefixes on a real model, and show what they do."""
+    from controlprefix.demo import run
+
+    _quiet()
+    run(data, store, out, json_file)
+
+
+@users.command("list")
+def list_users(store: StoreOption = STORE, tenant: TenantOption = TENANT) -> None:
+    """Users that have a prefix."""
+    with _store(store, tenant) as opened:
+        _print_prefixes(opened, "user")
+
+
+@users.command("show")
+def show_user(name: str, store: StoreOption = STORE, tenant: TenantOption = TENANT) -> None:
+    """The versions of a user's prefix."""
+    with _store(store, tenant) as opened:
+        _print_versions(opened, "user", name)
+
+
+@users.command("forget")
+def forget_user(name: str, store: StoreOption = STORE, tenant: TenantOption = TENANT) -> None:
+    """Remove every version of a user's prefix, for every model."""
+    from controlprefix.store import PrefixKey
+
+    with _store(store, tenant) as opened:
+        removed = opened.forget(PrefixKey("user", name))
+    out.print(f"forgot user {name!r}: {removed} versions removed")
+
+
+@users.command("rollback")
+def rollback_user(
+    name: str,
+    to: Annotated[int, typer.Option(help="The version to make current.")],
+    model: ModelOption = MODEL,
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """Make another version of a user's prefix current."""
+    _open(model, store, tenant).rollback("user", name, to=to)
+    out.print(f"user {name!r} is at version {to}")
+
+
+@prefixes.command("list")
+def list_prefixes(store: StoreOption = STORE, tenant: TenantOption = TENANT) -> None:
+    """Everything that has a prefix: tasks, labels of attributes, users."""
+    with _store(store, tenant) as opened:
+        _print_prefixes(opened, None)
+
+
+@prefixes.command("show")
+def show_prefix(
+    kind: Annotated[str, typer.Argument(help="task, attribute or user.")],
+    name: Annotated[str, typer.Argument(help="Such as email, formality=formal, or ana.")],
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """The versions of one prefix."""
+    with _store(store, tenant) as opened:
+        _print_versions(opened, _kind(kind), name)
+
+
+@prefixes.command("rollback")
+def rollback_prefix(
+    kind: Annotated[str, typer.Argument(help="task, attribute or user.")],
+    name: Annotated[str, typer.Argument(help="Such as email, formality=formal, or ana.")],
+    to: Annotated[int, typer.Option(help="The version to make current.")],
+    model: ModelOption = MODEL,
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """Make another version current."""
+    _open(model, store, tenant).rollback(_kind(kind), name, to=to)
+    out.print(f"{kind} {name!r} is at version {to}")
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on standard error and exit code 2."""
+    try:
+        app()
+    except ControlPrefixError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _open(model: str, store: str, tenant: str) -> "ControlPrefix":
+    from controlprefix.engine import ControlPrefix
+
+    _quiet()
+    return ControlPrefix.from_pretrained(model, store=store, tenant=tenant)
+
+
+def _quiet() -> None:
+    """Leave transformers' progress bars and notes out of a command's output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _store(url: str, tenant: str) -> "PrefixStore":
+    from controlprefix.store import PrefixStore
+
+    return PrefixStore(url, tenant=tenant)
+
+
+def _print_prefixes(store: "PrefixStore", kind: "Kind | None") -> None:
+    table = Table("kind", "name", "model", "version", "slots", "bytes", "made")
+    for found in store.prefixes(kind):
+        version = next(v for v in store.versions(found.key, found.fingerprint) if v.current)
+        table.add_row(
+            found.key.kind,
+            found.key.name,
+            found.model_name,
+            str(version.version),
+            str(version.num_slots),
+            f"{version.size_bytes:,}",
+            f"{version.created_at:%Y-%m-%d %H:%M}",
+        )
+    out.print(table if table.row_count else "nothing is stored yet")
+
+
+def _print_versions(store: "PrefixStore", kind: "Kind", name: str) -> None:
+    from controlprefix.store import PrefixKey
+
+    key = PrefixKey(kind, name)
+    models = [found for found in store.prefixes(kind) if found.key == key]
+    if not models:
+        raise store.unknown(key, "")
+    table = Table("model", "version", "current", "slots", "dtype", "bytes", "made", "content")
+    for model in models:
+        for one in store.versions(key, model.fingerprint):
+            table.add_row(
+                model.model_name,
+                str(one.version),
+                "yes" if one.current else "",
+                str(one.num_slots),
+                one.dtype,
+                f"{one.size_bytes:,}",
+                f"{one.created_at:%Y-%m-%d %H:%M}",
+                one.content_hash[:19],
+            )
+    out.print(table)
+
+
+def _attributes(written: list[str]) -> dict[str, str | dict[str, float]]:
+    """`["formality=formal", "tone=warm:0.6", "tone=brief:0.4"]` as a request has it."""
+    found: dict[str, dict[str, float]] = {}
+    for one in written:
+        attribute, label = _pair("--attribute", one)
+        label, colon, weight = label.partition(":")
+        found.setdefault(attribute, {})[label] = _number("--attribute", weight) if colon else 1.0
+    return {**found}
+
+
+def _pair(option: str, written: str) -> tuple[str, str]:
+    name, _, value = written.partition("=")
+    if not name or not value:
+        raise RequestError(f"{option} {written!r} is not of the form name=value")
+    return name, value
+
+
+def _number(option: str, written: str) -> float:
+    try:
+        return float(written)
+    except ValueError:
+        raise RequestError(f"{option} has {written!r} where a number belongs") from None
+
+
+def _kind(written: str) -> "Kind":
+    return cast("Kind", _one_of("kind", written, ("task", "attribute", "user")))
+
+
+def _one_of(option: str, written: str, choices: tuple[str, ...]) -> Any:
+    if written not in choices:
+        raise RequestError(f"{option} is {written!r}; it must be one of: {', '.join(choices)}")
+    return written
+
+
+if __name__ == "__main__":
+    main()
