@@ -24,7 +24,8 @@ users = typer.Typer(help="See, roll back and forget users.", no_args_is_help=Tru
 prefixes = typer.Typer(help="See and roll back stored prefixes.", no_args_is_help=True)
 app.add_typer(users, name="users")
 app.add_typer(prefixes, name="prefixes")
-out = Console(highlight=False)
+# Into a file or a log, tables may be wider than the 80 columns rich assumes.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A folder, a hub id, or 'smollm2', the one pip installs.")
@@ -309,7 +310,7 @@ def _print_versions(store: "PrefixStore", kind: "Kind", name: str) -> None:
     key = PrefixKey(kind, name)
     models = [found for found in store.prefixes(kind) if found.key == key]
     if not models:
-        raise store.unknown(key, "")
+        raise store.unknown(key, None)
     table = Table("model", "version", "current", "slots", "dtype", "bytes", "made", "content")
     for model in models:
         for one in store.versions(key, model.fingerprint):

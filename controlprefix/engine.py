@@ -22,7 +22,7 @@ from controlprefix.likelihood import token_log_probs
 from controlprefix.loading import load
 from controlprefix.prefix import Prefix
 from controlprefix.request import Completion, Example, PartUsed, Request, Score
-from controlprefix.store import Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
+from controlprefix.store import Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo, VersionRef
 from controlprefix.training import TrainingBatchRow, TrainingReport, TrainingSettings, train
 
 Learned = Literal["task", "attributes", "user"]
@@ -58,8 +58,8 @@ class ControlPrefix:
         self.store = store
         self._encoder = RequestEncoder(model, tokenizer)
         self._steering = Steering.of(model)
-        # (key, version) -> a prefix on the model's device and in its dtype, least recent first
-        self._cache: OrderedDict[tuple[PrefixKey, int], Prefix] = OrderedDict()
+        # Prefixes on the model's device and in its dtype, by name and content, least recent first.
+        self._cache: OrderedDict[tuple[PrefixKey, str], Prefix] = OrderedDict()
         self._cache_lock = threading.Lock()
 
     @classmethod
@@ -373,7 +373,8 @@ class ControlPrefix:
             UnknownNameError: If there is no such name or version for this model.
             PrefixFormatError: If the stored bytes are damaged.
         """
-        return self._load(PrefixKey(kind, name), version)[0]
+        key = PrefixKey(kind, name)
+        return self.store.get(key, self.geometry.fingerprint, version=version).prefix
 
     def names(self, kind: Kind) -> list[str]:
         """The tasks, labels (`formality=formal`) or users that this model has prefixes for."""
@@ -427,13 +428,13 @@ class ControlPrefix:
         """Find the prefixes that requests name: one query for all their versions."""
         fingerprint = self.geometry.fingerprint
         keys = {w.key for row in wanted for w in row}
-        current = self.store.current_versions(keys, fingerprint)
+        current = self.store.current(keys, fingerprint)
         for row, request in zip(wanted, requests, strict=True):
             for w in (w for w in row if w.key not in current):
                 if w.key.kind == "attribute":
                     require_known(weighted_labels(request.attributes), self.names("attribute"))
                 raise self.store.unknown(w.key, fingerprint)
-        loaded = {key: self._load(key, version) for key, version in current.items()}
+        loaded = {key: self._load(key, ref) for key, ref in current.items()}
         return [
             [
                 _Resolved(
@@ -450,20 +451,19 @@ class ControlPrefix:
             for row in wanted
         ]
 
-    def _load(self, key: PrefixKey, version: int | None) -> tuple[Prefix, int]:
+    def _load(self, key: PrefixKey, ref: VersionRef) -> tuple[Prefix, int]:
         """A prefix on the model's device and in its dtype, from memory if it was used before."""
-        fingerprint = self.geometry.fingerprint
         with self._cache_lock:
-            if version is not None and (cached := self._cache.get((key, version))) is not None:
-                self._cache.move_to_end((key, version))
-                return cached, version
-        stored = self.store.get(key, fingerprint, version=version)
+            if (cached := self._cache.get((key, ref.content_hash))) is not None:
+                self._cache.move_to_end((key, ref.content_hash))
+                return cached, ref.version
+        stored = self.store.get(key, self.geometry.fingerprint, version=ref.version)
         prefix = stored.prefix.to(device=self.model.device, dtype=self.model.dtype)
         with self._cache_lock:
-            self._cache[(key, stored.version)] = prefix
+            self._cache[(key, stored.ref.content_hash)] = prefix
             while sum(p.size_bytes for p in self._cache.values()) > _CACHE_BYTES:
                 self._cache.popitem(last=False)
-        return prefix, stored.version
+        return prefix, stored.ref.version
 
     def _assemble(self, resolved: Sequence[Sequence[_Resolved]]) -> PrefixBatch:
         return assemble(
@@ -483,14 +483,15 @@ class ControlPrefix:
         seed: int,
     ) -> dict[PrefixKey, Prefix]:
         """Where learned prefixes begin."""
-        stored = self.store.current_versions(keys, self.geometry.fingerprint)
+        fingerprint = self.geometry.fingerprint
+        stored = self.store.current(keys, fingerprint)
         starts: dict[PrefixKey, Prefix] = {}
         for index, key in enumerate(keys):
             count = num_slots if isinstance(num_slots, int) else _slots_for(key.kind, num_slots)
             if count < 1:
                 raise TrainingDataError(f"num_slots is {count}; it must be 1 or more")
             if init == "stored" and key in stored:
-                starts[key] = self._load(key, stored[key])[0]
+                starts[key] = self.store.get(key, fingerprint).prefix
             elif init == "random":
                 starts[key] = Prefix.random(self.geometry, num_slots=count, seed=seed + index)
             else:

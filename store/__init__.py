@@ -8,6 +8,7 @@ from controlprefix.store.prefix_store import (
     PrefixStore,
     StoredPrefix,
     VersionInfo,
+    VersionRef,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "PrefixStore",
     "StoredPrefix",
     "VersionInfo",
+    "VersionRef",
 ]

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, Select, create_engine, delete, event, inspect, se
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool
 
 from controlprefix.errors import PrefixFormatError, StoreError, UnknownNameError, known_names
 from controlprefix.prefix import Prefix
@@ -45,12 +45,19 @@ class NewVersion:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+class VersionRef(NamedTuple):
+    """A version by its number, and by its content, which no other content shares."""
+
+    version: int
+    content_hash: str
+
+
 @dataclass(frozen=True, slots=True)
 class StoredPrefix:
     """A prefix as the store has it."""
 
     prefix: Prefix
-    version: int
+    ref: VersionRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +109,11 @@ class PrefixStore:
                 f"cannot open the store {url!r}: {error}; give an SQLAlchemy URL such as "
                 "sqlite:///prefixes.db"
             ) from error
-        with self._session(write=True) as session:
-            _prepare(session, url)
+        with self._session() as session:  # a store that is read only can still be read
+            prepared = _is_prepared(session)
+        if not prepared:
+            with self._session(write=True) as session:
+                _prepare(session)
 
     def put(self, versions: Sequence[NewVersion]) -> list[int]:
         """Publish versions, all or none, and make them current.
@@ -152,14 +162,18 @@ class PrefixStore:
         )
         return row.newest_version
 
-    def current_versions(self, keys: Iterable[PrefixKey], fingerprint: str) -> dict[PrefixKey, int]:
+    def current(self, keys: Iterable[PrefixKey], fingerprint: str) -> dict[PrefixKey, VersionRef]:
         """The current version of each key that exists, in one query."""
         wanted = list(dict.fromkeys(keys))
         if not wanted:
             return {}
+        is_current = (VersionRow.prefix_id == PrefixRow.id) & (
+            VersionRow.version == PrefixRow.current_version
+        )
+        query = self._mine(fingerprint, wanted).join(VersionRow, is_current)
         with self._session() as session:
-            rows = session.scalars(self._mine(fingerprint, wanted))
-            return {_key(row): row.current_version for row in rows}
+            rows = session.execute(query.add_columns(VersionRow.version, VersionRow.content_hash))
+            return {_key(row): VersionRef(version, content) for row, version, content in rows}
 
     def get(self, key: PrefixKey, fingerprint: str, *, version: int | None = None) -> StoredPrefix:
         """Read one version, the current one unless told, and check it against its hash.
@@ -180,7 +194,7 @@ class PrefixStore:
         if _content_hash(payload) != claimed:
             way_out = f"roll back to version {others[-1]}" if others else "train it again"
             raise PrefixFormatError(f"{name} is damaged in the store: wrong hash; {way_out}")
-        return StoredPrefix(Prefix.from_bytes(payload, name=name), number)
+        return StoredPrefix(Prefix.from_bytes(payload, name=name), VersionRef(number, claimed))
 
     def prefixes(self, kind: Kind | None = None) -> list[PrefixInfo]:
         """What the tenant has, for all models, sorted by kind and name."""
@@ -252,24 +266,17 @@ class PrefixStore:
         with self._session(write=True) as session:
             rows = list(session.scalars(self._mine(None, [key])))
             if not rows:
-                everyone = self._mine(None).where(PrefixRow.kind == key.kind)
-                raise UnknownNameError(_unknown(key, [r.name for r in session.scalars(everyone)]))
+                raise self._unknown(session, key, None)
             removed = sum(len(self._version_numbers(session, row)) for row in rows)
             ids = [row.id for row in rows]
             session.execute(delete(VersionRow).where(VersionRow.prefix_id.in_(ids)))
             session.execute(delete(PrefixRow).where(PrefixRow.id.in_(ids)))
             return removed
 
-    def unknown(self, key: PrefixKey, fingerprint: str) -> UnknownNameError:
+    def unknown(self, key: PrefixKey, fingerprint: str | None) -> UnknownNameError:
         """The error for a key without a prefix: says what exists, and for which models it does."""
         with self._session() as session:
-            elsewhere = sorted(row.model_name for row in session.scalars(self._mine(None, [key])))
-        if elsewhere:
-            return UnknownNameError(
-                f"{key} has no prefix for this model, only for other weights "
-                f"({', '.join(elsewhere)}); train it on this model, or load that one"
-            )
-        return UnknownNameError(_unknown(key, self.names(key.kind, fingerprint)))
+            return self._unknown(session, key, fingerprint)
 
     def close(self) -> None:
         """Give the database connections back."""
@@ -296,8 +303,23 @@ class PrefixStore:
         _check_key(key)
         row = session.scalars(self._mine(fingerprint, [key])).one_or_none()
         if row is None:
-            raise self.unknown(key, fingerprint)
+            raise self._unknown(session, key, fingerprint)
         return row
+
+    def _unknown(
+        self, session: Session, key: PrefixKey, fingerprint: str | None
+    ) -> UnknownNameError:
+        rows = list(session.scalars(self._mine(None).where(PrefixRow.kind == key.kind)))
+        elsewhere = sorted(row.model_name for row in rows if row.name == key.name)
+        if elsewhere:
+            return UnknownNameError(
+                f"{key} has no prefix for this model, only for other weights "
+                f"({', '.join(elsewhere)}); train it on this model, or load that one"
+            )
+        known = {row.name for row in rows if fingerprint in (None, row.fingerprint)}
+        return UnknownNameError(
+            f"no {key.kind} {key.name!r} in the store; known: {known_names(key.name, known)}"
+        )
 
     @staticmethod
     def _version_numbers(session: Session, row: PrefixRow) -> list[int]:
@@ -327,13 +349,13 @@ class PrefixStore:
 def _engine(url: str) -> Engine:
     if make_url(url).get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True)
+    # A database in memory lives in its connection: one, that threads take in turn.
     in_memory = make_url(url).database in (None, "", ":memory:")
+    one_connection = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
     engine = create_engine(
         url,
         connect_args={"timeout": 30.0, "check_same_thread": False},
-        **(
-            {"poolclass": StaticPool} if in_memory else {}
-        ),  # else each connection is a new database
+        **(one_connection if in_memory else {}),
     )
 
     @event.listens_for(engine, "connect")
@@ -351,27 +373,32 @@ def _engine(url: str) -> Engine:
     return engine
 
 
-def _prepare(session: Session, url: str) -> None:
-    connection = session.connection()
-    if not inspect(connection).has_table(StoreRow.__tablename__):
-        Base.metadata.create_all(connection)
-        session.add(StoreRow(schema_version=SCHEMA_VERSION))
-        return
+def _is_prepared(session: Session) -> bool:
+    """Whether the tables are there.
+
+    Raises:
+        StoreError: If a later version of this library made them.
+    """
+    if not inspect(session.connection()).has_table(StoreRow.__tablename__):
+        return False
     found = session.scalars(select(StoreRow.schema_version)).one()
     if found > SCHEMA_VERSION:
         raise StoreError(
-            f"the store {url!r} has schema {found}; this version reads up to {SCHEMA_VERSION}, so "
-            "upgrade controlprefix"
+            f"the store has schema {found}; this version reads up to {SCHEMA_VERSION}, so upgrade "
+            "controlprefix"
         )
+    return True
+
+
+def _prepare(session: Session) -> None:
+    if not _is_prepared(session):  # another process may have been first
+        Base.metadata.create_all(session.connection())
+        session.add(StoreRow(schema_version=SCHEMA_VERSION))
 
 
 def _key(row: PrefixRow) -> PrefixKey:
     kind: Any = row.kind
     return PrefixKey(kind, row.name)
-
-
-def _unknown(key: PrefixKey, known: Iterable[str]) -> str:
-    return f"no {key.kind} {key.name!r} in the store; known: {known_names(key.name, known)}"
 
 
 def _check_key(key: PrefixKey) -> None:

@@ -90,7 +90,7 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "bos_token_id": 0,
             "eos_token_id": 1,
             "pad_token_id": 2,
-            "decoder_start_token_id": 1,
+            "decoder_start_token_id": 0,  # tied weights favour repeating it, and 1 is the end
             "forced_eos_token_id": None,
         },
     ),

@@ -1,0 +1,391 @@
+"""ControlPrefix: what a request gives, alone, in any batch, streamed, and after a change."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from controlprefix import (
+    Completion,
+    ContextLengthError,
+    ControlPrefix,
+    ControlPrefixError,
+    Example,
+    GeometryMismatchError,
+    Message,
+    Prefix,
+    PrefixFormatError,
+    Request,
+    RequestError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+
+from models import ALL, build, byte_tokenizer
+
+
+def stocked(cp: ControlPrefix) -> ControlPrefix:
+    """With one task, three labels of two attributes, and two users."""
+    for seed, (kind, name, num_slots) in enumerate(
+        [
+            ("task", "email", 4),
+            ("attribute", "formality=formal", 3),
+            ("attribute", "formality=informal", 3),
+            ("attribute", "tone=warm", 2),
+            ("user", "ana", 5),
+            ("user", "bo", 7),
+        ]
+    ):
+        prefix = Prefix.random(cp.geometry, num_slots=num_slots, scale=1.0, seed=seed)
+        cp.put(kind, name, prefix)  # type: ignore[arg-type]
+    return cp
+
+
+def mixed_requests() -> list[Request]:
+    return [
+        Request(prompt="Tell Sam.", task="email", user="ana", max_new_tokens=9),
+        Request(prompt="Hi", max_new_tokens=5),
+        Request(
+            prompt="A longer prompt than the others.",
+            task="email",
+            attributes={"formality": {"formal": 0.7, "informal": 0.3}, "tone": "warm"},
+            strengths={"tone": 2.0, "task": 0.5},
+            temperature=1.3,
+            top_k=40,
+            seed=5,
+            max_new_tokens=12,
+        ),
+        Request(prompt="Hi", user="bo", top_p=0.9, seed=6, repetition_penalty=1.3),
+        Request(prompt="Hi", user="bo", temperature=2.0, min_p=0.01, seed=7, max_new_tokens=20),
+        Request(prompt="Tell Sam.", user="bo", num_beams=3, max_new_tokens=6),
+    ]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_request_gives_the_same_in_a_mixed_batch_as_alone(name: str) -> None:
+    cp = stocked(
+        ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
+    )
+    requests = mixed_requests()
+    together = cp.generate(requests)
+    assert together == [cp.generate(request) for request in requests]
+    assert together == cp.generate(requests, batch_size=2)
+    assert len({c.text for c in together}) == len(together)
+
+
+def test_settings_beside_a_prompt_are_those_of_a_request(cp: ControlPrefix) -> None:
+    stocked(cp)
+    fields = {"task": "email", "user": "ana", "max_new_tokens": 8}
+    assert cp.generate("Hi", **fields) == cp.generate(Request(prompt="Hi", **fields))
+    assert cp.generate(["Hi", "Ho"], **fields)[0] == cp.generate("Hi", **fields)
+    with pytest.raises(RequestError, match="user: fields beside a Request"):
+        cp.generate(Request(prompt="Hi"), user="ana")
+    assert cp.generate([]) == []
+
+
+def test_a_completion_says_what_it_was_made_with(cp: ControlPrefix) -> None:
+    stocked(cp)
+    completion = cp.generate(
+        "Hi", task="email", attributes={"tone": {"warm": 0.5}}, strengths={"tone": 3}, user="ana"
+    )
+    assert [(p.kind, p.name, p.version, p.strength) for p in completion.parts] == [
+        ("task", "email", 1, 1.0),
+        ("attribute", "tone=warm", 1, 1.5),
+        ("user", "ana", 1, 1.0),
+    ]
+    assert completion.num_prompt_tokens == 2
+
+
+def test_strength_zero_is_the_plain_model(cp: ControlPrefix) -> None:
+    stocked(cp)
+    plain = cp.generate("Hello", max_new_tokens=16)
+    absent = cp.generate("Hello", max_new_tokens=16, user="ana", strengths={"user": 0})
+    assert absent.text == plain.text
+    assert cp.generate("Hello", max_new_tokens=16, user="ana").text != plain.text
+
+
+def test_limits_and_stops_hold_for_each_row(cp: ControlPrefix) -> None:
+    stocked(cp)
+    long = cp.generate("Hello", user="ana", max_new_tokens=30)
+    middle = long.text[4:6]
+    requests = [
+        Request(prompt="Hello", user="ana", max_new_tokens=30),
+        Request(prompt="Hello", user="ana", max_new_tokens=3),
+        Request(prompt="Hello", user="ana", max_new_tokens=30, stop=[middle]),
+    ]
+    whole, short, stopped = cp.generate(requests)
+    assert whole == long
+    assert short.num_tokens == 3
+    assert short.finish_reason == "length"
+    assert stopped.text == long.text[: long.text.find(middle)]
+    assert stopped.finish_reason == "stop"
+    assert "".join(cp.stream(requests[2])) == stopped.text
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_a_stream_gives_the_text_of_generate(name: str) -> None:
+    cp = stocked(
+        ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
+    )
+    for request in mixed_requests()[:5]:
+        assert "".join(cp.stream(request)) == cp.generate(request).text
+    with pytest.raises(RequestError, match="cannot be streamed"):
+        next(cp.stream("Hi", num_beams=2))
+
+
+def test_leaving_a_stream_early_ends_its_generation(cp: ControlPrefix) -> None:
+    stocked(cp)
+    before = threading.active_count()
+    stream = cp.stream("Hello", user="ana", max_new_tokens=200, temperature=3.0, seed=1)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+    assert not any("controlprefix_place" in vars(m) for m in cp.model.modules())
+
+
+def test_streams_of_different_users_at_once_stay_apart(cp: ControlPrefix) -> None:
+    stocked(cp)
+    requests = [
+        Request(prompt="Hello", user=user, max_new_tokens=20) for user in ("ana", "bo", None)
+    ]
+    alone = [cp.generate(request).text for request in requests]
+    streams = [cp.stream(request) for request in requests]
+    texts = ["", "", ""]
+    live = set(range(3))
+    while live:  # one piece of each in turn
+        for i in sorted(live):
+            piece = next(streams[i], None)
+            if piece is None:
+                live.discard(i)
+            else:
+                texts[i] += piece
+    assert texts == alone
+
+    results: dict[int, list[Completion]] = {}
+
+    def work(i: int) -> None:
+        results[i] = [cp.generate(requests[i]) for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [{c.text for c in results[i]} for i in range(3)] == [{text} for text in alone]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_score_is_the_sum_of_token_log_probabilities(name: str) -> None:
+    cp = stocked(
+        ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
+    )
+    examples = [
+        Example(prompt="Hi there", completion="yes"),
+        Example(prompt="Hi", completion="a longer answer", user="bo"),
+        Example(prompt="", raw=True, completion="text", task="email"),
+    ]
+    for example, score in zip(examples, cp.score(examples), strict=True):
+        prompt = cp.tokenizer(example.prompt)["input_ids"] or [0]
+        completion = cp.tokenizer(example.completion)["input_ids"]
+        with torch.no_grad(), cp.assembled(example):
+            if cp.model.config.is_encoder_decoder:
+                if example.prompt == "":
+                    prompt = [2]
+                start = [cp.model.config.decoder_start_token_id]
+                logits = cp.model(
+                    input_ids=torch.tensor([prompt]),
+                    decoder_input_ids=torch.tensor([start + completion[:-1]]),
+                ).logits[0]
+            else:
+                logits = cp.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 :]
+        log_probs = logits.double().log_softmax(-1)
+        expected = sum(float(log_probs[i, token]) for i, token in enumerate(completion))
+        assert score.log_likelihood == pytest.approx(expected, rel=1e-4)
+        assert score.num_tokens == len(completion)
+
+
+def test_any_transformers_call_is_steered_inside_assembled(cp: ControlPrefix) -> None:
+    stocked(cp)
+    ids = torch.tensor([cp.tokenizer("Hello")["input_ids"]])
+    wanted = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+    with cp.assembled([Request(prompt="-", user="ana"), Request(prompt="-", user="bo")]) as batch:
+        assert batch.num_rows == 2
+        together = cp.model.generate(torch.cat([ids, ids]), **wanted, num_beams=2)
+    for i, user in enumerate(("ana", "bo")):
+        with cp.assembled(Request(prompt="-", user=user)):
+            alone = cp.model.generate(ids, **wanted, num_beams=2)
+        assert together[i, : alone.shape[1]].tolist() == alone[0].tolist()
+    with cp.assembled(Request(prompt="-", user="ana")):
+        greedy = cp.model.generate(ids, **wanted)
+    text = cp.generate("Hello", raw=True, user="ana", max_new_tokens=8).text
+    assert cp.tokenizer.decode(greedy[0, ids.shape[1] :], skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_a_prefix_from_a_text_equals_prompting_with_it(name: str) -> None:
+    cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
+    text, then = "Write like a pirate.", "Hello there"
+    prefix = cp.prefix_from_text(text)
+    ids = [cp.tokenizer(part)["input_ids"] for part in (text, then)]
+    cp.put("user", "pirate", prefix)
+    with torch.no_grad():
+        expected = cp.model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) :]
+        with cp.assembled(Request(prompt="-", user="pirate")):
+            steered = cp.model(torch.tensor([ids[1]])).logits[0]
+    assert prefix.num_slots == len(ids[0])
+    assert torch.allclose(steered, expected, atol=1e-4)
+    assert cp.prefix_from_text(text, max_slots=4).num_slots == 4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_enrolling_makes_a_usable_prefix_at_once(name: str) -> None:
+    cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
+    assert cp.enroll("ana", ["I write like this.", "And like that."]) == 1
+    assert cp.enroll("ana", ["Another text."], num_slots=5) == 2
+    assert cp.get("user", "ana", version=2).num_slots == 5
+    plain = cp.generate("Hello", max_new_tokens=12)
+    assert cp.generate("Hello", user="ana", max_new_tokens=12).text != plain.text
+    with pytest.raises(ControlPrefixError, match="user 'bo' has no text"):
+        cp.enroll("bo", ["  "])
+
+
+def test_a_new_version_is_used_at_once_and_a_rollback_too(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/prefixes.db"
+    model, tokenizer = build("llama"), byte_tokenizer()
+    here, elsewhere = (
+        ControlPrefix.from_pretrained(model, tokenizer=tokenizer, store=url) for _ in range(2)
+    )
+
+    def write() -> tuple[str, int]:
+        completion = here.generate("Hello", user="ana", max_new_tokens=12)
+        return completion.text, completion.parts[0].version
+
+    for seed in (1, 2):
+        prefix = Prefix.random(here.geometry, num_slots=4, scale=1.0, seed=seed)
+        elsewhere.put("user", "ana", prefix)
+        if seed == 1:
+            first = write()
+    second = write()
+    assert (first[1], second[1]) == (1, 2)
+    assert first[0] != second[0]
+    elsewhere.rollback("user", "ana", to=1)
+    assert write() == first
+    assert elsewhere.forget_user("ana") == 2
+    with pytest.raises(UnknownNameError):
+        write()
+
+
+def test_a_forgotten_and_enrolled_again_user_has_nothing_of_the_old(cp: ControlPrefix) -> None:
+    """Version numbers begin again at 1, so a cached version 1 must not come back."""
+    old, new = (Prefix.random(cp.geometry, num_slots=4, scale=1.0, seed=s) for s in (1, 2))
+    other = ControlPrefix(cp.model, cp.tokenizer, cp.store)
+    cp.put("user", "ana", old)
+    before = cp.generate("Hello", user="ana", max_new_tokens=12).text
+    other.forget_user("ana")
+    other.put("user", "ana", new)
+    after = cp.generate("Hello", user="ana", max_new_tokens=12).text
+    assert after != before
+    assert after == other.generate("Hello", user="ana", max_new_tokens=12).text
+
+
+def test_tenants_do_not_see_each_others_users(tmp_path: Path) -> None:
+    url, model = f"sqlite:///{tmp_path}/prefixes.db", build("llama")
+    mine, theirs = (
+        ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store=url, tenant=t)
+        for t in ("mine", "theirs")
+    )
+    mine.put("user", "ana", Prefix.random(mine.geometry, num_slots=2))
+    with pytest.raises(UnknownNameError, match="known: none"):
+        theirs.generate("Hello", user="ana")
+
+
+def test_unknown_names_say_what_exists(cp: ControlPrefix) -> None:
+    stocked(cp)
+    for fields, message in (
+        ({"task": "emial"}, "no task 'emial' in the store; known: email; did you mean 'email'?"),
+        ({"user": "anna"}, "no user 'anna' in the store; known: ana, bo; did you mean 'ana'?"),
+        (
+            {"attributes": {"formalty": "formal"}},
+            "unknown attribute 'formalty'; known: formality, tone; did you mean 'formality'?",
+        ),
+        (
+            {"attributes": {"formality": "fromal"}},
+            "attribute 'formality' has no label 'fromal'; it has: formal, informal; "
+            "did you mean 'formal'?",
+        ),
+    ):
+        with pytest.raises(UnknownNameError) as caught:
+            cp.generate(["fine", Request(prompt="Hi", **fields)])  # type: ignore[arg-type]
+        assert str(caught.value) == message
+
+
+def test_prefixes_of_other_models_are_refused(tmp_path: Path) -> None:
+    url, tokenizer = f"sqlite:///{tmp_path}/prefixes.db", byte_tokenizer()
+    one = ControlPrefix.from_pretrained(build("llama"), tokenizer=tokenizer, store=url)
+    other_weights, other_shape = (
+        ControlPrefix.from_pretrained(model, tokenizer=tokenizer, store=url)
+        for model in (build("llama", seed=1), build("qwen3"))
+    )
+    prefix = Prefix.random(one.geometry, num_slots=2)
+    one.put("user", "ana", prefix)
+    with pytest.raises(GeometryMismatchError, match="was made for the weights"):
+        other_weights.put("user", "ana", prefix)
+    with pytest.raises(GeometryMismatchError, match="kv heads"):
+        other_shape.put("user", "ana", prefix)
+    with pytest.raises(UnknownNameError, match="has no prefix for this model, only for other"):
+        other_weights.generate("Hi", user="ana")
+    broken = Prefix.random(one.geometry, num_slots=2)
+    broken.slots["decoder"][0, 0] = float("nan")
+    with pytest.raises(PrefixFormatError, match="NaN"):
+        one.put("user", "ana", broken)
+    assert one.versions("user", "ana")[-1].version == 1
+
+
+def test_a_prompt_that_does_not_fit_the_context_is_refused(cp: ControlPrefix) -> None:
+    with pytest.raises(ContextLengthError, match="300 tokens and asks for 128 more, .* is 256"):
+        cp.generate("x" * 300)
+    with pytest.raises(ContextLengthError, match="200 tokens and asks for 100 more"):
+        cp.generate(["fine", "x" * 200], max_new_tokens=100)
+    with pytest.raises(ContextLengthError, match="an example has"):
+        cp.score([Example(prompt="x", completion="y" * 300)])
+    assert cp.generate("x" * 246, max_new_tokens=10).num_prompt_tokens == 246
+
+
+def test_messages_need_a_chat_template_and_prompts_use_it() -> None:
+    model = build("llama")
+    plain = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    chat = ControlPrefix.from_pretrained(
+        model, tokenizer=byte_tokenizer(chat=True), store="sqlite://"
+    )
+    messages = (Message(role="user", content="Hi"),)
+    with pytest.raises(RequestError, match="has no chat template"):
+        plain.generate(Request(messages=messages))
+    as_messages = chat.generate(Request(messages=messages, max_new_tokens=9))
+    as_prompt = chat.generate("Hi", max_new_tokens=9)
+    rendered = "<s>user: Hi</s><s>assistant: "
+    as_raw = chat.generate(rendered, raw=True, max_new_tokens=9)
+    assert as_messages == as_prompt == as_raw
+    assert chat.generate("Hi", raw=True, max_new_tokens=9).num_prompt_tokens == 2
+
+
+def test_what_is_no_language_model_is_refused() -> None:
+    from transformers import BertConfig, BertModel
+
+    bert = BertModel(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
+    )
+    with pytest.raises(UnsupportedModelError, match="BertModel does not generate text"):
+        ControlPrefix.from_pretrained(bert, tokenizer=byte_tokenizer(), store="sqlite://")
+    with pytest.raises(UnsupportedModelError, match="int is no transformers model"):
+        ControlPrefix.from_pretrained(3, store="sqlite://")  # type: ignore[arg-type]
+    with pytest.raises(ControlPrefixError, match="cannot load a model from 'no/such-model'"):
+        ControlPrefix.from_pretrained("no/such-model", store="sqlite://")
+    with pytest.raises(ControlPrefixError, match="pass tokenizer="):
+        ControlPrefix.from_pretrained(build("llama"), store="sqlite://")

@@ -1,0 +1,165 @@
+"""Prefix: an immutable value, and bytes that are refused unless they are whole."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from controlprefix import Geometry, GeometryMismatchError, Prefix, PrefixFormatError
+from controlprefix.geometry import LayerShape
+
+SMALL = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
+UNEVEN = Geometry(
+    decoder=(LayerShape(2, 4, 4), LayerShape(1, 8, 6)),
+    encoder=(LayerShape(3, 2, 2),),
+    cross=(LayerShape(2, 4, 4), LayerShape(2, 4, 4)),
+    fingerprint="e" * 64,
+)
+
+
+def same(a: Prefix, b: Prefix) -> bool:
+    return a.geometry == b.geometry and all(torch.equal(a.slots[s], b.slots[s]) for s in a.slots)
+
+
+@given(
+    geometry=st.sampled_from([SMALL, UNEVEN]),
+    num_slots=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+)
+def test_bytes_round_trip(
+    geometry: Geometry, num_slots: int, dtype: torch.dtype, seed: int
+) -> None:
+    prefix = Prefix.random(geometry, num_slots=num_slots, seed=seed).to(dtype=dtype)
+    data = prefix.to_bytes()
+    read = Prefix.from_bytes(data)
+    assert same(prefix, read)
+    assert read.dtype == dtype
+    assert read.to_bytes() == data
+
+
+def test_layers_come_back_as_they_were_given() -> None:
+    torch.manual_seed(0)
+    layers = {
+        site: [
+            (torch.randn(s.num_kv_heads, 5, s.key_dim), torch.randn(s.num_kv_heads, 5, s.value_dim))
+            for s in UNEVEN.layers(site)
+        ]
+        for site in UNEVEN.sites
+    }
+    prefix = Prefix.from_layers(UNEVEN, **layers)
+    assert prefix.num_slots == 5
+    for site, pairs in layers.items():
+        for i, (keys, values) in enumerate(pairs):
+            read_keys, read_values = prefix.layer(site, i)
+            assert torch.equal(read_keys, keys)
+            assert torch.equal(read_values, values)
+
+
+def test_a_site_left_out_has_no_slots() -> None:
+    keys = [(torch.zeros(s.num_kv_heads, 3, s.key_dim),) for s in UNEVEN.decoder]
+    values = [(torch.zeros(s.num_kv_heads, 3, s.value_dim),) for s in UNEVEN.decoder]
+    prefix = Prefix.from_layers(UNEVEN, decoder=[k + v for k, v in zip(keys, values, strict=True)])
+    assert {site: len(rows) for site, rows in prefix.slots.items()} == {
+        "decoder": 3,
+        "encoder": 0,
+        "cross": 0,
+    }
+    assert same(Prefix.from_bytes(prefix.to_bytes()), prefix)
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_any_damaged_byte_is_detected(data: st.DataObject) -> None:
+    """Either refused, or (a byte that means nothing, such as a space) read as the same prefix."""
+    prefix = Prefix.random(SMALL, num_slots=2, seed=1)
+    damaged = bytearray(prefix.to_bytes())
+    at = data.draw(st.integers(0, len(damaged) - 1))
+    damaged[at] ^= data.draw(st.integers(1, 255))
+    try:
+        read = Prefix.from_bytes(bytes(damaged))
+    except PrefixFormatError:
+        return
+    assert same(read, prefix)
+
+
+def test_any_truncation_is_refused() -> None:
+    whole = Prefix.random(SMALL, num_slots=2, seed=1).to_bytes()
+    for length in range(len(whole)):
+        with pytest.raises(PrefixFormatError):
+            Prefix.from_bytes(whole[:length])
+
+
+@given(st.binary(max_size=400))
+def test_arbitrary_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(PrefixFormatError):
+        Prefix.from_bytes(data)
+
+
+def test_a_header_that_claims_terabytes_is_refused_before_anything_is_allocated() -> None:
+    whole = Prefix.random(SMALL, num_slots=2, seed=1).to_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    header["decoder"]["shape"] = [1 << 40, 32]
+    header["decoder"]["data_offsets"] = [0, 1 << 47]
+    hostile = json.dumps(header).encode()
+    with pytest.raises(PrefixFormatError):
+        Prefix.from_bytes(len(hostile).to_bytes(8, "little") + hostile + whole[8 + length :])
+    with pytest.raises(PrefixFormatError):
+        Prefix.from_bytes((1 << 62).to_bytes(8, "little") + whole[8:])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_slots_that_are_not_numbers_are_refused(bad: float) -> None:
+    prefix = Prefix.random(SMALL, num_slots=3, seed=1)
+    prefix.slots["decoder"][1, 5] = bad
+    with pytest.raises(PrefixFormatError, match="NaN or infinite numbers in 1 of its 3"):
+        prefix.to_bytes()
+    with pytest.raises(PrefixFormatError, match="NaN or infinite"):
+        Prefix.from_layers(SMALL, decoder=[prefix.layer("decoder", i) for i in range(2)])
+
+
+def test_a_safetensors_file_that_is_no_prefix_is_refused() -> None:
+    with pytest.raises(PrefixFormatError, match="not a prefix written by controlprefix"):
+        Prefix.from_bytes(save({"weight": torch.zeros(2)}))
+
+
+def test_a_later_format_says_to_upgrade() -> None:
+    header = {"format": 99, "geometry": SMALL.to_dict(), "sha256": ""}
+    data = save({"decoder": torch.zeros(1, 32)}, metadata={"controlprefix": json.dumps(header)})
+    with pytest.raises(PrefixFormatError, match="format 99; this version reads up to 1, so"):
+        Prefix.from_bytes(data)
+
+
+def test_wrong_shapes_are_refused_by_name() -> None:
+    layers = [(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))] * 2
+    with pytest.raises(GeometryMismatchError, match="has 1 decoder layers but model"):
+        Prefix.from_layers(SMALL, decoder=layers[:1])
+    with pytest.raises(GeometryMismatchError, match="values of decoder layer 1 have shape"):
+        Prefix.from_layers(SMALL, decoder=[layers[0], (torch.zeros(2, 3, 4), torch.zeros(2, 4, 4))])
+    with pytest.raises(GeometryMismatchError, match="site 'cross'"):
+        Prefix(SMALL, {"cross": torch.zeros(1, 32)})
+
+
+def test_another_geometry_is_refused_with_both_values() -> None:
+    other = Geometry.uniform(num_layers=2, num_kv_heads=8, head_dim=4, fingerprint="f" * 64)
+    with pytest.raises(GeometryMismatchError, match="8 kv heads .* has 2 kv heads"):
+        SMALL.require(other, "prefix")
+    longer = Geometry.uniform(num_layers=3, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
+    with pytest.raises(GeometryMismatchError, match="3 decoder layers but model 'model' has 2"):
+        SMALL.require(longer, "prefix")
+    weights = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="0" * 64)
+    with pytest.raises(GeometryMismatchError, match="made for the weights '000000000000'"):
+        SMALL.require(weights, "prefix")
+
+
+def test_a_prefix_does_not_change_with_the_tensors_it_was_made_from() -> None:
+    keys = torch.ones(2, 3, 4)
+    prefix = Prefix.from_layers(SMALL, decoder=[(keys, keys)] * 2)
+    keys.zero_()
+    assert prefix.layer("decoder", 0)[0].eq(1).all()
+    with pytest.raises(TypeError):
+        prefix.slots["decoder"] = keys  # type: ignore[index]

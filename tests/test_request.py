@@ -1,0 +1,105 @@
+"""Requests and data files: what is refused, and what the message says."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from controlprefix import Example, Request, RequestError, TrainingDataError
+from controlprefix.data import read_examples, read_texts
+from controlprefix.generation import hold_back_stops
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give either prompt or messages"),
+        ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "give either prompt or"),
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages are empty"),
+        ({"prompt": "x", "max_tokens": 3}, "unknown field 'max_tokens'.*mean 'max_new_tokens'"),
+        ({"prompt": "x", "attributes": {"tone": {"warm": math.nan}}}, "of tone=warm is nan"),
+        ({"prompt": "x", "strengths": {"user": math.inf}}, "strength of 'user' is inf"),
+        ({"prompt": "x", "strengths": {"user": -1}}, "below 0 is not supported"),
+        ({"prompt": "x", "strengths": {"tone": 1}}, "names 'tone'; this request has: task, user"),
+        ({"prompt": "x", "temperature": 0}, "temperature: Input should be greater than 0"),
+        ({"prompt": "x", "top_p": 1.5}, "top_p: Input should be less than or equal to 1"),
+        ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens"),
+        ({"prompt": "x", "num_beams": 2, "temperature": 1.0}, "does not sample"),
+        ({"prompt": "x", "stop": [""]}, "empty text"),
+        ({"messages": [{"role": "user", "content": "x"}], "raw": True}, "raw continues a prompt"),
+    ],
+)
+def test_requests_that_cannot_be_carried_out(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Request(**fields)
+    with pytest.raises(ValidationError):  # as pydantic users, such as web frameworks, expect it
+        Request.model_validate(fields)
+
+
+def test_a_message_never_repeats_a_prompts_text() -> None:
+    with pytest.raises(RequestError) as caught:
+        Request(prompt="my secret", top_p=7, unknown="another secret")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "x"}, "completion: Field required"),
+        ({"prompt": "x", "completion": " "}, "the completion is empty"),
+        ({"prompt": "", "completion": "y"}, "the prompt is empty"),
+        ({"completion": "y"}, "give either prompt or messages"),
+    ],
+)
+def test_examples_that_cannot_be_learned_from(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainingDataError, match=message):
+        Example(**fields)
+
+
+def test_a_raw_example_may_be_a_text_of_its_own() -> None:
+    assert Example(prompt="", raw=True, completion="y").prompt == ""
+
+
+def test_data_files_name_the_line_that_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    good = json.dumps({"prompt": "x", "completion": "y"})
+    path.write_text(f"{good}\n\n{good}\n")
+    assert [e.task for e in read_examples(path, task="email")] == ["email", "email"]
+    for bad, message in (
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: not a JSON object"),
+        ('{"prompt": "x"}', "line 2: completion: Field required"),
+    ):
+        path.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(TrainingDataError, match=message):
+            read_examples(path)
+    path.write_text("\n")
+    with pytest.raises(TrainingDataError, match="has no examples"):
+        read_examples(path)
+    with pytest.raises(TrainingDataError, match="no text in"):
+        read_texts([path])
+    with pytest.raises(TrainingDataError, match="cannot read"):
+        read_examples(tmp_path / "missing.jsonl")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TrainingDataError, match="cannot read"):
+        read_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "expected"),
+    [
+        (["a", "b", "c"], [], "abc"),
+        (["one E", "N", "D two"], ["END"], "one "),
+        (["one E", "N", "T two"], ["END"], "one ENT two"),
+        (["xx", "EN"], ["END"], "xxEN"),
+        (["abc"], ["c", "b"], "a"),
+    ],
+)
+def test_a_stream_ends_before_a_stop_text(
+    pieces: list[str], stops: list[str], expected: str
+) -> None:
+    assert "".join(hold_back_stops(iter(pieces), stops)) == expected
