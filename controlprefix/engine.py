@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import random
 import threading
 from collections import OrderedDict
@@ -28,6 +29,7 @@ from controlprefix.training import TrainingBatchRow, TrainingReport, TrainingSet
 Learned = Literal["task", "attributes", "user"]
 _KIND_OF: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
 _CACHE_BYTES = 1 << 29
+_log = logging.getLogger("controlprefix")
 
 
 class _Wanted(NamedTuple):
@@ -232,8 +234,9 @@ class ControlPrefix:
         """Learn prefixes from examples, jointly, and store them as new versions.
 
         What an example names and `learn` leaves out is taken from the store and stays
-        as it is; the model's weights are never touched. All learned prefixes are
-        published together, or none.
+        as it is, or is absent where nothing is stored for it yet (the report says so);
+        the model's weights are never touched. All learned prefixes are published
+        together, or none.
 
         Args:
             examples: At least one; their strengths count as in a request.
@@ -247,15 +250,20 @@ class ControlPrefix:
 
         Raises:
             TrainingDataError: If the examples cannot be learned from.
-            UnknownNameError: If they name what is neither learned nor stored.
         """
         rows = list(examples)
         chosen = TrainingSettings(**_known_settings(settings))
         to_learn = _require_learnable(rows, learn)
         wanted = [_wanted(row) for row in rows]
         keys = list(dict.fromkeys(w.key for row in wanted for w in row if w.key.kind in to_learn))
+        others = [[w for w in row if w.key.kind not in to_learn] for row in wanted]
+        named = {w.key for row in others for w in row}
+        stored = self.store.current(named, self.geometry.fingerprint)
+        left_out = tuple(sorted(str(key) for key in named - stored.keys()))
+        if left_out:
+            _log.warning("nothing is stored yet for %s: trained without", ", ".join(left_out))
         resolved = self._resolve_wanted(
-            [[w for w in row if w.key.kind not in to_learn] for row in wanted], rows
+            [[w for w in row if w.key in stored] for row in others], rows
         )
         start = self._starts(keys, rows, wanted, num_slots, init, chosen.seed)
         encoded = [self._encoder.encode(row) for row in rows]
@@ -263,9 +271,9 @@ class ControlPrefix:
             TrainingBatchRow(
                 encoded=one,
                 frozen=[one.part for one in frozen],
-                learned=[(str(w.key), w.strength) for w in named if w.key.kind in to_learn],
+                learned=[(str(w.key), w.strength) for w in row if w.key.kind in to_learn],
             )
-            for one, frozen, named in zip(encoded, resolved, wanted, strict=True)
+            for one, frozen, row in zip(encoded, resolved, wanted, strict=True)
         ]
         learned, report = train(
             self.model,
@@ -289,7 +297,7 @@ class ControlPrefix:
             [NewVersion(key, learned[str(key)].to(dtype=self.model.dtype), details) for key in keys]
         )
         saved = {str(key): number for key, number in zip(keys, numbers, strict=True)}
-        return dataclasses.replace(report, saved=saved)
+        return dataclasses.replace(report, saved=saved, left_out=left_out)
 
     def train_users(
         self,
@@ -487,6 +495,8 @@ class ControlPrefix:
         stored = self.store.current(keys, fingerprint)
         starts: dict[PrefixKey, Prefix] = {}
         for index, key in enumerate(keys):
+            if init not in ("text", "random", "stored"):
+                raise TrainingDataError(f"init is {init!r}; it must be: text, random, or stored")
             count = num_slots if isinstance(num_slots, int) else _slots_for(key.kind, num_slots)
             if count < 1:
                 raise TrainingDataError(f"num_slots is {count}; it must be 1 or more")

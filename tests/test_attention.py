@@ -348,7 +348,7 @@ def test_gradients_reach_every_slot_and_no_weight(name: str, checkpointing: bool
                     setattr(module, key, 0.0)
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     parts = [[Part(Prefix(steering.geometry, slots))], []]
     rows = [tokens(6), tokens(4)]
     with steering.attached(assemble(parts, steering.geometry)):

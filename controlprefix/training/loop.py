@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,7 @@ class TrainingReport:
         num_rows, num_tokens: Seen while training, repeats counted.
         seconds: Wall-clock time.
         saved: Version numbers in the store, such as `{"user 'ana'": 2}`.
+        left_out: What examples name that was neither learned nor stored.
     """
 
     losses: tuple[float, ...]
@@ -96,7 +97,8 @@ class TrainingReport:
     num_rows: int
     num_tokens: int
     seconds: float
-    saved: Mapping[str, int]
+    saved: Mapping[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def best_loss(self) -> float:
@@ -126,7 +128,7 @@ def train(
         progress: Show a progress bar.
 
     Returns:
-        The prefixes of the best step, in float32, and a report without `saved`.
+        The prefixes of the best step, in float32, and a report, nothing saved yet.
 
     Raises:
         TrainingDataError: If there are no rows, or the loss is no longer a number.
@@ -219,7 +221,6 @@ def train(
         num_rows=num_rows,
         num_tokens=num_tokens,
         seconds=time.monotonic() - began,
-        saved={},
     )
     return best, report
 
@@ -288,13 +289,18 @@ def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
                 if is_rate and isinstance(value, float) and value:
                     setattr(module, name, 0.0)
                     undo.callback(setattr, module, name, value)
-        was_on = model.is_gradient_checkpointing
         model.train()
-        if not was_on:
+        if not model.is_gradient_checkpointing:
             # Slots reach a layer from outside its arguments, which only this kind follows.
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            undo.callback(model.gradient_checkpointing_disable)
+            _switch(model, "enable")({"use_reentrant": False})
+            undo.callback(_switch(model, "disable"))
         yield
+
+
+def _switch(model: PreTrainedModel, which: str) -> Callable[..., Any]:
+    """`activation_checkpointing_*`, or what transformers called it before 5.20."""
+    renamed = getattr(model, f"activation_checkpointing_{which}", None)
+    return renamed or getattr(model, f"gradient_checkpointing_{which}")
 
 
 @contextlib.contextmanager

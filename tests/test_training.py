@@ -1,0 +1,312 @@
+"""Learning moves the prefixes it was asked to, makes their text likelier, and nothing else."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from models import ALL, build, byte_tokenizer
+
+from controlprefix import (
+    ControlPrefix,
+    ControlPrefixError,
+    Example,
+    Prefix,
+    TrainingDataError,
+)
+from controlprefix.attention import weights_fingerprint
+
+LABELS = {"formal": "Good day.", "informal": "hey you"}
+
+
+def engine(name: str = "llama", store: str = "sqlite://", **changes: object) -> ControlPrefix:
+    model = build(name, **changes)  # type: ignore[arg-type]
+    return ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store=store)
+
+
+def greetings(num_each: int = 8) -> list[Example]:
+    return [
+        Example(
+            prompt=f"Greet {i}",
+            task="greet",
+            attributes={"formality": label},
+            user="ana" if i % 2 else "bo",
+            completion=text,
+        )
+        for i in range(num_each)
+        for label, text in LABELS.items()
+    ]
+
+
+def nats(cp: ControlPrefix, examples: list[Example]) -> float:
+    scores = cp.score(examples)
+    return -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
+
+
+def relabelled(examples: list[Example]) -> list[Example]:
+    other = {"formal": "informal", "informal": "formal"}
+    return [
+        e.model_copy(update={"attributes": {"formality": other[str(e.attributes["formality"])]}})
+        for e in examples
+    ]
+
+
+# A random model bends less to its slots than a trained one: a higher rate than the default.
+QUICK = {
+    "steps": 40,
+    "batch_size": 8,
+    "num_slots": 4,
+    "learning_rate": 0.2,
+    "progress": False,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_joint_training_learns_each_label_and_leaves_the_model_alone(name: str) -> None:
+    cp = engine(name)
+    before = {n: p.clone() for n, p in cp.model.state_dict().items()}
+    examples = greetings()
+    report = cp.train(examples, learn=("task", "attributes"), **QUICK)
+    assert all(torch.equal(p, before[n]) for n, p in cp.model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in cp.model.parameters())
+    assert report.saved == {
+        "task 'greet'": 1,
+        "attribute 'formality=formal'": 1,
+        "attribute 'formality=informal'": 1,
+    }
+    without_user = [e.model_copy(update={"user": None}) for e in examples]
+    bare = [e.model_copy(update={"attributes": {}, "task": None}) for e in without_user]
+    right, wrong = nats(cp, without_user), nats(cp, relabelled(without_user))
+    assert right < nats(cp, bare) - 0.2
+    assert right < wrong - 0.2
+    for key in report.saved:
+        kind, quoted = key.split(" ", 1)
+        saved = cp.get(kind, quoted.strip("'"))  # type: ignore[arg-type]
+        assert saved.num_slots == 4
+        assert {site: len(rows) for site, rows in saved.slots.items()} == dict.fromkeys(
+            cp.geometry.sites, 4
+        )
+
+
+def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
+    cp = engine(store=f"sqlite:///{tmp_path}/prefixes.db")
+    examples = greetings()
+    cp.train(examples, learn=("task", "attributes"), **QUICK)
+    kept = {
+        (kind, name): cp.get(kind, name).to_bytes()  # type: ignore[arg-type]
+        for kind in ("task", "attribute")
+        for name in cp.names(kind)  # type: ignore[arg-type]
+    }
+    voices = {"ana": "hello from ana", "bo": "BO SAYS HI"}
+    texts = [
+        e.model_copy(update={"completion": voices[str(e.user)], "attributes": {}}) for e in examples
+    ]
+    report = cp.train(texts, learn=("user",), **QUICK)
+    assert report.saved == {"user 'bo'": 1, "user 'ana'": 1}
+    for (kind, name), data in kept.items():
+        assert cp.get(kind, name).to_bytes() == data  # type: ignore[arg-type]
+        assert len(cp.versions(kind, name)) == 1  # type: ignore[arg-type]
+    for user, other in (("ana", "bo"), ("bo", "ana")):
+        own = [e for e in texts if e.user == user]
+        swapped = [e.model_copy(update={"user": other}) for e in own]
+        nobody = [e.model_copy(update={"user": None}) for e in own]
+        assert nats(cp, own) < min(nats(cp, swapped), nats(cp, nobody)) - 0.2
+
+
+def test_a_users_prefix_moves_only_with_rows_of_that_user() -> None:
+    """With one row a step, a step on ana's row must leave bo's slots where they are."""
+    cp = engine()
+    rows = [Example(prompt="Hi", user="ana", completion="hello")] * 9
+    both = [*rows, Example(prompt="Hi", user="bo", completion="HELLO")]
+    start = cp.train(both, learn=("user",), **{**QUICK, "steps": 1, "validation": 0, "seed": 0})
+    assert start.losses
+    cp.put("user", "bo", cp.get("user", "bo"))
+    untouched = cp.get("user", "bo").to_bytes()
+    cp.train(rows, learn=("user",), init="stored", **{**QUICK, "steps": 3})
+    assert cp.get("user", "bo").to_bytes() == untouched
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart", "t5"])
+def test_gradient_checkpointing_learns_the_same(name: str) -> None:
+    """Also where the model has dropout, which must stay off."""
+    dropout = {"gpt2": {"resid_pdrop": 0.3}, "bart": {"dropout": 0.3, "encoder_layerdrop": 0.3}}
+    reports, prefixes, states = [], [], []
+    for checkpointing in (False, True):
+        cp = engine(name, **dropout.get(name, {}))
+        settings = {**QUICK, "steps": 4, "gradient_checkpointing": checkpointing}
+        reports.append(cp.train(greetings(), **settings))
+        prefixes.append(cp.get("task", "greet").slots)
+        modules = list(cp.model.modules())
+        states.append(
+            [
+                {k: v for k, v in vars(m).items() if k == "training" or "drop" in k or k == "p"}
+                for m in modules
+            ]
+        )
+        assert not cp.model.is_gradient_checkpointing
+    assert reports[0].losses == pytest.approx(reports[1].losses, abs=1e-5)
+    for site in prefixes[0]:
+        assert torch.allclose(prefixes[0][site], prefixes[1][site], atol=1e-4)
+    assert states[0] == states[1]
+
+
+def test_the_same_seed_learns_the_same_prefixes() -> None:
+    runs = [engine() for _ in range(3)]
+    for cp, seed in zip(runs, (1, 1, 2), strict=True):
+        cp.train(greetings(), **{**QUICK, "steps": 5, "seed": seed})
+    first, again, other = (cp.get("task", "greet").to_bytes() for cp in runs)
+    assert first == again
+    assert first != other
+
+
+def test_the_best_step_is_kept() -> None:
+    """A learning rate that ruins the prefix later: what is stored is the best look, not the last."""
+    cp = engine()
+    report = cp.train(
+        greetings(), **{**QUICK, "learning_rate": 5.0, "evaluations": 10, "validation": 0.25}
+    )
+    looks = dict(report.validation)
+    assert report.best_loss == min(looks.values()) == looks[report.best_step]
+    assert set(looks) >= {0, 40}
+
+
+def test_a_random_start_and_a_stored_start_are_what_they_say() -> None:
+    cp = engine()
+    cp.train(greetings(), init="random", **{**QUICK, "steps": 1, "learning_rate": 1e-9})
+    random_start = cp.get("task", "greet")
+    expected = Prefix.random(cp.geometry, num_slots=4, seed=1)
+    assert torch.allclose(random_start.slots["decoder"], expected.slots["decoder"], atol=1e-6)
+    cp.train(greetings(), init="stored", **{**QUICK, "steps": 1, "learning_rate": 1e-9})
+    again = cp.get("task", "greet")
+    assert torch.allclose(again.slots["decoder"], random_start.slots["decoder"], atol=1e-6)
+    assert len(cp.versions("task", "greet")) == 2
+
+
+def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
+    cp = engine()
+    one = [Example(prompt="Hi", user="ana", completion="hello there")]
+    report = cp.train(
+        one, learn=("user",), **{**QUICK, "steps": 1, "learning_rate": 1e-9, "validation": 0}
+    )
+    assert report.best_step == 1
+    stored, exact = cp.get("user", "ana"), cp.prefix_from_text("hello there", max_slots=4)
+    assert torch.allclose(stored.slots["decoder"], exact.slots["decoder"], atol=1e-6)
+
+
+def test_training_ends_each_completion_with_the_end_token() -> None:
+    cp = engine()
+    one = Example(prompt="Hi", task="greet", completion="Good day.")
+    text = torch.tensor([cp.tokenizer("HiGood day.")["input_ids"]])
+
+    def chance_of_ending() -> float:
+        with torch.no_grad():
+            return float(cp.model(text).logits[0, -1].softmax(-1)[1])
+
+    before = chance_of_ending()
+    cp.train([one] * 8, learn=("task",), **{**QUICK, "validation": 0})
+    with cp.assembled(one):
+        assert chance_of_ending() > 3 * before
+
+
+def test_many_users_learn_from_their_texts_in_one_run() -> None:
+    cp = engine()
+    report = cp.train_users(
+        {"ana": ["hello there"] * 4, "bo": ["AHOY AHOY"] * 4}, **{**QUICK, "validation": 0}
+    )
+    assert set(report.saved) == {"user 'ana'", "user 'bo'"}
+    text = Example(prompt="", raw=True, completion="hello there")
+    scores = [
+        cp.score([text.model_copy(update={"user": u})])[0].log_likelihood for u in ("ana", "bo")
+    ]
+    assert scores[0] > scores[1] + 5
+
+
+def test_what_is_neither_learned_nor_stored_is_left_out_and_said() -> None:
+    """So the same examples can teach the task first and the users afterwards."""
+    cp = engine()
+    first = cp.train(greetings(2), learn=("task",), **{**QUICK, "steps": 1})
+    assert first.left_out == (
+        "attribute 'formality=formal'",
+        "attribute 'formality=informal'",
+        "user 'ana'",
+        "user 'bo'",
+    )
+    second = cp.train(greetings(2), learn=("attributes", "user"), **{**QUICK, "steps": 1})
+    assert second.left_out == ()
+
+
+def test_strengths_of_examples_count_as_in_a_request() -> None:
+    cp = engine()
+    mixed = [
+        Example(
+            prompt="Hi",
+            attributes={"tone": {"warm": 0.7, "brief": 0.3}},
+            strengths={"tone": 2.0},
+            completion="so warm",
+        )
+    ] * 8
+    report = cp.train(mixed, learn=("attributes",), **{**QUICK, "validation": 0})
+    assert set(report.saved) == {"attribute 'tone=warm'", "attribute 'tone=brief'"}
+    assert -cp.score(mixed[:1])[0].log_likelihood / 7 < report.losses[0]
+
+
+def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored() -> None:
+    cp = engine()
+    rows = greetings(2)
+    no_task = [e.model_copy(update={"task": None}) for e in rows]
+    cases: list[tuple[object, dict[str, object], str]] = [
+        ([], {}, "there are no examples"),
+        (rows, {"learn": ("tasks",)}, "cannot learn 'tasks'; learn any of: task, attributes, user"),
+        (no_task, {"learn": ("task",)}, "learn names 'task' but no example has one"),
+        ([*rows, no_task[0]], {"learn": ("task",)}, "row 5 has none of what is to be learned"),
+        (rows, {"num_slots": 0}, "num_slots is 0"),
+        (rows, {"num_slots": {"task": 3}}, "num_slots says nothing of 'attribute'"),
+        (rows, {"learning_rate": math.nan}, "learning_rate is nan"),
+        (rows, {"lr": 1.0}, "unknown setting 'lr'; there are: .*learning_rate"),
+        (rows, {"validation": 1.0}, "validation is 1.0"),
+        (rows, {"init": "words"}, "init is 'words'"),
+        ([{"prompt": "x"}], {}, "row 1 is a dict"),
+    ]
+    for examples, options, message in cases:
+        with pytest.raises(TrainingDataError, match=message):
+            cp.train(examples, **{"progress": False, **options})  # type: ignore[arg-type]
+    with pytest.raises(ControlPrefixError, match="an example has"):
+        cp.train([rows[0].model_copy(update={"completion": "x" * 400})], progress=False)
+    assert cp.store.prefixes() == []
+
+
+def test_a_loss_that_is_no_number_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = engine()
+    cp.train(greetings(2), **{**QUICK, "steps": 1})
+    from controlprefix.training import loop
+
+    def broken(*args: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs, mask = honest(*args, **options)  # type: ignore[arg-type]
+        return log_probs * math.nan, mask
+
+    honest = loop.token_log_probs
+    monkeypatch.setattr(loop, "token_log_probs", broken)
+    with pytest.raises(TrainingDataError, match="the loss is nan at step 1; nothing was stored"):
+        cp.train(greetings(2), **QUICK)
+    assert [v.version for v in cp.versions("task", "greet")] == [1]
+    assert weights_fingerprint(cp.model) == cp.geometry.fingerprint
+
+
+def test_an_interrupted_run_stores_nothing_and_leaves_nothing_attached() -> None:
+    cp = engine()
+    count = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+
+    handle = cp.model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cp.train(greetings(2), **{**QUICK, "validation": 0, "gradient_checkpointing": True})
+    handle.remove()
+    assert cp.store.prefixes() == []
+    assert not any("controlprefix_place" in vars(m) for m in cp.model.modules())
+    assert not cp.model.training
