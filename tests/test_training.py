@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ALL, build, byte_tokenizer
 
 from controlprefix import (
     ControlPrefix,
@@ -15,6 +14,8 @@ from controlprefix import (
     TrainingDataError,
 )
 from controlprefix.attention import weights_fingerprint
+
+from models import ALL, build, byte_tokenizer
 
 LABELS = {"formal": "Good day.", "informal": "hey you"}
 
@@ -161,7 +162,7 @@ def test_the_same_seed_learns_the_same_prefixes() -> None:
 
 
 def test_the_best_step_is_kept() -> None:
-    """A learning rate that ruins the prefix later: what is stored is the best look, not the last."""
+    """A learning rate that ruins the prefix later: the best look is stored, not the last."""
     cp = engine()
     report = cp.train(
         greetings(), **{**QUICK, "learning_rate": 5.0, "evaluations": 10, "validation": 0.25}

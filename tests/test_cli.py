@@ -1,0 +1,133 @@
+"""The command line: what it prints, and that a mistake is one line and no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from controlprefix.cli import app
+from controlprefix.errors import ControlPrefixError
+
+from models import build, byte_tokenizer
+
+COMMANDS = (
+    "train",
+    "enroll",
+    "generate",
+    "score",
+    "demo",
+    "users list",
+    "users show",
+    "users forget",
+    "users rollback",
+    "prefixes list",
+    "prefixes show",
+    "prefixes rollback",
+)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    build("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """Run a command in this process, with the store in `folder`; its errors are raised."""
+    result = CliRunner(env={"CONTROLPREFIX_STORE": f"sqlite:///{folder}/prefixes.db"}).invoke(
+        app, arguments
+    )
+    if isinstance(result.exception, ControlPrefixError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_every_command_has_help_worth_reading() -> None:
+    top = CliRunner().invoke(app, ["--help"]).output
+    for command in COMMANDS:
+        assert command.split()[0] in top
+        text = CliRunner().invoke(app, [*command.split(), "--help"]).output
+        assert "Usage" in text
+        assert len(text.split()) > 20
+
+
+def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": "Hi", "attributes": {"tone": t}, "completion": f"{t} words"}
+        for t in ("warm", "brief")
+    ]
+    data.write_text("\n".join(json.dumps(row) for row in rows * 4))
+    (tmp_path / "ana.txt").write_text("I write like this.\n\nAnd like that.\n")
+    model = ("--model", str(model_folder))
+
+    trained = run(tmp_path, "train", str(data), "--task", "note", "--steps", "2", *model)
+    assert "stored task 'note' version 1" in trained
+    assert "stored attribute 'tone=warm' version 1" in trained
+    assert "2 steps" in trained
+    for slots, version in (("3", "1"), ("4", "2")):
+        enrolled = run(
+            tmp_path, "enroll", "ana", str(tmp_path / "ana.txt"), "--slots", slots, *model
+        )
+        assert f"stored user 'ana' version {version}, from 2 texts" in enrolled
+    generated = run(
+        tmp_path,
+        *("generate", "Hello", "--task", "note", "--user", "ana", "--strength", "user=0.5"),
+        *("-a", "tone=warm:0.6", "-a", "tone=brief:0.4", "--max-new-tokens", "5", *model),
+    )
+    assert generated.strip()
+    assert "nats a token" in run(tmp_path, "score", str(data), *model)
+    listed = run(tmp_path, "prefixes", "list")
+    assert all(name in listed for name in ("note", "tone=brief", "ana"))
+    assert "tone=warm" not in run(tmp_path, "users", "list")
+    assert "tiny-llama" in run(tmp_path, "users", "show", "ana")
+    assert "is at version 1" in run(tmp_path, "users", "rollback", "ana", "--to", "1", *model)
+    assert "yes" in run(tmp_path, "prefixes", "show", "user", "ana")
+    assert "2 versions removed" in run(tmp_path, "users", "forget", "ana")
+    assert "nothing is stored yet" in run(tmp_path, "users", "list")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "Hi", "--user", "ana"), "no user 'ana' in the store; known: none"),
+        (("generate", " "), "the prompt is empty"),
+        (("generate", "Hi", "--strength", "user=nan"), "strength of 'user' is nan"),
+        (("generate", "Hi", "-a", "formal"), "--attribute 'formal' is not of the form name=value"),
+        (("generate", "Hi", "-a", "tone=warm:lots"), "'lots' where a number belongs"),
+        (("generate", "Hi", "--model", "no/model"), "cannot load a model from 'no/model'"),
+        (("train", "missing.jsonl"), "cannot read missing.jsonl"),
+        (("users", "show", "ana"), "no user 'ana' in the store"),
+        (("users", "forget", "ana"), "no user 'ana' in the store"),
+        (("prefixes", "show", "tone", "warm"), "kind is 'tone'; it must be one of: task, attr"),
+        (("users", "list", "--store", "sqlite:////no/such/folder/p.db"), "unable to open database"),
+        (("demo", "--data", "nowhere"), "no demo data in 'nowhere'"),
+    ],
+)
+def test_mistakes_are_typed_errors(
+    arguments: tuple[str, ...], message: str, model_folder: Path, tmp_path: Path
+) -> None:
+    needs_model = arguments[0] == "generate" and "--model" not in arguments
+    with pytest.raises(ControlPrefixError) as caught:
+        run(tmp_path, *arguments, *(("--model", str(model_folder)) if needs_model else ()))
+    assert message in str(caught.value)
+
+
+def test_a_mistake_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "controlprefix.cli", "users", "show", "ana"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "40"},
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: no user 'ana' in the store; known: none\n"

