@@ -63,7 +63,15 @@ def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
     with _timed(times, "train users"):
         if {e.user for e in users} - set(cp.names("user")):
             out.print(f"three users, in the same batches, from {len(users)} examples")
-            cp.train(users, learn=("user",), num_slots=8, epochs=4, seed=SEED)
+            cp.train(
+                users,
+                learn=("user",),
+                num_slots=8,
+                epochs=4,
+                batch_size=4,
+                evaluations=3,
+                seed=SEED,
+            )
         else:
             out.print("users: already stored")
     cp.store.close()

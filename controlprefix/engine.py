@@ -2,19 +2,14 @@
 
 import contextlib
 import dataclasses
-import logging
-import random
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self, overload
+from typing import Any, Self, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from controlprefix.assembly import Part, PrefixBatch, assemble
-from controlprefix.attention import Steering
-from controlprefix.attributes import require_known, weighted_labels
+from controlprefix.assembly import PrefixBatch, assemble
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
@@ -22,28 +17,19 @@ from controlprefix.geometry import Geometry
 from controlprefix.likelihood import token_log_probs
 from controlprefix.loading import load
 from controlprefix.prefix import Prefix
-from controlprefix.request import Completion, Example, PartUsed, Request, Score
-from controlprefix.store import Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo, VersionRef
-from controlprefix.training import TrainingBatchRow, TrainingReport, TrainingSettings, train
-
-Learned = Literal["task", "attributes", "user"]
-_KIND_OF: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
-_CACHE_BYTES = 1 << 29
-_log = logging.getLogger("controlprefix")
-
-
-class _Wanted(NamedTuple):
-    """One part that a request names."""
-
-    key: PrefixKey
-    strength: float
-
-
-class _Resolved(NamedTuple):
-    """One part that a request names, and the prefix found for it."""
-
-    used: PartUsed
-    part: Part
+from controlprefix.request import Completion, Example, Request, Score
+from controlprefix.resolve import ResolvedPart, Resolver
+from controlprefix.steering import Steering
+from controlprefix.store import Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
+from controlprefix.text_prefix import prefix_from_tokens
+from controlprefix.training import (
+    Learned,
+    Start,
+    TrainingReport,
+    TrainingSettings,
+    prepare,
+    train,
+)
 
 
 class ControlPrefix:
@@ -60,9 +46,9 @@ class ControlPrefix:
         self.store = store
         self._encoder = RequestEncoder(model, tokenizer)
         self._steering = Steering.of(model)
-        # Prefixes on the model's device and in its dtype, by name and content, least recent first.
-        self._cache: OrderedDict[tuple[PrefixKey, str], Prefix] = OrderedDict()
-        self._cache_lock = threading.Lock()
+        self._resolver = Resolver(
+            store, self.geometry, device=self.model.device, dtype=self.model.dtype
+        )
 
     @classmethod
     def from_pretrained(
@@ -149,7 +135,7 @@ class ControlPrefix:
         asked = _as_request(request, fields)
         if asked.num_beams > 1:
             raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
-        batch = self._assemble(self._resolve([asked]))
+        batch = self._assemble(self._resolver.resolve([asked]))
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancelled = threading.Event()
         failures: list[BaseException] = []
@@ -184,7 +170,7 @@ class ControlPrefix:
             RequestError, UnknownNameError: As `generate`.
         """
         encoded = [self._encoder.encode(example) for example in examples]
-        resolved = self._resolve(examples)
+        resolved = self._resolver.resolve(examples)
         by_length = sorted(
             range(len(examples)), key=lambda i: len(encoded[i].prompt) + len(encoded[i].completion)
         )
@@ -215,7 +201,7 @@ class ControlPrefix:
         steers all rows. Threads started inside, such as a streamer's, are steered too.
         """
         rows = [requests] if isinstance(requests, Request) else list(requests)
-        batch = self._assemble(self._resolve(rows))
+        batch = self._assemble(self._resolver.resolve(rows))
         with self._steering.attached(batch, everywhere=True):
             yield batch
 
@@ -227,7 +213,7 @@ class ControlPrefix:
         *,
         learn: Sequence[Learned] = ("task", "attributes"),
         num_slots: int | Mapping[Learned, int] = 16,
-        init: Literal["text", "random", "stored"] = "text",
+        init: Start = "text",
         progress: bool = True,
         **settings: Any,
     ) -> TrainingReport:
@@ -252,33 +238,22 @@ class ControlPrefix:
             TrainingDataError: If the examples cannot be learned from.
         """
         rows = list(examples)
-        chosen = TrainingSettings(**_known_settings(settings))
-        to_learn = _require_learnable(rows, learn)
-        wanted = [_wanted(row) for row in rows]
-        keys = list(dict.fromkeys(w.key for row in wanted for w in row if w.key.kind in to_learn))
-        others = [[w for w in row if w.key.kind not in to_learn] for row in wanted]
-        named = {w.key for row in others for w in row}
-        stored = self.store.current(named, self.geometry.fingerprint)
-        left_out = tuple(sorted(str(key) for key in named - stored.keys()))
-        if left_out:
-            _log.warning("nothing is stored yet for %s: trained without", ", ".join(left_out))
-        resolved = self._resolve_wanted(
-            [[w for w in row if w.key in stored] for row in others], rows
+        chosen = TrainingSettings.of(settings)
+        prepared = prepare(
+            rows,
+            self.model,
+            self._encoder,
+            self.store,
+            self._resolver,
+            learn=learn,
+            num_slots=num_slots,
+            init=init,
+            seed=chosen.seed,
         )
-        start = self._starts(keys, rows, wanted, num_slots, init, chosen.seed)
-        encoded = [self._encoder.encode(row) for row in rows]
-        training_rows = [
-            TrainingBatchRow(
-                encoded=one,
-                frozen=[one.part for one in frozen],
-                learned=[(str(w.key), w.strength) for w in row if w.key.kind in to_learn],
-            )
-            for one, frozen, row in zip(encoded, resolved, wanted, strict=True)
-        ]
         learned, report = train(
             self.model,
-            training_rows,
-            {str(key): prefix for key, prefix in start.items()},
+            prepared.rows,
+            prepared.start,
             end_id=next(iter(self._encoder.end_ids), None),
             pad_id=self._encoder.pad_id,
             settings=chosen,
@@ -287,17 +262,20 @@ class ControlPrefix:
         details = {
             "training": {
                 "examples": len(rows),
-                "learned": [str(key) for key in keys],
+                "learned": [str(key) for key in learned],
                 "best_step": report.best_step,
                 "best_loss": round(report.best_loss, 4),
                 **dataclasses.asdict(chosen),
             }
         }
         numbers = self.store.put(
-            [NewVersion(key, learned[str(key)].to(dtype=self.model.dtype), details) for key in keys]
+            [
+                NewVersion(key, prefix.to(dtype=self.model.dtype), details)
+                for key, prefix in learned.items()
+            ]
         )
-        saved = {str(key): number for key, number in zip(keys, numbers, strict=True)}
-        return dataclasses.replace(report, saved=saved, left_out=left_out)
+        saved = {str(key): number for key, number in zip(learned, numbers, strict=True)}
+        return dataclasses.replace(report, saved=saved, left_out=prepared.left_out)
 
     def train_users(
         self,
@@ -355,7 +333,7 @@ class ControlPrefix:
         ids = self._encoder.text_ids(text) if text.strip() else ()
         if not ids:
             raise RequestError("cannot make a prefix from an empty text")
-        return self._prefix_from_ids(ids[:max_slots])
+        return prefix_from_tokens(self.model, ids[:max_slots])
 
     def put(
         self, kind: Kind, name: str, prefix: Prefix, *, details: Mapping[str, Any] | None = None
@@ -404,15 +382,13 @@ class ControlPrefix:
         """
         key = PrefixKey("user", user)
         removed = self.store.forget(key)
-        with self._cache_lock:
-            for cached in [c for c in self._cache if c[0] == key]:
-                del self._cache[cached]
+        self._resolver.forget(key)
         return removed
 
     # --- the way of a request ----------------------------------------------------------------
 
     def _generate(self, requests: Sequence[Request], batch_size: int) -> list[Completion]:
-        resolved = self._resolve(requests)
+        resolved = self._resolver.resolve(requests)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, request in enumerate(requests):
             self._encoder.prompt_ids(request)  # a bad row is refused before any work is done
@@ -427,115 +403,13 @@ class ControlPrefix:
                 completions[i] = completion.model_copy(update={"parts": used})
         return [completions[i] for i in range(len(requests))]
 
-    def _resolve(self, requests: Sequence[Request]) -> list[list[_Resolved]]:
-        return self._resolve_wanted([_wanted(request) for request in requests], requests)
-
-    def _resolve_wanted(
-        self, wanted: Sequence[Sequence[_Wanted]], requests: Sequence[Request]
-    ) -> list[list[_Resolved]]:
-        """Find the prefixes that requests name: one query for all their versions."""
-        fingerprint = self.geometry.fingerprint
-        keys = {w.key for row in wanted for w in row}
-        current = self.store.current(keys, fingerprint)
-        for row, request in zip(wanted, requests, strict=True):
-            for w in (w for w in row if w.key not in current):
-                if w.key.kind == "attribute":
-                    require_known(weighted_labels(request.attributes), self.names("attribute"))
-                raise self.store.unknown(w.key, fingerprint)
-        loaded = {key: self._load(key, ref) for key, ref in current.items()}
-        return [
-            [
-                _Resolved(
-                    PartUsed(
-                        kind=w.key.kind,
-                        name=w.key.name,
-                        version=loaded[w.key][1],
-                        strength=w.strength,
-                    ),
-                    Part(loaded[w.key][0], w.strength),
-                )
-                for w in row
-            ]
-            for row in wanted
-        ]
-
-    def _load(self, key: PrefixKey, ref: VersionRef) -> tuple[Prefix, int]:
-        """A prefix on the model's device and in its dtype, from memory if it was used before."""
-        with self._cache_lock:
-            if (cached := self._cache.get((key, ref.content_hash))) is not None:
-                self._cache.move_to_end((key, ref.content_hash))
-                return cached, ref.version
-        stored = self.store.get(key, self.geometry.fingerprint, version=ref.version)
-        prefix = stored.prefix.to(device=self.model.device, dtype=self.model.dtype)
-        with self._cache_lock:
-            self._cache[(key, stored.ref.content_hash)] = prefix
-            while sum(p.size_bytes for p in self._cache.values()) > _CACHE_BYTES:
-                self._cache.popitem(last=False)
-        return prefix, stored.ref.version
-
-    def _assemble(self, resolved: Sequence[Sequence[_Resolved]]) -> PrefixBatch:
+    def _assemble(self, resolved: Sequence[Sequence[ResolvedPart]]) -> PrefixBatch:
         return assemble(
             [[one.part for one in row] for row in resolved],
             self.geometry,
             device=self.model.device,
             dtype=self.model.dtype,
         )
-
-    def _starts(
-        self,
-        keys: Sequence[PrefixKey],
-        rows: Sequence[Example],
-        wanted: Sequence[Sequence[_Wanted]],
-        num_slots: int | Mapping[Learned, int],
-        init: str,
-        seed: int,
-    ) -> dict[PrefixKey, Prefix]:
-        """Where learned prefixes begin."""
-        fingerprint = self.geometry.fingerprint
-        stored = self.store.current(keys, fingerprint)
-        starts: dict[PrefixKey, Prefix] = {}
-        for index, key in enumerate(keys):
-            if init not in ("text", "random", "stored"):
-                raise TrainingDataError(f"init is {init!r}; it must be: text, random, or stored")
-            count = num_slots if isinstance(num_slots, int) else _slots_for(key.kind, num_slots)
-            if count < 1:
-                raise TrainingDataError(f"num_slots is {count}; it must be 1 or more")
-            if init == "stored" and key in stored:
-                starts[key] = self.store.get(key, fingerprint).prefix
-            elif init == "random":
-                starts[key] = Prefix.random(self.geometry, num_slots=count, seed=seed + index)
-            else:
-                texts = [
-                    row.completion
-                    for row, named in zip(rows, wanted, strict=True)
-                    if any(w.key == key for w in named)
-                ]
-                random.Random(seed).shuffle(texts)
-                ids = self._encoder.text_ids("\n".join(texts[:count]))  # a text has a token or more
-                repeated = [ids[i % len(ids)] for i in range(count)]
-                starts[key] = self._prefix_from_ids(repeated)
-        return starts
-
-    def _prefix_from_ids(self, ids: Sequence[int]) -> Prefix:
-        device = self.model.device
-        tokens = torch.tensor([list(ids)], device=device)
-        inputs: dict[str, torch.Tensor] = {
-            "input_ids": tokens,
-            "attention_mask": torch.ones_like(tokens),
-        }
-        if self._encoder.is_encoder_decoder:
-            inputs["decoder_input_ids"] = tokens
-        elif any("RotaryEmbedding" in type(m).__name__ for m in self.model.modules()):
-            # Rotary attention knows distances only: -p … -1 is where a text before 0 stands.
-            inputs["position_ids"] = torch.arange(-len(ids), 0, device=device)[None]
-        with torch.no_grad(), self._steering.recorded() as calls:
-            self.model(**inputs, use_cache=False)
-            placed = [(self._steering.place_of(call), call) for call in calls]
-        layers: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for place, call in placed:
-            if place is not None:  # places come in the order of the layers
-                layers.setdefault(place[0], []).append((call.key[0], call.value[0]))
-        return Prefix.from_layers(self.geometry, **layers)
 
 
 def _as_request(request: str | Request, fields: Mapping[str, Any]) -> Request:
@@ -546,54 +420,6 @@ def _as_request(request: str | Request, fields: Mapping[str, Any]) -> Request:
             f"{', '.join(fields)}: fields beside a Request; put them into the Request itself"
         )
     return request
-
-
-def _wanted(request: Request) -> list[_Wanted]:
-    """The parts a request names, with their strengths; those of strength 0 are left out."""
-    strengths = request.strengths
-    wanted = []
-    if request.task is not None:
-        wanted.append(_Wanted(PrefixKey("task", request.task), strengths.get("task", 1.0)))
-    for one in weighted_labels(request.attributes):
-        strength = one.weight * strengths.get(one.attribute, 1.0)
-        wanted.append(_Wanted(PrefixKey("attribute", one.name), strength))
-    if request.user is not None:
-        wanted.append(_Wanted(PrefixKey("user", request.user), strengths.get("user", 1.0)))
-    return wanted
-
-
-def _require_learnable(rows: Sequence[Example], learn: Sequence[Learned]) -> set[Kind]:
-    for what in learn:
-        if what not in _KIND_OF:
-            raise TrainingDataError(f"cannot learn {what!r}; learn any of: {', '.join(_KIND_OF)}")
-    for i, row in enumerate(rows, 1):
-        if not isinstance(row, Example):
-            raise TrainingDataError(f"row {i} is a {type(row).__name__}; give Example rows")
-    for what in learn:
-        if rows and not any(getattr(row, what) for row in rows):
-            raise TrainingDataError(f"learn names {what!r} but no example has one")
-    kinds = {_KIND_OF[what] for what in learn}
-    for i, row in enumerate(rows, 1):
-        if not any(w.key.kind in kinds and w.strength > 0 for w in _wanted(row)):
-            raise TrainingDataError(
-                f"row {i} has none of what is to be learned ({', '.join(learn)}); leave it out or "
-                "give it one"
-            )
-    return kinds
-
-
-def _known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(TrainingSettings)}
-    for name in settings.keys() - known:
-        raise TrainingDataError(f"unknown setting {name!r}; there are: {', '.join(sorted(known))}")
-    return dict(settings)
-
-
-def _slots_for(kind: Kind, num_slots: Mapping[Learned, int]) -> int:
-    for learned, count in num_slots.items():
-        if _KIND_OF.get(learned) == kind:
-            return count
-    raise TrainingDataError(f"num_slots says nothing of {kind!r}; give it a number of slots too")
 
 
 def _require_texts(user: str, texts: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from controlprefix import Part, Prefix, RequestError, UnsupportedModelError, assemble
-from controlprefix.attention import Steering
+from controlprefix.steering import Steering
 
 from models import ALL, DECODER_ONLY, ENCODER_DECODER, ROTARY, build
 

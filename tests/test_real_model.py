@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.attention import weights_fingerprint
 from controlprefix.loading import converted
+from controlprefix.steering import weights_fingerprint
 
 PIRATE = "You are a pirate. You talk like a pirate, matey, and you love the sea."
 

@@ -1,6 +1,14 @@
 """Learning prefixes: the same assembly and attention as in use, with gradients."""
 
-from controlprefix.training.loop import TrainingBatchRow, TrainingReport, TrainingSettings, train
-from controlprefix.training.parameters import DirectSlots
+from controlprefix.training.loop import TrainingReport, TrainingRow, TrainingSettings, train
+from controlprefix.training.preparation import Learned, Start, prepare
 
-__all__ = ["DirectSlots", "TrainingBatchRow", "TrainingReport", "TrainingSettings", "train"]
+__all__ = [
+    "Learned",
+    "Start",
+    "TrainingReport",
+    "TrainingRow",
+    "TrainingSettings",
+    "prepare",
+    "train",
+]

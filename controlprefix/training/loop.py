@@ -5,8 +5,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate import Accelerator
@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from controlprefix.assembly import Part, assemble
-from controlprefix.attention import Steering
 from controlprefix.encoding import EncodedExample
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import TrainingDataError, known_names
 from controlprefix.likelihood import token_log_probs
 from controlprefix.prefix import Prefix
+from controlprefix.steering import Steering
+from controlprefix.store import PrefixKey
 from controlprefix.training.parameters import DirectSlots
 
 _BUCKET = 8  # batches are cut from runs of this many batches sorted by length
@@ -55,6 +56,20 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     seed: int = 0
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """Settings by name.
+
+        Raises:
+            TrainingDataError: If there is none of that name, or a value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in settings.keys() - known:
+            raise TrainingDataError(
+                f"unknown setting {name!r}; there are: {known_names(name, known)}"
+            )
+        return cls(**settings)
+
     def __post_init__(self) -> None:
         for name, ok, want in (
             ("epochs", self.epochs > 0, "above 0"),
@@ -69,12 +84,12 @@ class TrainingSettings:
                 raise TrainingDataError(f"{name} is {getattr(self, name)}; it must be {want}")
 
 
-class TrainingBatchRow(NamedTuple):
-    """One training row: its tokens, the frozen parts it has, and the learned ones by name."""
+class TrainingRow(NamedTuple):
+    """One training row: its tokens, the frozen parts it has, and the learned ones by key."""
 
     encoded: EncodedExample
     frozen: Sequence[Part]
-    learned: Sequence[tuple[str, float]]
+    learned: Sequence[tuple[PrefixKey, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +123,14 @@ class TrainingReport:
 
 def train(
     model: PreTrainedModel,
-    rows: Sequence[TrainingBatchRow],
-    start: Mapping[str, Prefix],
+    rows: Sequence[TrainingRow],
+    start: Mapping[PrefixKey, Prefix],
     *,
     end_id: int | None,
     pad_id: int,
     settings: TrainingSettings,
     progress: bool,
-) -> tuple[dict[str, Prefix], TrainingReport]:
+) -> tuple[dict[PrefixKey, Prefix], TrainingReport]:
     """Learn prefixes on rows; everything else, the model first of all, stays as it is.
 
     Args:
@@ -155,7 +170,7 @@ def train(
     schedule = LambdaLR(optimizer, _schedule(steps))
     slots, optimizer, schedule = accelerator.prepare(slots, optimizer, schedule)
 
-    def loss_of(batch: Sequence[TrainingBatchRow]) -> torch.Tensor:
+    def loss_of(batch: Sequence[TrainingRow]) -> torch.Tensor:
         learned = slots.prefixes()
         parts = [
             [*row.frozen, *(Part(learned[name], strength) for name, strength in row.learned)]
@@ -226,20 +241,20 @@ def train(
 
 
 def _split(
-    rows: Sequence[TrainingBatchRow], fraction: float, order: random.Random
-) -> tuple[list[TrainingBatchRow], list[TrainingBatchRow]]:
+    rows: Sequence[TrainingRow], fraction: float, order: random.Random
+) -> tuple[list[TrainingRow], list[TrainingRow]]:
     shuffled = order.sample(list(rows), len(rows))
     num_held_out = round(fraction * len(rows))
     return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
-def _length(row: TrainingBatchRow) -> int:
+def _length(row: TrainingRow) -> int:
     return len(row.encoded.prompt) + len(row.encoded.completion)
 
 
 def _batches(
-    rows: Sequence[TrainingBatchRow], size: int, order: random.Random | None
-) -> Iterator[list[TrainingBatchRow]]:
+    rows: Sequence[TrainingRow], size: int, order: random.Random | None
+) -> Iterator[list[TrainingRow]]:
     """One pass, batches of similar length; shuffled with `order`, else shortest first."""
     shuffled = order.sample(list(rows), len(rows)) if order else list(rows)
     run = size * _BUCKET if order else len(rows)
@@ -253,8 +268,8 @@ def _batches(
 
 
 def _endless(
-    rows: Sequence[TrainingBatchRow], size: int, order: random.Random
-) -> Iterator[list[TrainingBatchRow]]:
+    rows: Sequence[TrainingRow], size: int, order: random.Random
+) -> Iterator[list[TrainingRow]]:
     while True:
         yield from _batches(rows, size, order)
 
@@ -290,7 +305,7 @@ def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
                     setattr(module, name, 0.0)
                     undo.callback(setattr, module, name, value)
         model.train()
-        if not model.is_gradient_checkpointing:
+        if not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             # Slots reach a layer from outside its arguments, which only this kind follows.
             _switch(model, "enable")({"use_reentrant": False})
             undo.callback(_switch(model, "disable"))

@@ -1,0 +1,144 @@
+"""From examples to training rows: what is learned, where it starts, what stays as it is."""
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from controlprefix.encoding import RequestEncoder
+from controlprefix.errors import TrainingDataError
+from controlprefix.prefix import Prefix
+from controlprefix.request import Example
+from controlprefix.resolve import NamedPart, Resolver, named_parts
+from controlprefix.steering import Steering
+from controlprefix.store import Kind, PrefixKey, PrefixStore
+from controlprefix.text_prefix import prefix_from_tokens
+from controlprefix.training.loop import TrainingRow
+
+Learned = Literal["task", "attributes", "user"]
+Start = Literal["text", "random", "stored"]
+
+_KINDS: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
+_log = logging.getLogger("controlprefix")
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What the loop needs.
+
+    Attributes:
+        rows: One for each example.
+        start: The prefixes to learn, as they begin.
+        left_out: What examples name that is neither learned nor stored.
+    """
+
+    rows: list[TrainingRow]
+    start: dict[PrefixKey, Prefix]
+    left_out: tuple[str, ...]
+
+
+def prepare(
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    encoder: RequestEncoder,
+    store: PrefixStore,
+    resolver: Resolver,
+    *,
+    learn: Sequence[Learned],
+    num_slots: int | Mapping[Learned, int],
+    init: Start,
+    seed: int,
+) -> Preparation:
+    """Divide what examples name into learned and frozen, and begin the learned.
+
+    Raises:
+        TrainingDataError: If the examples cannot be learned from.
+    """
+    kinds = _require_learnable(examples, learn)
+    if init not in ("text", "random", "stored"):
+        raise TrainingDataError(f"init is {init!r}; it must be: text, random, or stored")
+    named = [named_parts(example) for example in examples]
+    encoded = [encoder.encode(example) for example in examples]
+
+    fingerprint = Steering.of(model).geometry.fingerprint
+    others = {part.key for row in named for part in row if part.key.kind not in kinds}
+    stored = store.current(others, fingerprint)
+    left_out = tuple(sorted(str(key) for key in others - stored.keys()))
+    if left_out:
+        _log.warning("nothing is stored yet for %s: trained without", ", ".join(left_out))
+    frozen = resolver.load([[p for p in row if p.key in stored] for row in named], stored)
+
+    keys = list(dict.fromkeys(p.key for row in named for p in row if p.key.kind in kinds))
+    known = store.current(keys, fingerprint) if init == "stored" else {}
+    start: dict[PrefixKey, Prefix] = {}
+    for index, key in enumerate(keys):
+        count = _slots_for(key.kind, num_slots)
+        if key in known:
+            start[key] = store.get(key, fingerprint).prefix
+        elif init == "random":
+            geometry = Steering.of(model).geometry
+            start[key] = Prefix.random(geometry, num_slots=count, seed=seed + index)
+        else:
+            texts = _texts_of(key, examples, named, seed)
+            ids = encoder.text_ids("\n".join(texts[:count]))  # a text has a token or more
+            start[key] = prefix_from_tokens(model, [ids[i % len(ids)] for i in range(count)])
+    rows = [
+        TrainingRow(
+            encoded=one,
+            frozen=[part for _, part in parts],
+            learned=[(p.key, p.strength) for p in row if p.key.kind in kinds],
+        )
+        for one, parts, row in zip(encoded, frozen, named, strict=True)
+    ]
+    return Preparation(rows, start, left_out)
+
+
+def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) -> set[Kind]:
+    for what in learn:
+        if what not in _KINDS:
+            raise TrainingDataError(f"cannot learn {what!r}; learn any of: {', '.join(_KINDS)}")
+    for i, row in enumerate(examples, 1):
+        if not isinstance(row, Example):
+            raise TrainingDataError(f"row {i} is a {type(row).__name__}; give Example rows")
+    for what in learn:
+        if examples and not any(getattr(row, what) for row in examples):
+            raise TrainingDataError(f"learn names {what!r} but no example has one")
+    kinds = {_KINDS[what] for what in learn}
+    for i, row in enumerate(examples, 1):
+        if not any(part.key.kind in kinds and part.strength > 0 for part in named_parts(row)):
+            raise TrainingDataError(
+                f"row {i} has none of what is to be learned ({', '.join(learn)}); leave it out or "
+                "give it one"
+            )
+    return kinds
+
+
+def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int]) -> int:
+    by_kind = (
+        dict.fromkeys(_KINDS.values(), num_slots)
+        if isinstance(num_slots, int)
+        else {_KINDS.get(learned): count for learned, count in num_slots.items()}
+    )
+    if kind not in by_kind:
+        raise TrainingDataError(
+            f"num_slots says nothing of {kind!r}; give it a number of slots too"
+        )
+    if by_kind[kind] < 1:
+        raise TrainingDataError(f"num_slots is {by_kind[kind]}; it must be 1 or more")
+    return by_kind[kind]
+
+
+def _texts_of(
+    key: PrefixKey, examples: Sequence[Example], named: Sequence[Sequence[NamedPart]], seed: int
+) -> list[str]:
+    """The completions that a prefix has a part in, shuffled."""
+    texts = [
+        example.completion
+        for example, row in zip(examples, named, strict=True)
+        if any(part.key == key for part in row)
+    ]
+    random.Random(seed).shuffle(texts)
+    return texts
