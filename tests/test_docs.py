@@ -22,7 +22,7 @@ def test_readme_quickstart_runs_as_printed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (quickstart,) = re.findall(r"```python\n(# quickstart.*?)```", README, re.DOTALL)
-    assert sum(bool(line.strip()) for line in quickstart.splitlines()) <= 22
+    assert sum(bool(line.strip()) for line in quickstart.splitlines()) <= 23
     exec(compile(quickstart, "README.md", "exec"), {"__name__": "quickstart"})
     printed = capsys.readouterr().out
     (shown,) = re.findall(r"It prints:\n\n```text\n(.*?)```", README, re.DOTALL)
