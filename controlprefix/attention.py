@@ -1,31 +1,29 @@
-"""Attention over slots and tokens, registered with transformers.
+"""Attention over slots and tokens, in the place of transformers' attention functions.
 
 transformers looks its attention function up by name. While `steering` has a prefix
-batch attached to a model, that name is ours: in a layer with slots every query
-attends to them beside the tokens; any other layer gets the function it had. Slots
-never enter the model's KV cache and never shift a position.
+batch attached to a model, `sdpa` and `eager` lead here: in a layer with slots every
+query attends to them beside the tokens; any other call, of any model, is passed on to
+the function it was for. Slots never enter a KV cache and never shift a position.
 """
 
-import contextvars
-import sys
-from collections.abc import Callable
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 from controlprefix.assembly import SlotBlock
 from controlprefix.errors import UnsupportedModelError
 
-# What a model calls its attention -> what it is called while something is attached.
-IMPLEMENTATIONS = {"sdpa": "controlprefix_sdpa", "eager": "controlprefix_eager"}
-PLACE = "controlprefix_place"  # the attribute that an attention module has meanwhile
+IMPLEMENTATIONS = ("sdpa", "eager")  # transformers' names for what we stand in for
+PLACE = "controlprefix_place"  # the attribute of an attention module while something is attached
 
 
 class Place(Protocol):
@@ -49,10 +47,40 @@ class AttentionCall:
     value: Tensor  # (batch, num_kv_heads, num_keys, value_dim)
 
 
-# A list that collects the calls made in this thread, where somebody asked for them.
-recorder: contextvars.ContextVar[list[AttentionCall] | None] = contextvars.ContextVar(
-    "controlprefix_recorder", default=None
-)
+# Thread -> the calls made in it, for threads where somebody collects them.
+recordings: dict[int, list[AttentionCall]] = {}
+
+
+@contextlib.contextmanager
+def intercepted() -> Iterator[None]:
+    """While inside, transformers finds our attention function under its own names.
+
+    The names stay: some models look at them to choose masks and paths.
+    """
+    with _lock:
+        if not _originals:
+            registered = AttentionInterface._global_mapping
+            _originals.update({name: registered.get(name) for name in IMPLEMENTATIONS})
+            for name in IMPLEMENTATIONS:
+                AttentionInterface.register(name, partial(_attend, name))
+        _blocks.append(None)
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks.pop()
+            if not _blocks:
+                for name, original in _originals.items():
+                    if original is None:  # `eager` has no entry: each model brings its own
+                        del AttentionInterface._global_mapping[name]
+                    else:
+                        AttentionInterface.register(name, original)
+                _originals.clear()
+
+
+_lock = threading.Lock()
+_blocks: list[None] = []  # one entry for each open block
+_originals: dict[str, Callable[..., Any] | None] = {}
 
 
 def _attend(
@@ -69,9 +97,8 @@ def _attend(
     Returns the output `(batch, num_queries, num_heads, value_dim)` and, in eager
     mode, the weights on the tokens.
     """
-    base = _base_function(implementation, module)
-    calls = recorder.get()
-    if calls is not None:
+    base = _originals.get(implementation) or _eager_function(type(module))
+    if recordings and (calls := recordings.get(threading.get_ident())) is not None:
         calls.append(AttentionCall(module, query, key, value))
     place: Place | None = module.__dict__.get(PLACE)
     blocks = place.blocks(query.shape[0]) if place else ()
@@ -206,18 +233,16 @@ def _expand(per_row: Tensor, batch: int) -> Tensor:
     return per_row[:, None].expand(-1, batch // rows, *per_row.shape[1:]).flatten(0, 1)
 
 
-def _base_function(implementation: str, module: nn.Module) -> Callable[..., Any]:
-    """The attention function that the model would have called."""
-    if implementation == "sdpa":
-        return ALL_ATTENTION_FUNCTIONS["sdpa"]
-    for cls in type(module).__mro__:  # each model file has an eager function of its own
-        eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if eager is not None:
-            return eager
-    raise UnsupportedModelError(f"{type(module).__name__} has no eager attention function")
-
-
-for _implementation, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-    AttentionInterface.register(IMPLEMENTATIONS[_implementation], partial(_attend, _implementation))
-    # A name unknown here would skip the mask, and padding would be attended to.
-    AttentionMaskInterface.register(IMPLEMENTATIONS[_implementation], _mask)
+@cache
+def _eager_function(module_class: type[nn.Module]) -> Callable[..., Any]:
+    """The eager attention function that this class falls back to: one its own code names."""
+    for cls in module_class.__mro__:
+        forward = inspect.unwrap(vars(cls).get("forward", object))
+        for name in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            if name.endswith("eager_attention_forward"):
+                function: Callable[..., Any] = forward.__globals__[name]
+                return function
+    raise UnsupportedModelError(
+        f"{module_class.__name__} does not name its eager attention function; load the model with "
+        "attn_implementation='sdpa'"
+    )

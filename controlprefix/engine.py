@@ -320,8 +320,9 @@ class ControlPrefix:
     def prefix_from_text(self, text: str, *, max_slots: int | None = None) -> Prefix:
         """The keys and values of a text, computed just before position 0.
 
-        On a rotary model, attending to it equals prompting with the text. Elsewhere
-        (absolute positions, encoder-decoder) it is a good place to start training.
+        On a rotary model, attending to it equals prompting with the text, as long as both
+        fit a layer's sliding window. Elsewhere (absolute positions, encoder-decoder,
+        recurrent layers) it is a good place to start training.
 
         Args:
             text: One slot a token.

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,9 +15,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from controlprefix.assembly import PrefixBatch, SlotBlock
-from controlprefix.attention import IMPLEMENTATIONS, PLACE, AttentionCall, recorder
+from controlprefix.attention import (
+    IMPLEMENTATIONS,
+    PLACE,
+    AttentionCall,
+    intercepted,
+    recordings,
+)
 from controlprefix.errors import RequestError, UnsupportedModelError
-from controlprefix.geometry import Geometry, LayerShape, Site
+from controlprefix.geometry import SITES, Geometry, LayerShape, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +122,13 @@ class Steering:
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[AttentionCall]]:
         """While inside, this thread's calls of attention are collected, without slots."""
-        calls: list[AttentionCall] = []
-        token = recorder.set(calls)
+        thread = threading.get_ident()
+        calls = recordings[thread] = []
         try:
             with self.attached(PrefixBatch(num_rows=1, blocks={})):
                 yield calls
         finally:
-            recorder.reset(token)
+            del recordings[thread]
 
     def place_of(self, call: AttentionCall) -> "_Place | None":
         """Where a recorded call was made; None if outside the model's text attention."""
@@ -130,22 +136,17 @@ class Steering:
         return place
 
     def _install(self) -> contextlib.ExitStack:
-        """Put our attention function and each layer's place into the model; closing undoes it."""
+        """Stand in for attention, and give each layer its place; closing undoes it."""
         model = self._model()
         assert model is not None
-        _require_supported(model)  # it may have been changed since
+        placed = {path: model.get_submodule(path) for path in self._places}
+        for module in (model, *placed.values()):  # it may have been changed since
+            _require_supported(module)
         undo = contextlib.ExitStack()
-        owners: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
-        for config in {id(owner.config): owner.config for owner in owners}.values():
-            name = getattr(config, "_attn_implementation", None)
-            if name in IMPLEMENTATIONS:
-                # The public setter would also overwrite the sub-configs.
-                config._attn_implementation_internal = IMPLEMENTATIONS[name]
-                undo.callback(setattr, config, "_attn_implementation_internal", name)
+        undo.enter_context(intercepted())
         for path, (site, layer) in self._places.items():
-            module = model.get_submodule(path)
-            setattr(module, PLACE, _Place(self, site, layer))
-            undo.callback(delattr, module, PLACE)
+            setattr(placed[path], PLACE, _Place(self, site, layer))
+            undo.callback(delattr, placed[path], PLACE)
         return undo
 
     def _read_geometry(self, model: PreTrainedModel) -> Geometry:
@@ -155,7 +156,12 @@ class Steering:
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = torch.zeros(1, 2, dtype=torch.long, device=device)
         with torch.no_grad(), self.recorded() as calls:
-            model(**inputs, use_cache=False)
+            try:
+                model(**inputs, use_cache=False)
+            except Exception as error:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} cannot be run on tokens alone: {error}"
+                ) from error
         encoder = model.get_encoder() if model.config.is_encoder_decoder else None
         in_encoder = set(encoder.modules()) if encoder is not None else set()
         paths = {module: path for path, module in model.named_modules()}
@@ -175,12 +181,13 @@ class Steering:
             self._places[path] = (site, len(shapes[site]))
             _, num_kv_heads, _, key_dim = call.key.shape
             shapes[site].append(LayerShape(num_kv_heads, key_dim, call.value.shape[3]))
-        if not shapes["decoder"]:
+        needed: tuple[Site, ...] = SITES if encoder is not None else ("decoder",)
+        if missing := [site for site in needed if not shapes[site]]:
             raise UnsupportedModelError(
-                f"{type(model).__name__} does not call attention through transformers' "
-                "AttentionInterface (state-space models and some older classes do not), so there "
-                "is nowhere to attend to slots; use a model class that does, such as Llama, Qwen3, "
-                "Mistral, Gemma 3, GPT-2, GPT-NeoX, OPT, BART or T5"
+                f"the {missing[0]} of {type(model).__name__} does not call attention through "
+                "transformers' AttentionInterface (state-space models and some older classes do "
+                "not), so there is nowhere to attend to slots; use a model class that does, such "
+                "as Llama, Qwen3, Mistral, Gemma 3, GPT-2, GPT-NeoX, OPT, BART or T5"
             )
         return Geometry(
             decoder=tuple(shapes["decoder"]),
@@ -197,12 +204,12 @@ def _public_name(model: PreTrainedModel) -> str:
     return Path(name).name if Path(name).is_dir() else name
 
 
-def _require_supported(model: PreTrainedModel) -> None:
-    name = getattr(model.config, "_attn_implementation", None)
+def _require_supported(module: nn.Module) -> None:
+    name = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     if name not in IMPLEMENTATIONS:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has attn_implementation={name!r}; slots can be attended to "
-            f"with: {', '.join(IMPLEMENTATIONS)}; load it with attn_implementation='sdpa'"
+            f"{type(module).__name__} has attn_implementation={name!r}; slots can be attended to "
+            f"with: {', '.join(IMPLEMENTATIONS)}; load the model with attn_implementation='sdpa'"
         )
 
 

@@ -24,6 +24,56 @@ _SMALL: dict[str, Any] = {
     "pad_token_id": 2,
 }
 
+_TINY = {**_SMALL, "head_dim": 8}
+
+# Models that look at the name of their attention, or at positions outside rotary attention.
+PARTICULAR: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {
+            **_TINY,
+            "num_hidden_layers": 6,
+            "sliding_window": 64,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 2,
+            "num_kv_shared_layers": 3,
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": VOCAB,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "deepseek_v32": (
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        {
+            **_SMALL,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "index_topk": 3,  # sparse from the fourth token
+            "index_head_dim": 16,
+            "index_n_heads": 2,
+        },
+    ),
+    "ministral3": ("Ministral3ForCausalLM", "Ministral3Config", _TINY),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**_TINY, "sliding_window": 6}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**_TINY, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 6},
+    ),
+}
+
 # name -> (model class, config class, config values)
 CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _SMALL),
@@ -125,7 +175,7 @@ def build(
     **changes: Any,
 ) -> PreTrainedModel:
     """A random model whose attention matters: weights are larger than at initialization."""
-    model_class, config_class, values = CONFIGS[name]
+    model_class, config_class, values = {**CONFIGS, **PARTICULAR}[name]
     config = getattr(transformers, config_class)(**copy.deepcopy({**values, **changes}))
     config._attn_implementation = attention
     torch.manual_seed(seed)

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
 
 from controlprefix import Part, Prefix, RequestError, UnsupportedModelError, assemble
 from controlprefix.steering import Steering
 
-from models import ALL, DECODER_ONLY, ENCODER_DECODER, ROTARY, build
+from models import ALL, DECODER_ONLY, ENCODER_DECODER, PARTICULAR, ROTARY, build
 
 LENGTHS = (9, 5, 7, 2)  # tokens of the rows of a mixed batch
 
@@ -131,6 +131,34 @@ def test_mixed_batch_matches_each_row_alone(name: str, attention: str) -> None:
         assert (steered.abs().max() > 1e-2) == bool(its_parts)
 
 
+PARTICULAR_CASES = [
+    (name, attention)
+    for name in PARTICULAR
+    for attention in ("sdpa", "eager")
+    if (name, attention) not in {("gemma2", "sdpa"), ("gpt_oss", "sdpa")}  # they have no sdpa
+]
+
+
+@pytest.mark.parametrize(("name", "attention"), PARTICULAR_CASES)
+def test_models_with_ways_of_their_own_stay_exact(name: str, attention: str) -> None:
+    """Shared and sparse attention chosen by the implementation's name, soft caps, sinks."""
+    model = build(name, attention=attention)
+    # Without padding: ties in a sparse model's choice of keys are broken by where they stand.
+    rows = [tokens(9, seed=n) for n in LENGTHS]
+    with torch.no_grad():
+        plain = model(**inputs(model, rows)).logits
+    assert torch.equal(run(model, rows, [[]] * 4), plain)
+    parts = mixed_parts(model)
+    together = run(model, rows, parts)
+    for row, its_parts, logits in zip(rows, parts, together, strict=True):
+        assert torch.allclose(logits, run(model, [row], [its_parts])[0], atol=1e-4)
+    steering = Steering.of(model)
+    with torch.no_grad(), steering.attached(assemble(parts[:1], steering.geometry)):
+        whole = model(rows[0]).logits[:, -4:]
+        kept = model(rows[0], logits_to_keep=4).logits
+    assert torch.allclose(kept, whole, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_site_and_layer_is_attended_to(name: str) -> None:
     """Changing the values of one layer's slots changes the logits, for each layer of each site."""
@@ -177,7 +205,7 @@ def test_encoder_decoder_matches_attention_written_out(name: str) -> None:
         output = weights[..., : key.shape[2]] @ value + weights[..., key.shape[2] :] @ values[None]
         return output.transpose(1, 2), None
 
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
     AttentionInterface.register("written_out", attend)
@@ -394,7 +422,7 @@ def test_nothing_is_left_on_the_model() -> None:
     model = build("bart")
     steering = Steering.of(model)
     before = [(m, dict(vars(m))) for m in model.modules()]
-    configs = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    registered = dict(AttentionInterface._global_mapping)
     with (
         pytest.raises(ZeroDivisionError),
         steering.attached(assemble([[Part(prefix(model, 2))]], steering.geometry)),
@@ -402,8 +430,31 @@ def test_nothing_is_left_on_the_model() -> None:
         leave_with_an_error(model)
     for module, attributes in before:
         assert vars(module).keys() == attributes.keys()
-    after = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
-    assert after == configs
+    assert dict(AttentionInterface._global_mapping) == registered
+
+
+def test_other_models_are_left_alone_while_one_is_steered() -> None:
+    for attention in ("sdpa", "eager"):
+        model, other = build("llama", attention=attention), build("opt", attention=attention)
+        steering = Steering.of(model)
+        with torch.no_grad():
+            plain = other(tokens(6)).logits
+            with steering.attached(assemble([[Part(prefix(model, 3))]], steering.geometry)):
+                assert torch.equal(other(tokens(6)).logits, plain)
+
+
+def test_an_implementation_changed_later_is_followed_or_refused() -> None:
+    model = build("llama")
+    steering = Steering.of(model)
+    batch = assemble([[Part(prefix(model, 4))]], steering.geometry)
+    with torch.no_grad(), steering.attached(batch):
+        steered = model(tokens(6)).logits
+        model.set_attn_implementation("eager")
+        assert torch.allclose(model(tokens(6)).logits, steered, atol=1e-5)
+    assert model.config._attn_implementation == "eager"
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UnsupportedModelError, match="flex_attention"), steering.attached(batch):
+        pass
 
 
 def test_threads_and_nested_blocks_see_their_own_prefixes() -> None:
@@ -513,7 +564,29 @@ def test_unsupported_models_are_refused_with_a_reason() -> None:
     for model in (mamba, bloom):
         with pytest.raises(UnsupportedModelError, match=type(model).__name__):
             Steering.of(model)
+    for bad in (_whisper(), _long_t5()):
+        with pytest.raises(UnsupportedModelError, match=type(bad).__name__):
+            Steering.of(bad)
     flex = build("llama")
     flex.config._attn_implementation = "flex_attention"
     with pytest.raises(UnsupportedModelError, match="attn_implementation='sdpa'"):
         Steering.of(flex)
+
+
+def _whisper() -> PreTrainedModel:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0}
+    return WhisperForConditionalGeneration(
+        WhisperConfig(**sizes, **heads, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3)
+    )
+
+
+def _long_t5() -> PreTrainedModel:
+    """Its encoder has an attention of its own."""
+    from transformers import LongT5Config, LongT5ForConditionalGeneration
+
+    return LongT5ForConditionalGeneration(
+        LongT5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )

@@ -21,6 +21,8 @@ from controlprefix import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from controlprefix.steering import Steering
+from controlprefix.text_prefix import prefix_from_tokens
 
 from models import ALL, build, byte_tokenizer
 
@@ -236,6 +238,16 @@ def test_a_prefix_from_a_text_equals_prompting_with_it(name: str) -> None:
     assert prefix.num_slots == len(ids[0])
     assert torch.allclose(steered, expected, atol=1e-4)
     assert cp.prefix_from_text(text, max_slots=4).num_slots == 4
+
+
+def test_a_text_is_read_from_zero_where_negative_positions_are_nonsense() -> None:
+    """Ministral 3 scales queries by the logarithm of their position."""
+    for attention in ("sdpa", "eager"):
+        model = build("ministral3", attention=attention)
+        prefix = prefix_from_tokens(model, [5, 6, 7])
+        with torch.no_grad(), Steering.of(model).recorded() as calls:
+            model(torch.tensor([[5, 6, 7]]))
+        assert torch.allclose(prefix.layer("decoder", 2)[1], calls[2].value[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
