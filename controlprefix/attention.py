@@ -97,7 +97,8 @@ def _attend(
     Returns the output `(batch, num_queries, num_heads, value_dim)` and, in eager
     mode, the weights on the tokens.
     """
-    base = _originals.get(implementation) or _eager_function(type(module))
+    # mypy takes a class for an instance here
+    base = _originals.get(implementation) or _eager_function(type(module))  # type: ignore[arg-type]
     if recordings and (calls := recordings.get(threading.get_ident())) is not None:
         calls.append(AttentionCall(module, query, key, value))
     place: Place | None = module.__dict__.get(PLACE)
