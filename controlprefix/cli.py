@@ -1,5 +1,6 @@
 """The command line: `controlprefix --help`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -262,6 +263,8 @@ def main() -> None:
     """Run the command line; an error of ours is one line on standard error and exit code 2."""
     try:
         app()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ControlPrefixError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)

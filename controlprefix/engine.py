@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from controlprefix.assembly import PrefixBatch, assemble
 from controlprefix.encoding import RequestEncoder
-from controlprefix.errors import RequestError, TrainingDataError
+from controlprefix.errors import ContextLengthError, RequestError, TrainingDataError
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
 from controlprefix.geometry import Geometry
 from controlprefix.likelihood import token_log_probs
@@ -28,6 +28,7 @@ from controlprefix.training import (
     TrainingReport,
     TrainingSettings,
     prepare,
+    require_examples,
     train,
 )
 
@@ -120,9 +121,9 @@ class ControlPrefix:
             RequestError: If a request cannot be carried out as written.
             UnknownNameError: If it names a task, label or user that does not exist.
         """
-        if isinstance(request, (str, Request)):
-            return self._generate([_as_request(request, fields)], batch_size)[0]
-        return self._generate([_as_request(r, fields) for r in request], batch_size)
+        rows = [_as_request(row, fields) for row in _as_rows(request)]
+        completions = self._generate(rows, batch_size)
+        return completions[0] if _is_one(request) else completions
 
     def stream(self, request: str | Request, /, **fields: Any) -> Iterator[str]:
         """Generate for one request, giving its text piece by piece.
@@ -169,6 +170,7 @@ class ControlPrefix:
         Raises:
             RequestError, UnknownNameError: As `generate`.
         """
+        examples = require_examples(examples)
         encoded = [self._encoder.encode(example) for example in examples]
         resolved = self._resolver.resolve(examples)
         by_length = sorted(
@@ -200,7 +202,12 @@ class ControlPrefix:
         one request must stand together, as transformers arranges them. One request
         steers all rows. Threads started inside, such as a streamer's, are steered too.
         """
-        rows = [requests] if isinstance(requests, Request) else list(requests)
+        given = (
+            requests
+            if isinstance(requests, Iterable) and not isinstance(requests, Request)
+            else [requests]
+        )
+        rows = [_as_request(request, {}) for request in given]
         batch = self._assemble(self._resolver.resolve(rows))
         with self._steering.attached(batch, everywhere=True):
             yield batch
@@ -211,7 +218,7 @@ class ControlPrefix:
         self,
         examples: Iterable[Example],
         *,
-        learn: Sequence[Learned] = ("task", "attributes"),
+        learn: Learned | Sequence[Learned] = ("task", "attributes"),
         num_slots: int | Mapping[Learned, int] = 16,
         init: Start = "text",
         progress: bool = True,
@@ -237,7 +244,7 @@ class ControlPrefix:
         Raises:
             TrainingDataError: If the examples cannot be learned from.
         """
-        rows = list(examples)
+        rows = require_examples(examples)
         chosen = TrainingSettings.of(settings)
         prepared = prepare(
             rows,
@@ -330,11 +337,20 @@ class ControlPrefix:
 
         Raises:
             RequestError: If the text is empty.
+            ContextLengthError: If it does not fit the context.
         """
+        if max_slots is not None and max_slots < 1:
+            raise RequestError(f"max_slots is {max_slots}; it must be 1 or more")
         ids = self._encoder.text_ids(text) if text.strip() else ()
         if not ids:
             raise RequestError("cannot make a prefix from an empty text")
-        return prefix_from_tokens(self.model, ids[:max_slots])
+        ids, context = ids[:max_slots], self._encoder.context
+        if context is not None and len(ids) > context:
+            raise ContextLengthError(
+                f"the text has {len(ids)} tokens, but the context of this model is {context}; "
+                "shorten it, or give max_slots"
+            )
+        return prefix_from_tokens(self.model, ids)
 
     def put(
         self, kind: Kind, name: str, prefix: Prefix, *, details: Mapping[str, Any] | None = None
@@ -413,9 +429,20 @@ class ControlPrefix:
         )
 
 
+def _is_one(requests: object) -> bool:
+    """Whether it is one request, right or wrong, and not a row of them."""
+    return isinstance(requests, (str, Request)) or not isinstance(requests, Iterable)
+
+
+def _as_rows(requests: Any) -> list[Any]:
+    return [requests] if _is_one(requests) else list(requests)
+
+
 def _as_request(request: str | Request, fields: Mapping[str, Any]) -> Request:
     if isinstance(request, str):
         return Request(prompt=request, **fields)
+    if not isinstance(request, Request):
+        raise RequestError(f"{type(request).__name__} is no request; give a prompt or a Request")
     if fields:
         raise RequestError(
             f"{', '.join(fields)}: fields beside a Request; put them into the Request itself"
@@ -424,7 +451,12 @@ def _as_request(request: str | Request, fields: Mapping[str, Any]) -> Request:
 
 
 def _require_texts(user: str, texts: Sequence[str]) -> list[str]:
-    written = [text for text in ([texts] if isinstance(texts, str) else texts) if text.strip()]
+    given = [texts] if isinstance(texts, str) else list(texts or ())
+    if wrong := next((text for text in given if not isinstance(text, str)), None):
+        raise TrainingDataError(
+            f"a text of user {user!r} is a {type(wrong).__name__}; give strings"
+        )
+    written = [text for text in given if text.strip()]
     if not written:
         raise TrainingDataError(f"user {user!r} has no text to learn from")
     return written

@@ -78,6 +78,10 @@ class Request(BaseModel):
         if self.raw and self.messages is not None:
             raise ValueError("raw continues a prompt; messages need the chat template")
         for attribute, chosen in self.attributes.items():
+            if not chosen:
+                raise ValueError(
+                    f"attribute {attribute!r} names no label; give one, or leave it out"
+                )
             for label, weight in ({chosen: 1.0} if isinstance(chosen, str) else chosen).items():
                 _check_strength(weight, f"of {attribute}={label}")
         for part, strength in self.strengths.items():

@@ -18,6 +18,7 @@ from controlprefix import (
     PrefixFormatError,
     Request,
     RequestError,
+    TrainingDataError,
     UnknownNameError,
     UnsupportedModelError,
 )
@@ -362,6 +363,23 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused(cp: ControlPrefix) ->
     with pytest.raises(ContextLengthError, match="an example has"):
         cp.score([Example(prompt="x", completion="y" * 300)])
     assert cp.generate("x" * 246, max_new_tokens=10).num_prompt_tokens == 246
+
+
+def test_what_is_no_request_or_text_is_refused(cp: ControlPrefix) -> None:
+    for wrong in (None, 3, [None], [{"prompt": "Hi"}]):
+        with pytest.raises(RequestError, match="is no request; give a prompt or a Request"):
+            cp.generate(wrong)  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match="is no request"), cp.assembled(3):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(TrainingDataError, match="row 1 is a Request; give Example rows"):
+        cp.score([Request(prompt="Hi")])  # type: ignore[list-item]
+    with pytest.raises(TrainingDataError, match="a text of user 'ana' is a int"):
+        cp.enroll("ana", ["Hi", 3])  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="from an empty text"):
+        cp.prefix_from_text(" ")
+    with pytest.raises(ContextLengthError, match="the text has 300 tokens"):
+        cp.prefix_from_text("x" * 300)
+    assert len(cp.score(e for e in [Example(prompt="Hi", completion="you")])) == 1
 
 
 def test_messages_need_a_chat_template_and_prompts_use_it() -> None:

@@ -268,6 +268,9 @@ def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored(
         (rows, {"validation": 1.0}, "validation is 1.0"),
         (rows, {"init": "words"}, "init is 'words'"),
         ([{"prompt": "x"}], {}, "row 1 is a dict"),
+        (None, {}, "NoneType is no list of Example rows"),
+        (rows, {"learn": ()}, "learn is empty; learn any of: task, attributes, user"),
+        (rows, {"num_slots": 1000}, "num_slots is 1000; it must be 1 or up to 256, the context"),
     ]
     for examples, options, message in cases:
         with pytest.raises(TrainingDataError, match=message):

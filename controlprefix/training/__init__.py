@@ -1,7 +1,7 @@
 """Learning prefixes: the same assembly and attention as in use, with gradients."""
 
 from controlprefix.training.loop import TrainingReport, TrainingRow, TrainingSettings, train
-from controlprefix.training.preparation import Learned, Start, prepare
+from controlprefix.training.preparation import Learned, Start, prepare, require_examples
 
 __all__ = [
     "Learned",
@@ -10,5 +10,6 @@ __all__ = [
     "TrainingRow",
     "TrainingSettings",
     "prepare",
+    "require_examples",
     "train",
 ]

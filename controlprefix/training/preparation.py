@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +47,7 @@ def prepare(
     store: PrefixStore,
     resolver: Resolver,
     *,
-    learn: Sequence[Learned],
+    learn: Learned | Sequence[Learned],
     num_slots: int | Mapping[Learned, int],
     init: Start,
     seed: int,
@@ -57,7 +57,7 @@ def prepare(
     Raises:
         TrainingDataError: If the examples cannot be learned from.
     """
-    kinds = _require_learnable(examples, learn)
+    kinds = _require_learnable(examples, [learn] if isinstance(learn, str) else list(learn))
     if init not in ("text", "random", "stored"):
         raise TrainingDataError(f"init is {init!r}; it must be: text, random, or stored")
     named = [named_parts(example) for example in examples]
@@ -75,7 +75,7 @@ def prepare(
     known = store.current(keys, fingerprint) if init == "stored" else {}
     start: dict[PrefixKey, Prefix] = {}
     for index, key in enumerate(keys):
-        count = _slots_for(key.kind, num_slots)
+        count = _slots_for(key.kind, num_slots, encoder.context)
         if key in known:
             start[key] = store.get(key, fingerprint).prefix
         elif init == "random":
@@ -96,13 +96,27 @@ def prepare(
     return Preparation(rows, start, left_out)
 
 
+def require_examples(examples: object) -> list[Example]:
+    """The examples as a list.
+
+    Raises:
+        TrainingDataError: Naming the row that is none.
+    """
+    if isinstance(examples, (str, Example)) or not isinstance(examples, Iterable):
+        raise TrainingDataError(f"{type(examples).__name__} is no list of Example rows")
+    rows = list(examples)
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, Example):
+            raise TrainingDataError(f"row {i} is a {type(row).__name__}; give Example rows")
+    return rows
+
+
 def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) -> set[Kind]:
     for what in learn:
         if what not in _KINDS:
             raise TrainingDataError(f"cannot learn {what!r}; learn any of: {', '.join(_KINDS)}")
-    for i, row in enumerate(examples, 1):
-        if not isinstance(row, Example):
-            raise TrainingDataError(f"row {i} is a {type(row).__name__}; give Example rows")
+    if not learn:
+        raise TrainingDataError(f"learn is empty; learn any of: {', '.join(_KINDS)}")
     for what in learn:
         if examples and not any(getattr(row, what) for row in examples):
             raise TrainingDataError(f"learn names {what!r} but no example has one")
@@ -116,7 +130,7 @@ def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) ->
     return kinds
 
 
-def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int]) -> int:
+def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int], context: int | None) -> int:
     by_kind = (
         dict.fromkeys(_KINDS.values(), num_slots)
         if isinstance(num_slots, int)
@@ -126,9 +140,11 @@ def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int]) -> int:
         raise TrainingDataError(
             f"num_slots says nothing of {kind!r}; give it a number of slots too"
         )
-    if by_kind[kind] < 1:
-        raise TrainingDataError(f"num_slots is {by_kind[kind]}; it must be 1 or more")
-    return by_kind[kind]
+    count = by_kind[kind]
+    if count < 1 or (context is not None and count > context):
+        most = "more" if context is None else f"up to {context}, the context of this model"
+        raise TrainingDataError(f"num_slots is {count}; it must be 1 or {most}")
+    return count
 
 
 def _texts_of(
