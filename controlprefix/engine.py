@@ -202,12 +202,7 @@ class ControlPrefix:
         one request must stand together, as transformers arranges them. One request
         steers all rows. Threads started inside, such as a streamer's, are steered too.
         """
-        given = (
-            requests
-            if isinstance(requests, Iterable) and not isinstance(requests, Request)
-            else [requests]
-        )
-        rows = [_as_request(request, {}) for request in given]
+        rows = [_as_request(request, {}) for request in _as_rows(requests)]
         batch = self._assemble(self._resolver.resolve(rows))
         with self._steering.attached(batch, everywhere=True):
             yield batch
@@ -452,10 +447,9 @@ def _as_request(request: str | Request, fields: Mapping[str, Any]) -> Request:
 
 def _require_texts(user: str, texts: Sequence[str]) -> list[str]:
     given = [texts] if isinstance(texts, str) else list(texts or ())
-    if wrong := next((text for text in given if not isinstance(text, str)), None):
-        raise TrainingDataError(
-            f"a text of user {user!r} is a {type(wrong).__name__}; give strings"
-        )
+    for text in given:
+        if not isinstance(text, str):
+            raise TrainingDataError(f"a text of user {user!r} is a {type(text).__name__}, no text")
     written = [text for text in given if text.strip()]
     if not written:
         raise TrainingDataError(f"user {user!r} has no text to learn from")
