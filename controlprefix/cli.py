@@ -26,7 +26,7 @@ prefixes = typer.Typer(help="See and roll back stored prefixes.", no_args_is_hel
 app.add_typer(users, name="users")
 app.add_typer(prefixes, name="prefixes")
 # Into a file or a log, tables may be wider than the 80 columns rich assumes.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A folder, a hub id, or 'smollm2', the one pip installs.")
@@ -52,14 +52,16 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0,
     steps: Annotated[int | None, typer.Option(help="Steps in all, in place of epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option("--lr", help="At its highest.")] = 3e-2,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", help="Learning rate, at its highest.")
+    ] = 3e-2,
     validation: Annotated[
         float, typer.Option(help="Fraction held out to choose the best step.")
     ] = 0.1,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the split and the order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split and the order of examples.")] = 0,
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
@@ -335,8 +337,11 @@ def _attributes(written: list[str]) -> dict[str, str | dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for one in written:
         attribute, label = _pair("--attribute", one)
-        label, colon, weight = label.partition(":")
-        found.setdefault(attribute, {})[label] = _number("--attribute", weight) if colon else 1.0
+        name, _, weight = label.rpartition(":")
+        if name and _is_number(weight):
+            found.setdefault(attribute, {})[name] = float(weight)
+        else:  # a label may hold a colon
+            found.setdefault(attribute, {})[label] = 1.0
     return {**found}
 
 
@@ -347,11 +352,18 @@ def _pair(option: str, written: str) -> tuple[str, str]:
     return name, value
 
 
-def _number(option: str, written: str) -> float:
+def _is_number(written: str) -> bool:
     try:
-        return float(written)
+        float(written)
     except ValueError:
-        raise RequestError(f"{option} has {written!r} where a number belongs") from None
+        return False
+    return True
+
+
+def _number(option: str, written: str) -> float:
+    if not _is_number(written):
+        raise RequestError(f"{option} has {written!r} where a number belongs")
+    return float(written)
 
 
 def _kind(written: str) -> "Kind":

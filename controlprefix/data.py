@@ -20,7 +20,7 @@ def read_examples(path: str | Path, **defaults: Any) -> list[Example]:
         TrainingDataError: If the file cannot be read, or naming the line that is no example.
     """
     examples = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -28,10 +28,10 @@ def read_examples(path: str | Path, **defaults: Any) -> list[Example]:
             if not isinstance(fields, dict):
                 raise TrainingDataError("not a JSON object")
             examples.append(Example(**{**defaults, **fields}))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise TrainingDataError(f"{path} line {number}: not JSON: {error}") from error
         except TrainingDataError as error:
             raise TrainingDataError(f"{path} line {number}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise TrainingDataError(f"{path} line {number}: not JSON: {error}") from error
     if not examples:
         raise TrainingDataError(f"{path} has no examples")
     return examples
@@ -43,14 +43,15 @@ def read_texts(paths: Sequence[str | Path]) -> list[str]:
     Raises:
         TrainingDataError: If a file cannot be read or none has a text.
     """
-    texts = [line.strip() for path in paths for line in _read(path).splitlines() if line.strip()]
+    texts = [line.strip() for path in paths for line in _lines(path) if line.strip()]
     if not texts:
         raise TrainingDataError(f"no text in {', '.join(map(str, paths))}")
     return texts
 
 
-def _read(path: str | Path) -> str:
+def _lines(path: str | Path) -> list[str]:
+    """Lines end where JSON Lines end them; other separators may stand inside a text."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingDataError(f"cannot read {path}: {error}") from error

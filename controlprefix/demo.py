@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from controlprefix.data import read_examples
 from controlprefix.engine import ControlPrefix
@@ -16,6 +17,7 @@ from controlprefix.request import Example, Request
 from controlprefix.store import Kind
 
 TASK = "message"
+TENANT = "demo"  # so that the demo neither finds nor changes anybody's own prefixes
 PROMPTS = ("Tell Sam I will be late for dinner.", "Ask the neighbour to turn the music down.")
 SEED = 0
 
@@ -42,11 +44,11 @@ def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
 
     out.rule("the frozen model")
     with _timed(times, "load"):
-        cp = ControlPrefix.from_pretrained("smollm2", store=store)
+        cp = ControlPrefix.from_pretrained("smollm2", store=store, tenant=TENANT)
     parameters = sum(p.numel() for p in cp.model.parameters())
     out.print(
         f"{cp.geometry.model_name}: {parameters / 1e6:.0f} M parameters, none of which will "
-        f"change; prefixes are kept in {store}"
+        f"change; prefixes are kept in {store}, tenant {TENANT!r}"
     )
 
     out.rule("learn")
@@ -77,7 +79,7 @@ def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
     cp.store.close()
 
     out.rule("reopen the store, and ask")
-    cp = ControlPrefix.from_pretrained(cp.model, tokenizer=cp.tokenizer, store=store)
+    cp = ControlPrefix.from_pretrained(cp.model, tokenizer=cp.tokenizer, store=store, tenant=TENANT)
     requests = [_in_voice(voice, prompt) for voice in _voices() for prompt in PROMPTS]
     with _timed(times, "generate"):
         completions = cp.generate(requests)
@@ -107,6 +109,7 @@ def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
     out.print(f"the model they steer: {model_bytes:,} bytes")
     out.print("; ".join(f"{what} {seconds:.1f} s" for what, seconds in times.items()))
     out.print(f"in all {time.monotonic() - began:.0f} s; a second run reuses what is stored")
+    out.print(f"see it with: controlprefix prefixes list --store {store} --tenant {TENANT}")
     if json_file is not None:
         record = {
             "command": "controlprefix demo --json",
@@ -221,7 +224,7 @@ def _print_figures(out: Console, figures: dict[str, dict[str, dict[str, float]]]
         table = Table(f"{what}: nats a token, lower is better", *columns)
         for name, values in rows.items():
             best = min(values.values())
-            cells = (f"[bold]{v:.2f}" if v == best else f"{v:.2f}" for v in values.values())
+            cells = (Text(f"{v:.2f}", "bold" if v == best else "") for v in values.values())
             table.add_row(name, *cells)
         out.print(table)
 

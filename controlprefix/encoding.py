@@ -49,9 +49,9 @@ class RequestEncoder:
             ContextLengthError: If they and `max_new_tokens` do not fit the context.
         """
         ids = self._prompt_ids(request)
-        room = None if self.context is None else self.context - len(ids)
-        new = 0 if self.is_encoder_decoder else request.max_new_tokens
-        if not isinstance(request, Example) and room is not None and room < new:
+        new = 0 if isinstance(request, Example) else request.max_new_tokens
+        needed = max(len(ids), new) if self.is_encoder_decoder else len(ids) + new
+        if self.context is not None and new and needed > self.context:
             raise ContextLengthError(
                 f"the prompt has {len(ids)} tokens and asks for {new} more, but the context of "
                 f"this model is {self.context}; shorten the prompt or lower max_new_tokens"

@@ -17,7 +17,7 @@ from controlprefix.geometry import Geometry
 from controlprefix.likelihood import token_log_probs
 from controlprefix.loading import load
 from controlprefix.prefix import Prefix
-from controlprefix.request import Completion, Example, Request, Score
+from controlprefix.request import Completion, Example, Request, Score, is_whole_text
 from controlprefix.resolve import ResolvedPart, Resolver
 from controlprefix.steering import Steering
 from controlprefix.store import Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
@@ -252,6 +252,7 @@ class ControlPrefix:
             init=init,
             seed=chosen.seed,
         )
+        self.store.require_writable(prepared.start)
         learned, report = train(
             self.model,
             prepared.rows,
@@ -334,6 +335,8 @@ class ControlPrefix:
             RequestError: If the text is empty.
             ContextLengthError: If it does not fit the context.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"{type(text).__name__} is no text")
         if max_slots is not None and max_slots < 1:
             raise RequestError(f"max_slots is {max_slots}; it must be 1 or more")
         ids = self._encoder.text_ids(text) if text.strip() else ()
@@ -362,6 +365,7 @@ class ControlPrefix:
         """
         key = PrefixKey(kind, name)
         self.geometry.require(prefix.geometry, f"the prefix for {key}")
+        prefix.to(dtype=self.model.dtype).require_finite(f"the prefix for {key}")
         return self.store.put([NewVersion(key, prefix, details or {})])[0]
 
     def get(self, kind: Kind, name: str, *, version: int | None = None) -> Prefix:
@@ -426,7 +430,9 @@ class ControlPrefix:
 
 def _is_one(requests: object) -> bool:
     """Whether it is one request, right or wrong, and not a row of them."""
-    return isinstance(requests, (str, Request)) or not isinstance(requests, Iterable)
+    return isinstance(requests, (str, bytes, Mapping, Request)) or not isinstance(
+        requests, Iterable
+    )
 
 
 def _as_rows(requests: Any) -> list[Any]:
@@ -450,6 +456,8 @@ def _require_texts(user: str, texts: Sequence[str]) -> list[str]:
     for text in given:
         if not isinstance(text, str):
             raise TrainingDataError(f"a text of user {user!r} is a {type(text).__name__}, no text")
+        if not is_whole_text(text):
+            raise TrainingDataError(f"a text of user {user!r} holds half a surrogate pair")
     written = [text for text in given if text.strip()]
     if not written:
         raise TrainingDataError(f"user {user!r} has no text to learn from")

@@ -89,7 +89,7 @@ class Prefix:
         slots = {
             site: _rows(geometry, site, layers) for site, layers in sites.items() if len(layers)
         }
-        return cls(geometry, slots)._require_finite()
+        return cls(geometry, slots).require_finite()
 
     @classmethod
     def random(
@@ -143,7 +143,7 @@ class Prefix:
         Raises:
             PrefixFormatError: If a number is NaN or infinite.
         """
-        self._require_finite()
+        self.require_finite()
         tensors: dict[str, Tensor] = {
             site: rows.detach().cpu().contiguous() for site, rows in self.slots.items()
         }
@@ -177,19 +177,24 @@ class Prefix:
         geometry = Geometry.from_dict(header["geometry"])
         try:
             slots = {site: tensors[site] for site in SITES if site in tensors}
-            return cls(geometry, slots)._require_finite(name)
+            return cls(geometry, slots).require_finite(name)
         except GeometryMismatchError as error:
             raise PrefixFormatError(f"{name} contradicts its own geometry: {error}") from error
 
-    def _require_finite(self, name: str = "prefix") -> Self:
+    def require_finite(self, name: str = "prefix") -> Self:
+        """This prefix, if all its numbers are finite floats.
+
+        Raises:
+            PrefixFormatError: If not.
+        """
         for site, rows in self.slots.items():
             if not rows.is_floating_point():
                 raise PrefixFormatError(f"{name} holds {rows.dtype} numbers; slots are floats")
             if not bool(torch.isfinite(rows).all()):
                 bad = int((~torch.isfinite(rows)).any(dim=1).sum())
                 raise PrefixFormatError(
-                    f"{name} has NaN or infinite numbers in {bad} of its {len(rows)} {site} slots; "
-                    "train it again with a lower learning rate"
+                    f"{name} has NaN or infinite numbers in {bad} of its {len(rows)} {site} slots "
+                    f"as {rows.dtype}; train it again with a lower learning rate"
                 )
         return self
 

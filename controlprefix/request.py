@@ -1,7 +1,7 @@
 """What a person may ask for, and what comes back."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,6 +33,7 @@ class Request(BaseModel):
             absent, 1 as trained.
         max_new_tokens: Tokens to generate at most.
         temperature, top_k, top_p, min_p: Sample; with none of them, decoding is greedy.
+            The lowest temperature is 0.001.
         repetition_penalty: Above 1, repeats become less likely.
         num_beams: Beam search, when above 1; it does not sample.
         stop: Texts that end the completion; they are cut off.
@@ -52,7 +53,7 @@ class Request(BaseModel):
     user: str | None = None
     strengths: dict[str, float] = Field(default_factory=dict)
     max_new_tokens: int = Field(default=128, ge=1)
-    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    temperature: float | None = Field(default=None, ge=1e-3, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
@@ -74,10 +75,14 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not all(map(is_whole_text, _texts(self.model_dump()))):
+            raise ValueError("a text holds half a surrogate pair, which is no character")
         self._check_prompt()
         if self.raw and self.messages is not None:
             raise ValueError("raw continues a prompt; messages need the chat template")
         for attribute, chosen in self.attributes.items():
+            if "=" in attribute or attribute in {"", "task", "user"}:
+                raise ValueError(f"{attribute!r} cannot be the name of an attribute")
             if not chosen:
                 raise ValueError(
                     f"attribute {attribute!r} names no label; give one, or leave it out"
@@ -170,6 +175,23 @@ class Score(BaseModel):
 
     log_likelihood: float
     num_tokens: int
+
+
+def is_whole_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can hold half a surrogate pair, texts cannot."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a nested value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts(pair)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
 
 
 def _check_strength(strength: float, what: str) -> None:

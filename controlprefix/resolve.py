@@ -118,7 +118,7 @@ class Resolver:
                 self._cache.move_to_end((key, ref.content_hash))
                 return cached, ref.version
         stored = self._store.get(key, self._geometry.fingerprint, version=ref.version)
-        prefix = stored.prefix.to(device=self._device, dtype=self._dtype)
+        prefix = stored.prefix.to(device=self._device, dtype=self._dtype).require_finite(str(key))
         with self._lock:
             self._cache[(key, stored.ref.content_hash)] = prefix
             while sum(p.size_bytes for p in self._cache.values()) > _CACHE_BYTES:

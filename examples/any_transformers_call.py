@@ -25,4 +25,4 @@ def main(cp: ControlPrefix) -> None:
 
 
 if __name__ == "__main__":
-    main(ControlPrefix.from_pretrained("smollm2"))
+    main(ControlPrefix.from_pretrained("smollm2", tenant="examples"))

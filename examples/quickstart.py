@@ -32,4 +32,4 @@ def main(cp: ControlPrefix, *, steps: int = 20) -> None:
 
 
 if __name__ == "__main__":
-    main(ControlPrefix.from_pretrained("smollm2"))
+    main(ControlPrefix.from_pretrained("smollm2", tenant="examples"))

@@ -31,4 +31,4 @@ def main(cp: ControlPrefix, *, steps: int = 12) -> None:
 
 
 if __name__ == "__main__":
-    main(ControlPrefix.from_pretrained("smollm2"))
+    main(ControlPrefix.from_pretrained("smollm2", tenant="examples"))

@@ -104,16 +104,33 @@ class PrefixStore:
         self.url = url
         try:
             self._engine = _engine(url)
-        except (ArgumentError, ModuleNotFoundError) as error:
+        except ModuleNotFoundError as error:
             raise StoreError(
-                f"cannot open the store {url!r}: {error}; give an SQLAlchemy URL such as "
-                "sqlite:///prefixes.db"
+                f"cannot open the store {_without_password(url)!r}: {error}; install that package"
+            ) from error
+        except (ArgumentError, ValueError) as error:
+            reason = str(error).splitlines()[0].replace(url, "it")
+            raise StoreError(
+                f"cannot open the store {_without_password(url)!r}: {reason}; give an SQLAlchemy "
+                "URL such as sqlite:///prefixes.db"
             ) from error
         with self._session() as session:  # a store that is read only can still be read
             prepared = _is_prepared(session)
         if not prepared:
             with self._session(write=True) as session:
                 _prepare(session)
+
+    def require_writable(self, keys: Iterable[PrefixKey]) -> None:
+        """Find out before long work whether its result could be stored.
+
+        Raises:
+            UnknownNameError: If a name cannot be one.
+            StoreError: If the database cannot be written.
+        """
+        for key in keys:
+            _check_key(key)
+        with self._session(write=True) as session:
+            session.connection()
 
     def put(self, versions: Sequence[NewVersion]) -> list[int]:
         """Publish versions, all or none, and make them current.
@@ -167,6 +184,8 @@ class PrefixStore:
         wanted = list(dict.fromkeys(keys))
         if not wanted:
             return {}
+        for key in wanted:
+            _check_key(key)
         is_current = (VersionRow.prefix_id == PrefixRow.id) & (
             VersionRow.version == PrefixRow.current_version
         )
@@ -209,6 +228,7 @@ class PrefixStore:
 
     def names(self, kind: Kind, fingerprint: str) -> list[str]:
         """The names of one kind that this model has prefixes for, sorted."""
+        _check_kind(kind)
         with self._session() as session:
             query = self._mine(fingerprint).where(PrefixRow.kind == kind)
             return sorted(row.name for row in session.scalars(query))
@@ -263,6 +283,7 @@ class PrefixStore:
         Raises:
             UnknownNameError: If there is no such name.
         """
+        _check_key(key)
         with self._session(write=True) as session:
             rows = list(session.scalars(self._mine(None, [key])))
             if not rows:
@@ -317,9 +338,9 @@ class PrefixStore:
                 f"({', '.join(elsewhere)}); train it on this model, or load that one"
             )
         known = {row.name for row in rows if fingerprint in (None, row.fingerprint)}
-        return UnknownNameError(
-            f"no {key.kind} {key.name!r} in the store; known: {known_names(key.name, known)}"
-        )
+        way_out = "" if known else "; train or enroll one, or check the store and the tenant"
+        names = known_names(key.name, known)
+        return UnknownNameError(f"no {key.kind} {key.name!r} in the store; known: {names}{way_out}")
 
     @staticmethod
     def _version_numbers(session: Session, row: PrefixRow) -> list[int]:
@@ -341,8 +362,8 @@ class PrefixStore:
             reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
             doing = "write" if write else "read"
             raise StoreError(
-                f"cannot {doing} the store {make_url(self.url).render_as_string()!r}: {reason}; "
-                "nothing was changed; check the path, its permissions and the free space"
+                f"cannot {doing} the store {_without_password(self.url)!r}: {reason}; nothing was "
+                "changed; check the path, its permissions, the free space, and who else writes"
             ) from error
 
 
@@ -373,6 +394,13 @@ def _engine(url: str) -> Engine:
     return engine
 
 
+def _without_password(url: str) -> str:
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
+        return url.rpartition("@")[2]
+
+
 def _is_prepared(session: Session) -> bool:
     """Whether the tables are there.
 
@@ -401,9 +429,13 @@ def _key(row: PrefixRow) -> PrefixKey:
     return PrefixKey(kind, row.name)
 
 
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise UnknownNameError(f"unknown kind {kind!r}; a prefix is for a: {', '.join(KINDS)}")
+
+
 def _check_key(key: PrefixKey) -> None:
-    if key.kind not in KINDS:
-        raise UnknownNameError(f"unknown kind {key.kind!r}; a prefix is for a: {', '.join(KINDS)}")
+    _check_kind(key.kind)
     _check_name(key.kind, key.name)
     if key.kind == "attribute" and not all(key.name.partition("=")):
         raise UnknownNameError(
@@ -413,6 +445,8 @@ def _check_key(key: PrefixKey) -> None:
 
 
 def _check_name(what: str, name: str) -> None:
+    if not isinstance(name, str):
+        raise UnknownNameError(f"{what} name is a {type(name).__name__}; give a text")
     if not (0 < len(name) <= 255) or not name.isprintable():
         raise UnknownNameError(f"{what} name {name[:40]!r} is not 1 to 255 printable characters")
 

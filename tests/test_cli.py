@@ -101,7 +101,7 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
         (("generate", " "), "the prompt is empty"),
         (("generate", "Hi", "--strength", "user=nan"), "strength of 'user' is nan"),
         (("generate", "Hi", "-a", "formal"), "--attribute 'formal' is not of the form name=value"),
-        (("generate", "Hi", "-a", "tone=warm:lots"), "'lots' where a number belongs"),
+        (("generate", "Hi", "-w", "user=lots"), "'lots' where a number belongs"),
         (("generate", "Hi", "--model", "no/model"), "cannot load a model from 'no/model'"),
         (("train", "missing.jsonl"), "cannot read missing.jsonl"),
         (("users", "show", "ana"), "no user 'ana' in the store"),
@@ -130,4 +130,28 @@ def test_a_mistake_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr == "error: no user 'ana' in the store; known: none\n"
+    assert result.stderr == (
+        "error: no user 'ana' in the store; known: none; train or enroll one, or check the store "
+        "and the tenant\n"
+    )
+
+
+def test_names_are_printed_as_they_are(model_folder: Path, tmp_path: Path) -> None:
+    """Square brackets are markup to the table's printer, and must not be."""
+    (tmp_path / "texts.txt").write_text("one text\n")
+    model = ("--model", str(model_folder))
+    for name in ("[/]", "[red]x"):
+        enrolled = run(tmp_path, "enroll", name, str(tmp_path / "texts.txt"), *model)
+        assert f"stored user {name!r} version 1" in enrolled
+    assert "[red]x" in run(tmp_path, "users", "list")
+    assert "'[red]x'" in run(tmp_path, "users", "forget", "[red]x")
+
+
+def test_a_label_may_hold_a_colon() -> None:
+    from controlprefix.cli import _attributes
+
+    assert _attributes(["a=x:y", "a=x:y:0.5", "b=z:2", "c=w"]) == {
+        "a": {"x:y": 0.5},
+        "b": {"z": 2.0},
+        "c": {"w": 1.0},
+    }

@@ -352,6 +352,12 @@ def test_prefixes_of_other_models_are_refused(tmp_path: Path) -> None:
     broken.slots["decoder"][0, 0] = float("nan")
     with pytest.raises(PrefixFormatError, match="NaN"):
         one.put("user", "ana", broken)
+    half = ControlPrefix.from_pretrained(
+        build("llama", dtype=torch.float16), tokenizer=tokenizer, store=url
+    )
+    too_large = Prefix.random(half.geometry, num_slots=2, scale=1e9)
+    with pytest.raises(PrefixFormatError, match="infinite numbers .* as torch.float16"):
+        half.put("user", "ana", too_large)
     assert one.versions("user", "ana")[-1].version == 1
 
 

@@ -24,11 +24,18 @@ from controlprefix.generation import hold_back_stops
         ({"prompt": "x", "attributes": {"tone": {"warm": math.nan}}}, "of tone=warm is nan"),
         ({"prompt": "x", "attributes": {"tone": {}}}, "attribute 'tone' names no label"),
         ({"prompt": "x", "attributes": {"tone": ["warm"]}}, "attributes.tone"),
+        ({"prompt": "x", "attributes": {"q=r": "s"}}, "'q=r' cannot be the name of an attribute"),
+        ({"prompt": "x", "attributes": {"user": "s"}}, "'user' cannot be the name"),
+        ({"prompt": "x\ud800"}, "half a surrogate pair"),
+        ({"prompt": "x", "user": "\udfff"}, "half a surrogate pair"),
         ({"prompt": 3}, "prompt: Input should be a valid string"),
         ({"prompt": "x", "strengths": {"user": math.inf}}, "strength of 'user' is inf"),
         ({"prompt": "x", "strengths": {"user": -1}}, "below 0 is not supported"),
         ({"prompt": "x", "strengths": {"tone": 1}}, "names 'tone'; this request has: task, user"),
-        ({"prompt": "x", "temperature": 0}, "temperature: Input should be greater than 0"),
+        (
+            {"prompt": "x", "temperature": 0},
+            "temperature: Input should be greater than or equal to 0.001",
+        ),
         ({"prompt": "x", "top_p": 1.5}, "top_p: Input should be less than or equal to 1"),
         ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens"),
         ({"prompt": "x", "num_beams": 2, "temperature": 1.0}, "does not sample"),
@@ -80,6 +87,12 @@ def test_data_files_name_the_line_that_is_wrong(tmp_path: Path) -> None:
         path.write_text(f"{good}\n{bad}\n")
         with pytest.raises(TrainingDataError, match=message):
             read_examples(path)
+    separators = {"prompt": "a\u2028b\x85c", "completion": "y"}
+    path.write_text(json.dumps(separators, ensure_ascii=False), encoding="utf-8-sig")
+    assert read_examples(path)[0].prompt == separators["prompt"]
+    path.write_text('{"prompt": ' + "9" * 5000 + "}")
+    with pytest.raises(TrainingDataError, match="line 1: not JSON"):
+        read_examples(path)
     path.write_text("\n")
     with pytest.raises(TrainingDataError, match="has no examples"):
         read_examples(path)

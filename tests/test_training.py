@@ -1,6 +1,7 @@
 """Learning moves the prefixes it was asked to, makes their text likelier, and nothing else."""
 
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from controlprefix import (
     ControlPrefixError,
     Example,
     Prefix,
+    StoreError,
     TrainingDataError,
 )
 from controlprefix.steering import weights_fingerprint
@@ -269,6 +271,11 @@ def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored(
         (rows, {"init": "words"}, "init is 'words'"),
         ([{"prompt": "x"}], {}, "row 1 is a dict"),
         (None, {}, "NoneType is no list of Example rows"),
+        (rows, {"validation": 0.9}, "validation 0.9 of 4 examples leaves none to learn from"),
+        (rows, {"epochs": math.inf}, "epochs is inf"),
+        (rows, {"steps": "2"}, "steps is '2'; it must be a whole number"),
+        (rows, {"seed": -1}, "seed is -1"),
+        (rows, {"num_slots": 1.5}, "num_slots is 1.5; it must be a whole number"),
         (rows, {"learn": ()}, "learn is empty; learn any of: task, attributes, user"),
         (rows, {"num_slots": 1000}, "num_slots is 1000; it must be 1 or up to 256, the context"),
     ]
@@ -314,3 +321,41 @@ def test_an_interrupted_run_stores_nothing_and_leaves_nothing_attached() -> None
     assert cp.store.prefixes() == []
     assert not any("controlprefix_place" in vars(m) for m in cp.model.modules())
     assert not cp.model.training
+
+
+def test_what_cannot_be_stored_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = engine()
+    steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    cp.model.register_forward_hook(count)
+    bad = [Example(prompt="Hi", user="ana\n", completion="hello")] * 2
+    with pytest.raises(ControlPrefixError, match="is not 1 to 255 printable characters"):
+        cp.train(bad, learn=("user",), **QUICK)
+
+    def refuse(*_: object) -> None:
+        raise StoreError("read only")
+
+    monkeypatch.setattr(cp.store, "require_writable", refuse)
+    before = steps
+    with pytest.raises(StoreError):
+        cp.train(greetings(1), init="random", **QUICK)
+    assert steps == before
+
+
+def test_two_runs_with_checkpointing_leave_the_model_as_it_was() -> None:
+    cp = engine("gpt2", resid_pdrop=0.3)
+    settings = {**QUICK, "steps": 3, "gradient_checkpointing": True, "validation": 0}
+    threads = [
+        threading.Thread(target=cp.train, args=(greetings(2),), kwargs=settings) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(module.training for module in cp.model.modules())
+    assert {m.p for m in cp.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.1, 0.3}
+    assert len(cp.versions("task", "greet")) == 2

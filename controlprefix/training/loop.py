@@ -3,6 +3,7 @@
 import contextlib
 import math
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -71,9 +72,17 @@ class TrainingSettings:
         return cls(**settings)
 
     def __post_init__(self) -> None:
+        whole = ("steps", "batch_size", "evaluations", "seed")
+        for field_ in fields(self):
+            value = getattr(self, field_.name)
+            wanted = int if field_.name in whole else (int, float)
+            if not isinstance(value, wanted) and not (field_.name == "steps" and value is None):
+                kind = "a whole number" if field_.name in whole else "a number"
+                raise TrainingDataError(f"{field_.name} is {value!r}; it must be {kind}")
         for name, ok, want in (
-            ("epochs", self.epochs > 0, "above 0"),
+            ("epochs", 0 < self.epochs < math.inf, "above 0"),
             ("steps", self.steps is None or self.steps > 0, "above 0"),
+            ("seed", 0 <= self.seed < 1 << 63, "0 or more, and below 2**63"),
             ("batch_size", self.batch_size > 0, "above 0"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
             ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
@@ -245,6 +254,11 @@ def _split(
 ) -> tuple[list[TrainingRow], list[TrainingRow]]:
     shuffled = order.sample(list(rows), len(rows))
     num_held_out = round(fraction * len(rows))
+    if num_held_out == len(rows):
+        raise TrainingDataError(
+            f"validation {fraction} of {len(rows)} examples leaves none to learn from; lower "
+            "it, or give more examples"
+        )
     return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
@@ -286,6 +300,10 @@ def _schedule(steps: int) -> Callable[[int], float]:
     return factor
 
 
+# A second run would take the first one's settings for the model's own.
+_one_at_a_time = threading.Lock()
+
+
 @contextlib.contextmanager
 def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Checkpoint activations while inside, without switching on the model's dropout.
@@ -296,7 +314,7 @@ def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    with contextlib.ExitStack() as undo:
+    with _one_at_a_time, contextlib.ExitStack() as undo:
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
             for name, value in list(vars(module).items()):

@@ -119,7 +119,9 @@ def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) ->
         raise TrainingDataError(f"learn is empty; learn any of: {', '.join(_KINDS)}")
     for what in learn:
         if examples and not any(getattr(row, what) for row in examples):
-            raise TrainingDataError(f"learn names {what!r} but no example has one")
+            raise TrainingDataError(
+                f"learn names {what!r} but no example has one; leave it out of learn"
+            )
     kinds = {_KINDS[what] for what in learn}
     for i, row in enumerate(examples, 1):
         if not any(part.key.kind in kinds and part.strength > 0 for part in named_parts(row)):
@@ -135,12 +137,16 @@ def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int], context: int 
         dict.fromkeys(_KINDS.values(), num_slots)
         if isinstance(num_slots, int)
         else {_KINDS.get(learned): count for learned, count in num_slots.items()}
+        if isinstance(num_slots, Mapping)
+        else dict.fromkeys(_KINDS.values(), num_slots)
     )
     if kind not in by_kind:
         raise TrainingDataError(
             f"num_slots says nothing of {kind!r}; give it a number of slots too"
         )
     count = by_kind[kind]
+    if not isinstance(count, int):
+        raise TrainingDataError(f"num_slots is {count!r}; it must be a whole number")
     if count < 1 or (context is not None and count > context):
         most = "more" if context is None else f"up to {context}, the context of this model"
         raise TrainingDataError(f"num_slots is {count}; it must be 1 or {most}")
