@@ -57,34 +57,35 @@ def intercepted() -> Iterator[None]:
 
     The names stay: some models look at them to choose masks and paths.
     """
+    global _num_open
     with _lock:
-        if not _originals:
-            registered = AttentionInterface._global_mapping
-            _originals.update({name: registered.get(name) for name in IMPLEMENTATIONS})
+        if not _num_open:
             for name in IMPLEMENTATIONS:
-                AttentionInterface.register(name, partial(_attend, name))
-        _blocks.append(None)
+                # `eager` has no entry: each model brings its own
+                original = _originals[name] = AttentionInterface._global_mapping.get(name)
+                AttentionInterface.register(name, partial(_attend, name, original))
+        _num_open += 1
     try:
         yield
     finally:
         with _lock:
-            _blocks.pop()
-            if not _blocks:
+            _num_open -= 1
+            if not _num_open:
                 for name, original in _originals.items():
-                    if original is None:  # `eager` has no entry: each model brings its own
+                    if original is None:
                         del AttentionInterface._global_mapping[name]
                     else:
                         AttentionInterface.register(name, original)
-                _originals.clear()
 
 
 _lock = threading.Lock()
-_blocks: list[None] = []  # one entry for each open block
+_num_open = 0
 _originals: dict[str, Callable[..., Any] | None] = {}
 
 
 def _attend(
     implementation: str,
+    original: Callable[..., Any] | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -97,8 +98,8 @@ def _attend(
     Returns the output `(batch, num_queries, num_heads, value_dim)` and, in eager
     mode, the weights on the tokens.
     """
-    # mypy takes a class for an instance here
-    base = _originals.get(implementation) or _eager_function(type(module))  # type: ignore[arg-type]
+    # The original comes with the call: another thread may close the last block meanwhile.
+    base = original or _eager_function(type(module))  # type: ignore[arg-type]  # a class, not one
     if recordings and (calls := recordings.get(threading.get_ident())) is not None:
         calls.append(AttentionCall(module, query, key, value))
     place: Place | None = module.__dict__.get(PLACE)

@@ -137,6 +137,7 @@ class ControlPrefix:
         if asked.num_beams > 1:
             raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
         batch = self._assemble(self._resolver.resolve([asked]))
+        prompt = self._encoder.prompt_ids(asked)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancelled = threading.Event()
         failures: list[BaseException] = []
@@ -145,7 +146,12 @@ class ControlPrefix:
             try:
                 with self._steering.attached(batch):
                     generate_batch(
-                        self.model, self._encoder, [asked], streamer=streamer, cancelled=cancelled
+                        self.model,
+                        self._encoder,
+                        [asked],
+                        [prompt],
+                        streamer=streamer,
+                        cancelled=cancelled,
                     )
             except BaseException as failure:
                 failures.append(failure)
@@ -314,9 +320,9 @@ class ControlPrefix:
         Raises:
             TrainingDataError: If there is no text.
         """
-        joined = "\n\n".join(_require_texts(user, texts))
-        prefix = self.prefix_from_text(joined, max_slots=num_slots)
-        return self.put("user", user, prefix, details={"enrolled": {"texts": len(texts)}})
+        written = _require_texts(user, texts)
+        prefix = self.prefix_from_text("\n\n".join(written), max_slots=num_slots)
+        return self.put("user", user, prefix, details={"enrolled": {"texts": len(written)}})
 
     # --- prefixes ----------------------------------------------------------------------------
 
@@ -405,15 +411,20 @@ class ControlPrefix:
 
     def _generate(self, requests: Sequence[Request], batch_size: int) -> list[Completion]:
         resolved = self._resolver.resolve(requests)
+        prompts = [self._encoder.prompt_ids(request) for request in requests]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, request in enumerate(requests):
-            self._encoder.prompt_ids(request)  # a bad row is refused before any work is done
             groups.setdefault(batch_key(request), []).append(i)
         completions: dict[int, Completion] = {}
         for chosen in (c for group in groups.values() for c in _chunks(group, batch_size)):
             batch = self._assemble([resolved[i] for i in chosen])
             with self._steering.attached(batch):
-                done = generate_batch(self.model, self._encoder, [requests[i] for i in chosen])
+                done = generate_batch(
+                    self.model,
+                    self._encoder,
+                    [requests[i] for i in chosen],
+                    [prompts[i] for i in chosen],
+                )
             for i, completion in zip(chosen, done, strict=True):
                 used = tuple(one.used for one in resolved[i])
                 completions[i] = completion.model_copy(update={"parts": used})

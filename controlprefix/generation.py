@@ -35,6 +35,7 @@ def generate_batch(
     model: PreTrainedModel,
     encoder: RequestEncoder,
     requests: Sequence[Request],
+    prompts: Sequence[Sequence[int]],
     *,
     streamer: Any = None,
     cancelled: threading.Event | None = None,
@@ -45,10 +46,10 @@ def generate_batch(
         model: With the requests' prefix batch attached, in the same order.
         encoder: Of the model.
         requests: At least one.
+        prompts: Their token ids, from `encoder.prompt_ids`.
         streamer: Of transformers, for a single request.
         cancelled: When set, generation ends at the next token.
     """
-    prompts = [encoder.prompt_ids(request) for request in requests]
     left = not encoder.is_encoder_decoder
     ids, mask = pad_rows(prompts, encoder.pad_id, left=left)
     device = model.device

@@ -1,6 +1,5 @@
 """What a prefix must share with a model: the shape of its attention, and its weights."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
@@ -122,9 +121,6 @@ class Geometry:
             return cls(**sites, fingerprint=str(data["fingerprint"]), model_name=str(data["model"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PrefixFormatError(f"the geometry of a prefix cannot be read: {error}") from error
-
-    def __str__(self) -> str:
-        return json.dumps(self.to_dict())
 
 
 def _count(number: Any) -> int:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from controlprefix.attributes import weighted_labels
 from controlprefix.errors import RequestError, TrainingDataError, known_names
 
 
@@ -87,8 +88,8 @@ class Request(BaseModel):
                 raise ValueError(
                     f"attribute {attribute!r} names no label; give one, or leave it out"
                 )
-            for label, weight in ({chosen: 1.0} if isinstance(chosen, str) else chosen).items():
-                _check_strength(weight, f"of {attribute}={label}")
+        for label in weighted_labels(self.attributes):
+            _check_strength(label.weight, f"of {label.name}")
         for part, strength in self.strengths.items():
             if part not in {"task", "user", *self.attributes}:
                 raise ValueError(

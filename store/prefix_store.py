@@ -67,7 +67,6 @@ class PrefixInfo:
     key: PrefixKey
     model_name: str
     fingerprint: str
-    current_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +221,7 @@ class PrefixStore:
             query = query.where(PrefixRow.kind == kind)
         with self._session() as session:
             return [
-                PrefixInfo(_key(row), row.model_name, row.fingerprint, row.current_version)
+                PrefixInfo(_key(row), row.model_name, row.fingerprint)
                 for row in session.scalars(query)
             ]
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from controlprefix import Part, Prefix, RequestError, UnsupportedModelError, assemble
 from controlprefix.steering import Steering
@@ -441,6 +442,21 @@ def test_other_models_are_left_alone_while_one_is_steered() -> None:
             plain = other(tokens(6)).logits
             with steering.attached(assemble([[Part(prefix(model, 3))]], steering.geometry)):
                 assert torch.equal(other(tokens(6)).logits, plain)
+
+
+def test_a_call_under_way_when_the_last_block_closes_still_finds_its_function() -> None:
+    """Another thread's plain call may have looked our function up just before."""
+    model = build("llama")
+    steering = Steering.of(model)
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with steering.attached(assemble([[Part(prefix(model, 3))]], steering.geometry)):
+        ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert ours is not original
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    module = model.model.layers[0].self_attn
+    expected = original(module, query, key, key, mask)[0]
+    assert torch.equal(ours(module, query, key, key, mask)[0], expected)
 
 
 def test_an_implementation_changed_later_is_followed_or_refused() -> None:

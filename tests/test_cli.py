@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,19 @@ def test_names_are_printed_as_they_are(model_folder: Path, tmp_path: Path) -> No
         assert f"stored user {name!r} version 1" in enrolled
     assert "[red]x" in run(tmp_path, "users", "list")
     assert "'[red]x'" in run(tmp_path, "users", "forget", "[red]x")
+
+
+def test_the_defaults_of_train_are_those_of_the_library() -> None:
+    """Written twice, so that `--help` need not import torch."""
+    from inspect import signature
+
+    from controlprefix.cli import train
+    from controlprefix.training import TrainingSettings
+
+    here = {name: p.default for name, p in signature(train).parameters.items()}
+    for field in fields(TrainingSettings):
+        if field.name in here:
+            assert here[field.name] == field.default, field.name
 
 
 def test_a_label_may_hold_a_colon() -> None:

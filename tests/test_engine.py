@@ -257,6 +257,9 @@ def test_enrolling_makes_a_usable_prefix_at_once(name: str) -> None:
     assert cp.enroll("ana", ["I write like this.", "And like that."]) == 1
     assert cp.enroll("ana", ["Another text."], num_slots=5) == 2
     assert cp.get("user", "ana", version=2).num_slots == 5
+    assert cp.enroll("ana", "One text.") == 3
+    told = [version.details["enrolled"]["texts"] for version in cp.versions("user", "ana")]
+    assert told == [2, 1, 1]
     plain = cp.generate("Hello", max_new_tokens=12)
     assert cp.generate("Hello", user="ana", max_new_tokens=12).text != plain.text
     with pytest.raises(ControlPrefixError, match="user 'bo' has no text"):

@@ -63,7 +63,8 @@ def prepare(
     named = [named_parts(example) for example in examples]
     encoded = [encoder.encode(example) for example in examples]
 
-    fingerprint = Steering.of(model).geometry.fingerprint
+    geometry = Steering.of(model).geometry
+    fingerprint = geometry.fingerprint
     others = {part.key for row in named for part in row if part.key.kind not in kinds}
     stored = store.current(others, fingerprint)
     left_out = tuple(sorted(str(key) for key in others - stored.keys()))
@@ -79,7 +80,6 @@ def prepare(
         if key in known:
             start[key] = store.get(key, fingerprint).prefix
         elif init == "random":
-            geometry = Steering.of(model).geometry
             start[key] = Prefix.random(geometry, num_slots=count, seed=seed + index)
         else:
             texts = _texts_of(key, examples, named, seed)
@@ -134,9 +134,7 @@ def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) ->
 
 def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int], context: int | None) -> int:
     by_kind = (
-        dict.fromkeys(_KINDS.values(), num_slots)
-        if isinstance(num_slots, int)
-        else {_KINDS.get(learned): count for learned, count in num_slots.items()}
+        {_KINDS.get(learned): count for learned, count in num_slots.items()}
         if isinstance(num_slots, Mapping)
         else dict.fromkeys(_KINDS.values(), num_slots)
     )
