@@ -44,11 +44,13 @@ class SlotBlock:
         keys, values: For each layer, `(rows, num_kv_heads, num_slots, head_dim)`.
         log_strengths: `(rows, num_slots)`, float32, added to the attention logits
             of the slots; padding is -inf.
+        even: All log strengths are 0, so nothing need be added.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     log_strengths: Tensor
+    even: bool
 
 
 @dataclass(frozen=True)
@@ -179,4 +181,9 @@ def _block(
             padded.split(geometry.split_sizes(site), dim=2), heads, strict=True
         )
     ]  # (rows, num_kv_heads, num_slots, head_dim)
-    return SlotBlock(tuple(layered[0::2]), tuple(layered[1::2]), log_strengths.to(device))
+    return SlotBlock(
+        keys=tuple(layered[0::2]),
+        values=tuple(layered[1::2]),
+        log_strengths=log_strengths.to(device),
+        even=not log_strengths.any(),
+    )

@@ -27,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from controlprefix.cache import can_grow, growing_cache
 from controlprefix.encoding import RequestEncoder, pad_rows
 from controlprefix.request import Completion, Request
 
@@ -65,14 +66,20 @@ def generate_batch(
         criteria.append(_RowLimits(requests, num_before, encoder))
     if cancelled is not None:
         criteria.append(_Cancelled(cancelled))
+    config = _generation_config(model, encoder, requests)
+    options: dict[str, Any] = {}
+    # For a row or two, transformers' copies of the cache cost less than our bookkeeping.
+    if len(requests) > 2 and config.cache_implementation is None and can_grow(model):
+        options["past_key_values"] = growing_cache(model)
     with torch.no_grad():
         sequences = model.generate(  # type: ignore[operator]  # the stubs say Tensor | Module
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            generation_config=_generation_config(model, encoder, requests),
+            generation_config=config,
             logits_processor=processors,
             stopping_criteria=criteria,
             streamer=streamer,
+            **options,
         )
     return [
         _completion(encoder, request, prompt, row[num_before:].tolist())

@@ -1,11 +1,13 @@
 """How likely the model finds completions; used for scores and as the training loss."""
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
 from controlprefix.encoding import pad_rows
@@ -20,8 +22,8 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (nats) of target tokens after their prompts.
 
-    Logits are computed only where targets are: the vocabulary is a large part
-    of a small model's work.
+    Logits are computed only for target tokens: the vocabulary is a large part of
+    a small model's work.
 
     Args:
         model: With whatever is attached to it.
@@ -35,13 +37,39 @@ def token_log_probs(
     """
     device = model.device
     if model.config.is_encoder_decoder:
-        logits, wanted, mask = _encoder_decoder(model, prompts, targets, pad_id, device)
+        inputs, wanted, live = _encoder_decoder(model, prompts, targets, pad_id, device)
+        positions = live
     else:
-        logits, wanted, mask = _decoder_only(model, prompts, targets, pad_id, device)
-    losses = cross_entropy(
-        logits.float().flatten(0, 1), wanted.flatten(), reduction="none"
-    ).view_as(wanted)
-    return -losses * mask, mask.bool()
+        inputs, wanted, live = _decoder_only(model, prompts, targets, pad_id, device)
+        positions = pad(live, (0, 1))  # a token's logits stand at the one before it
+    with _logits_only_at(model, positions):
+        logits = model(**inputs, use_cache=False).logits
+    if logits.shape[:2] != (1, int(positions.sum())):  # the model has no output layer to look into
+        logits = logits[:, -positions.shape[1] :][positions]
+    losses = cross_entropy(logits.float().flatten(0, -2), wanted[live], reduction="none")
+    return losses.new_zeros(live.shape).masked_scatter(live, -losses), live
+
+
+@contextlib.contextmanager
+def _logits_only_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """While inside, logits are computed at some of the last positions of the rows alone.
+
+    They come as (1, positions in all, vocabulary): nothing is spent on padding, and what
+    the model does to logits afterwards (soft caps, scales, biases) is still done.
+    """
+    head = model.get_output_embeddings()
+
+    def chosen(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][:, -positions.shape[1] :][positions][None], *args[1:])
+
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(chosen)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _decoder_only(
@@ -50,19 +78,18 @@ def _decoder_only(
     targets: Sequence[Sequence[int]],
     pad_id: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[dict[str, Any], Tensor, Tensor]:
     # Left padding puts all targets at the end, as in generation.
     rows = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
     ids, attention_mask = (t.to(device) for t in pad_rows(rows, pad_id, left=True))
-    wanted, mask = (t.to(device) for t in pad_rows(targets, pad_id, left=True))
+    wanted, live = (t.to(device) for t in pad_rows(targets, pad_id, left=True))
     accepted = inspect.signature(model.forward).parameters
-    options: dict[str, object] = {}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask}
     if "position_ids" in accepted:
-        options["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
-        options["logits_to_keep"] = wanted.shape[1] + 1
-    output = model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **options)
-    return output.logits[:, -wanted.shape[1] - 1 : -1], wanted, mask
+        inputs["logits_to_keep"] = wanted.shape[1] + 1
+    return inputs, wanted, live.bool()
 
 
 def _encoder_decoder(
@@ -71,14 +98,13 @@ def _encoder_decoder(
     targets: Sequence[Sequence[int]],
     pad_id: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[dict[str, Any], Tensor, Tensor]:
     ids, attention_mask = (t.to(device) for t in pad_rows(prompts, pad_id, left=False))
-    wanted, mask = (t.to(device) for t in pad_rows(targets, pad_id, left=False))
+    wanted, live = (t.to(device) for t in pad_rows(targets, pad_id, left=False))
     start = torch.full_like(wanted[:, :1], model.config.decoder_start_token_id)
-    output = model(
-        input_ids=ids,
-        attention_mask=attention_mask,
-        decoder_input_ids=torch.cat([start, wanted[:, :-1]], dim=1),
-        use_cache=False,
-    )
-    return output.logits, wanted, mask
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        "decoder_input_ids": torch.cat([start, wanted[:, :-1]], dim=1),
+    }
+    return inputs, wanted, live.bool()

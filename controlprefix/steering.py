@@ -147,6 +147,8 @@ class Steering:
         for path, (site, layer) in self._places.items():
             setattr(placed[path], PLACE, _Place(self, site, layer))
             undo.callback(delattr, placed[path], PLACE)
+        if (head := model.get_output_embeddings()) is not None:
+            undo.callback(head.register_forward_pre_hook(_contiguous).remove)
         return undo
 
     def _read_geometry(self, model: PreTrainedModel) -> Geometry:
@@ -202,6 +204,11 @@ def _public_name(model: PreTrainedModel) -> str:
     """The hub id, or the last part of a folder: a prefix should not tell whose disk it was."""
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return Path(name).name if Path(name).is_dir() else name
+
+
+def _contiguous(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Given a slice, torch's bfloat16 product on CPU copies the whole vocabulary for each row."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def _require_supported(module: nn.Module) -> None:

@@ -12,11 +12,19 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel, Stat
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from controlprefix import Part, Prefix, RequestError, UnsupportedModelError, assemble
+from controlprefix.attention import _APART_FROM
 from controlprefix.steering import Steering
 
 from models import ALL, DECODER_ONLY, ENCODER_DECODER, PARTICULAR, ROTARY, build
 
 LENGTHS = (9, 5, 7, 2)  # tokens of the rows of a mixed batch
+
+
+@pytest.fixture(params=["joined", "apart"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of decoding, whatever the size at which one takes over from the other."""
+    monkeypatch.setitem(_APART_FROM, "cpu", {"joined": 1 << 62, "apart": 0}[request.param])
+    return request.param
 
 
 def prefix(model: PreTrainedModel, num_slots: int, seed: int = 1) -> Prefix:
@@ -284,6 +292,7 @@ def test_slots_stay_visible_past_a_sliding_window(name: str) -> None:
     assert (steered - plain).abs().max() > 1e-2
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_decoding_step_by_step_equals_one_pass(name: str, attention: str) -> None:
@@ -312,6 +321,7 @@ def test_decoding_step_by_step_equals_one_pass(name: str, attention: str) -> Non
         assert generated[i, -8:].tolist() == expected[0, -8:].tolist()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", ALL)
 def test_beams_and_returned_sequences_match_each_row_alone(name: str) -> None:
     model = build(name)
@@ -332,6 +342,7 @@ def test_beams_and_returned_sequences_match_each_row_alone(name: str) -> None:
         assert together[2 * i : 2 * i + 2].tolist() == search([i]).tolist()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
 def test_static_cache_gives_the_tokens_of_a_dynamic_one(name: str) -> None:
     model = build(name)
@@ -349,6 +360,45 @@ def test_static_cache_gives_the_tokens_of_a_dynamic_one(name: str) -> None:
         unpadded = model(alone, past_key_values=cache).logits
         expected = model(alone).logits
     assert torch.allclose(unpadded, expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("way")
+def test_one_token_after_a_cache_equals_one_pass_to_rounding() -> None:
+    """Logits, where greedy tokens could hide an error; strengths, shared slots, gaps, beams."""
+    model = build("qwen3")
+    steering = Steering.of(model)
+    rows = [tokens(n, seed=n) for n in LENGTHS]
+    given = inputs(model, rows)
+    for copies in (1, 3):
+        batch = {name: value.repeat_interleave(copies, 0) for name, value in given.items()}
+        with torch.no_grad(), steering.attached(assemble(mixed_parts(model), steering.geometry)):
+            expected = model(**batch).logits[:, -1]
+            cache = DynamicCache()
+            model(**{k: v[:, :-1] for k, v in batch.items()}, past_key_values=cache)
+            one = {**batch, **{k: batch[k][:, -1:] for k in ("input_ids", "position_ids")}}
+            found = model(**one, past_key_values=cache).logits[:, -1]
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_mask_written_to_between_passes_is_read_again() -> None:
+    """What is remembered with a mask must not outlive its content, its slots or its shape."""
+    model = build("llama")
+    steering = Steering.of(model)
+    ids = tokens(4)
+    mask = torch.zeros(1, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf)
+
+    def logits(parts: list[Part]) -> Tensor:
+        with torch.no_grad(), steering.attached(assemble([parts], steering.geometry)):
+            found: Tensor = model(ids, attention_mask=mask).logits
+        return found
+
+    seen = [logits([Part(prefix(model, 3))]), logits([Part(prefix(model, 3, seed=2), 0.5)])]
+    mask[..., 0] = -torch.inf
+    seen.append(logits([Part(prefix(model, 3, seed=2), 0.5)]))
+    mask = mask.clone()
+    assert torch.equal(seen[-1], logits([Part(prefix(model, 3, seed=2), 0.5)]))
+    assert not torch.allclose(seen[0], seen[1])
+    assert not torch.allclose(seen[1], seen[2])
 
 
 def test_bfloat16_stays_near_float32() -> None:

@@ -1,0 +1,64 @@
+"""A KV cache that grows in place."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+_ROOM = 64  # tokens; room is made for so many, or a quarter of what is there
+
+
+def can_grow(model: PreTrainedModel) -> bool:
+    """Whether `generate` would take transformers' dynamic cache for this model."""
+    return not model.config.is_encoder_decoder and bool(
+        model._supports_default_dynamic_cache()  # type: ignore[operator]  # the stubs say Tensor
+    )
+
+
+def growing_cache(model: PreTrainedModel) -> DynamicCache:
+    """transformers' dynamic cache, without its copy of all keys and values at every token."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    # Sliding and recurrent layers stay: those do not grow.
+    cache.layers = [_GrowingLayer() if type(one) is DynamicLayer else one for one in cache.layers]
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = _GrowingLayer
+    return cache
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values are the beginning of a larger tensor, where the next ones are written.
+
+    Whatever sets them otherwise (beams, cropping) is followed.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = _appended(self.keys, key_states)
+        self.values = _appended(self.values, value_states)
+        return self.keys, self.values
+
+
+def _appended(kept: Tensor | None, new: Tensor) -> Tensor:
+    """Both, as the beginning of a tensor with room: (batch, heads, tokens, head_dim)."""
+    if kept is None or not kept.numel():
+        kept, num_kept, room = None, 0, None
+    else:
+        num_kept, room = kept.shape[2], kept._base
+    num_all = num_kept + new.shape[2]
+    if (
+        room is None
+        or room.shape[2] < num_all
+        or room.shape[:2] != new.shape[:2]
+        or kept is None
+        or room.data_ptr() != kept.data_ptr()
+    ):
+        size = num_all + max(_ROOM, num_all // 4)
+        room = new.new_empty(*new.shape[:2], size, new.shape[3])
+        if kept is not None:
+            room[:, :, :num_kept] = kept
+    room[:, :, num_kept:num_all] = new
+    return room[:, :, :num_all]
