@@ -1,13 +1,14 @@
 # make demo    set up, then train, store and mix prefixes on a real model
 # make test    set up, then run the tests
 # make check   set up, then lint, types and the import contract
+# make bench   set up, then measure speed against the plain model and against others
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: $(READY)
 	$(BIN)/controlprefix demo
@@ -21,6 +22,17 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
+	cd benchmarks && for one in generate peers train assemble load; do \
+		../$(BIN)/python $$one.py || exit 1; done
+	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/python -m pip install -q torch==2.13.0
+	.venv-adapters/bin/python -m pip install -q adapters==1.3.0 rich
+	cd benchmarks && ../.venv-adapters/bin/python batch_split.py "$$(../$(BIN)/python -c \
+		'from controlprefix.loading import converted; print(converted("smollm2"))')"
+	cd benchmarks && ../$(BIN)/python summary.py
+
 # torch comes first and alone: an open range elsewhere could choose another build of it.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "controlprefix needs Python 3.11 or newer")'
@@ -31,4 +43,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-adapters build dist *.egg-info

@@ -7,7 +7,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from controlprefix.errors import RequestError
 from controlprefix.geometry import Geometry, Site
@@ -156,34 +155,28 @@ def _block(
         return None
     first = next(part for row in parts for part in row).prefix.slots[site]
     device, dtype = device or first.device, dtype or first.dtype
-    nothing = torch.empty(0, geometry.slot_size(site), device=device, dtype=dtype)
-    padded = pad_sequence(
-        [
-            torch.cat([nothing, *(part.prefix.slots[site].to(device, dtype) for part in row)])
-            for row in parts
-        ],
-        batch_first=True,
-    )  # (rows, num_slots, slot_size)
-    log_strengths = pad_sequence(
-        [
-            torch.tensor(
-                [math.log(p.strength) for p in row for _ in range(len(p.prefix.slots[site]))]
-            )
-            for row in parts
-        ],
-        batch_first=True,
-        padding_value=-math.inf,
-    )  # (rows, num_slots)
+    lengths = [sum(len(part.prefix.slots[site]) for part in row) for row in parts]
+    longest = max(lengths)
+    padding = first.new_zeros(longest - min(lengths), first.shape[1], device=device, dtype=dtype)
+    pieces: list[Tensor] = []
+    log_strengths: list[list[float]] = []
+    for row, length in zip(parts, lengths, strict=True):
+        pieces += [part.prefix.slots[site].to(device, dtype) for part in row]
+        pieces.append(padding[: longest - length])
+        logs = [math.log(p.strength) for p in row for _ in range(len(p.prefix.slots[site]))]
+        log_strengths.append(logs + [-math.inf] * (longest - length))
+    # Two copies in all: rows beside each other, then layer by layer.
+    slots = torch.cat(pieces).view(len(parts), longest, -1)  # (rows, num_slots, slot_size)
     heads = [shape.num_kv_heads for shape in geometry.layers(site) for _ in range(2)]
     layered = [
         piece.unflatten(2, (num_heads, -1)).transpose(1, 2).contiguous()
         for piece, num_heads in zip(
-            padded.split(geometry.split_sizes(site), dim=2), heads, strict=True
+            slots.split(geometry.split_sizes(site), dim=2), heads, strict=True
         )
     ]  # (rows, num_kv_heads, num_slots, head_dim)
     return SlotBlock(
         keys=tuple(layered[0::2]),
         values=tuple(layered[1::2]),
-        log_strengths=log_strengths.to(device),
-        even=not log_strengths.any(),
+        log_strengths=torch.tensor(log_strengths, device=device),
+        even=not any(map(any, log_strengths)),
     )

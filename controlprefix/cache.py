@@ -9,15 +9,17 @@ from transformers.cache_utils import DynamicLayer
 _ROOM = 64  # tokens; room is made for so many, or a quarter of what is there
 
 
-def can_grow(model: PreTrainedModel) -> bool:
-    """Whether `generate` would take transformers' dynamic cache for this model."""
-    return not model.config.is_encoder_decoder and bool(
-        model._supports_default_dynamic_cache()  # type: ignore[operator]  # the stubs say Tensor
-    )
+_ROWS = 3  # for fewer, transformers' copies cost less than our bookkeeping
 
 
-def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """transformers' dynamic cache, without its copy of all keys and values at every token."""
+def growing_cache(model: PreTrainedModel, num_rows: int) -> DynamicCache | None:
+    """transformers' dynamic cache, without its copy of all keys and values at every token.
+
+    None where `generate` would not take a dynamic cache for this model, or it would not pay.
+    """
+    takes_it: Any = model._supports_default_dynamic_cache
+    if num_rows < _ROWS or model.config.is_encoder_decoder or not takes_it():
+        return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     # Sliding and recurrent layers stay: those do not grow.
     cache.layers = [_GrowingLayer() if type(one) is DynamicLayer else one for one in cache.layers]

@@ -27,7 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from controlprefix.cache import can_grow, growing_cache
+from controlprefix.cache import growing_cache
 from controlprefix.encoding import RequestEncoder, pad_rows
 from controlprefix.request import Completion, Request
 
@@ -67,10 +67,8 @@ def generate_batch(
     if cancelled is not None:
         criteria.append(_Cancelled(cancelled))
     config = _generation_config(model, encoder, requests)
-    options: dict[str, Any] = {}
-    # For a row or two, transformers' copies of the cache cost less than our bookkeeping.
-    if len(requests) > 2 and config.cache_implementation is None and can_grow(model):
-        options["past_key_values"] = growing_cache(model)
+    cache = growing_cache(model, len(requests)) if config.cache_implementation is None else None
+    options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     with torch.no_grad():
         sequences = model.generate(  # type: ignore[operator]  # the stubs say Tensor | Module
             input_ids=ids.to(device),

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -58,8 +59,11 @@ def _logits_only_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]
     the model does to logits afterwards (soft caps, scales, biases) is still done.
     """
     head = model.get_output_embeddings()
+    thread = threading.get_ident()
 
     def chosen(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != thread:  # another thread's pass through the same model
+            return args
         return (args[0][:, -positions.shape[1] :][positions][None], *args[1:])
 
     if head is None:

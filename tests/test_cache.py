@@ -25,7 +25,7 @@ _STEPS = st.lists(
 @settings(max_examples=60, deadline=None)
 def test_it_holds_what_a_dynamic_cache_holds(steps: list[tuple[str, object]]) -> None:
     model = build("llama")
-    caches = growing_cache(model), DynamicCache(config=model.config)
+    caches = growing_cache(model, 3), DynamicCache(config=model.config)
     rows, length = 2, 0
     generator = torch.Generator().manual_seed(0)
     for name, argument in [("update", 3), *steps, ("update", 1), ("update", 1)]:
@@ -54,7 +54,7 @@ def test_it_holds_what_a_dynamic_cache_holds(steps: list[tuple[str, object]]) ->
 
 def test_tokens_are_written_in_place_while_there_is_room() -> None:
     model = build("llama")
-    cache = growing_cache(model)
+    cache = growing_cache(model, 3)
     cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
     before = cache.layers[0].keys.data_ptr()
     for _ in range(_ROOM):
@@ -62,8 +62,13 @@ def test_tokens_are_written_in_place_while_there_is_room() -> None:
     assert cache.layers[0].keys.data_ptr() == before
 
 
+def test_it_is_left_to_transformers_where_it_would_not_do() -> None:
+    assert growing_cache(build("t5"), 8) is None
+    assert growing_cache(build("llama"), 2) is None
+
+
 def test_layers_that_do_not_grow_stay_as_they_are() -> None:
     model = build("gemma3")
-    kinds = [type(layer) for layer in growing_cache(model).layers]
+    kinds = [type(layer) for layer in growing_cache(model, 3).layers]
     expected = [type(layer) for layer in DynamicCache(config=model.config).layers]
     assert [a is b for a, b in zip(kinds, expected, strict=True)] == [True, False, True]

@@ -22,6 +22,7 @@ from controlprefix import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from controlprefix.generation import _RowChoices
 from controlprefix.steering import Steering
 from controlprefix.text_prefix import prefix_from_tokens
 
@@ -206,6 +207,41 @@ def test_score_is_the_sum_of_token_log_probabilities(name: str) -> None:
         expected = sum(float(log_probs[i, token]) for i, token in enumerate(completion))
         assert score.log_likelihood == pytest.approx(expected, rel=1e-4)
         assert score.num_tokens == len(completion)
+
+
+def test_scores_are_the_same_while_other_threads_use_the_model(cp: ControlPrefix) -> None:
+    """Each pass chooses the positions whose logits it needs; another's choice must not meet it."""
+    stocked(cp)
+    texts = ["yes", "a longer answer", "no, never"]
+    batches = [[Example(prompt="Hi", completion=t, user="ana")] * n for n, t in enumerate(texts, 1)]
+    alone = [cp.score(batch) for batch in batches]
+    text = cp.generate("Hi", task="email", max_new_tokens=12).text
+    found: dict[int, list[object]] = {i: [] for i in range(4)}
+
+    def work(i: int) -> None:
+        for _ in range(8):
+            if i < 3:
+                found[i].append(cp.score(batches[i]))
+            else:
+                found[i].append(cp.generate("Hi", task="email", max_new_tokens=12).text)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(3)] == [[scores] * 8 for scores in alone]
+    assert found[3] == [text] * 8
+
+
+def test_a_penalty_leaves_the_padding_of_a_row_out() -> None:
+    """The pad token stands before a shorter prompt, but the row has not said it."""
+    request = Request(prompt="-", repetition_penalty=2.0)
+    choose = _RowChoices([request, request], [2, 0], torch.device("cpu"))
+    ids = torch.tensor([[7, 7, 3, 4], [7, 5, 3, 4]])  # the first row has two tokens of padding, 7
+    scores = choose(ids, torch.ones(2, 10))
+    assert (scores[0] < 1).nonzero().flatten().tolist() == [3, 4]
+    assert (scores[1] < 1).nonzero().flatten().tolist() == [3, 4, 5, 7]
 
 
 def test_any_transformers_call_is_steered_inside_assembled(cp: ControlPrefix) -> None:

@@ -1,0 +1,129 @@
+"""Training against PEFT: the same examples, batch size and slots, an epoch each.
+
+All begin from random slots, so that only the steps are compared. PEFT's loop is the plain
+one its documentation shows: batches in the order they come, padded to their longest row.
+
+Run it with `python benchmarks/train.py`.
+"""
+
+import argparse
+import copy
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from shapes import NAMES, build
+from side_by_side import Measures, compare, now, peak_mib, report
+from transformers import PreTrainedModel
+
+from controlprefix.data import read_examples
+from controlprefix.encoding import EncodedExample, RequestEncoder
+from controlprefix.loading import load
+from controlprefix.prefix import Prefix
+from controlprefix.steering import Steering
+from controlprefix.store import PrefixKey
+from controlprefix.training.loop import TrainingRow, TrainingSettings, train
+
+DATA = Path(__file__).parent.parent / "examples" / "data" / "messages.train.jsonl"
+END, PAD = 2, 0
+
+
+def ours(
+    model: PreTrainedModel, rows: Sequence[EncodedExample], slots: int, batch: int, check: bool
+) -> None:
+    """One epoch with `controlprefix`."""
+    key = PrefixKey("task", "message")
+    start = {key: Prefix.random(Steering.of(model).geometry, num_slots=slots, seed=0)}
+    settings = TrainingSettings(
+        steps=-(-len(rows) // batch), batch_size=batch, validation=0, gradient_checkpointing=check
+    )
+    prepared = [TrainingRow(row, (), ((key, 1.0),)) for row in rows]
+    train(model, prepared, start, end_id=END, pad_id=PAD, settings=settings, progress=False)
+
+
+def peft(model: PeftModel, rows: Sequence[EncodedExample], batch: int) -> None:
+    """One epoch with PEFT."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(wanted, lr=1e-3)
+    order = random.Random(0).sample(list(rows), len(rows))
+    model.train()
+    for at in range(0, len(order), batch):
+        chosen = [[*row.prompt, *row.completion, END] for row in order[at : at + batch]]
+        longest = max(map(len, chosen))
+        ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in chosen])
+        labels = ids.clone()
+        for i, row in enumerate(order[at : at + batch]):
+            labels[i, : len(row.prompt)] = -100
+            labels[i, len(chosen[i]) :] = -100
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in chosen])
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        loss = model(**{name: value.to(model.device) for name, value in inputs.items()}).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wanted, 1.0)
+        optimizer.step()
+
+
+def epoch(work: Callable[[], None], steps: int) -> Measures:
+    """Seconds a step, and peak memory."""
+    took: list[float] = []
+
+    def run() -> None:
+        began = now()
+        work()
+        took.append(now() - began)
+
+    peak = peak_mib(run)
+    return {"step seconds": took[0] / steps, "peak MiB": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=NAMES, default="smollm2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+
+    model = build(options.model, options.device)
+    # The other shapes read the same tokens: their vocabularies are larger.
+    small, tokenizer = load("smollm2")
+    examples = random.Random(0).sample(list(read_examples(DATA)), options.examples)
+    rows = [RequestEncoder(small, tokenizer).encode(example) for example in examples]
+    steps = -(-len(rows) // options.batch)
+
+    # PEFT changes the model it is given, so each has its own copy.
+    prefix = PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=options.slots, init_weights=None
+    )
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    run = partial(epoch, steps=steps)
+    given = (rows, options.slots, options.batch)
+    contenders = {
+        "PEFT prefix tuning": partial(
+            run, partial(peft, get_peft_model(copy.deepcopy(model), prefix), rows, options.batch)
+        ),
+        "controlprefix": partial(run, partial(ours, model, *given, False)),
+        "controlprefix, checkpointing": partial(run, partial(ours, model, *given, True)),
+        "PEFT LoRA r8": partial(
+            run, partial(peft, get_peft_model(copy.deepcopy(model), lora), rows, options.batch)
+        ),
+    }
+    lengths = sorted(len(row.prompt) + len(row.completion) for row in rows)
+    case = (
+        f"{len(rows)} messages of {lengths[0]} to {lengths[-1]} tokens, batches of "
+        f"{options.batch}, {options.slots} slots"
+    )
+    found = compare(case, contenders, rounds=options.rounds)
+    report(f"train-{options.model}-{options.device}", found, reference="PEFT prefix tuning")
+
+
+if __name__ == "__main__":
+    main()
