@@ -13,6 +13,7 @@ from controlprefix.errors import (
     TrainingDataError,
     UnknownNameError,
     UnsupportedModelError,
+    VersionConflictError,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ __all__ = [
     "TrainingDataError",
     "UnknownNameError",
     "UnsupportedModelError",
+    "VersionConflictError",
     "assemble",
 ]
 

@@ -23,8 +23,10 @@ app = typer.Typer(
 )
 users = typer.Typer(help="See, roll back and forget users.", no_args_is_help=True)
 prefixes = typer.Typer(help="See and roll back stored prefixes.", no_args_is_help=True)
+stores = typer.Typer(help="Look after the database.", no_args_is_help=True)
 app.add_typer(users, name="users")
 app.add_typer(prefixes, name="prefixes")
+app.add_typer(stores, name="store")
 # Into a file or a log, tables may be wider than the 80 columns rich assumes.
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
 
@@ -261,6 +263,54 @@ def rollback_prefix(
     out.print(f"{kind} {name!r} is at version {to}")
 
 
+@stores.command("stats")
+def store_stats(store: StoreOption = STORE, tenant: TenantOption = TENANT) -> None:
+    """How much a tenant has stored."""
+    with _store(store, tenant) as opened:
+        stats = opened.stats()
+    for kind, count in sorted(stats.num_prefixes.items()):
+        out.print(f"{count} {kind} prefixes")
+    out.print(f"{stats.num_versions} versions, {stats.size_bytes:,} bytes")
+
+
+@stores.command("verify")
+def verify_store(store: StoreOption = STORE, tenant: TenantOption = TENANT) -> None:
+    """Read every version of a tenant, and name those that are damaged."""
+    damaged = checked = 0
+    with _store(store, tenant) as opened:
+        for key, version, whole in opened.verify():
+            checked += 1
+            if not whole:
+                damaged += 1
+                out.print(f"{key} version {version} is damaged")
+    out.print(f"{checked} versions read, {damaged} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@stores.command("prune")
+def prune_store(
+    keep: Annotated[int, typer.Option(min=1, help="Newest versions to keep of each name.")],
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """Remove old versions; the current and the aliased ones stay."""
+    with _store(store, tenant) as opened:
+        out.print(f"{opened.prune(keep=keep)} versions removed")
+
+
+@stores.command("upgrade")
+def upgrade_store(store: StoreOption = STORE) -> None:
+    """Bring the database to the schema of this version; back it up before."""
+    from controlprefix.store import upgrade
+
+    before, after = upgrade(store)
+    if before == after:
+        out.print(f"the store is at schema {after} already")
+    else:
+        out.print(f"upgraded the store from schema {before or 'none'} to {after}")
+
+
 def main() -> None:
     """Run the command line; an error of ours is one line on standard error and exit code 2."""
     try:
@@ -296,7 +346,7 @@ def _store(url: str, tenant: str) -> "PrefixStore":
 def _print_prefixes(store: "PrefixStore", kind: "Kind | None") -> None:
     table = Table("kind", "name", "model", "version", "slots", "bytes", "made")
     for found in store.prefixes(kind):
-        version = next(v for v in store.versions(found.key, found.fingerprint) if v.current)
+        version = found.current
         table.add_row(
             found.key.kind,
             found.key.name,

@@ -53,6 +53,10 @@ class StoreError(ControlPrefixError, OSError):
     """The store cannot be opened, read or written."""
 
 
+class VersionConflictError(StoreError):
+    """Someone else published first."""
+
+
 def known_names(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: what exists, and the nearest of it.
 

@@ -1,8 +1,6 @@
 """From the names in a request to the prefixes they stand for."""
 
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,9 +10,7 @@ from controlprefix.attributes import require_known, weighted_labels
 from controlprefix.geometry import Geometry
 from controlprefix.prefix import Prefix
 from controlprefix.request import PartUsed, Request
-from controlprefix.store import PrefixKey, PrefixStore, VersionRef
-
-_CACHE_BYTES = 1 << 29
+from controlprefix.store import PrefixCache, PrefixKey, PrefixStore, Together
 
 
 class NamedPart(NamedTuple):
@@ -48,9 +44,13 @@ def named_parts(request: Request) -> list[NamedPart]:
 class Resolver:
     """Finds stored prefixes for one model, and keeps those in use in memory.
 
+    What is current is asked at every call, so nothing outdated is ever used; only what is
+    not in memory is sent. Threads that ask at the same time share the question.
+
     Args:
         store: Where to look.
         geometry, device, dtype: Of the model.
+        cache_bytes: Of the prefixes kept in memory.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Resolver:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        cache_bytes: int = 1 << 29,
     ) -> None:
         self._store = store
         self._geometry = geometry
         self._device, self._dtype = device, dtype
-        # By name and content, least recently used first.
-        self._cache: OrderedDict[tuple[PrefixKey, str], Prefix] = OrderedDict()
-        self._lock = threading.Lock()
+        self._cache = PrefixCache(cache_bytes)
+        self._together: Together[Found] = Together()
 
     def resolve(self, requests: Sequence[Request]) -> list[list[ResolvedPart]]:
         """The prefixes that requests name, always the current versions: one query for all.
@@ -75,36 +75,39 @@ class Resolver:
             UnknownNameError: Naming what exists and the nearest of it.
         """
         rows = [named_parts(request) for request in requests]
-        refs = self._store.current({n.key for row in rows for n in row}, self._geometry.fingerprint)
+        found = self.fetch({part.key for row in rows for part in row})
         for named, request in zip(rows, requests, strict=True):
             for part in named:
-                if part.key not in refs:
+                if part.key not in found:
                     raise self._unknown(part.key, request)
-        return self.load(rows, refs)
+        return [[found[key].part(strength) for key, strength in row] for row in rows]
 
-    def load(
-        self, rows: Sequence[Sequence[NamedPart]], refs: dict[PrefixKey, VersionRef]
-    ) -> list[list[ResolvedPart]]:
-        """The prefixes of parts whose versions are known."""
-        loaded = {key: self._load(key, ref) for key, ref in refs.items()}
-        return [
-            [
-                ResolvedPart(
-                    PartUsed(
-                        kind=key.kind, name=key.name, version=loaded[key][1], strength=strength
-                    ),
-                    Part(loaded[key][0], strength),
-                )
-                for key, strength in row
-            ]
-            for row in rows
-        ]
+    def fetch(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, "Found"]:
+        """The current prefixes of those keys that have one.
+
+        Raises:
+            PrefixFormatError: If one is damaged in the store.
+        """
+        return dict(self._together.ask(keys, self._fetch)) if keys else {}
 
     def forget(self, key: PrefixKey) -> None:
         """Drop every version of a name from memory."""
-        with self._lock:
-            for cached in [entry for entry in self._cache if entry[0] == key]:
-                del self._cache[cached]
+        self._cache.forget(key)
+
+    def _fetch(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, "Found"]:
+        held = self._cache.held(keys)
+        fetched = self._store.fetch(keys, self._geometry.fingerprint, have=held)
+        found = {}
+        for key, (ref, sent) in fetched.items():
+            prefix = held.get(ref.content_hash)
+            if sent is not None:
+                prefix = sent.to(device=self._device, dtype=self._dtype).require_finite(str(key))
+                self._cache.put(key, ref.content_hash, prefix)
+            assert prefix is not None
+            found[key] = Found(key, ref.version, prefix)
+        for key in set(keys) - fetched.keys():  # forgotten meanwhile, maybe by another process
+            self._cache.forget(key)
+        return found
 
     def _unknown(self, key: PrefixKey, request: Request) -> Exception:
         if key.kind == "attribute":
@@ -112,15 +115,16 @@ class Resolver:
             require_known(weighted_labels(request.attributes), known)
         return self._store.unknown(key, self._geometry.fingerprint)
 
-    def _load(self, key: PrefixKey, ref: VersionRef) -> tuple[Prefix, int]:
-        with self._lock:
-            if (cached := self._cache.get((key, ref.content_hash))) is not None:
-                self._cache.move_to_end((key, ref.content_hash))
-                return cached, ref.version
-        stored = self._store.get(key, self._geometry.fingerprint, version=ref.version)
-        prefix = stored.prefix.to(device=self._device, dtype=self._dtype).require_finite(str(key))
-        with self._lock:
-            self._cache[(key, stored.ref.content_hash)] = prefix
-            while sum(p.size_bytes for p in self._cache.values()) > _CACHE_BYTES:
-                self._cache.popitem(last=False)
-        return prefix, stored.ref.version
+
+class Found(NamedTuple):
+    """The current prefix of a name, as the model takes it."""
+
+    key: PrefixKey
+    version: int
+    prefix: Prefix
+
+    def part(self, strength: float) -> ResolvedPart:
+        """As one part of a request."""
+        kind, name = self.key
+        used = PartUsed(kind=kind, name=name, version=self.version, strength=strength)
+        return ResolvedPart(used, Part(self.prefix, strength))

@@ -1,23 +1,34 @@
 """Where prefixes are kept: SQLAlchemy tables, versions, tenants."""
 
-from controlprefix.store.prefix_store import (
+from controlprefix.store.cache import PrefixCache, Together
+from controlprefix.store.database import upgrade
+from controlprefix.store.prefix_store import PrefixStore
+from controlprefix.store.records import (
+    AuditEntry,
+    Fetched,
     Kind,
     NewVersion,
     PrefixInfo,
     PrefixKey,
-    PrefixStore,
     StoredPrefix,
+    StoreStats,
     VersionInfo,
     VersionRef,
 )
 
 __all__ = [
+    "AuditEntry",
+    "Fetched",
     "Kind",
     "NewVersion",
+    "PrefixCache",
     "PrefixInfo",
     "PrefixKey",
     "PrefixStore",
+    "StoreStats",
     "StoredPrefix",
+    "Together",
     "VersionInfo",
     "VersionRef",
+    "upgrade",
 ]

