@@ -1,9 +1,10 @@
 """Write `docs/results/speed.md` from the JSON files beside it. Measures nothing.
 
-Its first table also stands in the README, and a test compares the two.
+Its first table is put into the README too; a test compares the two.
 """
 
 import json
+import re
 from typing import Any
 
 from side_by_side import RESULTS
@@ -23,7 +24,13 @@ def main() -> None:
     ]
     for name, one in measured.items():
         lines += ["", f"## {name}", "", *details(one)]
+        if (RESULTS / f"{name}.png").exists():
+            lines += ["", f"![]({name}.png)"]
     (RESULTS / "speed.md").write_text("\n".join(lines) + "\n")
+    readme = RESULTS.parent.parent / "README.md"
+    table = "\n".join(["<!-- speed -->", "", *in_short(measured), "", "<!-- /speed -->"])
+    text = re.sub(r"<!-- speed -->.*<!-- /speed -->", table, readme.read_text(), flags=re.DOTALL)
+    readme.write_text(text)
 
 
 def in_short(measured: dict[str, Any]) -> list[str]:

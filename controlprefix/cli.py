@@ -299,6 +299,28 @@ def prune_store(
         out.print(f"{opened.prune(keep=keep)} versions removed")
 
 
+@stores.command("export")
+def export_store(
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """Write all that a tenant has to one file."""
+    with _store(store, tenant) as opened:
+        out.print(f"{opened.export_to(file)} versions written to {file}")
+
+
+@stores.command("import")
+def import_store(
+    file: Annotated[Path, typer.Argument(help="An exported file.")],
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+) -> None:
+    """Add all that an exported file holds to a tenant, or nothing."""
+    with _store(store, tenant) as opened:
+        out.print(f"{opened.import_from(file)} versions added")
+
+
 @stores.command("upgrade")
 def upgrade_store(store: StoreOption = STORE) -> None:
     """Bring the database to the schema of this version; back it up before."""

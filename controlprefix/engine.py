@@ -16,11 +16,11 @@ from controlprefix.generation import batch_key, generate_batch, hold_back_stops
 from controlprefix.geometry import Geometry
 from controlprefix.likelihood import token_log_probs
 from controlprefix.loading import load
-from controlprefix.prefix import Prefix
+from controlprefix.prefix import PayloadDtype, Prefix
 from controlprefix.request import Completion, Example, Request, Score, is_whole_text
 from controlprefix.resolve import ResolvedPart, Resolver
 from controlprefix.steering import Steering
-from controlprefix.store import Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
+from controlprefix.store import KeyProvider, Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training import (
     Learned,
@@ -59,6 +59,7 @@ class ControlPrefix:
         tokenizer: PreTrainedTokenizerBase | None = None,
         store: str = "sqlite:///prefixes.db",
         tenant: str = "default",
+        keys: KeyProvider | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
     ) -> Self:
@@ -70,6 +71,7 @@ class ControlPrefix:
             tokenizer: For a loaded model whose tokenizer is not found by its name.
             store: An SQLAlchemy URL; `"sqlite://"` keeps everything in memory.
             tenant: Whose prefixes these are.
+            keys: To encrypt stored prefixes with, such as `controlprefix.store.JsonKeys`.
             dtype: Of the weights, for a model that is loaded here; `"auto"` is the one
                 they are stored in.
             device: To put the model on.
@@ -79,7 +81,7 @@ class ControlPrefix:
             StoreError: If the store cannot be opened.
             ControlPrefixError: If nothing can be loaded under that name.
         """
-        opened = PrefixStore(store, tenant=tenant)
+        opened = PrefixStore(store, tenant=tenant, keys=keys)
         loaded, its_tokenizer = load(model, tokenizer=tokenizer, dtype=dtype, device=device)
         return cls(loaded, its_tokenizer, opened)
 
@@ -357,9 +359,23 @@ class ControlPrefix:
         return prefix_from_tokens(self.model, ids)
 
     def put(
-        self, kind: Kind, name: str, prefix: Prefix, *, details: Mapping[str, Any] | None = None
+        self,
+        kind: Kind,
+        name: str,
+        prefix: Prefix,
+        *,
+        details: Mapping[str, Any] | None = None,
+        dtype: PayloadDtype | None = None,
+        replaces: int | None = None,
     ) -> int:
         """Store a prefix as the new current version of a name.
+
+        Args:
+            kind, name: What it is for.
+            prefix: For this model.
+            details: Anything JSON can hold.
+            dtype: Of the numbers in the store: `"int8"` takes about half of bfloat16.
+            replaces: Publish only if this version is current, 0 for none yet.
 
         Returns:
             The version's number.
@@ -367,15 +383,16 @@ class ControlPrefix:
         Raises:
             GeometryMismatchError: If it was made for another model.
             PrefixFormatError: If it holds NaN or infinite numbers.
+            VersionConflictError: If `replaces` is no longer current.
             StoreError: If the store cannot be written.
         """
         key = PrefixKey(kind, name)
         self.geometry.require(prefix.geometry, f"the prefix for {key}")
         prefix.to(dtype=self.model.dtype).require_finite(f"the prefix for {key}")
-        return self.store.put([NewVersion(key, prefix, details or {})])[0]
+        return self.store.put([NewVersion(key, prefix, details or {}, replaces, dtype)])[0]
 
-    def get(self, kind: Kind, name: str, *, version: int | None = None) -> Prefix:
-        """Read a stored prefix, the current version unless told.
+    def get(self, kind: Kind, name: str, *, version: int | str | None = None) -> Prefix:
+        """Read a stored prefix, by a version's number or alias; the current one unless told.
 
         Raises:
             UnknownNameError: If there is no such name or version for this model.
@@ -392,9 +409,13 @@ class ControlPrefix:
         """All versions of a name, oldest first."""
         return self.store.versions(PrefixKey(kind, name), self.geometry.fingerprint)
 
-    def rollback(self, kind: Kind, name: str, *, to: int) -> None:
-        """Make another version current; none is removed."""
+    def rollback(self, kind: Kind, name: str, *, to: int | str) -> None:
+        """Make another version, by its number or alias, current; none is removed."""
         self.store.rollback(PrefixKey(kind, name), self.geometry.fingerprint, to=to)
+
+    def alias(self, kind: Kind, name: str, alias: str, *, to: int | str | None) -> None:
+        """Name a version, such as `canary`, or move that name; `to=None` takes it away."""
+        self.store.alias(PrefixKey(kind, name), self.geometry.fingerprint, alias, to=to)
 
     def forget_user(self, user: str) -> int:
         """Remove every version of a user's prefix, for every model, and from memory.

@@ -53,6 +53,10 @@ class StoreError(ControlPrefixError, OSError):
     """The store cannot be opened, read or written."""
 
 
+class StoreKeyError(StoreError):
+    """Stored bytes are encrypted, and their key is missing or another."""
+
+
 class VersionConflictError(StoreError):
     """Someone else published first."""
 

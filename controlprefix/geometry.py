@@ -61,6 +61,15 @@ class Geometry:
         """How one slot's numbers divide into layer 0 keys, layer 0 values, layer 1 keys, …"""
         return [size for layer in self.layers(site) for size in layer.sizes]
 
+    def head_sizes(self, site: Site) -> list[int]:
+        """The same divided further: each kv head's keys, then each one's values, layer by layer."""
+        return [
+            size
+            for layer in self.layers(site)
+            for size in (layer.key_dim, layer.value_dim)
+            for _ in range(layer.num_kv_heads)
+        ]
+
     def slot_size(self, site: Site) -> int:
         """Numbers in one slot of a site: its keys and values at every layer."""
         return sum(self.split_sizes(site))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from controlprefix.encoding import pad_rows
@@ -47,8 +48,22 @@ def token_log_probs(
         logits = model(**inputs, use_cache=False).logits
     if logits.shape[:2] != (1, int(positions.sum())):  # the model has no output layer to look into
         logits = logits[:, -positions.shape[1] :][positions]
-    losses = cross_entropy(logits.float().flatten(0, -2), wanted[live], reduction="none")
+    losses = torch.cat(
+        [
+            checkpoint(_losses, some, of, use_reentrant=False)
+            for some, of in zip(
+                logits.flatten(0, -2).split(_CHUNK), wanted[live].split(_CHUNK), strict=True
+            )
+        ]
+    )
     return losses.new_zeros(live.shape).masked_scatter(live, -losses), live
+
+
+_CHUNK = 64  # tokens whose float32 logits are held at a time, going forth and back
+
+
+def _losses(logits: Tensor, wanted: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), wanted, reduction="none")
 
 
 @contextlib.contextmanager

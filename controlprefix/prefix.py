@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError
 from controlprefix.geometry import SITES, Geometry, LayerShape, Site
+
+# Of the numbers in a file.
+PayloadDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 FORMAT = 1
 _MAX_HEADER_BYTES = 1 << 20
@@ -137,17 +140,29 @@ class Prefix:
         moved = {site: rows.to(device=device, dtype=dtype) for site, rows in self.slots.items()}
         return type(self)(self.geometry, moved)
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, dtype: PayloadDtype | None = None) -> bytes:
         """As one safetensors file: a tensor a site, the geometry and a content hash.
 
+        Args:
+            dtype: Of the numbers in the file; left out, as they are. `"int8"` keeps for
+                each slot, layer and kv head its keys and its values as 127 steps up to
+                the largest of them, with that scale in bfloat16; it is read back in the
+                dtype the prefix had.
+
         Raises:
-            PrefixFormatError: If a number is NaN or infinite.
+            PrefixFormatError: If a number is NaN or infinite, also in that dtype.
         """
-        self.require_finite()
+        prefix = self if dtype in (None, "int8") else self.to(dtype=getattr(torch, str(dtype)))
+        prefix.require_finite()
         tensors: dict[str, Tensor] = {
-            site: rows.detach().cpu().contiguous() for site, rows in self.slots.items()
+            site: rows.detach().cpu().contiguous() for site, rows in prefix.slots.items()
         }
         header = {"format": FORMAT, "geometry": self.geometry.to_dict()}
+        if dtype == "int8":
+            header["int8"] = str(self.dtype).removeprefix("torch.")
+            for site, rows in prefix.slots.items():
+                sizes = self.geometry.head_sizes(site)
+                tensors[site], tensors[f"{site}.scales"] = _quantized(rows.detach().cpu(), sizes)
         header["sha256"] = _digest(header, tensors)
         return save_safetensors(tensors, metadata={"controlprefix": json.dumps(header)})
 
@@ -177,6 +192,8 @@ class Prefix:
         geometry = Geometry.from_dict(header["geometry"])
         try:
             slots = {site: tensors[site] for site in SITES if site in tensors}
+            if "int8" in header:
+                slots = _dequantized(geometry, slots, tensors, header["int8"], name)
             return cls(geometry, slots).require_finite(name)
         except GeometryMismatchError as error:
             raise PrefixFormatError(f"{name} contradicts its own geometry: {error}") from error
@@ -201,6 +218,42 @@ class Prefix:
     def __repr__(self) -> str:
         counts = ", ".join(f"{site}: {len(rows)}" for site, rows in self.slots.items())
         return f"Prefix({counts} slots, {self.dtype}, model {self.geometry.model_name!r})"
+
+
+def _quantized(rows: Tensor, head_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(num_slots, slot_size) as int8, and a scale for each head's numbers in a slot, bfloat16."""
+    pieces = rows.float().split(list(head_sizes), dim=1)
+    largest = torch.stack([piece.abs().amax(dim=1) for piece in pieces], dim=1)
+    scales = (largest / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
+    steps = rows.float() / _spread(scales, head_sizes)
+    return steps.round().clamp(-127, 127).to(torch.int8), scales
+
+
+def _spread(scales: Tensor, head_sizes: Sequence[int]) -> Tensor:
+    return scales.float().repeat_interleave(torch.tensor(head_sizes), dim=1)
+
+
+def _dequantized(
+    geometry: Geometry,
+    slots: Mapping[Site, Tensor],
+    tensors: Mapping[str, Tensor],
+    dtype: object,
+    name: str,
+) -> dict[Site, Tensor]:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise PrefixFormatError(f"{name} was made from {dtype!r} numbers, which are no floats")
+    found = {}
+    for site, rows in slots.items():
+        sizes, scales = geometry.head_sizes(site), tensors.get(f"{site}.scales")
+        if (
+            scales is None
+            or rows.dtype != torch.int8
+            or scales.shape != (len(rows), len(sizes))
+            or rows.shape[1] != sum(sizes)
+        ):
+            raise PrefixFormatError(f"{name} has {site} scales that do not fit its numbers")
+        found[site] = (rows.float() * _spread(scales, sizes)).to(getattr(torch, str(dtype)))
+    return found
 
 
 def _heads_first(rows: Tensor, num_heads: int) -> Tensor:

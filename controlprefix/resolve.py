@@ -1,6 +1,6 @@
 """From the names in a request to the prefixes they stand for."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,9 @@ from controlprefix.attributes import require_known, weighted_labels
 from controlprefix.geometry import Geometry
 from controlprefix.prefix import Prefix
 from controlprefix.request import PartUsed, Request
-from controlprefix.store import PrefixCache, PrefixKey, PrefixStore, Together
+from controlprefix.store import PrefixCache, PrefixKey, PrefixStore, Together, VersionRef
+
+_MAX_SEEN = 10_000
 
 
 class NamedPart(NamedTuple):
@@ -44,8 +46,9 @@ def named_parts(request: Request) -> list[NamedPart]:
 class Resolver:
     """Finds stored prefixes for one model, and keeps those in use in memory.
 
-    What is current is asked at every call, so nothing outdated is ever used; only what is
-    not in memory is sent. Threads that ask at the same time share the question.
+    Nothing outdated is ever used: what is current is asked at every call, unless the store
+    can tell that nothing changed. Only what is not in memory is sent, and threads that ask
+    at the same time share the question.
 
     Args:
         store: Where to look.
@@ -67,6 +70,8 @@ class Resolver:
         self._device, self._dtype = device, dtype
         self._cache = PrefixCache(cache_bytes)
         self._together: Together[Found] = Together()
+        # What was current while the store was as this token says.
+        self._seen: tuple[Hashable | None, dict[PrefixKey, VersionRef]] = (None, {})
 
     def resolve(self, requests: Sequence[Request]) -> list[list[ResolvedPart]]:
         """The prefixes that requests name, always the current versions: one query for all.
@@ -82,19 +87,27 @@ class Resolver:
                     raise self._unknown(part.key, request)
         return [[found[key].part(strength) for key, strength in row] for row in rows]
 
-    def fetch(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, "Found"]:
+    def fetch(self, keys: Set[PrefixKey]) -> dict[PrefixKey, "Found"]:
         """The current prefixes of those keys that have one.
 
         Raises:
             PrefixFormatError: If one is damaged in the store.
         """
-        return dict(self._together.ask(keys, self._fetch)) if keys else {}
+        if not keys:
+            return {}
+        token, seen = self._seen
+        if token is not None and keys <= seen.keys() and token == self._store.change_token():
+            held = self._cache.held(keys)
+            if all(seen[key].content_hash in held for key in keys):
+                return {k: Found(k, seen[k].version, held[seen[k].content_hash]) for k in keys}
+        return dict(self._together.ask(keys, self._fetch))
 
     def forget(self, key: PrefixKey) -> None:
         """Drop every version of a name from memory."""
         self._cache.forget(key)
 
     def _fetch(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, "Found"]:
+        token = self._store.change_token()  # before the question: what changes meanwhile is news
         held = self._cache.held(keys)
         fetched = self._store.fetch(keys, self._geometry.fingerprint, have=held)
         found = {}
@@ -107,6 +120,9 @@ class Resolver:
             found[key] = Found(key, ref.version, prefix)
         for key in set(keys) - fetched.keys():  # forgotten meanwhile, maybe by another process
             self._cache.forget(key)
+        before, seen = self._seen
+        kept = seen if token == before and len(seen) < _MAX_SEEN else {}
+        self._seen = (token, {**kept, **{key: one.ref for key, one in fetched.items()}})
         return found
 
     def _unknown(self, key: PrefixKey, request: Request) -> Exception:

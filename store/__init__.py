@@ -2,6 +2,7 @@
 
 from controlprefix.store.cache import PrefixCache, Together
 from controlprefix.store.database import upgrade
+from controlprefix.store.encryption import JsonKeys, KeyProvider
 from controlprefix.store.prefix_store import PrefixStore
 from controlprefix.store.records import (
     AuditEntry,
@@ -19,6 +20,8 @@ from controlprefix.store.records import (
 __all__ = [
     "AuditEntry",
     "Fetched",
+    "JsonKeys",
+    "KeyProvider",
     "Kind",
     "NewVersion",
     "PrefixCache",

@@ -1,7 +1,9 @@
 """One tenant's connections to one database: transactions, retries, and whose rows they see."""
 
+import sqlite3
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -39,6 +41,9 @@ class Database:
         self.url = url
         self.tenant = tenant
         self._tenant_id: int | None = None
+        self._num_writes = 0
+        self._watch: Any = None
+        self._lock = threading.Lock()
         try:
             self._engine = _engine(url, pool_size)
         except ModuleNotFoundError as error:
@@ -63,7 +68,13 @@ class Database:
         if not self._transaction(lambda s: revisions.require_head(s.connection()), write=False):
             self._transaction(self._create, write=True)
 
-    def run(self, work: Callable[[Session, int], Result], *, write: bool = False) -> Result:
+    def run(
+        self,
+        work: Callable[[Session, int], Result],
+        *,
+        write: bool = False,
+        whole_view: bool = False,
+    ) -> Result:
         """Do some work in a transaction, committed at its end or rolled back whole.
 
         Work is done again, after a pause, when the connection breaks before the commit:
@@ -72,14 +83,45 @@ class Database:
         Args:
             work: Given the session and the tenant's number.
             write: Whether it changes anything.
+            whole_view: All statements see the database as it was at the first.
 
         Raises:
             StoreError: If the database cannot be read or written.
         """
-        return self._transaction(lambda s: work(s, self._introduce(s, write)), write=write)
+
+        def as_tenant(session: Session) -> Result:
+            if whole_view and self.on_server:  # SQLite's transactions always do
+                session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            return work(session, self._introduce(session, write))
+
+        return self._transaction(as_tenant, write=write)
+
+    def change_token(self) -> Hashable | None:
+        """Something that is equal only while nobody has changed the database; None: not known.
+
+        SQLite counts, for each connection, the changes that others made: so one is kept
+        aside, that nobody writes through. Asking takes microseconds.
+        """
+        if self.on_server:
+            return None
+        if _in_memory(self.url):
+            return self._num_writes
+        try:
+            with self._lock:
+                if self._watch is None:
+                    self._watch = self._engine.raw_connection()
+                    self._watch.detach()
+                (version,) = self._watch.execute("PRAGMA data_version").fetchone()
+        except (sqlite3.Error, SQLAlchemyError):
+            return None  # the question itself will say what is wrong
+        return (self._num_writes, version)
 
     def close(self) -> None:
         """Give the connections back."""
+        with self._lock:
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
         self._engine.dispose()
 
     @property
@@ -132,6 +174,7 @@ class Database:
                     result = work(session)
                     committing = True
                     session.commit()
+                    self._num_writes += write
                     return result
             except DBAPIError as error:
                 dropped = error.connection_invalidated or _refused(error)
@@ -188,16 +231,19 @@ def _refused(error: DBAPIError) -> bool:
     return error.statement is None and type(error.orig).__module__.startswith("psycopg")
 
 
+def _in_memory(url: str) -> bool:
+    return make_url(url).database in (None, "", ":memory:")
+
+
 def _engine(url: str, pool_size: int) -> Engine:
     if make_url(url).get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True, pool_size=pool_size, pool_timeout=30.0)
     # A database in memory lives in its connection: one, that threads take in turn.
-    in_memory = make_url(url).database in (None, "", ":memory:")
     one_connection = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
     engine = create_engine(
         url,
         connect_args={"timeout": 30.0, "check_same_thread": False},
-        **(one_connection if in_memory else {}),
+        **(one_connection if _in_memory(url) else {}),
     )
 
     @event.listens_for(engine, "connect")

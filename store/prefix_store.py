@@ -6,8 +6,10 @@ a version is there whole or not at all, and so are the parts of one training run
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy import Select, and_, delete, func, or_, select
@@ -15,12 +17,14 @@ from sqlalchemy.orm import Session
 
 from controlprefix.errors import (
     PrefixFormatError,
+    StoreKeyError,
     UnknownNameError,
     VersionConflictError,
     known_names,
 )
 from controlprefix.prefix import Prefix
 from controlprefix.store.database import Database
+from controlprefix.store.encryption import KeyProvider, Sealer
 from controlprefix.store.records import (
     AuditEntry,
     Fetched,
@@ -35,8 +39,10 @@ from controlprefix.store.records import (
     check_key,
     check_kind,
     check_name,
+    place_of,
 )
 from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow, VersionRow
+from controlprefix.store.transfer import export_tenant, import_tenant
 
 
 class PrefixStore:
@@ -46,14 +52,23 @@ class PrefixStore:
         url: Of SQLAlchemy: `sqlite:///prefixes.db`, `sqlite://` (in memory),
             `postgresql+psycopg://…`.
         tenant: Whose data it is.
+        keys: To encrypt stored bytes with; see `controlprefix.store.encryption`.
         pool_size: Connections kept open to a server.
 
     Raises:
         StoreError: If the database cannot be opened or has another schema.
     """
 
-    def __init__(self, url: str, *, tenant: str = "default", pool_size: int = 5) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        tenant: str = "default",
+        keys: KeyProvider | None = None,
+        pool_size: int = 5,
+    ) -> None:
         check_name("tenant", tenant)
+        self._sealer = Sealer(tenant, keys)
         self.tenant = tenant
         self.url = url
         self._database = Database(url, tenant, pool_size=pool_size)
@@ -83,7 +98,7 @@ class PrefixStore:
         """
         for new in versions:
             check_key(new.key)
-        payloads = [new.prefix.to_bytes() for new in versions]
+        payloads = [new.prefix.to_bytes(new.dtype) for new in versions]
 
         def publish(session: Session, tenant: int) -> dict[int, int]:
             # In one order everywhere: writers that lock the same rows must not meet crosswise.
@@ -126,13 +141,15 @@ class PrefixStore:
                 content_hash=_content_hash(payload),
                 size_bytes=len(payload),
                 num_slots=new.prefix.num_slots,
-                dtype=str(new.prefix.dtype).removeprefix("torch."),
+                dtype=new.dtype or str(new.prefix.dtype).removeprefix("torch."),
                 created_at=datetime.now(UTC),
                 details=dict(new.details),
             )
         )
         session.flush()  # the bytes refer to it
-        session.add(PayloadRow(**mine, payload=payload))
+        place = place_of(new.key, geometry.fingerprint, row.newest_version)
+        stored, key_id = self._sealer.seal(payload, place)
+        session.add(PayloadRow(**mine, payload=stored, key_id=key_id))
         return row.newest_version
 
     def fetch(
@@ -174,18 +191,25 @@ class PrefixStore:
                     VersionRow.version,
                     VersionRow.content_hash,
                     PayloadRow.payload,
+                    PayloadRow.key_id,
                 )
             )
             return list(session.execute(query))
 
         found = {}
-        for kind, name, version, claimed, payload in self._database.run(read):
+        for kind, name, version, claimed, payload, key_id in self._database.run(read):
             key, ref = PrefixKey(kind, name), VersionRef(version, claimed)
             if payload is None and claimed not in have:
                 raise self._damaged(key, fingerprint, version, "its bytes are gone")
-            prefix = None if payload is None else self._parsed(key, fingerprint, ref, payload)
+            prefix = (
+                None if payload is None else self._parsed(key, fingerprint, ref, payload, key_id)
+            )
             found[key] = Fetched(ref, prefix)
         return found
+
+    def change_token(self) -> Hashable | None:
+        """Something that is equal only while nobody has changed the store; None: not known."""
+        return self._database.change_token()
 
     def get(
         self, key: PrefixKey, fingerprint: str, *, version: int | str | None = None
@@ -197,20 +221,20 @@ class PrefixStore:
             PrefixFormatError: If the stored bytes are damaged.
         """
 
-        def read(session: Session, tenant: int) -> tuple[VersionRef, bytes | None]:
+        def read(session: Session, tenant: int) -> tuple[VersionRef, PayloadRow | None]:
             row = self._row(session, tenant, key, fingerprint)
             number = row.current_version
             if version is not None:
                 number = self._number(session, row, version)
             stored = session.get_one(VersionRow, (row.id, number))
-            its_bytes = session.get(PayloadRow, (row.id, number))
             ref = VersionRef(number, stored.content_hash)
-            return ref, None if its_bytes is None else its_bytes.payload
+            return ref, session.get(PayloadRow, (row.id, number))
 
-        ref, payload = self._database.run(read)
-        if payload is None:
+        ref, row = self._database.run(read)
+        if row is None:
             raise self._damaged(key, fingerprint, ref.version, "its bytes are gone")
-        return StoredPrefix(self._parsed(key, fingerprint, ref, payload), ref)
+        parsed = self._parsed(key, fingerprint, ref, row.payload, row.key_id)
+        return StoredPrefix(parsed, ref)
 
     def prefixes(self, kind: Kind | None = None) -> list[PrefixInfo]:
         """What the tenant has, for all models, sorted by kind and name."""
@@ -360,7 +384,10 @@ class PrefixStore:
         return self._database.run(write, write=True)
 
     def verify(self) -> Iterator[tuple[PrefixKey, int, bool]]:
-        """Read every version of the tenant: its key, its number, and whether it is whole."""
+        """Read every version of the tenant: its key, its number, and whether it is whole.
+
+        Encrypted bytes that the keys given do not open are not.
+        """
 
         def list_all(session: Session, tenant: int) -> list[tuple[PrefixKey, str, int, int]]:
             query = self._mine(tenant, None).join(VersionRow, VersionRow.prefix_id == PrefixRow.id)
@@ -372,6 +399,70 @@ class PrefixStore:
 
         for key, fingerprint, prefix_id, number in self._database.run(list_all):
             yield key, number, self._is_whole(key, fingerprint, prefix_id, number)
+
+    def encrypt_again(self) -> int:
+        """Write all bytes anew that are not encrypted with the current key; gives how many.
+
+        Readers and writers go on meanwhile, as long as the keys given know the old key too.
+        Removing the current key from the provider makes plain what is written from then on.
+
+        Raises:
+            StoreKeyError: If a key is missing.
+        """
+        wanted = self._sealer.key_id
+
+        def outdated(session: Session, tenant: int) -> list[tuple[PrefixKey, str, int, int]]:
+            query = self._mine(tenant, None).join(PayloadRow, PayloadRow.prefix_id == PrefixRow.id)
+            query = query.where(PayloadRow.key_id.is_distinct_from(wanted))
+            return [
+                (_key(row), row.fingerprint, row.id, version)
+                for row, version in session.execute(query.add_columns(PayloadRow.version))
+            ]
+
+        def seal_again(
+            session: Session,
+            _: int,
+            *,
+            key: PrefixKey,
+            fingerprint: str,
+            prefix_id: int,
+            number: int,
+        ) -> int:
+            row = session.get(PayloadRow, (prefix_id, number), with_for_update=True)
+            if row is None or row.key_id == wanted:
+                return 0
+            place = place_of(key, fingerprint, number)
+            plain = self._sealer.unseal(row.payload, row.key_id, place)
+            row.payload, row.key_id = self._sealer.seal(plain, place)
+            return 1
+
+        return sum(
+            self._database.run(
+                partial(
+                    seal_again, key=key, fingerprint=fingerprint, prefix_id=prefix_id, number=number
+                ),
+                write=True,
+            )
+            for key, fingerprint, prefix_id, number in self._database.run(outdated)
+        )
+
+    def export_to(self, path: str | Path) -> int:
+        """Write all that the tenant has to one file, decrypted; gives the number of versions.
+
+        Raises:
+            PrefixFormatError: If stored bytes are damaged; then there is no file.
+            StoreError: If the file cannot be written.
+        """
+        return export_tenant(self._database, self._sealer, Path(path))
+
+    def import_from(self, path: str | Path) -> int:
+        """Add all that an exported file holds, or nothing; gives the number of versions.
+
+        Raises:
+            PrefixFormatError: If the file is damaged, or no export.
+            StoreError: If a name in it exists already.
+        """
+        return import_tenant(self._database, self._sealer, Path(path))
 
     def stats(self) -> StoreStats:
         """How much the tenant has stored."""
@@ -413,7 +504,15 @@ class PrefixStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _parsed(self, key: PrefixKey, fingerprint: str, ref: VersionRef, payload: bytes) -> Prefix:
+    def _parsed(
+        self,
+        key: PrefixKey,
+        fingerprint: str,
+        ref: VersionRef,
+        stored: bytes,
+        key_id: str | None,
+    ) -> Prefix:
+        payload = self._sealer.unseal(stored, key_id, place_of(key, fingerprint, ref.version))
         if not _is_content(payload, ref.content_hash):
             raise self._damaged(key, fingerprint, ref.version, "wrong hash")
         return Prefix.from_bytes(payload, name=f"{key} version {ref.version}")
@@ -437,23 +536,26 @@ class PrefixStore:
         )
 
     def _is_whole(self, key: PrefixKey, fingerprint: str, prefix_id: int, number: int) -> bool:
-        def read(session: Session, tenant: int) -> bool:
-            if (
-                session.scalar(
-                    self._mine(tenant, fingerprint, [key])
-                    .where(PrefixRow.id == prefix_id)
-                    .with_only_columns(PrefixRow.id)
-                )
-                is None
-            ):
-                return True  # removed meanwhile
-            stored = session.get(VersionRow, (prefix_id, number))
-            its_bytes = session.get(PayloadRow, (prefix_id, number))
-            if stored is None:
-                return True
-            return its_bytes is not None and _is_content(its_bytes.payload, stored.content_hash)
+        """Whether a version is as it was put; also true where it was removed meanwhile."""
 
-        return self._database.run(read)
+        def read(session: Session, tenant: int) -> tuple[str, PayloadRow | None] | None:
+            mine = self._mine(tenant, fingerprint, [key]).where(PrefixRow.id == prefix_id)
+            stored = session.get(VersionRow, (prefix_id, number))
+            if session.scalar(mine.with_only_columns(PrefixRow.id)) is None or stored is None:
+                return None
+            return stored.content_hash, session.get(PayloadRow, (prefix_id, number))
+
+        found = self._database.run(read)
+        if found is None:
+            return True
+        claimed, row = found
+        if row is None:
+            return False
+        try:
+            place = place_of(key, fingerprint, number)
+            return _is_content(self._sealer.unseal(row.payload, row.key_id, place), claimed)
+        except StoreKeyError:
+            return False
 
     @staticmethod
     def _note(session: Session, tenant: int, action: str, key: PrefixKey, num: int) -> None:

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple, get_args
 
 from controlprefix.errors import UnknownNameError
-from controlprefix.prefix import Prefix
+from controlprefix.prefix import PayloadDtype, Prefix
 
 Kind = Literal["task", "attribute", "user"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -31,12 +31,14 @@ class NewVersion:
         details: Anything JSON can hold.
         replaces: The version that must be current for this to be published, 0 for none
             yet (compare and swap); left out, it follows whatever is there.
+        dtype: Of the numbers in the store, `"int8"` among them; left out, as they are.
     """
 
     key: PrefixKey
     prefix: Prefix
     details: Mapping[str, Any] = field(default_factory=dict)
     replaces: int | None = None
+    dtype: PayloadDtype | None = None
 
 
 class VersionRef(NamedTuple):
@@ -106,6 +108,11 @@ class AuditEntry:
     action: str
     key: PrefixKey
     num_versions: int
+
+
+def place_of(key: PrefixKey, fingerprint: str, version: int) -> str:
+    """One version of a key for one model, in words; what its encryption is bound to."""
+    return f"{key} version {version} for model {fingerprint[:12]!r}"
 
 
 def check_kind(kind: str) -> None:

@@ -83,7 +83,7 @@ _OF_A_VERSION = (
 
 
 class PayloadRow(Base):
-    """The bytes of one version: a whole safetensors file."""
+    """The bytes of one version: a whole safetensors file, encrypted where a key is named."""
 
     __tablename__ = "controlprefix_payloads"
     __table_args__ = (ForeignKeyConstraint(*_OF_A_VERSION, ondelete="CASCADE"),)
@@ -91,6 +91,7 @@ class PayloadRow(Base):
     prefix_id: Mapped[int] = mapped_column(_Id, primary_key=True)
     version: Mapped[int] = mapped_column(primary_key=True)
     tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+    key_id: Mapped[str | None] = mapped_column(String(255))
     payload: Mapped[bytes] = mapped_column(LargeBinary)
 
 

@@ -28,6 +28,12 @@ COMMANDS = (
     "prefixes list",
     "prefixes show",
     "prefixes rollback",
+    "store stats",
+    "store verify",
+    "store prune",
+    "store export",
+    "store import",
+    "store upgrade",
 )
 
 

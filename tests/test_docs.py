@@ -50,7 +50,7 @@ def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_and_target_is_in_the_readme() -> None:
     for command in COMMANDS:
         assert f"controlprefix {command}" in README, command
-    for target in ("make demo", "make test", "make check"):
+    for target in ("make demo", "make test", "make check", "make bench"):
         assert target in README
 
 
@@ -68,6 +68,13 @@ def test_figures_of_the_readme_are_those_of_the_recorded_run() -> None:
         for name, figures in group.items():
             shown = [float(cell) for cell in rows[name].split(" | ")]
             assert shown == [round(value, 2) for value in figures.values()], name
+
+
+def test_the_speed_table_of_the_readme_is_that_of_the_results() -> None:
+    (table,) = re.findall(r"<!-- speed -->(.*)<!-- /speed -->", README, re.DOTALL)
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert "\n".join(rows) in (ROOT / "docs" / "results" / "speed.md").read_text()
 
 
 def test_the_demo_data_is_whole() -> None:

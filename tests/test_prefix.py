@@ -163,3 +163,38 @@ def test_a_prefix_does_not_change_with_the_tensors_it_was_made_from() -> None:
     assert prefix.layer("decoder", 0)[0].eq(1).all()
     with pytest.raises(TypeError):
         prefix.slots["decoder"] = keys  # type: ignore[index]
+
+
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([1e-6, 1.0, 300.0]))
+@settings(max_examples=30, deadline=None)
+def test_int8_is_within_half_a_step_of_each_heads_largest_number(seed: int, scale: float) -> None:
+    layers = (LayerShape(2, 4, 6), LayerShape(1, 8, 8))
+    geometry = Geometry(decoder=layers, fingerprint="f" * 64, model_name="m")
+    prefix = Prefix.random(geometry, num_slots=5, scale=scale, seed=seed)
+    again = Prefix.from_bytes(prefix.to_bytes("int8"))
+    assert (again.dtype, again.geometry) == (torch.float32, geometry)
+    for i in range(2):
+        for was, now in zip(prefix.layer("decoder", i), again.layer("decoder", i), strict=True):
+            step = was.abs().amax(dim=2, keepdim=True) / 127
+            # The scale is rounded to bfloat16, by less than 2**-8 of it.
+            assert ((was - now).abs() <= step * (0.5 + 127 * 2**-8) + 1e-30).all()
+            assert ((was - now).abs().mean(dim=2) <= step[..., 0] * 0.6).all()
+
+
+def test_int8_halves_the_bytes_and_keeps_zero_and_dtype() -> None:
+    geometry = Geometry.uniform(num_layers=8, num_kv_heads=4, head_dim=64)
+    prefix = Prefix.random(geometry, num_slots=32, seed=0).to(dtype=torch.bfloat16)
+    prefix.slots["decoder"][3] = 0
+    again = Prefix.from_bytes(prefix.to_bytes("int8"))
+    assert again.dtype == torch.bfloat16
+    assert not again.slots["decoder"][3].any()
+    assert len(prefix.to_bytes("int8")) < 0.53 * len(prefix.to_bytes())
+    halved = Prefix.from_bytes(prefix.to(dtype=torch.float32).to_bytes("float16"))
+    assert halved.dtype == torch.float16
+
+
+def test_numbers_too_large_for_the_file_are_refused() -> None:
+    prefix = Prefix.random(Geometry.uniform(num_layers=1, num_kv_heads=1, head_dim=4), num_slots=1)
+    prefix.slots["decoder"][0, 0] = 1e6
+    with pytest.raises(PrefixFormatError, match="infinite numbers .* as torch.float16"):
+        prefix.to_bytes("float16")

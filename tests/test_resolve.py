@@ -65,7 +65,8 @@ def test_a_mixed_batch_is_one_question_cold_and_warm(
     cold = found.resolve(requests)
     assert len(queries) == 1
     warm = found.resolve(requests)
-    assert len(queries) == 2
+    # SQLite says that nothing changed; PostgreSQL is asked.
+    assert len(queries) == (1 if store.url.startswith("sqlite") else 2)
     for i, (before, now) in enumerate(zip(cold, warm, strict=True)):
         assert [one.part.prefix for one in before] == [one.part.prefix for one in now]
         assert torch.equal(now[1].part.prefix.slots["decoder"], prefix(i).slots["decoder"])
@@ -80,7 +81,7 @@ def test_many_threads_that_ask_for_a_cold_user_make_a_question_or_two(
 
     def ask() -> None:
         start.wait()
-        answers.append(found.fetch([ANA])[ANA].prefix)
+        answers.append(found.fetch({ANA})[ANA].prefix)
 
     threads = [threading.Thread(target=ask) for _ in range(200)]
     queries.clear()
@@ -126,7 +127,7 @@ def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url:
     def ask(name: str) -> None:
         start.wait()
         try:
-            outcomes[name].append(found.fetch([PrefixKey("user", name)])[PrefixKey("user", name)])
+            outcomes[name].append(found.fetch({PrefixKey("user", name)})[PrefixKey("user", name)])
         except PrefixFormatError as error:
             outcomes[name].append(error)
 

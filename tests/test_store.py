@@ -278,6 +278,57 @@ def test_prune_keeps_the_newest_the_current_and_the_aliased(store: PrefixStore) 
         store.prune(keep=0)
 
 
+def test_export_and_import_round_trip_bit_for_bit(url: str, tmp_path: Path) -> None:
+    with PrefixStore(url, tenant="mine") as mine:
+        for seed in (1, 2, 3):
+            mine.put([new(seed=seed), NewVersion(BO, new(seed=seed).prefix, dtype="int8")])
+        mine.alias(ANA, F, "canary", to=2)
+        mine.rollback(BO, F, to=1)
+        mine.put([new(PrefixKey("task", "note"))])
+        assert mine.export_to(tmp_path / "one.zip") == 7
+        with pytest.raises(StoreError, match="task 'note' exists already|user .* exists already"):
+            mine.import_from(tmp_path / "one.zip")
+        assert mine.stats().num_versions == 7
+    with PrefixStore(url, tenant="theirs") as theirs:
+        assert theirs.import_from(tmp_path / "one.zip") == 7
+        theirs.export_to(tmp_path / "two.zip")
+        assert theirs.versions(ANA, F)[1].aliases == ("canary",)
+        assert theirs.get(BO, F).ref.version == 1
+        assert theirs.put([new()]) == [4]
+    with PrefixStore(f"sqlite:///{tmp_path}/other.db") as other:
+        other.import_from(tmp_path / "one.zip")
+        other.export_to(tmp_path / "three.zip")
+    one, two, three = ((tmp_path / f"{n}.zip").read_bytes() for n in ("one", "two", "three"))
+    assert one == two == three
+
+
+def test_a_damaged_export_imports_nothing(store: PrefixStore, tmp_path: Path) -> None:
+    store.put([new(), new(BO, seed=2)])
+    store.export_to(tmp_path / "good.zip")
+    good = (tmp_path / "good.zip").read_bytes()
+    for where in range(0, len(good), len(good) // 60):
+        damaged = bytearray(good)
+        damaged[where] ^= 0xFF
+        (tmp_path / "bad.zip").write_bytes(damaged)
+        with PrefixStore("sqlite://") as fresh:
+            try:
+                fresh.import_from(tmp_path / "bad.zip")
+            except PrefixFormatError:
+                assert fresh.prefixes() == []
+            else:  # bytes that mean nothing, such as a time in the zip's own directory
+                for key in (ANA, BO):
+                    assert fresh.get(key, F).ref == store.get(key, F).ref
+    (tmp_path / "bad.zip").write_bytes(b"no zip")
+    with pytest.raises(PrefixFormatError, match="no export of controlprefix"):
+        store.import_from(tmp_path / "bad.zip")
+    with pytest.raises(StoreError, match="No such file"):
+        store.import_from(tmp_path / "missing.zip")
+    raw(store.url, "UPDATE controlprefix_payloads SET payload = :p", p=b"x")
+    with pytest.raises(PrefixFormatError, match="damaged in the store"):
+        store.export_to(tmp_path / "never.zip")
+    assert not list(tmp_path.glob("*never.zip*"))
+
+
 def test_stores_that_cannot_be_opened_say_why(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="unable to open database file"):
         PrefixStore(f"sqlite:///{tmp_path}/missing/prefixes.db")

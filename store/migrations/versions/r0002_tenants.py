@@ -64,6 +64,7 @@ def upgrade() -> None:
             sa.Column("prefix_id", _ID, primary_key=True),
             sa.Column("version", sa.Integer, primary_key=True),
             _tenant(),
+            sa.Column("key_id", sa.String(255)),
             sa.Column("payload", sa.LargeBinary, nullable=False),
             _of_a_version(),
         ),

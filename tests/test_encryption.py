@@ -1,0 +1,154 @@
+"""Encrypted stores: unreadable without the key, rotated while in use, never mixed up."""
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+
+from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, StoreKeyError
+from controlprefix.store import JsonKeys, NewVersion, PrefixKey, PrefixStore
+
+GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
+F = GEOMETRY.fingerprint
+ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
+
+
+def new(key: PrefixKey = ANA, seed: int = 0) -> NewVersion:
+    return NewVersion(key, Prefix.random(GEOMETRY, num_slots=3, seed=seed))
+
+
+class Keys(JsonKeys):
+    """A file of keys for the tenant `mine`, changed by the tests."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.path = path
+        self.keys: dict[str, str] = {}
+
+    def use(self, name: str | None) -> None:
+        """Write with this key from now on, made if it is new."""
+        if name is not None:
+            self.keys.setdefault(name, base64.b64encode(os.urandom(32)).decode())
+        written = {"mine": {"current": name, "keys": self.keys}} if name else {}
+        self.path.write_text(json.dumps(written))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    made = Keys(tmp_path / "keys.json")
+    made.use("k1")
+    return made
+
+
+@pytest.fixture
+def store(url: str, keys: Keys) -> Iterator[PrefixStore]:
+    with PrefixStore(url, tenant="mine", keys=keys) as opened:
+        yield opened
+
+
+def test_stored_bytes_show_nothing_and_come_back(tmp_path: Path, keys: Keys) -> None:
+    file = tmp_path / "prefixes.db"
+    payload = new().prefix.to_bytes()
+    numbers = new().prefix.slots["decoder"].numpy().tobytes()
+    with PrefixStore(f"sqlite:///{file}", tenant="plain") as plain:
+        plain.put([new()])
+    assert numbers in file.read_bytes()  # what the next lines must not find
+    file.unlink()
+    with PrefixStore(f"sqlite:///{file}", tenant="mine", keys=keys) as store:
+        store.put([new()])
+        assert store.get(ANA, F).prefix.to_bytes() == payload
+        fetched = store.fetch([ANA], F)[ANA].prefix
+        assert fetched is not None
+        assert fetched.to_bytes() == payload
+    assert numbers not in file.read_bytes()
+    assert b"safetensors" not in file.read_bytes()
+
+
+def test_without_the_key_or_with_another_it_says_so(store: PrefixStore, keys: Keys) -> None:
+    store.put([new()])
+    with PrefixStore(store.url, tenant="mine") as keyless:
+        for read in (lambda: keyless.get(ANA, F), lambda: keyless.fetch([ANA], F)):
+            with pytest.raises(
+                StoreKeyError, match="encrypted with the key 'k1'; open the store w"
+            ):
+                read()
+        assert keyless.versions(ANA, F)[0].num_slots == 3
+    keys.keys["k1"] = base64.b64encode(os.urandom(32)).decode()
+    keys.use("k1")
+    with pytest.raises(StoreKeyError, match="version 1 for model .* cannot be decrypted"):
+        store.get(ANA, F)
+    assert [whole for *_, whole in store.verify()] == [False]
+    keys.keys["k1"] = base64.b64encode(b"short").decode()
+    keys.use("k1")
+    with pytest.raises(StoreKeyError, match="is not 16, 24 or 32 bytes"):
+        store.put([new()])
+    keys.keys.clear()
+    keys.use("k2")
+    with pytest.raises(StoreKeyError, match="there is no key 'k1' for tenant 'mine'"):
+        store.get(ANA, F)
+    keys.path.write_text("{")
+    with pytest.raises(StoreError, match="cannot read the keys in"):
+        store.put([new()])
+
+
+def test_keys_are_rotated_while_the_store_is_in_use(store: PrefixStore, keys: Keys) -> None:
+    for seed in range(3):
+        store.put([new(seed=seed), new(BO, seed=seed + 10)])
+    keys.use("k2")
+    store.put([new(seed=3)])
+    for version in (1, 4):  # one of the old key, one of the new
+        assert store.get(ANA, F, version=version).prefix.to_bytes()
+    assert store.encrypt_again() == 6
+    assert store.encrypt_again() == 0
+    del keys.keys["k1"]
+    keys.use("k2")
+    assert all(whole for *_, whole in store.verify())
+    assert store.get(BO, F).prefix.to_bytes() == new(BO, 12).prefix.to_bytes()
+    keys.use(None)
+    store.put([new(BO, seed=20)])
+    with PrefixStore(store.url, tenant="mine") as keyless:
+        assert keyless.get(BO, F).prefix.to_bytes() == new(seed=20).prefix.to_bytes()
+
+
+def test_bytes_moved_to_another_place_do_not_open(store: PrefixStore) -> None:
+    """Someone who can write the database cannot give a user another's prefix, or an old one."""
+    store.put([new(seed=1), new(BO, seed=2)])
+    store.put([new(seed=3)])
+    first = "SELECT payload FROM controlprefix_payloads WHERE prefix_id = 1 AND version = 1"
+    engine = sqlalchemy.create_engine(store.url)
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(
+                sqlalchemy.text("SELECT set_config('controlprefix.tenant','1',true)")
+            )
+        connection.execute(
+            sqlalchemy.text(
+                f"UPDATE controlprefix_payloads SET payload = ({first})"
+                " WHERE prefix_id = 2 OR version = 2"
+            )
+        )
+    engine.dispose()
+    for key in (ANA, BO):
+        with pytest.raises((StoreKeyError, PrefixFormatError), match="cannot be decrypted"):
+            store.get(key, F)
+    assert store.get(ANA, F, version=1).prefix.to_bytes() == new(seed=1).prefix.to_bytes()
+
+
+def test_an_export_is_readable_and_is_encrypted_again_on_the_way_in(
+    store: PrefixStore, keys: Keys, tmp_path: Path
+) -> None:
+    store.put([new(seed=1)])
+    store.export_to(tmp_path / "one.zip")
+    store.forget(ANA)
+    store.import_from(tmp_path / "one.zip")
+    assert store.get(ANA, F).prefix.to_bytes() == new(seed=1).prefix.to_bytes()
+    with PrefixStore(store.url, tenant="mine") as keyless:
+        with pytest.raises(StoreKeyError):
+            keyless.get(ANA, F)
+    with PrefixStore(store.url, tenant="theirs", keys=keys) as theirs:  # has no key: plain
+        theirs.import_from(tmp_path / "one.zip")
+        assert theirs.get(ANA, F).prefix.to_bytes() == new(seed=1).prefix.to_bytes()
