@@ -24,8 +24,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
-	cd benchmarks && for one in generate peers train assemble load; do \
+	cd benchmarks && for one in generate peers train assemble load payloads store; do \
 		../$(BIN)/python $$one.py || exit 1; done
+	cd benchmarks && ../$(BIN)/python generate.py --prompt 400 --rows 8 32 --slots 16 48
 	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
 	.venv-adapters/bin/python -m pip install -q torch==2.13.0
 	.venv-adapters/bin/python -m pip install -q adapters==1.3.0 rich

@@ -15,6 +15,7 @@ from adapters import PrefixTuningConfig
 from adapters.composition import BatchSplit
 from side_by_side import Measures, compare, now, report
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    logging.set_verbosity_error()  # it notes at each step that plain runs have no adapter
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.bfloat16).eval()
     adapters.init(model)
     names = [f"person{i}" for i in range(max(options.people))]

@@ -136,6 +136,8 @@ def main() -> None:
     found = [one for rows in options.rows for one in run(rows)]
     notes = memory(model, max(r for r in options.rows if r <= 32), 48, options)
     name = f"generate-{options.model}-{options.device}"
+    if options.prompt != parser.get_default("prompt"):
+        name += f"-{options.prompt}"
     path = report(name, found, reference="the plain model", notes=notes)
     plots.decoding(path)
 

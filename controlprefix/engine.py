@@ -310,11 +310,20 @@ class ControlPrefix:
             examples, learn=("user",), num_slots=num_slots, progress=progress, **settings
         )
 
-    def enroll(self, user: str, texts: Sequence[str], *, num_slots: int = 64) -> int:
+    def enroll(
+        self, user: str, texts: Sequence[str], *, num_slots: int = 64, keep_texts: bool = False
+    ) -> int:
         """Make a usable prefix for a user at once, from texts they wrote, without training.
 
         It holds the exact keys and values of the texts, as far as `num_slots` tokens
         go. Train to refine it and make it smaller.
+
+        Args:
+            user: Who.
+            texts: What they wrote.
+            num_slots: At most.
+            keep_texts: Keep the texts in the store too, to train on them later
+                (`store.samples`); else nothing but the prefix is kept.
 
         Returns:
             The new version's number.
@@ -324,7 +333,10 @@ class ControlPrefix:
         """
         written = _require_texts(user, texts)
         prefix = self.prefix_from_text("\n\n".join(written), max_slots=num_slots)
-        return self.put("user", user, prefix, details={"enrolled": {"texts": len(written)}})
+        number = self.put("user", user, prefix, details={"enrolled": {"texts": len(written)}})
+        if keep_texts:
+            self.store.keep_samples(user, written)
+        return number
 
     # --- prefixes ----------------------------------------------------------------------------
 
@@ -417,8 +429,16 @@ class ControlPrefix:
         """Name a version, such as `canary`, or move that name; `to=None` takes it away."""
         self.store.alias(PrefixKey(kind, name), self.geometry.fingerprint, alias, to=to)
 
+    def prefetch(self, requests: Request | Sequence[Request]) -> None:
+        """Load the prefixes that requests name into memory, before they are needed.
+
+        Raises:
+            UnknownNameError: If one of them does not exist.
+        """
+        self._resolver.resolve([_as_request(request, {}) for request in _as_rows(requests)])
+
     def forget_user(self, user: str) -> int:
-        """Remove every version of a user's prefix, for every model, and from memory.
+        """Remove every version of a user's prefix and all kept texts, here and from memory.
 
         Returns:
             How many versions were removed.

@@ -1,5 +1,6 @@
 """One tenant's connections to one database: transactions, retries, and whose rows they see."""
 
+import logging
 import sqlite3
 import threading
 import time
@@ -16,9 +17,12 @@ from sqlalchemy.pool import QueuePool
 
 from controlprefix.errors import StoreError
 from controlprefix.store import revisions
+from controlprefix.store.listener import CHANNEL, Listener
 from controlprefix.store.tables import Base, TenantRow
 
 Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
 
 _RETRIES = 5
 _FIRST_PAUSE_S = 0.05  # doubled each time: about 1.5 s in all
@@ -31,18 +35,21 @@ class Database:
     Args:
         url: Of SQLAlchemy.
         tenant: Whose rows are seen and written.
+        exact: Whether `change_token` must know of every change at once.
         pool_size: Connections kept open to a server; ten more may be opened under load.
 
     Raises:
         StoreError: If it cannot be opened, or has another schema.
     """
 
-    def __init__(self, url: str, tenant: str, *, pool_size: int = 5) -> None:
+    def __init__(self, url: str, tenant: str, *, exact: bool = True, pool_size: int = 5) -> None:
         self.url = url
         self.tenant = tenant
         self._tenant_id: int | None = None
         self._num_writes = 0
+        self._exact = exact
         self._watch: Any = None
+        self._listener: Listener | None = None
         self._lock = threading.Lock()
         try:
             self._engine = _engine(url, pool_size)
@@ -100,10 +107,17 @@ class Database:
         """Something that is equal only while nobody has changed the database; None: not known.
 
         SQLite counts, for each connection, the changes that others made: so one is kept
-        aside, that nobody writes through. Asking takes microseconds.
+        aside, that nobody writes through. Asking takes microseconds. PostgreSQL tells of
+        changes a moment after them, so there it is known only where that is good enough.
         """
         if self.on_server:
-            return None
+            if self._exact:
+                return None
+            with self._lock:
+                if self._listener is None:
+                    self._listener = Listener(self._engine)
+            heard = self._listener.token()
+            return None if heard is None else (self._num_writes, heard)
         if _in_memory(self.url):
             return self._num_writes
         try:
@@ -122,6 +136,9 @@ class Database:
             if self._watch is not None:
                 self._watch.close()
                 self._watch = None
+            if self._listener is not None:
+                self._listener.close()
+                self._listener = None
         self._engine.dispose()
 
     @property
@@ -172,6 +189,8 @@ class Database:
             try:
                 with Session(options, expire_on_commit=False) as session:
                     result = work(session)
+                    if write and self.on_server:  # those who listen hear of it at the commit
+                        session.execute(select(sa.func.pg_notify(CHANNEL, "")))
                     committing = True
                     session.commit()
                     self._num_writes += write
@@ -179,6 +198,7 @@ class Database:
             except DBAPIError as error:
                 dropped = error.connection_invalidated or _refused(error)
                 if dropped and not committing and attempt < _RETRIES:
+                    _log.warning("the connection to the store broke; again in %.2f s", pause)
                     time.sleep(pause)
                     pause *= 2
                     continue

@@ -6,6 +6,7 @@ a version is there whole or not at all, and so are the parts of one training run
 """
 
 import hashlib
+import logging
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -41,8 +42,17 @@ from controlprefix.store.records import (
     check_name,
     place_of,
 )
-from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow, VersionRow
+from controlprefix.store.tables import (
+    AliasRow,
+    AuditRow,
+    PayloadRow,
+    PrefixRow,
+    SampleRow,
+    VersionRow,
+)
 from controlprefix.store.transfer import export_tenant, import_tenant
+
+_log = logging.getLogger(__name__)
 
 
 class PrefixStore:
@@ -53,6 +63,9 @@ class PrefixStore:
             `postgresql+psycopg://…`.
         tenant: Whose data it is.
         keys: To encrypt stored bytes with; see `controlprefix.store.encryption`.
+        exact: Whether what others publish on PostgreSQL must be seen at once, at a question a
+            batch; if not, it is seen a moment after (two seconds where a connection breaks
+            silently), at none. SQLite is always exact.
         pool_size: Connections kept open to a server.
 
     Raises:
@@ -65,13 +78,14 @@ class PrefixStore:
         *,
         tenant: str = "default",
         keys: KeyProvider | None = None,
+        exact: bool = True,
         pool_size: int = 5,
     ) -> None:
         check_name("tenant", tenant)
         self._sealer = Sealer(tenant, keys)
         self.tenant = tenant
         self.url = url
-        self._database = Database(url, tenant, pool_size=pool_size)
+        self._database = Database(url, tenant, exact=exact, pool_size=pool_size)
         self._database.prepare()
 
     def require_writable(self, keys: Iterable[PrefixKey]) -> None:
@@ -106,6 +120,8 @@ class PrefixStore:
             return {i: self._put(session, tenant, versions[i], payloads[i]) for i in order}
 
         numbers = self._database.run(publish, write=True)
+        for i, new in enumerate(versions):
+            _log.info("tenant %s: published %s version %d", self.tenant, new.key, numbers[i])
         return [numbers[i] for i in range(len(versions))]
 
     def _put(self, session: Session, tenant: int, new: NewVersion, payload: bytes) -> int:
@@ -333,7 +349,7 @@ class PrefixStore:
         self._database.run(write, write=True)
 
     def forget(self, key: PrefixKey) -> int:
-        """Remove every version and alias of a name, for every model; the audit says so.
+        """Remove every version, alias and kept text of a name, for all models; the audit says so.
 
         Returns:
             How many versions were removed.
@@ -345,17 +361,58 @@ class PrefixStore:
 
         def write(session: Session, tenant: int) -> int:
             rows = list(session.scalars(self._mine(tenant, None, [key]).with_for_update()))
-            if not rows:
+            kept = and_(SampleRow.tenant_id == tenant, SampleRow.user_name == key.name)
+            samples = key.kind == "user" and session.scalar(
+                select(SampleRow.id).where(kept).limit(1)
+            )
+            if not rows and not samples:
                 raise self._unknown(session, tenant, key, None)
             removed = sum(len(self._version_numbers(session, row)) for row in rows)
             ids = [row.id for row in rows]
             for table in (AliasRow, PayloadRow, VersionRow):
                 session.execute(delete(table).where(table.prefix_id.in_(ids)))
             session.execute(delete(PrefixRow).where(PrefixRow.id.in_(ids)))
+            if samples:
+                session.execute(delete(SampleRow).where(kept))
             self._note(session, tenant, "forget", key, removed)
             return removed
 
-        return self._database.run(write, write=True)
+        removed = self._database.run(write, write=True)
+        _log.info("tenant %s: forgot %s, %d versions", self.tenant, key, removed)
+        return removed
+
+    def keep_samples(self, user: str, texts: Sequence[str]) -> None:
+        """Keep texts of a user, to train on later. Nothing else does; `forget` removes them."""
+        check_name("user", user)
+        now = datetime.now(UTC)
+
+        def write(session: Session, tenant: int) -> None:
+            for text in texts:
+                sealed, key_id = self._sealer.seal(text.encode(), _sample_of(user))
+                session.add(
+                    SampleRow(
+                        tenant_id=tenant,
+                        user_name=user,
+                        key_id=key_id,
+                        text=sealed,
+                        created_at=now,
+                    )
+                )
+
+        self._database.run(write, write=True)
+
+    def samples(self, user: str) -> list[str]:
+        """The texts of a user that were kept, oldest first."""
+
+        def read(session: Session, tenant: int) -> list[SampleRow]:
+            query = select(SampleRow).where(
+                SampleRow.tenant_id == tenant, SampleRow.user_name == user
+            )
+            return list(session.scalars(query.order_by(SampleRow.id)))
+
+        place = _sample_of(user)
+        rows = self._database.run(read)
+        return [self._sealer.unseal(row.text, row.key_id, place).decode() for row in rows]
 
     def prune(self, *, keep: int) -> int:
         """Remove old versions: of each name, all but the newest few, the current and aliased ones.
@@ -401,7 +458,7 @@ class PrefixStore:
             yield key, number, self._is_whole(key, fingerprint, prefix_id, number)
 
     def encrypt_again(self) -> int:
-        """Write all bytes anew that are not encrypted with the current key; gives how many.
+        """Write anew all that is not encrypted with the current key; gives how many versions.
 
         Readers and writers go on meanwhile, as long as the keys given know the old key too.
         Removing the current key from the provider makes plain what is written from then on.
@@ -436,6 +493,17 @@ class PrefixStore:
             row.payload, row.key_id = self._sealer.seal(plain, place)
             return 1
 
+        def seal_samples(session: Session, tenant: int) -> int:
+            old = SampleRow.key_id.is_distinct_from(wanted)
+            query = select(SampleRow).where(SampleRow.tenant_id == tenant, old)
+            rows = list(session.scalars(query.with_for_update()))
+            for row in rows:
+                place = _sample_of(row.user_name)
+                plain = self._sealer.unseal(row.text, row.key_id, place)
+                row.text, row.key_id = self._sealer.seal(plain, place)
+            return len(rows)
+
+        self._database.run(seal_samples, write=True)
         return sum(
             self._database.run(
                 partial(
@@ -656,6 +724,10 @@ def _info(row: PrefixRow, version: VersionRow, aliases: Sequence[str]) -> Versio
 def _key(row: PrefixRow | AuditRow) -> PrefixKey:
     kind: Any = row.kind
     return PrefixKey(kind, row.name)
+
+
+def _sample_of(user: str) -> str:
+    return f"a text of user {user!r}"
 
 
 def _content_hash(payload: bytes) -> str:

