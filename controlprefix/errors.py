@@ -61,8 +61,13 @@ class VersionConflictError(StoreError):
     """Someone else published first."""
 
 
-def known_names(name: str, known: Iterable[str]) -> str:
+def known_names(name: str, known: Iterable[str], *, more: bool = False) -> str:
     """The end of a message about an unknown name: what exists, and the nearest of it.
+
+    Args:
+        name: What was asked for.
+        known: What exists.
+        more: There is more of it than is known here.
 
     Example:
         >>> known_names("formel", ["informal", "formal"])
@@ -71,6 +76,7 @@ def known_names(name: str, known: Iterable[str]) -> str:
         'none'
     """
     names = sorted(known)
-    listed = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
+    number = f"more than {len(names)}" if more else f"{len(names)} in all"
+    listed = ", ".join(names[:20]) + (f", … ({number})" if len(names) > 20 else "")
     nearest = difflib.get_close_matches(name, names, n=1)
     return (listed or "none") + (f"; did you mean {nearest[0]!r}?" if nearest else "")

@@ -53,7 +53,9 @@ class Resolver:
     Args:
         store: Where to look.
         geometry, device, dtype: Of the model.
-        cache_bytes: Of the prefixes kept in memory.
+        cache_bytes: Of the prefixes kept on that device.
+        host_bytes: Of those kept beside them in the host's memory, where that is another:
+            what no longer fits the device need not come from the database again.
     """
 
     def __init__(
@@ -64,11 +66,15 @@ class Resolver:
         device: torch.device,
         dtype: torch.dtype,
         cache_bytes: int = 1 << 29,
+        host_bytes: int | None = None,
     ) -> None:
         self._store = store
         self._geometry = geometry
         self._device, self._dtype = device, dtype
         self._cache = PrefixCache(cache_bytes)
+        if host_bytes is None:
+            host_bytes = 0 if device.type == "cpu" else 1 << 31
+        self._host = PrefixCache(host_bytes)
         self._together: Together[Found] = Together()
         # What was current while the store was as this token says.
         self._seen: tuple[Hashable | None, dict[PrefixKey, VersionRef]] = (None, {})
@@ -104,22 +110,26 @@ class Resolver:
 
     def forget(self, key: PrefixKey) -> None:
         """Drop every version of a name from memory."""
-        self._cache.forget(key)
+        for cache in (self._cache, self._host):
+            cache.forget(key)
 
     def _fetch(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, "Found"]:
         token = self._store.change_token()  # before the question: what changes meanwhile is news
-        held = self._cache.held(keys)
-        fetched = self._store.fetch(keys, self._geometry.fingerprint, have=held)
+        held, on_host = self._cache.held(keys), self._host.held(keys)
+        have = held.keys() | on_host.keys()
+        fetched = self._store.fetch(keys, self._geometry.fingerprint, have=have)
         found = {}
         for key, (ref, sent) in fetched.items():
-            prefix = held.get(ref.content_hash)
             if sent is not None:
-                prefix = sent.to(device=self._device, dtype=self._dtype).require_finite(str(key))
+                sent = sent.to(dtype=self._dtype).require_finite(str(key))
+                self._host.put(key, ref.content_hash, sent)
+            prefix = held.get(ref.content_hash)
+            if prefix is None:
+                prefix = (sent or on_host[ref.content_hash]).to(device=self._device)
                 self._cache.put(key, ref.content_hash, prefix)
-            assert prefix is not None
             found[key] = Found(key, ref.version, prefix)
         for key in set(keys) - fetched.keys():  # forgotten meanwhile, maybe by another process
-            self._cache.forget(key)
+            self.forget(key)
         before, seen = self._seen
         kept = seen if token == before and len(seen) < _MAX_SEEN else {}
         self._seen = (token, {**kept, **{key: one.ref for key, one in fetched.items()}})

@@ -160,9 +160,9 @@ class Database:
 
     def _introduce(self, session: Session, write: bool) -> int:
         """Tell the database whose transaction it is; gives the tenant's number."""
-        if self.on_server:
-            self._say(session, "controlprefix.tenant_name", self.tenant)
         if self._tenant_id is None:
+            if self.on_server:
+                self._say(session, "controlprefix.tenant_name", self.tenant)
             query = select(TenantRow.id).where(TenantRow.name == self.tenant)
             found = session.scalar(query)
             if found is None and write:
@@ -197,12 +197,13 @@ class Database:
                     return result
             except DBAPIError as error:
                 dropped = error.connection_invalidated or _refused(error)
-                if dropped and not committing and attempt < _RETRIES:
+                unsure = write and committing
+                if dropped and not unsure and attempt < _RETRIES:
                     _log.warning("the connection to the store broke; again in %.2f s", pause)
                     time.sleep(pause)
                     pause *= 2
                     continue
-                raise self._explained(error, write, unsure=dropped and committing) from error
+                raise self._explained(error, write, unsure=dropped and unsure) from error
             except SQLAlchemyError as error:
                 raise self._explained(error, write, unsure=False) from error
         raise AssertionError("the last attempt returns or raises")
@@ -210,7 +211,7 @@ class Database:
     def _explained(self, error: SQLAlchemyError, write: bool, *, unsure: bool) -> StoreError:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         where = without_password(self.url)
-        if unsure and write:
+        if unsure:
             return StoreError(
                 f"the connection to the store {where!r} broke while a change was committed: "
                 f"{reason}; it is there whole or not at all; look before doing it again"
@@ -257,7 +258,8 @@ def _in_memory(url: str) -> bool:
 
 def _engine(url: str, pool_size: int) -> Engine:
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_size=pool_size, pool_timeout=30.0)
+        # No ping before each use: work on a connection that turns out dead is done again.
+        return create_engine(url, pool_size=pool_size, pool_timeout=30.0)
     # A database in memory lives in its connection: one, that threads take in turn.
     one_connection = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
     engine = create_engine(

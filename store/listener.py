@@ -44,8 +44,8 @@ class Listener:
 
     def _listen(self) -> None:
         pooled: Any = self._engine.raw_connection()
-        pooled.detach()
         connection = pooled.driver_connection
+        pooled.detach()
         try:
             connection.autocommit = True
             connection.execute(f"LISTEN {CHANNEL}")

@@ -54,6 +54,8 @@ from controlprefix.store.transfer import export_tenant, import_tenant
 
 _log = logging.getLogger(__name__)
 
+_MAX_LOOKED_THROUGH = 1000  # names, to say which exist: a store may have millions
+
 
 class PrefixStore:
     """The prefixes of one tenant in one database.
@@ -425,7 +427,10 @@ class PrefixStore:
 
         def write(session: Session, tenant: int) -> int:
             removed = 0
-            for row in session.scalars(self._mine(tenant, None).with_for_update()):
+            many = select(VersionRow.prefix_id).where(VersionRow.tenant_id == tenant)
+            many = many.group_by(VersionRow.prefix_id).having(func.count() > keep)
+            query = self._mine(tenant, None).where(PrefixRow.id.in_(many)).order_by(PrefixRow.id)
+            for row in session.scalars(query.with_for_update()):
                 numbers = self._version_numbers(session, row)
                 named = select(AliasRow.version).where(AliasRow.prefix_id == row.id)
                 kept = {*numbers[-keep:], row.current_version, *session.scalars(named)}
@@ -669,16 +674,23 @@ class PrefixStore:
     def _unknown(
         self, session: Session, tenant: int, key: PrefixKey, fingerprint: str | None
     ) -> UnknownNameError:
-        rows = list(session.scalars(self._mine(tenant, None).where(PrefixRow.kind == key.kind)))
-        elsewhere = sorted(row.model_name for row in rows if row.name == key.name)
+        of_kind = self._mine(tenant, None).where(PrefixRow.kind == key.kind)
+        same_name = of_kind.where(PrefixRow.name == key.name).order_by(PrefixRow.model_name)
+        elsewhere = session.scalars(same_name.with_only_columns(PrefixRow.model_name)).all()
         if elsewhere:
             return UnknownNameError(
                 f"{key} has no prefix for this model, only for other weights "
                 f"({', '.join(elsewhere)}); train it on this model, or load that one"
             )
-        known = {row.name for row in rows if fingerprint in (None, row.fingerprint)}
+        some = (
+            of_kind
+            if fingerprint is None
+            else self._mine(tenant, fingerprint).where(PrefixRow.kind == key.kind)
+        )
+        listed = some.with_only_columns(PrefixRow.name).limit(_MAX_LOOKED_THROUGH)
+        known = set(session.scalars(listed))
         way_out = "" if known else "; train or enroll one, or check the store and the tenant"
-        names = known_names(key.name, known)
+        names = known_names(key.name, known, more=len(known) == _MAX_LOOKED_THROUGH)
         return UnknownNameError(f"no {key.kind} {key.name!r} in the store; known: {names}{way_out}")
 
     @staticmethod

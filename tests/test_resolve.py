@@ -99,6 +99,33 @@ def test_many_threads_that_ask_for_a_cold_user_make_a_question_or_two(
     assert len(queries) < 20  # far fewer than threads; those that came later ask again
 
 
+def test_what_no_longer_fits_the_device_comes_from_the_host_not_the_database(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, dtype = torch.device("cpu"), torch.float32
+    found = Resolver(store, GEOMETRY, device=device, dtype=dtype, cache_bytes=1, host_bytes=1 << 20)
+    for name in (ANA, BO):
+        found.fetch({name})
+    assert found._cache.size_bytes == 0
+    sent = []
+    fetch = store.fetch
+
+    def watched(*args: Any, **options: Any) -> Any:
+        answers = fetch(*args, **options)
+        sent.extend(key for key, one in answers.items() if one.prefix is not None)
+        return answers
+
+    monkeypatch.setattr(store, "fetch", watched)
+    again = found.fetch({ANA, BO})
+    assert sent == []
+    assert torch.equal(again[BO].prefix.slots["decoder"], prefix(2).slots["decoder"])
+    store.put([NewVersion(ANA, prefix(7))])
+    assert torch.equal(found.fetch({ANA})[ANA].prefix.slots["decoder"], prefix(7).slots["decoder"])
+    assert sent == [ANA]
+    found.forget(ANA)
+    assert found._host.size_bytes == prefix(2).size_bytes
+
+
 def test_what_another_handle_changes_is_seen_at_once(store: PrefixStore, url: str) -> None:
     found = resolver(store)
     ask = [Request(prompt="-", user="ana")]
