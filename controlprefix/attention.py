@@ -50,6 +50,9 @@ class AttentionCall:
 # Thread -> the calls made in it, for threads where somebody collects them.
 recordings: dict[int, list[AttentionCall]] = {}
 
+# Thread -> who is told the weights on the slots of each call: (batch, queries, heads, slots).
+watchers: dict[int, Callable[[Tensor], None]] = {}
+
 
 @contextlib.contextmanager
 def intercepted() -> Iterator[None]:
@@ -111,8 +114,10 @@ def _attend(
             "transformers' continuous batching packs rows into one sequence, where slots cannot "
             "yet be told apart; use generate"
         )
+    watcher = watchers.get(threading.get_ident()) if watchers else None
     if (
         query.shape[2] == 1
+        and watcher is None
         and implementation == "sdpa"
         and (attention_mask is None or attention_mask.shape[1] == 1)
         and not kwargs.get("dropout")
@@ -125,7 +130,7 @@ def _attend(
         )
         return output, None
     return _attend_in_front(
-        base, module, query, key, value, attention_mask, blocks, place.layer, kwargs
+        base, module, query, key, value, attention_mask, blocks, place.layer, kwargs, watcher
     )
 
 
@@ -139,6 +144,7 @@ def _attend_in_front(
     blocks: tuple[SlotBlock, ...],
     layer: int,
     kwargs: dict[str, Any],
+    watcher: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention function, with slots in front of the tokens.
 
@@ -160,6 +166,11 @@ def _attend_in_front(
     keys, values = _joined(blocks, layer, key, value)
     mask = _mask_in_front(mask, blocks, key, num_queries, causal)
     output, weights = base(module, query, keys, values, mask, **kwargs)
+    if watcher is not None:
+        # Attention is linear in the values: those that say which slot they are give the weights.
+        num_slots = keys.shape[2] - key.shape[2]
+        which = torch.eye(keys.shape[2], num_slots, dtype=keys.dtype, device=keys.device)
+        watcher(base(module, query, keys, which.expand(*keys.shape[:2], -1, -1), mask, **kwargs)[0])
     return output, None if weights is None else weights[..., -key.shape[2] :]
 
 
@@ -248,13 +259,16 @@ def _one_softmax(query: Tensor, segments: Sequence[_Segment], scaling: float | N
     scale = key_dim**-0.5 if scaling is None else scaling
     scores = []
     for keys, _, bias in segments:
-        folded, transposed = _fold(query, batch, len(keys)), keys.flatten(0, 1).transpose(1, 2)
+        # Keys first: a growing cache's are no dense tensor, and on CPU the other way round would
+        # copy them.
+        keys, folded = keys.flatten(0, 1), _fold(query, batch, len(keys)).transpose(1, 2)
         if bias is None:
-            found = torch.baddbmm(query.new_empty(1), folded, transposed, beta=0, alpha=scale)
+            found = torch.baddbmm(query.new_empty(1), keys, folded, beta=0, alpha=scale)
         else:
-            heads = bias[:, None].expand(-1, num_kv_heads, -1).flatten(0, 1)[:, None]
-            found = torch.baddbmm(heads, folded, transposed, alpha=scale)
-        scores.append(_unfold(found, batch, len(keys)))  # (batch * kv heads, group, n)
+            heads = bias[:, None].expand(-1, num_kv_heads, -1).flatten(0, 1)[:, :, None]
+            found = torch.baddbmm(heads, keys, folded, alpha=scale)
+        found = found.transpose(1, 2)
+        scores.append(_unfold(found, batch, len(found) // num_kv_heads))  # (.., group, n)
     weights = torch.cat(scores, 2) if len(scores) > 1 else scores[0]
     pieces = weights.softmax(2).split([score.shape[2] for score in scores], 2)
     outputs = []

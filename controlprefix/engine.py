@@ -1,12 +1,13 @@
 """ControlPrefix: resolve -> assemble -> generate, score or train, on one frozen model."""
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, overload
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from controlprefix.assembly import PrefixBatch, assemble
@@ -23,13 +24,18 @@ from controlprefix.steering import Steering
 from controlprefix.store import KeyProvider, Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training import (
+    Given,
     Learned,
+    ParameterizationName,
+    ShorteningReport,
     Start,
+    SweepReport,
+    Trainer,
     TrainingReport,
     TrainingSettings,
-    prepare,
+    instructed,
     require_examples,
-    train,
+    to_distill,
 )
 
 
@@ -50,6 +56,7 @@ class ControlPrefix:
         self._resolver = Resolver(
             store, self.geometry, device=self.model.device, dtype=self.model.dtype
         )
+        self._trainer = Trainer(model, self._encoder, store, self._resolver)
 
     @classmethod
     def from_pretrained(
@@ -223,8 +230,11 @@ class ControlPrefix:
         *,
         learn: Learned | Sequence[Learned] = ("task", "attributes"),
         num_slots: int | Mapping[Learned, int] = 16,
-        init: Start = "text",
+        init: Start | Given = "text",
+        folder: str | Path | None = None,
+        resume: bool = False,
         progress: bool = True,
+        accelerator: Accelerator | None = None,
         **settings: Any,
     ) -> TrainingReport:
         """Learn prefixes from examples, jointly, and store them as new versions.
@@ -239,54 +249,142 @@ class ControlPrefix:
             learn: Any of `task`, `attributes`, `user`.
             num_slots: Of each learned prefix, or for each of `learn`.
             init: Start from the keys and values of the prefix's own training text
-                (best), at random, or from the stored version where there is one.
+                (`text`), of tokens drawn from it (`tokens`), at random (`random`), or from
+                the stored version where there is one (`stored`). Or a text or a `Prefix`
+                for each of some, such as `{("task", "email"): "Write an email."}`; the
+                others start from their training text.
+            folder: Where the run writes its state, the learned networks included, and its
+                learning curves.
+            resume: Go on from the state in that folder, if there is one.
             progress: Show a progress bar.
+            accelerator: Of accelerate, for a precision or trackers of your own. Processes
+                that accelerate started share the work either way; the first one stores.
             **settings: Of `TrainingSettings`: `epochs`, `steps`, `batch_size`,
-                `learning_rate`, `validation`, `gradient_checkpointing`, `seed`, …
+                `learning_rate`, `parameterization`, `validation`, `seed`, …
 
         Raises:
             TrainingDataError: If the examples cannot be learned from.
         """
         rows = require_examples(examples)
         chosen = TrainingSettings.of(settings)
-        prepared = prepare(
-            rows,
-            self.model,
-            self._encoder,
-            self.store,
-            self._resolver,
-            learn=learn,
-            num_slots=num_slots,
-            init=init,
-            seed=chosen.seed,
+        prepared = self._trainer.prepare(
+            rows, learn=learn, num_slots=num_slots, init=init, seed=chosen.seed
         )
-        self.store.require_writable(prepared.start)
-        learned, report = train(
-            self.model,
-            prepared.rows,
-            prepared.start,
-            end_id=next(iter(self._encoder.end_ids), None),
-            pad_id=self._encoder.pad_id,
-            settings=chosen,
+        return self._trainer.learn(
+            prepared, chosen, folder, resume=resume, progress=progress, accelerator=accelerator
+        )
+
+    def distill(
+        self,
+        instruction: str,
+        prompts: Sequence[str],
+        *,
+        task: str | None = None,
+        attribute: str | None = None,
+        label: str | None = None,
+        user: str | None = None,
+        completions: Sequence[str] | None = None,
+        max_new_tokens: int = 48,
+        num_slots: int = 16,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        accelerator: Accelerator | None = None,
+        **settings: Any,
+    ) -> TrainingReport:
+        """Learn a prefix that does what an instruction does, without labelled data.
+
+        The teacher is the same frozen model reading the instruction before each prompt;
+        the prefix learns to make the same predictions without it. It starts from the
+        instruction's own keys and values.
+
+        Args:
+            instruction: Or any other context.
+            prompts: What it is to be followed for.
+            task, attribute, label, user: Which one to learn: a task, a label of an
+                attribute, or a user.
+            completions: One a prompt; left out, the teacher writes them, sampled with `seed`.
+            max_new_tokens: Of those, at most.
+            num_slots, folder, resume, progress, accelerator, **settings: As in `train`.
+
+        Raises:
+            TrainingDataError: If not exactly one is named, or there is no prompt.
+
+        Reference:
+            Context distillation: Askell et al., 2021, https://arxiv.org/abs/2112.00861,
+            and Snell et al., 2022, https://arxiv.org/abs/2209.15189.
+        """
+        chosen = TrainingSettings.of(settings)
+        key, asked = to_distill(prompts, task, attribute, label, user)
+        if completions is None:
+            wanted = [
+                Request(
+                    prompt=instructed(instruction, one["prompt"]),
+                    max_new_tokens=max_new_tokens,
+                    temperature=1.0,
+                    seed=chosen.seed + i,
+                )
+                for i, one in enumerate(asked)
+            ]
+            completions = [one.text for one in self._generate(wanted, 32)]
+        prepared = self._trainer.prepare_to_distill(
+            instruction, key, asked, completions, num_slots=num_slots, seed=chosen.seed
+        )
+        return self._trainer.learn(
+            prepared, chosen, folder, resume=resume, progress=progress, accelerator=accelerator
+        )
+
+    def sweep(
+        self,
+        examples: Iterable[Example],
+        *,
+        slots: Sequence[int] = (1, 2, 4, 8, 16, 32),
+        parameterizations: Sequence[ParameterizationName] = ("direct",),
+        learn: Learned | Sequence[Learned] = ("task", "attributes"),
+        init: Start | Given = "text",
+        progress: bool = True,
+        **settings: Any,
+    ) -> SweepReport:
+        """Learn with different numbers of slots, store nothing, and compare held-out losses.
+
+        Args:
+            examples, learn, init, progress, **settings: As in `train`.
+            slots: Of each learned prefix; each is tried.
+            parameterizations: By name; each is tried with each number of slots.
+
+        Raises:
+            TrainingDataError: If the examples cannot be learned from.
+        """
+        return self._trainer.sweep(
+            require_examples(examples),
+            slots=slots,
+            parameterizations=parameterizations,
+            learn=learn,
+            init=init,
+            settings=settings,
             progress=progress,
         )
-        details = {
-            "training": {
-                "examples": len(rows),
-                "learned": [str(key) for key in learned],
-                "best_step": report.best_step,
-                "best_loss": round(report.best_loss, 4),
-                **dataclasses.asdict(chosen),
-            }
-        }
-        numbers = self.store.put(
-            [
-                NewVersion(key, prefix.to(dtype=self.model.dtype), details)
-                for key, prefix in learned.items()
-            ]
-        )
-        saved = {str(key): number for key, number in zip(learned, numbers, strict=True)}
-        return dataclasses.replace(report, saved=saved, left_out=prepared.left_out)
+
+    def shorten(
+        self,
+        kind: Kind,
+        name: str,
+        examples: Iterable[Example],
+        *,
+        keep: float = 0.95,
+    ) -> ShorteningReport:
+        """Drop the slots that attention uses least, and store the shorter prefix.
+
+        Args:
+            kind, name: Of a stored prefix.
+            examples: That name it, and that it was not learned from.
+            keep: Share of what the prefix gains on them, over none, that must stay.
+
+        Raises:
+            UnknownNameError: If there is no such prefix, or none of another part.
+            TrainingDataError: If the examples do not name it, or it gains nothing on them.
+        """
+        return self._trainer.shorten(PrefixKey(kind, name), require_examples(examples), keep=keep)
 
     def train_users(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, kl_div, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -37,6 +37,47 @@ def token_log_probs(
         Log-probabilities `(rows, longest target)`, float32, zero at padding, and
         a mask of the same shape.
     """
+    logits, wanted, live = target_logits(model, prompts, targets, pad_id=pad_id)
+    losses = torch.cat(
+        [
+            checkpoint(_losses, some, of, use_reentrant=False)
+            for some, of in zip(logits.split(_CHUNK), wanted.split(_CHUNK), strict=True)
+        ]
+    )
+    return losses.new_zeros(live.shape).masked_scatter(live, -losses), live
+
+
+def divergences(logits: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || model) in nats at each position, `(positions,)`, float32.
+
+    Args:
+        logits, teacher: `(positions, vocabulary)`; gradients flow through `logits`.
+    """
+    return torch.cat(
+        [
+            checkpoint(_divergences, some, of, use_reentrant=False)
+            for some, of in zip(logits.split(_CHUNK), teacher.split(_CHUNK), strict=True)
+        ]
+    )
+
+
+def target_logits(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model expects where the target tokens stand, and only there.
+
+    Args:
+        model, prompts, targets, pad_id: As in `token_log_probs`.
+
+    Returns:
+        Logits `(target tokens in all, vocabulary)` row by row, in the model's dtype; the
+        tokens themselves, `(target tokens in all,)`; and a mask `(rows, longest target)`
+        of where they stand.
+    """
     device = model.device
     if model.config.is_encoder_decoder:
         inputs, wanted, live = _encoder_decoder(model, prompts, targets, pad_id, device)
@@ -48,15 +89,7 @@ def token_log_probs(
         logits = model(**inputs, use_cache=False).logits
     if logits.shape[:2] != (1, int(positions.sum())):  # the model has no output layer to look into
         logits = logits[:, -positions.shape[1] :][positions]
-    losses = torch.cat(
-        [
-            checkpoint(_losses, some, of, use_reentrant=False)
-            for some, of in zip(
-                logits.flatten(0, -2).split(_CHUNK), wanted[live].split(_CHUNK), strict=True
-            )
-        ]
-    )
-    return losses.new_zeros(live.shape).masked_scatter(live, -losses), live
+    return logits.flatten(0, -2), wanted[live], live
 
 
 _CHUNK = 64  # tokens whose float32 logits are held at a time, going forth and back
@@ -64,6 +97,16 @@ _CHUNK = 64  # tokens whose float32 logits are held at a time, going forth and b
 
 def _losses(logits: Tensor, wanted: Tensor) -> Tensor:
     return cross_entropy(logits.float(), wanted, reduction="none")
+
+
+def _divergences(logits: Tensor, teacher: Tensor) -> Tensor:
+    found = kl_div(
+        logits.float().log_softmax(1),
+        teacher.float().log_softmax(1),
+        reduction="none",
+        log_target=True,
+    )
+    return found.sum(1)
 
 
 @contextlib.contextmanager

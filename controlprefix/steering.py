@@ -4,14 +4,14 @@ import contextlib
 import hashlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from controlprefix.assembly import PrefixBatch, SlotBlock
@@ -21,6 +21,7 @@ from controlprefix.attention import (
     AttentionCall,
     intercepted,
     recordings,
+    watchers,
 )
 from controlprefix.errors import RequestError, UnsupportedModelError
 from controlprefix.geometry import SITES, Geometry, LayerShape, Site
@@ -129,6 +130,20 @@ class Steering:
                 yield calls
         finally:
             del recordings[thread]
+
+    @contextlib.contextmanager
+    def watched(self, watcher: Callable[[Tensor], None]) -> Iterator[None]:
+        """While inside, this thread's calls tell the weights that queries put on slots.
+
+        Args:
+            watcher: Given `(batch, queries, heads, slots)` in each layer that has some;
+                slots that rows share come first.
+        """
+        watchers[threading.get_ident()] = watcher
+        try:
+            yield
+        finally:
+            del watchers[threading.get_ident()]
 
     def place_of(self, call: AttentionCall) -> "_Place | None":
         """Where a recorded call was made; None if outside the model's text attention."""

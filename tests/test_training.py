@@ -307,14 +307,14 @@ def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored(
 def test_a_loss_that_is_no_number_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cp = engine()
     cp.train(greetings(2), **{**QUICK, "steps": 1})
-    from controlprefix.training import loop
+    from controlprefix.training import objectives
 
     def broken(*args: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
         log_probs, mask = honest(*args, **options)  # type: ignore[arg-type]
         return log_probs * math.nan, mask
 
-    honest = loop.token_log_probs
-    monkeypatch.setattr(loop, "token_log_probs", broken)
+    honest = objectives.token_log_probs
+    monkeypatch.setattr(objectives, "token_log_probs", broken)
     with pytest.raises(TrainingDataError, match="the loss is nan at step 1; nothing was stored"):
         cp.train(greetings(2), **QUICK)
     assert [v.version for v in cp.versions("task", "greet")] == [1]
@@ -346,7 +346,7 @@ def test_what_cannot_be_stored_is_refused_before_training(monkeypatch: pytest.Mo
 
     def count(*_: object) -> None:
         nonlocal steps
-        steps += 1
+        steps += torch.is_grad_enabled()  # starts are computed without
 
     cp.model.register_forward_hook(count)
     bad = [Example(prompt="Hi", user="ana\n", completion="hello")] * 2
@@ -357,10 +357,12 @@ def test_what_cannot_be_stored_is_refused_before_training(monkeypatch: pytest.Mo
         raise StoreError("read only")
 
     monkeypatch.setattr(cp.store, "require_writable", refuse)
-    before = steps
     with pytest.raises(StoreError):
         cp.train(greetings(1), init="random", **QUICK)
-    assert steps == before
+    assert steps == 0
+    monkeypatch.undo()
+    cp.train(greetings(1), init="random", **QUICK)
+    assert steps > 0
 
 
 def test_two_runs_with_checkpointing_leave_the_model_as_it_was() -> None:

@@ -1,15 +1,35 @@
 """Learning prefixes: the same assembly and attention as in use, with gradients."""
 
-from controlprefix.training.loop import TrainingReport, TrainingRow, TrainingSettings, train
-from controlprefix.training.preparation import Learned, Start, prepare, require_examples
+from controlprefix.training.loop import TrainingReport, train
+from controlprefix.training.objectives import TrainingRow
+from controlprefix.training.parameterization import ParameterizationName
+from controlprefix.training.preparation import (
+    Given,
+    Learned,
+    Start,
+    require_examples,
+    typical_size,
+)
+from controlprefix.training.settings import TrainingSettings
+from controlprefix.training.shortening import ShorteningReport
+from controlprefix.training.sweep import SweepPoint, SweepReport
+from controlprefix.training.trainer import Trainer, instructed, to_distill
 
 __all__ = [
+    "Given",
     "Learned",
+    "ParameterizationName",
+    "ShorteningReport",
     "Start",
+    "SweepPoint",
+    "SweepReport",
+    "Trainer",
     "TrainingReport",
     "TrainingRow",
     "TrainingSettings",
-    "prepare",
+    "instructed",
     "require_examples",
+    "to_distill",
     "train",
+    "typical_size",
 ]

@@ -1,4 +1,4 @@
-"""The training loop: examples in, the best prefixes out, the model untouched."""
+"""The training loop: rows in, the best prefixes out, the model untouched."""
 
 import contextlib
 import math
@@ -6,99 +6,28 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from controlprefix.assembly import Part, assemble
-from controlprefix.encoding import EncodedExample
-from controlprefix.errors import TrainingDataError, known_names
-from controlprefix.likelihood import token_log_probs
+from controlprefix.errors import TrainingDataError
+from controlprefix.geometry import Site
 from controlprefix.prefix import Prefix
 from controlprefix.steering import Steering
 from controlprefix.store import PrefixKey
-from controlprefix.training.parameters import DirectSlots
+from controlprefix.training import curves, state
+from controlprefix.training.objectives import Objective, Pair, TrainingRow, pair_up
+from controlprefix.training.parameterization import Parameterization
+from controlprefix.training.settings import TrainingSettings
 
 _BUCKET = 8  # batches are cut from runs of this many batches sorted by length
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSettings:
-    """How to learn.
-
-    Attributes:
-        epochs: Passes over the training rows, unless `steps` is given.
-        steps: Optimizer steps in all.
-        batch_size: Rows a step.
-        learning_rate: Of AdamW, at its highest: after a linear warm-up over the
-            first tenth of the steps, before a cosine decay to a tenth.
-        max_grad_norm: Gradients are clipped to this norm.
-        validation: Fraction of the rows held out to choose the best step by; 0
-            keeps the last step.
-        evaluations: How often to look at the held-out rows.
-        gradient_checkpointing: Compute activations again in the backward pass, for
-            less memory and the same gradients.
-        seed: Of the split and the order of rows.
-    """
-
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 8
-    learning_rate: float = 3e-2
-    max_grad_norm: float = 1.0
-    validation: float = 0.1
-    evaluations: int = 5
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Self:
-        """Settings by name.
-
-        Raises:
-            TrainingDataError: If there is none of that name, or a value is out of range.
-        """
-        known = {field.name for field in fields(cls)}
-        for name in settings.keys() - known:
-            raise TrainingDataError(
-                f"unknown setting {name!r}; there are: {known_names(name, known)}"
-            )
-        return cls(**settings)
-
-    def __post_init__(self) -> None:
-        whole = ("steps", "batch_size", "evaluations", "seed")
-        for field_ in fields(self):
-            value = getattr(self, field_.name)
-            wanted = int if field_.name in whole else (int, float)
-            if not isinstance(value, wanted) and not (field_.name == "steps" and value is None):
-                kind = "a whole number" if field_.name in whole else "a number"
-                raise TrainingDataError(f"{field_.name} is {value!r}; it must be {kind}")
-        for name, ok, want in (
-            ("epochs", 0 < self.epochs < math.inf, "above 0"),
-            ("steps", self.steps is None or self.steps > 0, "above 0"),
-            ("seed", 0 <= self.seed < 1 << 63, "0 or more, and below 2**63"),
-            ("batch_size", self.batch_size > 0, "above 0"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
-            ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
-            ("validation", 0 <= self.validation < 1, "at least 0 and below 1"),
-            ("evaluations", self.evaluations > 0, "above 0"),
-        ):
-            if not ok:
-                raise TrainingDataError(f"{name} is {getattr(self, name)}; it must be {want}")
-
-
-class TrainingRow(NamedTuple):
-    """One training row: its tokens, the frozen parts it has, and the learned ones by key."""
-
-    encoded: EncodedExample
-    frozen: Sequence[Part]
-    learned: Sequence[tuple[PrefixKey, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +40,7 @@ class TrainingReport:
         best_step: Whose prefixes were kept.
         num_rows, num_tokens: Seen while training, repeats counted.
         seconds: Wall-clock time.
+        num_parameters: That were learned.
         saved: Version numbers in the store, such as `{"user 'ana'": 2}`.
         left_out: What examples name that was neither learned nor stored.
     """
@@ -121,6 +51,7 @@ class TrainingReport:
     num_rows: int
     num_tokens: int
     seconds: float
+    num_parameters: int
     saved: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
@@ -129,124 +60,278 @@ class TrainingReport:
         """On held-out rows where there are any, else the last batch's."""
         return min((loss for _, loss in self.validation), default=self.losses[-1])
 
+    def save(self, folder: str | Path) -> None:
+        """Write `report.json`, and `curves.png` where matplotlib is installed.
+
+        Raises:
+            StoreError: If the folder cannot be written.
+        """
+        curves.write(Path(folder), self)
+
 
 def train(
     model: PreTrainedModel,
     rows: Sequence[TrainingRow],
     start: Mapping[PrefixKey, Prefix],
+    scale: Mapping[Site, Tensor],
     *,
-    end_id: int | None,
     pad_id: int,
     settings: TrainingSettings,
     progress: bool,
+    folder: Path | None = None,
+    resume: bool = False,
+    accelerator: Accelerator | None = None,
 ) -> tuple[dict[PrefixKey, Prefix], TrainingReport]:
     """Learn prefixes on rows; everything else, the model first of all, stays as it is.
+
+    Processes that accelerate started share each step's rows, and all return the same.
 
     Args:
         model: Frozen.
         rows: At least two where a validation split is asked for.
         start: The prefixes to learn, as they begin.
-        end_id: Appended to each completion, so that it is learned where to end.
+        scale: See `Parameterization`.
         pad_id: Any id.
         settings: How.
         progress: Show a progress bar.
+        folder: Where to write the state of the run, every `save_every` steps and at the end.
+        resume: Go on from the state in that folder, where there is one.
+        accelerator: With a precision and trackers of your own.
 
     Returns:
         The prefixes of the best step, in float32, and a report, nothing saved yet.
 
     Raises:
         TrainingDataError: If there are no rows, or the loss is no longer a number.
+        StoreError: If the state of the run cannot be read or written.
 
     Reference:
-        Li & Liang, "Prefix-Tuning", 2021, https://arxiv.org/abs/2101.00190 (without
-        the MLP); joint training of task and attribute prefixes as in Clive et al.,
-        2021, https://arxiv.org/abs/2110.08329.
+        Li & Liang, "Prefix-Tuning", 2021, https://arxiv.org/abs/2101.00190; joint
+        training of task and attribute prefixes as in Clive et al., 2021,
+        https://arxiv.org/abs/2110.08329.
     """
     if not rows:
         raise TrainingDataError("there are no examples to learn from")
-    began = time.monotonic()
-    order = random.Random(settings.seed)
-    training, held_out = _split(rows, settings.validation, order)
-    steps = settings.steps or math.ceil(
-        settings.epochs * math.ceil(len(training) / settings.batch_size)
+    run = _Run(
+        model,
+        rows,
+        start,
+        scale,
+        pad_id=pad_id,
+        settings=settings,
+        accelerator=accelerator or Accelerator(cpu=model.device.type == "cpu"),
     )
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise TrainingDataError("training in several processes is not supported; start one")
-    steering = Steering.of(model)
-    slots = DirectSlots(start).to(accelerator.device)
-    optimizer = torch.optim.AdamW(slots.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    schedule = LambdaLR(optimizer, _schedule(steps))
-    slots, optimizer, schedule = accelerator.prepare(slots, optimizer, schedule)
+    run.go(folder, resume=resume, progress=progress)
+    return run.best, run.report()
 
-    def loss_of(batch: Sequence[TrainingRow]) -> torch.Tensor:
-        learned = slots.prefixes()
-        parts = [
-            [*row.frozen, *(Part(learned[name], strength) for name, strength in row.learned)]
-            for row in batch
-        ]
-        end = () if end_id is None else (end_id,)
-        assembled = assemble(parts, steering.geometry, device=model.device, dtype=model.dtype)
-        with steering.attached(assembled, everywhere=True):
-            log_probs, mask = token_log_probs(
-                model,
-                [row.encoded.prompt for row in batch],
-                [(*row.encoded.completion, *end) for row in batch],
-                pad_id=pad_id,
+
+class _Run:
+    """One run: what it learns, and how far it is."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[TrainingRow],
+        start: Mapping[PrefixKey, Prefix],
+        scale: Mapping[Site, Tensor],
+        *,
+        pad_id: int,
+        settings: TrainingSettings,
+        accelerator: Accelerator,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.accelerator = accelerator
+        self.steering = Steering.of(model)
+        self.objective = Objective(model, pad_id=pad_id, contrast=settings.contrast)
+        self.order = random.Random(settings.seed)
+        self.training, self.held_out = _split(rows, settings.validation, self.order)
+        self.identity = state.identity_of(settings, rows, start)
+        per_epoch = math.ceil(len(self.training) / settings.batch_size)
+        self.steps = settings.steps or math.ceil(settings.epochs * per_epoch)
+        self.slots = Parameterization(
+            settings.parameterization,
+            start,
+            scale,
+            width=settings.width,
+            freeze_first_slot=settings.freeze_first_slot,
+            seed=settings.seed,
+        ).to_device(model.device)
+        self.optimizer = accelerator.prepare_optimizer(
+            torch.optim.AdamW(
+                self.slots.parameters(),
+                lr=settings.rate,
+                weight_decay=settings.weight_decay,
             )
-            loss = -log_probs.sum() / mask.sum()
-            if loss.requires_grad:  # inside the block: checkpoints run attention again
-                accelerator.backward(loss)
-        return loss.detach()
+        )
+        self.done = state.Progress()
+        self.best = self.slots.materialized()
 
-    def validation_loss() -> float:
-        with torch.no_grad():
-            batches = list(_batches(held_out, settings.batch_size, None))
-            weights = [sum(len(row.encoded.completion) + 1 for row in batch) for batch in batches]
-            total = sum(float(loss_of(b)) * w for b, w in zip(batches, weights, strict=True))
-        return total / sum(weights)
-
-    losses: list[float] = []
-    validation: list[tuple[int, float]] = []
-    best, best_step, num_rows, num_tokens = slots.materialized(), 0, 0, 0
-    if held_out:
-        validation.append((0, validation_loss()))
-    evaluate_at = {
-        round(steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)
-    }
-    stream = _endless(training, settings.batch_size, order)
-    with _checkpointing(model, settings.gradient_checkpointing), _bar(progress, steps) as advance:
-        for step in range(1, steps + 1):
-            batch = next(stream)
-            optimizer.zero_grad()
-            loss = float(loss_of(batch))
-            if not math.isfinite(loss):
-                raise TrainingDataError(
-                    f"the loss is {loss} at step {step}; nothing was stored; lower learning_rate "
-                    f"(now {settings.learning_rate})"
+    def go(self, folder: Path | None, *, resume: bool, progress: bool) -> None:
+        """Take all steps that are left."""
+        settings, done = self.settings, self.done
+        if folder is not None:
+            state.require_folder(folder)
+        if folder is not None and resume:
+            inner = self.optimizer.optimizer
+            found = state.load(folder, self.identity, self.slots, inner, self.best)
+            if found is not None:
+                done, self.best = found
+                self.done = done
+        main = self.accelerator.is_main_process
+        looks = {
+            round(self.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)
+        }
+        stream = _endless(self.training, settings.batch_size, self.order)
+        for _ in range(done.step):
+            next(stream)
+        before = done.seconds
+        began = time.monotonic()
+        if self.held_out and not done.validation:
+            done.validation.append((0, self.validation_loss()))
+        with (
+            _checkpointing(self.model, settings.gradient_checkpointing),
+            _bar(progress and main, self.steps, done.step) as advance,
+        ):
+            while done.step < self.steps and not self.is_over:
+                loss = self.step(next(stream))
+                if self.held_out and done.step in looks:
+                    self.look()
+                done.seconds = before + time.monotonic() - began
+                over = done.step == self.steps or self.is_over
+                if folder is not None and main and (over or done.step % settings.save_every == 0):
+                    self.save(folder)
+                known = done.validation[-1][1] if done.validation else None
+                self.accelerator.log(
+                    {"loss": loss, **({} if known is None else {"validation": known})},
+                    step=done.step,
                 )
-            accelerator.clip_grad_norm_(slots.parameters(), settings.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss)
-            num_rows += len(batch)
-            num_tokens += sum(len(r.encoded.prompt) + len(r.encoded.completion) for r in batch)
-            if held_out and step in evaluate_at:
-                validation.append((step, validation_loss()))
-                if validation[-1][1] <= min(loss for _, loss in validation):
-                    best, best_step = slots.materialized(), step
-            advance(loss, validation[-1][1] if validation else None)
-    if not held_out:
-        best, best_step = slots.materialized(), steps
-    report = TrainingReport(
-        losses=tuple(losses),
-        validation=tuple(validation),
-        best_step=best_step,
-        num_rows=num_rows,
-        num_tokens=num_tokens,
-        seconds=time.monotonic() - began,
-    )
-    return best, report
+                advance(loss, known)
+        if not self.held_out:
+            self.best, done.best_step = self.slots.materialized(), done.step
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last looks found nothing better."""
+        patience, looks = self.settings.patience, [loss for _, loss in self.done.validation]
+        if patience is None or len(looks) <= patience:
+            return False
+        return min(looks[-patience:]) >= min(looks[:-patience])
+
+    def step(self, batch: Sequence[TrainingRow]) -> float:
+        """Learn from some rows; gives their loss, nats a target token."""
+        settings, done = self.settings, self.done
+        done.step += 1
+        # What is drawn depends on the seed and the step alone, so a run can be taken up anywhere.
+        draw = random.Random(f"{settings.seed}:{done.step}")
+        pairs = [Pair(row) for row in batch]
+        if settings.contrast:
+            pairs = pair_up(batch, self.best.keys(), draw)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate * _share(done.step, self.steps)
+        self.optimizer.zero_grad()
+        loss = self.nats_a_token(pairs, draw)
+        if not math.isfinite(loss):
+            raise TrainingDataError(
+                f"the loss is {loss} at step {done.step}; nothing was stored; lower learning_rate "
+                f"(now {settings.rate})"
+            )
+        self.add_up_gradients()
+        self.accelerator.clip_grad_norm_(self.slots.parameters(), settings.max_grad_norm)
+        self.optimizer.step()
+        done.losses.append(loss)
+        done.num_rows += len(batch)
+        done.num_tokens += sum(row.num_tokens for row in batch)
+        return loss
+
+    def nats_a_token(self, pairs: Sequence[Pair], draw: random.Random | None = None) -> float:
+        """The loss of some rows over all processes; its gradients are left in the parameters."""
+        targets = sum(len(pair.row.targets) for pair in pairs)
+        mine = pairs[self.accelerator.process_index :: self.accelerator.num_processes]
+        total = torch.zeros((), device=self.model.device, dtype=torch.float64)
+        seed = draw.randrange(1 << 62) if draw else None
+        size = self.settings.micro_batch or max(1, len(mine))
+        for at in range(0, len(mine), size):
+            some = mine[at : at + size]
+            keys = {key for p in some for row in p if row for key, _ in row.learned}
+            prefixes = self.slots.prefixes(keys)
+            if draw and self.settings.slot_dropout:
+                prefixes = self._dropped(prefixes, seed)
+            batch = self.objective.assembled(some, prefixes)
+            with (
+                self.accelerator.autocast(),
+                self.steering.attached(batch, everywhere=True),
+            ):
+                loss = self.objective(some) / targets
+                if loss.requires_grad:  # inside the block: checkpoints run attention again
+                    self.accelerator.backward(loss)
+            total += loss.detach()
+        return float(self.accelerator.reduce(total, reduction="sum"))
+
+    def _dropped(
+        self, prefixes: Mapping[PrefixKey, Prefix], seed: int | None
+    ) -> dict[PrefixKey, Prefix]:
+        """Without some of their slots: each prefix's own draw, the same in every process."""
+        kept: dict[PrefixKey, Prefix] = {}
+        for key, prefix in prefixes.items():
+            draw = torch.Generator().manual_seed(_seed_of(seed, key))
+            chance = torch.rand(prefix.num_slots, generator=draw)
+            stays = chance >= self.settings.slot_dropout
+            stays[chance.argmax()] = True  # one at least
+            kept[key] = Prefix(
+                prefix.geometry,
+                {site: rows[stays[: len(rows)]] for site, rows in prefix.slots.items()},
+            )
+        return kept
+
+    def add_up_gradients(self) -> None:
+        """Over all processes. A parameter that no row of the step uses keeps no gradient."""
+        if self.accelerator.num_processes == 1:
+            return
+        parameters = list(self.slots.parameters())
+        used = torch.tensor([float(p.grad is not None) for p in parameters])
+        used = self.accelerator.reduce(used.to(self.model.device), reduction="sum")
+        for parameter, number in zip(parameters, used.tolist(), strict=True):
+            if number:
+                mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(mine, reduction="sum")
+
+    def look(self) -> None:
+        """At the held-out rows; keep the prefixes if they are the best so far."""
+        self.done.validation.append((self.done.step, self.validation_loss()))
+        if self.done.validation[-1][1] <= min(loss for _, loss in self.done.validation):
+            self.best, self.done.best_step = self.slots.materialized(), self.done.step
+
+    def validation_loss(self) -> float:
+        """Of the held-out rows, nats a target token; without contrast."""
+        with torch.no_grad():
+            batches = list(_batches(self.held_out, self.settings.batch_size, None))
+            weights = [sum(len(row.targets) for row in batch) for batch in batches]
+            found = [self.nats_a_token([Pair(row) for row in batch]) for batch in batches]
+        return sum(x * w for x, w in zip(found, weights, strict=True)) / sum(weights)
+
+    def save(self, folder: Path) -> None:
+        """Write the state of the run."""
+        inner = self.optimizer.optimizer
+        state.save(folder, self.identity, self.done, self.slots, inner, self.best)
+
+    def report(self) -> TrainingReport:
+        """What happened so far."""
+        done = self.done
+        return TrainingReport(
+            losses=tuple(done.losses),
+            validation=tuple(done.validation),
+            best_step=done.best_step,
+            num_rows=done.num_rows,
+            num_tokens=done.num_tokens,
+            seconds=done.seconds,
+            num_parameters=sum(p.numel() for p in self.slots.parameters()),
+        )
+
+
+def _seed_of(seed: int | None, key: PrefixKey) -> int:
+    """A seed for one prefix: the same in every process."""
+    return random.Random(f"{seed}:{key.kind}:{key.name}").randrange(1 << 62)
 
 
 def _split(
@@ -262,10 +347,6 @@ def _split(
     return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
-def _length(row: TrainingRow) -> int:
-    return len(row.encoded.prompt) + len(row.encoded.completion)
-
-
 def _batches(
     rows: Sequence[TrainingRow], size: int, order: random.Random | None
 ) -> Iterator[list[TrainingRow]]:
@@ -274,7 +355,7 @@ def _batches(
     run = size * _BUCKET if order else len(rows)
     batches = []
     for at in range(0, len(shuffled), run):
-        bucket = sorted(shuffled[at : at + run], key=_length)
+        bucket = sorted(shuffled[at : at + run], key=lambda row: row.num_tokens)
         batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
     if order:
         order.shuffle(batches)
@@ -288,16 +369,13 @@ def _endless(
         yield from _batches(rows, size, order)
 
 
-def _schedule(steps: int) -> Callable[[int], float]:
+def _share(step: int, steps: int) -> float:
+    """Of the highest learning rate: a linear warm-up, then a cosine down to a tenth."""
     warm_up = max(1, round(0.1 * steps))
-
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        done = (step - warm_up) / max(1, steps - warm_up)
-        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
-
-    return factor
+    if step <= warm_up:
+        return step / warm_up
+    done = (step - 1 - warm_up) / max(1, steps - warm_up)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # A second run would take the first one's settings for the model's own.
@@ -337,7 +415,7 @@ def _switch(model: PreTrainedModel, which: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _bar(shown: bool, steps: int) -> Iterator[Callable[[float, float | None], Any]]:
+def _bar(shown: bool, steps: int, done: int) -> Iterator[Callable[[float, float | None], Any]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -345,8 +423,8 @@ def _bar(shown: bool, steps: int) -> Iterator[Callable[[float, float | None], An
         TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]}"),
     )
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("training", total=steps, loss="…")
+    with ProgressBar(*columns, disable=not shown) as bar:
+        task = bar.add_task("training", total=steps, completed=done, loss="…")
 
         def advance(loss: float, held_out: float | None) -> None:
             known = "" if held_out is None else f", held out {held_out:.3f}"

@@ -4,22 +4,30 @@ import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import TrainingDataError
+from controlprefix.geometry import Site
 from controlprefix.prefix import Prefix
 from controlprefix.request import Example
 from controlprefix.resolve import NamedPart, Resolver, named_parts
 from controlprefix.steering import Steering
 from controlprefix.store import Kind, PrefixKey, PrefixStore
 from controlprefix.text_prefix import prefix_from_tokens
-from controlprefix.training.loop import TrainingRow
+from controlprefix.training.objectives import TrainingRow
 
 Learned = Literal["task", "attributes", "user"]
-Start = Literal["text", "random", "stored"]
+Start = Literal["text", "tokens", "random", "stored"]
+# What a prefix starts from: a text's keys and values, or another prefix.
+Given = Mapping[tuple[Kind, str], str | Prefix]
+
+_STARTS = get_args(Start)
+_SCALE_TOKENS = 64
 
 _KINDS: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
 _log = logging.getLogger("controlprefix")
@@ -32,11 +40,13 @@ class Preparation:
     Attributes:
         rows: One for each example.
         start: The prefixes to learn, as they begin.
+        scale: For each site, the size of the model's keys and values, head by head.
         left_out: What examples name that is neither learned nor stored.
     """
 
     rows: list[TrainingRow]
     start: dict[PrefixKey, Prefix]
+    scale: dict[Site, Tensor]
     left_out: tuple[str, ...]
 
 
@@ -49,7 +59,7 @@ def prepare(
     *,
     learn: Learned | Sequence[Learned],
     num_slots: int | Mapping[Learned, int],
-    init: Start,
+    init: Start | Given,
     seed: int,
 ) -> Preparation:
     """Divide what examples name into learned and frozen, and begin the learned.
@@ -57,9 +67,12 @@ def prepare(
     Raises:
         TrainingDataError: If the examples cannot be learned from.
     """
+    if not examples:
+        raise TrainingDataError("there are no examples to learn from")
     kinds = _require_learnable(examples, [learn] if isinstance(learn, str) else list(learn))
-    if init not in ("text", "random", "stored"):
-        raise TrainingDataError(f"init is {init!r}; it must be: text, random, or stored")
+    default: Start = "text" if isinstance(init, Mapping) else init
+    if default not in _STARTS:
+        raise TrainingDataError(f"init is {init!r}; it must be one of: {', '.join(_STARTS)}")
     named = [named_parts(example) for example in examples]
     encoded = [encoder.encode(example) for example in examples]
 
@@ -75,27 +88,46 @@ def prepare(
     ]
 
     keys = list(dict.fromkeys(p.key for row in named for p in row if p.key.kind in kinds))
-    known = store.fetch(keys, fingerprint) if init == "stored" else {}
+    given = _require_learned(init, keys) if isinstance(init, Mapping) else {}
+    known = store.fetch(keys, fingerprint) if default == "stored" else {}
     start: dict[PrefixKey, Prefix] = {}
     for index, key in enumerate(keys):
         count = _slots_for(key.kind, num_slots, encoder.context)
-        if key in known and (found := known[key].prefix) is not None:
+        own = given.get(key)
+        if isinstance(own, Prefix):
+            geometry.require(own.geometry, f"the start of {key}")
+            start[key] = own
+        elif own is None and key in known and (found := known[key].prefix) is not None:
             start[key] = found
-        elif init == "random":
+        elif own is None and default == "random":
             start[key] = Prefix.random(geometry, num_slots=count, seed=seed + index)
         else:
-            texts = _texts_of(key, examples, named, seed)
-            ids = encoder.text_ids("\n".join(texts[:count]))  # a text has a token or more
+            if own is None:
+                own = "\n".join(_texts_of(key, examples, named, seed)[:count])
+            ids = list(encoder.text_ids(own))  # a text has a token or more
+            if default == "tokens":
+                seen = sorted({token for one in encoded for token in one.completion})
+                ids = random.Random(f"{seed}:{index}").choices(seen, k=count)
             start[key] = prefix_from_tokens(model, [ids[i % len(ids)] for i in range(count)])
+    end_id = next(iter(encoder.end_ids), None)
     rows = [
-        TrainingRow(
-            encoded=one,
-            frozen=parts,
-            learned=[(p.key, p.strength) for p in row if p.key.kind in kinds],
+        TrainingRow.of(
+            one, end_id, parts, [(p.key, p.strength) for p in row if p.key.kind in kinds]
         )
         for one, parts, row in zip(encoded, frozen, named, strict=True)
     ]
-    return Preparation(rows, start, left_out)
+    tokens = [token for one in encoded for token in one.completion][:_SCALE_TOKENS]
+    return Preparation(rows, start, typical_size(prefix_from_tokens(model, tokens)), left_out)
+
+
+def typical_size(prefix: Prefix) -> dict[Site, Tensor]:
+    """For each site `(slot_size,)`: the root mean square of each head's keys, and of its values."""
+    sizes = {}
+    for site, rows in prefix.slots.items():
+        heads = prefix.geometry.head_sizes(site)
+        squares = rows.float().square().mean(dim=0).split(heads)
+        sizes[site] = torch.cat([one.mean().sqrt().expand(len(one)) for one in squares])
+    return sizes
 
 
 def require_examples(examples: object) -> list[Example]:
@@ -120,7 +152,7 @@ def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) ->
     if not learn:
         raise TrainingDataError(f"learn is empty; learn any of: {', '.join(_KINDS)}")
     for what in learn:
-        if examples and not any(getattr(row, what) for row in examples):
+        if not any(getattr(row, what) for row in examples):
             raise TrainingDataError(
                 f"learn names {what!r} but no example has one; leave it out of learn"
             )
@@ -132,6 +164,22 @@ def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) ->
                 "give it one"
             )
     return kinds
+
+
+def _require_learned(init: Given, keys: Sequence[PrefixKey]) -> dict[PrefixKey, str | Prefix]:
+    """The starts that are given, by key."""
+    given = {}
+    for name, start in init.items():
+        key = PrefixKey(*name) if isinstance(name, tuple) and len(name) == 2 else None
+        if key not in keys:
+            learned = ", ".join(str(tuple(known)) for known in keys)
+            raise TrainingDataError(
+                f"init names {name!r}, which is not learned; learned: {learned}"
+            )
+        if not isinstance(start, Prefix) and not (isinstance(start, str) and start.strip()):
+            raise TrainingDataError(f"init of {key} is {start!r}; give a text or a Prefix")
+        given[key] = start
+    return given
 
 
 def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int], context: int | None) -> int:

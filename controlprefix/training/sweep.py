@@ -1,0 +1,69 @@
+"""How many slots are worth it: held-out losses of several lengths and parameterizations."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from controlprefix.errors import StoreError
+from controlprefix.training.parameterization import ParameterizationName
+
+_GOOD_ENOUGH = 0.01  # nats a token
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """One run: held-out loss in nats a target token, and how long it took."""
+
+    parameterization: ParameterizationName
+    num_slots: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """All runs, in the order they were made."""
+
+    points: tuple[SweepPoint, ...]
+
+    @property
+    def best(self) -> SweepPoint:
+        """The fewest slots within a hundredth of a nat of the lowest loss."""
+        enough = min(point.loss for point in self.points) + _GOOD_ENOUGH
+        return min(
+            (point for point in self.points if point.loss <= enough),
+            key=lambda point: (point.num_slots, point.loss),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write `sweep.json`, and `sweep.png` where matplotlib is installed.
+
+        Raises:
+            StoreError: If the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "sweep.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+            self._draw(folder / "sweep.png")
+        except OSError as error:
+            raise StoreError(f"cannot write the sweep to {folder}: {error}") from error
+
+    def _draw(self, path: Path) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError:
+            return  # installed with the extra `eval`
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for name in dict.fromkeys(point.parameterization for point in self.points):
+            mine = sorted(
+                (point.num_slots, point.loss)
+                for point in self.points
+                if point.parameterization == name
+            )
+            axes.plot(*zip(*mine, strict=True), "o-", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="slots", ylabel="held-out nats a target token")
+        axes.legend()
+        figure.savefig(path, dpi=120)

@@ -1,0 +1,279 @@
+"""Trainer: examples or an instruction in, stored prefixes out, for one model and one store."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from controlprefix.attributes import attribute_name
+from controlprefix.encoding import RequestEncoder
+from controlprefix.errors import TrainingDataError
+from controlprefix.prefix import Prefix
+from controlprefix.request import Example
+from controlprefix.resolve import Resolver
+from controlprefix.steering import Steering
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore
+from controlprefix.training.loop import TrainingReport, train
+from controlprefix.training.objectives import Objective, Pair, TrainingRow
+from controlprefix.training.parameterization import ParameterizationName
+from controlprefix.training.preparation import Given, Learned, Preparation, Start, prepare
+from controlprefix.training.settings import TrainingSettings
+from controlprefix.training.shortening import ShorteningReport, shorten, slot_masses
+from controlprefix.training.sweep import SweepPoint, SweepReport
+
+_EVALUATED = 16  # rows at a time
+
+
+class Trainer:
+    """Learns prefixes for one frozen model, and keeps them in one store."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: RequestEncoder,
+        store: PrefixStore,
+        resolver: Resolver,
+    ) -> None:
+        self._model = model
+        self._encoder = encoder
+        self._store = store
+        self._resolver = resolver
+
+    def prepare(
+        self,
+        examples: Sequence[Example],
+        *,
+        learn: Learned | Sequence[Learned],
+        num_slots: int | Mapping[Learned, int],
+        init: Start | Given,
+        seed: int,
+    ) -> Preparation:
+        """See `controlprefix.training.preparation.prepare`."""
+        return prepare(
+            examples,
+            self._model,
+            self._encoder,
+            self._store,
+            self._resolver,
+            learn=learn,
+            num_slots=num_slots,
+            init=init,
+            seed=seed,
+        )
+
+    def prepare_to_distill(
+        self,
+        instruction: str,
+        key: PrefixKey,
+        asked: Sequence[Mapping[str, Any]],
+        completions: Sequence[str],
+        *,
+        num_slots: int,
+        seed: int,
+    ) -> Preparation:
+        """Rows whose teacher reads the instruction, and a prefix that starts from it.
+
+        Raises:
+            TrainingDataError: If there is not a completion a prompt, or all are empty.
+        """
+        if len(completions) != len(asked):
+            raise TrainingDataError(
+                f"{len(completions)} completions for {len(asked)} prompts; give one each"
+            )
+        examples = [
+            Example(**fields, completion=completion)
+            for fields, completion in zip(asked, completions, strict=True)
+            if completion.strip()
+        ]
+        prepared = self.prepare(
+            examples,
+            learn="attributes" if key.kind == "attribute" else key.kind,
+            num_slots=num_slots,
+            init={key: instruction},
+            seed=seed,
+        )
+        rows = []
+        for row, example in zip(prepared.rows, examples, strict=True):
+            asks = instructed(instruction, example.prompt or "")
+            read = self._encoder.prompt_ids(example.model_copy(update={"prompt": asks}))
+            rows.append(row._replace(teacher=read))
+        return replace(prepared, rows=rows)
+
+    def learn(
+        self,
+        prepared: Preparation,
+        settings: TrainingSettings,
+        folder: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: bool = True,
+        accelerator: Accelerator | None = None,
+    ) -> TrainingReport:
+        """Train, and store what was learned: all of it, or nothing."""
+        self._store.require_writable(prepared.start)
+        into = None if folder is None else Path(folder)
+        learned, report = self._train(
+            prepared, settings, progress, folder=into, resume=resume, accelerator=accelerator
+        )
+        details = {
+            "training": {
+                "examples": len(prepared.rows),
+                "learned": [str(key) for key in learned],
+                "best_step": report.best_step,
+                "best_loss": round(report.best_loss, 4),
+                **asdict(settings),
+            }
+        }
+        numbers = [0] * len(learned)
+        if PartialState().is_main_process:
+            if into is not None:
+                report.save(into)
+            numbers = self._store.put(
+                [
+                    NewVersion(key, prefix.to(dtype=self._model.dtype), details)
+                    for key, prefix in learned.items()
+                ]
+            )
+        numbers = broadcast_object_list(numbers)
+        saved = {str(key): number for key, number in zip(learned, numbers, strict=True)}
+        return replace(report, saved=saved, left_out=prepared.left_out)
+
+    def sweep(
+        self,
+        examples: Sequence[Example],
+        *,
+        slots: Sequence[int],
+        parameterizations: Sequence[ParameterizationName],
+        learn: Learned | Sequence[Learned],
+        init: Start | Given,
+        settings: Mapping[str, Any],
+        progress: bool,
+    ) -> SweepReport:
+        """Learn with each number of slots and each parameterization, and store nothing."""
+        if not slots or not parameterizations:
+            raise TrainingDataError("there is nothing to try; give slots and parameterizations")
+        points = []
+        for name in parameterizations:
+            for num_slots in slots:
+                chosen = TrainingSettings.of({**settings, "parameterization": name})
+                if not chosen.validation:
+                    raise TrainingDataError("validation is 0; a sweep compares held-out losses")
+                prepared = self.prepare(
+                    examples, learn=learn, num_slots=num_slots, init=init, seed=chosen.seed
+                )
+                _, report = self._train(prepared, chosen, progress)
+                points.append(SweepPoint(name, num_slots, report.best_loss, report.seconds))
+        return SweepReport(tuple(points))
+
+    def shorten(
+        self, key: PrefixKey, examples: Sequence[Example], *, keep: float
+    ) -> ShorteningReport:
+        """Store a prefix with only the slots it needs."""
+        prefix = self._store.get(key, Steering.of(self._model).geometry.fingerprint).prefix
+        prefix = prefix.to(device=self._model.device)
+        rows = self._rows_with(key, examples)
+        pad_id = self._encoder.pad_id
+        masses = slot_masses(self._model, rows, prefix, pad_id=pad_id)
+
+        def nats_with(candidate: Prefix | None) -> float:
+            return self._nats(rows, {} if candidate is None else {key: candidate})
+
+        shorter, report = shorten(prefix, masses, nats_with, keep=keep)
+        details = {"shortened": {"from": prefix.num_slots, "keep": keep}}
+        (number,) = self._store.put([NewVersion(key, shorter, details)])
+        return replace(report, version=number)
+
+    def _train(
+        self,
+        prepared: Preparation,
+        settings: TrainingSettings,
+        progress: bool,
+        *,
+        folder: Path | None = None,
+        resume: bool = False,
+        accelerator: Accelerator | None = None,
+    ) -> tuple[dict[PrefixKey, Prefix], TrainingReport]:
+        return train(
+            self._model,
+            prepared.rows,
+            prepared.start,
+            prepared.scale,
+            pad_id=self._encoder.pad_id,
+            settings=settings,
+            progress=progress,
+            folder=folder,
+            resume=resume,
+            accelerator=accelerator,
+        )
+
+    def _rows_with(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:
+        """Rows whose other parts are as stored."""
+        rows = []
+        end_id = next(iter(self._encoder.end_ids), None)
+        for i, (example, found) in enumerate(
+            zip(examples, self._resolver.resolve(examples), strict=True), 1
+        ):
+            parts = {PrefixKey(used.kind, used.name): part for used, part in found}  # type: ignore[arg-type]
+            if key not in parts:
+                raise TrainingDataError(f"row {i} does not name {key}; give examples of it")
+            own = [(key, parts.pop(key).strength)]
+            encoded = self._encoder.encode(example)
+            rows.append(TrainingRow.of(encoded, end_id, list(parts.values()), own))
+        if not rows:
+            raise TrainingDataError(f"there are no examples of {key}")
+        return rows
+
+    def _nats(self, rows: Sequence[TrainingRow], prefixes: Mapping[PrefixKey, Prefix]) -> float:
+        """Of rows with those prefixes alone, a target token."""
+        objective = Objective(self._model, pad_id=self._encoder.pad_id)
+        by_length = sorted(rows, key=lambda row: row.num_tokens)
+        total = 0.0
+        for at in range(0, len(by_length), _EVALUATED):
+            pairs = [
+                Pair(row._replace(learned=[one for one in row.learned if one[0] in prefixes]))
+                for row in by_length[at : at + _EVALUATED]
+            ]
+            batch = objective.assembled(pairs, prefixes)
+            with torch.no_grad(), Steering.of(self._model).attached(batch):
+                total += float(objective(pairs))
+        return total / sum(len(row.targets) for row in rows)
+
+
+def instructed(instruction: str, prompt: str) -> str:
+    """A prompt as the teacher reads it."""
+    return f"{instruction}\n\n{prompt}" if prompt else instruction
+
+
+def to_distill(
+    prompts: Sequence[str],
+    task: str | None,
+    attribute: str | None,
+    label: str | None,
+    user: str | None,
+) -> tuple[PrefixKey, list[dict[str, Any]]]:
+    """The one prefix to learn, and for each prompt the fields of a request that names it.
+
+    Raises:
+        TrainingDataError: If not exactly one is named, or there is no prompt.
+    """
+    if (attribute is None) != (label is None):
+        raise TrainingDataError("give an attribute and its label, or neither")
+    named: list[tuple[PrefixKey, dict[str, Any]]] = []
+    if task is not None:
+        named.append((PrefixKey("task", task), {"task": task}))
+    if attribute is not None and label is not None:
+        key = PrefixKey("attribute", attribute_name(attribute, label))
+        named.append((key, {"attributes": {attribute: label}}))
+    if user is not None:
+        named.append((PrefixKey("user", user), {"user": user}))
+    if len(named) != 1:
+        raise TrainingDataError("name one to learn: a task, an attribute and its label, or a user")
+    if isinstance(prompts, str) or not prompts:
+        raise TrainingDataError("there are no prompts to distill on; give a list of texts")
+    ((key, fields),) = named
+    return key, [{"prompt": prompt, **fields} for prompt in prompts]

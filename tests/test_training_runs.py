@@ -1,0 +1,501 @@
+"""Runs that are killed, shared, traced, cut short or distilled."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from transformers import DynamicCache
+
+from controlprefix import ControlPrefix, Example, Prefix, StoreError, TrainingDataError
+from controlprefix.steering import Steering
+from controlprefix.training import TrainingRow
+from controlprefix.training.objectives import pair_up
+from controlprefix.training.settings import PARAMETERIZATIONS
+from controlprefix.training.shortening import shorten, slot_masses
+
+from models import build, byte_tokenizer
+
+LABELS = {"formal": "Good day.", "informal": "hey you"}
+QUICK: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 4,
+    "num_slots": 4,
+    "learning_rate": 0.1,
+    "width": 8,
+    "progress": False,
+    "seed": 1,
+}
+
+
+def greetings(num_each: int = 8) -> list[Example]:
+    return [
+        Example(
+            prompt=f"Greet {i}",
+            task="greet",
+            attributes={"formality": label},
+            completion=f"{text}{'!' * (i % 3)}",
+        )
+        for i in range(num_each)
+        for label, text in LABELS.items()
+    ]
+
+
+def engine(store: str = "sqlite://") -> ControlPrefix:
+    return ControlPrefix.from_pretrained(build("llama"), tokenizer=byte_tokenizer(), store=store)
+
+
+def nats(cp: ControlPrefix, examples: list[Example]) -> float:
+    scores = cp.score(examples)
+    return -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
+
+
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_every_parameterization_learns(name: str) -> None:
+    cp = engine()
+    rate = 0.2 if name == "direct" else 0.02
+    settings = {**QUICK, "steps": 40, "learning_rate": rate, "parameterization": name}
+    report = cp.train(greetings(), **settings)
+    assert report.best_loss < report.validation[0][1] - 0.5
+    assert cp.get("task", "greet").num_slots == 4
+    assert cp.versions("task", "greet")[-1].details["training"]["parameterization"] == name
+
+
+def test_a_step_in_pieces_is_the_same_step() -> None:
+    reports, prefixes = [], []
+    for micro_batch in (None, 1, 3):
+        cp = engine()
+        reports.append(cp.train(greetings(), micro_batch=micro_batch, **QUICK))
+        prefixes.append(cp.get("task", "greet").slots["decoder"])
+    for report, slots in zip(reports[1:], prefixes[1:], strict=True):
+        assert report.losses == pytest.approx(reports[0].losses, abs=1e-4)
+        assert torch.allclose(slots, prefixes[0], atol=1e-3)
+
+
+COMMON = """
+import json, os, signal, sys
+sys.path.insert(0, {tests!r})
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+torch.set_num_threads(1)
+from test_training_runs import QUICK, engine, greetings
+"""
+
+
+def python(script: str, **environment: str) -> subprocess.Popen[str]:
+    body = COMMON.format(tests=str(Path(__file__).parent)) + textwrap.dedent(script)
+    return subprocess.Popen(
+        [sys.executable, "-c", body],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("name", ["direct", "shared"])
+def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(
+    name: str, tmp_path: Path
+) -> None:
+    """kill −9 in the middle of a step; the same losses, the same prefixes, in another process."""
+    settings = {
+        **QUICK,
+        "parameterization": name,
+        "slot_dropout": 0.3,
+        "contrast": 0.3,
+        "save_every": 3,
+    }
+    whole = engine()
+    expected = whole.train(greetings(), **settings)
+    killed = python(
+        f"""
+        cp = engine()
+        passes = 0
+        def count(*_):
+            global passes
+            passes += torch.is_grad_enabled()
+            if passes == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+        cp.model.register_forward_hook(count)
+        cp.train(greetings(), folder={str(tmp_path)!r}, **{settings!r})
+        """
+    )
+    assert killed.wait(120) == -signal.SIGKILL
+    again = engine()
+    report = again.train(greetings(), folder=tmp_path, resume=True, **settings)
+    assert report.losses == expected.losses
+    assert report.validation == expected.validation
+    assert (report.best_step, report.num_tokens) == (expected.best_step, expected.num_tokens)
+    for kind, name_ in (("task", "greet"), ("attribute", "formality=formal")):
+        assert again.get(kind, name_).to_bytes() == whole.get(kind, name_).to_bytes()  # type: ignore[arg-type]
+
+
+def test_a_finished_run_can_be_stored_again_or_go_on_longer(tmp_path: Path) -> None:
+    cp = engine()
+    first = cp.train(greetings(), folder=tmp_path, parameterization="mlp", **QUICK)
+    again = cp.train(greetings(), folder=tmp_path, parameterization="mlp", resume=True, **QUICK)
+    assert again.losses == first.losses
+    assert again.saved["task 'greet'"] == 2
+    assert (
+        cp.get("task", "greet", version=2).to_bytes()
+        == cp.get("task", "greet", version=1).to_bytes()
+    )
+    longer = {**QUICK, "steps": 20, "parameterization": "mlp"}
+    report = cp.train(greetings(), folder=tmp_path, resume=True, **longer)
+    assert report.losses[:12] == first.losses
+    assert len(report.losses) == 20
+
+
+def test_another_run_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    cp = engine()
+    cp.train(greetings(), folder=tmp_path, **QUICK)
+    for examples, changes, message in (
+        (greetings(), {"seed": 2}, "seed was 1, is 2"),
+        (greetings(), {"learning_rate": 0.3}, "learning_rate was 0.1, is 0.3"),
+        (greetings(7), {}, "other examples, starts or stored prefixes"),
+    ):
+        with pytest.raises(TrainingDataError, match=f"holds another run .*{message}"):
+            cp.train(examples, folder=tmp_path, resume=True, **{**QUICK, **changes})
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(StoreError, match="cannot be read: .*; remove it to begin anew"):
+        cp.train(greetings(), folder=tmp_path, resume=True, **QUICK)
+    assert len(cp.versions("task", "greet")) == 1
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="cannot make the run's folder"):
+        cp.train(greetings(), folder=tmp_path / "file" / "below", **QUICK)
+
+
+@pytest.fixture
+def port() -> str:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        number = found.getsockname()[1]
+    return str(number)
+
+
+@pytest.mark.parametrize("name", ["direct", "shared"])
+def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Path) -> None:
+    """Also where one has no row left in a step, and a label stands in the other's rows only."""
+    settings = {**QUICK, "batch_size": 3, "parameterization": name, "slot_dropout": 0.2}
+    alone = engine()
+    expected = alone.train(greetings(), **settings)
+    script = f"""
+        cp = engine("sqlite:///{tmp_path}/prefixes.db")
+        report = cp.train(greetings(), **{settings!r})
+        print(json.dumps([report.losses, report.validation, dict(report.saved)]))
+        """
+    both = [
+        python(
+            script,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            ACCELERATE_USE_CPU="true",
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240) for process in both]
+    found = []
+    for process, (printed, errors) in zip(both, outputs, strict=True):
+        assert process.returncode == 0, errors
+        found.append(json.loads(printed.splitlines()[-1]))
+    assert found[0] == found[1]
+    losses, validation, saved = found[0]
+    assert losses == pytest.approx(expected.losses, abs=1e-4)
+    assert [loss for _, loss in validation] == pytest.approx(
+        [loss for _, loss in expected.validation], abs=1e-4
+    )
+    assert saved == expected.saved  # stored once
+    together = engine(f"sqlite:///{tmp_path}/prefixes.db").get("task", "greet").slots["decoder"]
+    assert torch.allclose(together, alone.get("task", "greet").slots["decoder"], atol=1e-2)
+
+
+class _Noted(GeneralTracker):
+    name = "noted"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None: ...
+
+    def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+        self.values.append((step, values))
+
+
+def test_a_precision_and_a_tracker_of_the_callers_own() -> None:
+    tracker = _Noted()
+    from accelerate.state import AcceleratorState
+
+    exact = engine().train(greetings(), **QUICK)
+    AcceleratorState._reset_state()  # accelerate keeps one precision a process
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", log_with=tracker)
+    accelerator.init_trackers("test")
+    try:
+        report = engine().train(greetings(), accelerator=accelerator, **QUICK)
+    finally:
+        AcceleratorState._reset_state()
+    assert [step for step, _ in tracker.values] == list(range(1, 13))
+    assert [values["loss"] for _, values in tracker.values] == list(report.losses)
+    assert report.losses == pytest.approx(exact.losses, abs=0.1)
+    assert report.losses != exact.losses
+
+
+def test_learning_curves_are_written_as_numbers_and_as_a_picture(tmp_path: Path) -> None:
+    report = engine().train(greetings(), folder=tmp_path, **QUICK)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["losses"] == list(report.losses)
+    assert [tuple(one) for one in written["validation"]] == list(report.validation)
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better() -> None:
+    settings = {**QUICK, "steps": 40, "learning_rate": 30.0, "evaluations": 20, "patience": 2}
+    report = engine().train(greetings(), **settings)
+    assert len(report.losses) < 40
+    looks = [loss for _, loss in report.validation]
+    assert min(looks[-2:]) >= min(looks[:-2])
+    assert report.best_loss == min(looks)
+
+
+def test_weight_decay_pulls_to_the_start_and_slot_dropout_is_for_training_only() -> None:
+    def distance(**settings: float) -> float:
+        cp = engine()
+        cp.train(greetings(), **{**QUICK, "init": {("task", "greet"): "Say hello"}, **settings})
+        start = cp.prefix_from_text("Say ", max_slots=4).slots["decoder"]
+        learned = cp.get("task", "greet")
+        assert learned.num_slots == 4
+        return float((learned.slots["decoder"] - start).norm())
+
+    free = distance()
+    assert distance(weight_decay=5.0) < 0.7 * free
+    assert distance(slot_dropout=0.5) != free
+
+
+def test_starts_of_ones_own(tmp_path: Path) -> None:
+    cp = engine()
+    cp.train(greetings(), **{**QUICK, "steps": 1, "learning_rate": 1e-9})
+    label = ("attribute", "formality=formal")
+    own = Prefix.random(cp.geometry, num_slots=7, seed=5)
+    settings = {**QUICK, "steps": 1, "learning_rate": 1e-9}
+    cp.train(greetings(), init={("task", "greet"): "Write a greeting.", label: own}, **settings)
+    text = cp.prefix_from_text("Write a greeting.", max_slots=4)
+    for kind, name, expected in (("task", "greet", text), (*label, own)):
+        found = cp.get(kind, name)  # type: ignore[arg-type]
+        assert torch.allclose(found.slots["decoder"], expected.slots["decoder"], atol=1e-6)
+    cp.train(greetings(), init="tokens", **settings)
+    tokens = cp.get("task", "greet")
+    assert not torch.allclose(tokens.slots["decoder"], text.slots["decoder"], atol=1e-2)
+    other = ControlPrefix.from_pretrained(
+        build("gpt2"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    for init, message in (
+        ({("task", "great"): "x"}, r"init names \('task', 'great'\), which is not learned"),
+        ({"greet": "x"}, "init names 'greet', which is not learned"),
+        ({("task", "greet"): " "}, "init of task 'greet' is ' '; give a text or a Prefix"),
+    ):
+        with pytest.raises(TrainingDataError, match=message):
+            cp.train(greetings(), init=init, **QUICK)  # type: ignore[arg-type]
+    foreign = Prefix.random(other.geometry, num_slots=2)
+    with pytest.raises(ValueError, match="the start of task 'greet' has"):
+        cp.train(greetings(), init={("task", "greet"): foreign}, **QUICK)
+
+
+def test_contrast_drives_labels_apart() -> None:
+    examples = greetings()
+    swapped = [
+        e.model_copy(
+            update={
+                "attributes": {
+                    "formality": {"formal": "informal", "informal": "formal"}[
+                        str(e.attributes["formality"])
+                    ]
+                }
+            }
+        )
+        for e in examples
+    ]
+    margins = []
+    for contrast in (0.0, 0.7):
+        cp = engine()
+        cp.train(examples, contrast=contrast, **{**QUICK, "steps": 30})
+        margins.append(nats(cp, swapped) - nats(cp, examples))
+    assert margins[1] > margins[0] + 0.1
+
+
+def test_a_row_is_contrasted_with_another_label_of_its_attribute_only() -> None:
+    import random
+
+    from controlprefix.store import PrefixKey
+
+    keys = [PrefixKey("attribute", name) for name in ("f=a", "f=b", "f=c", "ff=a", "t=x")] + [
+        PrefixKey("task", "f=z")
+    ]
+    row = TrainingRow((1,), (2,), (), ((keys[0], 0.5), (keys[5], 1.0)))
+    found = [pair_up([row], keys, random.Random(i))[0].other for i in range(50)]
+    swapped = {one.learned[0] for one in found if one is not None}
+    assert swapped == {(keys[1], 0.5), (keys[2], 0.5)}
+    assert {one.learned[1] for one in found if one is not None} == {(keys[5], 1.0)}
+    lone = TrainingRow((1,), (2,), (), ((keys[4], 1.0),))
+    assert pair_up([lone], keys, random.Random(0))[0].other is None
+
+
+def test_a_prefix_distilled_from_an_instruction_replaces_it() -> None:
+    cp = engine()
+    instruction = "Answer in a very formal way, please."
+    prompts = [f"Greet {i}" for i in range(12)]
+    report = cp.distill(
+        instruction,
+        prompts,
+        attribute="formality",
+        label="formal",
+        max_new_tokens=8,
+        **{**QUICK, "steps": 60, "num_slots": 8},
+    )
+    assert report.saved == {"attribute 'formality=formal'": 1}
+    assert report.best_loss < 0.6 * report.validation[0][1]
+
+    def divergence(prompt: str, **parts: Any) -> float:
+        """Between what follows the instructed prompt and what follows the bare one, steered."""
+        from controlprefix import Request
+
+        def after(text: str) -> torch.Tensor:
+            ids = torch.tensor([cp.tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                return cp.model(ids).logits[0, -1].log_softmax(-1)
+
+        wanted = after(f"{instruction}\n\n{prompt}")
+        with cp.assembled(Request(prompt=prompt, raw=True, **parts)):
+            found = after(prompt)
+        return float((wanted.exp() * (wanted - found)).sum())
+
+    new = [f"Greet {i}" for i in range(50, 60)]
+    bare = sum(divergence(p) for p in new)
+    steered = sum(divergence(p, attributes={"formality": "formal"}) for p in new)
+    assert steered < 0.8 * bare
+    for wrong, message in (
+        ({"prompts": [], "task": "a"}, "there are no prompts"),
+        ({"prompts": prompts, "task": "a", "user": "b"}, "name one to learn"),
+        ({"prompts": prompts, "attribute": "a"}, "give an attribute and its label"),
+        ({"prompts": prompts, "task": "a", "completions": ["x"]}, "1 completions for 12 prompts"),
+    ):
+        with pytest.raises(TrainingDataError, match=message):
+            cp.distill(instruction, progress=False, **wrong)  # type: ignore[arg-type]
+
+
+def test_slot_masses_are_the_models_own_attention_weights() -> None:
+    """Against the same slots in a cache, with the weights that eager attention gives out."""
+    model = build("llama")
+    prefix = Prefix.random(Steering.of(model).geometry, num_slots=5, scale=1.0, seed=1)
+    rows = [TrainingRow((5, 6, 7), (8, 9), (), ()), TrainingRow((5,), (10, 11, 12), (), ())]
+    found = slot_masses(model, rows, prefix, pad_id=2)
+    eager = build("llama")
+    eager.set_attn_implementation("eager")
+    expected = torch.zeros(5)
+    for row in rows:
+        ids = torch.tensor([[*row.prompt, *row.targets]])
+        cache = DynamicCache()
+        for i in range(len(prefix.geometry.decoder)):
+            keys, values = prefix.layer("decoder", i)
+            cache.update(keys[None], values[None], i)
+        with torch.no_grad():
+            weights = eager(
+                ids,
+                past_key_values=cache,
+                position_ids=torch.arange(ids.shape[1])[None],
+                attention_mask=torch.ones(1, 5 + ids.shape[1]),
+                output_attentions=True,
+            ).attentions
+        expected += torch.stack(weights)[..., :5].mean(dim=(0, 1, 2, 3)) / len(rows)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_shortening_keeps_the_slots_that_matter_and_most_of_the_gain() -> None:
+    cp = engine()
+    examples = [e.model_copy(update={"attributes": {}}) for e in greetings()]
+    cp.train(examples, learn="task", **{**QUICK, "steps": 40})
+    trained = cp.get("task", "greet")
+    # Slots that attention cannot see: keys that no query likes, far from all others.
+    dead = Prefix(cp.geometry, {"decoder": torch.zeros(6, cp.geometry.slot_size("decoder"))})
+    joined = torch.cat([trained.slots["decoder"], dead.slots["decoder"]])
+    cp.put("task", "greet", Prefix(cp.geometry, {"decoder": joined}))
+    whole = nats(cp, examples)
+    report = cp.shorten("task", "greet", examples, keep=0.9)
+    shorter = cp.get("task", "greet")
+    assert report.version == 3
+    assert shorter.num_slots == report.num_slots < 10
+    curve = dict(report.curve)
+    assert set(curve) >= {0, 10, report.num_slots}
+    assert curve[report.num_slots] <= curve[0] - 0.9 * (curve[0] - curve[10])
+    assert len(report.masses) == 10
+    bare = nats(cp, [e.model_copy(update={"task": None}) for e in examples])
+    assert nats(cp, examples) <= bare - 0.85 * (bare - whole)
+    with pytest.raises(TrainingDataError, match="row 1 does not name task 'greet'"):
+        cp.shorten("task", "greet", [examples[0].model_copy(update={"task": None})])
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep", "chosen"),
+    [
+        ([5.0, 4.0, 3.0, 2.5, 2.0], 1.0, 4),
+        ([5.0, 4.0, 3.0, 2.1, 2.0], 0.95, 3),
+        ([5.0, 2.0, 4.0, 2.0, 2.0], 0.9, 3),  # one slot alone was luck: two are worse
+    ],
+)
+def test_the_fewest_slots_are_chosen_from_which_on_all_are_good_enough(
+    losses: list[float], keep: float, chosen: int
+) -> None:
+    geometry = engine().geometry
+    prefix = Prefix.random(geometry, num_slots=4, seed=0)
+    masses = torch.tensor([0.1, 0.4, 0.2, 0.3])
+
+    def nats_with(candidate: Prefix | None) -> float:
+        return losses[0 if candidate is None else candidate.num_slots]
+
+    shorter, report = shorten(prefix, masses, nats_with, keep=keep)
+    assert shorter.num_slots == report.num_slots == chosen
+    assert report.curve == tuple(enumerate(losses))
+    largest = masses.argsort(descending=True)[:chosen].sort().values
+    assert torch.equal(shorter.slots["decoder"], prefix.slots["decoder"][largest])
+    with pytest.raises(TrainingDataError, match="gains nothing on these examples"):
+        shorten(prefix, masses, lambda one: 2.0 if one else 1.0, keep=keep)
+    with pytest.raises(TrainingDataError, match="keep is 0"):
+        shorten(prefix, masses, nats_with, keep=0)
+
+
+def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
+    cp = engine()
+    report = cp.sweep(
+        greetings(),
+        slots=(1, 4),
+        parameterizations=("direct", "shared"),
+        **{k: v for k, v in QUICK.items() if k != "num_slots"},
+    )
+    tried = [(point.parameterization, point.num_slots) for point in report.points]
+    assert tried == [("direct", 1), ("direct", 4), ("shared", 1), ("shared", 4)]
+    assert report.best in report.points
+    assert report.best.loss <= min(point.loss for point in report.points) + 0.01
+    report.save(tmp_path)
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 4
+    assert cp.store.prefixes() == []
+    with pytest.raises(TrainingDataError, match="validation is 0"):
+        cp.sweep(greetings(), validation=0, progress=False)
