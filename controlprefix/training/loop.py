@@ -228,7 +228,7 @@ class _Run:
         if settings.contrast:
             pairs = pair_up(batch, self.best.keys(), draw)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate * _share(done.step, self.steps)
+            group["lr"] = settings.rate * share_of_rate(done.step, self.steps)
         self.optimizer.zero_grad()
         loss = self.nats_a_token(pairs, draw)
         if not math.isfinite(loss):
@@ -369,7 +369,7 @@ def _endless(
         yield from _batches(rows, size, order)
 
 
-def _share(step: int, steps: int) -> float:
+def share_of_rate(step: int, steps: int) -> float:
     """Of the highest learning rate: a linear warm-up, then a cosine down to a tenth."""
     warm_up = max(1, round(0.1 * steps))
     if step <= warm_up:

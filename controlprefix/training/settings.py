@@ -116,7 +116,7 @@ class TrainingSettings:
         return self.learning_rate or _RATES[self.parameterization]
 
 
-_RATES = {"direct": 3e-2, "mlp": 1e-3, "shared": 1e-3, "shared-kv": 1e-3}
+_RATES = {"direct": 2e-2, "mlp": 7e-4, "shared": 7e-4, "shared-kv": 7e-4}
 _MAY_BE_LEFT_OUT = ("steps", "micro_batch", "patience", "learning_rate")
 
 
