@@ -47,6 +47,7 @@ from train import END, PAD
 
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.encoding import EncodedExample
+from controlprefix.training import TrainingSettings
 from controlprefix.training.loop import share_of_rate
 
 CAUSAL = TaskType.CAUSAL_LM
@@ -235,7 +236,9 @@ class FewShot(Way):
         if row.prompt:
             told = "".join(f"Facts: {one.prompt}\nText: {one.completion}\n\n" for one in shown)
             return Example(
-                prompt=f"{told}Facts: {row.prompt}\nText: ", raw=True, completion=row.completion
+                prompt=f"{told}Facts: {row.prompt}\nText:",
+                raw=True,
+                completion=f" {row.completion}",
             )
         told = "".join(f"{one.completion}\n" for one in shown)
         return Example(prompt=told, raw=True, completion=row.completion)
@@ -274,6 +277,7 @@ class Ours(Way):
             steps=steps,
             batch_size=self.options.batch,
             parameterization=self.parameterization,
+            learning_rate=self.rate,
             validation=0,
             seed=seed,
             progress=False,
@@ -424,7 +428,7 @@ PEFT: dict[str, dict[str, Any]] = {
     "PEFT prefix tuning from text": {
         "config": lambda o: PREFIX(num_virtual_tokens=o.slots),
         "text": True,
-        "rates": (1e-3, 3e-3, 1e-2),
+        "rates": (3e-3, 1e-2, 3e-2),
     },
     "PEFT cartridge": {
         "config": lambda o: CartridgeConfig(task_type=CAUSAL, num_virtual_tokens=o.slots),
@@ -512,7 +516,7 @@ def measure(way: Way, data: Data, seed: int, options: argparse.Namespace) -> dic
         swap = {label: labels[1 - i] for i, label in enumerate(labels)}
         found["nats, other label"] = way.nats(rows, [swap[str(row.label)] for row in rows])
         wanted = [label for label in labels for _ in range(options.texts)]
-        texts = way.write([Row("x", label=label) for label in wanted], wanted)
+        texts = way.write([Row(str(i), label=label) for i, label in enumerate(wanted)], wanted)
         for name, classifier in data.judges.items():
             judged = classifier.predict([text or " " for text in texts])
             found[f"control, {name}"] = statistics.mean(map(float, judged == wanted))
@@ -553,6 +557,25 @@ def choose_rates(folder: Path, options: argparse.Namespace) -> dict[str, dict[st
             way.learn(0, options.steps)
             found[name][str(rate)] = round(way.nats(rows, [row.label for row in rows]), 4)
             print(f"rate {rate} of {name}: {found[name][str(rate)]}", flush=True)
+    return found
+
+
+OUR_RATES = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+
+
+def try_our_rates(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """For each data set, the dev loss of our prefixes at each rate."""
+    found: dict[str, dict[str, float]] = {}
+    for name in ("formality", "sentiment", "e2e"):
+        data = load_data(folder, name, 0, options.steps * options.batch)
+        rows = data.dev[: options.rows]
+        for rate in OUR_RATES:
+            cp = ControlPrefix.from_pretrained(model(), tokenizer=tokenizer(), store="sqlite://")
+            way = Ours(cp, data, options, rate=rate)
+            way.learn(0, options.steps)
+            nats = round(way.nats(rows, [row.label for row in rows]), 4)
+            found.setdefault(name, {})[str(rate)] = nats
+            print(f"rate {rate} on {name}: {nats}", flush=True)
     return found
 
 
@@ -608,6 +631,18 @@ def page(results: dict[str, Any]) -> str:
         f"| {name} | " + " | ".join(f"{loss:.3f} at {rate}" for rate, loss in losses.items()) + " |"
         for name, losses in results["rates"].items()
     ]
+    if results.get("our rates"):
+        header = " | ".join(str(rate) for rate in OUR_RATES)
+        ours = [
+            f"| {name} | {' | '.join(f'{losses[str(rate)]:.3f}' for rate in OUR_RATES)} |"
+            for name, losses in results["our rates"].items()
+        ]
+        parts += [
+            "## Our learning rate",
+            "Nats a token on dev splits, `direct`; the default is "
+            f"{TrainingSettings().rate}, everywhere.",
+            "\n".join([f"| data | {header} |", "| --- |" + " --- |" * len(OUR_RATES), *ours]),
+        ]
     parts += [
         "## Learning rates of the others",
         "Nats a token on formality's dev split after as many steps; the lowest was used "
@@ -637,6 +672,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="of the test split")
     parser.add_argument("--texts", type=int, default=32, help="written a label, or in all")
     parser.add_argument("--new-tokens", type=int, default=40)
+    parser.add_argument("--our-rates", action="store_true", help="try ours at five rates instead")
     parser.add_argument("--fresh", action="store_true", help="measure all again")
     options = parser.parse_args()
     kept = ("steps", "batch", "slots", "rows", "texts", "new_tokens")
@@ -647,8 +683,13 @@ def main() -> None:
         if before["options"] != about:
             raise SystemExit(f"{FILE} was measured with {before['options']}; give --fresh")
         results = before
-    if not results["rates"]:
+    if not results["rates"] and not options.our_rates:
         results["rates"] = choose_rates(options.folder, options)
+    if options.our_rates:
+        results["our rates"] = try_our_rates(options.folder, options)
+        path = record("training", results)
+        path.with_suffix(".md").write_text(page(json.loads(path.read_text())))
+        return
     rates = {name: float(min(one, key=one.get)) for name, one in results["rates"].items()}
     for seed in options.seeds:
         for name in options.data:

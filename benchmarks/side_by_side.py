@@ -167,8 +167,9 @@ def report(
 
 def record(name: str, results: Mapping[str, object]) -> Path:
     """Write results beside the command and the machine they were found with."""
-    script = Path(sys.argv[0])
+    script = Path(sys.argv[0]).resolve()
     command = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    command = command.replace(str(Path.home()), "~")
     about = {
         "command": command,
         "machine": {

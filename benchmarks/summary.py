@@ -1,6 +1,6 @@
-"""Write `docs/results/speed.md` from the JSON files beside it. Measures nothing.
+"""Write `speed.md` and `store.md` in `docs/results/` from the JSON files there. Measures nothing.
 
-Its first table is put into the README too; a test compares the two.
+The first table of speed is put into the README too; a test compares the two.
 """
 
 import json
@@ -27,10 +27,59 @@ def main() -> None:
         if (RESULTS / f"{name}.png").exists():
             lines += ["", f"![]({name}.png)"]
     (RESULTS / "speed.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "store.md").write_text("\n".join(of_store(files["store"], files["payloads"])) + "\n")
     readme = RESULTS.parent.parent / "README.md"
     table = "\n".join(["<!-- speed -->", "", *in_short(measured), "", "<!-- /speed -->"])
     text = re.sub(r"<!-- speed -->.*<!-- /speed -->", table, readme.read_text(), flags=re.DOTALL)
     readme.write_text(text)
+
+
+def of_store(store: dict[str, Any], payloads: dict[str, Any]) -> list[str]:
+    """The page about the store."""
+    found = store["store"]
+    lines = [
+        "# The store",
+        "",
+        f"`{store['command']}` on {place(store)}: medians and 99th percentiles. Small: the size a "
+        "user code will have; large: 16 slots of a 135 M model in int8. *Cold* is read from the "
+        "database (whose pages the system may hold), checked, and turned into float32; *warm* is "
+        "in memory, and the database is asked only whether that is still current, which SQLite "
+        "answers by itself and PostgreSQL is asked for unless the store is opened with "
+        "`exact=False`. What a cold user adds to the first token is *fetch of 1, cold*. Memory is "
+        "the process's peak up to there, all the measuring included.",
+        "",
+        f"| | {' | '.join(found)} |",
+        "| --- |" + " --- |" * len(found),
+    ]
+    for name in next(iter(found.values())):
+        cells = [
+            f"{one['p50']:.2f} ({one['p99']:.2f})" if isinstance(one, dict) else f"{one:,}"
+            for one in (column[name] for column in found.values())
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Smaller payloads",
+        "",
+        f"`{payloads['command']}`: prefixes trained for {payloads['steps']} steps with seed "
+        f"{payloads['seed']} on the demo's messages, stored in each dtype, read back, and scored "
+        "on the held-out messages.",
+        "",
+        "| payload | bytes of 16 slots | nats a token | against bfloat16 |",
+        "| --- | --- | --- | --- |",
+    ]
+    as_is = payloads["payloads"]["bfloat16"]["nats a token"]
+    for name, one in payloads["payloads"].items():
+        nats = one["nats a token"]
+        size = one["bytes of 16 slots"]
+        lines.append(f"| {name} | {size:,} | {nats:.4f} | {nats - as_is:+.4f} |")
+    return lines
+
+
+def place(one: dict[str, Any]) -> str:
+    """Where something was measured."""
+    machine = one["machine"]
+    return machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
 
 
 def in_short(measured: dict[str, Any]) -> list[str]:
@@ -45,6 +94,10 @@ def in_short(measured: dict[str, Any]) -> list[str]:
         ):
             what = f"a decoding step of {one['case']}, {one['contender']} a row"
             rows.append(f"| {what.replace('1 rows', '1 row')} | plain model | {ratio(one)} |")
+    for one in measured["generate-smollm2-cpu-400"]["comparisons"]:
+        if one["measure"] == "next token seconds" and one["contender"] == "48 own slots":
+            what = f"the same behind 400 tokens, {one['case']}, 48 own slots a row"
+            rows.append(f"| {what} | plain model | {ratio(one)} |")
     for one in measured["peers-smollm2-cpu"]["comparisons"]:
         if one["measure"] == "all requests seconds":
             what, peer = one["case"].split(", against ")
@@ -59,9 +112,8 @@ def in_short(measured: dict[str, Any]) -> list[str]:
 def details(one: dict[str, Any]) -> list[str]:
     """Everything in one file."""
     machine = one["machine"]
-    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
     lines = [
-        f"`{one['command']}` on {where}; torch {machine['torch']}, transformers "
+        f"`{one['command']}` on {place(one)}; torch {machine['torch']}, transformers "
         f"{machine['transformers']}.",
         "",
         f"| case | contender | measure | against {one['reference']} | quartiles |",

@@ -104,7 +104,7 @@ def train(
 
     Each line of the file is such as {"task": "email", "attributes": {"formality":
     "formal"}, "prompt": "Tell Sam I will be late.", "completion": "Dear Sam, …"}.
-    `accelerate launch -m controlprefix train …` shares the work between processes.
+    `accelerate launch -m controlprefix.cli train …` shares the work between processes.
     """
     from controlprefix.data import read_examples
 
@@ -515,10 +515,14 @@ def main() -> None:
 
 
 def _open(model: str, store: str, tenant: str) -> "ControlPrefix":
+    from accelerate import PartialState
+
     from controlprefix.engine import ControlPrefix
 
     _quiet()
-    return ControlPrefix.from_pretrained(model, store=store, tenant=tenant)
+    # A GPU if there is one, and each process that accelerate started has its own.
+    device = PartialState().device
+    return ControlPrefix.from_pretrained(model, store=store, tenant=tenant, device=device)
 
 
 def _accelerator(tracker: str, folder: Path | None) -> Any:

@@ -17,6 +17,9 @@ from models import build, byte_tokenizer
 
 COMMANDS = (
     "train",
+    "distill",
+    "sweep",
+    "shorten",
     "enroll",
     "generate",
     "score",
@@ -63,6 +66,46 @@ def test_every_command_has_help_worth_reading() -> None:
         text = CliRunner().invoke(app, [*command.split(), "--help"]).output
         assert "Usage" in text
         assert len(text.split()) > 20
+
+
+def test_distill_sweep_shorten_and_a_run_that_goes_on(model_folder: Path, tmp_path: Path) -> None:
+    data, prompts = tmp_path / "data.jsonl", tmp_path / "prompts.txt"
+    rows = [{"prompt": f"Hi {i}", "completion": "Good day to you."} for i in range(8)]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    prompts.write_text("\n".join(f"Hi {i}" for i in range(8)))
+    model = ("--model", str(model_folder))
+    common = ("--task", "note", "--learn", "task", "--steps", "30", "--lr", "0.2", *model)
+
+    swept = run(tmp_path, "sweep", str(data), "--slots", "1,2", *common, "--folder", str(tmp_path))
+    assert "fewest slots within 0.01 of the lowest:" in swept
+    assert json.loads((tmp_path / "sweep.json").read_text())["points"][1]["num_slots"] == 2
+    assert run(tmp_path, "prefixes", "list").strip() == "nothing is stored yet"
+
+    again = ("--folder", str(tmp_path / "run"), "--resume")
+    train = ("train", str(data), "--parameterization", "direct", "--slots", "4", *common, *again)
+    first, second = run(tmp_path, *train), run(tmp_path, *train)
+    assert "stored task 'note' version 1" in first
+    assert "stored task 'note' version 2" in second
+    assert first.split("best loss")[1] == second.split("best loss")[1]
+    assert (tmp_path / "run" / "report.json").exists()
+
+    with data.open("w") as file:
+        for row in rows:
+            print(json.dumps({**row, "task": "note"}), file=file)
+    shorter = run(tmp_path, "shorten", "task", "note", str(data), "--keep", "0.5", *model)
+    assert "stored task 'note' version 3:" in shorter
+
+    told = ("distill", "Be brief.", str(prompts), "-a", "tone=brief", "--steps", "2", *model)
+    assert "stored attribute 'tone=brief' version 1" in run(tmp_path, *told)
+    for wrong, message in (
+        (("train", str(data), "--resume", *model), "--resume needs the --folder"),
+        (("train", str(data), "--parameterization", "dirct", *model), "did you mean 'direct'"),
+        (("train", str(data), "--tracker", "nosuch", *model), "--tracker 'nosuch'"),
+        (("sweep", str(data), "--slots", "a", *model), "--slots"),
+        (("distill", "Be brief.", str(prompts), *model), "name one to learn"),
+    ):
+        with pytest.raises(ControlPrefixError, match=message):
+            run(tmp_path, *wrong)
 
 
 def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Path) -> None:

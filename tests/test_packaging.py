@@ -70,7 +70,8 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     code = """
 import controlprefix, controlprefix.store, controlprefix.attributes, importlib.util
 from controlprefix import ControlPrefix, Geometry, Prefix
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore, upgrade
+assert upgrade("sqlite:///prefixes.db")[0] is None  # the migrations are in the wheel
 geometry = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4)
 with PrefixStore("sqlite:///prefixes.db") as store:
     prefix = Prefix.random(geometry, num_slots=3)

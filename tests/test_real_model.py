@@ -91,3 +91,39 @@ def test_a_few_steps_teach_two_labels_and_leave_the_model_alone(cp: ControlPrefi
 
 def _plain(example: Example) -> Example:
     return example.model_copy(update={"attributes": {}})
+
+
+def test_an_instruction_distills_into_a_prefix_without_labelled_data(cp: ControlPrefix) -> None:
+    instruction = "Answer like an old pirate. Say arr and matey."
+    asked = ["Where do you live?", "What is for dinner?", "How is the weather?", "Who are you?"]
+    new = ["What do you like to drink?", "Where is the captain?"]
+    told = [Request(prompt=f"{instruction}\n\n{one}", max_new_tokens=20) for one in new]
+    answers = [one.text for one in cp.generate(told)]
+    before = cp.model.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
+    report = cp.distill(
+        instruction,
+        asked,
+        attribute="tone",
+        label="distilled",
+        max_new_tokens=16,
+        num_slots=8,
+        steps=8,
+        batch_size=4,
+        validation=0,
+        progress=False,
+    )
+    assert report.losses[-1] < 0.7 * report.losses[0]
+    with_it, bare = (
+        sum(
+            score.log_likelihood
+            for score in cp.score(
+                [
+                    Example(prompt=prompt, completion=answer, attributes=attributes)
+                    for prompt, answer in zip(new, answers, strict=True)
+                ]
+            )
+        )
+        for attributes in ({"tone": "distilled"}, {})
+    )
+    assert with_it > bare + 3
+    assert torch.equal(cp.model.state_dict()["model.layers.0.self_attn.q_proj.weight"], before)

@@ -119,7 +119,7 @@ def train(
         scale,
         pad_id=pad_id,
         settings=settings,
-        accelerator=accelerator or Accelerator(cpu=model.device.type == "cpu"),
+        accelerator=accelerator or Accelerator(),
     )
     run.go(folder, resume=resume, progress=progress)
     return run.best, run.report()
@@ -248,7 +248,7 @@ class _Run:
         """The loss of some rows over all processes; its gradients are left in the parameters."""
         targets = sum(len(pair.row.targets) for pair in pairs)
         mine = pairs[self.accelerator.process_index :: self.accelerator.num_processes]
-        total = torch.zeros((), device=self.model.device, dtype=torch.float64)
+        total = 0.0
         seed = draw.randrange(1 << 62) if draw else None
         size = self.settings.micro_batch or max(1, len(mine))
         for at in range(0, len(mine), size):
@@ -265,8 +265,11 @@ class _Run:
                 loss = self.objective(some) / targets
                 if loss.requires_grad:  # inside the block: checkpoints run attention again
                     self.accelerator.backward(loss)
-            total += loss.detach()
-        return float(self.accelerator.reduce(total, reduction="sum"))
+            total += float(loss.detach())
+        if self.accelerator.num_processes > 1:
+            over_all = torch.tensor(total, dtype=torch.float64, device=self.model.device)
+            total = float(self.accelerator.reduce(over_all, reduction="sum"))
+        return total
 
     def _dropped(
         self, prefixes: Mapping[PrefixKey, Prefix], seed: int | None
