@@ -87,10 +87,16 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     folder: Annotated[
-        Path | None, typer.Option(help="Where to write learning curves and the run's state.")
+        Path | None,
+        typer.Option(help="Where to write learning curves and the run's state."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the state in --folder, if there is one.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the state in --folder, if there is one; without it, in DATA's "
+            "name and '.run'.",
+        ),
     ] = False,
     tracker: Annotated[
         str | None, typer.Option(help="Log to one of accelerate's trackers, such as tensorboard.")
@@ -109,7 +115,7 @@ def train(
     from controlprefix.data import read_examples
 
     if resume and folder is None:
-        raise RequestError("--resume needs the --folder of the run to go on with")
+        folder = Path(f"{data.stem}.run")
     examples = read_examples(data, **({"task": task} if task else {}))
     cp = _open(model, store, tenant)
     report = cp.train(

@@ -98,7 +98,6 @@ def test_distill_sweep_shorten_and_a_run_that_goes_on(model_folder: Path, tmp_pa
     told = ("distill", "Be brief.", str(prompts), "-a", "tone=brief", "--steps", "2", *model)
     assert "stored attribute 'tone=brief' version 1" in run(tmp_path, *told)
     for wrong, message in (
-        (("train", str(data), "--resume", *model), "--resume needs the --folder"),
         (("train", str(data), "--parameterization", "dirct", *model), "did you mean 'direct'"),
         (("train", str(data), "--tracker", "nosuch", *model), "--tracker 'nosuch'"),
         (("sweep", str(data), "--slots", "a", *model), "--slots"),
