@@ -4,7 +4,7 @@ Data are JSON Lines, gzipped, in the folder given first: formality_pavlick and
 formality_squinky, sentiment_yelp, e2e, webnlg, each `.train`, `.dev` and `.test`. Where labels
 are few (formality, sentiment), methods without parts learn an adapter a label, in as many
 steps together; elsewhere one of all rows. Learning rates of the others are the best of
-two or three on formality's dev split (`--rates`), ours are the library's defaults. The judges learn
+three on formality's dev split (`--rates`), ours are the library's defaults. The judges learn
 from training rows that no method sees.
 
 Run it with `python benchmarks/quality.py DATA`. What is done already is not done again;
@@ -48,7 +48,7 @@ from train import END, PAD
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.encoding import EncodedExample
 from controlprefix.training import TrainingSettings
-from controlprefix.training.loop import share_of_rate
+from controlprefix.training.run import share_of_rate
 
 CAUSAL = TaskType.CAUSAL_LM
 FILE = RESULTS / "training.json"
@@ -247,10 +247,16 @@ class FewShot(Way):
 class Ours(Way):
     """Our prefixes: of the task alone, or with the labels'; by a parameterization."""
 
-    def __init__(self, *given: Any, labels: bool = True, parameterization: str = "direct") -> None:
+    def __init__(
+        self,
+        *given: Any,
+        labels: bool = True,
+        parameterization: str = "direct",
+        rate: float | None = None,
+    ) -> None:
         super().__init__(*given)
         self.labels = labels and self.data.attribute is not None
-        self.parameterization = parameterization
+        self.parameterization, self.rate = parameterization, rate
 
     def parts(self, label: str | None) -> dict[str, Any]:
         chosen = {}
@@ -428,12 +434,12 @@ PEFT: dict[str, dict[str, Any]] = {
     "PEFT prefix tuning from text": {
         "config": lambda o: PREFIX(num_virtual_tokens=o.slots),
         "text": True,
-        "rates": (3e-3, 1e-2),
+        "rates": (3e-3, 1e-2, 3e-2),
     },
     "PEFT cartridge": {
         "config": lambda o: CartridgeConfig(task_type=CAUSAL, num_virtual_tokens=o.slots),
         "text": True,
-        "rates": (1e-2, 3e-2),
+        "rates": (1e-2, 3e-2, 1e-1),
     },
     "PEFT prompt tuning": {
         "config": lambda o: PromptTuningConfig(
@@ -441,11 +447,11 @@ PEFT: dict[str, dict[str, Any]] = {
             num_virtual_tokens=o.slots,
             prompt_tuning_init=PromptTuningInit.RANDOM,
         ),
-        "rates": (3e-2, 1e-1),
+        "rates": (3e-2, 1e-1, 3e-1),
     },
     "PEFT LoRA r8": {
         "config": lambda o: LoraConfig(task_type=CAUSAL, r=8, lora_alpha=16, target_modules=LORA),
-        "rates": (1e-3, 3e-3),
+        "rates": (1e-3, 3e-3, 1e-2),
     },
 }
 OURS: dict[str, dict[str, Any]] = {

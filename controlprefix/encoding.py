@@ -1,6 +1,6 @@
 """From requests and examples to token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,14 @@ class RequestEncoder:
                 f"model is {self.context}; shorten it"
             )
         return EncodedExample(prompt, tuple(completion))
+
+    def pieces(self, text: str, most: int) -> Iterator[tuple[EncodedExample, bool]]:
+        """A text as examples without a prompt, so many tokens each; and which is the last."""
+        ids = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        most = most if self.context is None else min(most, max(1, self.context - 2))
+        start = tuple(self._start())
+        for at in range(0, len(ids), most):
+            yield EncodedExample(start, ids[at : at + most]), at + most >= len(ids)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """A text as a prompt would begin with it: without an end token."""

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from controlprefix.assembly import PrefixBatch, assemble
 from controlprefix.encoding import RequestEncoder
-from controlprefix.errors import ContextLengthError, RequestError, TrainingDataError
+from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
 from controlprefix.geometry import Geometry
 from controlprefix.likelihood import token_log_probs
 from controlprefix.loading import load
 from controlprefix.prefix import PayloadDtype, Prefix
-from controlprefix.request import Completion, Example, Request, Score, is_whole_text
+from controlprefix.request import Completion, Example, Request, Score
 from controlprefix.resolve import ResolvedPart, Resolver
 from controlprefix.steering import Steering
 from controlprefix.store import KeyProvider, Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
@@ -33,9 +33,11 @@ from controlprefix.training import (
     Trainer,
     TrainingReport,
     TrainingSettings,
+    UsersReport,
     instructed,
     require_examples,
     to_distill,
+    usable_texts,
 )
 
 
@@ -388,24 +390,46 @@ class ControlPrefix:
 
     def train_users(
         self,
-        texts: Mapping[str, Sequence[str]],
+        texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]],
         *,
         num_slots: int = 16,
+        together: int = 16,
+        folder: str | Path | None = None,
+        resume: bool = False,
         progress: bool = True,
         **settings: Any,
-    ) -> TrainingReport:
-        """Learn a prefix for each user from texts they wrote, all in the same batches.
+    ) -> UsersReport:
+        """Learn a prefix for each user from texts they wrote, many users in one run.
+
+        Each learns what it would alone: from its own texts in its own order, with its own
+        optimizer, looks at held-out texts and end. Who is done is stored at once. A user
+        that cannot be learned (no text, a loss that is no number) is reported, and harms
+        nobody.
+
+        Args:
+            texts: Of each user; as pairs, they are read as far as there is room, so there
+                may be any number of users.
+            num_slots: Of each prefix.
+            together: Users at a time.
+            folder: Where it is noted who is done.
+            resume: Leave out who is noted there, with the same texts and settings.
+            progress: Show a progress bar.
+            **settings: Of `TrainingSettings`, for each user. `batch_size` counts a user's
+                rows a step (4 unless told), `patience` its looks (2 unless told).
 
         Raises:
-            TrainingDataError: If a user has no text.
+            TrainingDataError: If a setting is wrong.
+            StoreError: If a prefix cannot be stored.
         """
-        examples = [
-            Example(prompt="", raw=True, user=user, completion=text)
-            for user, written in texts.items()
-            for text in _require_texts(user, written)
-        ]
-        return self.train(
-            examples, learn=("user",), num_slots=num_slots, progress=progress, **settings
+        chosen = TrainingSettings.of({"batch_size": 4, "patience": 2, **settings})
+        return self._trainer.train_users(
+            texts,
+            chosen,
+            num_slots=num_slots,
+            together=together,
+            folder=folder,
+            resume=resume,
+            progress=progress,
         )
 
     def enroll(
@@ -429,7 +453,7 @@ class ControlPrefix:
         Raises:
             TrainingDataError: If there is no text.
         """
-        written = _require_texts(user, texts)
+        written = usable_texts(user, texts)
         prefix = self.prefix_from_text("\n\n".join(written), max_slots=num_slots)
         number = self.put("user", user, prefix, details={"enrolled": {"texts": len(written)}})
         if keep_texts:
@@ -599,19 +623,6 @@ def _as_request(request: str | Request, fields: Mapping[str, Any]) -> Request:
             f"{', '.join(fields)}: fields beside a Request; put them into the Request itself"
         )
     return request
-
-
-def _require_texts(user: str, texts: Sequence[str]) -> list[str]:
-    given = [texts] if isinstance(texts, str) else list(texts or ())
-    for text in given:
-        if not isinstance(text, str):
-            raise TrainingDataError(f"a text of user {user!r} is a {type(text).__name__}, no text")
-        if not is_whole_text(text):
-            raise TrainingDataError(f"a text of user {user!r} holds half a surrogate pair")
-    written = [text for text in given if text.strip()]
-    if not written:
-        raise TrainingDataError(f"user {user!r} has no text to learn from")
-    return written
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -229,19 +229,6 @@ def test_training_ends_each_completion_with_the_end_token() -> None:
         assert chance_of_ending() > 3 * before
 
 
-def test_many_users_learn_from_their_texts_in_one_run() -> None:
-    cp = engine()
-    report = cp.train_users(
-        {"ana": ["hello there"] * 4, "bo": ["AHOY AHOY"] * 4}, **{**QUICK, "validation": 0}
-    )
-    assert set(report.saved) == {"user 'ana'", "user 'bo'"}
-    text = Example(prompt="", raw=True, completion="hello there")
-    scores = [
-        cp.score([text.model_copy(update={"user": u})])[0].log_likelihood for u in ("ana", "bo")
-    ]
-    assert scores[0] > scores[1] + 5
-
-
 def test_what_is_neither_learned_nor_stored_is_left_out_and_said() -> None:
     """So the same examples can teach the task first and the users afterwards."""
     cp = engine()

@@ -1,6 +1,6 @@
 """Learning prefixes: the same assembly and attention as in use, with gradients."""
 
-from controlprefix.training.loop import TrainingReport, train
+from controlprefix.training.loop import train
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import ParameterizationName
 from controlprefix.training.preparation import (
@@ -10,10 +10,12 @@ from controlprefix.training.preparation import (
     require_examples,
     typical_size,
 )
+from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.shortening import ShorteningReport
 from controlprefix.training.sweep import SweepPoint, SweepReport
 from controlprefix.training.trainer import Trainer, instructed, to_distill
+from controlprefix.training.users import UsersReport, usable_texts
 
 __all__ = [
     "Given",
@@ -27,9 +29,11 @@ __all__ = [
     "TrainingReport",
     "TrainingRow",
     "TrainingSettings",
+    "UsersReport",
     "instructed",
     "require_examples",
     "to_distill",
     "train",
     "typical_size",
+    "usable_texts",
 ]

@@ -1,12 +1,9 @@
 """The training loop: rows in, the best prefixes out, the model untouched."""
 
 import contextlib
-import math
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +19,10 @@ from controlprefix.geometry import Site
 from controlprefix.prefix import Prefix
 from controlprefix.steering import Steering
 from controlprefix.store import PrefixKey
-from controlprefix.training import curves, state
-from controlprefix.training.objectives import Objective, Pair, TrainingRow, pair_up
-from controlprefix.training.parameterization import Parameterization
+from controlprefix.training import state
+from controlprefix.training.objectives import Objective, Pair, TrainingRow
+from controlprefix.training.run import Run, TrainingReport, in_batches
 from controlprefix.training.settings import TrainingSettings
-
-_BUCKET = 8  # batches are cut from runs of this many batches sorted by length
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingReport:
-    """What happened.
-
-    Attributes:
-        losses: Of each step's batch, nats a token (the end token counted).
-        validation: `(step, loss on held-out rows)`; step 0 is the start.
-        best_step: Whose prefixes were kept.
-        num_rows, num_tokens: Seen while training, repeats counted.
-        seconds: Wall-clock time.
-        num_parameters: That were learned.
-        saved: Version numbers in the store, such as `{"user 'ana'": 2}`.
-        left_out: What examples name that was neither learned nor stored.
-    """
-
-    losses: tuple[float, ...]
-    validation: tuple[tuple[int, float], ...]
-    best_step: int
-    num_rows: int
-    num_tokens: int
-    seconds: float
-    num_parameters: int
-    saved: Mapping[str, int] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def best_loss(self) -> float:
-        """On held-out rows where there are any, else the last batch's."""
-        return min((loss for _, loss in self.validation), default=self.losses[-1])
-
-    def save(self, folder: str | Path) -> None:
-        """Write `report.json`, and `curves.png` where matplotlib is installed.
-
-        Raises:
-            StoreError: If the folder cannot be written.
-        """
-        curves.write(Path(folder), self)
 
 
 def train(
@@ -112,273 +68,110 @@ def train(
     """
     if not rows:
         raise TrainingDataError("there are no examples to learn from")
-    run = _Run(
-        model,
-        rows,
-        start,
-        scale,
-        pad_id=pad_id,
-        settings=settings,
-        accelerator=accelerator or Accelerator(),
-    )
-    run.go(folder, resume=resume, progress=progress)
+    if folder is not None:
+        state.require_folder(folder)
+    run = Run(rows, start, scale, settings, model.device)
+    if folder is not None and resume:
+        run.take_up(folder)
+    _Loop(model, run, accelerator or Accelerator(), pad_id=pad_id).go(folder, progress)
     return run.best, run.report()
 
 
-class _Run:
-    """One run: what it learns, and how far it is."""
+class _Loop:
+    """Computes a run's losses, over pieces of a batch and over processes."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        rows: Sequence[TrainingRow],
-        start: Mapping[PrefixKey, Prefix],
-        scale: Mapping[Site, Tensor],
-        *,
-        pad_id: int,
-        settings: TrainingSettings,
-        accelerator: Accelerator,
+        self, model: PreTrainedModel, run: Run, accelerator: Accelerator, *, pad_id: int
     ) -> None:
-        self.model = model
-        self.settings = settings
+        self.run = run
         self.accelerator = accelerator
-        self.steering = Steering.of(model)
-        self.objective = Objective(model, pad_id=pad_id, contrast=settings.contrast)
-        self.order = random.Random(settings.seed)
-        self.training, self.held_out = _split(rows, settings.validation, self.order)
-        self.identity = state.identity_of(settings, rows, start)
-        per_epoch = math.ceil(len(self.training) / settings.batch_size)
-        self.steps = settings.steps or math.ceil(settings.epochs * per_epoch)
-        self.slots = Parameterization(
-            settings.parameterization,
-            start,
-            scale,
-            width=settings.width,
-            freeze_first_slot=settings.freeze_first_slot,
-            seed=settings.seed,
-        ).to_device(model.device)
-        self.optimizer = accelerator.prepare_optimizer(
-            torch.optim.AdamW(
-                self.slots.parameters(),
-                lr=settings.rate,
-                weight_decay=settings.weight_decay,
-            )
-        )
-        self.done = state.Progress()
-        self.best = self.slots.materialized()
+        self._model = model
+        self._steering = Steering.of(model)
+        self._objective = Objective(model, pad_id=pad_id, contrast=run.settings.contrast)
+        self._optimizer = accelerator.prepare_optimizer(run.optimizer)
 
-    def go(self, folder: Path | None, *, resume: bool, progress: bool) -> None:
+    def go(self, folder: Path | None, progress: bool) -> None:
         """Take all steps that are left."""
-        settings, done = self.settings, self.done
-        if folder is not None:
-            state.require_folder(folder)
-        if folder is not None and resume:
-            inner = self.optimizer.optimizer
-            found = state.load(folder, self.identity, self.slots, inner, self.best)
-            if found is not None:
-                done, self.best = found
-                self.done = done
+        run, settings = self.run, self.run.settings
         main = self.accelerator.is_main_process
-        looks = {
-            round(self.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)
-        }
-        stream = _endless(self.training, settings.batch_size, self.order)
-        for _ in range(done.step):
-            next(stream)
-        before = done.seconds
-        began = time.monotonic()
-        if self.held_out and not done.validation:
-            done.validation.append((0, self.validation_loss()))
+        before, began = run.done.seconds, time.monotonic()
+        if run.wants_a_look:
+            run.looked(self.validation_loss())
         with (
-            _checkpointing(self.model, settings.gradient_checkpointing),
-            _bar(progress and main, self.steps, done.step) as advance,
+            _checkpointing(self._model, settings.gradient_checkpointing),
+            _bar(progress and main, run.steps, run.done.step) as advance,
         ):
-            while done.step < self.steps and not self.is_over:
-                loss = self.step(next(stream))
-                if self.held_out and done.step in looks:
-                    self.look()
-                done.seconds = before + time.monotonic() - began
-                over = done.step == self.steps or self.is_over
-                if folder is not None and main and (over or done.step % settings.save_every == 0):
-                    self.save(folder)
-                known = done.validation[-1][1] if done.validation else None
+            while not run.is_over:
+                loss = self.step()
+                if run.wants_a_look:
+                    run.looked(self.validation_loss())
+                run.done.seconds = before + time.monotonic() - began
+                due = run.is_over or run.done.step % settings.save_every == 0
+                if folder is not None and main and due:
+                    run.save(folder)
+                known = run.done.validation[-1][1] if run.done.validation else None
                 self.accelerator.log(
                     {"loss": loss, **({} if known is None else {"validation": known})},
-                    step=done.step,
+                    step=run.done.step,
                 )
                 advance(loss, known)
-        if not self.held_out:
-            self.best, done.best_step = self.slots.materialized(), done.step
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the last looks found nothing better."""
-        patience, looks = self.settings.patience, [loss for _, loss in self.done.validation]
-        if patience is None or len(looks) <= patience:
-            return False
-        return min(looks[-patience:]) >= min(looks[:-patience])
-
-    def step(self, batch: Sequence[TrainingRow]) -> float:
+    def step(self) -> float:
         """Learn from some rows; gives their loss, nats a target token."""
-        settings, done = self.settings, self.done
-        done.step += 1
-        # What is drawn depends on the seed and the step alone, so a run can be taken up anywhere.
-        draw = random.Random(f"{settings.seed}:{done.step}")
-        pairs = [Pair(row) for row in batch]
-        if settings.contrast:
-            pairs = pair_up(batch, self.best.keys(), draw)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate * share_of_rate(done.step, self.steps)
-        self.optimizer.zero_grad()
-        loss = self.nats_a_token(pairs, draw)
-        if not math.isfinite(loss):
-            raise TrainingDataError(
-                f"the loss is {loss} at step {done.step}; nothing was stored; lower learning_rate "
-                f"(now {settings.rate})"
-            )
+        run = self.run
+        pairs, seed = run.begin()
+        loss = self.nats_a_token(pairs, seed)
+        run.require_finite(loss)
         self.add_up_gradients()
-        self.accelerator.clip_grad_norm_(self.slots.parameters(), settings.max_grad_norm)
-        self.optimizer.step()
-        done.losses.append(loss)
-        done.num_rows += len(batch)
-        done.num_tokens += sum(row.num_tokens for row in batch)
+        self.accelerator.clip_grad_norm_(run.slots.parameters(), run.settings.max_grad_norm)
+        self._optimizer.step()
+        run.finish(pairs, loss)
         return loss
 
-    def nats_a_token(self, pairs: Sequence[Pair], draw: random.Random | None = None) -> float:
+    def nats_a_token(self, pairs: Sequence[Pair], seed: int | None = None) -> float:
         """The loss of some rows over all processes; its gradients are left in the parameters."""
         targets = sum(len(pair.row.targets) for pair in pairs)
         mine = pairs[self.accelerator.process_index :: self.accelerator.num_processes]
         total = 0.0
-        seed = draw.randrange(1 << 62) if draw else None
-        size = self.settings.micro_batch or max(1, len(mine))
+        size = self.run.settings.micro_batch or max(1, len(mine))
         for at in range(0, len(mine), size):
             some = mine[at : at + size]
-            keys = {key for p in some for row in p if row for key, _ in row.learned}
-            prefixes = self.slots.prefixes(keys)
-            if draw and self.settings.slot_dropout:
-                prefixes = self._dropped(prefixes, seed)
-            batch = self.objective.assembled(some, prefixes)
+            keys = {key for pair in some for row in pair if row for key, _ in row.learned}
+            batch = self._objective.assembled(some, self.run.prefixes(keys, seed))
             with (
                 self.accelerator.autocast(),
-                self.steering.attached(batch, everywhere=True),
+                self._steering.attached(batch, everywhere=True),
             ):
-                loss = self.objective(some) / targets
+                loss = self._objective(some).sum() / targets
                 if loss.requires_grad:  # inside the block: checkpoints run attention again
                     self.accelerator.backward(loss)
             total += float(loss.detach())
         if self.accelerator.num_processes > 1:
-            over_all = torch.tensor(total, dtype=torch.float64, device=self.model.device)
+            over_all = torch.tensor(total, dtype=torch.float64, device=self._model.device)
             total = float(self.accelerator.reduce(over_all, reduction="sum"))
         return total
-
-    def _dropped(
-        self, prefixes: Mapping[PrefixKey, Prefix], seed: int | None
-    ) -> dict[PrefixKey, Prefix]:
-        """Without some of their slots: each prefix's own draw, the same in every process."""
-        kept: dict[PrefixKey, Prefix] = {}
-        for key, prefix in prefixes.items():
-            draw = torch.Generator().manual_seed(_seed_of(seed, key))
-            chance = torch.rand(prefix.num_slots, generator=draw)
-            stays = chance >= self.settings.slot_dropout
-            stays[chance.argmax()] = True  # one at least
-            kept[key] = Prefix(
-                prefix.geometry,
-                {site: rows[stays[: len(rows)]] for site, rows in prefix.slots.items()},
-            )
-        return kept
 
     def add_up_gradients(self) -> None:
         """Over all processes. A parameter that no row of the step uses keeps no gradient."""
         if self.accelerator.num_processes == 1:
             return
-        parameters = list(self.slots.parameters())
+        parameters = list(self.run.slots.parameters())
         used = torch.tensor([float(p.grad is not None) for p in parameters])
-        used = self.accelerator.reduce(used.to(self.model.device), reduction="sum")
+        used = self.accelerator.reduce(used.to(self._model.device), reduction="sum")
         for parameter, number in zip(parameters, used.tolist(), strict=True):
             if number:
                 mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(mine, reduction="sum")
 
-    def look(self) -> None:
-        """At the held-out rows; keep the prefixes if they are the best so far."""
-        self.done.validation.append((self.done.step, self.validation_loss()))
-        if self.done.validation[-1][1] <= min(loss for _, loss in self.done.validation):
-            self.best, self.done.best_step = self.slots.materialized(), self.done.step
-
     def validation_loss(self) -> float:
         """Of the held-out rows, nats a target token; without contrast."""
+        total, targets = 0.0, 0
         with torch.no_grad():
-            batches = list(_batches(self.held_out, self.settings.batch_size, None))
-            weights = [sum(len(row.targets) for row in batch) for batch in batches]
-            found = [self.nats_a_token([Pair(row) for row in batch]) for batch in batches]
-        return sum(x * w for x, w in zip(found, weights, strict=True)) / sum(weights)
-
-    def save(self, folder: Path) -> None:
-        """Write the state of the run."""
-        inner = self.optimizer.optimizer
-        state.save(folder, self.identity, self.done, self.slots, inner, self.best)
-
-    def report(self) -> TrainingReport:
-        """What happened so far."""
-        done = self.done
-        return TrainingReport(
-            losses=tuple(done.losses),
-            validation=tuple(done.validation),
-            best_step=done.best_step,
-            num_rows=done.num_rows,
-            num_tokens=done.num_tokens,
-            seconds=done.seconds,
-            num_parameters=sum(p.numel() for p in self.slots.parameters()),
-        )
-
-
-def _seed_of(seed: int | None, key: PrefixKey) -> int:
-    """A seed for one prefix: the same in every process."""
-    return random.Random(f"{seed}:{key.kind}:{key.name}").randrange(1 << 62)
-
-
-def _split(
-    rows: Sequence[TrainingRow], fraction: float, order: random.Random
-) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    shuffled = order.sample(list(rows), len(rows))
-    num_held_out = round(fraction * len(rows))
-    if num_held_out == len(rows):
-        raise TrainingDataError(
-            f"validation {fraction} of {len(rows)} examples leaves none to learn from; lower "
-            "it, or give more examples"
-        )
-    return shuffled[num_held_out:], shuffled[:num_held_out]
-
-
-def _batches(
-    rows: Sequence[TrainingRow], size: int, order: random.Random | None
-) -> Iterator[list[TrainingRow]]:
-    """One pass, batches of similar length; shuffled with `order`, else shortest first."""
-    shuffled = order.sample(list(rows), len(rows)) if order else list(rows)
-    run = size * _BUCKET if order else len(rows)
-    batches = []
-    for at in range(0, len(shuffled), run):
-        bucket = sorted(shuffled[at : at + run], key=lambda row: row.num_tokens)
-        batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-    if order:
-        order.shuffle(batches)
-    yield from batches
-
-
-def _endless(
-    rows: Sequence[TrainingRow], size: int, order: random.Random
-) -> Iterator[list[TrainingRow]]:
-    while True:
-        yield from _batches(rows, size, order)
-
-
-def share_of_rate(step: int, steps: int) -> float:
-    """Of the highest learning rate: a linear warm-up, then a cosine down to a tenth."""
-    warm_up = max(1, round(0.1 * steps))
-    if step <= warm_up:
-        return step / warm_up
-    done = (step - 1 - warm_up) / max(1, steps - warm_up)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+            for batch in in_batches(self.run.held_out, self.run.settings.batch_size):
+                count = sum(len(row.targets) for row in batch)
+                total += self.nats_a_token([Pair(row) for row in batch]) * count
+                targets += count
+        return total / targets
 
 
 # A second run would take the first one's settings for the model's own.

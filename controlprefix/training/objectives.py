@@ -1,4 +1,4 @@
-"""What training makes small: for some rows, nats summed over their target tokens."""
+"""What training makes small: nats of each row, summed over its target tokens."""
 
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -61,7 +61,7 @@ class Pair(NamedTuple):
 
 
 class Objective:
-    """Computes a sum of nats that gradients may flow through.
+    """Computes the nats of rows, that gradients may flow through.
 
     Args:
         model: Frozen.
@@ -87,7 +87,9 @@ class Objective:
         )
 
     def __call__(self, pairs: Sequence[Pair]) -> Tensor:
-        """Nats of rows that the model is attached to as `assembled` says, summed over targets.
+        """Nats of each pair, `(pairs,)`, summed over its targets.
+
+        What `assembled` gives for them must be attached to the model.
 
         The next token's surprise; or the divergence from what the teacher expects there;
         or with `contrast` c: (1 − c) of the surprise, c of softplus(m_other − m_own) a
@@ -117,7 +119,7 @@ class Objective:
             count = len(pair.row.targets)
             likelier = count * softplus((next(under_other) - found) / count)
             nats.append((1 - self._contrast) * -found + self._contrast * likelier)
-        return torch.stack(nats).sum()
+        return torch.stack(nats)
 
     def _from_teacher(self, rows: Sequence[TrainingRow]) -> Tensor:
         targets = [row.targets for row in rows]
@@ -134,7 +136,8 @@ class Objective:
         found, *_ = target_logits(
             self._model, [row.prompt for row in rows], targets, pad_id=self._pad_id
         )
-        return divergences(found, wanted).sum()
+        each = divergences(found, wanted).split([len(one) for one in targets])
+        return torch.stack([one.sum() for one in each])
 
 
 def pair_up(

@@ -159,6 +159,11 @@ def identity_of(
     return {"settings": chosen, "data": sha.hexdigest()}
 
 
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """The same in one line."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 def _digest(prefix: Prefix) -> str:
     sha = hashlib.sha256()
     for slots in prefix.slots.values():

@@ -1,6 +1,6 @@
 """Trainer: examples or an instruction in, stored prefixes out, for one model and one store."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from controlprefix.request import Example
 from controlprefix.resolve import Resolver
 from controlprefix.steering import Steering
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore
-from controlprefix.training.loop import TrainingReport, train
+from controlprefix.training.loop import train
 from controlprefix.training.objectives import Objective, Pair, TrainingRow
 from controlprefix.training.parameterization import ParameterizationName
 from controlprefix.training.preparation import Given, Learned, Preparation, Start, prepare
+from controlprefix.training.run import TrainingReport, in_batches
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.shortening import ShorteningReport, shorten, slot_masses
 from controlprefix.training.sweep import SweepPoint, SweepReport
+from controlprefix.training.users import UsersReport, train_users
 
 _EVALUATED = 16  # rows at a time
 
@@ -143,6 +145,45 @@ class Trainer:
         saved = {str(key): number for key, number in zip(learned, numbers, strict=True)}
         return replace(report, saved=saved, left_out=prepared.left_out)
 
+    def train_users(
+        self,
+        texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]],
+        settings: TrainingSettings,
+        *,
+        num_slots: int,
+        together: int,
+        folder: str | Path | None,
+        resume: bool,
+        progress: bool,
+    ) -> UsersReport:
+        """Learn each user's prefix from texts they wrote, and store it when it is done."""
+        self._store.require_writable(())
+
+        def publish(user: str, prefix: Prefix, report: TrainingReport) -> int:
+            details = {
+                "training": {
+                    "best_step": report.best_step,
+                    "best_loss": round(report.best_loss, 4),
+                    **asdict(settings),
+                }
+            }
+            key = PrefixKey("user", user)
+            new = NewVersion(key, prefix.to(dtype=self._model.dtype), details)
+            return self._store.put([new])[0]
+
+        return train_users(
+            self._model,
+            self._encoder,
+            texts.items() if isinstance(texts, Mapping) else texts,
+            publish,
+            settings,
+            num_slots=num_slots,
+            together=together,
+            folder=None if folder is None else Path(folder),
+            resume=resume,
+            progress=progress,
+        )
+
     def sweep(
         self,
         examples: Sequence[Example],
@@ -231,16 +272,15 @@ class Trainer:
     def _nats(self, rows: Sequence[TrainingRow], prefixes: Mapping[PrefixKey, Prefix]) -> float:
         """Of rows with those prefixes alone, a target token."""
         objective = Objective(self._model, pad_id=self._encoder.pad_id)
-        by_length = sorted(rows, key=lambda row: row.num_tokens)
         total = 0.0
-        for at in range(0, len(by_length), _EVALUATED):
+        for some in in_batches(rows, _EVALUATED):
             pairs = [
                 Pair(row._replace(learned=[one for one in row.learned if one[0] in prefixes]))
-                for row in by_length[at : at + _EVALUATED]
+                for row in some
             ]
             batch = objective.assembled(pairs, prefixes)
             with torch.no_grad(), Steering.of(self._model).attached(batch):
-                total += float(objective(pairs))
+                total += float(objective(pairs).sum())
         return total / sum(len(row.targets) for row in rows)
 
 

@@ -1,0 +1,264 @@
+"""One run: what it learns, in which order, and how far it is. Losses are computed elsewhere."""
+
+import math
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from controlprefix.errors import TrainingDataError
+from controlprefix.geometry import Site
+from controlprefix.prefix import Prefix
+from controlprefix.store import PrefixKey
+from controlprefix.training import curves, state
+from controlprefix.training.objectives import Pair, TrainingRow, pair_up
+from controlprefix.training.parameterization import Parameterization
+from controlprefix.training.settings import TrainingSettings
+
+_BUCKET = 8  # batches are cut from runs of this many batches sorted by length
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingReport:
+    """What happened.
+
+    Attributes:
+        losses: Of each step's batch, nats a token (the end token counted).
+        validation: `(step, loss on held-out rows)`; step 0 is the start.
+        best_step: Whose prefixes were kept.
+        num_rows, num_tokens: Seen while training, repeats counted.
+        seconds: Wall-clock time.
+        num_parameters: That were learned.
+        saved: Version numbers in the store, such as `{"user 'ana'": 2}`.
+        left_out: What examples name that was neither learned nor stored.
+    """
+
+    losses: tuple[float, ...]
+    validation: tuple[tuple[int, float], ...]
+    best_step: int
+    num_rows: int
+    num_tokens: int
+    seconds: float
+    num_parameters: int
+    saved: Mapping[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def best_loss(self) -> float:
+        """On held-out rows where there are any, else the last batch's."""
+        return min((loss for _, loss in self.validation), default=self.losses[-1])
+
+    def save(self, folder: str | Path) -> None:
+        """Write `report.json`, and `curves.png` where matplotlib is installed.
+
+        Raises:
+            StoreError: If the folder cannot be written.
+        """
+        curves.write(Path(folder), self)
+
+
+class Run:
+    """One run: what it learns, in which order, and how far it is.
+
+    A step is `begin`, losses of those pairs whose gradients are left in `slots`, `finish`.
+
+    Attributes:
+        held_out: Rows to choose the best step by.
+        steps: In all.
+        slots: What is learned.
+        optimizer: AdamW over it.
+        done: How far it is.
+        best: The prefixes of the best step so far.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[TrainingRow],
+        start: Mapping[PrefixKey, Prefix],
+        scale: Mapping[Site, Tensor],
+        settings: TrainingSettings,
+        device: torch.device,
+    ) -> None:
+        self.settings = settings
+        order = random.Random(settings.seed)
+        training, self.held_out = _split(rows, settings.validation, order)
+        self._identity = state.identity_of(settings, rows, start)
+        per_epoch = math.ceil(len(training) / settings.batch_size)
+        self.steps = settings.steps or math.ceil(settings.epochs * per_epoch)
+        self._looks = {
+            round(self.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)
+        }
+        self._batches = _endless(training, settings.batch_size, order)
+        self.slots = Parameterization(
+            settings.parameterization,
+            start,
+            scale,
+            width=settings.width,
+            freeze_first_slot=settings.freeze_first_slot,
+            seed=settings.seed,
+        ).to_device(device)
+        self.optimizer = torch.optim.AdamW(
+            self.slots.parameters(), lr=settings.rate, weight_decay=settings.weight_decay
+        )
+        self.done = state.Progress()
+        self.best = self.slots.materialized()
+
+    def take_up(self, folder: Path) -> None:
+        """Go on from the state in a folder, where there is one."""
+        found = state.load(folder, self._identity, self.slots, self.optimizer, self.best)
+        if found is not None:
+            self.done, self.best = found
+            for _ in range(self.done.step):
+                next(self._batches)
+
+    def save(self, folder: Path) -> None:
+        """Write the state."""
+        state.save(folder, self._identity, self.done, self.slots, self.optimizer, self.best)
+
+    @property
+    def identity(self) -> str:
+        """Of the settings, the rows and the start."""
+        return state.digest_of(self._identity)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done, or the last looks found nothing better."""
+        patience, looks = self.settings.patience, [loss for _, loss in self.done.validation]
+        if self.done.step >= self.steps:
+            return True
+        if patience is None or len(looks) <= patience:
+            return False
+        return min(looks[-patience:]) >= min(looks[:-patience])
+
+    @property
+    def wants_a_look(self) -> bool:
+        """Whether the held-out rows are to be looked at now."""
+        looked = {step for step, _ in self.done.validation}
+        due = self.done.step == 0 or self.done.step in self._looks
+        return bool(self.held_out) and due and self.done.step not in looked
+
+    def begin(self) -> tuple[list[Pair], int]:
+        """The rows of the next step, and a seed of what is drawn in it."""
+        settings = self.settings
+        self.done.step += 1
+        # What is drawn depends on the seed and the step alone, so a run can be taken up anywhere.
+        draw = random.Random(f"{settings.seed}:{self.done.step}")
+        rows = next(self._batches)
+        pairs = [Pair(row) for row in rows]
+        if settings.contrast:
+            pairs = pair_up(rows, self.best.keys(), draw)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate * share_of_rate(self.done.step, self.steps)
+        self.optimizer.zero_grad()
+        return pairs, draw.randrange(1 << 62)
+
+    def prefixes(
+        self, keys: Collection[PrefixKey], seed: int | None = None
+    ) -> dict[PrefixKey, Prefix]:
+        """Prefixes as they stand; with a seed, some slots are left out where that is set."""
+        found = self.slots.prefixes(keys)
+        if seed is None or not self.settings.slot_dropout:
+            return found
+        return {key: self._dropped(key, prefix, seed) for key, prefix in found.items()}
+
+    def require_finite(self, loss: float) -> None:
+        """Refuse a loss that is no number.
+
+        Raises:
+            TrainingDataError: If it is none.
+        """
+        if not math.isfinite(loss):
+            raise TrainingDataError(
+                f"the loss is {loss} at step {self.done.step}; nothing was stored; lower "
+                f"learning_rate (now {self.settings.rate})"
+            )
+
+    def finish(self, pairs: Sequence[Pair], loss: float) -> None:
+        """Note a step whose gradients have been used."""
+        self.done.losses.append(loss)
+        self.done.num_rows += len(pairs)
+        self.done.num_tokens += sum(pair.row.num_tokens for pair in pairs)
+        if self.is_over and not self.held_out:
+            self.best, self.done.best_step = self.slots.materialized(), self.done.step
+
+    def looked(self, loss: float) -> None:
+        """Note the loss of the held-out rows; keep the prefixes if they are the best so far."""
+        self.done.validation.append((self.done.step, loss))
+        if self.done.step and loss <= min(loss for _, loss in self.done.validation):
+            self.best, self.done.best_step = self.slots.materialized(), self.done.step
+
+    def report(self) -> TrainingReport:
+        """What happened so far."""
+        done = self.done
+        return TrainingReport(
+            losses=tuple(done.losses),
+            validation=tuple(done.validation),
+            best_step=done.best_step,
+            num_rows=done.num_rows,
+            num_tokens=done.num_tokens,
+            seconds=done.seconds,
+            num_parameters=sum(p.numel() for p in self.slots.parameters()),
+        )
+
+    def _dropped(self, key: PrefixKey, prefix: Prefix, seed: int) -> Prefix:
+        """Without some of its slots: a draw of its own, the same in every process."""
+        own = random.Random(f"{seed}:{key.kind}:{key.name}").randrange(1 << 62)
+        chance = torch.rand(prefix.num_slots, generator=torch.Generator().manual_seed(own))
+        stays = chance >= self.settings.slot_dropout
+        stays[chance.argmax()] = True  # one at least
+        return Prefix(
+            prefix.geometry,
+            {site: rows[stays[: len(rows)]] for site, rows in prefix.slots.items()},
+        )
+
+
+def in_batches(rows: Sequence[TrainingRow], size: int) -> Iterator[list[TrainingRow]]:
+    """Rows in batches of similar length, shortest first."""
+    by_length = sorted(rows, key=lambda row: row.num_tokens)
+    yield from (by_length[at : at + size] for at in range(0, len(by_length), size))
+
+
+def _split(
+    rows: Sequence[TrainingRow], fraction: float, order: random.Random
+) -> tuple[list[TrainingRow], list[TrainingRow]]:
+    shuffled = order.sample(list(rows), len(rows))
+    num_held_out = round(fraction * len(rows))
+    if num_held_out == len(rows):
+        raise TrainingDataError(
+            f"validation {fraction} of {len(rows)} examples leaves none to learn from; lower "
+            "it, or give more examples"
+        )
+    return shuffled[num_held_out:], shuffled[:num_held_out]
+
+
+def _batches(
+    rows: Sequence[TrainingRow], size: int, order: random.Random
+) -> Iterator[list[TrainingRow]]:
+    """One pass in batches of similar length, shuffled."""
+    shuffled = order.sample(list(rows), len(rows))
+    run = size * _BUCKET
+    batches = []
+    for at in range(0, len(shuffled), run):
+        bucket = sorted(shuffled[at : at + run], key=lambda row: row.num_tokens)
+        batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+    order.shuffle(batches)
+    yield from batches
+
+
+def _endless(
+    rows: Sequence[TrainingRow], size: int, order: random.Random
+) -> Iterator[list[TrainingRow]]:
+    while True:
+        yield from _batches(rows, size, order)
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """Of the highest learning rate: a linear warm-up, then a cosine down to a tenth."""
+    warm_up = max(1, round(0.1 * steps))
+    if step <= warm_up:
+        return step / warm_up
+    done = (step - 1 - warm_up) / max(1, steps - warm_up)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,178 @@
+"""Many users in one run: each as it would be alone, and nobody harmed by another."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from controlprefix import ControlPrefix, Example, StoreError, TrainingDataError
+from controlprefix.training import objectives
+
+from models import build, byte_tokenizer
+
+QUICK: dict[str, Any] = {
+    "steps": 10,
+    "num_slots": 4,
+    "learning_rate": 0.2,
+    "progress": False,
+    "seed": 1,
+    "validation": 0.2,
+}
+TEXTS = {
+    "ana": [f"hello there {i}" for i in range(10)],
+    "bo": [f"AHOY {i * 7} AHOY AHOY" for i in range(7)],
+    "cy": ["one text only, of some length"],
+    "di": [f"di {'x' * i}" for i in range(20)],
+}
+
+
+def engine(name: str = "llama", store: str = "sqlite://") -> ControlPrefix:
+    return ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store=store)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+@pytest.mark.parametrize("settings", [{}, {"parameterization": "mlp", "slot_dropout": 0.3}])
+def test_users_together_learn_what_each_learns_alone(name: str, settings: dict[str, Any]) -> None:
+    rate = 0.02 if settings else 0.2
+    settings = {**QUICK, **settings, "learning_rate": rate, "width": 8}
+    crowd = engine(name)
+    together = crowd.train_users(TEXTS, together=3, **settings)
+    assert together.failed == {}
+    for user, texts in TEXTS.items():
+        lone = engine(name)
+        alone = lone.train_users({user: texts}, **settings).users[user]
+        mine = together.users[user]
+        assert mine.saved == alone.saved == {f"user {user!r}": 1}
+        assert mine.losses == pytest.approx(alone.losses, abs=1e-4)
+        assert mine.best_step == alone.best_step
+        assert [one for _, one in mine.validation] == pytest.approx(
+            [one for _, one in alone.validation], abs=1e-4
+        )
+        for site, slots in crowd.get("user", user).slots.items():
+            assert torch.allclose(slots, lone.get("user", user).slots[site], atol=2e-3)
+
+
+def test_users_learn_their_own_voice() -> None:
+    cp = engine()
+    cp.train_users(TEXTS, **{**QUICK, "steps": 40, "validation": 0})
+    text = Example(prompt="", raw=True, completion="hello there 3")
+    likely = {
+        user: cp.score([text.model_copy(update={"user": user})])[0].log_likelihood for user in TEXTS
+    }
+    assert likely["ana"] > max(likely[user] for user in ("bo", "di")) + 5
+
+
+def test_a_bad_user_is_reported_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad: dict[str, Any] = {
+        "empty": [],
+        "blank": ["  ", "\n"],
+        "number": [3],
+        "broken": ["half \ud83d"],
+        "bad\nname": ["text"],
+        "nan": ["makes the loss no number"],
+    }
+    honest = objectives.token_log_probs
+
+    def poisoned(model: Any, prompts: Any, targets: Any, **options: Any) -> Any:
+        log_probs, live = honest(model, prompts, targets, **options)
+        words = byte_tokenizer()("makes")["input_ids"]
+        poison = torch.tensor([list(row[: len(words)]) == words for row in targets])
+        return log_probs + torch.where(poison, math.nan, 0.0)[:, None], live
+
+    monkeypatch.setattr(objectives, "token_log_probs", poisoned)
+    cp, alone = engine(), engine()
+    mixed = {}
+    for (name, texts), (user, good) in zip(bad.items(), [*TEXTS.items()] * 2, strict=False):
+        mixed.update({name: texts, user: good})
+    report = cp.train_users(mixed, together=4, **QUICK)
+    expected = alone.train_users(TEXTS, together=4, **QUICK)
+    assert set(report.failed) == set(bad)
+    assert report.failed["empty"] == "user 'empty' has no text to learn from"
+    assert "the loss is nan at step" in report.failed["nan"]
+    assert "is a int, no text" in report.failed["number"]
+    assert "printable characters" in report.failed["bad\nname"]
+    assert set(report.users) == set(TEXTS)
+    for user, mine in report.users.items():
+        assert mine.losses == pytest.approx(expected.users[user].losses, abs=1e-4)
+    assert sorted(cp.names("user")) == sorted(TEXTS)
+
+
+def test_a_user_of_a_million_lines_is_learned_from_a_draw_of_them() -> None:
+    cp = engine()
+    texts = {"much": ["line"] * 1_000_000, "long": ["word " * 100_000], "ana": TEXTS["ana"]}
+    report = cp.train_users(texts, **{**QUICK, "steps": 2})
+    assert set(report.users) == set(texts)
+    assert report.users["long"].num_tokens < 10_000
+
+
+def test_any_number_of_users_needs_the_memory_of_a_few() -> None:
+    """They are asked for as there is room, and given to the store as they are done."""
+    cp = engine()
+    asked: list[int] = []
+    most = 0
+
+    def users() -> Iterator[tuple[str, list[str]]]:
+        nonlocal most
+        for i in range(12):
+            asked.append(i)
+            most = max(most, len(asked) - len(cp.names("user")))
+            yield f"user{i}", [f"text {i} of this user"] * (1 + i % 3)
+
+    report = cp.train_users(users(), together=3, **{**QUICK, "steps": 3, "validation": 0})
+    assert len(report.users) == len(cp.names("user")) == 12
+    assert most <= 4
+
+
+def test_a_run_that_is_broken_off_goes_on_with_those_who_are_left(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/prefixes.db"
+    cp = engine(store=url)
+
+    def broken_off() -> Iterator[tuple[str, list[str]]]:
+        for user, texts in TEXTS.items():
+            if user == "di":
+                raise KeyboardInterrupt
+            yield user, texts
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        cp.train_users(broken_off(), together=1, folder=folder, **QUICK)
+    assert sorted(cp.names("user")) == ["ana", "bo", "cy"]
+    with (folder / "finished.jsonl").open("a") as file:
+        file.write('{"user": "cut sh')
+    again = engine(store=url)
+    changed = {**TEXTS, "bo": [*TEXTS["bo"], "AND MORE"]}
+    report = again.train_users(changed, folder=folder, resume=True, **QUICK)
+    assert sorted(report.skipped) == ["ana", "cy"]
+    assert set(report.users) == {"bo", "di"}
+    assert [v.version for v in again.versions("user", "bo")] == [1, 2]
+
+
+def test_an_early_end_is_each_users_own() -> None:
+    settings = {**QUICK, "steps": 60, "evaluations": 30, "learning_rate": 5.0, "patience": 2}
+    report = engine().train_users(TEXTS, together=4, **settings)
+    lengths = {user: len(one.losses) for user, one in report.users.items()}
+    assert min(lengths["ana"], lengths["bo"], lengths["di"]) < 60
+    assert lengths["cy"] == 60  # one text: nothing to hold out
+    for user in ("ana", "bo", "di"):
+        looks = [loss for _, loss in report.users[user].validation]
+        assert report.users[user].best_loss == min(looks)
+
+
+def test_what_cannot_be_stored_is_refused_before_and_settings_are_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cp = engine()
+    with pytest.raises(TrainingDataError, match="together is 0"):
+        cp.train_users(TEXTS, together=0, **QUICK)
+    with pytest.raises(TrainingDataError, match="unknown setting 'lr'"):
+        cp.train_users(TEXTS, lr=1)
+
+    def refuse(*_: object) -> None:
+        raise StoreError("read only")
+
+    monkeypatch.setattr(cp.store, "require_writable", refuse)
+    with pytest.raises(StoreError, match="read only"):
+        cp.train_users(TEXTS, **QUICK)
