@@ -10,16 +10,17 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from controlprefix.assembly import PrefixBatch, assemble
+from controlprefix.assembly import Part, PrefixBatch, assemble
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
 from controlprefix.geometry import Geometry
-from controlprefix.likelihood import token_log_probs
+from controlprefix.guidance import spread
+from controlprefix.likelihood import guided_log_probs
 from controlprefix.loading import load
 from controlprefix.prefix import PayloadDtype, Prefix
 from controlprefix.request import Completion, Example, Request, Score
-from controlprefix.resolve import ResolvedPart, Resolver
+from controlprefix.resolve import Resolver
 from controlprefix.steering import Steering
 from controlprefix.store import KeyProvider, Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
 from controlprefix.text_prefix import prefix_from_tokens
@@ -147,7 +148,8 @@ class ControlPrefix:
         asked = _as_request(request, fields)
         if asked.num_beams > 1:
             raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
-        batch = self._assemble(self._resolver.resolve([asked]))
+        guidance = spread(self._resolver.resolve([asked]))
+        batch = self._assemble(guidance.rows)
         prompt = self._encoder.prompt_ids(asked)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancelled = threading.Event()
@@ -161,6 +163,7 @@ class ControlPrefix:
                         self._encoder,
                         [asked],
                         [prompt],
+                        guidance,
                         streamer=streamer,
                         cancelled=cancelled,
                     )
@@ -195,20 +198,17 @@ class ControlPrefix:
         )
         scores: dict[int, Score] = {}
         for chosen in _chunks(by_length, batch_size):
-            with (
-                torch.no_grad(),
-                self._steering.attached(self._assemble([resolved[i] for i in chosen])),
-            ):
-                log_probs, mask = token_log_probs(
+            guidance = spread([resolved[i] for i in chosen])
+            with torch.no_grad(), self._steering.attached(self._assemble(guidance.rows)):
+                log_probs = guided_log_probs(
                     self.model,
                     [encoded[i].prompt for i in chosen],
                     [encoded[i].completion for i in chosen],
+                    guidance,
                     pad_id=self._encoder.pad_id,
                 )
-            for i, row, live in zip(chosen, log_probs, mask, strict=True):
-                scores[i] = Score(
-                    log_likelihood=float(row.double().sum()), num_tokens=int(live.sum())
-                )
+            for i, row in zip(chosen, log_probs, strict=True):
+                scores[i] = Score(log_likelihood=float(row.double().sum()), num_tokens=len(row))
         return [scores[i] for i in range(len(examples))]
 
     @contextlib.contextmanager
@@ -218,9 +218,17 @@ class ControlPrefix:
         A call may have a multiple of the rows (beams, returned sequences): those of
         one request must stand together, as transformers arranges them. One request
         steers all rows. Threads started inside, such as a streamer's, are steered too.
+
+        Raises:
+            RequestError: If a strength is below 0: what the logits become is up to the caller.
         """
         rows = [_as_request(request, {}) for request in _as_rows(requests)]
-        batch = self._assemble(self._resolver.resolve(rows))
+        guidance = spread(self._resolver.resolve(rows))
+        if not guidance.is_plain:
+            raise RequestError(
+                "a strength below 0 changes logits, not attention; use generate, stream or score"
+            )
+        batch = self._assemble(guidance.rows)
         with self._steering.attached(batch, everywhere=True):
             yield batch
 
@@ -580,22 +588,23 @@ class ControlPrefix:
             groups.setdefault(batch_key(request), []).append(i)
         completions: dict[int, Completion] = {}
         for chosen in (c for group in groups.values() for c in _chunks(group, batch_size)):
-            batch = self._assemble([resolved[i] for i in chosen])
-            with self._steering.attached(batch):
+            guidance = spread([resolved[i] for i in chosen])
+            with self._steering.attached(self._assemble(guidance.rows)):
                 done = generate_batch(
                     self.model,
                     self._encoder,
                     [requests[i] for i in chosen],
                     [prompts[i] for i in chosen],
+                    guidance,
                 )
             for i, completion in zip(chosen, done, strict=True):
                 used = tuple(one.used for one in resolved[i])
                 completions[i] = completion.model_copy(update={"parts": used})
         return [completions[i] for i in range(len(requests))]
 
-    def _assemble(self, resolved: Sequence[Sequence[ResolvedPart]]) -> PrefixBatch:
+    def _assemble(self, rows: Sequence[Sequence[Part]]) -> PrefixBatch:
         return assemble(
-            [[one.part for one in row] for row in resolved],
+            rows,
             self.geometry,
             device=self.model.device,
             dtype=self.model.dtype,

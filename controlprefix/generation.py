@@ -26,9 +26,11 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from controlprefix.cache import growing_cache
 from controlprefix.encoding import RequestEncoder, pad_rows
+from controlprefix.guidance import Guidance, combined
 from controlprefix.request import Completion, Request
 
 
@@ -37,6 +39,7 @@ def generate_batch(
     encoder: RequestEncoder,
     requests: Sequence[Request],
     prompts: Sequence[Sequence[int]],
+    guidance: Guidance,
     *,
     streamer: Any = None,
     cancelled: threading.Event | None = None,
@@ -44,14 +47,18 @@ def generate_batch(
     """Generate for requests that agree on `batch_key`, in one batch.
 
     Args:
-        model: With the requests' prefix batch attached, in the same order.
+        model: With the prefix batch of `guidance.rows` attached.
         encoder: Of the model.
         requests: At least one.
         prompts: Their token ids, from `encoder.prompt_ids`.
+        guidance: Which rows there are.
         streamer: Of transformers, for a single request.
         cancelled: When set, generation ends at the next token.
     """
     left = not encoder.is_encoder_decoder
+    num_requests = len(requests)
+    requests = [requests[i] for i in guidance.requests]
+    prompts = [prompts[i] for i in guidance.requests]
     ids, mask = pad_rows(prompts, encoder.pad_id, left=left)
     device = model.device
     # What stands before the first new token of a row: its prompt, or a decoder's start token.
@@ -61,7 +68,10 @@ def generate_batch(
     processors, criteria = LogitsProcessorList(), StoppingCriteriaList()
     beams = requests[0].num_beams > 1
     if not beams and any(r.samples or r.repetition_penalty != 1.0 for r in requests):
-        processors.append(_RowChoices(requests, starts, device))
+        processors.append(_RowChoices(requests[:num_requests], starts, device))
+    if not guidance.is_plain:
+        processors = LogitsProcessorList([_Guided(guidance, processors)])
+        streamer = streamer and _OfTheFirstRow(streamer)
     if not beams:
         criteria.append(_RowLimits(requests, num_before, encoder))
     if cancelled is not None:
@@ -81,7 +91,7 @@ def generate_batch(
         )
     return [
         _completion(encoder, request, prompt, row[num_before:].tolist())
-        for request, prompt, row in zip(requests, prompts, sequences, strict=True)
+        for request, prompt, row in [*zip(requests, prompts, sequences, strict=True)][:num_requests]
     ]
 
 
@@ -124,7 +134,7 @@ class _RowChoices(LogitsProcessor):
         self, requests: Sequence[Request], starts: Sequence[int], device: torch.device
     ) -> None:
         self._rows = []
-        for i, (request, start) in enumerate(zip(requests, starts, strict=True)):
+        for i, (request, start) in enumerate(zip(requests, starts, strict=False)):
             warpers: list[Any] = []
             if request.repetition_penalty != 1.0:
                 warpers.append(RepetitionPenaltyLogitsProcessor(request.repetition_penalty))
@@ -157,6 +167,36 @@ class _RowChoices(LogitsProcessor):
                 row = row - noise.clamp_min(torch.finfo(row.dtype).tiny).log()
             scores[i] = row[0]
         return scores
+
+
+class _Guided(LogitsProcessor):
+    """Puts a request's rows together before its choice, and has them all make it."""
+
+    def __init__(self, guidance: Guidance, choices: LogitsProcessorList) -> None:
+        self._guidance = guidance
+        self._choices = choices
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        for i, terms in enumerate(self._guidance.terms):
+            if terms:
+                rows = [scores[term.row] for term in terms]
+                scores[i] = combined(scores[i], rows, [term.weight for term in terms])
+        scores = self._choices(input_ids, scores)  # type: ignore[arg-type]  # a Tensor will do
+        return scores[self._guidance.requests]
+
+
+class _OfTheFirstRow(BaseStreamer):
+    """Shows a streamer, which takes one row, the request's own."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(value[:1])
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
 class _RowLimits(StoppingCriteria):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from controlprefix.encoding import pad_rows
+from controlprefix.guidance import Guidance, combined
 
 
 def token_log_probs(
@@ -45,6 +46,39 @@ def token_log_probs(
         ]
     )
     return losses.new_zeros(live.shape).masked_scatter(live, -losses), live
+
+
+def guided_log_probs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    guidance: Guidance,
+    *,
+    pad_id: int,
+) -> list[Tensor]:
+    """The same for requests, some of which have rows that lead away from parts.
+
+    Args:
+        model: With the prefix batch of `guidance.rows` attached.
+        prompts, targets, pad_id: Of the requests, as in `token_log_probs`.
+        guidance: Which rows there are.
+
+    Returns:
+        For each request, the log-probabilities of its targets, float32.
+    """
+    chosen = [targets[i] for i in guidance.requests]
+    logits, wanted, _ = target_logits(
+        model, [prompts[i] for i in guidance.requests], chosen, pad_id=pad_id
+    )
+    lengths = [len(target) for target in chosen]
+    rows, tokens = logits.split(lengths), wanted.split(lengths)
+    return [
+        -_losses(
+            combined(rows[i], [rows[term.row] for term in terms], [term.weight for term in terms]),
+            tokens[i],
+        )
+        for i, terms in enumerate(guidance.terms)
+    ]
 
 
 def divergences(logits: Tensor, teacher: Tensor) -> Tensor:

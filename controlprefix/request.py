@@ -31,7 +31,7 @@ class Request(BaseModel):
         attributes: For each attribute its label, or labels with weights.
         user: The user whose prefix to add.
         strengths: Multiplies parts: keys are `task`, `user`, or an attribute; 0 is
-            absent, 1 as trained.
+            absent, 1 as trained, below 0 leads away from the part (at the price of a row).
         max_new_tokens: Tokens to generate at most.
         temperature, top_k, top_p, min_p: Sample; with none of them, decoding is greedy.
             The lowest temperature is 0.001.
@@ -97,6 +97,8 @@ class Request(BaseModel):
                     f"{known_names(part, ['task', 'user', *self.attributes])}"
                 )
             _check_strength(strength, f"of {part!r}")
+        if self.num_beams > 1 and self._leads_away():
+            raise ValueError("num_beams above 1 cannot be combined with strengths below 0")
         if self.num_beams > 1 and self.samples:
             raise ValueError(
                 "num_beams above 1 does not sample; leave temperature, top_* and min_p out"
@@ -104,6 +106,10 @@ class Request(BaseModel):
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which ends every completion at once")
         return self
+
+    def _leads_away(self) -> bool:
+        weights = [label.weight for label in weighted_labels(self.attributes)]
+        return any(strength < 0 for strength in (*weights, *self.strengths.values()))
 
     def _check_prompt(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -197,11 +203,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _check_strength(strength: float, what: str) -> None:
     if not math.isfinite(strength):
-        raise ValueError(f"strength {what} is {strength}; give a finite number >= 0")
-    if strength < 0:
-        raise ValueError(
-            f"strength {what} is {strength}; below 0 is not supported, 0 leaves the part out"
-        )
+        raise ValueError(f"strength {what} is {strength}; give a finite number")
 
 
 def _explain(error: ValidationError, fields: Mapping[str, Any]) -> str:

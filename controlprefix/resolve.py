@@ -23,7 +23,10 @@ class NamedPart(NamedTuple):
 
 
 class ResolvedPart(NamedTuple):
-    """One part that a request names, and the prefix found for it."""
+    """One part that a request names, and the prefix found for it.
+
+    A part at a strength below 0, which `used` says, is there as trained: see `guidance`.
+    """
 
     used: PartUsed
     part: Part
@@ -153,4 +156,4 @@ class Found(NamedTuple):
         """As one part of a request."""
         kind, name = self.key
         used = PartUsed(kind=kind, name=name, version=self.version, strength=strength)
-        return ResolvedPart(used, Part(self.prefix, strength))
+        return ResolvedPart(used, Part(self.prefix, strength if strength >= 0 else 1.0))

@@ -30,7 +30,10 @@ from controlprefix.generation import hold_back_stops
         ({"prompt": "x", "user": "\udfff"}, "half a surrogate pair"),
         ({"prompt": 3}, "prompt: Input should be a valid string"),
         ({"prompt": "x", "strengths": {"user": math.inf}}, "strength of 'user' is inf"),
-        ({"prompt": "x", "strengths": {"user": -1}}, "below 0 is not supported"),
+        (
+            {"prompt": "x", "num_beams": 2, "attributes": {"tone": {"warm": -1}}},
+            "strengths below 0",
+        ),
         ({"prompt": "x", "strengths": {"tone": 1}}, "names 'tone'; this request has: task, user"),
         (
             {"prompt": "x", "temperature": 0},

@@ -158,6 +158,11 @@ def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) ->
             )
     kinds = {_KINDS[what] for what in learn}
     for i, row in enumerate(examples, 1):
+        if any(part.strength < 0 for part in named_parts(row)):
+            raise TrainingDataError(
+                f"row {i} has a strength below 0, which leads away from a prefix; it teaches none"
+            )
+    for i, row in enumerate(examples, 1):
         if not any(part.key.kind in kinds and part.strength > 0 for part in named_parts(row)):
             raise TrainingDataError(
                 f"row {i} has none of what is to be learned ({', '.join(learn)}); leave it out or "

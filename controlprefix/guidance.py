@@ -1,0 +1,77 @@
+"""Negative strengths: away from a part, in the space of logits.
+
+A slot's attention mass cannot fall below nothing. So a part at strength `w < 0` gets a row of
+its own beside the request's, and what it changes there is taken away:
+
+    logits = base + Σ w_i (with_i − base)
+
+where `base` attends to the request's other parts, and `with_i` to those and part i. All rows
+of a request write the same tokens.
+
+Reference:
+    Sanchez et al., "Stay on topic with Classifier-Free Guidance", 2023,
+    https://arxiv.org/abs/2306.17806, whose scale is 1 − w with the part as the negative prompt.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from controlprefix.assembly import Part
+from controlprefix.resolve import ResolvedPart
+
+
+class Term(NamedTuple):
+    """A row whose difference from another is added to it."""
+
+    row: int
+    weight: float
+
+
+class Guidance(NamedTuple):
+    """Which rows of a batch serve which request.
+
+    Attributes:
+        rows: The parts of each row.
+        requests: For each row, the index of its request. The first rows are the requests' own,
+            in order.
+        terms: For each request, what is added to its own row.
+    """
+
+    rows: list[list[Part]]
+    requests: list[int]
+    terms: list[list[Term]]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no row is there for another."""
+        return len(self.rows) == len(self.terms)
+
+
+def spread(resolved: Sequence[Sequence[ResolvedPart]]) -> Guidance:
+    """The rows that requests need, from their parts."""
+    rows = [[one.part for one in parts if one.used.strength >= 0] for parts in resolved]
+    requests = list(range(len(rows)))
+    terms: list[list[Term]] = []
+    for i, parts in enumerate(resolved):
+        terms.append([])
+        for one in parts:
+            if one.used.strength < 0:
+                terms[i].append(Term(len(rows), one.used.strength))
+                rows.append([*rows[i], one.part])
+                requests.append(i)
+    return Guidance(rows, requests, terms)
+
+
+def combined(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Logits of one request from those of its rows, in float32.
+
+    Where the base rules a token out, it stays out.
+    """
+    base = base.float()
+    found = base.clone()
+    for row, weight in zip(rows, weights, strict=True):
+        found += weight * (row.float() - base)
+    return torch.where(base.isfinite(), found, base)

@@ -1,0 +1,136 @@
+"""Strengths below 0 lead away from a part, exactly as the formula says, in any batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError, TrainingDataError
+
+from models import build, byte_tokenizer
+
+NAMES = {"task": "note", "attribute": "tone=warm", "user": "ana"}
+
+
+def engine(name: str) -> ControlPrefix:
+    cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
+    for seed, (kind, part) in enumerate(NAMES.items()):
+        prefix = Prefix.random(cp.geometry, num_slots=3 + seed, scale=1.0, seed=seed)
+        cp.put(kind, part, prefix)  # type: ignore[arg-type]
+    return cp
+
+
+@pytest.fixture(scope="module", params=["llama", "bart"])
+def steered(request: pytest.FixtureRequest) -> ControlPrefix:
+    return engine(request.param)
+
+
+PARTS: list[dict[str, Any]] = [
+    {"task": "note", "attributes": {"tone": {"warm": -0.7}}},
+    {"task": "note", "user": "ana", "strengths": {"user": -1.5, "task": 0.5}},
+    {"attributes": {"tone": {"warm": -1.0}}, "user": "ana", "strengths": {"user": -0.5}},
+]
+
+
+def rows_of(parts: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[dict[str, Any], float]]]:
+    """The base, and each part that is led away from beside it: written out by hand."""
+    return {
+        0: ({"task": "note"}, [({"task": "note", "attributes": {"tone": "warm"}}, -0.7)]),
+        1: (
+            {"task": "note", "strengths": {"task": 0.5}},
+            [({"task": "note", "user": "ana", "strengths": {"task": 0.5}}, -1.5)],
+        ),
+        2: ({}, [({"attributes": {"tone": "warm"}}, -1.0), ({"user": "ana"}, -0.5)]),
+    }[PARTS.index(parts)]
+
+
+def logits_after(cp: ControlPrefix, prompt: str, new: list[int], **parts: Any) -> torch.Tensor:
+    ids = torch.tensor([cp.tokenizer(prompt)["input_ids"]])
+    inputs = {"input_ids": torch.cat([ids, torch.tensor([new], dtype=torch.long)], 1)}
+    if cp.model.config.is_encoder_decoder:
+        start = [cp.model.config.decoder_start_token_id]
+        inputs = {"input_ids": ids, "decoder_input_ids": torch.tensor([[*start, *new]])}
+    with torch.no_grad(), cp.assembled(Request(prompt=prompt, raw=True, **parts)):
+        return cp.model(**inputs).logits[0, -1]
+
+
+def reference(cp: ControlPrefix, prompt: str, new: list[int], parts: dict[str, Any]) -> Any:
+    base_parts, others = rows_of(parts)
+    base = logits_after(cp, prompt, new, **base_parts)
+    return base + sum(w * (logits_after(cp, prompt, new, **p) - base) for p, w in others)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_greedy_tokens_are_those_of_the_formula(
+    steered: ControlPrefix, parts: dict[str, Any]
+) -> None:
+    new: list[int] = []
+    while len(new) < 8 and (not new or new[-1] != 1):
+        new.append(int(reference(steered, "Hello", new, parts).argmax()))
+    request = Request(prompt="Hello", raw=True, max_new_tokens=8, **parts)
+    plain = Request(prompt="Bye", raw=True, max_new_tokens=8)
+    (_, mixed, _) = steered.generate([plain, request, plain])
+    written = [token for token in new if token != 1]
+    expected = steered.tokenizer.decode(written, skip_special_tokens=True)
+    assert steered.generate(request).text == mixed.text == expected
+    assert {one.strength < 0 for one in mixed.parts} >= {True}
+    assert "".join(steered.stream(request)) == expected
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_scores_are_those_of_the_formula(steered: ControlPrefix, parts: dict[str, Any]) -> None:
+    completion = "ok then"
+    ids = steered.tokenizer(completion)["input_ids"]
+    expected = 0.0
+    for i, token in enumerate(ids):
+        logits = reference(steered, "Hello", ids[:i], parts).double()
+        expected += float(logits.log_softmax(-1)[token])
+    example = Example(prompt="Hello", raw=True, completion=completion, **parts)
+    other = Example(prompt="Hi", raw=True, completion="x", user="ana")
+    alone = steered.score([example])[0]
+    mixed = steered.score([other, example, other])[1]
+    assert alone.log_likelihood == pytest.approx(expected, abs=1e-3)
+    assert mixed.log_likelihood == pytest.approx(expected, abs=1e-3)
+    assert alone.num_tokens == len(ids)
+
+
+@given(weight=st.floats(-2, 2), seed=st.integers(0, 3))
+@settings(max_examples=15, deadline=None)
+def test_a_row_that_leads_away_gives_what_it_gives_alone(weight: float, seed: int) -> None:
+    cp = _cp()
+    request = Request(
+        prompt="Hello",
+        raw=True,
+        user="ana",
+        strengths={"user": weight},
+        temperature=1.0,
+        seed=seed,
+        max_new_tokens=6,
+    )
+    others = [Request(prompt="Hi there", raw=True, task="note", max_new_tokens=9)] * 2
+    assert cp.generate([others[0], request, others[1]])[1].text == cp.generate(request).text
+
+
+_made: list[ControlPrefix] = []
+
+
+def _cp() -> ControlPrefix:
+    if not _made:
+        _made.append(engine("llama"))
+    return _made[0]
+
+
+def test_where_it_cannot_be_had_it_is_refused() -> None:
+    cp = _cp()
+    away = {"user": "ana", "strengths": {"user": -1.0}}
+    with (
+        pytest.raises(RequestError, match="use generate, stream or score"),
+        cp.assembled(Request(prompt="x", **away)),
+    ):
+        pass
+    with pytest.raises(RequestError, match="num_beams above 1 cannot be combined"):
+        Request(prompt="x", num_beams=2, **away)
+    with pytest.raises(TrainingDataError, match="row 1 has a strength below 0"):
+        cp.train([Example(prompt="x", completion="y", task="note", **away)], learn="task")
