@@ -6,5 +6,14 @@ from controlprefix.attributes.labels import (
     require_known,
     weighted_labels,
 )
+from controlprefix.attributes.space import Attribute, AttributeSpace, Label
 
-__all__ = ["WeightedLabel", "attribute_name", "require_known", "weighted_labels"]
+__all__ = [
+    "Attribute",
+    "AttributeSpace",
+    "Label",
+    "WeightedLabel",
+    "attribute_name",
+    "require_known",
+    "weighted_labels",
+]

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from controlprefix.errors import (
+    AttributeSpaceError,
     ContextLengthError,
     ControlPrefixError,
     GeometryMismatchError,
@@ -19,6 +20,7 @@ from controlprefix.errors import (
 
 if TYPE_CHECKING:
     from controlprefix.assembly import Part, PrefixBatch, assemble
+    from controlprefix.attributes import AttributeSpace
     from controlprefix.engine import ControlPrefix
     from controlprefix.geometry import Geometry
     from controlprefix.prefix import Prefix
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 
 # Loaded on first use, so that importing this package does not import torch.
 _HOMES = {
+    "AttributeSpace": "attributes",
     "Completion": "request",
     "ControlPrefix": "engine",
     "Example": "request",
@@ -42,6 +45,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttributeSpace",
+    "AttributeSpaceError",
     "Completion",
     "ContextLengthError",
     "ControlPrefix",

@@ -24,7 +24,9 @@ app = typer.Typer(
 users = typer.Typer(help="See, roll back and forget users.", no_args_is_help=True)
 prefixes = typer.Typer(help="See and roll back stored prefixes.", no_args_is_help=True)
 stores = typer.Typer(help="Look after the database.", no_args_is_help=True)
+spaces = typer.Typer(help="The file that says which attributes there are.", no_args_is_help=True)
 app.add_typer(users, name="users")
+app.add_typer(spaces, name="attributes")
 app.add_typer(prefixes, name="prefixes")
 app.add_typer(stores, name="store")
 # Into a file or a log, tables may be wider than the 80 columns rich assumes.
@@ -39,6 +41,14 @@ StoreOption = Annotated[
 TenantOption = Annotated[str, typer.Option("--tenant", help="Whose prefixes these are.")]
 TaskOption = Annotated[str | None, typer.Option("--task", help="The task's prefix.")]
 UserOption = Annotated[str | None, typer.Option("--user", help="The user's prefix.")]
+SpaceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--attributes",
+        envvar="CONTROLPREFIX_ATTRIBUTES",
+        help="A file that says which attributes there are.",
+    ),
+]
 MODEL, STORE, TENANT = "smollm2", "sqlite:///prefixes.db", "default"
 
 
@@ -105,6 +115,7 @@ def train(
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
+    attributes: SpaceOption = None,
 ) -> None:
     """Learn prefixes from examples and store them as new versions.
 
@@ -117,7 +128,7 @@ def train(
     if resume and folder is None:
         folder = Path(f"{data.stem}.run")
     examples = read_examples(data, **({"task": task} if task else {}))
-    cp = _open(model, store, tenant)
+    cp = _open(model, store, tenant, attributes)
     report = cp.train(
         examples,
         learn=cast(Any, _listed(learn)),
@@ -313,6 +324,7 @@ def generate(
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
+    attributes: SpaceOption = None,
 ) -> None:
     """Generate text, printed as it comes."""
     from controlprefix.request import Request
@@ -332,7 +344,7 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
-    for piece in _open(model, store, tenant).stream(request):
+    for piece in _open(model, store, tenant, attributes).stream(request):
         out.print(piece, end="", markup=False, soft_wrap=True)
     out.print()
 
@@ -343,12 +355,13 @@ def score(
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
+    attributes: SpaceOption = None,
 ) -> None:
     """How likely the steered model finds the completions of a file."""
     from controlprefix.data import read_examples
 
     examples = read_examples(data)
-    scores = _open(model, store, tenant).score(examples)
+    scores = _open(model, store, tenant, attributes).score(examples)
     tokens = sum(one.num_tokens for one in scores)
     nats = -sum(one.log_likelihood for one in scores)
     out.print(f"{len(scores)} examples, {tokens} tokens: {nats / tokens:.4f} nats a token")
@@ -509,6 +522,62 @@ def upgrade_store(store: StoreOption = STORE) -> None:
         out.print(f"upgraded the store from schema {before or 'none'} to {after}")
 
 
+SpaceFile = Annotated[Path, typer.Argument(help="The file.")]
+SPACE = Path("attributes.yaml")
+
+
+@spaces.command("init")
+def init_attributes(
+    file: SpaceFile = SPACE, store: StoreOption = STORE, tenant: TenantOption = TENANT
+) -> None:
+    """Write a file to begin with: the labels that are stored, or an example."""
+    from controlprefix.attributes.scaffold import scaffold
+
+    if file.exists():
+        raise RequestError(f"{file} exists already; give another name, or remove it")
+    with _store(store, tenant) as opened:
+        labels = {found.key.name for found in opened.prefixes("attribute")}
+    try:
+        file.write_text(scaffold(labels), encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"cannot write {file}: {error}") from error
+    out.print(f"written: {file}; check it with: controlprefix attributes check {file}")
+
+
+@spaces.command("show")
+def show_attributes(
+    file: SpaceFile = SPACE, store: StoreOption = STORE, tenant: TenantOption = TENANT
+) -> None:
+    """All labels, what they mean, and which have a prefix."""
+    from controlprefix.attributes import AttributeSpace
+
+    space = AttributeSpace.read(file)
+    with _store(store, tenant) as opened:
+        stored = {found.key.name for found in opened.prefixes("attribute")}
+    table = Table("attribute", "label", "default", "opposite", "prefix", "description")
+    for name, attribute in space.attributes.items():
+        for label, about in attribute.labels.items():
+            table.add_row(
+                name,
+                label,
+                "yes" if attribute.default == label else "",
+                about.opposite or "",
+                "yes" if f"{name}={label}" in stored else "none yet",
+                about.description,
+            )
+    out.print(table)
+
+
+@spaces.command("check")
+def check_attributes(file: SpaceFile = SPACE) -> None:
+    """Say whether the file makes sense, and which lines do not."""
+    from controlprefix.attributes import AttributeSpace
+
+    space = AttributeSpace.read(file)
+    labels = sum(len(one.labels) for one in space.attributes.values())
+    out.print(f"{file}: {len(space.attributes)} attributes with {labels} labels")
+
+
 def main() -> None:
     """Run the command line; an error of ours is one line on standard error and exit code 2."""
     try:
@@ -520,7 +589,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _open(model: str, store: str, tenant: str) -> "ControlPrefix":
+def _open(model: str, store: str, tenant: str, attributes: Path | None = None) -> "ControlPrefix":
     from accelerate import PartialState
 
     from controlprefix.engine import ControlPrefix
@@ -528,7 +597,9 @@ def _open(model: str, store: str, tenant: str) -> "ControlPrefix":
     _quiet()
     # A GPU if there is one, and each process that accelerate started has its own.
     device = PartialState().device
-    return ControlPrefix.from_pretrained(model, store=store, tenant=tenant, device=device)
+    return ControlPrefix.from_pretrained(
+        model, store=store, tenant=tenant, device=device, attributes=attributes
+    )
 
 
 def _accelerator(tracker: str, folder: Path | None) -> Any:

@@ -4,13 +4,14 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self, TypeVar, overload
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from controlprefix.assembly import Part, PrefixBatch, assemble
+from controlprefix.attributes import AttributeSpace
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
@@ -41,6 +42,8 @@ from controlprefix.training import (
     usable_texts,
 )
 
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
 
 class ControlPrefix:
     """A frozen model, a store of prefixes for one tenant, and what to do with them.
@@ -49,11 +52,16 @@ class ControlPrefix:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, store: PrefixStore
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        store: PrefixStore,
+        attributes: AttributeSpace | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.store = store
+        self.attributes = attributes
         self._encoder = RequestEncoder(model, tokenizer)
         self._steering = Steering.of(model)
         self._resolver = Resolver(
@@ -70,6 +78,7 @@ class ControlPrefix:
         store: str = "sqlite:///prefixes.db",
         tenant: str = "default",
         keys: KeyProvider | None = None,
+        attributes: AttributeSpace | str | Path | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
     ) -> Self:
@@ -82,6 +91,9 @@ class ControlPrefix:
             store: An SQLAlchemy URL; `"sqlite://"` keeps everything in memory.
             tenant: Whose prefixes these are.
             keys: To encrypt stored prefixes with, such as `controlprefix.store.JsonKeys`.
+            attributes: Which attributes and labels there are, or a YAML file that says it
+                (see `controlprefix.attributes.space`): others are refused, what a request
+                leaves open gets its default, and training takes its slots from there.
             dtype: Of the weights, for a model that is loaded here; `"auto"` is the one
                 they are stored in.
             device: To put the model on.
@@ -89,11 +101,14 @@ class ControlPrefix:
         Raises:
             UnsupportedModelError: If slots cannot be attended to in this model.
             StoreError: If the store cannot be opened.
+            AttributeSpaceError: If the file of attributes does not make sense.
             ControlPrefixError: If nothing can be loaded under that name.
         """
+        if isinstance(attributes, (str, Path)):
+            attributes = AttributeSpace.read(attributes)
         opened = PrefixStore(store, tenant=tenant, keys=keys)
         loaded, its_tokenizer = load(model, tokenizer=tokenizer, dtype=dtype, device=device)
-        return cls(loaded, its_tokenizer, opened)
+        return cls(loaded, its_tokenizer, opened, attributes)
 
     @property
     def geometry(self) -> Geometry:
@@ -133,7 +148,7 @@ class ControlPrefix:
             RequestError: If a request cannot be carried out as written.
             UnknownNameError: If it names a task, label or user that does not exist.
         """
-        rows = [_as_request(row, fields) for row in _as_rows(request)]
+        rows = [self._asked(row, fields) for row in _as_rows(request)]
         completions = self._generate(rows, batch_size)
         return completions[0] if _is_one(request) else completions
 
@@ -145,7 +160,7 @@ class ControlPrefix:
         Raises:
             RequestError, UnknownNameError: As `generate`, when the first piece is asked for.
         """
-        asked = _as_request(request, fields)
+        asked = self._asked(request, fields)
         if asked.num_beams > 1:
             raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
         guidance = spread(self._resolver.resolve([asked]))
@@ -190,7 +205,7 @@ class ControlPrefix:
         Raises:
             RequestError, UnknownNameError: As `generate`.
         """
-        examples = require_examples(examples)
+        examples = self._complete(require_examples(examples))
         encoded = [self._encoder.encode(example) for example in examples]
         resolved = self._resolver.resolve(examples)
         by_length = sorted(
@@ -222,7 +237,7 @@ class ControlPrefix:
         Raises:
             RequestError: If a strength is below 0: what the logits become is up to the caller.
         """
-        rows = [_as_request(request, {}) for request in _as_rows(requests)]
+        rows = [self._asked(request, {}) for request in _as_rows(requests)]
         guidance = spread(self._resolver.resolve(rows))
         if not guidance.is_plain:
             raise RequestError(
@@ -275,10 +290,15 @@ class ControlPrefix:
         Raises:
             TrainingDataError: If the examples cannot be learned from.
         """
-        rows = require_examples(examples)
+        rows = self._complete(require_examples(examples))
         chosen = TrainingSettings.of(settings)
         prepared = self._trainer.prepare(
-            rows, learn=learn, num_slots=num_slots, init=init, seed=chosen.seed
+            rows,
+            learn=learn,
+            num_slots=num_slots,
+            init=init,
+            seed=chosen.seed,
+            slots_of=self._slots_of,
         )
         return self._trainer.learn(
             prepared, chosen, folder, resume=resume, progress=progress, accelerator=accelerator
@@ -366,7 +386,7 @@ class ControlPrefix:
             TrainingDataError: If the examples cannot be learned from.
         """
         return self._trainer.sweep(
-            require_examples(examples),
+            self._complete(require_examples(examples)),
             slots=slots,
             parameterizations=parameterizations,
             learn=learn,
@@ -394,7 +414,8 @@ class ControlPrefix:
             UnknownNameError: If there is no such prefix, or none of another part.
             TrainingDataError: If the examples do not name it, or it gains nothing on them.
         """
-        return self._trainer.shorten(PrefixKey(kind, name), require_examples(examples), keep=keep)
+        rows = self._complete(require_examples(examples))
+        return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
 
     def train_users(
         self,
@@ -565,7 +586,7 @@ class ControlPrefix:
         Raises:
             UnknownNameError: If one of them does not exist.
         """
-        self._resolver.resolve([_as_request(request, {}) for request in _as_rows(requests)])
+        self._resolver.resolve([self._asked(request, {}) for request in _as_rows(requests)])
 
     def forget_user(self, user: str) -> int:
         """Remove every version of a user's prefix and all kept texts, here and from memory.
@@ -579,6 +600,26 @@ class ControlPrefix:
         return removed
 
     # --- the way of a request ----------------------------------------------------------------
+
+    def _asked(self, request: str | Request, fields: Mapping[str, Any]) -> Request:
+        """A request as it was asked, completed from the attribute space."""
+        (found,) = self._complete([_as_request(request, fields)])
+        return found
+
+    def _slots_of(self, key: PrefixKey) -> int | None:
+        """What the attribute space says of a label's slots."""
+        attribute = key.name.partition("=")[0]
+        if self.attributes is None or key.kind != "attribute":
+            return None
+        return self.attributes.attributes[attribute].slots
+
+    def _complete(self, requests: Sequence[AnyRequest]) -> list[AnyRequest]:
+        if self.attributes is None:
+            return list(requests)
+        return [
+            one.model_copy(update={"attributes": self.attributes.complete(one.attributes)})
+            for one in requests
+        ]
 
     def _generate(self, requests: Sequence[Request], batch_size: int) -> list[Completion]:
         resolved = self._resolver.resolve(requests)

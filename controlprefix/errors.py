@@ -8,6 +8,7 @@
     ├── GeometryMismatchError     a prefix made for another model or other weights
     ├── UnsupportedModelError     a model whose attention cannot take slots
     ├── TrainingDataError         examples that cannot be learned from
+    ├── AttributeSpaceError       a file of attributes that does not make sense
     └── StoreError                the store cannot be opened, read or written
 
 Each is also the built-in error it resembles, so `except ValueError` works too.
@@ -47,6 +48,10 @@ class UnsupportedModelError(ControlPrefixError, TypeError):
 
 class TrainingDataError(ControlPrefixError, ValueError):
     """Examples that cannot be learned from."""
+
+
+class AttributeSpaceError(ControlPrefixError, ValueError):
+    """A file of attributes that does not make sense."""
 
 
 class StoreError(ControlPrefixError, OSError):

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -61,8 +61,11 @@ def prepare(
     num_slots: int | Mapping[Learned, int],
     init: Start | Given,
     seed: int,
+    slots_of: Callable[[PrefixKey], int | None] | None = None,
 ) -> Preparation:
     """Divide what examples name into learned and frozen, and begin the learned.
+
+    `slots_of` says how many slots one prefix has, where that is not `num_slots`.
 
     Raises:
         TrainingDataError: If the examples cannot be learned from.
@@ -92,7 +95,9 @@ def prepare(
     known = store.fetch(keys, fingerprint) if default == "stored" else {}
     start: dict[PrefixKey, Prefix] = {}
     for index, key in enumerate(keys):
-        count = _slots_for(key.kind, num_slots, encoder.context)
+        own_slots = slots_of(key) if slots_of else None
+        wanted = num_slots if own_slots is None else own_slots
+        count = _slots_for(key.kind, wanted, encoder.context)
         own = given.get(key)
         if isinstance(own, Prefix):
             geometry.require(own.geometry, f"the start of {key}")

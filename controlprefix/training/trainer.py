@@ -1,6 +1,6 @@
 """Trainer: examples or an instruction in, stored prefixes out, for one model and one store."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Trainer:
         num_slots: int | Mapping[Learned, int],
         init: Start | Given,
         seed: int,
+        slots_of: Callable[[PrefixKey], int | None] | None = None,
     ) -> Preparation:
         """See `controlprefix.training.preparation.prepare`."""
         return prepare(
@@ -66,6 +67,7 @@ class Trainer:
             num_slots=num_slots,
             init=init,
             seed=seed,
+            slots_of=slots_of,
         )
 
     def prepare_to_distill(

@@ -1,0 +1,158 @@
+"""The file of attributes: what it says, where it is wrong, and what requests get from it."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from controlprefix import (
+    AttributeSpace,
+    AttributeSpaceError,
+    ControlPrefix,
+    Example,
+    Prefix,
+    Request,
+    RequestError,
+    UnknownNameError,
+)
+from controlprefix.attributes.scaffold import scaffold
+from controlprefix.cli import app
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore
+
+from models import build, byte_tokenizer
+
+FILE = """\
+attributes:
+  formality:
+    description: How formal the wording is.
+    exclusive: true
+    default: neutral
+    slots: 5
+    labels:
+      formal: {description: Courteous., opposite: casual}
+      casual: {opposite: formal}
+      neutral:
+  tone:
+    labels: [warm, brief]
+"""
+
+
+def test_a_file_says_attributes_labels_and_what_they_mean() -> None:
+    space = AttributeSpace.parse(FILE)
+    formality = space.attributes["formality"]
+    assert list(formality.labels) == ["formal", "casual", "neutral"]
+    assert formality.labels["formal"].opposite == "casual"
+    assert (formality.default, formality.exclusive, formality.slots) == ("neutral", True, 5)
+    assert list(space.attributes["tone"].labels) == ["warm", "brief"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("default: neutral", "default: netral", "line 2: .*did you mean 'neutral'"),
+        ("opposite: casual", "opposite: formal", "line 2: .*the opposite of 'formal'"),
+        ("exclusive: true", "exlusive: true", "line 4: .*there is no 'exlusive' here"),
+        ("slots: 5", "slots: none", "line 6: .*valid integer"),
+        ("slots: 5", "slots: 0", "line 6: .*greater than or equal to 1"),
+        ("description: Courteous.", "text: x", "line 8: .*there is no 'text' here"),
+        ("labels: [warm, brief]", "labels: []", "line 12: .*at least 1 item"),
+        ("labels: [warm, brief]", "labels: [warm, brief", "line 1[23]: "),
+        ("casual: {", "formal: {", "line 9: 'formal' stands in line 8 already"),
+        ("  tone:", "  task:", "line 1: .*'task' cannot be the name of an attribute"),
+        ("attributes:", "attribute:", "line 1: attributes: Field required\n.*no 'attribute' here"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(before: str, after: str, message: str) -> None:
+    assert FILE.count(before) == 1
+    with pytest.raises(AttributeSpaceError, match=f"my.yaml:? ?{message}"):
+        AttributeSpace.parse(FILE.replace(before, after), name="my.yaml")
+
+
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    for text in ("", "[]", "a: *b", "!!python/object:os.system {}", "x" * 10, "- " * 3000):
+        with pytest.raises(AttributeSpaceError):
+            AttributeSpace.parse(text)
+    with pytest.raises(AttributeSpaceError, match="cannot read"):
+        AttributeSpace.read(tmp_path / "missing.yaml")
+
+
+@given(st.sets(st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1)))
+def test_a_scaffold_is_read_back_whatever_the_labels_are_called(labels: set[str]) -> None:
+    names = {f"a={label}" for label in labels if label.strip() and "=" not in label}
+    space = AttributeSpace.parse(scaffold(names))
+    if names:
+        assert {f"a={label}" for label in space.attributes["a"].labels} == names
+    else:
+        assert set(space.attributes) == {"formality", "tone"}
+
+
+def test_defaults_are_filled_in_and_others_are_refused() -> None:
+    space = AttributeSpace.parse(FILE)
+    assert space.complete({}) == {"formality": "neutral"}
+    assert space.complete({"formality": "formal"}) == {"formality": "formal"}
+    mixture = {"tone": {"warm": 0.5, "brief": 0.5}}
+    assert space.complete(mixture) == {**mixture, "formality": "neutral"}
+    assert space.complete({"formality": {"formal": 1.0, "casual": 0.0}})
+    with pytest.raises(RequestError, match="'formality' is exclusive, and casual, formal were"):
+        space.complete({"formality": {"formal": 0.5, "casual": 0.5}})
+    with pytest.raises(UnknownNameError, match="no label 'warmm'.*did you mean 'warm'"):
+        space.complete({"tone": "warmm"})
+    with pytest.raises(UnknownNameError, match="unknown attribute 'mood'"):
+        space.complete({"mood": "x"})
+
+
+def test_requests_and_training_follow_the_space(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(FILE)
+    cp = ControlPrefix.from_pretrained(
+        build("llama"),
+        tokenizer=byte_tokenizer(),
+        store="sqlite://",
+        attributes=tmp_path / "space.yaml",
+    )
+    examples = [
+        Example(prompt="Hi", attributes={"formality": label, "tone": "warm"}, completion="ok")
+        for label in ("formal", "casual", "neutral")
+    ]
+    cp.train(examples, learn="attributes", num_slots=3, steps=1, validation=0, progress=False)
+    slots = {name: cp.get("attribute", name).num_slots for name in cp.names("attribute")}
+    assert slots == {
+        "formality=casual": 5,
+        "formality=formal": 5,
+        "formality=neutral": 5,
+        "tone=warm": 3,
+    }
+    used = cp.generate("Hi", max_new_tokens=1).parts
+    assert [one.name for one in used] == ["formality=neutral"]
+    used = cp.generate(Request(prompt="Hi", attributes={"formality": "formal"}, max_new_tokens=1))
+    assert [one.name for one in used.parts] == ["formality=formal"]
+    with pytest.raises(UnknownNameError, match="unknown attribute 'mood'"):
+        cp.score([Example(prompt="Hi", completion="x", attributes={"mood": "x"})])
+    with pytest.raises(UnknownNameError, match="no label 'brif'"):
+        cp.train([Example(prompt="Hi", completion="x", attributes={"tone": "brif"})])
+
+
+def test_the_command_line_writes_shows_and_checks(tmp_path: Path) -> None:
+    url, file = f"sqlite:///{tmp_path}/prefixes.db", tmp_path / "space.yaml"
+
+    def run(*arguments: str) -> str:
+        result = CliRunner(env={"CONTROLPREFIX_STORE": url}).invoke(app, ["attributes", *arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.output
+
+    cp = ControlPrefix.from_pretrained(build("llama"), tokenizer=byte_tokenizer(), store=url)
+    with PrefixStore(url) as store:
+        prefix = Prefix.random(cp.geometry, num_slots=2, seed=0)
+        store.put([NewVersion(PrefixKey("attribute", "mood=glad"), prefix)])
+    assert "written" in run("init", str(file))
+    assert "1 attributes with 1 labels" in run("check", str(file))
+    shown = run("show", str(file))
+    assert "glad" in shown
+    assert "none yet" not in shown
+    with pytest.raises(RequestError, match="exists already"):
+        run("init", str(file))
+    file.write_text(file.read_text().replace("exclusive", "exklusive"))
+    with pytest.raises(AttributeSpaceError, match=r"line \d+: .*there is no 'exklusive'"):
+        run("check", str(file))
