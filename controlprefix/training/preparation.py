@@ -130,8 +130,11 @@ def typical_size(prefix: Prefix) -> dict[Site, Tensor]:
     sizes = {}
     for site, rows in prefix.slots.items():
         heads = prefix.geometry.head_sizes(site)
-        squares = rows.float().square().mean(dim=0).split(heads)
-        sizes[site] = torch.cat([one.mean().sqrt().expand(len(one)) for one in squares])
+        squares = rows.float().square().mean(dim=0)
+        least = 1e-2 * squares.mean().sqrt()  # a head that is silent here may yet be moved
+        sizes[site] = torch.cat(
+            [one.mean().sqrt().clamp(min=least).expand(len(one)) for one in squares.split(heads)]
+        )
     return sizes
 
 

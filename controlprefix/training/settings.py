@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, get_args
 
 from controlprefix.errors import TrainingDataError, known_names
@@ -114,6 +114,10 @@ class TrainingSettings:
     def rate(self) -> float:
         """The learning rate: the one asked for, or the one for the parameterization."""
         return self.learning_rate or _RATES[self.parameterization]
+
+    def as_dict(self) -> dict[str, Any]:
+        """By name, with the learning rate that is used."""
+        return {**asdict(self), "learning_rate": self.rate}
 
 
 _RATES = {"direct": 2e-2, "mlp": 7e-4, "shared": 7e-4, "shared-kv": 7e-4}

@@ -155,7 +155,7 @@ def identity_of(
         sha.update(repr(about).encode())
     for key, prefix in start.items():
         sha.update(repr((key, _digest(prefix))).encode())
-    chosen = {k: v for k, v in asdict(settings).items() if k not in _MAY_CHANGE}
+    chosen = {k: v for k, v in settings.as_dict().items() if k not in _MAY_CHANGE}
     return {"settings": chosen, "data": sha.hexdigest()}
 
 

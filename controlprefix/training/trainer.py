@@ -1,7 +1,7 @@
 """Trainer: examples or an instruction in, stored prefixes out, for one model and one store."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class Trainer:
                 "learned": [str(key) for key in learned],
                 "best_step": report.best_step,
                 "best_loss": round(report.best_loss, 4),
-                **asdict(settings),
+                **settings.as_dict(),
             }
         }
         numbers = [0] * len(learned)
@@ -166,7 +166,7 @@ class Trainer:
                 "training": {
                     "best_step": report.best_step,
                     "best_loss": round(report.best_loss, 4),
-                    **asdict(settings),
+                    **settings.as_dict(),
                 }
             }
             key = PrefixKey("user", user)
