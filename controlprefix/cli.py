@@ -77,8 +77,8 @@ def train(
     slots: Annotated[int, typer.Option(help="Slots of each learned prefix.")] = 16,
     init: InitOption = "text",
     parameterization: Annotated[
-        str, typer.Option(help="How slots are produced: direct, mlp, shared, or shared-kv.")
-    ] = "direct",
+        str, typer.Option(help="How slots are produced: shared, direct, mlp, or shared-kv.")
+    ] = "shared",
     epochs: EpochsOption = 3.0,
     steps: StepsOption = None,
     batch_size: BatchOption = 8,
@@ -166,8 +166,8 @@ def sweep(
         str, typer.Option(help="Numbers of slots to try, with commas.")
     ] = "1,2,4,8,16,32",
     parameterization: Annotated[
-        str, typer.Option(help="Any of direct, mlp, shared, shared-kv, with commas.")
-    ] = "direct",
+        str, typer.Option(help="Any of shared, direct, mlp, shared-kv, with commas.")
+    ] = "shared",
     learn: LearnOption = "task,attributes",
     task: DefaultTaskOption = None,
     init: InitOption = "text",

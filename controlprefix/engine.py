@@ -369,7 +369,7 @@ class ControlPrefix:
         examples: Iterable[Example],
         *,
         slots: Sequence[int] = (1, 2, 4, 8, 16, 32),
-        parameterizations: Sequence[ParameterizationName] = ("direct",),
+        parameterizations: Sequence[ParameterizationName] = ("shared",),
         learn: Learned | Sequence[Learned] = ("task", "attributes"),
         init: Start | Given = "text",
         progress: bool = True,
@@ -443,14 +443,16 @@ class ControlPrefix:
             folder: Where it is noted who is done.
             resume: Leave out who is noted there, with the same texts and settings.
             progress: Show a progress bar.
-            **settings: Of `TrainingSettings`, for each user. `batch_size` counts a user's
-                rows a step (4 unless told), `patience` its looks (2 unless told).
+            **settings: Of `TrainingSettings`, for each user, `direct` unless told. `batch_size`
+                counts a user's rows a step (4 unless told), `patience` its looks (2).
 
         Raises:
             TrainingDataError: If a setting is wrong.
             StoreError: If a prefix cannot be stored.
         """
-        chosen = TrainingSettings.of({"batch_size": 4, "patience": 2, **settings})
+        chosen = TrainingSettings.of(
+            {"parameterization": "direct", "batch_size": 4, "patience": 2, **settings}
+        )
         return self._trainer.train_users(
             texts,
             chosen,

@@ -74,7 +74,7 @@ def test_distill_sweep_shorten_and_a_run_that_goes_on(model_folder: Path, tmp_pa
     data.write_text("\n".join(json.dumps(row) for row in rows))
     prompts.write_text("\n".join(f"Hi {i}" for i in range(8)))
     model = ("--model", str(model_folder))
-    common = ("--task", "note", "--learn", "task", "--steps", "30", "--lr", "0.2", *model)
+    common = ("--task", "note", "--learn", "task", "--steps", "30", "--lr", "0.02", *model)
 
     swept = run(tmp_path, "sweep", str(data), "--slots", "1,2", *common, "--folder", str(tmp_path))
     assert "fewest slots within 0.01 of the lowest:" in swept
@@ -82,7 +82,7 @@ def test_distill_sweep_shorten_and_a_run_that_goes_on(model_folder: Path, tmp_pa
     assert run(tmp_path, "prefixes", "list").strip() == "nothing is stored yet"
 
     again = ("--folder", str(tmp_path / "run"), "--resume")
-    train = ("train", str(data), "--parameterization", "direct", "--slots", "4", *common, *again)
+    train = ("train", str(data), "--slots", "4", *common, *again)
     first, second = run(tmp_path, *train), run(tmp_path, *train)
     assert "stored task 'note' version 1" in first
     assert "stored task 'note' version 2" in second

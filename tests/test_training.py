@@ -62,6 +62,7 @@ QUICK = {
     "batch_size": 8,
     "num_slots": 4,
     "learning_rate": 0.2,
+    "parameterization": "direct",
     "progress": False,
     "seed": 1,
 }

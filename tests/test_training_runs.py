@@ -30,6 +30,7 @@ QUICK: dict[str, Any] = {
     "batch_size": 4,
     "num_slots": 4,
     "learning_rate": 0.1,
+    "parameterization": "direct",
     "width": 8,
     "progress": False,
     "seed": 1,
@@ -140,8 +141,9 @@ def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(
 
 def test_a_finished_run_can_be_stored_again_or_go_on_longer(tmp_path: Path) -> None:
     cp = engine()
-    first = cp.train(greetings(), folder=tmp_path, parameterization="mlp", **QUICK)
-    again = cp.train(greetings(), folder=tmp_path, parameterization="mlp", resume=True, **QUICK)
+    settings = {**QUICK, "parameterization": "mlp"}
+    first = cp.train(greetings(), folder=tmp_path, **settings)
+    again = cp.train(greetings(), folder=tmp_path, resume=True, **settings)
     assert again.losses == first.losses
     assert again.saved["task 'greet'"] == 2
     assert (
@@ -488,7 +490,7 @@ def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
         greetings(),
         slots=(1, 4),
         parameterizations=("direct", "shared"),
-        **{k: v for k, v in QUICK.items() if k != "num_slots"},
+        **{k: v for k, v in QUICK.items() if k not in ("num_slots", "parameterization")},
     )
     tried = [(point.parameterization, point.num_slots) for point in report.points]
     assert tried == [("direct", 1), ("direct", 4), ("shared", 1), ("shared", 4)]

@@ -52,7 +52,7 @@ class TrainingSettings:
     learning_rate: float | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    parameterization: ParameterizationName = "direct"
+    parameterization: ParameterizationName = "shared"
     width: int = 512
     slot_dropout: float = 0.0
     freeze_first_slot: bool = False
