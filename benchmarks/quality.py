@@ -251,7 +251,7 @@ class Ours(Way):
         self,
         *given: Any,
         labels: bool = True,
-        parameterization: str = "direct",
+        parameterization: str = "shared",
         rate: float | None = None,
     ) -> None:
         super().__init__(*given)
@@ -455,8 +455,8 @@ PEFT: dict[str, dict[str, Any]] = {
     },
 }
 OURS: dict[str, dict[str, Any]] = {
-    "ours, task alone": {"labels": False},
-    "ours": {},
+    "ours, task alone": {"labels": False, "parameterization": "direct"},
+    "ours, direct": {"parameterization": "direct"},
     "ours, shared": {"parameterization": "shared"},
 }
 PLAIN: dict[str, type[Way]] = {"plain": Way, "instruction": Instructed, "few-shot": FewShot}
@@ -577,7 +577,7 @@ def try_our_rates(folder: Path, options: argparse.Namespace) -> dict[str, dict[s
         rows = data.dev[: options.rows]
         for rate in OUR_RATES:
             cp = ControlPrefix.from_pretrained(model(), tokenizer=tokenizer(), store="sqlite://")
-            way = Ours(cp, data, options, rate=rate)
+            way = Ours(cp, data, options, parameterization="direct", rate=rate)
             way.learn(0, options.steps)
             nats = round(way.nats(rows, [row.label for row in rows]), 4)
             found.setdefault(name, {})[str(rate)] = nats
