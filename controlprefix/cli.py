@@ -77,8 +77,12 @@ def train(
     slots: Annotated[int, typer.Option(help="Slots of each learned prefix.")] = 16,
     init: InitOption = "text",
     parameterization: Annotated[
-        str, typer.Option(help="How slots are produced: shared, direct, mlp, or shared-kv.")
-    ] = "shared",
+        str | None,
+        typer.Option(
+            help="How slots are produced: shared, direct, mlp, or shared-kv; left out, shared, "
+            "and for users alone direct."
+        ),
+    ] = None,
     epochs: EpochsOption = 3.0,
     steps: StepsOption = None,
     batch_size: BatchOption = 8,
@@ -137,7 +141,7 @@ def train(
         folder=folder,
         resume=resume,
         accelerator=_accelerator(tracker, folder) if tracker else None,
-        parameterization=parameterization,
+        **({"parameterization": parameterization} if parameterization else {}),
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,

@@ -285,13 +285,16 @@ class ControlPrefix:
             accelerator: Of accelerate, for a precision or trackers of your own. Processes
                 that accelerate started share the work either way; the first one stores.
             **settings: Of `TrainingSettings`: `epochs`, `steps`, `batch_size`,
-                `learning_rate`, `parameterization`, `validation`, `seed`, …
+                `learning_rate`, `parameterization` (`direct` where users alone are learned),
+                `validation`, `seed`, …
 
         Raises:
             TrainingDataError: If the examples cannot be learned from.
         """
         rows = self._complete(require_examples(examples))
-        chosen = TrainingSettings.of(settings)
+        users_alone = learn == "user" or list(learn) == ["user"]
+        usual = {"parameterization": "direct"} if users_alone else {}
+        chosen = TrainingSettings.of({**usual, **settings})
         prepared = self._trainer.prepare(
             rows,
             learn=learn,
