@@ -133,6 +133,7 @@ def train(
         folder = Path(f"{data.stem}.run")
     examples = read_examples(data, **({"task": task} if task else {}))
     cp = _open(model, store, tenant, attributes)
+    usual: dict[str, Any] = {"parameterization": parameterization} if parameterization else {}
     report = cp.train(
         examples,
         learn=cast(Any, _listed(learn)),
@@ -141,7 +142,7 @@ def train(
         folder=folder,
         resume=resume,
         accelerator=_accelerator(tracker, folder) if tracker else None,
-        **({"parameterization": parameterization} if parameterization else {}),
+        **usual,
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
