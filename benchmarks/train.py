@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
@@ -25,23 +26,34 @@ from controlprefix.loading import load
 from controlprefix.prefix import Prefix
 from controlprefix.steering import Steering
 from controlprefix.store import PrefixKey
-from controlprefix.training.loop import TrainingRow, TrainingSettings, train
+from controlprefix.training import TrainingRow, TrainingSettings, train, typical_size
 
 DATA = Path(__file__).parent.parent / "examples" / "data" / "messages.train.jsonl"
 END, PAD = 2, 0
 
 
 def ours(
-    model: PreTrainedModel, rows: Sequence[EncodedExample], slots: int, batch: int, check: bool
+    model: PreTrainedModel,
+    rows: Sequence[EncodedExample],
+    slots: int,
+    batch: int,
+    **settings: Any,
 ) -> None:
     """One epoch with `controlprefix`."""
     key = PrefixKey("task", "message")
-    start = {key: Prefix.random(Steering.of(model).geometry, num_slots=slots, seed=0)}
-    settings = TrainingSettings(
-        steps=-(-len(rows) // batch), batch_size=batch, validation=0, gradient_checkpointing=check
+    start = Prefix.random(Steering.of(model).geometry, num_slots=slots, seed=0)
+    chosen = TrainingSettings(
+        steps=-(-len(rows) // batch), batch_size=batch, validation=0, **settings
     )
-    prepared = [TrainingRow(row, (), ((key, 1.0),)) for row in rows]
-    train(model, prepared, start, end_id=END, pad_id=PAD, settings=settings, progress=False)
+    train(
+        model,
+        [TrainingRow.of(row, END, (), ((key, 1.0),)) for row in rows],
+        {key: start},
+        typical_size(start),
+        pad_id=PAD,
+        settings=chosen,
+        progress=False,
+    )
 
 
 def peft(model: PeftModel, rows: Sequence[EncodedExample], batch: int) -> None:
@@ -110,8 +122,12 @@ def main() -> None:
         "PEFT prefix tuning": partial(
             run, partial(peft, get_peft_model(copy.deepcopy(model), prefix), rows, options.batch)
         ),
-        "controlprefix": partial(run, partial(ours, model, *given, False)),
-        "controlprefix, checkpointing": partial(run, partial(ours, model, *given, True)),
+        "controlprefix": partial(run, partial(ours, model, *given, parameterization="direct")),
+        "controlprefix, checkpointing": partial(
+            run,
+            partial(ours, model, *given, parameterization="direct", gradient_checkpointing=True),
+        ),
+        "controlprefix, shared network": partial(run, partial(ours, model, *given)),
         "PEFT LoRA r8": partial(
             run, partial(peft, get_peft_model(copy.deepcopy(model), lora), rows, options.batch)
         ),
