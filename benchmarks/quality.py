@@ -18,7 +18,6 @@ import json
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -39,7 +38,7 @@ from peft import (
 )
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 from rich.console import Console
-from side_by_side import RESULTS, peak_mib, record
+from side_by_side import RESULTS, record
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -183,7 +182,6 @@ class Way:
     def __init__(self, cp: ControlPrefix, data: Data, options: argparse.Namespace) -> None:
         self.cp, self.data, self.options = cp, data, options
         self.num_parameters = 0
-        self.num_steps = 0
 
     def learn(self, seed: int, steps: int) -> None:
         """From the training rows."""
@@ -245,18 +243,17 @@ class FewShot(Way):
 
 
 class Ours(Way):
-    """Our prefixes: of the task alone, or with the labels'; by a parameterization."""
+    """Our prefixes: of the task alone, or with the labels'."""
 
     def __init__(
         self,
         *given: Any,
         labels: bool = True,
-        parameterization: str = "shared",
-        rate: float | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(*given)
         self.labels = labels and self.data.attribute is not None
-        self.parameterization, self.rate = parameterization, rate
+        self.settings = settings
 
     def parts(self, label: str | None) -> dict[str, Any]:
         chosen = {}
@@ -282,14 +279,12 @@ class Ours(Way):
             num_slots=self.options.slots,
             steps=steps,
             batch_size=self.options.batch,
-            parameterization=self.parameterization,
-            learning_rate=self.rate,
             validation=0,
             seed=seed,
             progress=False,
+            **self.settings,
         )
         self.num_parameters = report.num_parameters
-        self.num_steps = len(report.losses)
 
 
 class Peft(Way):
@@ -323,7 +318,6 @@ class Peft(Way):
             peft_steps(model, encoded, self.options.batch, self.rate, share, seed)
             self.models[label] = model.eval()
             self.num_parameters += sum(p.numel() for p in model.parameters() if p.requires_grad)
-            self.num_steps += share
 
     def nats(self, rows: Sequence[Row], labels: Sequence[str | None]) -> float:
         total, count = 0.0, 0
@@ -457,7 +451,8 @@ PEFT: dict[str, dict[str, Any]] = {
 OURS: dict[str, dict[str, Any]] = {
     "ours, task alone": {"labels": False, "parameterization": "direct"},
     "ours, direct": {"parameterization": "direct"},
-    "ours, shared": {"parameterization": "shared"},
+    "ours, shared": {},
+    "ours, shared, contrast": {"contrast": 0.3},  # of 0, 0.3 and 0.6, on formality's dev split
 }
 PLAIN: dict[str, type[Way]] = {"plain": Way, "instruction": Instructed, "few-shot": FewShot}
 
@@ -478,7 +473,8 @@ def ways(
         name: lambda way=way: way(*given()) for name, way in PLAIN.items()
     }
     for name, made in OURS.items():
-        if data.attribute is not None or name != "ours, task alone":
+        wanted = {"labels": data.attribute is not None, "contrast": data.few_labels}
+        if all(wanted.get(setting, True) for setting in made):
             found[name] = lambda made=made: Ours(*given(), **made)
     for name, made in PEFT.items():
         kept = {key: value for key, value in made.items() if key != "rates"}
@@ -504,19 +500,10 @@ def tokenizer() -> Any:
 def measure(way: Way, data: Data, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Everything about one way on one data set."""
     rows = data.test[: options.rows]
-    took: list[float] = []
-
-    def learn() -> None:
-        began = time.perf_counter()
-        way.learn(seed, options.steps)
-        took.append(time.perf_counter() - began)
-
-    peak = peak_mib(learn)
+    way.learn(seed, options.steps)
     found: dict[str, float] = {"nats": way.nats(rows, [row.label for row in rows])}
-    if way.num_steps:
+    if way.num_parameters:
         found["parameters"] = way.num_parameters
-        found["step seconds"] = took[0] / way.num_steps
-        found["peak MiB"] = peak
     if data.few_labels:
         labels = sorted({str(row.label) for row in data.train})
         swap = {label: labels[1 - i] for i, label in enumerate(labels)}
@@ -577,7 +564,7 @@ def try_our_rates(folder: Path, options: argparse.Namespace) -> dict[str, dict[s
         rows = data.dev[: options.rows]
         for rate in OUR_RATES:
             cp = ControlPrefix.from_pretrained(model(), tokenizer=tokenizer(), store="sqlite://")
-            way = Ours(cp, data, options, parameterization="direct", rate=rate)
+            way = Ours(cp, data, options, parameterization="direct", learning_rate=rate)
             way.learn(0, options.steps)
             nats = round(way.nats(rows, [row.label for row in rows]), 4)
             found.setdefault(name, {})[str(rate)] = nats
@@ -598,8 +585,6 @@ COLUMNS = (
     ("chrF, unseen", "chrF, unseen", 1),
     ("fluency", "fluency", 2),
     ("parameters", "parameters", 0),
-    ("step seconds", "s a step", 2),
-    ("peak MiB", "peak MiB", 0),
 )
 
 
@@ -616,8 +601,8 @@ def page(results: dict[str, Any]) -> str:
         "wrong one (higher is better there). **control**: how often a judge (linear, TF-IDF, "
         "learned from rows that no method saw) finds the label in texts written under it. "
         "**fluency**: nats a token of the written texts under the plain model. **parameters**: "
-        "learned, for all labels together; a network of `shared` is dropped before serving. Times "
-        "and memory are of a machine shared with others: compare `speed.md`.",
+        "learned, for all labels together; a network of `shared` is dropped before serving. Time "
+        "and memory of a step stand in `speed.md`, where they were measured side by side.",
     ]
     for name in results["data"]:
         found = results["data"][name]
@@ -676,7 +661,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--rows", type=int, default=96, help="of the test split")
-    parser.add_argument("--texts", type=int, default=24, help="written a label, or in all")
+    parser.add_argument("--texts", type=int, default=96, help="written a label, or in all")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--our-rates", action="store_true", help="try ours at five rates instead")
     parser.add_argument("--fresh", action="store_true", help="measure all again")
