@@ -37,7 +37,7 @@ def made(name: str, start: dict[PrefixKey, Prefix], **options: int | bool) -> Pa
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_each_begins_exactly_at_its_start(name: str) -> None:
     start = starts()
-    for prefixes in (made(name, start).prefixes(), made(name, start).materialized()):
+    for prefixes in (made(name, start).prefixes(start), made(name, start).materialized()):
         assert prefixes.keys() == start.keys()
         for key, prefix in prefixes.items():
             assert torch.equal(prefix.slots["decoder"], start[key].slots["decoder"])
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_finite_differences(
 
     def loss() -> torch.Tensor:
         pairs = [Pair(row) for row in rows]
-        batch = objective.assembled(pairs, slots.prefixes())
+        batch = objective.assembled(pairs, slots.prefixes(slots.keys))
         with Steering.of(model).attached(batch, everywhere=True):
             return objective(pairs).sum()
 

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,22 @@ import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.geometry import Site
-from controlprefix.prefix import Prefix
 from controlprefix.steering import Steering
-from controlprefix.store import PrefixKey
 from controlprefix.training import state
 from controlprefix.training.objectives import Objective, Pair, TrainingRow
-from controlprefix.training.run import Run, TrainingReport, in_batches
+from controlprefix.training.parameterization import LearnedSlots
+from controlprefix.training.run import Run, in_batches
 from controlprefix.training.settings import TrainingSettings
 
 
 def train(
     model: PreTrainedModel,
     rows: Sequence[TrainingRow],
-    start: Mapping[PrefixKey, Prefix],
-    scale: Mapping[Site, Tensor],
+    slots: LearnedSlots,
     *,
     pad_id: int,
     settings: TrainingSettings,
@@ -37,7 +34,7 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     accelerator: Accelerator | None = None,
-) -> tuple[dict[PrefixKey, Prefix], TrainingReport]:
+) -> Run:
     """Learn prefixes on rows; everything else, the model first of all, stays as it is.
 
     Processes that accelerate started share each step's rows, and all return the same.
@@ -45,8 +42,7 @@ def train(
     Args:
         model: Frozen.
         rows: At least two where a validation split is asked for.
-        start: The prefixes to learn, as they begin.
-        scale: See `Parameterization`.
+        slots: What is learned.
         pad_id: Any id.
         settings: How.
         progress: Show a progress bar.
@@ -55,7 +51,7 @@ def train(
         accelerator: With a precision and trackers of your own.
 
     Returns:
-        The prefixes of the best step, in float32, and a report, nothing saved yet.
+        The run, at its end; nothing is saved yet.
 
     Raises:
         TrainingDataError: If there are no rows, or the loss is no longer a number.
@@ -70,11 +66,11 @@ def train(
         raise TrainingDataError("there are no examples to learn from")
     if folder is not None:
         state.require_folder(folder)
-    run = Run(rows, start, scale, settings, model.device)
+    run = Run(rows, slots, settings, model.device)
     if folder is not None and resume:
         run.take_up(folder)
     _Loop(model, run, accelerator or Accelerator(), pad_id=pad_id).go(folder, progress)
-    return run.best, run.report()
+    return run
 
 
 class _Loop:
@@ -137,7 +133,7 @@ class _Loop:
         for at in range(0, len(mine), size):
             some = mine[at : at + size]
             keys = {key for pair in some for row in pair if row for key, _ in row.learned}
-            batch = self._objective.assembled(some, self.run.prefixes(keys, seed))
+            batch = self._objective.assembled(some, self.run.slots.prefixes(keys, seed))
             with (
                 self.accelerator.autocast(),
                 self._steering.attached(batch, everywhere=True),

@@ -20,8 +20,11 @@ differ in size; and weight decay pulls towards the start.
 The networks are dropped at the end: what is stored and served is a `Prefix`.
 """
 
+import hashlib
+import random
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +37,52 @@ from controlprefix.store import PrefixKey
 ParameterizationName = Literal["direct", "mlp", "shared", "shared-kv"]
 
 
-class Parameterization(nn.Module):
-    """The slots of several prefixes while they are learned, in float32.
+class LearnedSlots(nn.Module, ABC):
+    """Prefixes while they are learned, in float32, as a function of its parameters.
+
+    Attributes:
+        keys: Whose prefixes.
+    """
+
+    keys: tuple[PrefixKey, ...]
+
+    @abstractmethod
+    def prefixes(
+        self, keys: Collection[PrefixKey], seed: int | None = None
+    ) -> dict[PrefixKey, Prefix]:
+        """Prefixes as they stand, connected to the parameters; no others are computed.
+
+        Args:
+            keys: Which.
+            seed: Of what is drawn while learning; None where nothing may be.
+        """
+
+    @abstractmethod
+    def start_digest(self) -> str:
+        """Of what they start from, so that a run is taken up only where it was begun."""
+
+    def materialized(self) -> dict[PrefixKey, Prefix]:
+        """All prefixes as they stand, as values of their own."""
+        with torch.no_grad():
+            return {
+                key: Prefix(prefix.geometry, {s: t.clone() for s, t in prefix.slots.items()})
+                for key, prefix in self.prefixes(self.keys, None).items()
+            }
+
+    def to_device(self, device: torch.device) -> Self:
+        """Move all there is, parameters and what they change."""
+        return self.to(device)
+
+
+class Parameterization(LearnedSlots):
+    """The slots of several prefixes, produced in one of the ways above.
 
     Args:
         name: Which.
         start: The prefixes as they begin, at least one.
         scale: For each site, the unit of change of a slot's numbers, `(slot_size,)`.
         width: Of the networks' embeddings and hidden layers.
+        slot_dropout: Chance of each slot to be left out, where something may be drawn.
         freeze_first_slot: Each prefix's first slot stays as it begins.
         seed: Of the networks.
     """
@@ -53,10 +94,13 @@ class Parameterization(nn.Module):
         scale: Mapping[Site, Tensor],
         *,
         width: int = 512,
+        slot_dropout: float = 0.0,
         freeze_first_slot: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.keys = tuple(start)
+        self._slot_dropout = slot_dropout
         self._start = {key: prefix.to(dtype=torch.float32) for key, prefix in start.items()}
         self._num_frozen = int(freeze_first_slot)
         self._geometry = next(iter(start.values())).geometry
@@ -77,29 +121,52 @@ class Parameterization(nn.Module):
             else:
                 self.changes[site] = _Networks(counts, columns, width, generator)
 
-    def prefixes(self, keys: Collection[PrefixKey] | None = None) -> dict[PrefixKey, Prefix]:
-        """Prefixes as they stand, connected to the parameters; no others are computed."""
-        wanted = [key for key in self._start if keys is None or key in keys]
+    def prefixes(
+        self, keys: Collection[PrefixKey], seed: int | None = None
+    ) -> dict[PrefixKey, Prefix]:
+        """Prefixes as they stand; with a seed, some slots are left out where that is set."""
+        wanted = [key for key in self._start if key in keys]
         slots: dict[PrefixKey, dict[Site, Tensor]] = {k: {**self._start[k].slots} for k in wanted}
         for site in self._geometry.sites:
             for key, change in self.changes[site](wanted).items():
                 change = pad(change, (0, 0, self._num_frozen, 0))
                 slots[key][site] = slots[key][site] + self._scale[site] * change
-        return {key: Prefix(self._geometry, slots[key]) for key in wanted}
+        found = {key: Prefix(self._geometry, slots[key]) for key in wanted}
+        if seed is None or not self._slot_dropout:
+            return found
+        return {key: self._dropped(key, prefix, seed) for key, prefix in found.items()}
 
-    def materialized(self) -> dict[PrefixKey, Prefix]:
-        """All prefixes as they stand, as values of their own."""
-        with torch.no_grad():
-            return {
-                key: Prefix(self._geometry, {s: rows.clone() for s, rows in prefix.slots.items()})
-                for key, prefix in self.prefixes().items()
-            }
+    def start_digest(self) -> str:
+        """Of the starts."""
+        sha = hashlib.sha256()
+        for key, prefix in self._start.items():
+            sha.update(f"{key} {digest_of(prefix)}".encode())
+        return sha.hexdigest()
 
-    def to_device(self, device: torch.device) -> "Parameterization":
+    def to_device(self, device: torch.device) -> Self:
         """Move parameters, starts and scales."""
         self._start = {key: prefix.to(device=device) for key, prefix in self._start.items()}
         self._scale = {site: scale.to(device) for site, scale in self._scale.items()}
         return self.to(device)
+
+    def _dropped(self, key: PrefixKey, prefix: Prefix, seed: int) -> Prefix:
+        """Without some of its slots: a draw of its own, the same in every process."""
+        own = random.Random(f"{seed}:{key.kind}:{key.name}").randrange(1 << 62)
+        chance = torch.rand(prefix.num_slots, generator=torch.Generator().manual_seed(own))
+        stays = chance >= self._slot_dropout
+        stays[chance.argmax()] = True  # one at least
+        return Prefix(
+            prefix.geometry,
+            {site: rows[stays[: len(rows)]] for site, rows in prefix.slots.items()},
+        )
+
+
+def digest_of(prefix: Prefix) -> str:
+    """Of its numbers."""
+    sha = hashlib.sha256()
+    for slots in prefix.slots.values():
+        sha.update(slots.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 class _Direct(nn.Module):

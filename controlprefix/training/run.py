@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.geometry import Site
 from controlprefix.prefix import Prefix
 from controlprefix.store import PrefixKey
 from controlprefix.training import curves, state
 from controlprefix.training.objectives import Pair, TrainingRow, pair_up
-from controlprefix.training.parameterization import Parameterization
+from controlprefix.training.parameterization import LearnedSlots
 from controlprefix.training.settings import TrainingSettings
 
 _BUCKET = 8  # batches are cut from runs of this many batches sorted by length
@@ -68,60 +67,51 @@ class Run:
     Attributes:
         held_out: Rows to choose the best step by.
         steps: In all.
-        slots: What is learned.
+        slots: What is learned, as it stands.
         optimizer: AdamW over it.
         done: How far it is.
-        best: The prefixes of the best step so far.
     """
 
     def __init__(
         self,
         rows: Sequence[TrainingRow],
-        start: Mapping[PrefixKey, Prefix],
-        scale: Mapping[Site, Tensor],
+        slots: LearnedSlots,
         settings: TrainingSettings,
         device: torch.device,
     ) -> None:
         self.settings = settings
         order = random.Random(settings.seed)
         training, self.held_out = _split(rows, settings.validation, order)
-        self._identity = state.identity_of(settings, rows, start)
+        self._identity = state.identity_of(settings, rows, slots)
         per_epoch = math.ceil(len(training) / settings.batch_size)
         self.steps = settings.steps or math.ceil(settings.epochs * per_epoch)
         self._looks = {
             round(self.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)
         }
         self._batches = _endless(training, settings.batch_size, order)
-        self.slots = Parameterization(
-            settings.parameterization,
-            start,
-            scale,
-            width=settings.width,
-            freeze_first_slot=settings.freeze_first_slot,
-            seed=settings.seed,
-        ).to_device(device)
+        self.slots = slots.to_device(device)
         self.optimizer = torch.optim.AdamW(
             self.slots.parameters(), lr=settings.rate, weight_decay=settings.weight_decay
         )
         self.done = state.Progress()
-        self.best = self.slots.materialized()
+        self._best = self._copy()
 
     def take_up(self, folder: Path) -> None:
         """Go on from the state in a folder, where there is one."""
-        found = state.load(folder, self._identity, self.slots, self.optimizer, self.best)
+        found = state.load(folder, self._identity, self.slots, self.optimizer)
         if found is not None:
-            self.done, self.best = found
+            self.done, self._best = found
             for _ in range(self.done.step):
                 next(self._batches)
 
     def save(self, folder: Path) -> None:
         """Write the state."""
-        state.save(folder, self._identity, self.done, self.slots, self.optimizer, self.best)
+        state.save(folder, self._identity, self.done, self.slots, self.optimizer, self._best)
 
     @property
     def identity(self) -> str:
         """Of the settings, the rows and the start."""
-        return state.digest_of(self._identity)
+        return state.in_one_line(self._identity)
 
     @property
     def is_over(self) -> bool:
@@ -149,20 +139,11 @@ class Run:
         rows = next(self._batches)
         pairs = [Pair(row) for row in rows]
         if settings.contrast:
-            pairs = pair_up(rows, self.best.keys(), draw)
+            pairs = pair_up(rows, self.slots.keys, draw)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate * share_of_rate(self.done.step, self.steps)
         self.optimizer.zero_grad()
         return pairs, draw.randrange(1 << 62)
-
-    def prefixes(
-        self, keys: Collection[PrefixKey], seed: int | None = None
-    ) -> dict[PrefixKey, Prefix]:
-        """Prefixes as they stand; with a seed, some slots are left out where that is set."""
-        found = self.slots.prefixes(keys)
-        if seed is None or not self.settings.slot_dropout:
-            return found
-        return {key: self._dropped(key, prefix, seed) for key, prefix in found.items()}
 
     def require_finite(self, loss: float) -> None:
         """Refuse a loss that is no number.
@@ -182,13 +163,18 @@ class Run:
         self.done.num_rows += len(pairs)
         self.done.num_tokens += sum(pair.row.num_tokens for pair in pairs)
         if self.is_over and not self.held_out:
-            self.best, self.done.best_step = self.slots.materialized(), self.done.step
+            self._best, self.done.best_step = self._copy(), self.done.step
 
     def looked(self, loss: float) -> None:
-        """Note the loss of the held-out rows; keep the prefixes if they are the best so far."""
+        """Note the loss of the held-out rows; keep the parameters if they are the best so far."""
         self.done.validation.append((self.done.step, loss))
         if self.done.step and loss <= min(loss for _, loss in self.done.validation):
-            self.best, self.done.best_step = self.slots.materialized(), self.done.step
+            self._best, self.done.best_step = self._copy(), self.done.step
+
+    def end(self) -> dict[PrefixKey, Prefix]:
+        """Go back to the best step; gives its prefixes."""
+        self.slots.load_state_dict(self._best)
+        return self.slots.materialized()
 
     def report(self) -> TrainingReport:
         """What happened so far."""
@@ -203,16 +189,8 @@ class Run:
             num_parameters=sum(p.numel() for p in self.slots.parameters()),
         )
 
-    def _dropped(self, key: PrefixKey, prefix: Prefix, seed: int) -> Prefix:
-        """Without some of its slots: a draw of its own, the same in every process."""
-        own = random.Random(f"{seed}:{key.kind}:{key.name}").randrange(1 << 62)
-        chance = torch.rand(prefix.num_slots, generator=torch.Generator().manual_seed(own))
-        stays = chance >= self.settings.slot_dropout
-        stays[chance.argmax()] = True  # one at least
-        return Prefix(
-            prefix.geometry,
-            {site: rows[stays[: len(rows)]] for site, rows in prefix.slots.items()},
-        )
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.slots.state_dict().items()}
 
 
 def in_batches(rows: Sequence[TrainingRow], size: int) -> Iterator[list[TrainingRow]]:

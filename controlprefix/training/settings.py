@@ -5,8 +5,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, get_args
 
+from torch import Tensor
+
 from controlprefix.errors import TrainingDataError, known_names
-from controlprefix.training.parameterization import ParameterizationName
+from controlprefix.geometry import Site
+from controlprefix.prefix import Prefix
+from controlprefix.store import PrefixKey
+from controlprefix.training.parameterization import Parameterization, ParameterizationName
 
 PARAMETERIZATIONS: tuple[str, ...] = get_args(ParameterizationName)
 
@@ -114,6 +119,20 @@ class TrainingSettings:
     def rate(self) -> float:
         """The learning rate: the one asked for, or the one for the parameterization."""
         return self.learning_rate or _RATES[self.parameterization]
+
+    def parameterized(
+        self, start: Mapping[PrefixKey, Prefix], scale: Mapping[Site, Tensor]
+    ) -> Parameterization:
+        """Prefixes to learn, as they start."""
+        return Parameterization(
+            self.parameterization,
+            start,
+            scale,
+            width=self.width,
+            slot_dropout=self.slot_dropout,
+            freeze_first_slot=self.freeze_first_slot,
+            seed=self.seed,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """By name, with the learning rate that is used."""

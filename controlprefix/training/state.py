@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from controlprefix.errors import StoreError, TrainingDataError
-from controlprefix.prefix import Prefix
-from controlprefix.store import PrefixKey
 from controlprefix.training.objectives import TrainingRow
+from controlprefix.training.parameterization import LearnedSlots, digest_of
 from controlprefix.training.settings import TrainingSettings
 
 FILE = "state.safetensors"
@@ -53,7 +52,7 @@ def save(
     progress: Progress,
     slots: nn.Module,
     optimizer: torch.optim.Optimizer,
-    best: Mapping[PrefixKey, Prefix],
+    best: Mapping[str, Tensor],
 ) -> None:
     """Write a run's state; the file is replaced whole or not at all.
 
@@ -63,8 +62,7 @@ def save(
     tensors = {f"slots.{name}": value for name, value in slots.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
-    for i, prefix in enumerate(best.values()):
-        tensors.update({f"best.{i}.{site}": rows for site, rows in prefix.slots.items()})
+    tensors.update({f"best.{name}": value for name, value in best.items()})
     about = {"identity": identity, "progress": asdict(progress)}
     written = folder / f"{FILE}.{os.getpid()}"
     try:
@@ -99,8 +97,7 @@ def load(
     identity: Mapping[str, Any],
     slots: nn.Module,
     optimizer: torch.optim.Optimizer,
-    best: Mapping[PrefixKey, Prefix],
-) -> tuple[Progress, dict[PrefixKey, Prefix]] | None:
+) -> tuple[Progress, dict[str, Tensor]] | None:
     """Take up what `save` wrote; None where nothing is written yet.
 
     Raises:
@@ -124,24 +121,22 @@ def load(
             index, _, what = name.partition(".")
             state["state"].setdefault(int(index), {})[what] = value
         optimizer.load_state_dict(state)
-        found = {
-            key: Prefix(
-                prefix.geometry,
-                {site: tensors[f"best.{i}.{site}"].to(rows) for site, rows in prefix.slots.items()},
-            )
-            for i, (key, prefix) in enumerate(best.items())
-        }
+        best = _under("best.", tensors)
+        if {n: t.shape for n, t in best.items()} != {
+            n: t.shape for n, t in slots.state_dict().items()
+        }:
+            raise ValueError("the best step's parameters are not those of the run")
     except TrainingDataError:
         raise
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise StoreError(
             f"the state in {path} cannot be read: {error}; remove it to begin anew"
         ) from error
-    return progress, found
+    return progress, best
 
 
 def identity_of(
-    settings: TrainingSettings, rows: Iterable[TrainingRow], start: Mapping[PrefixKey, Prefix]
+    settings: TrainingSettings, rows: Iterable[TrainingRow], slots: LearnedSlots
 ) -> dict[str, Any]:
     """What must be the same for a run to go on: settings, rows, and where it started."""
     sha = hashlib.sha256()
@@ -149,26 +144,18 @@ def identity_of(
     for row in rows:
         for part in row.frozen:
             if id(part.prefix) not in frozen:
-                frozen[id(part.prefix)] = _digest(part.prefix)
+                frozen[id(part.prefix)] = digest_of(part.prefix)
         parts = [(frozen[id(part.prefix)], part.strength) for part in row.frozen]
         about = (list(row.prompt), list(row.targets), parts, list(row.learned), row.teacher)
         sha.update(repr(about).encode())
-    for key, prefix in start.items():
-        sha.update(repr((key, _digest(prefix))).encode())
+    sha.update(slots.start_digest().encode())
     chosen = {k: v for k, v in settings.as_dict().items() if k not in _MAY_CHANGE}
     return {"settings": chosen, "data": sha.hexdigest()}
 
 
-def digest_of(identity: Mapping[str, Any]) -> str:
-    """The same in one line."""
+def in_one_line(identity: Mapping[str, Any]) -> str:
+    """The same, short."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(prefix: Prefix) -> str:
-    sha = hashlib.sha256()
-    for slots in prefix.slots.values():
-        sha.update(slots.detach().float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
 
 
 def _require_same(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

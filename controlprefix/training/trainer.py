@@ -22,7 +22,7 @@ from controlprefix.training.loop import train
 from controlprefix.training.objectives import Objective, Pair, TrainingRow
 from controlprefix.training.parameterization import ParameterizationName
 from controlprefix.training.preparation import Given, Learned, Preparation, Start, prepare
-from controlprefix.training.run import TrainingReport, in_batches
+from controlprefix.training.run import Run, TrainingReport, in_batches
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.shortening import ShorteningReport, shorten, slot_masses
 from controlprefix.training.sweep import SweepPoint, SweepReport
@@ -121,9 +121,10 @@ class Trainer:
         """Train, and store what was learned: all of it, or nothing."""
         self._store.require_writable(prepared.start)
         into = None if folder is None else Path(folder)
-        learned, report = self._train(
+        run = self._train(
             prepared, settings, progress, folder=into, resume=resume, accelerator=accelerator
         )
+        learned, report = run.end(), run.report()
         details = {
             "training": {
                 "examples": len(prepared.rows),
@@ -209,7 +210,7 @@ class Trainer:
                 prepared = self.prepare(
                     examples, learn=learn, num_slots=num_slots, init=init, seed=chosen.seed
                 )
-                _, report = self._train(prepared, chosen, progress)
+                report = self._train(prepared, chosen, progress).report()
                 points.append(SweepPoint(name, num_slots, report.best_loss, report.seconds))
         return SweepReport(tuple(points))
 
@@ -240,12 +241,11 @@ class Trainer:
         folder: Path | None = None,
         resume: bool = False,
         accelerator: Accelerator | None = None,
-    ) -> tuple[dict[PrefixKey, Prefix], TrainingReport]:
+    ) -> Run:
         return train(
             self._model,
             prepared.rows,
-            prepared.start,
-            prepared.scale,
+            settings.parameterized(prepared.start, prepared.scale),
             pad_id=self._encoder.pad_id,
             settings=settings,
             progress=progress,

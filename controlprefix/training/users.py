@@ -209,7 +209,7 @@ class _Wave:
             pairs = [pair for _, pair in some]
             prefixes: dict[PrefixKey, Prefix] = {}
             for run in {id(run): run for run, _ in some}.values():
-                prefixes.update(run.prefixes(run.best.keys(), seeds.get(id(run))))
+                prefixes.update(run.slots.prefixes(run.slots.keys, seeds.get(id(run))))
             batch = self._objective.assembled(pairs, prefixes)
             with self._steering.attached(batch, everywhere=True):
                 nats = self._objective(pairs)
@@ -252,7 +252,7 @@ def _begun(
     ids = encoder.text_ids("\n".join(written[:num_slots])[:_MAX_LETTERS])
     start = prefix_from_tokens(model, [ids[i % len(ids)] for i in range(num_slots)])
     scale = typical_size(prefix_from_tokens(model, list(ids[:_SCALE_TOKENS])))
-    return Run(rows, {key: start}, scale, settings, model.device)
+    return Run(rows, settings.parameterized({key: start}, scale), settings, model.device)
 
 
 def usable_texts(user: str, texts: Sequence[str]) -> list[str]:
@@ -277,7 +277,7 @@ def _published(learner: _Learner, publish: Publish) -> TrainingReport:
     run = learner.run
     run.done.seconds = time.monotonic() - learner.began
     report = run.report()
-    ((key, prefix),) = run.best.items()
+    ((key, prefix),) = run.end().items()
     number = publish(learner.user, prefix, report)
     return replace(report, saved={str(key): number})
 
