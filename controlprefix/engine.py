@@ -19,7 +19,8 @@ from controlprefix.geometry import Geometry
 from controlprefix.guidance import spread
 from controlprefix.likelihood import guided_log_probs
 from controlprefix.loading import load
-from controlprefix.prefix import PayloadDtype, Prefix
+from controlprefix.payload import PayloadDtype
+from controlprefix.prefix import Prefix
 from controlprefix.request import Completion, Example, Request, Score
 from controlprefix.resolve import Resolver
 from controlprefix.steering import Steering

@@ -1,26 +1,18 @@
 """Prefix: the slots of one concept, as an immutable value with a safetensors form."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from controlprefix import payload
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError
 from controlprefix.geometry import SITES, Geometry, LayerShape, Site
+from controlprefix.payload import FLOATS, PayloadDtype
 
-# Of the numbers in a file.
-PayloadDtype = Literal["float32", "bfloat16", "float16", "int8"]
-
-FORMAT = 1
-_MAX_HEADER_BYTES = 1 << 20
 LayerSlots = tuple[Tensor, Tensor]  # keys, values: (num_kv_heads, num_slots, head_dim) each
 
 
@@ -154,17 +146,16 @@ class Prefix:
         """
         prefix = self if dtype in (None, "int8") else self.to(dtype=getattr(torch, str(dtype)))
         prefix.require_finite()
-        tensors: dict[str, Tensor] = {
-            site: rows.detach().cpu().contiguous() for site, rows in prefix.slots.items()
-        }
-        header = {"format": FORMAT, "geometry": self.geometry.to_dict()}
+        tensors: dict[str, Tensor] = {str(site): rows for site, rows in prefix.slots.items()}
+        about: dict[str, Any] = {"geometry": self.geometry.to_dict()}
         if dtype == "int8":
-            header["int8"] = str(self.dtype).removeprefix("torch.")
+            about["int8"] = str(self.dtype).removeprefix("torch.")
             for site, rows in prefix.slots.items():
                 sizes = self.geometry.head_sizes(site)
-                tensors[site], tensors[f"{site}.scales"] = _quantized(rows.detach().cpu(), sizes)
-        header["sha256"] = _digest(header, tensors)
-        return save_safetensors(tensors, metadata={"controlprefix": json.dumps(header)})
+                tensors[site], tensors[f"{site}.scales"] = payload.quantized(
+                    rows.detach().cpu(), sizes
+                )
+        return payload.write(about, tensors)
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "prefix") -> Self:
@@ -178,22 +169,14 @@ class Prefix:
             PrefixFormatError: If bytes are missing, damaged, of a later format, not a
                 prefix at all, or hold NaN or infinite numbers.
         """
-        header = _read_header(data, name)
-        try:
-            tensors = load_safetensors(data)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise PrefixFormatError(f"{name} is damaged: {error}") from error
-        claimed = header.pop("sha256", None)
-        if claimed != _digest(header, tensors):
-            raise PrefixFormatError(
-                f"{name} is damaged: its content does not match its own hash; restore it from a "
-                "backup, or roll back to an earlier version"
-            )
-        geometry = Geometry.from_dict(header["geometry"])
+        about, tensors = payload.read(data, name)
+        if "geometry" not in about:
+            raise PrefixFormatError(f"{name} is not a prefix written by controlprefix")
+        geometry = Geometry.from_dict(about["geometry"])
         try:
             slots = {site: tensors[site] for site in SITES if site in tensors}
-            if "int8" in header:
-                slots = _dequantized(geometry, slots, tensors, header["int8"], name)
+            if "int8" in about:
+                slots = _dequantized(geometry, slots, tensors, about["int8"], name)
             return cls(geometry, slots).require_finite(name)
         except GeometryMismatchError as error:
             raise PrefixFormatError(f"{name} contradicts its own geometry: {error}") from error
@@ -220,19 +203,6 @@ class Prefix:
         return f"Prefix({counts} slots, {self.dtype}, model {self.geometry.model_name!r})"
 
 
-def _quantized(rows: Tensor, head_sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(num_slots, slot_size) as int8, and a scale for each head's numbers in a slot, bfloat16."""
-    pieces = rows.float().split(list(head_sizes), dim=1)
-    largest = torch.stack([piece.abs().amax(dim=1) for piece in pieces], dim=1)
-    scales = (largest / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
-    steps = rows.float() / _spread(scales, head_sizes)
-    return steps.round().clamp(-127, 127).to(torch.int8), scales
-
-
-def _spread(scales: Tensor, head_sizes: Sequence[int]) -> Tensor:
-    return scales.float().repeat_interleave(torch.tensor(head_sizes), dim=1)
-
-
 def _dequantized(
     geometry: Geometry,
     slots: Mapping[Site, Tensor],
@@ -240,20 +210,14 @@ def _dequantized(
     dtype: object,
     name: str,
 ) -> dict[Site, Tensor]:
-    if dtype not in ("float32", "bfloat16", "float16"):
+    if dtype not in FLOATS:
         raise PrefixFormatError(f"{name} was made from {dtype!r} numbers, which are no floats")
-    found = {}
-    for site, rows in slots.items():
-        sizes, scales = geometry.head_sizes(site), tensors.get(f"{site}.scales")
-        if (
-            scales is None
-            or rows.dtype != torch.int8
-            or scales.shape != (len(rows), len(sizes))
-            or rows.shape[1] != sum(sizes)
-        ):
-            raise PrefixFormatError(f"{name} has {site} scales that do not fit its numbers")
-        found[site] = (rows.float() * _spread(scales, sizes)).to(getattr(torch, str(dtype)))
-    return found
+    return {
+        site: payload.dequantized(
+            rows, tensors.get(f"{site}.scales"), geometry.head_sizes(site), f"{name} at {site}"
+        ).to(getattr(torch, str(dtype)))
+        for site, rows in slots.items()
+    }
 
 
 def _heads_first(rows: Tensor, num_heads: int) -> Tensor:
@@ -288,34 +252,3 @@ def _want(shape: LayerShape, num_slots: int) -> tuple[tuple[int, int, int], tupl
         (shape.num_kv_heads, num_slots, shape.key_dim),
         (shape.num_kv_heads, num_slots, shape.value_dim),
     )
-
-
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Over everything that means something: geometry, dtypes, shapes and numbers."""
-    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for site in sorted(tensors):
-        rows = tensors[site].contiguous()
-        sha.update(f"{site} {rows.dtype} {tuple(rows.shape)}".encode())
-        if rows.numel():
-            sha.update(rows.view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def _read_header(data: bytes, name: str) -> dict[str, Any]:
-    """The metadata of a safetensors file, read before anything is allocated for its tensors."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER_BYTES):
-        raise PrefixFormatError(f"{name} is not a whole safetensors file ({len(data)} bytes)")
-    try:
-        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["controlprefix"])
-        format_number = int(header["format"])
-        _ = header["geometry"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PrefixFormatError(f"{name} is not a prefix written by controlprefix") from error
-    if format_number > FORMAT:
-        raise PrefixFormatError(
-            f"{name} was written in format {format_number}; this version reads up to {FORMAT}, so "
-            "upgrade controlprefix"
-        )
-    assert isinstance(header, dict)
-    return header

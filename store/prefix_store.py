@@ -16,6 +16,7 @@ from typing import Any, Self
 from sqlalchemy import Select, and_, delete, func, or_, select
 from sqlalchemy.orm import Session
 
+from controlprefix.decoder import CodedPrefix, PrefixDecoder, code_in
 from controlprefix.errors import (
     PrefixFormatError,
     StoreKeyError,
@@ -24,8 +25,10 @@ from controlprefix.errors import (
     known_names,
 )
 from controlprefix.prefix import Prefix
+from controlprefix.store import codes, profiles
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import KeyProvider, Sealer
+from controlprefix.store.profiles import Similar
 from controlprefix.store.records import (
     AuditEntry,
     Fetched,
@@ -37,6 +40,7 @@ from controlprefix.store.records import (
     StoreStats,
     VersionInfo,
     VersionRef,
+    check_is_for,
     check_key,
     check_kind,
     check_name,
@@ -55,6 +59,7 @@ from controlprefix.store.transfer import export_tenant, import_tenant
 _log = logging.getLogger(__name__)
 
 _MAX_LOOKED_THROUGH = 1000  # names, to say which exist: a store may have millions
+_MAX_DECODERS = 4  # kept in memory
 
 
 class PrefixStore:
@@ -89,6 +94,7 @@ class PrefixStore:
         self.url = url
         self._database = Database(url, tenant, exact=exact, pool_size=pool_size)
         self._database.prepare()
+        self._decoders: dict[str, PrefixDecoder] = {}
 
     def require_writable(self, keys: Iterable[PrefixKey]) -> None:
         """Find out before long work whether its result could be stored.
@@ -114,6 +120,7 @@ class PrefixStore:
         """
         for new in versions:
             check_key(new.key)
+            check_is_for(new.key, new.prefix)
         payloads = [new.prefix.to_bytes(new.dtype) for new in versions]
 
         def publish(session: Session, tenant: int) -> dict[int, int]:
@@ -159,12 +166,18 @@ class PrefixStore:
                 content_hash=_content_hash(payload),
                 size_bytes=len(payload),
                 num_slots=new.prefix.num_slots,
-                dtype=new.dtype or str(new.prefix.dtype).removeprefix("torch."),
+                dtype=new.dtype or _dtype_name(new.prefix),
                 created_at=datetime.now(UTC),
                 details=dict(new.details),
             )
         )
-        session.flush()  # the bytes refer to it
+        session.flush()  # what follows refers to it
+        if isinstance(new.prefix, CodedPrefix):
+            decoder = new.prefix.code.decoder
+            codes.tie_to_decoder(
+                session, tenant, geometry.fingerprint, decoder, row.id, row.newest_version
+            )
+        codes.note_sources(session, tenant, row.id, row.newest_version, new.sources)
         place = place_of(new.key, geometry.fingerprint, row.newest_version)
         stored, key_id = self._sealer.seal(payload, place)
         session.add(PayloadRow(**mine, payload=stored, key_id=key_id))
@@ -219,9 +232,7 @@ class PrefixStore:
             key, ref = PrefixKey(kind, name), VersionRef(version, claimed)
             if payload is None and claimed not in have:
                 raise self._damaged(key, fingerprint, version, "its bytes are gone")
-            prefix = (
-                None if payload is None else self._parsed(key, fingerprint, ref, payload, key_id)
-            )
+            prefix = None if payload is None else self._read(key, fingerprint, ref, payload, key_id)
             found[key] = Fetched(ref, prefix)
         return found
 
@@ -238,7 +249,31 @@ class PrefixStore:
             UnknownNameError: If there is no such name or version for this model.
             PrefixFormatError: If the stored bytes are damaged.
         """
+        ref, stored, key_id = self._stored(key, fingerprint, version)
+        return StoredPrefix(self._read(key, fingerprint, ref, stored, key_id), ref)
 
+    def decoder(
+        self, name: str, fingerprint: str, *, version: int | str | None = None
+    ) -> PrefixDecoder:
+        """Read a decoder of user codes; the current version unless told.
+
+        Raises:
+            UnknownNameError, PrefixFormatError: As `get`.
+        """
+        key = PrefixKey("decoder", name)
+        ref, stored, key_id = self._stored(key, fingerprint, version)
+        known = self._decoders.get(ref.content_hash)
+        if known is None:
+            data = self._unsealed(key, fingerprint, ref, stored, key_id)
+            known = PrefixDecoder.from_bytes(data, name=f"{key} version {ref.version}")
+            while len(self._decoders) >= _MAX_DECODERS:
+                self._decoders.pop(next(iter(self._decoders)), None)
+            self._decoders[ref.content_hash] = known
+        return known
+
+    def _stored(
+        self, key: PrefixKey, fingerprint: str, version: int | str | None
+    ) -> tuple[VersionRef, bytes, str | None]:
         def read(session: Session, tenant: int) -> tuple[VersionRef, PayloadRow | None]:
             row = self._row(session, tenant, key, fingerprint)
             number = row.current_version
@@ -251,8 +286,7 @@ class PrefixStore:
         ref, row = self._database.run(read)
         if row is None:
             raise self._damaged(key, fingerprint, ref.version, "its bytes are gone")
-        parsed = self._parsed(key, fingerprint, ref, row.payload, row.key_id)
-        return StoredPrefix(parsed, ref)
+        return ref, row.payload, row.key_id
 
     def prefixes(self, kind: Kind | None = None) -> list[PrefixInfo]:
         """What the tenant has, for all models, sorted by kind and name."""
@@ -351,31 +385,37 @@ class PrefixStore:
         self._database.run(write, write=True)
 
     def forget(self, key: PrefixKey) -> int:
-        """Remove every version, alias and kept text of a name, for all models; the audit says so.
+        """Remove all of a name, for all models: versions, aliases, a user's texts and profile.
+
+        The audit says so. Decoders that were learned from the user too are marked.
 
         Returns:
             How many versions were removed.
 
         Raises:
             UnknownNameError: If there is no such name.
+            StoreError: If it is a decoder that codes need.
         """
         check_key(key)
 
         def write(session: Session, tenant: int) -> int:
             rows = list(session.scalars(self._mine(tenant, None, [key]).with_for_update()))
-            kept = and_(SampleRow.tenant_id == tenant, SampleRow.user_name == key.name)
-            samples = key.kind == "user" and session.scalar(
-                select(SampleRow.id).where(kept).limit(1)
-            )
-            if not rows and not samples:
+            known = bool(rows)
+            if key.kind == "user":
+                samples = and_(SampleRow.tenant_id == tenant, SampleRow.user_name == key.name)
+                known = known or profiles.is_kept(session, tenant, key.name)
+                known = known or bool(session.scalar(select(SampleRow.id).where(samples).limit(1)))
+                known = bool(codes.mark_forgotten(session, tenant, key.name)) or known
+                profiles.forget(session, tenant, key.name)
+                session.execute(delete(SampleRow).where(samples))
+            if not known:
                 raise self._unknown(session, tenant, key, None)
             removed = sum(len(self._version_numbers(session, row)) for row in rows)
             ids = [row.id for row in rows]
-            for table in (AliasRow, PayloadRow, VersionRow):
+            codes.require_unused(session, ids, str(key))
+            for table in (*codes.TIES, AliasRow, PayloadRow, VersionRow):
                 session.execute(delete(table).where(table.prefix_id.in_(ids)))
             session.execute(delete(PrefixRow).where(PrefixRow.id.in_(ids)))
-            if samples:
-                session.execute(delete(SampleRow).where(kept))
             self._note(session, tenant, "forget", key, removed)
             return removed
 
@@ -416,8 +456,44 @@ class PrefixStore:
         rows = self._database.run(read)
         return [self._sealer.unseal(row.text, row.key_id, place).decode() for row in rows]
 
+    def keep_profile(
+        self, user: str, embedder: str, numbers: Sequence[float], *, num_texts: int
+    ) -> None:
+        """Keep what a user's texts are like, as numbers, in place of an earlier profile.
+
+        Args:
+            user: Who.
+            embedder: What computed the numbers; only such are compared.
+            numbers: As many as that always gives.
+            num_texts: Whose mean they are.
+        """
+        check_name("user", user)
+        self._database.run(
+            lambda session, tenant: profiles.keep(
+                session, tenant, self._sealer, user, embedder, numbers, num_texts
+            ),
+            write=True,
+        )
+
+    def similar_users(
+        self,
+        embedder: str,
+        numbers: Sequence[float],
+        *,
+        most: int = 10,
+        without: Collection[str] = (),
+    ) -> list[Similar]:
+        """The users whose kept profiles are most alike, the most alike first."""
+        return self._database.run(
+            lambda session, tenant: profiles.nearest(
+                session, tenant, self._sealer, embedder, numbers, most=most, without=without
+            )
+        )
+
     def prune(self, *, keep: int) -> int:
-        """Remove old versions: of each name, all but the newest few, the current and aliased ones.
+        """Remove old versions: of each name, all but the newest few and those in use.
+
+        In use are the current one, those with an alias, and decoders that codes belong to.
 
         Returns:
             How many versions were removed.
@@ -434,8 +510,9 @@ class PrefixStore:
                 numbers = self._version_numbers(session, row)
                 named = select(AliasRow.version).where(AliasRow.prefix_id == row.id)
                 kept = {*numbers[-keep:], row.current_version, *session.scalars(named)}
+                kept |= codes.in_use(session, row.id) if row.kind == "decoder" else set()
                 old = [number for number in numbers if number not in kept]
-                for table in (PayloadRow, VersionRow) if old else ():
+                for table in (*codes.TIES, PayloadRow, VersionRow) if old else ():
                     where = and_(table.prefix_id == row.id, table.version.in_(old))
                     session.execute(delete(table).where(where))
                 if old:
@@ -509,6 +586,9 @@ class PrefixStore:
             return len(rows)
 
         self._database.run(seal_samples, write=True)
+        self._database.run(
+            lambda session, tenant: profiles.seal_again(session, tenant, self._sealer), write=True
+        )
         return sum(
             self._database.run(
                 partial(
@@ -577,18 +657,46 @@ class PrefixStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _parsed(
-        self,
-        key: PrefixKey,
-        fingerprint: str,
-        ref: VersionRef,
-        stored: bytes,
-        key_id: str | None,
+    def _read(
+        self, key: PrefixKey, fingerprint: str, ref: VersionRef, stored: bytes, key_id: str | None
     ) -> Prefix:
+        """The prefix in stored bytes; what is there as a code is decoded."""
+        payload = self._unsealed(key, fingerprint, ref, stored, key_id)
+        name = f"{key} version {ref.version}"
+        code = code_in(payload, name)
+        if code is None:
+            return Prefix.from_bytes(payload, name=name)
+        return self._decoder_of(code.decoder, fingerprint, name).decode(code)
+
+    def _decoder_of(self, content_hash: str, fingerprint: str, name: str) -> PrefixDecoder:
+        """The decoder with that content."""
+        known = self._decoders.get(content_hash)
+        if known is not None:
+            return known
+
+        def find(session: Session, tenant: int) -> tuple[str, int] | None:
+            query = self._mine(tenant, fingerprint).where(PrefixRow.kind == "decoder")
+            query = query.join(VersionRow, VersionRow.prefix_id == PrefixRow.id)
+            query = query.where(VersionRow.content_hash == content_hash)
+            chosen = query.with_only_columns(PrefixRow.name, VersionRow.version).limit(1)
+            return session.execute(chosen).tuples().one_or_none()
+
+        found = self._database.run(find)
+        if found is None:
+            raise PrefixFormatError(
+                f"{name} is a code of decoder {content_hash[:19]}, which is not in the store; "
+                "train or enroll the user anew"
+            )
+        decoder, version = found
+        return self.decoder(decoder, fingerprint, version=version)
+
+    def _unsealed(
+        self, key: PrefixKey, fingerprint: str, ref: VersionRef, stored: bytes, key_id: str | None
+    ) -> bytes:
         payload = self._sealer.unseal(stored, key_id, place_of(key, fingerprint, ref.version))
         if not _is_content(payload, ref.content_hash):
             raise self._damaged(key, fingerprint, ref.version, "wrong hash")
-        return Prefix.from_bytes(payload, name=f"{key} version {ref.version}")
+        return payload
 
     def _damaged(
         self, key: PrefixKey, fingerprint: str, number: int, reason: str
@@ -730,7 +838,15 @@ def _info(row: PrefixRow, version: VersionRow, aliases: Sequence[str]) -> Versio
         details=version.details,
         parent_version=version.parent_version,
         aliases=tuple(aliases),
+        num_forgotten=version.num_forgotten,
     )
+
+
+def _dtype_name(prefix: Prefix | PrefixDecoder) -> str:
+    """Of the numbers as `to_bytes` leaves them."""
+    if isinstance(prefix, CodedPrefix):
+        return "int8"
+    return str(prefix.dtype).removeprefix("torch.")
 
 
 def _key(row: PrefixRow | AuditRow) -> PrefixKey:

@@ -1,19 +1,24 @@
 """What goes into the store and comes out of it, as values."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, get_args
 
+from controlprefix.decoder import PrefixDecoder
 from controlprefix.errors import UnknownNameError
-from controlprefix.prefix import PayloadDtype, Prefix
+from controlprefix.payload import PayloadDtype
+from controlprefix.prefix import Prefix
 
-Kind = Literal["task", "attribute", "user"]
+Kind = Literal["task", "attribute", "user", "decoder"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class PrefixKey(NamedTuple):
-    """What a prefix is for: `("user", "ana")`, `("attribute", "tone=warm")`."""
+    """What a prefix is for: `("user", "ana")`, `("attribute", "tone=warm")`.
+
+    A decoder of user codes is kept in the same way: `("decoder", "users")`.
+    """
 
     kind: Kind
     name: str
@@ -27,18 +32,20 @@ class NewVersion:
     """A prefix to publish.
 
     Attributes:
-        key, prefix: What, and for what.
+        key, prefix: What, and for what: of kind `decoder`, a decoder.
         details: Anything JSON can hold.
         replaces: The version that must be current for this to be published, 0 for none
             yet (compare and swap); left out, it follows whatever is there.
         dtype: Of the numbers in the store, `"int8"` among them; left out, as they are.
+        sources: Users whose texts it was learned from; forgetting one marks it.
     """
 
     key: PrefixKey
-    prefix: Prefix
+    prefix: Prefix | PrefixDecoder
     details: Mapping[str, Any] = field(default_factory=dict)
     replaces: int | None = None
     dtype: PayloadDtype | None = None
+    sources: Collection[str] = ()
 
 
 class VersionRef(NamedTuple):
@@ -75,7 +82,10 @@ class PrefixInfo:
 
 @dataclass(frozen=True, slots=True)
 class VersionInfo:
-    """What is known of one version without reading its numbers."""
+    """What is known of one version without reading its numbers.
+
+    `num_forgotten` counts those users it was learned from who were forgotten since.
+    """
 
     kind: Kind
     name: str
@@ -89,6 +99,7 @@ class VersionInfo:
     details: Mapping[str, Any]
     parent_version: int | None
     aliases: tuple[str, ...]
+    num_forgotten: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +130,12 @@ def check_kind(kind: str) -> None:
     """Refuse a kind that there is none of."""
     if kind not in KINDS:
         raise UnknownNameError(f"unknown kind {kind!r}; a prefix is for a: {', '.join(KINDS)}")
+
+
+def check_is_for(key: PrefixKey, prefix: Prefix | PrefixDecoder) -> None:
+    """Refuse a decoder under another kind, and anything else under that one."""
+    if (key.kind == "decoder") != isinstance(prefix, PrefixDecoder):
+        raise UnknownNameError(f"a {type(prefix).__name__} cannot be stored as {key}")
 
 
 def check_key(key: PrefixKey) -> None:

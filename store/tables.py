@@ -4,6 +4,8 @@ A version's bytes stand in a table of their own, so that asking which version is
 never reads past them.
 """
 
+from array import array
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -19,13 +21,39 @@ from sqlalchemy import (
     LargeBinary,
     String,
     Table,
+    TypeDecorator,
     UniqueConstraint,
     event,
 )
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeEngine
 
 # SQLite counts up by itself only where the type is INTEGER.
 _Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Numbers(TypeDecorator[Sequence[float]]):
+    """float32 numbers: an array on PostgreSQL, where pgvector can compare them; else bytes."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(postgresql.ARRAY(postgresql.REAL()))
+        return dialect.type_descriptor(LargeBinary())
+
+    def process_bind_param(self, value: Sequence[float] | None, dialect: Dialect) -> Any:
+        if value is None or dialect.name == "postgresql":
+            return value
+        return array("f", value).tobytes()
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Sequence[float] | None:
+        if value is None or dialect.name == "postgresql":
+            return value
+        return array("f", value)
 
 
 class Base(DeclarativeBase):
@@ -74,6 +102,8 @@ class VersionRow(Base):
     dtype: Mapped[str] = mapped_column(String(16))
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
     details: Mapped[dict[str, Any]] = mapped_column(JSON)
+    # Of those it was learned from (`SourceRow`), how many were forgotten since.
+    num_forgotten: Mapped[int] = mapped_column(default=0, server_default="0")
 
 
 _OF_A_VERSION = (
@@ -93,6 +123,52 @@ class PayloadRow(Base):
     tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
     key_id: Mapped[str | None] = mapped_column(String(255))
     payload: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class CodeRow(Base):
+    """That a version is a code, which means nothing without that version of a decoder."""
+
+    __tablename__ = "controlprefix_codes"
+    __table_args__ = (
+        ForeignKeyConstraint(*_OF_A_VERSION, ondelete="CASCADE"),
+        ForeignKeyConstraint(["decoder_id", "decoder_version"], _OF_A_VERSION[1]),
+        Index("ix_controlprefix_codes_decoder", "decoder_id", "decoder_version"),
+    )
+
+    prefix_id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    decoder_id: Mapped[int] = mapped_column(_Id)
+    decoder_version: Mapped[int]
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+
+
+class SourceRow(Base):
+    """That a version was learned from a user's texts."""
+
+    __tablename__ = "controlprefix_sources"
+    __table_args__ = (
+        ForeignKeyConstraint(*_OF_A_VERSION, ondelete="CASCADE"),
+        Index("ix_controlprefix_sources_user", "tenant_id", "user_name"),
+    )
+
+    prefix_id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    user_name: Mapped[str] = mapped_column(String(255), primary_key=True)
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+
+
+class ProfileRow(Base):
+    """What a user's texts are like, as numbers: plain for the database to compare, or sealed."""
+
+    __tablename__ = "controlprefix_profiles"
+
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id), primary_key=True)
+    user_name: Mapped[str] = mapped_column(String(255), primary_key=True)
+    embedder: Mapped[str] = mapped_column(String(255), primary_key=True)
+    num_texts: Mapped[int]
+    numbers: Mapped[Sequence[float] | None] = mapped_column(Numbers)
+    sealed: Mapped[bytes | None] = mapped_column(LargeBinary)
+    key_id: Mapped[str | None] = mapped_column(String(255))
 
 
 class AliasRow(Base):

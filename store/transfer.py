@@ -15,7 +15,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from controlprefix.errors import PrefixFormatError, StoreError
+from controlprefix.decoder import code_in
+from controlprefix.errors import ControlPrefixError, PrefixFormatError, StoreError
+from controlprefix.store import codes
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import Sealer
 from controlprefix.store.records import PrefixKey, check_key, check_name, place_of
@@ -23,7 +25,15 @@ from controlprefix.store.tables import AliasRow, PayloadRow, PrefixRow, VersionR
 
 FORMAT = 1
 _MAX_MANIFEST_BYTES = _MAX_PAYLOAD_BYTES = 1 << 30
-_OF_VERSION = ("version", "parent_version", "content_hash", "size_bytes", "num_slots", "dtype")
+_OF_VERSION = (
+    "version",
+    "parent_version",
+    "content_hash",
+    "size_bytes",
+    "num_slots",
+    "dtype",
+    "num_forgotten",
+)
 
 
 def export_tenant(database: Database, sealer: Sealer, path: Path) -> int:
@@ -80,26 +90,26 @@ def import_tenant(database: Database, sealer: Sealer, path: Path) -> int:
         StoreError: If a name exists already, or the database cannot be written.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        file = path.open("rb")
+    except OSError as error:
+        raise StoreError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    try:
+        with file, zipfile.ZipFile(file) as archive:
             manifest = _read_manifest(archive, path)
 
             def write(session: Session, tenant: int) -> int:
-                return sum(
-                    _add(session, tenant, sealer, archive, prefix)
-                    for prefix in manifest["prefixes"]
-                )
+                # Decoders first: codes refer to them.
+                order = sorted(manifest["prefixes"], key=lambda one: one["kind"] != "decoder")
+                return sum(_add(session, tenant, sealer, archive, prefix) for prefix in order)
 
             return database.run(write, write=True)
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, PrefixFormatError):
-            raise
+    except ControlPrefixError:
+        raise
+    # A damaged place in the file may lead before its beginning: that is an OSError.
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise PrefixFormatError(
             f"{str(path)!r} is damaged or no export of controlprefix: {error}; nothing was changed"
         ) from error
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
 
 
 def _in_utc(at: datetime) -> str:
@@ -129,6 +139,7 @@ def _manifest(session: Session, tenant: int) -> dict[str, Any]:
                         **{name: getattr(one, name) for name in _OF_VERSION},
                         "created_at": _in_utc(one.created_at),
                         "details": one.details,
+                        "sources": codes.sources(session, row.id, one.version),
                     }
                     for one in session.scalars(versions.order_by(VersionRow.version))
                 ],
@@ -216,6 +227,11 @@ def _add(
         created = datetime.fromisoformat(one["created_at"])
         session.add(VersionRow(**mine, **about, created_at=created, details=dict(one["details"])))
         session.flush()
+        code = code_in(payload, f"{key} version {mine['version']}")
+        if code is not None:
+            at = (row.id, mine["version"])
+            codes.tie_to_decoder(session, tenant, prefix["fingerprint"], code.decoder, *at)
+        codes.note_sources(session, tenant, row.id, mine["version"], one["sources"])
         place = place_of(key, prefix["fingerprint"], mine["version"])
         stored, key_id = sealer.seal(payload, place)
         session.add(PayloadRow(**mine, payload=stored, key_id=key_id))

@@ -26,7 +26,7 @@ def at_revision(url: str, revision: str) -> None:
     prefix = Prefix.random(GEOMETRY, num_slots=3, seed=1).to_bytes()
     engine = sa.create_engine(url)
     with engine.begin() as connection:
-        revisions.upgrade(connection, revision)
+        revisions.upgrade(connection, "0001")
         connection.execute(sa.text(f"DROP TABLE {revisions.REVISION_TABLE}"))  # not yet in 0001
         values: dict[str, Any] = {"tenant": "mine", "fingerprint": "f" * 64, "hash": "x"}
         connection.execute(
@@ -53,6 +53,8 @@ def at_revision(url: str, revision: str) -> None:
                     "details": json.dumps({"seed": version}),
                 },
             )
+        if revision != "0001":
+            revisions.upgrade(connection, revision)
     engine.dispose()
 
 
@@ -75,7 +77,7 @@ def test_a_store_of_an_earlier_revision_is_upgraded_on_request(url: str, revisio
     with PrefixStore(url, tenant="theirs") as store:
         assert store.prefixes() == []
     again = CliRunner().invoke(app, ["store", "upgrade", "--store", url])
-    assert "at schema 0002 already" in again.output
+    assert f"at schema {revisions.HEAD} already" in again.output
 
 
 def test_upgraded_tables_are_those_of_a_new_store(url: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 import sqlalchemy
 import torch
 from sqlalchemy.engine import make_url
+from test_codes import coded, decoder
 
 from controlprefix import (
     Geometry,
@@ -155,9 +156,15 @@ def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> No
             store.put([new(PrefixKey("user", "bo"))])
             store.forget(PrefixKey("user", "bo"))
             store.keep_samples("ana", ["a text"])
+            store.keep_profile("ana", "e", [1.0], num_texts=1)
+            by = decoder()
+            store.put([NewVersion(PrefixKey("decoder", "users"), by, sources=["ana"])])
+            store.put([NewVersion(PrefixKey("user", "cy"), coded(by))])
+    several = {"prefixes": 3, "versions": 3, "payloads": 3}
     for table in Base.metadata.tables:
         for tenant, rows in (("mine", 1), ("theirs", 1), ("nobody", 0), ("", 0)):
             (found,) = raw(url, f"SELECT count(*) FROM {table}", tenant)
+            rows *= several.get(table.removeprefix("controlprefix_"), 1)
             assert found[0] == rows, (table, tenant)
     assert raw(url, "UPDATE controlprefix_versions SET size_bytes = 0 RETURNING 1", "nobody") == []
     with pytest.raises(sqlalchemy.exc.ProgrammingError, match="row-level security"):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -96,7 +96,7 @@ class Trainer:
         ]
         prepared = self.prepare(
             examples,
-            learn="attributes" if key.kind == "attribute" else key.kind,
+            learn=cast(Learned, "attributes" if key.kind == "attribute" else key.kind),
             num_slots=num_slots,
             init={key: instruction},
             seed=seed,

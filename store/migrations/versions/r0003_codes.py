@@ -1,0 +1,70 @@
+"""User codes and the decoders they belong to, what those were learned from, profiles."""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import postgresql
+
+revision = "0003"
+down_revision = "0002"
+
+_ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+_NUMBERS = sa.LargeBinary().with_variant(postgresql.ARRAY(postgresql.REAL), "postgresql")
+_VERSION = ["controlprefix_versions.prefix_id", "controlprefix_versions.version"]
+
+
+def _tenant(*, primary_key: bool = False) -> sa.Column[int]:
+    whose = sa.ForeignKey("controlprefix_tenants.id")
+    return sa.Column("tenant_id", _ID, whose, nullable=False, primary_key=primary_key)
+
+
+def _of_a_version() -> sa.ForeignKeyConstraint:
+    return sa.ForeignKeyConstraint(["prefix_id", "version"], _VERSION, ondelete="CASCADE")
+
+
+def upgrade() -> None:
+    op.add_column(
+        "controlprefix_versions",
+        sa.Column("num_forgotten", sa.Integer, nullable=False, server_default="0"),
+    )
+    tables = [
+        op.create_table(
+            "controlprefix_codes",
+            sa.Column("prefix_id", _ID, primary_key=True),
+            sa.Column("version", sa.Integer, primary_key=True),
+            sa.Column("decoder_id", _ID, nullable=False),
+            sa.Column("decoder_version", sa.Integer, nullable=False),
+            _tenant(),
+            _of_a_version(),
+            sa.ForeignKeyConstraint(["decoder_id", "decoder_version"], _VERSION),
+        ),
+        op.create_table(
+            "controlprefix_sources",
+            sa.Column("prefix_id", _ID, primary_key=True),
+            sa.Column("version", sa.Integer, primary_key=True),
+            sa.Column("user_name", sa.String(255), primary_key=True),
+            _tenant(),
+            _of_a_version(),
+        ),
+        op.create_table(
+            "controlprefix_profiles",
+            _tenant(primary_key=True),
+            sa.Column("user_name", sa.String(255), primary_key=True),
+            sa.Column("embedder", sa.String(255), primary_key=True),
+            sa.Column("num_texts", sa.Integer, nullable=False),
+            sa.Column("numbers", _NUMBERS),
+            sa.Column("sealed", sa.LargeBinary),
+            sa.Column("key_id", sa.String(255)),
+        ),
+    ]
+    op.create_index(
+        "ix_controlprefix_codes_decoder", "controlprefix_codes", ["decoder_id", "decoder_version"]
+    )
+    op.create_index(
+        "ix_controlprefix_sources_user", "controlprefix_sources", ["tenant_id", "user_name"]
+    )
+    if op.get_bind().dialect.name == "postgresql":
+        mine = "tenant_id = nullif(current_setting('controlprefix.tenant', true), '')::bigint"
+        for table in tables:
+            op.execute(f"ALTER TABLE {table.name} ENABLE ROW LEVEL SECURITY")
+            op.execute(f"ALTER TABLE {table.name} FORCE ROW LEVEL SECURITY")
+            op.execute(f"CREATE POLICY {table.name}_own ON {table.name} USING ({mine})")
