@@ -19,6 +19,8 @@ from controlprefix.geometry import SITES, Geometry, Site
 from controlprefix.payload import FLOATS, PayloadDtype
 from controlprefix.prefix import Prefix
 
+_LARGEST = 4.0  # standard deviations of a feature; a strange text must not lead far away
+
 
 @dataclass(frozen=True, eq=False)
 class Code:
@@ -141,16 +143,32 @@ class PrefixDecoder(nn.Module):
                 for site in self.geometry.sites
             }
         )
-        self.generator = CodeGenerator(features, self.num_slots * width, generator)
+        self.generator = CodeGenerator(features, self.num_slots * width)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the numbers in its bytes."""
         return getattr(torch, self._kept_as)
 
+    @property
+    def scales(self) -> dict[Site, Tensor]:
+        """For each site, the unit of change, `(slot_size,)`."""
+        return {site: cast(Tensor, self.networks[site].scale) for site in self.geometry.sites}
+
     def slots(self, numbers: Tensor) -> dict[Site, Tensor]:
         """Slots of a code `(num_slots, width)`, connected to it and to the parameters."""
         return {site: self.networks[site](numbers) for site in self.geometry.sites}
+
+    def guess(self, features: Tensor) -> Code:
+        """The code of a user, from what their texts are like, `(texts, num_features)`."""
+        numbers = self.generator(features).view(self.num_slots, self.width)
+        return Code(self.content_hash, numbers)
+
+    @property
+    def common(self) -> Code:
+        """The code that users have in the mean."""
+        numbers = self.generator.common.view(self.num_slots, self.width)
+        return Code(self.content_hash, numbers.clone())
 
     def decode(self, code: Code) -> CodedPrefix:
         """The prefix of a code, on the decoder's device.
@@ -231,46 +249,44 @@ class PrefixDecoder(nn.Module):
 
 
 class CodeGenerator(nn.Module):
-    """What a user's texts are like -> a code, through a narrow place.
+    """What a user's texts are like -> a code: a linear map of the mean of their features.
+
+    One text says less of its writer than sixteen, so the mean of n counts n / (n + doubt).
 
     Args:
         num_features: Of each text.
         size: Of a code.
-        seed: A generator of random numbers.
     """
-
-    NARROW = 64
-    _LARGEST = 4.0  # standard deviations; a strange text must not lead far away
-    _MOST = 16  # texts, beyond which more of them make no surer
 
     mean: Tensor
     spread: Tensor
+    weights: Tensor
+    common: Tensor
+    doubt: Tensor
 
-    def __init__(self, num_features: int, size: int, seed: torch.Generator) -> None:
+    def __init__(self, num_features: int, size: int) -> None:
         super().__init__()
         self.num_features = num_features
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("spread", torch.ones(num_features))
-        self.down = nn.Linear(num_features, self.NARROW)
-        self.up = nn.Linear(self.NARROW, size)
-        with torch.no_grad():
-            for layer, std in ((self.down, 0.5), (self.up, 0.5)):
-                layer.weight.normal_(std=std * layer.in_features**-0.5, generator=seed)
-                layer.bias.zero_()
+        self.register_buffer("weights", torch.zeros(num_features, size))
+        self.register_buffer("common", torch.zeros(size))
+        self.register_buffer("doubt", torch.ones(1))
 
-    def standardize(self, features: Tensor) -> None:
-        """Take mean and spread from the texts of many users, `(texts, num_features)`."""
-        self.mean.copy_(features.mean(0))
-        self.spread.copy_(features.std(0) + 1e-3)
-
-    def forward(self, features: Tensor, dropout: float = 0.0) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """A code, `(size,)`, from a user's texts, `(texts, num_features)`: at least one."""
+        return self.common + self.shrunk(features) @ self.weights
+
+    @property
+    def tells(self) -> bool:
+        """Whether a code depends on texts at all."""
+        return bool(self.weights.any())
+
+    def shrunk(self, features: Tensor) -> Tensor:
+        """What the code depends on, `(num_features,)`."""
         each = (features.to(self.mean) - self.mean) / self.spread
-        each = each.clamp(-self._LARGEST, self._LARGEST)
-        # The mean of n texts varies by 1/sqrt(n) of one: this keeps it in one size.
-        typical = each.mean(0) * 0.5 * min(len(each), self._MOST) ** 0.5
-        typical = nn.functional.dropout(typical, dropout, training=dropout > 0)
-        return self.up(torch.tanh(self.down(typical)))
+        each = each.clamp(-_LARGEST, _LARGEST)
+        return each.mean(0) * (len(each) / (len(each) + self.doubt))
 
 
 class _SlotNetwork(nn.Module):

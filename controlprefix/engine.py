@@ -13,18 +13,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 from controlprefix.assembly import Part, PrefixBatch, assemble
 from controlprefix.attributes import AttributeSpace
 from controlprefix.encoding import RequestEncoder
-from controlprefix.errors import ContextLengthError, RequestError
+from controlprefix.errors import ContextLengthError, RequestError, TrainingDataError
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
 from controlprefix.geometry import Geometry
 from controlprefix.guidance import spread
 from controlprefix.likelihood import guided_log_probs
 from controlprefix.loading import load
 from controlprefix.payload import PayloadDtype
+from controlprefix.personal import DecoderReport, Personalizer, UsersReport, usable_texts
 from controlprefix.prefix import Prefix
 from controlprefix.request import Completion, Example, Request, Score
 from controlprefix.resolve import Resolver
 from controlprefix.steering import Steering
-from controlprefix.store import KeyProvider, Kind, NewVersion, PrefixKey, PrefixStore, VersionInfo
+from controlprefix.store import (
+    KeyProvider,
+    Kind,
+    NewVersion,
+    PrefixKey,
+    PrefixStore,
+    Similar,
+    VersionInfo,
+)
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training import (
     Given,
@@ -36,14 +45,13 @@ from controlprefix.training import (
     Trainer,
     TrainingReport,
     TrainingSettings,
-    UsersReport,
     instructed,
     require_examples,
     to_distill,
-    usable_texts,
 )
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
+_EMBEDDER = "all-MiniLM-L6-v2"
 
 
 class ControlPrefix:
@@ -69,6 +77,7 @@ class ControlPrefix:
             store, self.geometry, device=self.model.device, dtype=self.model.dtype
         )
         self._trainer = Trainer(model, self._encoder, store, self._resolver)
+        self._personalizer = Personalizer(model, self._encoder, store)
 
     @classmethod
     def from_pretrained(
@@ -426,6 +435,8 @@ class ControlPrefix:
         texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]],
         *,
         num_slots: int = 16,
+        decoder: str | None = None,
+        as_codes: bool = True,
         together: int = 16,
         folder: str | Path | None = None,
         resume: bool = False,
@@ -442,7 +453,11 @@ class ControlPrefix:
         Args:
             texts: Of each user; as pairs, they are read as far as there is room, so there
                 may be any number of users.
-            num_slots: Of each prefix.
+            num_slots: Of each prefix, where there is no decoder to say it.
+            decoder: Start from what this decoder (see `learn_decoder`) expects of the
+                user: better, and the sooner the fewer texts there are. Left out, from the
+                keys and values of the user's own text.
+            as_codes: With a decoder, learn and keep a user's code alone; else all slots.
             together: Users at a time.
             folder: Where it is noted who is done.
             resume: Leave out who is noted there, with the same texts and settings.
@@ -452,48 +467,132 @@ class ControlPrefix:
 
         Raises:
             TrainingDataError: If a setting is wrong.
+            UnknownNameError: If there is no such decoder.
             StoreError: If a prefix cannot be stored.
         """
-        chosen = TrainingSettings.of(
-            {"parameterization": "direct", "batch_size": 4, "patience": 2, **settings}
-        )
-        return self._trainer.train_users(
+        return self._personalizer.train_users(
             texts,
-            chosen,
             num_slots=num_slots,
+            decoder=decoder,
+            as_codes=as_codes,
             together=together,
             folder=folder,
             resume=resume,
             progress=progress,
+            settings=settings,
+        )
+
+    def learn_decoder(
+        self,
+        texts: Mapping[str, Sequence[str]],
+        *,
+        name: str = "users",
+        num_slots: int = 16,
+        width: int = 64,
+        embedder: str = _EMBEDDER,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        **settings: Any,
+    ) -> DecoderReport:
+        """Learn from many users what their prefixes have in common, and how they differ.
+
+        What comes out is a decoder, stored under a name: it makes a prefix of a code of
+        `num_slots` times `width` numbers. With it, a user is enrolled at once
+        (`enroll(decoder=)`), or learned better from few texts and kept in a kilobyte
+        (`train_users(decoder=)`). Whoever it is learned from gets no prefix of their own;
+        if one is forgotten later, the decoder's versions say how many were.
+
+        Args:
+            texts: Of each user; some dozens of users at least.
+            name: Of the decoder.
+            num_slots: Of the prefixes.
+            width: Numbers of a slot's code.
+            embedder: A model of sentence-transformers, by name or folder, that tells what
+                texts are like.
+            folder, resume, progress: As in `train`.
+            **settings: Of `TrainingSettings`; `batch_size` is 16 unless told.
+
+        Raises:
+            TrainingDataError: If there are fewer than two users, or one without a text.
+            ControlPrefixError: If sentence-transformers is not installed.
+
+        Reference:
+            A shared network and small codes: the shared reparameterization of Control
+            Prefixes (Clive et al., 2021), as in Tan et al., "Personalized Pieces", 2024,
+            https://arxiv.org/abs/2406.10471, users share what they have in common; the guess
+            from texts as in PPlug (Liu et al., 2024, https://arxiv.org/abs/2409.11901).
+        """
+        return self._personalizer.learn_decoder(
+            texts,
+            name,
+            num_slots=num_slots,
+            width=width,
+            embedder=embedder,
+            folder=folder,
+            resume=resume,
+            progress=progress,
+            settings=settings,
         )
 
     def enroll(
-        self, user: str, texts: Sequence[str], *, num_slots: int = 64, keep_texts: bool = False
+        self,
+        user: str,
+        texts: Sequence[str],
+        *,
+        decoder: str | None = None,
+        refine: bool = False,
+        num_slots: int = 64,
+        keep_texts: bool = False,
+        keep_profile: bool = False,
     ) -> int:
         """Make a usable prefix for a user at once, from texts they wrote, without training.
 
-        It holds the exact keys and values of the texts, as far as `num_slots` tokens
-        go. Train to refine it and make it smaller.
+        With a decoder it is what that expects of someone who writes so, kept as a code;
+        else the exact keys and values of the texts, as far as `num_slots` tokens go.
 
         Args:
             user: Who.
             texts: What they wrote.
-            num_slots: At most.
+            decoder: A stored decoder, by name (see `learn_decoder`).
+            refine: Train from there, as `train_users` does: some seconds.
+            num_slots: At most, without a decoder; refined, 16.
             keep_texts: Keep the texts in the store too, to train on them later
-                (`store.samples`); else nothing but the prefix is kept.
+                (`store.samples`).
+            keep_profile: Keep the mean of their sentence embeddings, to find
+                `similar_users`. Unless told, nothing but the prefix is kept.
 
         Returns:
             The new version's number.
 
         Raises:
             TrainingDataError: If there is no text.
+            UnknownNameError: If there is no such decoder.
         """
-        written = usable_texts(user, texts)
-        prefix = self.prefix_from_text("\n\n".join(written), max_slots=num_slots)
-        number = self.put("user", user, prefix, details={"enrolled": {"texts": len(written)}})
+        if refine:
+            written = usable_texts(user, texts)
+            report = self.train_users(
+                {user: written}, decoder=decoder, num_slots=min(num_slots, 16), progress=False
+            )
+            if user in report.failed:
+                raise TrainingDataError(report.failed[user])
+            (number,) = report.users[user].saved.values()
+        else:
+            number = self._personalizer.enroll(user, texts, decoder, num_slots)
         if keep_texts:
-            self.store.keep_samples(user, written)
+            self.store.keep_samples(user, usable_texts(user, texts))
+        if keep_profile:
+            self._personalizer.keep_profile(user, texts, _EMBEDDER)
         return number
+
+    def similar_users(self, texts: Sequence[str], *, most: int = 10) -> list[Similar]:
+        """Which users with a kept profile write about most alike, the most alike first.
+
+        Raises:
+            TrainingDataError: If there is no text.
+            ControlPrefixError: If sentence-transformers is not installed.
+        """
+        return self._personalizer.similar_users(texts, _EMBEDDER, most)
 
     # --- prefixes ----------------------------------------------------------------------------
 

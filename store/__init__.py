@@ -4,6 +4,7 @@ from controlprefix.store.cache import PrefixCache, Together
 from controlprefix.store.database import upgrade
 from controlprefix.store.encryption import JsonKeys, KeyProvider
 from controlprefix.store.prefix_store import PrefixStore
+from controlprefix.store.profiles import Similar
 from controlprefix.store.records import (
     AuditEntry,
     Fetched,
@@ -28,6 +29,7 @@ __all__ = [
     "PrefixInfo",
     "PrefixKey",
     "PrefixStore",
+    "Similar",
     "StoreStats",
     "StoredPrefix",
     "Together",

@@ -15,7 +15,6 @@ from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.shortening import ShorteningReport
 from controlprefix.training.sweep import SweepPoint, SweepReport
 from controlprefix.training.trainer import Trainer, instructed, to_distill
-from controlprefix.training.users import UsersReport, usable_texts
 
 __all__ = [
     "Given",
@@ -29,11 +28,9 @@ __all__ = [
     "TrainingReport",
     "TrainingRow",
     "TrainingSettings",
-    "UsersReport",
     "instructed",
     "require_examples",
     "to_distill",
     "train",
     "typical_size",
-    "usable_texts",
 ]

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.prefix import Prefix
-from controlprefix.store import PrefixKey
 from controlprefix.training import curves, state
 from controlprefix.training.objectives import Pair, TrainingRow, pair_up
 from controlprefix.training.parameterization import LearnedSlots
@@ -171,10 +169,9 @@ class Run:
         if self.done.step and loss <= min(loss for _, loss in self.done.validation):
             self._best, self.done.best_step = self._copy(), self.done.step
 
-    def end(self) -> dict[PrefixKey, Prefix]:
-        """Go back to the best step; gives its prefixes."""
+    def end(self) -> None:
+        """Go back to the best step."""
         self.slots.load_state_dict(self._best)
-        return self.slots.materialized()
 
     def report(self) -> TrainingReport:
         """What happened so far."""

@@ -1,6 +1,6 @@
 """Trainer: examples or an instruction in, stored prefixes out, for one model and one store."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,6 @@ from controlprefix.training.run import Run, TrainingReport, in_batches
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.shortening import ShorteningReport, shorten, slot_masses
 from controlprefix.training.sweep import SweepPoint, SweepReport
-from controlprefix.training.users import UsersReport, train_users
 
 _EVALUATED = 16  # rows at a time
 
@@ -124,7 +123,8 @@ class Trainer:
         run = self._train(
             prepared, settings, progress, folder=into, resume=resume, accelerator=accelerator
         )
-        learned, report = run.end(), run.report()
+        run.end()
+        learned, report = run.slots.materialized(), run.report()
         details = {
             "training": {
                 "examples": len(prepared.rows),
@@ -147,45 +147,6 @@ class Trainer:
         numbers = broadcast_object_list(numbers)
         saved = {str(key): number for key, number in zip(learned, numbers, strict=True)}
         return replace(report, saved=saved, left_out=prepared.left_out)
-
-    def train_users(
-        self,
-        texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]],
-        settings: TrainingSettings,
-        *,
-        num_slots: int,
-        together: int,
-        folder: str | Path | None,
-        resume: bool,
-        progress: bool,
-    ) -> UsersReport:
-        """Learn each user's prefix from texts they wrote, and store it when it is done."""
-        self._store.require_writable(())
-
-        def publish(user: str, prefix: Prefix, report: TrainingReport) -> int:
-            details = {
-                "training": {
-                    "best_step": report.best_step,
-                    "best_loss": round(report.best_loss, 4),
-                    **settings.as_dict(),
-                }
-            }
-            key = PrefixKey("user", user)
-            new = NewVersion(key, prefix.to(dtype=self._model.dtype), details)
-            return self._store.put([new])[0]
-
-        return train_users(
-            self._model,
-            self._encoder,
-            texts.items() if isinstance(texts, Mapping) else texts,
-            publish,
-            settings,
-            num_slots=num_slots,
-            together=together,
-            folder=None if folder is None else Path(folder),
-            resume=resume,
-            progress=progress,
-        )
 
     def sweep(
         self,

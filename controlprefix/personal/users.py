@@ -30,21 +30,20 @@ from controlprefix.request import is_whole_text
 from controlprefix.steering import Steering
 from controlprefix.store import PrefixKey
 from controlprefix.store.records import check_key
-from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training import state
 from controlprefix.training.objectives import Objective, Pair, TrainingRow
-from controlprefix.training.preparation import typical_size
+from controlprefix.training.parameterization import LearnedSlots
 from controlprefix.training.run import Run, TrainingReport
 from controlprefix.training.settings import TrainingSettings
 
 _ROW_TOKENS = 256  # a longer text is cut into rows of so many
 _MAX_TEXTS = 1000  # of one user; more are drawn from
 _MAX_LETTERS = 100_000  # of one text
-_SCALE_TOKENS = 64
 _ROWS_AT_A_TIME = 64
 _FINISHED = "finished.jsonl"
 
 Publish = Callable[[str, Prefix, TrainingReport], int]
+Begin = Callable[[PrefixKey, list[str]], LearnedSlots]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def train_users(
     publish: Publish,
     settings: TrainingSettings,
     *,
-    num_slots: int,
+    begin: Begin,
     together: int,
     folder: Path | None,
     resume: bool,
@@ -92,7 +91,7 @@ def train_users(
         texts: Users with their texts; read as far as there is room.
         publish: Called at once for each user that is done; gives the version.
         settings: Of each user's run. `batch_size` is a user's rows a step.
-        num_slots: Of each prefix.
+        begin: Given a user and their texts, what is to be learned as it starts.
         together: Users at a time; memory grows with it, not with the number of users.
         folder: Where it is noted who is done.
         resume: Leave out who is noted there, with the same texts and settings.
@@ -116,7 +115,7 @@ def train_users(
         """Begin with the next user; False when nobody waits."""
         for user, written in waiting:
             try:
-                run = _begun(model, encoder, user, written, settings, num_slots)
+                run = _begun(model, encoder, user, written, settings, begin)
             except ControlPrefixError as error:
                 report.failed[user] = str(error)
                 return True
@@ -230,9 +229,23 @@ def _begun(
     user: str,
     texts: Sequence[str],
     settings: TrainingSettings,
-    num_slots: int,
+    begin: Begin,
 ) -> Run:
     """A user's run, at its beginning.
+
+    Raises:
+        UnknownNameError: If that cannot be a user's name.
+        TrainingDataError: If there is no text to learn from.
+    """
+    key = PrefixKey("user", user)
+    written, rows = rows_of(encoder, user, texts, settings.seed)
+    return Run(rows, begin(key, written), settings, model.device)
+
+
+def rows_of(
+    encoder: RequestEncoder, user: str, texts: Sequence[str], seed: int
+) -> tuple[list[str], list[TrainingRow]]:
+    """A user's texts, as far as they are used, and the rows they are learned as.
 
     Raises:
         UnknownNameError: If that cannot be a user's name.
@@ -242,17 +255,15 @@ def _begun(
     check_key(key)
     written = usable_texts(user, texts)
     if len(written) > _MAX_TEXTS:
-        written = random.Random(settings.seed).sample(written, _MAX_TEXTS)
+        written = random.Random(seed).sample(written, _MAX_TEXTS)
+    written = [text[:_MAX_LETTERS] for text in written]
     end_id = next(iter(encoder.end_ids), None)
     rows = [
         TrainingRow.of(piece, end_id if is_last else None, (), ((key, 1.0),))
         for text in written
-        for piece, is_last in encoder.pieces(text[:_MAX_LETTERS], _ROW_TOKENS)
+        for piece, is_last in encoder.pieces(text, _ROW_TOKENS)
     ]
-    ids = encoder.text_ids("\n".join(written[:num_slots])[:_MAX_LETTERS])
-    start = prefix_from_tokens(model, [ids[i % len(ids)] for i in range(num_slots)])
-    scale = typical_size(prefix_from_tokens(model, list(ids[:_SCALE_TOKENS])))
-    return Run(rows, settings.parameterized({key: start}, scale), settings, model.device)
+    return written, rows
 
 
 def usable_texts(user: str, texts: Sequence[str]) -> list[str]:
@@ -277,7 +288,8 @@ def _published(learner: _Learner, publish: Publish) -> TrainingReport:
     run = learner.run
     run.done.seconds = time.monotonic() - learner.began
     report = run.report()
-    ((key, prefix),) = run.end().items()
+    run.end()
+    ((key, prefix),) = run.slots.materialized().items()
     number = publish(learner.user, prefix, report)
     return replace(report, saved={str(key): number})
 

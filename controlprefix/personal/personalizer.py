@@ -1,0 +1,188 @@
+"""Personalizer: texts of users in, their stored prefixes out, for one model and one store."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from controlprefix.decoder import CodedPrefix, PrefixDecoder
+from controlprefix.encoding import RequestEncoder
+from controlprefix.personal.codes import LearnedCodes
+from controlprefix.personal.features import TextFeatures, embeddings
+from controlprefix.personal.learning import CODE_RATE, DecoderReport, learn_decoder
+from controlprefix.personal.users import Begin, UsersReport, train_users, usable_texts
+from controlprefix.prefix import Prefix
+from controlprefix.steering import Steering
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Similar
+from controlprefix.text_prefix import prefix_from_tokens
+from controlprefix.training.parameterization import LearnedSlots
+from controlprefix.training.preparation import typical_size
+from controlprefix.training.run import TrainingReport
+from controlprefix.training.settings import TrainingSettings
+
+_SCALE_TOKENS = 64
+_USUAL = {"parameterization": "direct", "batch_size": 4, "patience": 2}
+# A start that many users shaped is near: small steps. Measured on blogs (docs/decisions.md).
+_RATE_FROM_DECODER = 1e-2
+
+
+class Personalizer:
+    """Learns users' prefixes for one frozen model, and keeps them in one store."""
+
+    def __init__(self, model: PreTrainedModel, encoder: RequestEncoder, store: PrefixStore) -> None:
+        self._model = model
+        self._encoder = encoder
+        self._store = store
+        self._fingerprint = Steering.of(model).geometry.fingerprint
+
+    def decoder(self, name: str) -> PrefixDecoder:
+        """A stored decoder, on the model's device."""
+        return self._store.decoder(name, self._fingerprint).to(self._model.device)
+
+    def learn_decoder(
+        self,
+        users: Mapping[str, Sequence[str]],
+        name: str,
+        *,
+        num_slots: int,
+        width: int,
+        embedder: str,
+        folder: str | Path | None,
+        resume: bool,
+        progress: bool,
+        settings: Mapping[str, Any],
+    ) -> DecoderReport:
+        """Learn a decoder, and store it with the codes of those it was learned from."""
+        key = PrefixKey("decoder", name)
+        self._store.require_writable([key])
+        chosen = TrainingSettings.of({"batch_size": 16, **settings})
+        decoder, codes, report = learn_decoder(
+            self._model,
+            self._encoder,
+            users,
+            chosen,
+            num_slots=num_slots,
+            width=width,
+            features=TextFeatures(embedder),
+            folder=None if folder is None else Path(folder),
+            resume=resume,
+            progress=progress,
+        )
+        details = {
+            "decoder": {
+                "users": report.num_users,
+                "told": round(report.told, 4),
+                "best_loss": round(report.training.best_loss, 4),
+                **chosen.as_dict(),
+            }
+        }
+        (version,) = self._store.put([NewVersion(key, decoder, details, sources=tuple(codes))])
+        return replace(report, version=version)
+
+    def train_users(
+        self,
+        texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]],
+        *,
+        num_slots: int,
+        decoder: str | None,
+        as_codes: bool,
+        together: int,
+        folder: str | Path | None,
+        resume: bool,
+        progress: bool,
+        settings: Mapping[str, Any],
+    ) -> UsersReport:
+        """Learn each user's prefix from texts they wrote, and store it when it is done."""
+        usual: dict[str, Any] = dict(_USUAL)
+        if decoder is not None:
+            usual["learning_rate"] = CODE_RATE if as_codes else _RATE_FROM_DECODER
+        chosen = TrainingSettings.of({**usual, **settings})
+        self._store.require_writable(())
+        begin = (
+            self._from_texts(chosen, num_slots)
+            if decoder is None
+            else self._from_decoder(chosen, decoder, as_codes)
+        )
+
+        def publish(user: str, prefix: Prefix, report: TrainingReport) -> int:
+            details = {
+                "training": {
+                    "best_step": report.best_step,
+                    "best_loss": round(report.best_loss, 4),
+                    "decoder": decoder,
+                    **chosen.as_dict(),
+                }
+            }
+            return self._put(user, prefix, details)
+
+        return train_users(
+            self._model,
+            self._encoder,
+            texts.items() if isinstance(texts, Mapping) else texts,
+            publish,
+            chosen,
+            begin=begin,
+            together=together,
+            folder=None if folder is None else Path(folder),
+            resume=resume,
+            progress=progress,
+        )
+
+    def enroll(self, user: str, texts: Sequence[str], decoder: str | None, num_slots: int) -> int:
+        """Store a prefix made of texts without training; gives the version."""
+        written = usable_texts(user, texts)
+        details = {"enrolled": {"texts": len(written), "decoder": decoder}}
+        if decoder is not None:
+            return self._put(user, self.guess(self.decoder(decoder), written), details)
+        ids = self._encoder.text_ids("\n\n".join(written))[:num_slots]
+        return self._put(user, prefix_from_tokens(self._model, ids), details)
+
+    def keep_profile(self, user: str, texts: Sequence[str], embedder: str) -> None:
+        """Store what a user's texts are like."""
+        name, numbers = _profile(user, texts, embedder)
+        self._store.keep_profile(user, name, numbers, num_texts=len(texts))
+
+    def similar_users(self, texts: Sequence[str], embedder: str, most: int) -> list[Similar]:
+        """Who of those with a profile writes most like that."""
+        name, numbers = _profile("", texts, embedder)
+        return self._store.similar_users(name, numbers, most=most)
+
+    def guess(self, decoder: PrefixDecoder, texts: Sequence[str]) -> CodedPrefix:
+        """The prefix that a decoder expects of a user who writes such texts."""
+        if not decoder.generator.tells:
+            return decoder.decode(decoder.common)
+        return decoder.decode(decoder.guess(TextFeatures.named(decoder.embedder).of(texts)))
+
+    def _put(self, user: str, prefix: Prefix, details: Mapping[str, Any]) -> int:
+        key = PrefixKey("user", user)
+        new = NewVersion(key, prefix.to(dtype=self._model.dtype), details)
+        return self._store.put([new])[0]
+
+    def _from_texts(self, settings: TrainingSettings, num_slots: int) -> Begin:
+        def begin(key: PrefixKey, written: list[str]) -> LearnedSlots:
+            ids = self._encoder.text_ids("\n".join(written[:num_slots]))
+            start = [ids[i % len(ids)] for i in range(num_slots)]
+            scale = typical_size(prefix_from_tokens(self._model, list(ids[:_SCALE_TOKENS])))
+            return settings.parameterized({key: prefix_from_tokens(self._model, start)}, scale)
+
+        return begin
+
+    def _from_decoder(self, settings: TrainingSettings, name: str, as_codes: bool) -> Begin:
+        decoder = self.decoder(name)
+
+        def begin(key: PrefixKey, written: list[str]) -> LearnedSlots:
+            guess = self.guess(decoder, written)
+            if as_codes:
+                return LearnedCodes(decoder, {key: guess.code.numbers})
+            start = Prefix(guess.geometry, guess.slots)
+            return settings.parameterized({key: start}, decoder.scales)
+
+        return begin
+
+
+def _profile(user: str, texts: Sequence[str], embedder: str) -> tuple[str, list[float]]:
+    """The mean of the texts' embeddings, and what it is called."""
+    embedded = embeddings(usable_texts(user, texts), embedder)
+    return embedder, embedded.mean(0).tolist()
