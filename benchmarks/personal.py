@@ -305,9 +305,7 @@ def page(results: dict[str, Any]) -> str:
     ]
     for num_texts in sorted({int(n) for ways in results["ways"].values() for n in ways}):
         table = [
-            f"| {'no' if not num_texts else num_texts} texts | "
-            + " | ".join(title for _, title, _ in COLUMNS)
-            + " |",
+            f"| {num_texts or 'no'} texts | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
             "| --- |" + " --- |" * len(COLUMNS),
         ]
         for way, by_count in results["ways"].items():

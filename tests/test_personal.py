@@ -1,0 +1,256 @@
+"""Decoders of user codes: learned from many, good for those they have never seen."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from controlprefix import ControlPrefix, ControlPrefixError, Example, TrainingDataError
+from controlprefix.decoder import CodedPrefix, PrefixDecoder
+from controlprefix.personal import features
+from controlprefix.personal.codes import LearnedCodes, fit_generator
+from controlprefix.personal.features import TextFeatures, style_of
+from controlprefix.store import NewVersion, PrefixKey
+from controlprefix.training import run
+
+from models import build, byte_tokenizer
+
+QUIET = {"progress": False, "validation": 0.0, "seed": 0}
+LEARN: dict[str, Any] = {
+    **QUIET, "num_slots": 4, "width": 8, "steps": 120, "learning_rate": 0.01, "batch_size": 8,
+}  # fmt: skip
+
+
+def written_by(style: str, count: int = 6) -> list[str]:
+    return [f"{style} {style} {i % 3}" for i in range(count)]
+
+
+USERS = {f"{style}{i}": written_by(style) for style in ("hello", "AHOY!") for i in range(6)}
+
+
+class Letters:
+    """In place of a sentence embedding model, which tests of the real model use."""
+
+    def encode(self, texts: Sequence[str], **_: object) -> torch.Tensor:
+        return torch.tensor([[text.count(letter) / 10 for letter in "helAHOY"] for text in texts])
+
+
+@pytest.fixture(autouse=True)
+def letters_for_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_load", lambda embedder: Letters())
+
+
+def engine(store: str = "sqlite://") -> ControlPrefix:
+    return ControlPrefix.from_pretrained(build("llama"), tokenizer=byte_tokenizer(), store=store)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The store that a decoder was learned into."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('learned')}/prefixes.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_load", lambda embedder: Letters())
+        cp = engine(url)
+        before = {name: p.clone() for name, p in cp.model.named_parameters()}
+        report = cp.learn_decoder(USERS, **LEARN)
+        assert all(torch.equal(before[name], p) for name, p in cp.model.named_parameters())
+    assert (report.num_users, report.version) == (12, 1)
+    assert report.training.losses[-1] < report.training.losses[0] - 0.5
+    assert report.told > 0.2
+    return url
+
+
+@pytest.fixture
+def cp(learned: str) -> Iterator[ControlPrefix]:
+    """The decoder, in a store of one's own."""
+    made = engine()
+    source = engine(learned)
+    made.store.put([as_learned(source.store.decoder("users", source.geometry.fingerprint))])
+    yield made
+    made.store.close()
+    source.store.close()
+
+
+def as_learned(decoder: PrefixDecoder) -> NewVersion:
+    return NewVersion(PrefixKey("decoder", "users"), decoder, sources=tuple(USERS))
+
+
+def nats(cp: ControlPrefix, text: str, user: str) -> float:
+    (score,) = cp.score([Example(prompt="", raw=True, completion=text, user=user)])
+    return -score.log_likelihood / score.num_tokens
+
+
+def test_whoever_is_enrolled_gets_the_voice_of_those_who_write_alike(cp: ControlPrefix) -> None:
+    for style in ("hello", "AHOY!"):
+        assert cp.enroll(style, written_by(style, 3), decoder="users") == 1
+        assert isinstance(cp.get("user", style), CodedPrefix)
+        assert cp.versions("user", style)[0].size_bytes < 1000
+    assert nats(cp, "hello hello", "hello") < nats(cp, "hello hello", "AHOY!") - 0.2
+    assert nats(cp, "AHOY! AHOY!", "AHOY!") < nats(cp, "AHOY! AHOY!", "hello") - 0.2
+
+
+def test_one_text_says_less_than_many(cp: ControlPrefix) -> None:
+    decoder = cp.store.decoder("users", cp.geometry.fingerprint)
+    text = written_by("AHOY!", 1)
+    far = [
+        (decoder.guess(TextFeatures().of(text * count)).numbers - decoder.common.numbers).norm()
+        for count in (1, 4, 64)
+    ]
+    assert far[0] < far[1] < far[2]
+
+
+def test_codes_learned_together_are_those_learned_alone(cp: ControlPrefix) -> None:
+    users = {"ana": written_by("hello", 9), "bo": written_by("Yes, no", 5), "cy": ["just one"]}
+    report = cp.train_users(users, decoder="users", together=2, epochs=3, **QUIET)
+    assert report.failed == {}
+    together = {user: cp.get("user", user) for user in users}
+    for user, texts in users.items():
+        alone = cp.train_users({user: texts}, decoder="users", epochs=3, **QUIET)
+        assert alone.users[user].losses == pytest.approx(report.users[user].losses, abs=1e-4)
+        code, known = cp.get("user", user), together[user]
+        assert isinstance(code, CodedPrefix)
+        assert isinstance(known, CodedPrefix)
+        assert torch.allclose(code.code.numbers, known.code.numbers, atol=0.02)
+
+
+def test_training_a_code_or_all_slots_begins_at_the_guess_and_betters_it(
+    cp: ControlPrefix,
+) -> None:
+    texts = written_by("Oh hello", 8)
+    cp.enroll("ana", texts, decoder="users")
+    found = [nats(cp, texts[0], "ana")]
+    for as_codes in (True, False):
+        how = {"decoder": "users", "as_codes": as_codes, "learning_rate": 0.1, **QUIET}
+        report = cp.train_users({"ana": texts}, steps=20, **how)
+        assert report.users["ana"].losses[0] == pytest.approx(found[0], abs=0.3)
+        assert isinstance(cp.get("user", "ana"), CodedPrefix) is as_codes
+        found.append(nats(cp, texts[0], "ana"))
+    assert found[1] < found[0] - 0.1
+    assert found[2] < found[1]
+    assert cp.enroll("ana", texts, decoder="users", refine=True) == 4
+
+
+def test_a_decoder_that_nothing_is_told_needs_no_embeddings(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = cp.store.decoder("users", cp.geometry.fingerprint)
+    decoder.generator.weights.zero_()
+    cp.store.put([as_learned(PrefixDecoder.from_bytes(decoder.to_bytes()))])
+    monkeypatch.setattr(features, "_load", lambda embedder: pytest.fail("loaded"))
+    cp.enroll("ana", ["some text"], decoder="users")
+    cp.enroll("bo", ["other"], decoder="users")
+    ana, bo = cp.get("user", "ana"), cp.get("user", "bo")
+    assert torch.equal(ana.slots["decoder"], bo.slots["decoder"])
+
+
+def test_a_decoder_goes_on_where_its_learning_was_broken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {**LEARN, "steps": 12, "save_every": 5}
+    whole = engine().learn_decoder(USERS, **short)
+    cp = engine()
+    begin, calls = run.Run.begin, []
+
+    def broken(self: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return begin(self)
+
+    monkeypatch.setattr(run.Run, "begin", broken)
+    with pytest.raises(KeyboardInterrupt):
+        cp.learn_decoder(USERS, folder=tmp_path, **short)
+    assert cp.names("decoder") == []
+    resumed = cp.learn_decoder(USERS, folder=tmp_path, resume=True, **short)
+    assert resumed.training.losses == pytest.approx(whole.training.losses, abs=1e-6)
+
+
+def test_gradients_of_codes_and_decoder_are_those_of_finite_differences() -> None:
+    cp = engine()
+    start = cp.prefix_from_text("abcd").to(dtype=torch.float64)
+    scale = {"decoder": torch.ones(start.slots["decoder"].shape[1], dtype=torch.float64)}
+    decoder = PrefixDecoder(start, scale, width=3, hidden=5).double()  # type: ignore[arg-type]
+    keys = [PrefixKey("user", "a"), PrefixKey("user", "b")]
+    slots = LearnedCodes(
+        decoder, {key: torch.zeros(4, 3) for key in keys}, unit=2.0, learn_decoder=True
+    ).double()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in slots.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=draw, dtype=torch.float64)
+    weights = torch.randn(start.slots["decoder"].shape, generator=draw, dtype=torch.float64)
+
+    def value() -> torch.Tensor:
+        found = slots.prefixes(keys)
+        a, b = (found[key].slots["decoder"] for key in keys)
+        return (a * weights).sum() + (b * b * weights).sum()
+
+    value().backward()
+    for parameter in slots.parameters():
+        if parameter.grad is None:
+            continue
+        way = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * 1e-6 * way
+                sides.append(float(value()))
+                parameter -= sign * 1e-6 * way
+        assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(
+            float((parameter.grad * way).sum()), rel=1e-4, abs=1e-6
+        )
+    assert all(change.grad is not None and change.grad.any() for change in slots.changes)
+
+
+def test_the_guess_is_fitted_where_texts_tell_and_silent_where_they_do_not() -> None:
+    draw = torch.Generator().manual_seed(0)
+    start = engine().prefix_from_text("abcd")
+    scale = {"decoder": torch.ones(start.slots["decoder"].shape[1])}
+    users = [torch.randn(1, 6, generator=draw).expand(20, 6) for _ in range(40)]
+    seen = [one + 0.3 * torch.randn(one.shape, generator=draw) for one in users]
+    weights = torch.randn(6, 12, generator=draw)
+    codes = [(one[0] @ weights).view(4, 3) for one in users]
+    for wanted, least, most in (
+        (codes, 0.6, 1.0),
+        ([torch.randn(4, 3, generator=draw) for _ in users], 0.0, 0.05),
+    ):
+        decoder = PrefixDecoder(start, scale, width=3, features=6)  # type: ignore[arg-type]
+        told = fit_generator(decoder, wanted, seen, seed=0)
+        assert least <= told <= most
+        errors = torch.stack(
+            [decoder.guess(one).numbers - code for one, code in zip(seen, wanted, strict=True)]
+        )
+        spread = torch.stack(wanted) - torch.stack(wanted).mean(0)
+        assert errors.square().sum() <= (1 - 0.9 * told) * spread.square().sum() + 1e-3
+
+
+def test_what_cannot_be_learned_or_enrolled_says_why(cp: ControlPrefix) -> None:
+    for users, match in (
+        ({"ana": ["one"]}, "many users; 1 are given"),
+        ({"ana": ["one"], "bo": [" "]}, "user 'bo' has no text"),
+    ):
+        with pytest.raises(TrainingDataError, match=match):
+            cp.learn_decoder(users, progress=False)
+    with pytest.raises(ControlPrefixError, match="no decoder 'user' in the store; known: users"):
+        cp.enroll("ana", ["x"], decoder="user")
+    with pytest.raises(TrainingDataError, match="no text to learn from"):
+        cp.enroll("ana", [], decoder="users")
+    with pytest.raises(ControlPrefixError, match="which this version does not compute"):
+        TextFeatures.named("all-MiniLM-L6-v2+style-0")
+
+
+def test_a_forgotten_user_leaves_nothing_and_marks_the_decoder(cp: ControlPrefix) -> None:
+    user = next(iter(USERS))
+    cp.enroll(user, USERS[user], decoder="users", keep_profile=True, keep_texts=True)
+    assert [one.user for one in cp.similar_users(USERS[user])] == [user]
+    cp.forget_user(user)
+    assert cp.similar_users(USERS[user]) == []
+    assert cp.store.samples(user) == []
+    assert cp.versions("decoder", "users")[0].num_forgotten == 1
+
+
+def test_style_is_as_long_for_any_text() -> None:
+    lengths = {len(style_of(text)) for text in ("", "\0", "Ok... i said NO!!!\n", "日本語。" * 300)}
+    assert len(lengths) == 1
