@@ -20,7 +20,13 @@ from controlprefix.guidance import spread
 from controlprefix.likelihood import guided_log_probs
 from controlprefix.loading import load
 from controlprefix.payload import PayloadDtype
-from controlprefix.personal import DecoderReport, Personalizer, UsersReport, usable_texts
+from controlprefix.personal import (
+    DecoderReport,
+    LeakReport,
+    Personalizer,
+    UsersReport,
+    usable_texts,
+)
 from controlprefix.prefix import Prefix
 from controlprefix.request import Completion, Example, Request, Score
 from controlprefix.resolve import Resolver
@@ -584,6 +590,34 @@ class ControlPrefix:
         if keep_profile:
             self._personalizer.keep_profile(user, texts, _EMBEDDER)
         return number
+
+    def audit_user(
+        self,
+        user: str,
+        texts: Sequence[str],
+        held_out: Sequence[str],
+        *,
+        canaries: int = 0,
+        seed: int = 0,
+    ) -> LeakReport:
+        """Find out what a user's current prefix gives away of the texts it was learned from.
+
+        To give away less: fewer `epochs`, an early end (`validation`, `patience`), or a code
+        in place of all slots; docs/results/leaks.md has what each costs.
+
+        Args:
+            user: Who.
+            texts: That the prefix was learned from.
+            held_out: Others of the same author.
+            canaries: Plant so many secret numbers among the texts, learn the prefix again in
+                the same way (it is not stored), and see how well they can be told.
+            seed: Of those.
+
+        Raises:
+            UnknownNameError: If there is no such user.
+            TrainingDataError: If there are no texts, or the prefix was not made here.
+        """
+        return self._personalizer.audit(user, texts, held_out, canaries=canaries, seed=seed)
 
     def similar_users(self, texts: Sequence[str], *, most: int = 10) -> list[Similar]:
         """Which users with a kept profile write about most alike, the most alike first.

@@ -254,3 +254,29 @@ def test_a_forgotten_user_leaves_nothing_and_marks_the_decoder(cp: ControlPrefix
 def test_style_is_as_long_for_any_text() -> None:
     lengths = {len(style_of(text)) for text in ("", "\0", "Ok... i said NO!!!\n", "日本語。" * 300)}
     assert len(lengths) == 1
+
+
+def test_an_audit_finds_what_was_learned_by_heart_and_nothing_where_nothing_was() -> None:
+    cp = engine()
+    texts = ["Zebras quarrel with my vexed uncle 42 times a week"]
+    held_out = ["some other words, entirely", "nothing of the kind was said 9"]
+    cp.train_users({"ana": texts}, steps=200, num_slots=16, learning_rate=0.3, **QUIET)
+    report = cp.audit_user("ana", texts, held_out, canaries=1)
+    assert report.membership > 0.9
+    assert report.extracted > report.extracted_without == 0
+    assert report.exposure is not None
+    assert report.exposure > 5
+    versions = cp.versions("user", "ana")
+    assert [one.version for one in versions] == [1]  # what was learned with canaries is not kept
+
+    cp.enroll("bo", ["unrelated"], num_slots=2)
+    quiet = cp.audit_user("bo", texts, held_out, canaries=4)
+    assert quiet.extracted == 0
+    assert quiet.exposure is not None
+    assert quiet.exposure < 5
+    with pytest.raises(TrainingDataError, match="held-out texts of the same author|no text"):
+        cp.audit_user("ana", texts, [])
+    cp.put("user", "cy", cp.prefix_from_text("hello"))
+    with pytest.raises(TrainingDataError, match="was not made by train_users or enroll"):
+        cp.audit_user("cy", texts, held_out, canaries=1)
+    assert 0 <= cp.audit_user("cy", texts, held_out).membership <= 1

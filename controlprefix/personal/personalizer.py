@@ -1,7 +1,7 @@
 """Personalizer: texts of users in, their stored prefixes out, for one model and one store."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 
 from controlprefix.decoder import CodedPrefix, PrefixDecoder
 from controlprefix.encoding import RequestEncoder
+from controlprefix.errors import TrainingDataError
 from controlprefix.personal.codes import LearnedCodes
 from controlprefix.personal.features import TextFeatures, embeddings
+from controlprefix.personal.leaks import Auditor, LeakReport
 from controlprefix.personal.learning import CODE_RATE, DecoderReport, learn_decoder
 from controlprefix.personal.users import Begin, UsersReport, train_users, usable_texts
 from controlprefix.prefix import Prefix
@@ -100,11 +102,6 @@ class Personalizer:
             usual["learning_rate"] = CODE_RATE if as_codes else _RATE_FROM_DECODER
         chosen = TrainingSettings.of({**usual, **settings})
         self._store.require_writable(())
-        begin = (
-            self._from_texts(chosen, num_slots)
-            if decoder is None
-            else self._from_decoder(chosen, decoder, as_codes)
-        )
 
         def publish(user: str, prefix: Prefix, report: TrainingReport) -> int:
             details = {
@@ -123,7 +120,7 @@ class Personalizer:
             texts.items() if isinstance(texts, Mapping) else texts,
             publish,
             chosen,
-            begin=begin,
+            begin=self._begin(chosen, decoder, as_codes, num_slots),
             together=together,
             folder=None if folder is None else Path(folder),
             resume=resume,
@@ -134,10 +131,13 @@ class Personalizer:
         """Store a prefix made of texts without training; gives the version."""
         written = usable_texts(user, texts)
         details = {"enrolled": {"texts": len(written), "decoder": decoder}}
+        return self._put(user, self._enrolled(written, decoder, num_slots), details)
+
+    def _enrolled(self, texts: Sequence[str], decoder: str | None, num_slots: int) -> Prefix:
         if decoder is not None:
-            return self._put(user, self.guess(self.decoder(decoder), written), details)
-        ids = self._encoder.text_ids("\n\n".join(written))[:num_slots]
-        return self._put(user, prefix_from_tokens(self._model, ids), details)
+            return self.guess(self.decoder(decoder), texts)
+        ids = self._encoder.text_ids("\n\n".join(texts))[:num_slots]
+        return prefix_from_tokens(self._model, ids)
 
     def keep_profile(self, user: str, texts: Sequence[str], embedder: str) -> None:
         """Store what a user's texts are like."""
@@ -155,10 +155,82 @@ class Personalizer:
             return decoder.decode(decoder.common)
         return decoder.decode(decoder.guess(TextFeatures.named(decoder.embedder).of(texts)))
 
+    def audit(
+        self,
+        user: str,
+        texts: Sequence[str],
+        held_out: Sequence[str],
+        *,
+        canaries: int,
+        seed: int,
+    ) -> LeakReport:
+        """What the current prefix of a user gives away."""
+        key = PrefixKey("user", user)
+        prefix = self._store.get(key, self._fingerprint).prefix.to(device=self._model.device)
+        (current,) = (v for v in self._store.versions(key, self._fingerprint) if v.current)
+        alone = "learned" not in current.details.get("training", {"learned": ()})
+        if canaries and not alone and "enrolled" not in current.details:
+            raise TrainingDataError(
+                f"{key} version {current.version} was not made by train_users or enroll, so it "
+                "cannot be made again with canaries among its texts; leave them out"
+            )
+
+        def learn(planted: list[str]) -> Prefix:
+            return self._made_again(key, planted, current.details, prefix)
+
+        return Auditor(self._model, self._encoder).report(
+            prefix,
+            usable_texts(user, texts),
+            usable_texts(user, held_out),
+            canaries=canaries,
+            learn=learn,
+            seed=seed,
+        )
+
+    def _made_again(
+        self, key: PrefixKey, texts: list[str], details: Mapping[str, Any], like: Prefix
+    ) -> Prefix:
+        """A prefix of texts, made as another was, and not stored."""
+        if "enrolled" in details:
+            return self._enrolled(texts, details["enrolled"]["decoder"], like.num_slots)
+        settings = dict(details["training"])
+        decoder = settings.pop("decoder", None)
+        known = {field.name for field in fields(TrainingSettings)}
+        chosen = TrainingSettings.of({k: v for k, v in settings.items() if k in known})
+        made: dict[str, Prefix] = {}
+
+        def keep(user: str, prefix: Prefix, _: TrainingReport) -> int:
+            made[user] = prefix.to(dtype=self._model.dtype)
+            return 0
+
+        begin = self._begin(chosen, decoder, isinstance(like, CodedPrefix), like.num_slots)
+        report = train_users(
+            self._model,
+            self._encoder,
+            [(key.name, texts)],
+            keep,
+            chosen,
+            begin=begin,
+            together=1,
+            folder=None,
+            resume=False,
+            progress=False,
+        )
+        for reason in report.failed.values():
+            raise TrainingDataError(reason)
+        return made[key.name]
+
     def _put(self, user: str, prefix: Prefix, details: Mapping[str, Any]) -> int:
         key = PrefixKey("user", user)
         new = NewVersion(key, prefix.to(dtype=self._model.dtype), details)
         return self._store.put([new])[0]
+
+    def _begin(
+        self, settings: TrainingSettings, decoder: str | None, as_codes: bool, num_slots: int
+    ) -> Begin:
+        if decoder is None:
+            return self._from_texts(settings, num_slots)
+        return self._from_decoder(settings, decoder, as_codes)
 
     def _from_texts(self, settings: TrainingSettings, num_slots: int) -> Begin:
         def begin(key: PrefixKey, written: list[str]) -> LearnedSlots:
