@@ -1,7 +1,7 @@
 """Data files: JSON Lines, an Example a line."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,11 @@ def read_examples(path: str | Path, **defaults: Any) -> list[Example]:
         TrainingDataError: If the file cannot be read, or naming the line that is no example.
     """
     examples = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
+    for number, fields in _objects(path):
         try:
-            fields = json.loads(line)
-            if not isinstance(fields, dict):
-                raise TrainingDataError("not a JSON object")
             examples.append(Example(**{**defaults, **fields}))
         except TrainingDataError as error:
             raise TrainingDataError(f"{path} line {number}: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise TrainingDataError(f"{path} line {number}: not JSON: {error}") from error
     if not examples:
         raise TrainingDataError(f"{path} has no examples")
     return examples
@@ -47,6 +40,39 @@ def read_texts(paths: Sequence[str | Path]) -> list[str]:
     if not texts:
         raise TrainingDataError(f"no text in {', '.join(map(str, paths))}")
     return texts
+
+
+def read_users(path: str | Path) -> dict[str, list[str]]:
+    """Read a JSON Lines file of `{"user": …, "text": …}`; gives each user's texts, in order.
+
+    Raises:
+        TrainingDataError: If the file cannot be read, or naming the line that is none.
+    """
+    users: dict[str, list[str]] = {}
+    for number, fields in _objects(path):
+        user, text = fields.get("user"), fields.get("text")
+        if not isinstance(user, str) or not isinstance(text, str) or len(fields) != 2:
+            raise TrainingDataError(
+                f'{path} line {number}: not of the form {{"user": "ana", "text": "…"}}'
+            )
+        users.setdefault(user, []).append(text)
+    if not users:
+        raise TrainingDataError(f"{path} has no texts")
+    return users
+
+
+def _objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's number and object; blank lines are passed over."""
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TrainingDataError(f"{path} line {number}: not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise TrainingDataError(f"{path} line {number}: not a JSON object")
+        yield number, found
 
 
 def _lines(path: str | Path) -> list[str]:

@@ -8,10 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from test_personal import Letters
 from typer.testing import CliRunner
 
 from controlprefix.cli import app
 from controlprefix.errors import ControlPrefixError
+from controlprefix.personal import features
 
 from models import build, byte_tokenizer
 
@@ -24,6 +26,9 @@ COMMANDS = (
     "generate",
     "score",
     "demo",
+    "audit user",
+    "users train",
+    "users decoder",
     "users list",
     "users show",
     "users forget",
@@ -200,7 +205,7 @@ def test_the_defaults_of_train_are_those_of_the_library() -> None:
     """Written twice, so that `--help` need not import torch."""
     from inspect import signature
 
-    from controlprefix.cli import train
+    from controlprefix.cli.learning import train
     from controlprefix.training import TrainingSettings
 
     here = {name: p.default for name, p in signature(train).parameters.items()}
@@ -209,8 +214,35 @@ def test_the_defaults_of_train_are_those_of_the_library() -> None:
             assert here[field.name] == field.default, field.name
 
 
+def test_users_are_learned_enrolled_and_audited(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_load", lambda embedder: Letters())
+    model = ("--model", str(model_folder))
+    lines = [{"user": f"u{i}", "text": f"hello {i} {j}"} for i in range(12) for j in range(2)]
+    data = tmp_path / "users.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "texts.txt").write_text("hello you\nhello me\n")
+    (tmp_path / "others.txt").write_text("hello them\n")
+    texts = str(tmp_path / "texts.txt")
+    learned = run(tmp_path, "users", "decoder", str(data), "--slots", "2", "--width", "4", *model)
+    assert "stored decoder 'users' version 1, from 12 users" in learned
+    trained = run(tmp_path, "users", "train", str(data), "--decoder", "users", *model)
+    assert "stored 12 of 12 users" in trained
+    assert "version 1" in run(tmp_path, "enroll", "ana", texts, "--decoder", "users", *model)
+    refined = run(tmp_path, "enroll", "ana", texts, "--decoder", "users", "--refine", *model)
+    assert "stored user 'ana' version 2, from 2 texts" in refined
+    held_out = ("--held-out", str(tmp_path / "others.txt"), "--canaries", "1")
+    audit = run(tmp_path, "audit", "user", "ana", "--texts", texts, *held_out, *model)
+    assert "membership told" in audit
+    assert "exposure of planted numbers, bits" in audit
+    data.write_text('{"user": "ana"}')
+    with pytest.raises(ControlPrefixError, match='users.jsonl line 1: not of the form {"user"'):
+        run(tmp_path, "users", "train", str(data), *model)
+
+
 def test_a_label_may_hold_a_colon() -> None:
-    from controlprefix.cli import _attributes
+    from controlprefix.cli.asking import _attributes
 
     assert _attributes(["a=x:y", "a=x:y:0.5", "b=z:2", "c=w"]) == {
         "a": {"x:y": 0.5},

@@ -1,0 +1,23 @@
+"""The command line: `controlprefix --help`."""
+
+import os
+import sys
+
+from rich.console import Console
+
+from controlprefix.cli import asking, learning, stored, users  # noqa: F401 (they add commands)
+from controlprefix.cli.common import app
+from controlprefix.errors import ControlPrefixError
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on standard error and exit code 2."""
+    try:
+        app()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ControlPrefixError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)

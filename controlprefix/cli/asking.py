@@ -1,0 +1,117 @@
+"""Commands that ask: generate, score, demo."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from controlprefix.cli.common import (
+    MODEL,
+    STORE,
+    TENANT,
+    ModelOption,
+    SpaceOption,
+    StoreOption,
+    TaskOption,
+    TenantOption,
+    UserOption,
+    app,
+    is_number,
+    number,
+    open_engine,
+    out,
+    pair,
+    quiet,
+)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to write or answer.")],
+    task: TaskOption = None,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option("--attribute", "-a", help="formality=formal, or tone=warm:0.6; repeatable."),
+    ] = None,
+    user: UserOption = None,
+    strength: Annotated[
+        list[str] | None,
+        typer.Option("--strength", "-w", help="task=0.5, user=1.5 or tone=2; repeatable."),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, no template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="Sample; left out, greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    model: ModelOption = MODEL,
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+    attributes: SpaceOption = None,
+) -> None:
+    """Generate text, printed as it comes."""
+    from controlprefix.request import Request
+
+    request = Request(
+        prompt=prompt,
+        raw=raw,
+        task=task,
+        attributes=_attributes(attribute or []),
+        user=user,
+        strengths={
+            name: number("--strength", value)
+            for name, value in (pair("--strength", one) for one in strength or [])
+        },
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    for piece in open_engine(model, store, tenant, attributes).stream(request):
+        out.print(piece, end="", markup=False, soft_wrap=True)
+    out.print()
+
+
+@app.command()
+def score(
+    data: Annotated[Path, typer.Argument(help="JSON Lines, an example a line.")],
+    model: ModelOption = MODEL,
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+    attributes: SpaceOption = None,
+) -> None:
+    """How likely the steered model finds the completions of a file."""
+    from controlprefix.data import read_examples
+
+    examples = read_examples(data)
+    scores = open_engine(model, store, tenant, attributes).score(examples)
+    tokens = sum(one.num_tokens for one in scores)
+    nats = -sum(one.log_likelihood for one in scores)
+    out.print(f"{len(scores)} examples, {tokens} tokens: {nats / tokens:.4f} nats a token")
+
+
+@app.command()
+def demo(
+    data: Annotated[Path, typer.Option(help="Folder of the example data.")] = Path("examples/data"),
+    store: StoreOption = STORE,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+) -> None:
+    """Train, store, reopen and mix prefixes on a real model, and show what they do."""
+    from controlprefix.demo import run
+
+    quiet()
+    run(data, store, out, json_file)
+
+
+def _attributes(written: list[str]) -> dict[str, str | dict[str, float]]:
+    """`["formality=formal", "tone=warm:0.6", "tone=brief:0.4"]` as a request has it."""
+    found: dict[str, dict[str, float]] = {}
+    for one in written:
+        attribute, label = pair("--attribute", one)
+        name, _, weight = label.rpartition(":")
+        if name and is_number(weight):
+            found.setdefault(attribute, {})[name] = float(weight)
+        else:  # a label may hold a colon
+            found.setdefault(attribute, {})[label] = 1.0
+    return {**found}
