@@ -130,7 +130,7 @@ class Personal:
 
     def trained(self, given: Posts, **how: Any) -> dict[str, str]:
         report = self.cp.train_users(
-            given, num_slots=SLOTS, epochs=3, validation=0, progress=False, **how
+            given, num_slots=SLOTS, validation=0, progress=False, **{"epochs": 3, **how}
         )
         assert not report.failed, report.failed
         return {one: one for one in given}
@@ -141,7 +141,9 @@ class Personal:
 
     # --- figures ---
 
-    def measure(self, way: Callable[[Posts], dict[str, str]], num_texts: int) -> dict[str, float]:
+    def measure(
+        self, way: Callable[[Posts], dict[str, str]], num_texts: int, *, judged: bool = True
+    ) -> dict[str, float]:
         """Of a way that puts prefixes into the store."""
         given = {one: self.given[one][:num_texts] for one in self.authors}
         began = time.perf_counter()
@@ -154,7 +156,7 @@ class Personal:
             sizes = [self._size(user) for user in users.values()]
             found["seconds a user"] = seconds / len(given)
             found["bytes a user"] = sum(sizes) / len(sizes)
-        if num_texts in (0, 16):
+        if judged and num_texts in (0, 16):
             found["authorship"] = self.authorship(self.written(users))
         for user in users.values():
             self.cp.forget_user(user)
@@ -205,7 +207,7 @@ class Personal:
     def _size(self, user: str) -> int:
         return next(v.size_bytes for v in self.cp.versions("user", user) if v.current)
 
-    def peft(self, kind: str, num_texts: int) -> dict[str, float]:
+    def peft(self, kind: str, num_texts: int, *, judged: bool = True) -> dict[str, float]:
         """An adapter of PEFT for each author, one after the other, in as many steps."""
         config, rate = {
             "LoRA": (
@@ -222,9 +224,9 @@ class Personal:
                 encode(Example(prompt="", raw=True, completion=text))
                 for text in self.given[one][:num_texts]
             ]
-            began = time.perf_counter()
             torch.manual_seed(0)
             model = get_peft_model(copy.deepcopy(self.cp.model), config)
+            began = time.perf_counter()  # one who has many users would not copy the model
             if kind == "prefix":
                 text = "\n".join(self.given[one][:num_texts])
                 initialize_kv_prefix_from_text(
@@ -241,7 +243,7 @@ class Personal:
             own += _nats(model, right)
             wrong += _nats(model, theirs)
             count += sum(len(row.completion) for row in right)
-            if num_texts == 16:
+            if judged and num_texts == 16:
                 texts[one] = self._write_with(model)
         found = {
             "nats": own / count,
