@@ -5,6 +5,7 @@ The authors and the decoder are those of `personal.py`: run that first. Run this
 """
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -46,14 +47,14 @@ def page(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "# What a user's prefix gives away",
-            f"Means over {results['authors']} bloggers, {results['texts']} posts each; SmolLM2-135M "
-            f"in bfloat16, {SLOTS} slots. Written by `{results['command']}` with `leaks.json` beside "
-            "it.",
-            "**gain**: nats a token taken off the author's newest posts. **membership**: how often "
-            "a post it was learned from is told from a newer one by its likelihood (0.5: never; the "
-            "older posts of an author are a little more alike too). **word for word**: share of the "
-            "posts continued exactly for 16 tokens. **exposure**: bits a planted number is told by, "
-            "of 8; 1.4 is what chance gives in the mean.",
+            f"Means over {results['authors']} bloggers, {results['texts']} posts each; "
+            f"SmolLM2-135M in bfloat16, {SLOTS} slots. Written by `{results['command']}` with "
+            "`leaks.json` beside it.",
+            "**gain**: nats a token taken off the author's newest posts. **membership**: how "
+            "often a post it was learned from is told from a newer one by its likelihood (0.5: "
+            "never; the older posts of an author are a little more alike too). **word for word**: "
+            "share of the posts continued exactly for 16 tokens. **exposure**: bits a planted "
+            "number is told by, of 8; 1.4 is what chance gives in the mean.",
             "\n".join([f"| way | {header} |", "| --- |" + " --- |" * len(COLUMNS), *rows]),
         ]
     )
@@ -85,13 +86,7 @@ def main() -> None:
         results["ways"][way] = {key: mean(r[key] for r in reports) for key, _, _ in COLUMNS}
         Console(width=160).print(way, results["ways"][way])
         path = record("leaks", results)
-        path.with_suffix(".md").write_text(page({**results, "command": _command(path)}) + "\n")
-
-
-def _command(path: Path) -> str:
-    import json
-
-    return str(json.loads(path.read_text())["command"])
+        path.with_suffix(".md").write_text(page(json.loads(path.read_text())) + "\n")
 
 
 if __name__ == "__main__":

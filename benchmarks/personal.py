@@ -129,9 +129,8 @@ class Personal:
         return {one: one for one in given}
 
     def trained(self, given: Posts, **how: Any) -> dict[str, str]:
-        report = self.cp.train_users(
-            given, num_slots=SLOTS, validation=0, progress=False, **{"epochs": 3, **how}
-        )
+        usual = {"num_slots": SLOTS, "epochs": 3, "validation": 0, "progress": False}
+        report = self.cp.train_users(given, **{**usual, **how})
         assert not report.failed, report.failed
         return {one: one for one in given}
 
