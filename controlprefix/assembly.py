@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from controlprefix.course import Course, at
 from controlprefix.errors import RequestError
 from controlprefix.geometry import Geometry, Site
 from controlprefix.prefix import Prefix
@@ -18,7 +20,7 @@ class Part:
     """A prefix and its strength in one request.
 
     Strength `w` multiplies the unnormalized attention mass of the slots: 0 is
-    exactly absent, 1 exactly as trained.
+    exactly absent, 1 exactly as trained. A course multiplies it token by token.
 
     Raises:
         RequestError: If the strength is negative, NaN or infinite.
@@ -26,6 +28,7 @@ class Part:
 
     prefix: Prefix
     strength: float = 1.0
+    course: Course = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.strength) and self.strength >= 0):
@@ -33,6 +36,15 @@ class Part:
                 f"strength {self.strength} is not a finite number >= 0; 0 leaves the part out, "
                 "1 is as trained"
             )
+
+
+class Scheduled(NamedTuple):
+    """Slots of one row, from `first` to before `last`, whose strength has a course."""
+
+    row: int
+    first: int
+    last: int
+    part: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +55,15 @@ class SlotBlock:
         keys, values: For each layer, `(rows, num_kv_heads, num_slots, head_dim)`.
         log_strengths: `(rows, num_slots)`, float32, added to the attention logits
             of the slots; padding is -inf.
-        even: All log strengths are 0, so nothing need be added.
+        even: All log strengths are 0 and stay so, so nothing need be added.
+        scheduled: Slots whose log strengths change along a generation.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     log_strengths: Tensor
     even: bool
+    scheduled: tuple[Scheduled, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,17 @@ class PrefixBatch:
 
     num_rows: int
     blocks: Mapping[Site, tuple[SlotBlock, ...]]
+
+    def move_to(self, token: int) -> None:
+        """Set strengths that have a course to what they are for a new token, counted from 0."""
+        for block in (block for blocks in self.blocks.values() for block in blocks):
+            for row, first, last, part in block.scheduled:
+                block.log_strengths[row, first:last] = _log(part.strength * at(part.course, token))
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether any strength has a course."""
+        return any(block.scheduled for blocks in self.blocks.values() for block in blocks)
 
     @cached_property
     def num_slots(self) -> int:
@@ -129,17 +154,24 @@ def assemble(
 
 def _merged(request: Sequence[Part]) -> list[Part]:
     """The live parts, each prefix once: the mass of two copies is the sum of their strengths."""
-    merged: dict[int, Part] = {}
+    merged: dict[tuple[int, Course], Part] = {}
     for part in request:
         if part.strength > 0:
-            earlier = merged.get(id(part.prefix))
+            same = id(part.prefix), part.course
+            earlier = merged.get(same)
             strength = part.strength + (earlier.strength if earlier else 0.0)
-            merged[id(part.prefix)] = Part(part.prefix, strength)
+            merged[same] = Part(part.prefix, strength, part.course)
     return list(merged.values())
 
 
 def _holds(row: Sequence[Part], part: Part) -> bool:
-    return any(p.prefix is part.prefix and p.strength == part.strength for p in row)
+    """Whether a row has the same part, for good."""
+    same = (p for p in row if p.prefix is part.prefix and not part.course and not p.course)
+    return any(p.strength == part.strength for p in same)
+
+
+def _log(strength: float) -> float:
+    return math.log(strength) if strength > 0 else -math.inf
 
 
 def _block(
@@ -160,10 +192,16 @@ def _block(
     padding = first.new_zeros(longest - min(lengths), first.shape[1], device=device, dtype=dtype)
     pieces: list[Tensor] = []
     log_strengths: list[list[float]] = []
-    for row, length in zip(parts, lengths, strict=True):
-        pieces += [part.prefix.slots[site].to(device, dtype) for part in row]
+    scheduled: list[Scheduled] = []
+    for i, (row, length) in enumerate(zip(parts, lengths, strict=True)):
+        logs: list[float] = []
+        for part in row:
+            slots = part.prefix.slots[site]
+            pieces.append(slots.to(device, dtype))
+            if part.course:
+                scheduled.append(Scheduled(i, len(logs), len(logs) + len(slots), part))
+            logs += [_log(part.strength * at(part.course, 0))] * len(slots)
         pieces.append(padding[: longest - length])
-        logs = [math.log(p.strength) for p in row for _ in range(len(p.prefix.slots[site]))]
         log_strengths.append(logs + [-math.inf] * (longest - length))
     # Two copies in all: rows beside each other, then layer by layer.
     slots = torch.cat(pieces).view(len(parts), longest, -1)  # (rows, num_slots, slot_size)
@@ -178,5 +216,6 @@ def _block(
         keys=tuple(layered[0::2]),
         values=tuple(layered[1::2]),
         log_strengths=torch.tensor(log_strengths, device=device),
-        even=not any(map(any, log_strengths)),
+        even=not scheduled and not any(map(any, log_strengths)),
+        scheduled=tuple(scheduled),
     )

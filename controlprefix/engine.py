@@ -195,6 +195,7 @@ class ControlPrefix:
                         [asked],
                         [prompt],
                         guidance,
+                        batch,
                         streamer=streamer,
                         cancelled=cancelled,
                     )
@@ -251,9 +252,12 @@ class ControlPrefix:
         steers all rows. Threads started inside, such as a streamer's, are steered too.
 
         Raises:
-            RequestError: If a strength is below 0: what the logits become is up to the caller.
+            RequestError: If a strength is below 0, or has a schedule: what the logits become,
+                and when a token is done, is up to the caller (see `PrefixBatch.move_to`).
         """
         rows = [self._asked(request, {}) for request in _as_rows(requests)]
+        if any(row.schedules for row in rows):
+            raise RequestError("schedules need to know the tokens; use generate or stream")
         guidance = spread(self._resolver.resolve(rows))
         if not guidance.is_plain:
             raise RequestError(
@@ -769,13 +773,15 @@ class ControlPrefix:
         completions: dict[int, Completion] = {}
         for chosen in (c for group in groups.values() for c in _chunks(group, batch_size)):
             guidance = spread([resolved[i] for i in chosen])
-            with self._steering.attached(self._assemble(guidance.rows)):
+            batch = self._assemble(guidance.rows)
+            with self._steering.attached(batch):
                 done = generate_batch(
                     self.model,
                     self._encoder,
                     [requests[i] for i in chosen],
                     [prompts[i] for i in chosen],
                     guidance,
+                    batch,
                 )
             for i, completion in zip(chosen, done, strict=True):
                 used = tuple(one.used for one in resolved[i])

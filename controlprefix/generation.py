@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from controlprefix.assembly import PrefixBatch
 from controlprefix.cache import growing_cache
 from controlprefix.encoding import RequestEncoder, pad_rows
 from controlprefix.guidance import Guidance, combined
@@ -40,6 +41,7 @@ def generate_batch(
     requests: Sequence[Request],
     prompts: Sequence[Sequence[int]],
     guidance: Guidance,
+    batch: PrefixBatch,
     *,
     streamer: Any = None,
     cancelled: threading.Event | None = None,
@@ -47,11 +49,12 @@ def generate_batch(
     """Generate for requests that agree on `batch_key`, in one batch.
 
     Args:
-        model: With the prefix batch of `guidance.rows` attached.
+        model: With `batch` attached.
         encoder: Of the model.
         requests: At least one.
         prompts: Their token ids, from `encoder.prompt_ids`.
         guidance: Which rows there are.
+        batch: The prefix batch of `guidance.rows`.
         streamer: Of transformers, for a single request.
         cancelled: When set, generation ends at the next token.
     """
@@ -72,6 +75,9 @@ def generate_batch(
     if not guidance.is_plain:
         processors = LogitsProcessorList([_Guided(guidance, processors)])
         streamer = streamer and _OfTheFirstRow(streamer)
+    if batch.is_scheduled:
+        batch.move_to(0)
+        criteria.append(_Scheduled(batch, num_before))
     if not beams:
         criteria.append(_RowLimits(requests, num_before, encoder))
     if cancelled is not None:
@@ -219,6 +225,18 @@ class _RowLimits(StoppingCriteria):
                 tail = new[i, -(max(map(len, request.stop)) + 8) :].tolist()
                 done[i] = _first_stop(self._encoder.decode(tail), request.stop) is not None
         return done
+
+
+class _Scheduled(StoppingCriteria):
+    """Stops nothing: after each token, moves strengths on to the next."""
+
+    def __init__(self, batch: PrefixBatch, num_before: int) -> None:
+        self._batch = batch
+        self._num_before = num_before
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self._batch.move_to(input_ids.shape[1] - self._num_before)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Cancelled(StoppingCriteria):

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from controlprefix import course
 from controlprefix.attributes import weighted_labels
 from controlprefix.errors import RequestError, TrainingDataError, known_names
 
@@ -32,6 +33,9 @@ class Request(BaseModel):
         user: The user whose prefix to add.
         strengths: Multiplies parts: keys are `task`, `user`, or an attribute; 0 is
             absent, 1 as trained, below 0 leads away from the part (at the price of a row).
+        schedules: Change strengths along the generation: for parts, as in `strengths`, points
+            `(token, multiplier)`, joined by straight lines; `{"tone": [(0, 1), (40, 0)]}` fades
+            the tone out over the first 40 new tokens. For generation only.
         max_new_tokens: Tokens to generate at most.
         temperature, top_k, top_p, min_p: Sample; with none of them, decoding is greedy.
             The lowest temperature is 0.001.
@@ -53,6 +57,7 @@ class Request(BaseModel):
     attributes: dict[str, str | dict[str, float]] = Field(default_factory=dict)
     user: str | None = None
     strengths: dict[str, float] = Field(default_factory=dict)
+    schedules: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float | None = Field(default=None, ge=1e-3, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=1)
@@ -90,13 +95,22 @@ class Request(BaseModel):
                 )
         for label in weighted_labels(self.attributes):
             _check_strength(label.weight, f"of {label.name}")
+        for field in ("strengths", "schedules"):
+            for part in getattr(self, field):
+                if part not in {"task", "user", *self.attributes}:
+                    raise ValueError(
+                        f"{field} names {part!r}; this request has: "
+                        f"{known_names(part, ['task', 'user', *self.attributes])}"
+                    )
         for part, strength in self.strengths.items():
-            if part not in {"task", "user", *self.attributes}:
-                raise ValueError(
-                    f"strengths names {part!r}; this request has: "
-                    f"{known_names(part, ['task', 'user', *self.attributes])}"
-                )
             _check_strength(strength, f"of {part!r}")
+        for part, points in self.schedules.items():
+            try:
+                course.check(points)
+            except ValueError as error:
+                raise ValueError(f"the schedule of {part!r} {error}") from None
+        if self.schedules and self._leads_away():
+            raise ValueError("schedules cannot be combined with strengths below 0")
         if self.num_beams > 1 and self._leads_away():
             raise ValueError("num_beams above 1 cannot be combined with strengths below 0")
         if self.num_beams > 1 and self.samples:
@@ -139,6 +153,8 @@ class Example(Request):
             raise TrainingDataError(str(error)) from None
 
     def _check_prompt(self) -> None:
+        if self.schedules:
+            raise ValueError("schedules run along a generation; an example has its text already")
         if not self.completion.strip():
             raise ValueError("the completion is empty; an example needs the text to learn")
         if not (self.raw and self.prompt == ""):

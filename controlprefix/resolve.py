@@ -7,6 +7,7 @@ import torch
 
 from controlprefix.assembly import Part
 from controlprefix.attributes import require_known, weighted_labels
+from controlprefix.course import Course
 from controlprefix.geometry import Geometry
 from controlprefix.prefix import Prefix
 from controlprefix.request import PartUsed, Request
@@ -20,6 +21,7 @@ class NamedPart(NamedTuple):
 
     key: PrefixKey
     strength: float
+    course: Course = ()
 
 
 class ResolvedPart(NamedTuple):
@@ -34,16 +36,15 @@ class ResolvedPart(NamedTuple):
 
 def named_parts(request: Request) -> list[NamedPart]:
     """The parts a request names, each with its strength."""
-    strengths = request.strengths
-    named = []
-    if request.task is not None:
-        named.append(NamedPart(PrefixKey("task", request.task), strengths.get("task", 1.0)))
+    named = [] if request.task is None else [(PrefixKey("task", request.task), "task", 1.0)]
     for one in weighted_labels(request.attributes):
-        strength = one.weight * strengths.get(one.attribute, 1.0)
-        named.append(NamedPart(PrefixKey("attribute", one.name), strength))
+        named.append((PrefixKey("attribute", one.name), one.attribute, one.weight))
     if request.user is not None:
-        named.append(NamedPart(PrefixKey("user", request.user), strengths.get("user", 1.0)))
-    return named
+        named.append((PrefixKey("user", request.user), "user", 1.0))
+    return [
+        NamedPart(key, weight * request.strengths.get(said, 1.0), request.schedules.get(said, ()))
+        for key, said, weight in named
+    ]
 
 
 class Resolver:
@@ -94,7 +95,7 @@ class Resolver:
             for part in named:
                 if part.key not in found:
                     raise self._unknown(part.key, request)
-        return [[found[key].part(strength) for key, strength in row] for row in rows]
+        return [[found[one.key].part(one.strength, one.course) for one in row] for row in rows]
 
     def fetch(self, keys: Set[PrefixKey]) -> dict[PrefixKey, "Found"]:
         """The current prefixes of those keys that have one.
@@ -152,8 +153,8 @@ class Found(NamedTuple):
     version: int
     prefix: Prefix
 
-    def part(self, strength: float) -> ResolvedPart:
+    def part(self, strength: float, course: Course = ()) -> ResolvedPart:
         """As one part of a request."""
         kind, name = self.key
         used = PartUsed(kind=kind, name=name, version=self.version, strength=strength)
-        return ResolvedPart(used, Part(self.prefix, strength if strength >= 0 else 1.0))
+        return ResolvedPart(used, Part(self.prefix, strength if strength >= 0 else 1.0, course))

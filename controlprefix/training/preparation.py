@@ -87,7 +87,8 @@ def prepare(
     if left_out:
         _log.warning("nothing is stored yet for %s: trained without", ", ".join(left_out))
     frozen = [
-        [stored[key].part(strength).part for key, strength in row if key in stored] for row in named
+        [stored[one.key].part(one.strength).part for one in row if one.key in stored]
+        for row in named
     ]
 
     keys = list(dict.fromkeys(p.key for row in named for p in row if p.key.kind in kinds))
