@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from controlprefix.assembly import Part, PrefixBatch, assemble
 from controlprefix.attributes import AttributeSpace
+from controlprefix.embeddings import DEFAULT as EMBEDDER
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import ContextLengthError, RequestError, TrainingDataError
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
@@ -57,7 +58,6 @@ from controlprefix.training import (
 )
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
-_EMBEDDER = "all-MiniLM-L6-v2"
 
 
 class ControlPrefix:
@@ -499,7 +499,7 @@ class ControlPrefix:
         name: str = "users",
         num_slots: int = 16,
         width: int = 64,
-        embedder: str = _EMBEDDER,
+        embedder: str = EMBEDDER,
         folder: str | Path | None = None,
         resume: bool = False,
         progress: bool = True,
@@ -592,7 +592,7 @@ class ControlPrefix:
         if keep_texts:
             self.store.keep_samples(user, usable_texts(user, texts))
         if keep_profile:
-            self._personalizer.keep_profile(user, texts, _EMBEDDER)
+            self._personalizer.keep_profile(user, texts, EMBEDDER)
         return number
 
     def audit_user(
@@ -630,7 +630,7 @@ class ControlPrefix:
             TrainingDataError: If there is no text.
             ControlPrefixError: If sentence-transformers is not installed.
         """
-        return self._personalizer.similar_users(texts, _EMBEDDER, most)
+        return self._personalizer.similar_users(texts, EMBEDDER, most)
 
     # --- prefixes ----------------------------------------------------------------------------
 

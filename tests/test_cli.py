@@ -11,9 +11,9 @@ import pytest
 from test_personal import Letters
 from typer.testing import CliRunner
 
+from controlprefix import embeddings
 from controlprefix.cli import app
 from controlprefix.errors import ControlPrefixError
-from controlprefix.personal import features
 
 from models import build, byte_tokenizer
 
@@ -217,7 +217,7 @@ def test_the_defaults_of_train_are_those_of_the_library() -> None:
 def test_users_are_learned_enrolled_and_audited(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_load", lambda embedder: Letters())
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Letters())
     model = ("--model", str(model_folder))
     lines = [{"user": f"u{i}", "text": f"hello {i} {j}"} for i in range(12) for j in range(2)]
     data = tmp_path / "users.jsonl"

