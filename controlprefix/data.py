@@ -61,6 +61,34 @@ def read_users(path: str | Path) -> dict[str, list[str]]:
     return users
 
 
+def read_labelled(path: str | Path) -> dict[str, list[tuple[str, str]]]:
+    """Read a JSON Lines file of `{"text": …, "attributes": {"formality": "formal"}}`.
+
+    Returns:
+        For each attribute, texts with their label.
+
+    Raises:
+        TrainingDataError: If the file cannot be read, or naming the line that is none.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for number, fields in _objects(path):
+        text, attributes = fields.get("text"), fields.get("attributes")
+        if not (
+            isinstance(text, str)
+            and isinstance(attributes, dict)
+            and all(isinstance(label, str) for label in attributes.values())
+        ):
+            raise TrainingDataError(
+                f'{path} line {number}: not of the form {{"text": "…", "attributes": '
+                '{"formality": "formal"}}'
+            )
+        for attribute, label in attributes.items():
+            found.setdefault(attribute, []).append((text, label))
+    if not found:
+        raise TrainingDataError(f"{path} has no labelled texts")
+    return found
+
+
 def _objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each line's number and object; blank lines are passed over."""
     for number, line in enumerate(_lines(path), 1):

@@ -76,13 +76,6 @@ class CodedPrefix(Prefix):
 
     code: Code
 
-    def to(
-        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Self:
-        """The same prefix on another device or in another dtype."""
-        slots = {site: rows.to(device=device, dtype=dtype) for site, rows in self.slots.items()}
-        return type(self)(self.geometry, slots, code=self.code)
-
     def to_bytes(self, dtype: PayloadDtype | None = None) -> bytes:
         """Its code: see `Code.to_bytes`."""
         return self.code.to_bytes(dtype)

@@ -29,7 +29,7 @@ from controlprefix.personal import (
     usable_texts,
 )
 from controlprefix.prefix import Prefix
-from controlprefix.request import Completion, Example, Request, Score
+from controlprefix.request import Completion, Example, PartUsed, Request, Score
 from controlprefix.resolve import Resolver
 from controlprefix.steering import Steering
 from controlprefix.store import (
@@ -722,6 +722,15 @@ class ControlPrefix:
     def alias(self, kind: Kind, name: str, alias: str, *, to: int | str | None) -> None:
         """Name a version, such as `canary`, or move that name; `to=None` takes it away."""
         self.store.alias(PrefixKey(kind, name), self.geometry.fingerprint, alias, to=to)
+
+    def parts_of(self, request: Request) -> tuple[PartUsed, ...]:
+        """Which prefixes a request is steered by now, with their versions and strengths.
+
+        Raises:
+            UnknownNameError: If one of them does not exist.
+        """
+        (found,) = self._resolver.resolve([self._asked(request, {})])
+        return tuple(one.used for one in found)
 
     def prefetch(self, requests: Request | Sequence[Request]) -> None:
         """Load the prefixes that requests name into memory, before they are needed.

@@ -1,7 +1,9 @@
 """Prefix: the slots of one concept, as an immutable value with a safetensors form."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -29,10 +31,13 @@ class Prefix:
         geometry: Of the model this prefix is for.
         slots: For each site of the geometry, `(num_slots, slot_size)`; a site
             without slots has zero rows.
+        dial: `(position, strength)` pairs from (0, 0) up, where strengths were calibrated:
+            see `controlprefix.evaluation.calibrate`.
     """
 
     geometry: Geometry
     slots: Mapping[Site, Tensor]
+    dial: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         given = dict(self.slots)
@@ -130,7 +135,25 @@ class Prefix:
     ) -> Self:
         """The same prefix on another device or in another dtype."""
         moved = {site: rows.to(device=device, dtype=dtype) for site, rows in self.slots.items()}
-        return type(self)(self.geometry, moved)
+        return replace(self, slots=moved)
+
+    def strength_at(self, position: float) -> float:
+        """The strength at a position of the dial; beyond its last point, as steep as there.
+
+        A negative position is a negative strength.
+
+        Raises:
+            ValueError: If there is no dial.
+        """
+        if not self.dial:
+            raise ValueError("the prefix has no dial")
+        if position <= 0:
+            return position
+        for (left, low), (right, high) in pairwise(self.dial):
+            if position <= right:
+                return low + (high - low) * (position - left) / (right - left)
+        last, most = self.dial[-1]
+        return most * position / last
 
     def to_bytes(self, dtype: PayloadDtype | None = None) -> bytes:
         """As one safetensors file: a tensor a site, the geometry and a content hash.
@@ -148,6 +171,8 @@ class Prefix:
         prefix.require_finite()
         tensors: dict[str, Tensor] = {str(site): rows for site, rows in prefix.slots.items()}
         about: dict[str, Any] = {"geometry": self.geometry.to_dict()}
+        if self.dial:
+            about["dial"] = self.dial
         if dtype == "int8":
             about["int8"] = str(self.dtype).removeprefix("torch.")
             for site, rows in prefix.slots.items():
@@ -177,7 +202,7 @@ class Prefix:
             slots = {site: tensors[site] for site in SITES if site in tensors}
             if "int8" in about:
                 slots = _dequantized(geometry, slots, tensors, about["int8"], name)
-            return cls(geometry, slots).require_finite(name)
+            return cls(geometry, slots, _dial(about.get("dial", []), name)).require_finite(name)
         except GeometryMismatchError as error:
             raise PrefixFormatError(f"{name} contradicts its own geometry: {error}") from error
 
@@ -201,6 +226,17 @@ class Prefix:
     def __repr__(self) -> str:
         counts = ", ".join(f"{site}: {len(rows)}" for site, rows in self.slots.items())
         return f"Prefix({counts} slots, {self.dtype}, model {self.geometry.model_name!r})"
+
+
+def _dial(given: Any, name: str) -> tuple[tuple[float, float], ...]:
+    try:
+        dial = tuple((float(position), float(strength)) for position, strength in given)
+    except (TypeError, ValueError) as error:
+        raise PrefixFormatError(f"{name} has a dial that cannot be read") from error
+    rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(dial))
+    if dial and not (dial[0] == (0.0, 0.0) and rising and math.isfinite(dial[-1][1])):
+        raise PrefixFormatError(f"{name} has a dial that does not rise from 0")
+    return dial
 
 
 def _dequantized(

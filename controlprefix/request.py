@@ -33,6 +33,8 @@ class Request(BaseModel):
         user: The user whose prefix to add.
         strengths: Multiplies parts: keys are `task`, `user`, or an attribute; 0 is
             absent, 1 as trained, below 0 leads away from the part (at the price of a row).
+        calibrated: Weights and strengths of attributes are positions of their labels' dials, at
+            which the measured attribute moves evenly (see `controlprefix.evaluation`).
         schedules: Change strengths along the generation: for parts, as in `strengths`, points
             `(token, multiplier)`, joined by straight lines; `{"tone": [(0, 1), (40, 0)]}` fades
             the tone out over the first 40 new tokens. For generation only.
@@ -57,6 +59,7 @@ class Request(BaseModel):
     attributes: dict[str, str | dict[str, float]] = Field(default_factory=dict)
     user: str | None = None
     strengths: dict[str, float] = Field(default_factory=dict)
+    calibrated: bool = False
     schedules: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float | None = Field(default=None, ge=1e-3, allow_inf_nan=False)

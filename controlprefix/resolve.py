@@ -8,6 +8,7 @@ import torch
 from controlprefix.assembly import Part
 from controlprefix.attributes import require_known, weighted_labels
 from controlprefix.course import Course
+from controlprefix.errors import RequestError
 from controlprefix.geometry import Geometry
 from controlprefix.prefix import Prefix
 from controlprefix.request import PartUsed, Request
@@ -95,7 +96,10 @@ class Resolver:
             for part in named:
                 if part.key not in found:
                     raise self._unknown(part.key, request)
-        return [[found[one.key].part(one.strength, one.course) for one in row] for row in rows]
+        return [
+            [found[one.key].part(_dialled(found[one.key], one, request), one.course) for one in row]
+            for row, request in zip(rows, requests, strict=True)
+        ]
 
     def fetch(self, keys: Set[PrefixKey]) -> dict[PrefixKey, "Found"]:
         """The current prefixes of those keys that have one.
@@ -158,3 +162,15 @@ class Found(NamedTuple):
         kind, name = self.key
         used = PartUsed(kind=kind, name=name, version=self.version, strength=strength)
         return ResolvedPart(used, Part(self.prefix, strength if strength >= 0 else 1.0, course))
+
+
+def _dialled(found: Found, asked: NamedPart, request: Request) -> float:
+    """The strength that is meant."""
+    if not request.calibrated or asked.key.kind != "attribute":
+        return asked.strength
+    if not found.prefix.dial:
+        raise RequestError(
+            f"{asked.key} version {found.version} has no dial; calibrate it "
+            "(controlprefix.evaluation.calibrate), or leave calibrated out"
+        )
+    return found.prefix.strength_at(asked.strength)

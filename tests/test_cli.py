@@ -8,10 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from test_evaluation import Histogram
 from test_personal import Letters
 from typer.testing import CliRunner
 
-from controlprefix import embeddings
+from controlprefix import ControlPrefix, Prefix, embeddings
 from controlprefix.cli import app
 from controlprefix.errors import ControlPrefixError
 
@@ -26,6 +27,8 @@ COMMANDS = (
     "generate",
     "score",
     "demo",
+    "eval",
+    "calibrate",
     "audit user",
     "users train",
     "users decoder",
@@ -239,6 +242,43 @@ def test_users_are_learned_enrolled_and_audited(
     data.write_text('{"user": "ana"}')
     with pytest.raises(ControlPrefixError, match='users.jsonl line 1: not of the form {"user"'):
         run(tmp_path, "users", "train", str(data), *model)
+
+
+def test_prefixes_are_evaluated_and_calibrated(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Histogram())
+    model = ("--model", str(model_folder))
+    cp = ControlPrefix.from_pretrained(str(model_folder), store=f"sqlite:///{tmp_path}/prefixes.db")
+    for seed, label in enumerate(("low", "high")):
+        prefix = Prefix.random(cp.geometry, num_slots=8, scale=2.0, seed=seed)
+        cp.put("attribute", f"pitch={label}", prefix)
+    with (tmp_path / "judge.jsonl").open("w") as judge, (tmp_path / "rows.jsonl").open("w") as rows:
+        for i in range(80):
+            label = ("low", "high")[i % 2]
+            text = cp.generate(
+                "<s>", raw=True, attributes={"pitch": label}, temperature=0.5, seed=i,
+                max_new_tokens=24,
+            ).text  # fmt: skip
+            attributes = {"pitch": label}
+            judge.write(json.dumps({"text": text, "attributes": attributes}) + "\n")
+            if i < 8:
+                row = {"prompt": "<s>", "raw": True, "completion": "x", "attributes": attributes}
+                rows.write(json.dumps({**row, "completion": f"x{i}"}) + "\n")
+    texts = ("--judge", str(tmp_path / "judge.jsonl"), "--max-new-tokens", "24")
+    how = ("--out", str(tmp_path / "report"), "--strengths", "0,1", "--curve-rows", "4")
+    found = run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *how, *model)
+    assert "judge of pitch" in found
+    assert "pitch=high" in found
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    monkeypatch.setattr("controlprefix.evaluation.dials._LEAST", -1.0)  # a random model's effect
+    dial = run(tmp_path, "calibrate", "pitch=high", "--samples", "24", *texts, *model)
+    assert "dial of pitch=high (version 2): 0 → 0" in dial
+    with pytest.raises(ControlPrefixError, match="no texts labelled with 'tone'; it has: pitch"):
+        run(tmp_path, "calibrate", "tone=warm", *texts, *model)
+    (tmp_path / "judge.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(ControlPrefixError, match="judge.jsonl line 1: not of the form"):
+        run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *model)
 
 
 def test_a_label_may_hold_a_colon() -> None:

@@ -5,7 +5,13 @@ import sys
 
 from rich.console import Console
 
-from controlprefix.cli import asking, learning, stored, users  # noqa: F401 (they add commands)
+from controlprefix.cli import (  # noqa: F401 (they add commands)
+    asking,
+    learning,
+    measuring,
+    stored,
+    users,
+)
 from controlprefix.cli.common import app
 from controlprefix.errors import ControlPrefixError
 

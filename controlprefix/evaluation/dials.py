@@ -1,0 +1,202 @@
+"""Dials: strengths as positions at which the measured attribute moves evenly."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from controlprefix.attributes import attribute_name
+from controlprefix.engine import ControlPrefix
+from controlprefix.errors import TrainingDataError
+from controlprefix.evaluation.harness import fluencies
+from controlprefix.evaluation.judges import Judge
+from controlprefix.evaluation.metrics import Estimate, estimate
+from controlprefix.request import Request
+
+GRID = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+_STEPS = 10  # points of a dial from 0 to 1
+_LEAST = 0.05  # of chance, that a label must move to be worth a dial
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What the judge said at one strength."""
+
+    strength: float
+    chance: Estimate
+    fluency: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured and what came of it.
+
+    Attributes:
+        responses: In the order of strengths.
+        dial: `(position, strength)`, from (0, 0).
+        version: Of the prefix that carries the dial.
+    """
+
+    responses: tuple[Response, ...]
+    dial: tuple[tuple[float, float], ...]
+    version: int
+
+
+def responses(
+    cp: ControlPrefix,
+    request: Request,
+    attribute: str,
+    label: str,
+    judge: Judge,
+    *,
+    prompts: Sequence[str] = (),
+    strengths: Sequence[float] = GRID,
+    samples: int = 64,
+    calibrated: bool = False,
+    seed: int = 0,
+) -> tuple[Response, ...]:
+    """Measure what strengths of a label do.
+
+    Args:
+        cp: With the label's prefix.
+        request: All else that is asked: a task, a user, settings of the sampling, and a
+            prompt, in place of which `prompts` are asked in turn, where there are some.
+        attribute, label: Whose strength.
+        judge: Of that attribute.
+        prompts: See `request`.
+        strengths: To try; at least two.
+        samples: Texts at each.
+        calibrated: They are positions of the label's dial.
+        seed: Of the sampling; the same draws at each strength.
+    """
+    if label not in judge.labels:
+        raise TrainingDataError(
+            f"the judge tells {', '.join(judge.labels)}, not {label!r}; give another judge"
+        )
+    found = []
+    for strength in sorted(strengths):
+        asked = [
+            request.model_copy(
+                update={
+                    "prompt": prompts[i % len(prompts)] if prompts else request.prompt,
+                    "attributes": {**request.attributes, attribute: {label: float(strength)}},
+                    "calibrated": calibrated,
+                    "seed": seed + i,
+                    "temperature": request.temperature or 0.8,
+                }
+            )
+            for i in range(samples)
+        ]
+        texts = [one.text for one in cp.generate(asked, batch_size=32)]
+        chances = judge.chances(texts)[:, judge.labels.index(label)].tolist()
+        spread = fluencies(cp, texts)
+        found.append(Response(strength, estimate(chances), sum(spread) / len(spread)))
+    return tuple(found)
+
+
+def calibrate(
+    cp: ControlPrefix,
+    request: Request,
+    attribute: str,
+    label: str,
+    judge: Judge,
+    *,
+    prompts: Sequence[str] = (),
+    strengths: Sequence[float] = GRID,
+    samples: int = 64,
+    seed: int = 0,
+) -> Calibration:
+    """Measure a label's response, and store its prefix with a dial that makes it even.
+
+    At position d of the dial the chance of the label, as the judge has it, has gone d of the
+    way from where it is without the label to where it is at strength 1; positions beyond 1 go
+    as far as was measured. Requests with `calibrated=True` then mean positions.
+
+    Args:
+        cp, request, attribute, label, judge, prompts, samples, seed: As in `responses`.
+        strengths: To try; 0 and 1 must be among them.
+
+    Raises:
+        TrainingDataError: If the label does nothing that the judge could see.
+    """
+    if not {0.0, 1.0} <= set(strengths):
+        raise TrainingDataError("strengths must hold 0 and 1, between which a dial is even")
+    measured = responses(
+        cp,
+        request,
+        attribute,
+        label,
+        judge,
+        prompts=prompts,
+        strengths=strengths,
+        samples=samples,
+        seed=seed,
+    )
+    name = attribute_name(attribute, label)
+    dial = even_dial([one.strength for one in measured], [one.chance.mean for one in measured])
+    if not dial:
+        at = {one.strength: one.chance.mean for one in measured}
+        raise TrainingDataError(
+            f"{name} moves the judge's chance from {at[0.0]:.2f} to {at[1.0]:.2f} only, so there "
+            "is nothing to make even; train it longer, with contrast, or give more samples"
+        )
+    prefix = cp.get("attribute", name)
+    details = {
+        "calibrated": {
+            "judge": {"accuracy": judge.accuracy},
+            "responses": [(one.strength, round(one.chance.mean, 4)) for one in measured],
+            "samples": samples,
+            "seed": seed,
+        }
+    }
+    version = cp.put("attribute", name, replace(prefix, dial=dial), details=details)
+    return Calibration(measured, dial, version)
+
+
+def even_dial(
+    strengths: Sequence[float], effects: Sequence[float]
+) -> tuple[tuple[float, float], ...]:
+    """Positions and strengths such that the effect is even in the position.
+
+    Args:
+        strengths: In order, 0 and 1 among them.
+        effects: Measured at each. What falls where it should rise is levelled (isotonic
+            regression), so noise cannot turn the dial around.
+
+    Returns:
+        `(position, strength)` from (0, 0) up; nothing where strength 1 has no effect.
+    """
+    level = _rising(effects)
+    start, full = level[list(strengths).index(0.0)], level[list(strengths).index(1.0)]
+    if full - start < _LEAST:
+        return ()
+    shares = [(one - start) / (full - start) for one in level]
+    last = max(shares)
+    positions = [i / _STEPS for i in range(1, math.floor(last * _STEPS + 1e-9) + 1)]
+    return ((0.0, 0.0), *((at, _strength_for(at, strengths, shares)) for at in positions))
+
+
+def _strength_for(position: float, strengths: Sequence[float], shares: Sequence[float]) -> float:
+    """Between two measured strengths along their logarithm, as the response bends."""
+    if position == 1.0:
+        return 1.0
+    for i in range(1, len(strengths)):
+        low, high = shares[i - 1], shares[i]
+        if low <= position <= high and high > low:
+            way = (position - low) / (high - low)
+            left, right = strengths[i - 1], strengths[i]
+            return left + way * (right - left) if left == 0 else left * (right / left) ** way
+    return strengths[-1]
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """The nearest values that never fall (pool adjacent violators)."""
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [_mean(pool) for pool in pools for _ in pool]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

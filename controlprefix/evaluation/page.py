@@ -1,0 +1,156 @@
+"""A report as one HTML file that needs nothing else, with its plots beside it as PNG."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from controlprefix.errors import ControlPrefixError, StoreError
+
+if TYPE_CHECKING:
+    from controlprefix.evaluation.harness import EvaluationReport
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 52rem; padding: 0 1rem;
+       color: #222; background: #fff; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { border-bottom: 1px solid #ddd; padding: .25rem .75rem; text-align: left; }
+td { font-variant-numeric: tabular-nums; }
+img { max-width: 100%; }
+.note { color: #666; }
+"""
+
+
+def write(folder: Path, report: "EvaluationReport") -> Path:
+    """Write `report.json`, `curves.png`, `cross_talk.png` and `report.html`.
+
+    Raises:
+        StoreError: If the folder cannot be written.
+        ControlPrefixError: If matplotlib is not installed.
+    """
+    plots = {"curves": _curves(report), "cross_talk": _cross_talk(report)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        for name, image in plots.items():
+            (folder / f"{name}.png").write_bytes(image)
+        path = folder / "report.html"
+        path.write_text(_html(report, plots), encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write the report to {folder}: {error}") from error
+    return path
+
+
+def _html(report: "EvaluationReport", plots: Mapping[str, bytes]) -> str:
+    judges = [
+        (name, f"{one['accuracy']:.2f}", f"{one['calibration_error']:.2f}")
+        for name, one in report.judges.items()
+    ]
+    control = [
+        (name, _spread(one), _spread(report.control_without[name]), f"{report.monotonic[name]:.2f}")
+        for name, one in report.control.items()
+    ]
+    others = [
+        ("fluency, nats a token under the plain model", _spread(report.fluency)),
+        ("different words", f"{report.distinct_1:.2f}"),
+        ("different pairs of words", f"{report.distinct_2:.2f}"),
+        ("self-BLEU", f"{report.self_bleu:.1f}"),
+        *((f"content, {name}", _spread(one)) for name, one in report.content.items()),
+        *((f"nearer to {user} than to others", f"{v:.3f}") for user, v in report.users.items()),
+    ]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>What the prefixes do</title><style>{_STYLE}</style></head><body>",
+            f"<h1>What the prefixes do</h1><p>{report.num_rows} rows. In brackets: bounds that "
+            "hold 95 % of means of rows drawn again.</p>",
+            "<h2>Control</h2>",
+            "<p>How often the judge finds a label in texts that were asked with it.</p>",
+            _table(("label", "asked with it", "asked without", "rises with strength"), control),
+            '<p class="note">Rises with strength: rank correlation of strength and chance.</p>',
+            "<h2>Strength</h2>",
+            _image(plots["curves"], "Chance of each label, and fluency, over strength"),
+            "<h2>Cross-talk</h2>",
+            "<p>What a label at strength 1, against 0, adds to the chance of each.</p>",
+            _image(plots["cross_talk"], "A matrix of labels turned and labels judged"),
+            "<h2>The texts</h2>",
+            _table(("measure", "found"), others),
+            "<h2>The judges</h2>",
+            _table(("attribute", "accuracy on held-out texts", "calibration error"), judges),
+            "</body></html>",
+        ]
+    )
+
+
+def _spread(one: Any) -> str:
+    return f"{one.mean:.2f} ({one.low:.2f} to {one.high:.2f})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _image(data: bytes, alternative: str) -> str:
+    encoded = base64.b64encode(data).decode()
+    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{encoded}">'
+
+
+def _curves(report: "EvaluationReport") -> bytes:
+    figure = _figure((8, 3.5))
+    left, right = figure.subplots(1, 2)
+    for name, points in report.curves.items():
+        x = [point.strength for point in points]
+        y = [point.chance.mean for point in points]
+        (line,) = left.plot(x, y, marker="o", label=name)
+        low, high = [p.chance.low for p in points], [p.chance.high for p in points]
+        left.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+        right.plot(x, [point.fluency for point in points], marker="o", color=line.get_color())
+    for axes, title in ((left, "chance of the label"), (right, "nats a token, plain model")):
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlabel("strength")
+        axes.set_title(title)
+    left.set_ylim(0, 1)
+    left.legend(fontsize="small")
+    return _png(figure)
+
+
+def _cross_talk(report: "EvaluationReport") -> bytes:
+    turned = list(report.cross_talk)
+    judged = list(next(iter(report.cross_talk.values())))
+    numbers = [[report.cross_talk[one][other] for other in judged] for one in turned]
+    figure = _figure((2 + 0.9 * len(judged), 1.5 + 0.6 * len(turned)))
+    axes = figure.subplots()
+    axes.imshow(numbers, cmap="RdBu", vmin=-1, vmax=1)
+    axes.set_xticks(range(len(judged)), judged, rotation=30, ha="right")
+    axes.set_yticks(range(len(turned)), turned)
+    axes.set_xlabel("judged")
+    axes.set_ylabel("turned")
+    for i, row in enumerate(numbers):
+        for j, number in enumerate(row):
+            axes.text(j, i, f"{number:+.2f}", ha="center", va="center")
+    return _png(figure)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ControlPrefixError(
+            "a report needs matplotlib: pip install 'controlprefix[eval]'"
+        ) from error
+    return Figure(figsize=size, layout="constrained", dpi=120)
+
+
+def _png(figure: Any) -> bytes:
+    written = io.BytesIO()
+    figure.savefig(written, format="png")
+    return written.getvalue()

@@ -1,0 +1,257 @@
+"""Judges, dials and the harness: figures that mean what they say."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlprefix import (
+    ControlPrefix,
+    ControlPrefixError,
+    Example,
+    Prefix,
+    PrefixFormatError,
+    Request,
+    RequestError,
+    TrainingDataError,
+    embeddings,
+)
+from controlprefix.evaluation import Judge, calibrate, evaluate, responses
+from controlprefix.evaluation.dials import even_dial
+from controlprefix.evaluation.harness import _Writer
+from controlprefix.evaluation.metrics import distinct, estimate, self_bleu, spearman
+
+from models import build, byte_tokenizer
+
+LABELS = ("low", "high")
+
+
+class Histogram:
+    """In place of a sentence embedding model: how often each character stands in a text."""
+
+    def encode(self, texts: Sequence[str], **_: object) -> torch.Tensor:
+        counts = torch.zeros(len(texts), 64)
+        for i, text in enumerate(texts):
+            for character in text:
+                counts[i, ord(character) % 64] += 1 / len(text)
+        return counts
+
+
+@pytest.fixture(autouse=True)
+def letters_for_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Histogram())
+
+
+@pytest.fixture(scope="module")
+def cp() -> Iterator[ControlPrefix]:
+    """Two labels that are heard: random, and large."""
+    made = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    for seed, label in enumerate(LABELS):
+        prefix = Prefix.random(made.geometry, num_slots=8, scale=2.0, seed=seed)
+        made.put("attribute", f"pitch={label}", prefix)
+    yield made
+    made.store.close()
+
+
+def asked(i: int, label: str, **more: Any) -> Request:
+    fields = {"prompt": f"p{i}", "attributes": {"pitch": label}, "seed": i, **more}
+    return Request(raw=True, max_new_tokens=24, temperature=0.5, **fields)
+
+
+@pytest.fixture
+def judge(cp: ControlPrefix) -> Judge:
+    """Learned from what each label writes."""
+    labels = [label for label in LABELS for _ in range(80)]
+    requests = [asked(1000 + i, label) for i, label in enumerate(labels)]
+    return Judge.learn("pitch", [one.text for one in cp.generate(requests)], labels)
+
+
+def examples(count: int = 4) -> list[Example]:
+    return [
+        Example(prompt=f"p{i}", raw=True, attributes={"pitch": label}, completion=f"words {i}")
+        for i in range(count)
+        for label in LABELS
+    ]
+
+
+def test_a_judge_tells_labels_and_says_how_well(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    kinds = (("low", "helo "), ("high", "AHOY "), ("none", "123 "))
+    pairs = [("".join(draw.choices(some, k=12)), one) for one, some in kinds for _ in range(40)]
+    texts, labels = zip(*pairs, strict=True)
+    judge = Judge.learn("pitch", texts, labels)
+    assert judge.labels == ("high", "low", "none")
+    assert judge.accuracy == 1.0
+    assert judge.calibration_error < 0.4
+    chances = judge.chances(["hello hello", "AHOY AHOY", ""])
+    assert chances.shape == (3, 3)
+    assert torch.allclose(chances.sum(1), torch.ones(3))
+    assert chances[:2].argmax(1).tolist() == [1, 0]
+    judge.save(tmp_path / "judge.json")
+    again = Judge.load(tmp_path / "judge.json")
+    assert torch.equal(again.chances(["x", "AHOY"]), judge.chances(["x", "AHOY"]))
+    (tmp_path / "judge.json").write_text("{}")
+    with pytest.raises(ControlPrefixError, match="cannot read the judge"):
+        Judge.load(tmp_path / "judge.json")
+
+
+def test_a_judge_of_nothing_tells_nothing() -> None:
+    draw = random.Random(1)
+    texts = ["".join(draw.choices("helAHOY", k=30)) for _ in range(300)]
+    labels = [draw.choice("abc") for _ in texts]
+    assert Judge.learn("mood", texts, labels).accuracy < 0.6
+    with pytest.raises(TrainingDataError, match="two labels and five texts of each; .* 4 of b"):
+        Judge.learn("mood", texts[:13], [*"aaaaaaaaa", *"bbbb"])
+
+
+def test_the_harness_finds_control_where_there_is_some(
+    cp: ControlPrefix, judge: Judge, tmp_path: Path
+) -> None:
+    rows = examples(16)
+    how: dict[str, Any] = {
+        "strengths": (0, 0.1, 1.0), "curve_rows": 16, "max_new_tokens": 24, "progress": False,
+    }  # fmt: skip
+    report = evaluate(cp, rows, [judge], folder=tmp_path, **how)
+    assert report.num_rows == 32
+    for name in ("pitch=low", "pitch=high"):
+        assert report.control[name].mean > 0.75
+        assert report.curves[name][-1].chance.mean > report.curves[name][0].chance.mean
+        assert report.cross_talk[name][name] > 0.03
+        assert sum(report.cross_talk[name].values()) == pytest.approx(0, abs=1e-5)
+    without = report.control_without
+    assert without["pitch=low"].mean + without["pitch=high"].mean == pytest.approx(1, abs=0.05)
+
+    page = report.save(tmp_path).read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert "http" not in page  # it needs nothing else
+    assert json.loads((tmp_path / "report.json").read_text())["num_rows"] == 32
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_evaluation_goes_on_where_it_was_broken_off(
+    cp: ControlPrefix, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = examples(3)
+    how: dict[str, Any] = {
+        "strengths": (0, 1), "curve_rows": 4, "max_new_tokens": 4, "progress": False,
+    }  # fmt: skip
+    whole = evaluate(cp, rows, [judge], **how)
+    generate, asked = cp.generate, []
+
+    def counted(requests: Any, **more: Any) -> Any:
+        asked.append(len(requests))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return generate(requests, **more)
+
+    monkeypatch.setattr(cp, "generate", counted)
+    monkeypatch.setattr("controlprefix.evaluation.harness._AT_A_TIME", 8)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(cp, rows, [judge], folder=tmp_path, **how)
+    with (tmp_path / _Writer.FILE).open("a") as file:
+        file.write('\n{"key": "cut sho')
+    resumed = evaluate(cp, rows, [judge], folder=tmp_path, **how)
+    assert resumed == whole
+    before = sum(asked)
+    assert evaluate(cp, rows, [judge], folder=tmp_path, **how) == whole
+    assert sum(asked) == before  # nothing is asked again
+    prefix = cp.get("attribute", "pitch=low")
+    cp.put("attribute", "pitch=low", prefix)
+    evaluate(cp, rows, [judge], folder=tmp_path, **how)
+    assert sum(asked) > before  # another version: what depends on it is
+
+
+def test_rows_that_cannot_be_judged_are_refused(cp: ControlPrefix, judge: Judge) -> None:
+    with pytest.raises(TrainingDataError, match="no row has a label of 'pitch'"):
+        evaluate(cp, [Example(prompt="x", completion="y")], [judge])
+    with pytest.raises(TrainingDataError, match="must hold 0 and 1"):
+        evaluate(cp, examples(), [judge], strengths=(0.5, 1))
+
+
+def test_a_dial_moves_what_is_measured_more_evenly(cp: ControlPrefix, judge: Judge) -> None:
+    request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
+    prompts = [f"p{i}" for i in range(96)]
+    grid = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    how: dict[str, Any] = {"prompts": prompts, "samples": 96}
+    found = calibrate(cp, request, "pitch", "high", judge, strengths=grid, **how)
+    assert found.dial[0] == (0.0, 0.0)
+    assert (1.0, 1.0) in found.dial
+    assert cp.get("attribute", "pitch=high").dial == found.dial
+    even = (0.0, 0.25, 0.5, 0.75, 1.0)
+    how |= {"strengths": even, "seed": 1000}
+    curves = [
+        [r.chance.mean for r in responses(cp, request, "pitch", "high", judge, **how, **one)]
+        for one in ({"calibrated": True}, {"calibrated": False})
+    ]
+
+    def bend(curve: Sequence[float]) -> float:
+        start, full = curve[0], curve[-1]
+        return max(abs(y - start - x * (full - start)) for x, y in zip(even, curve, strict=True))
+
+    assert bend(curves[0]) < bend(curves[1])
+    used = cp.parts_of(
+        request.model_copy(update={"attributes": {"pitch": {"high": 0.5}}, "calibrated": True})
+    )
+    assert used[0].strength == pytest.approx(cp.get("attribute", "pitch=high").strength_at(0.5))
+    with pytest.raises(RequestError, match="'pitch=low' version . has no dial; calibrate it"):
+        cp.generate("x", raw=True, attributes={"pitch": "low"}, calibrated=True)
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=6, max_size=6),
+)
+def test_any_measurement_gives_a_dial_that_rises_or_none(effects: list[float]) -> None:
+    strengths = [0.0, 0.05, 0.2, 1.0, 2.0, 4.0]
+    dial = even_dial(strengths, effects)
+    if not dial:
+        return
+    assert dial[0] == (0.0, 0.0)
+    assert all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(dial))
+    assert max(strength for _, strength in dial) <= 4.0
+    assert dict(dial)[1.0] == 1.0
+
+
+def test_an_even_response_has_an_even_dial() -> None:
+    strengths = [0.0, 0.25, 0.5, 1.0, 2.0]
+    dial = dict(even_dial(strengths, [0.1, 0.2, 0.3, 0.5, 0.9]))
+    assert dial[0.5] == pytest.approx(0.5)
+    assert dial[2.0] == pytest.approx(2.0)
+
+
+def test_a_dial_survives_its_bytes_and_a_wrong_one_is_refused() -> None:
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    prefix = Prefix.random(cp.geometry, num_slots=2, seed=0)
+    dialled = Prefix(cp.geometry, prefix.slots, dial=((0.0, 0.0), (0.5, 0.1), (1.0, 1.0)))
+    for dtype in (None, "int8", "bfloat16"):
+        back = Prefix.from_bytes(dialled.to_bytes(dtype))  # type: ignore[arg-type]
+        assert back.dial == dialled.dial
+        assert back.to(dtype=torch.float32).dial == dialled.dial
+    assert dialled.strength_at(0.75) == pytest.approx(0.55)
+    assert dialled.strength_at(2.0) == pytest.approx(2.0)
+    assert dialled.strength_at(-0.5) == -0.5
+    wrong = Prefix(cp.geometry, prefix.slots, dial=((0.0, 0.0), (0.5, 2.0), (1.0, 1.0)))
+    with pytest.raises(PrefixFormatError, match="a dial that does not rise"):
+        Prefix.from_bytes(wrong.to_bytes())
+
+
+def test_figures_of_texts() -> None:
+    assert distinct(["a b c", "a b d"], 2) == 0.75
+    assert distinct([""], 1) == 0.0
+    assert self_bleu(["the cat sat on the mat"] * 3) == pytest.approx(100)
+    assert self_bleu(["one two three four", "five six seven eight"]) < 5
+    assert spearman([0, 1, 2, 3], [1, 1, 2, 2]) == pytest.approx(0.894, abs=1e-3)
+    found = estimate([0.0, 1.0] * 50)
+    assert found.mean == 0.5
+    assert 0.38 < found.low < 0.45
+    assert 0.55 < found.high < 0.62
