@@ -21,7 +21,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from controlprefix.attributes.labels import require_known, weighted_labels
+from controlprefix.attributes.labels import attribute_name, require_known, weighted_labels
 from controlprefix.errors import AttributeSpaceError, RequestError, known_names
 
 Chosen = Mapping[str, str | Mapping[str, float]]
@@ -161,16 +161,32 @@ class AttributeSpace(BaseModel):
                 found.append(f"{name} line {line}: {at + ': ' if at else ''}{message}")
             raise AttributeSpaceError("\n".join(found)) from None
 
-    def complete(self, chosen: Chosen) -> dict[str, str | Mapping[str, float]]:
+    def names(self) -> set[str]:
+        """Of all labels, such as `formality=formal`."""
+        return {
+            attribute_name(name, label)
+            for name, one in self.attributes.items()
+            for label in one.labels
+        }
+
+    def complete(
+        self, chosen: Chosen, *, strict: bool = True
+    ) -> dict[str, str | Mapping[str, float]]:
         """What a request chose, with the defaults of what it left open.
+
+        Args:
+            chosen: Labels of attributes.
+            strict: Only those in the space.
 
         Raises:
             UnknownNameError: If it names what is not in the space.
             RequestError: If it mixes labels of an exclusive attribute.
         """
-        names = [f"{name}={label}" for name, one in self.attributes.items() for label in one.labels]
-        require_known(weighted_labels(chosen), names)
+        if strict:
+            require_known(weighted_labels(chosen), self.names())
         for name, labels in chosen.items():
+            if name not in self.attributes:
+                continue
             mixed = [] if isinstance(labels, str) else [one for one, w in labels.items() if w]
             if self.attributes[name].exclusive and len(mixed) > 1:
                 raise RequestError(

@@ -29,7 +29,7 @@ from controlprefix.personal import (
     usable_texts,
 )
 from controlprefix.prefix import Prefix
-from controlprefix.request import Completion, Example, PartUsed, Request, Score
+from controlprefix.request import Completion, Example, PartUsed, Request, Score, StandIn
 from controlprefix.resolve import Resolver
 from controlprefix.steering import Steering
 from controlprefix.store import (
@@ -56,6 +56,7 @@ from controlprefix.training import (
     require_examples,
     to_distill,
 )
+from controlprefix.unseen import stood_in
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
@@ -164,8 +165,12 @@ class ControlPrefix:
             RequestError: If a request cannot be carried out as written.
             UnknownNameError: If it names a task, label or user that does not exist.
         """
-        rows = [self._asked(row, fields) for row in _as_rows(request)]
-        completions = self._generate(rows, batch_size)
+        asked = [_as_request(row, fields) for row in _as_rows(request)]
+        rows, stand_ins = self._stood_in(self._complete(asked))
+        completions = [
+            one.model_copy(update={"stand_ins": instead})
+            for one, instead in zip(self._generate(rows, batch_size), stand_ins, strict=True)
+        ]
         return completions[0] if _is_one(request) else completions
 
     def stream(self, request: str | Request, /, **fields: Any) -> Iterator[str]:
@@ -222,7 +227,7 @@ class ControlPrefix:
         Raises:
             RequestError, UnknownNameError: As `generate`.
         """
-        examples = self._complete(require_examples(examples))
+        examples, _ = self._stood_in(self._complete(require_examples(examples)))
         encoded = [self._encoder.encode(example) for example in examples]
         resolved = self._resolver.resolve(examples)
         by_length = sorted(
@@ -755,7 +760,7 @@ class ControlPrefix:
 
     def _asked(self, request: str | Request, fields: Mapping[str, Any]) -> Request:
         """A request as it was asked, completed from the attribute space."""
-        (found,) = self._complete([_as_request(request, fields)])
+        ((found,), _) = self._stood_in(self._complete([_as_request(request, fields)]))
         return found
 
     def _slots_of(self, key: PrefixKey) -> int | None:
@@ -768,10 +773,33 @@ class ControlPrefix:
     def _complete(self, requests: Sequence[AnyRequest]) -> list[AnyRequest]:
         if self.attributes is None:
             return list(requests)
+        # What may stand in for a label that the space does not have is seen to later.
         return [
-            one.model_copy(update={"attributes": self.attributes.complete(one.attributes)})
+            one.model_copy(
+                update={
+                    "attributes": self.attributes.complete(
+                        one.attributes, strict=one.unseen == "refuse"
+                    )
+                }
+            )
             for one in requests
         ]
+
+    def _stood_in(
+        self, requests: Sequence[AnyRequest]
+    ) -> tuple[list[AnyRequest], list[tuple[StandIn, ...]]]:
+        """Requests whose labels without a prefix are replaced as they ask, and by what."""
+        if all(one.unseen == "refuse" for one in requests):
+            return list(requests), [()] * len(requests)
+        known = set(self.names("attribute"))
+        if self.attributes is not None:
+            known &= self.attributes.names()
+
+        def make(name: str, text: str) -> None:
+            self._resolver.make(PrefixKey("attribute", name), self.prefix_from_text(text))
+
+        found = [stood_in(one, known, self.attributes, make) for one in requests]
+        return [request for request, _ in found], [notes for _, notes in found]
 
     def _generate(self, requests: Sequence[Request], batch_size: int) -> list[Completion]:
         resolved = self._resolver.resolve(requests)

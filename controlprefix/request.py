@@ -35,6 +35,10 @@ class Request(BaseModel):
             absent, 1 as trained, below 0 leads away from the part (at the price of a row).
         calibrated: Weights and strengths of attributes are positions of their labels' dials, at
             which the measured attribute moves evenly (see `controlprefix.evaluation`).
+        unseen: What to do with a label that has no prefix: `refuse` it, take the `nearest` known
+            labels by sentence embeddings (left out where nothing is near), or make a prefix of
+            its `text`, the description in the attribute space or a sentence that names it.
+            `Completion.stand_ins` says what was used.
         schedules: Change strengths along the generation: for parts, as in `strengths`, points
             `(token, multiplier)`, joined by straight lines; `{"tone": [(0, 1), (40, 0)]}` fades
             the tone out over the first 40 new tokens. For generation only.
@@ -60,6 +64,7 @@ class Request(BaseModel):
     user: str | None = None
     strengths: dict[str, float] = Field(default_factory=dict)
     calibrated: bool = False
+    unseen: Literal["refuse", "nearest", "text"] = "refuse"
     schedules: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float | None = Field(default=None, ge=1e-3, allow_inf_nan=False)
@@ -173,6 +178,22 @@ class PartUsed(BaseModel):
     strength: float
 
 
+class StandIn(BaseModel):
+    """What stood in for a label without a prefix.
+
+    Attributes:
+        label: The one that was asked for, such as `tone=stern`.
+        how: By the `nearest` known labels, by a `text`, or not at all.
+        used: Known labels and their shares; or the text, with 1.
+        similarity: Of the nearest label: the cosine of its sentence embedding; 1 for a text.
+    """
+
+    label: str
+    how: Literal["nearest", "text", "left out"]
+    used: dict[str, float]
+    similarity: float
+
+
 class Completion(BaseModel):
     """What was generated for one request.
 
@@ -181,6 +202,7 @@ class Completion(BaseModel):
         finish_reason: `stop` at an end token or a `stop` text, `length` at `max_new_tokens`.
         num_prompt_tokens, num_tokens: Tokens read and written; slots are not tokens.
         parts: The prefixes used, with their versions.
+        stand_ins: For labels that had none.
     """
 
     text: str
@@ -188,6 +210,7 @@ class Completion(BaseModel):
     num_prompt_tokens: int
     num_tokens: int
     parts: tuple[PartUsed, ...] = ()
+    stand_ins: tuple[StandIn, ...] = ()
 
 
 class Score(BaseModel):

@@ -15,6 +15,7 @@ from controlprefix.request import PartUsed, Request
 from controlprefix.store import PrefixCache, PrefixKey, PrefixStore, Together, VersionRef
 
 _MAX_SEEN = 10_000
+_MAX_MADE = 64
 
 
 class NamedPart(NamedTuple):
@@ -81,6 +82,8 @@ class Resolver:
             host_bytes = 0 if device.type == "cpu" else 1 << 31
         self._host = PrefixCache(host_bytes)
         self._together: Together[Found] = Together()
+        # Prefixes that no store has, by names that no store could have.
+        self._made: dict[PrefixKey, Prefix] = {}
         # What was current while the store was as this token says.
         self._seen: tuple[Hashable | None, dict[PrefixKey, VersionRef]] = (None, {})
 
@@ -91,7 +94,9 @@ class Resolver:
             UnknownNameError: Naming what exists and the nearest of it.
         """
         rows = [named_parts(request) for request in requests]
-        found = self.fetch({part.key for row in rows for part in row})
+        keys = {part.key for row in rows for part in row}
+        made = {key: Found(key, 0, self._made[key]) for key in keys & self._made.keys()}
+        found = {**self.fetch(keys - made.keys()), **made}
         for named, request in zip(rows, requests, strict=True):
             for part in named:
                 if part.key not in found:
@@ -115,6 +120,12 @@ class Resolver:
             if all(seen[key].content_hash in held for key in keys):
                 return {k: Found(k, seen[k].version, held[seen[k].content_hash]) for k in keys}
         return dict(self._together.ask(keys, self._fetch))
+
+    def make(self, key: PrefixKey, prefix: Prefix) -> None:
+        """Have a prefix of one's own for a key; in the store it is version 0."""
+        while len(self._made) >= _MAX_MADE:
+            self._made.pop(next(iter(self._made)), None)
+        self._made[key] = prefix.to(device=self._device, dtype=self._dtype)
 
     def forget(self, key: PrefixKey) -> None:
         """Drop every version of a name from memory."""

@@ -1,0 +1,127 @@
+"""Labels that nobody has trained: refused, or replaced by something the answer names."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from controlprefix import (
+    AttributeSpace,
+    ControlPrefix,
+    Example,
+    Prefix,
+    Request,
+    UnknownNameError,
+    embeddings,
+)
+
+from models import build, byte_tokenizer
+
+# Two directions of meaning: stern lies by strict and firm, nothing by banana.
+MEANINGS = {
+    "strict": (1.0, 0.0, 0.1),
+    "firm": (0.9, 0.2, 0.0),
+    "warm": (-0.2, 1.0, 0.0),
+    "stern": (1.0, 0.1, 0.0),
+    "banana": (0.0, 0.0, 1.0),
+    "friend": (0.0, 1.0, 0.0),
+}
+
+
+class Meanings:
+    def encode(self, texts: Sequence[str], **_: object) -> torch.Tensor:
+        rows = [
+            next((m for word, m in MEANINGS.items() if word in text), (0.0, 0.0, -1.0))
+            for text in texts
+        ]
+        return torch.nn.functional.normalize(torch.tensor(rows), dim=1)
+
+
+@pytest.fixture(autouse=True)
+def meanings_for_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Meanings())
+
+
+@pytest.fixture
+def cp() -> Iterator[ControlPrefix]:
+    made = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    for seed, label in enumerate(("strict", "firm", "warm")):
+        prefix = Prefix.random(made.geometry, num_slots=4, scale=2.0, seed=seed)
+        made.put("attribute", f"tone={label}", prefix)
+    yield made
+    made.store.close()
+
+
+def asked(label: str, unseen: str, **more: object) -> Request:
+    fields = {"attributes": {"tone": label}, "unseen": unseen, **more}
+    return Request(prompt="ab", raw=True, max_new_tokens=8, **fields)
+
+
+def test_an_unseen_label_is_refused_unless_asked_otherwise(cp: ControlPrefix) -> None:
+    with pytest.raises(UnknownNameError, match="no label 'stern'; it has: firm, strict, warm"):
+        cp.generate(asked("stern", "refuse"))
+
+
+def test_the_nearest_labels_stand_in_by_their_shares(cp: ControlPrefix) -> None:
+    done = cp.generate(asked("stern", "nearest", strengths={"tone": 1.5}))
+    (instead,) = done.stand_ins
+    assert (instead.label, instead.how) == ("tone=stern", "nearest")
+    assert instead.used.keys() == {"tone=strict", "tone=firm"}
+    assert sum(instead.used.values()) == pytest.approx(1)
+    assert instead.used["tone=strict"] > instead.used["tone=firm"]
+    assert instead.similarity > 0.9
+    by_hand = {name.partition("=")[2]: share for name, share in instead.used.items()}
+    same = cp.generate(
+        Request(
+            prompt="ab", raw=True, max_new_tokens=8, attributes={"tone": by_hand},
+            strengths={"tone": 1.5},
+        )
+    )  # fmt: skip
+    assert done.text == same.text
+    assert done.parts == same.parts
+    assert same.stand_ins == ()
+
+
+def test_what_nothing_is_near_to_is_left_out(cp: ControlPrefix) -> None:
+    rows = [asked("banana", "nearest", strengths={"tone": 2.0}), asked("warm", "nearest")]
+    banana, warm = cp.generate(rows)
+    assert banana.stand_ins[0].how == "left out"
+    assert banana.stand_ins[0].used == {}
+    assert banana.parts == ()
+    assert banana.text == cp.generate("ab", raw=True, max_new_tokens=8).text
+    assert warm.stand_ins == ()
+    assert [part.name for part in warm.parts] == ["tone=warm"]
+    mood = asked("x", "nearest", attributes={"mood": "calm"})
+    assert cp.generate(mood).stand_ins[0].how == "left out"
+
+
+def test_a_label_can_be_made_of_its_text(cp: ControlPrefix) -> None:
+    done = cp.generate(asked("banana", "text"))
+    assert done.stand_ins[0].used == {"The tone is banana.": 1.0}
+    assert [(part.name, part.version) for part in done.parts] == [
+        ("tone=banana (from its text)", 0)
+    ]
+    cp.put("attribute", "tone=same", cp.prefix_from_text("The tone is banana."))
+    assert done.text == cp.generate(asked("same", "refuse")).text
+    with pytest.raises(UnknownNameError):  # it stands in for those who ask for it only
+        cp.generate(asked("banana", "refuse"))
+    assert "".join(cp.stream(asked("banana", "text"))) == done.text
+    example = Example(prompt="ab", raw=True, completion="cd", attributes={"tone": "banana"})
+    with_text = cp.score([example.model_copy(update={"unseen": "text"})])
+    by_name = cp.score([example.model_copy(update={"attributes": {"tone": "same"}})])
+    assert with_text == by_name
+
+
+def test_the_attribute_space_says_what_a_label_means(cp: ControlPrefix) -> None:
+    cp.attributes = AttributeSpace.parse(
+        "attributes: {tone: {labels: {warm: {description: Like a friend.}, "
+        "stern: {}, cosy: {description: As to a friend.}}}}"
+    )
+    done = cp.generate(asked("cosy", "nearest"))
+    assert done.stand_ins[0].used == {"tone=warm": 1.0}
+    assert cp.generate(asked("cosy", "text")).stand_ins[0].used == {"As to a friend.": 1.0}
+    assert cp.generate(asked("strict", "nearest")).stand_ins[0].how == "left out"
+    with pytest.raises(UnknownNameError, match="no label 'strict'"):
+        cp.generate(asked("strict", "refuse"))  # stored, but not in the space
