@@ -20,11 +20,11 @@ from models import build, byte_tokenizer
 # Two directions of meaning: stern lies by strict and firm, nothing by banana.
 MEANINGS = {
     "strict": (1.0, 0.0, 0.1),
-    "firm": (0.9, 0.2, 0.0),
+    "firm": (0.8, 0.45, 0.0),
     "warm": (-0.2, 1.0, 0.0),
     "stern": (1.0, 0.1, 0.0),
     "banana": (0.0, 0.0, 1.0),
-    "friend": (0.0, 1.0, 0.0),
+    "friend": (-0.5, 1.0, 0.0),
 }
 
 
