@@ -1,15 +1,19 @@
 """The same claims on SmolLM2-135M-Instruct, the model that pip installs."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix, Example, Request
+from controlprefix.data import read_examples
+from controlprefix.evaluation import Judge
 from controlprefix.loading import converted
 from controlprefix.steering import weights_fingerprint
 
+DATA = Path(__file__).parent.parent / "examples" / "data"
 PIRATE = "You are a pirate. You talk like a pirate, matey, and you love the sea."
 
 
@@ -127,3 +131,38 @@ def test_an_instruction_distills_into_a_prefix_without_labelled_data(cp: Control
     )
     assert with_it > bare + 3
     assert torch.equal(cp.model.state_dict()["model.layers.0.self_attn.q_proj.weight"], before)
+
+
+def test_a_judge_of_real_embeddings_tells_formal_from_casual(cp: ControlPrefix) -> None:
+    train, test = (
+        read_examples(data / f"messages.{split}.jsonl") for split in ("train", "heldout")
+    )
+    texts, labels = zip(*((r.completion, r.attributes["formality"]) for r in train), strict=True)
+    judge = Judge.learn("formality", texts, labels)
+    chances = judge.chances([row.completion for row in test])
+    right = [
+        judge.labels[int(best)] == row.attributes["formality"]
+        for best, row in zip(chances.argmax(1), test, strict=True)
+    ]
+    assert sum(right) / len(right) > 0.8
+
+
+def test_a_user_is_enrolled_from_a_decoder_in_a_kilobyte(cp: ControlPrefix) -> None:
+    texts: dict[str, list[str]] = {}
+    for row in read_examples(DATA / "users.train.jsonl"):
+        texts.setdefault(str(row.user), []).append(row.completion)
+    names = sorted(texts)
+    # Twelve who write like the three of them.
+    many = {f"{name}{i}": texts[name][4 * i : 4 * i + 2] for i in range(4) for name in names}
+    quick = {"steps": 4, "batch_size": 8, "validation": 0, "progress": False}
+    report = cp.learn_decoder(many, num_slots=8, width=32, **quick)
+    assert report.num_users == len(many)
+    for name in names:
+        cp.enroll(name, texts[name][:4], decoder="users", keep_profile=True)
+        assert cp.versions("user", name)[-1].size_bytes < 1200
+    assert cp.similar_users(texts["ana"][4:8])[0].user == "ana"
+    row = Example(prompt="", raw=True, completion=texts["bo"][20])
+    with_it, without = cp.score([row.model_copy(update={"user": "bo"}), row])
+    assert with_it.log_likelihood > without.log_likelihood
+    for name in names:
+        cp.forget_user(name)
