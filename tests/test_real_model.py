@@ -135,7 +135,7 @@ def test_an_instruction_distills_into_a_prefix_without_labelled_data(cp: Control
 
 def test_a_judge_of_real_embeddings_tells_formal_from_casual(cp: ControlPrefix) -> None:
     train, test = (
-        read_examples(data / f"messages.{split}.jsonl") for split in ("train", "heldout")
+        read_examples(DATA / f"messages.{split}.jsonl") for split in ("train", "heldout")
     )
     texts, labels = zip(*((r.completion, r.attributes["formality"]) for r in train), strict=True)
     judge = Judge.learn("formality", texts, labels)
