@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import StoreError, TrainingDataError
+from controlprefix.evaluation import page
 from controlprefix.evaluation.judges import Judge
 from controlprefix.evaluation.metrics import (
     Estimate,
@@ -86,9 +87,7 @@ class EvaluationReport:
         Raises:
             StoreError: If the folder cannot be written.
         """
-        from controlprefix.evaluation.page import write
-
-        return write(Path(folder), self)
+        return page.write(Path(folder), self)
 
     def as_dict(self) -> dict[str, Any]:
         """All figures, as JSON can carry them."""

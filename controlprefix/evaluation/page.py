@@ -6,12 +6,9 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from controlprefix.errors import ControlPrefixError, StoreError
-
-if TYPE_CHECKING:
-    from controlprefix.evaluation.harness import EvaluationReport
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 52rem; padding: 0 1rem;
@@ -24,7 +21,7 @@ img { max-width: 100%; }
 """
 
 
-def write(folder: Path, report: "EvaluationReport") -> Path:
+def write(folder: Path, report: Any) -> Path:
     """Write `report.json`, `curves.png`, `cross_talk.png` and `report.html`.
 
     Raises:
@@ -44,7 +41,7 @@ def write(folder: Path, report: "EvaluationReport") -> Path:
     return path
 
 
-def _html(report: "EvaluationReport", plots: Mapping[str, bytes]) -> str:
+def _html(report: Any, plots: Mapping[str, bytes]) -> str:
     judges = [
         (name, f"{one['accuracy']:.2f}", f"{one['calibration_error']:.2f}")
         for name, one in report.judges.items()
@@ -104,7 +101,7 @@ def _image(data: bytes, alternative: str) -> str:
     return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{encoded}">'
 
 
-def _curves(report: "EvaluationReport") -> bytes:
+def _curves(report: Any) -> bytes:
     figure = _figure((8, 3.5))
     left, right = figure.subplots(1, 2)
     for name, points in report.curves.items():
@@ -123,7 +120,7 @@ def _curves(report: "EvaluationReport") -> bytes:
     return _png(figure)
 
 
-def _cross_talk(report: "EvaluationReport") -> bytes:
+def _cross_talk(report: Any) -> bytes:
     turned = list(report.cross_talk)
     judged = list(next(iter(report.cross_talk.values())))
     numbers = [[report.cross_talk[one][other] for other in judged] for one in turned]
