@@ -79,10 +79,15 @@ class PrefixBatch:
     num_rows: int
     blocks: Mapping[Site, tuple[SlotBlock, ...]]
 
-    def move_to(self, token: int) -> None:
-        """Set strengths that have a course to what they are for a new token, counted from 0."""
+    def move_to(self, tokens: int | Sequence[int]) -> None:
+        """Set strengths that have a course to what they are for a new token, counted from 0.
+
+        Args:
+            tokens: Of all rows, or of each.
+        """
         for block in (block for blocks in self.blocks.values() for block in blocks):
             for row, first, last, part in block.scheduled:
+                token = tokens if isinstance(tokens, int) else tokens[row]
                 block.log_strengths[row, first:last] = _log(part.strength * at(part.course, token))
 
     @property

@@ -1,6 +1,7 @@
-"""A KV cache that grows in place."""
+"""A KV cache that grows in place, and rows that move between caches."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -12,6 +13,14 @@ _ROOM = 64  # tokens; room is made for so many, or a quarter of what is there
 _ROWS = 3  # for fewer, transformers' copies cost less than our bookkeeping
 
 
+class Source(NamedTuple):
+    """A row of a cache, and how many of its last tokens count."""
+
+    cache: DynamicCache
+    row: int
+    num_tokens: int
+
+
 def growing_cache(model: PreTrainedModel, num_rows: int) -> DynamicCache | None:
     """transformers' dynamic cache, without its copy of all keys and values at every token.
 
@@ -20,12 +29,65 @@ def growing_cache(model: PreTrainedModel, num_rows: int) -> DynamicCache | None:
     takes_it: Any = model._supports_default_dynamic_cache
     if num_rows < _ROWS or model.config.is_encoder_decoder or not takes_it():
         return None
+    return new_cache(model)
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty one."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     # Sliding and recurrent layers stay: those do not grow.
     cache.layers = [_GrowingLayer() if type(one) is DynamicLayer else one for one in cache.layers]
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = _GrowingLayer
     return cache
+
+
+def can_be_laid_out(model: PreTrainedModel) -> bool:
+    """Whether all that is cached of a row is keys and values of its tokens, all of them."""
+    takes_it: Any = model._supports_default_dynamic_cache
+    if model.config.is_encoder_decoder or not takes_it():
+        return False
+    layers = new_cache(model).layers
+    return all(type(layer) is _GrowingLayer for layer in layers)
+
+
+def lay_out(cache: DynamicCache, sources: Sequence[Source], length: int) -> None:
+    """Put rows of caches beside each other, each ending at the same place, with room to grow.
+
+    Args:
+        cache: Gets the rows.
+        sources: For each row where it comes from: a cache (this one too), the row there, and
+            how many of its last tokens count.
+        length: Tokens of the longest.
+    """
+    for i, first in enumerate(_layers(sources[0].cache)):
+        tensors = []
+        for name in ("keys", "values"):
+            example: Tensor = getattr(first, name)
+            size = length + max(_ROOM, length // 4)
+            room = example.new_zeros(len(sources), example.shape[1], size, example.shape[3])
+            for row, source in enumerate(sources):
+                kept: Tensor = getattr(_layers(source.cache)[i], name)
+                begin = length - source.num_tokens
+                room[row, :, begin:length] = kept[source.row, :, -source.num_tokens :]
+            tensors.append(room)
+        while len(cache.layers) <= i:
+            cache.layers.append(_GrowingLayer())
+        layer = _layers(cache)[i]
+        if not layer.is_initialized:
+            layer.lazy_initialization(*tensors)
+        layer.keys, layer.values = (room[:, :, :length] for room in tensors)
+
+
+def overwrite(cache: DynamicCache, row: int, source: Source) -> None:
+    """Put a row in place of another one, ending at the same place; it must be no longer."""
+    for layer, other in zip(_layers(cache), _layers(source.cache), strict=True):
+        for kept, new in ((layer.keys, other.keys), (layer.values, other.values)):
+            kept[row, :, -source.num_tokens :] = new[source.row, :, -source.num_tokens :]
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    return list(cache.layers)
 
 
 class _GrowingLayer(DynamicLayer):

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from controlprefix.assembly import Part, PrefixBatch, assemble
 from controlprefix.attributes import AttributeSpace
+from controlprefix.batching import Batcher
 from controlprefix.embeddings import DEFAULT as EMBEDDER
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import ContextLengthError, RequestError, TrainingDataError
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
 from controlprefix.geometry import Geometry
-from controlprefix.guidance import spread
+from controlprefix.guidance import Guidance, spread
 from controlprefix.likelihood import guided_log_probs
 from controlprefix.loading import load
 from controlprefix.payload import PayloadDtype
@@ -218,6 +219,31 @@ class ControlPrefix:
             thread.join()
         if failures:
             raise failures[0]
+
+    def batcher(
+        self, *, max_rows: int = 32, max_waiting: int = 1024, read_tokens: int = 512
+    ) -> Batcher:
+        """A running batch that requests join and leave between its steps, for a server.
+
+        Args:
+            max_rows, max_waiting, read_tokens: See `Batcher`.
+
+        Raises:
+            UnsupportedModelError: If the model's cache cannot be laid out (encoder-decoders,
+                sliding windows, recurrent layers).
+        """
+
+        def prepare(request: Request) -> Guidance:
+            return spread(self._resolver.resolve([self._asked(request, {})]))
+
+        return Batcher(
+            self.model,
+            self._encoder,
+            prepare,
+            max_rows=max_rows,
+            max_waiting=max_waiting,
+            read_tokens=read_tokens,
+        )
 
     def score(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[Score]:
         """How likely the model, steered by each example's parts, finds its completion.

@@ -9,6 +9,7 @@
     ├── UnsupportedModelError     a model whose attention cannot take slots
     ├── TrainingDataError         examples that cannot be learned from
     ├── AttributeSpaceError       a file of attributes that does not make sense
+    ├── OverloadedError           more requests than can be taken now
     └── StoreError                the store cannot be opened, read or written
 
 Each is also the built-in error it resembles, so `except ValueError` works too.
@@ -52,6 +53,10 @@ class TrainingDataError(ControlPrefixError, ValueError):
 
 class AttributeSpaceError(ControlPrefixError, ValueError):
     """A file of attributes that does not make sense."""
+
+
+class OverloadedError(ControlPrefixError, RuntimeError):
+    """More requests than can be taken now."""
 
 
 class StoreError(ControlPrefixError, OSError):

@@ -96,7 +96,7 @@ def generate_batch(
             **options,
         )
     return [
-        _completion(encoder, request, prompt, row[num_before:].tolist())
+        completion_of(encoder, request, prompt, row[num_before:].tolist())
         for request, prompt, row in [*zip(requests, prompts, sequences, strict=True)][:num_requests]
     ]
 
@@ -117,7 +117,7 @@ def hold_back_stops(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str
     held = ""
     for piece in pieces:
         held += piece
-        cut = _first_stop(held, stops)
+        cut = first_stop(held, stops)
         if cut is not None:
             if held[:cut]:
                 yield held[:cut]
@@ -133,45 +133,72 @@ def hold_back_stops(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str
         yield held
 
 
+class Choice:
+    """How one request chooses a token: the largest of what this makes of its logits.
+
+    Args:
+        request: Its sampling, with its seed.
+        device: Of the logits.
+    """
+
+    def __init__(self, request: Request, device: torch.device) -> None:
+        self._warpers: list[Any] = []
+        if request.repetition_penalty != 1.0:
+            self._warpers.append(RepetitionPenaltyLogitsProcessor(request.repetition_penalty))
+        if request.temperature is not None:
+            self._warpers.append(TemperatureLogitsWarper(request.temperature))
+        if request.top_k is not None:
+            self._warpers.append(TopKLogitsWarper(request.top_k))
+        if request.top_p is not None and request.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(request.top_p))
+        if request.min_p is not None:
+            self._warpers.append(MinPLogitsWarper(request.min_p))
+        self._generator = None
+        if request.samples:
+            self._generator = torch.Generator(device)
+            if request.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(request.seed)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits are left as they are."""
+        return not self._warpers and self._generator is None
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Logits to choose the largest of, `(1, vocabulary)`.
+
+        Args:
+            ids: Prompt and new tokens, `(1, tokens)`, without padding.
+            logits: `(1, vocabulary)`.
+        """
+        for warper in self._warpers:
+            logits = warper(ids, logits)
+        if self._generator is not None:
+            noise = torch.empty_like(logits).exponential_(generator=self._generator)
+            logits = logits - noise.clamp_min(torch.finfo(logits.dtype).tiny).log()
+        return logits
+
+
 class _RowChoices(LogitsProcessor):
     """Each row's own sampling, expressed so that the largest logit is the choice."""
 
     def __init__(
         self, requests: Sequence[Request], starts: Sequence[int], device: torch.device
     ) -> None:
-        self._rows = []
-        for i, (request, start) in enumerate(zip(requests, starts, strict=False)):
-            warpers: list[Any] = []
-            if request.repetition_penalty != 1.0:
-                warpers.append(RepetitionPenaltyLogitsProcessor(request.repetition_penalty))
-            if request.temperature is not None:
-                warpers.append(TemperatureLogitsWarper(request.temperature))
-            if request.top_k is not None:
-                warpers.append(TopKLogitsWarper(request.top_k))
-            if request.top_p is not None and request.top_p < 1:
-                warpers.append(TopPLogitsWarper(request.top_p))
-            if request.min_p is not None:
-                warpers.append(MinPLogitsWarper(request.min_p))
-            generator = None
-            if request.samples:
-                generator = torch.Generator(device)
-                if request.seed is None:
-                    generator.seed()
-                else:
-                    generator.manual_seed(request.seed)
-            if warpers or generator is not None:
-                self._rows.append((i, start, warpers, generator))
+        choices = [Choice(request, device) for request in requests]
+        self._rows = [
+            (i, start, choice)
+            for i, (choice, start) in enumerate(zip(choices, starts, strict=False))
+            if not choice.is_plain
+        ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
-        for i, start, warpers, generator in self._rows:
-            row = scores[i : i + 1]
-            for warper in warpers:  # the row without its padding: no penalty on the pad token
-                row = warper(input_ids[i : i + 1, start:], row)
-            if generator is not None:
-                noise = torch.empty_like(row).exponential_(generator=generator)
-                row = row - noise.clamp_min(torch.finfo(row.dtype).tiny).log()
-            scores[i] = row[0]
+        for i, start, choice in self._rows:
+            # The row without its padding: no penalty on the pad token.
+            scores[i] = choice(input_ids[i : i + 1, start:], scores[i : i + 1])[0]
         return scores
 
 
@@ -223,7 +250,7 @@ class _RowLimits(StoppingCriteria):
             if request.stop and not done[i]:
                 # A stop text of n characters lies within the last n tokens and a bit.
                 tail = new[i, -(max(map(len, request.stop)) + 8) :].tolist()
-                done[i] = _first_stop(self._encoder.decode(tail), request.stop) is not None
+                done[i] = first_stop(self._encoder.decode(tail), request.stop) is not None
         return done
 
 
@@ -271,16 +298,17 @@ def _generation_config(
     return config
 
 
-def _completion(
+def completion_of(
     encoder: RequestEncoder, request: Request, prompt: Sequence[int], new: list[int]
 ) -> Completion:
+    """What was generated, from the new tokens: cut at an end token, a stop text or the limit."""
     new = new[: request.max_new_tokens]
     reason: Literal["stop", "length"] = "length"
     end = next((i for i, token in enumerate(new) if token in encoder.end_ids), None)
     if end is not None:
         new, reason = new[:end], "stop"
     text = encoder.decode(new)
-    cut = _first_stop(text, request.stop)
+    cut = first_stop(text, request.stop)
     if cut is not None:
         text, reason = text[:cut], "stop"
     return Completion(
@@ -288,5 +316,6 @@ def _completion(
     )
 
 
-def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop text begins, if there is one."""
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)

@@ -1,0 +1,195 @@
+"""Continuous batching: a row writes the same, whoever joins or leaves beside it."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from controlprefix import (
+    ControlPrefix,
+    OverloadedError,
+    Prefix,
+    Request,
+    RequestError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+from controlprefix.batching import Batcher
+
+from models import build, byte_tokenizer
+
+
+def engine(name: str = "llama") -> ControlPrefix:
+    cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
+    for seed, (kind, part) in enumerate((("task", "note"), ("user", "ana"), ("user", "bo"))):
+        prefix = Prefix.random(cp.geometry, num_slots=2 + seed, scale=2.0, seed=seed)
+        cp.put(kind, part, prefix)  # type: ignore[arg-type]
+    return cp
+
+
+@pytest.fixture(scope="module")
+def cp() -> Iterator[ControlPrefix]:
+    made = engine()
+    yield made
+    made.store.close()
+
+
+def requests(count: int, seed: int = 0) -> list[Request]:
+    """Of every kind there is."""
+    draw = random.Random(seed)
+    found = []
+    for i in range(count):
+        fields: dict[str, Any] = {
+            "prompt": "x" * draw.randrange(1, 60),
+            "raw": True,
+            "max_new_tokens": draw.randrange(1, 30),
+            "task": draw.choice([None, "note"]),
+            "user": draw.choice([None, "ana", "bo"]),
+        }
+        fields["strengths"] = {
+            part: draw.choice([0.3, 1.0, 2.0, -0.5]) for part in ("task", "user") if fields[part]
+        }
+        if draw.random() < 0.5:
+            fields |= {"temperature": 0.8, "top_p": 0.9, "seed": i}
+        if draw.random() < 0.3:
+            fields["repetition_penalty"] = 1.3
+        if draw.random() < 0.3:
+            fields["stop"] = ["a", "xx"]
+        if fields["user"] and min(fields["strengths"].values()) > 0 and draw.random() < 0.5:
+            fields["schedules"] = {"user": [(0, 1.0), (6, 0.0)]}
+        found.append(Request(**fields))
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_rows_that_come_and_go_write_what_they_write_alone(name: str) -> None:
+    cp = engine(name)
+    asked = requests(40)
+    alone = [cp.generate(request) for request in asked]
+    batcher = cp.batcher(max_rows=5, read_tokens=40)
+    draw = random.Random(1)
+    tickets = []
+    for request in asked:
+        tickets.append(batcher.submit(request))
+        if draw.random() < 0.3:
+            time.sleep(0.01)
+    found = [ticket.result() for ticket in tickets]
+    assert batcher.close()
+    for one, expected in zip(found, alone, strict=True):
+        assert one.text == expected.text
+        assert one.finish_reason == expected.finish_reason
+        assert one.num_tokens == expected.num_tokens
+
+
+def test_pieces_are_the_text(cp: ControlPrefix) -> None:
+    batcher = cp.batcher(max_rows=8)
+    asked = requests(12, seed=3)
+    tickets = [batcher.submit(request) for request in asked]
+    for ticket, request in zip(tickets, asked, strict=True):
+        pieces = list(ticket)
+        assert "".join(pieces) == ticket.result().text == cp.generate(request).text
+    batcher.close()
+
+
+def test_whoever_is_cancelled_leaves_and_the_others_stay(cp: ControlPrefix) -> None:
+    batcher = cp.batcher(max_rows=2)
+    long = Request(prompt="x", raw=True, max_new_tokens=200, repetition_penalty=1.5)
+    expected = cp.generate(long).text
+    first, second, third = (batcher.submit(long) for _ in range(3))
+    next(iter(first))
+    first.cancel()
+    third.cancel()  # which is still waiting
+    assert len(first.result().text) < len(expected)
+    assert third.result().num_tokens == 0
+    assert second.result().text == expected
+    batcher.close()
+    assert batcher.load == (0, 0)
+
+
+def test_what_cannot_be_carried_out_fails_alone(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = cp.batcher(max_rows=4)
+    with pytest.raises(UnknownNameError, match="no user 'eve'"):
+        batcher.submit(Request(prompt="x", user="eve"))
+    with pytest.raises(RequestError, match="beam search cannot join"):
+        batcher.submit(Request(prompt="x", num_beams=2))
+    forward = Batcher._forward
+
+    def failing(self: Batcher, ids: Any, *more: Any) -> Any:
+        if (ids == 126).any():  # the byte of one prompt
+            raise MemoryError("too long")
+        return forward(self, ids, *more)
+
+    monkeypatch.setattr(Batcher, "_forward", failing)
+    good = Request(prompt="abc", raw=True, max_new_tokens=40)
+    running = batcher.submit(good)
+    next(iter(running))
+    bad = batcher.submit(Request(prompt=cp.tokenizer.decode([126]) * 3, raw=True))
+    with pytest.raises(MemoryError):
+        bad.result()
+    assert running.result().text == cp.generate(good).text
+    assert batcher.submit(good).result().text == cp.generate(good).text
+    batcher.close()
+
+
+def test_a_full_queue_refuses_and_closing_finishes_what_there_is(cp: ControlPrefix) -> None:
+    batcher = cp.batcher(max_rows=1, max_waiting=2)
+    long = Request(prompt="x", raw=True, max_new_tokens=60, repetition_penalty=1.5)
+    tickets = [batcher.submit(long)]
+    next(iter(tickets[0]))
+    tickets += [batcher.submit(long) for _ in range(2)]
+    with pytest.raises(OverloadedError, match="2 requests wait already"):
+        batcher.submit(long)
+    assert batcher.close()
+    assert len({ticket.result().text for ticket in tickets}) == 1
+    with pytest.raises(OverloadedError, match="shutting down"):
+        batcher.submit(long)
+    hasty = cp.batcher(max_rows=1)
+    tickets = [hasty.submit(long) for _ in range(3)]
+    assert not hasty.close(wait=0.0)
+    assert tickets[2].result().num_tokens < 60
+
+
+def test_log_probabilities_are_those_of_the_model(cp: ControlPrefix) -> None:
+    batcher = cp.batcher()
+    request = Request(prompt="abc", raw=True, max_new_tokens=6, user="ana")
+    ticket = batcher.submit(request, top_log_probs=3)
+    done = ticket.result()
+    batcher.close()
+    ids = torch.tensor([[*cp.tokenizer("abc")["input_ids"], *(t.token for t in ticket.tokens)]])
+    with torch.no_grad(), cp.assembled(request):
+        expected = cp.model(ids).logits[0].log_softmax(-1)
+    start = ids.shape[1] - len(ticket.tokens)
+    assert len(ticket.tokens) >= done.num_tokens
+    for i, one in enumerate(ticket.tokens):
+        row = expected[start + i - 1]
+        assert one.log_prob == pytest.approx(float(row[one.token]), abs=1e-3)
+        assert [token for token, _ in one.top] == row.topk(3).indices.tolist()
+
+
+def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
+    asked = requests(24, seed=5)
+    expected = [cp.generate(request).text for request in asked]
+    batcher, found = cp.batcher(max_rows=6), [""] * len(asked)
+
+    def ask(i: int) -> None:
+        found[i] = batcher.submit(asked[i]).result().text
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    batcher.close()
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["bart", "mistral", "gemma3"])
+def test_models_with_another_cache_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="cannot join a running batch"):
+        engine(name).batcher()
