@@ -1,5 +1,6 @@
 """Where prefixes are kept: SQLAlchemy tables, versions, tenants."""
 
+from controlprefix.store.api_keys import ApiKeyInfo, tenant_of
 from controlprefix.store.cache import PrefixCache, Together
 from controlprefix.store.database import upgrade
 from controlprefix.store.encryption import JsonKeys, KeyProvider
@@ -19,6 +20,7 @@ from controlprefix.store.records import (
 )
 
 __all__ = [
+    "ApiKeyInfo",
     "AuditEntry",
     "Fetched",
     "JsonKeys",
@@ -35,5 +37,6 @@ __all__ = [
     "Together",
     "VersionInfo",
     "VersionRef",
+    "tenant_of",
     "upgrade",
 ]

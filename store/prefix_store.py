@@ -25,7 +25,8 @@ from controlprefix.errors import (
     known_names,
 )
 from controlprefix.prefix import Prefix
-from controlprefix.store import codes, profiles
+from controlprefix.store import api_keys, codes, profiles
+from controlprefix.store.api_keys import ApiKeyInfo
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import KeyProvider, Sealer
 from controlprefix.store.profiles import Similar
@@ -488,6 +489,35 @@ class PrefixStore:
             lambda session, tenant: profiles.nearest(
                 session, tenant, self._sealer, embedder, numbers, most=most, without=without
             )
+        )
+
+    def create_api_key(self, name: str) -> str:
+        """Make a key for requests to a server; it is told this once.
+
+        Raises:
+            StoreError: If there is one of that name.
+        """
+        check_name("API key", name)
+        return self._database.run(
+            lambda session, tenant: api_keys.create(session, tenant, self.tenant, name), write=True
+        )
+
+    def name_of_api_key(self, key: str) -> str | None:
+        """The name of a key, if it is one of this tenant's."""
+        return self._database.run(lambda session, tenant: api_keys.name_of(session, tenant, key))
+
+    def api_keys(self) -> list[ApiKeyInfo]:
+        """All keys by name, oldest first."""
+        return self._database.run(api_keys.listed)
+
+    def revoke_api_key(self, name: str) -> None:
+        """Remove a key.
+
+        Raises:
+            UnknownNameError: If there is none of that name.
+        """
+        self._database.run(
+            lambda session, tenant: api_keys.revoke(session, tenant, name), write=True
         )
 
     def prune(self, *, keep: int) -> int:

@@ -171,6 +171,19 @@ class ProfileRow(Base):
     key_id: Mapped[str | None] = mapped_column(String(255))
 
 
+class ApiKeyRow(Base):
+    """A key that requests to a server carry: its hash."""
+
+    __tablename__ = "controlprefix_api_keys"
+    __table_args__ = (UniqueConstraint("tenant_id", "name"),)
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True)
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+    name: Mapped[str] = mapped_column(String(255))
+    key_hash: Mapped[str] = mapped_column(String(64), index=True)
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
 class AliasRow(Base):
     """A name for a version, such as `canary`."""
 

@@ -8,7 +8,7 @@ import torch
 
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, UnknownNameError
 from controlprefix.decoder import Code, CodedPrefix, PrefixDecoder
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore, tenant_of
 from controlprefix.training import typical_size
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
@@ -180,3 +180,23 @@ def test_an_export_carries_codes_and_decoders(url: str, tmp_path: object) -> Non
             copy.forget(USERS)
         copy.forget(PrefixKey("user", "ana"))
         assert copy.versions(USERS, F)[0].num_forgotten == 1
+
+
+def test_api_keys_open_their_own_tenant_alone(url: str) -> None:
+    with PrefixStore(url, tenant="mine/ü") as mine, PrefixStore(url, tenant="theirs") as theirs:
+        key = mine.create_api_key("web")
+        assert tenant_of(key) == "mine/ü"
+        assert mine.name_of_api_key(key) == "web"
+        assert theirs.name_of_api_key(key) is None
+        assert mine.name_of_api_key(key + "x") is None
+        forged = theirs.create_api_key("web").replace(key.split(".")[1], "x")
+        assert mine.name_of_api_key(forged) is None
+        with pytest.raises(StoreError, match="an API key 'web' already"):
+            mine.create_api_key("web")
+        assert [one.name for one in mine.api_keys()] == ["web"]
+        mine.revoke_api_key("web")
+        assert mine.name_of_api_key(key) is None
+        with pytest.raises(UnknownNameError, match="no API key 'web'; known: none"):
+            mine.revoke_api_key("web")
+    for no_key in ("", "cp", "cp.x", "sk-123", "cp.%%%.secret", "cp..", "cp.gA.x"):
+        assert tenant_of(no_key) is None

@@ -157,6 +157,7 @@ def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> No
             store.forget(PrefixKey("user", "bo"))
             store.keep_samples("ana", ["a text"])
             store.keep_profile("ana", "e", [1.0], num_texts=1)
+            store.create_api_key("main")
             by = decoder()
             store.put([NewVersion(PrefixKey("decoder", "users"), by, sources=["ana"])])
             store.put([NewVersion(PrefixKey("user", "cy"), coded(by))])

@@ -1,4 +1,4 @@
-"""User codes and the decoders they belong to, what those were learned from, profiles."""
+"""User codes and the decoders they belong to, what those were learned from, profiles, keys."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -54,6 +54,15 @@ def upgrade() -> None:
             sa.Column("numbers", _NUMBERS),
             sa.Column("sealed", sa.LargeBinary),
             sa.Column("key_id", sa.String(255)),
+        ),
+        op.create_table(
+            "controlprefix_api_keys",
+            sa.Column("id", _ID, primary_key=True),
+            _tenant(),
+            sa.Column("name", sa.String(255), nullable=False),
+            sa.Column("key_hash", sa.String(64), nullable=False, index=True),
+            sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+            sa.UniqueConstraint("tenant_id", "name"),
         ),
     ]
     op.create_index(
