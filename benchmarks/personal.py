@@ -26,12 +26,17 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 from quality import CAUSAL, LORA, padded, peft_steps
 from rich.console import Console
+from safetensors.torch import load_file
 from side_by_side import RESULTS, record
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from controlprefix import ControlPrefix, Example, Request
+from controlprefix.decoder import Code
+from controlprefix.embeddings import embeddings
+from controlprefix.personal.learning import CODE_RATE
+from controlprefix.training import TrainingSettings
 
 FILE = RESULTS / "personal.json"
 DECODER = "bloggers"
@@ -126,6 +131,19 @@ class Personal:
     def enrolled(self, given: Posts) -> dict[str, str]:
         for one, texts in given.items():
             self.cp.enroll(one, texts, decoder=DECODER)
+        return {one: one for one in given}
+
+    def nearest(self, given: Posts) -> dict[str, str]:
+        """The mean code of the eight most alike of those the decoder was learned from."""
+        decoder = self.cp.store.decoder(DECODER, self.cp.geometry.fingerprint)
+        known = torch.stack([embeddings(texts).mean(0) for texts in self.learned_from.values()])
+        state = load_file(self.options.work / "state.safetensors")
+        changes = [state[f"best.changes.{i}"] for i in range(len(self.learned_from))]
+        codes = CODE_RATE / TrainingSettings().rate * torch.stack(changes)
+        for one, texts in given.items():
+            alike = torch.nn.functional.normalize(known, dim=1) @ embeddings(texts).mean(0)
+            numbers = codes[alike.topk(8).indices].mean(0)
+            self._put(one, decoder.decode(Code(decoder.content_hash, numbers)))
         return {one: one for one in given}
 
     def trained(self, given: Posts, **how: Any) -> dict[str, str]:
@@ -279,6 +297,18 @@ def _nats(model: Any, rows: Sequence[Any]) -> float:
     )
 
 
+ORDER = (
+    "no personalization",
+    "what users have in common",
+    "the texts in the prompt",
+    "nearest users",
+    "ours, enrolled",
+    "ours, code",
+    "ours, full",
+    "ours, full, no decoder",
+    "PEFT LoRA r8",
+    "PEFT prefix tuning from text",
+)
 COLUMNS = (
     ("nats", "nats", 3),
     ("nats, shuffled", "shuffled", 3),
@@ -309,8 +339,8 @@ def page(results: dict[str, Any]) -> str:
             f"| {num_texts or 'no'} texts | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
             "| --- |" + " --- |" * len(COLUMNS),
         ]
-        for way, by_count in results["ways"].items():
-            found = by_count.get(str(num_texts))
+        for way in (one for one in ORDER if one in results["ways"]):
+            found = results["ways"][way].get(str(num_texts))
             if found is None:
                 continue
             cells = [f"{found[key]:,.{d}f}" if key in found else "" for key, _, d in COLUMNS]
@@ -349,6 +379,7 @@ def main() -> None:
         "no personalization": partial(personal.measure, personal.nothing),
         "what users have in common": partial(personal.measure, personal.common),
         "the texts in the prompt": partial(personal.measure, personal.in_the_prompt),
+        "nearest users": partial(personal.measure, personal.nearest),
         "ours, enrolled": partial(personal.measure, personal.enrolled),
         "ours, code": partial(personal.measure, partial(personal.trained, decoder=DECODER)),
         "ours, full": partial(
