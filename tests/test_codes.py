@@ -5,10 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from sqlalchemy.engine import make_url
 
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, UnknownNameError
 from controlprefix.decoder import Code, CodedPrefix, PrefixDecoder
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore, tenant_of
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore, profiles, tenant_of
 from controlprefix.training import typical_size
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
@@ -145,8 +146,17 @@ def test_forgetting_a_user_marks_what_was_learned_from_them(store: PrefixStore) 
             store.forget(user)
 
 
-@pytest.mark.parametrize("encrypted", [False, True])
-def test_similar_users_come_first(url: str, encrypted: bool) -> None:
+@pytest.mark.parametrize("how", ["in memory", "encrypted", "pgvector"])
+def test_similar_users_come_first(
+    url: str, how: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "pgvector":
+        if url.startswith("sqlite"):
+            pytest.skip("PostgreSQL's")
+        server = request.getfixturevalue("postgres")  # the role of the tests may not
+        server.psql(f'\\connect "{make_url(url).database}"\nCREATE EXTENSION vector')
+        monkeypatch.setattr(profiles, "_numbers", lambda *_: pytest.fail("read and compared here"))
+
     class OneKey:
         def current_key(self, tenant: str) -> str:
             return "k"
@@ -154,7 +164,7 @@ def test_similar_users_come_first(url: str, encrypted: bool) -> None:
         def key(self, tenant: str, key_id: str) -> bytes:
             return b"k" * 32
 
-    keys = OneKey() if encrypted else None
+    keys = OneKey() if how == "encrypted" else None
     with PrefixStore(url, keys=keys) as store, PrefixStore(url, tenant="theirs") as theirs:
         theirs.keep_profile("spy", "e", [1.0, 0.0], num_texts=1)
         for i, user in enumerate("abcdefg"):
