@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from controlprefix.errors import (
 )
 from controlprefix.generation import Choice, completion_of, first_stop
 from controlprefix.guidance import Guidance, combined
-from controlprefix.request import Completion, Request
+from controlprefix.request import Completion, PartUsed, Request, StandIn
 from controlprefix.steering import Steering
 
 _MOST_HOLES = 0.25  # of the rows; beyond, the others close up
@@ -47,16 +48,40 @@ class TokenChosen:
     top: tuple[tuple[int, float], ...] = ()
 
 
+Event = str | Completion | BaseException  # a piece of text; at last the whole, or why not
+
+
+class Prepared(NamedTuple):
+    """What a request needs to be run.
+
+    Attributes:
+        guidance: Its rows: of this request alone.
+        parts, stand_ins: As its completion will name them.
+    """
+
+    guidance: Guidance
+    parts: tuple[PartUsed, ...] = ()
+    stand_ins: tuple[StandIn, ...] = ()
+
+
+Prepare = Callable[[Request], Prepared]
+
+
 class Ticket:
     """What a submitted request comes to. Iterating gives its text piece by piece.
+
+    Args:
+        deliver: Given each event in place of that, in the thread that runs the model: it
+            must not wait for anything.
 
     Attributes:
         tokens: Chosen so far, where log-probabilities were asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deliver: Callable[[Event], object] | None = None) -> None:
         self.tokens: list[TokenChosen] = []
-        self._pieces: queue.SimpleQueue[str | Completion | BaseException] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._put = deliver or self._pieces.put
         self._end: Completion | BaseException | None = None
         self._cancelled = threading.Event()
 
@@ -100,6 +125,7 @@ class _Sequence:
     request: Request
     ticket: Ticket
     prompt: tuple[int, ...]
+    prepared: Prepared
     parts: list[list[Part]]
     weights: list[float]
     choice: Choice
@@ -144,7 +170,7 @@ class Batcher:
         self,
         model: PreTrainedModel,
         encoder: RequestEncoder,
-        prepare: Callable[[Request], Guidance],
+        prepare: Prepare,
         *,
         max_rows: int = 32,
         max_waiting: int = 1024,
@@ -174,12 +200,21 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="controlprefix-batch", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, *, top_log_probs: int | None = None) -> Ticket:
+    def submit(
+        self,
+        request: Request,
+        *,
+        top_log_probs: int | None = None,
+        prepare: Prepare | None = None,
+        deliver: Callable[[Event], object] | None = None,
+    ) -> Ticket:
         """Have a request written.
 
         Args:
             request: Without beams.
             top_log_probs: Note each token's log-probability, and those of so many others.
+            prepare: For this request, such as another tenant's.
+            deliver: See `Ticket`.
 
         Raises:
             RequestError: If it cannot be carried out as written.
@@ -190,13 +225,14 @@ class Batcher:
             raise RequestError("beam search cannot join a running batch; use generate")
         if len(self._waiting) >= self._max_waiting:  # before the store is asked
             raise self._overloaded()
-        guidance = self._prepare(request)
+        prepared = (prepare or self._prepare)(request)
         sequence = _Sequence(
             request=request,
-            ticket=Ticket(),
+            ticket=Ticket(deliver),
             prompt=self._encoder.prompt_ids(request),
-            parts=guidance.rows,
-            weights=[term.weight for term in guidance.terms[0]],
+            prepared=prepared,
+            parts=prepared.guidance.rows,
+            weights=[term.weight for term in prepared.guidance.terms[0]],
             choice=Choice(request, self._model.device),
             top=top_log_probs,
         )
@@ -274,7 +310,7 @@ class Batcher:
         self._cache = new_cache(self._model)
         told = error if isinstance(error, ControlPrefixError) else RuntimeError(str(error))
         for sequence in running.values():
-            sequence.ticket._pieces.put(told)
+            sequence.ticket._put(told)
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -307,7 +343,7 @@ class Batcher:
             batch.move_to(0)
         except BaseException as error:  # theirs alone: a prefix that does not fit, no memory
             for sequence in chosen:
-                sequence.ticket._pieces.put(error)
+                sequence.ticket._put(error)
             return
         prompts = [sequence.prompt for sequence in chosen for _ in sequence.parts]
         longest = max(map(len, prompts))
@@ -336,7 +372,7 @@ class Batcher:
         except Exception as error:  # theirs alone: the running batch goes on
             self._reading = None
             for sequence in reading.sequences:
-                sequence.ticket._pieces.put(error)
+                sequence.ticket._put(error)
             return
         reading.done = end
         if end == longest:
@@ -512,13 +548,14 @@ class Batcher:
                 default=0,
             )
         if ready > sequence.shown:
-            sequence.ticket._pieces.put(text[sequence.shown : ready])
+            sequence.ticket._put(text[sequence.shown : ready])
             sequence.shown = ready
         return done
 
     def _end(self, sequence: _Sequence) -> None:
         done = completion_of(self._encoder, sequence.request, sequence.prompt, sequence.new)
-        sequence.ticket._pieces.put(done)
+        used = {"parts": sequence.prepared.parts, "stand_ins": sequence.prepared.stand_ins}
+        sequence.ticket._put(done.model_copy(update=used))
 
     def _leave(self, sequence: _Sequence) -> None:
         first = self._firsts.pop(id(sequence))

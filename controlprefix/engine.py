@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from controlprefix.assembly import Part, PrefixBatch, assemble
 from controlprefix.attributes import AttributeSpace
-from controlprefix.batching import Batcher
+from controlprefix.batching import Batcher, Prepared
 from controlprefix.embeddings import DEFAULT as EMBEDDER
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import ContextLengthError, RequestError, TrainingDataError
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
 from controlprefix.geometry import Geometry
-from controlprefix.guidance import Guidance, spread
+from controlprefix.guidance import spread
 from controlprefix.likelihood import guided_log_probs
 from controlprefix.loading import load
 from controlprefix.payload import PayloadDtype
@@ -233,17 +233,24 @@ class ControlPrefix:
                 sliding windows, recurrent layers).
         """
 
-        def prepare(request: Request) -> Guidance:
-            return spread(self._resolver.resolve([self._asked(request, {})]))
-
         return Batcher(
             self.model,
             self._encoder,
-            prepare,
+            self.prepare,
             max_rows=max_rows,
             max_waiting=max_waiting,
             read_tokens=read_tokens,
         )
+
+    def prepare(self, request: Request) -> Prepared:
+        """What a request needs, as a batcher that others share takes it.
+
+        Raises:
+            RequestError, UnknownNameError: As `generate`.
+        """
+        ((asked,), (stand_ins,)) = self._stood_in(self._complete([request]))
+        resolved = self._resolver.resolve([asked])
+        return Prepared(spread(resolved), tuple(one.used for one in resolved[0]), stand_ins)
 
     def score(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[Score]:
         """How likely the model, steered by each example's parts, finds its completion.

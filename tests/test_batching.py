@@ -80,9 +80,7 @@ def test_rows_that_come_and_go_write_what_they_write_alone(name: str) -> None:
     found = [ticket.result() for ticket in tickets]
     assert batcher.close()
     for one, expected in zip(found, alone, strict=True):
-        assert one.text == expected.text
-        assert one.finish_reason == expected.finish_reason
-        assert one.num_tokens == expected.num_tokens
+        assert one == expected
 
 
 def test_pieces_are_the_text(cp: ControlPrefix) -> None:

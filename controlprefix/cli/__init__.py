@@ -9,6 +9,7 @@ from controlprefix.cli import (  # noqa: F401 (they add commands)
     asking,
     learning,
     measuring,
+    serving,
     stored,
     users,
 )

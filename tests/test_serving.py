@@ -1,0 +1,403 @@
+"""The server: OpenAI's own client unmodified, tenants apart, honest refusals, nothing lost."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from controlprefix import ControlPrefix, Prefix, Request
+from controlprefix.serving import Gateway, Limits, create_app
+from controlprefix.store import PrefixStore
+
+from models import build, byte_tokenizer
+
+MODEL = build("llama")
+TOKENIZER = byte_tokenizer(chat=True)
+
+
+def fill(url: str, tenant: str, scale: float) -> None:
+    cp = ControlPrefix(MODEL, TOKENIZER, PrefixStore(url, tenant=tenant))
+    for seed, (kind, part) in enumerate(
+        (("task", "email"), ("attribute", "tone=warm"), ("user", "ana"))
+    ):
+        prefix = Prefix.random(cp.geometry, num_slots=3, scale=scale, seed=seed)
+        cp.put(kind, part, prefix)  # type: ignore[arg-type]
+    cp.store.close()
+
+
+class Served:
+    """A server of this process, on a port of its own."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.url = url
+        self.gateway = Gateway(MODEL, TOKENIZER, url, name="tiny", **options)
+        self.server = uvicorn.Server(
+            uvicorn.Config(create_app(self.gateway), port=0, log_level="error")
+        )
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.base = f"http://127.0.0.1:{port}"
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.base}/v1", api_key=key, max_retries=0)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = f"sqlite:///{tmp_path_factory.mktemp('serving')}/prefixes.db"
+    fill(url, "mine", 2.0)
+    fill(url, "theirs", 3.0)
+    return url
+
+
+@pytest.fixture(scope="module")
+def served(store: str) -> Iterator[Served]:
+    made = Served(store, open_tenant="mine")
+    yield made
+    made.close()
+
+
+def expected(store: str, tenant: str = "mine", **fields: Any) -> str:
+    cp = ControlPrefix(MODEL, TOKENIZER, PrefixStore(store, tenant=tenant))
+    try:
+        return cp.generate(Request(**fields)).text
+    finally:
+        cp.store.close()
+
+
+MESSAGES: Any = [{"role": "user", "content": "Tell Sam I am late."}]
+
+
+def test_the_openai_client_gets_what_generate_gives(served: Served, store: str) -> None:
+    client = served.client()
+    done = client.chat.completions.create(
+        model="tiny/email",
+        messages=MESSAGES,
+        user="ana",
+        max_tokens=16,
+        temperature=0,
+        extra_body={"attributes": {"tone": "warm"}, "strengths": {"user": 0.5}},
+    )
+    text = expected(
+        store, prompt="Tell Sam I am late.", task="email", user="ana", max_new_tokens=16,
+        attributes={"tone": "warm"}, strengths={"user": 0.5},
+    )  # fmt: skip
+    assert done.choices[0].message.content == text
+    assert done.model == "tiny/email"
+    assert done.usage is not None
+    assert done.usage.completion_tokens <= 16
+    plain = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=16, temperature=0
+    )
+    assert plain.choices[0].message.content != text
+    stream = client.chat.completions.create(
+        model="tiny/email", messages=MESSAGES, user="ana", max_tokens=16, temperature=0,
+        stream=True, stream_options={"include_usage": True},
+        extra_body={"attributes": {"tone": "warm"}, "strengths": {"user": 0.5}},
+    )  # fmt: skip
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[-1].usage == done.usage
+    assert {c.choices[0].finish_reason for c in chunks if c.choices} >= {
+        done.choices[0].finish_reason
+    }
+
+
+def test_sampling_is_seeded_and_n_gives_different_choices(served: Served) -> None:
+    ask = served.client().completions.create
+    how: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "seed": 5}
+    first, again = (ask(n=3, **how) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert len(set(texts)) == 3
+    assert ask(**how).choices[0].text == texts[0]
+    two = ask(model="tiny", prompt=["abc", "defg"], max_tokens=4, temperature=0)
+    assert len(two.choices) == 2
+    assert two.usage is not None
+    assert two.usage.prompt_tokens == 7
+
+
+def test_log_probabilities_stop_texts_and_limits(served: Served) -> None:
+    client = served.client()
+    found = client.completions.create(
+        model="tiny", prompt="abc", max_tokens=5, temperature=0, logprobs=2
+    ).choices[0]
+    assert found.logprobs is not None
+    assert found.logprobs.token_logprobs is not None
+    assert len(found.logprobs.token_logprobs) <= 5
+    assert all(one is not None and one <= 0 for one in found.logprobs.token_logprobs)
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=3, temperature=0, logprobs=True, top_logprobs=4
+    ).choices[0]
+    assert chat.logprobs is not None
+    assert chat.logprobs.content is not None
+    assert all(len(one.top_logprobs) == 4 for one in chat.logprobs.content)
+    whole = client.completions.create(model="tiny", prompt="abc", max_tokens=20, temperature=0)
+    text = whole.choices[0].text
+    cut = client.completions.create(
+        model="tiny", prompt="abc", max_tokens=20, temperature=0, stop=text[3:5]
+    )
+    assert cut.choices[0].text == text[: text.index(text[3:5])]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"model": "gpt-4"}, 404, "no model 'gpt-4' here; there is 'tiny'"),
+        ({"model": "tiny/emial"}, 404, "no task 'emial' in the store; known: email"),
+        ({"user": "eve"}, 404, "no user 'eve'"),
+        ({"extra_body": {"attributes": {"tone": "wram"}}}, 404, "did you mean 'warm'"),
+        ({"max_tokens": 10**6}, 400, "this server gives 2048 at most"),
+        ({"n": 100}, 400, "100 choices; this server gives 16 at most"),
+        ({"temperature": 9}, 400, "temperature"),
+        ({"tools": [{"type": "function", "function": {"name": "x"}}]}, 400, "tools is not supp"),
+        ({"presence_penalty": 1.0}, 400, "use repetition_penalty"),
+        ({"messages": []}, 400, "messages"),
+        ({"extra_body": {"strengths": {"mood": 1}}}, 400, "strengths names 'mood'"),
+        ({"messages": [{"role": "user", "content": "x" * 9999}]}, 400, "the context of"),
+    ],
+)
+def test_mistakes_are_told_in_openais_form(
+    served: Served, change: dict[str, Any], status: int, message: str
+) -> None:
+    fields: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4, **change}
+    for stream in (False, True):
+        with pytest.raises(openai.APIStatusError) as caught:
+            served.client().chat.completions.create(stream=stream, **fields)
+        assert caught.value.status_code == status
+        assert message in str(caught.value.body["message"])  # type: ignore[index, call-overload]
+
+
+def test_malformed_and_oversized_bodies_are_refused(served: Served) -> None:
+    post = f"{served.base}/v1/chat/completions"
+    for body in (b"{", b"[]", b"null", b"\xff\xfe", b'{"model": 1}'):
+        answer = httpx.post(post, content=body)
+        assert answer.status_code == 400, body
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    big = httpx.post(post, content=b'{"x": "' + b"a" * (2 << 20) + b'"}')
+    assert big.status_code == 413
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(64):
+            yield b"a" * (1 << 17)
+
+    with contextlib.suppress(httpx.WriteError):  # if it hangs up on us, that is as good
+        assert httpx.post(post, content=endless()).status_code == 413
+    assert httpx.get(f"{served.base}/health").json() == {"status": "ok"}
+
+
+def test_users_are_enrolled_seen_and_forgotten(served: Served) -> None:
+    at = f"{served.base}/v1/users/zoe"
+    assert httpx.put(at, json={"texts": ["hi, zoe here", "zoe again"]}).json() == {
+        "user": "zoe",
+        "version": 1,
+    }
+    assert httpx.get(at).json()["versions"][0]["current"] is True
+    client = served.client()
+    client.chat.completions.create(model="tiny", messages=MESSAGES, user="zoe", max_tokens=2)
+    assert httpx.delete(at).json() == {"user": "zoe", "removed": 1}
+    assert httpx.get(at).status_code == 404
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, user="zoe", max_tokens=2)
+    assert httpx.put(at, json={"texts": []}).status_code == 400
+    assert httpx.put(at, json={"texts": [" "]}).status_code == 400
+    assert httpx.put(at, json={"texts": ["x"], "x": 1}).status_code == 400
+    assert "tone" in httpx.get(f"{served.base}/v1/attributes").json()["attributes"]
+
+
+def test_models_metrics_and_the_openapi_page(served: Served) -> None:
+    assert {one.id for one in served.client().models.list()} == {"tiny", "tiny/email"}
+    assert served.client().models.retrieve("tiny/email").id == "tiny/email"
+    assert httpx.get(f"{served.base}/ready").status_code == 200
+    served.client().completions.create(model="tiny", prompt="x", max_tokens=3)
+    metrics = httpx.get(f"{served.base}/metrics").text
+    assert 'controlprefix_requests_total{path="/v1/completions",status="200"}' in metrics
+    assert "controlprefix_completion_tokens_total" in metrics
+    assert "/v1/users/{user}" in httpx.get(f"{served.base}/openapi.json").json()["paths"]
+    assert httpx.get(f"{served.base}/docs").status_code == 200
+    assert httpx.get(f"{served.base}/nowhere").status_code == 404
+
+
+def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:
+    with PrefixStore(store, tenant="mine") as mine, PrefixStore(store, tenant="theirs") as theirs:
+        keys = {"mine": mine.create_api_key("k"), "theirs": theirs.create_api_key("k")}
+        served = Served(store)
+        try:
+            for tenant, key in keys.items():
+                done = served.client(key).chat.completions.create(
+                    model="tiny", messages=MESSAGES, user="ana", max_tokens=12, temperature=0
+                )
+                assert done.choices[0].message.content == expected(
+                    store, tenant, prompt=MESSAGES[0]["content"], user="ana", max_new_tokens=12
+                )
+            theirs.put([])
+            enrolled = {"headers": {"Authorization": f"Bearer {keys['mine']}"}}
+            at = f"{served.base}/v1/users/only-mine"
+            httpx.put(at, json={"texts": ["x"]}, **enrolled)  # type: ignore[arg-type]
+            with pytest.raises(openai.NotFoundError):
+                served.client(keys["theirs"]).chat.completions.create(
+                    model="tiny", messages=MESSAGES, user="only-mine", max_tokens=2
+                )
+            swapped = ".".join([*keys["theirs"].split(".")[:2], keys["mine"].split(".")[2]])
+            for wrong in ("none", swapped, keys["mine"] + "x", "cp.bm9ib2R5.x"):
+                answer = httpx.get(
+                    f"{served.base}/v1/models", headers={"Authorization": f"Bearer {wrong}"}
+                )
+                assert answer.status_code == 401, wrong
+            assert httpx.get(f"{served.base}/v1/models").status_code == 401
+            assert "nobody" not in served.gateway._engines  # a wrong key leaves nothing behind
+        finally:
+            served.close()
+            mine.revoke_api_key("k")
+            theirs.revoke_api_key("k")
+
+
+def test_rates_queues_and_times_are_limited(store: str) -> None:
+    with PrefixStore(store, tenant="mine") as mine:
+        key = mine.create_api_key("limited")
+    limits = Limits(requests_a_minute=3, rows=1, waiting=1, seconds=1.0)
+    served = Served(store, limits=limits)
+    try:
+        client = served.client(key)
+        for _ in range(3):
+            client.models.list()
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.models.list()
+        assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 20
+    finally:
+        served.close()
+    served = Served(store, open_tenant="mine", limits=Limits(rows=1, waiting=1, seconds=1.0))
+    try:
+        ask = served.client().completions.create
+        slow = {"model": "tiny", "prompt": "x", "max_tokens": 200, "temperature": 0}
+        forward = served.gateway._batcher._forward
+
+        def slowly(*given: Any) -> Any:
+            time.sleep(0.05)
+            return forward(*given)
+
+        served.gateway._batcher._forward = slowly  # type: ignore[method-assign]
+        with ThreadPoolExecutor(6) as pool:
+            done = [pool.submit(ask, **slow) for _ in range(6)]
+            statuses = []
+            for one in done:
+                error = one.exception()
+                statuses.append(
+                    error.status_code if isinstance(error, openai.APIStatusError) else 0
+                )
+        assert 503 in statuses
+        assert 504 in statuses
+        time.sleep(0.3)
+        assert served.gateway.load == (0, 0)  # who timed out has left the batch
+    finally:
+        served.close()
+
+
+def test_whoever_hangs_up_leaves_the_batch(served: Served) -> None:
+    async def hang_up(*, stream: bool) -> None:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 220, "temperature": 1, "n": 4,
+                "stream": stream, "repetition_penalty": 1.2}  # fmt: skip
+        async with httpx.AsyncClient() as client:
+            with contextlib.suppress(TimeoutError):
+                async with (
+                    asyncio.timeout(0.15),
+                    client.stream("POST", f"{served.base}/v1/completions", json=body) as answer,
+                ):
+                    async for _ in answer.aiter_lines():
+                        pass
+
+    forward = served.gateway._batcher._forward
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.02)
+        return forward(*given)
+
+    served.gateway._batcher._forward = slowly  # type: ignore[method-assign]
+    try:
+        for stream in (True, False):
+            asyncio.run(hang_up(stream=stream))
+            assert served.gateway.load[0] > 0
+            deadline = time.monotonic() + 3
+            while served.gateway.load != (0, 0) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert served.gateway.load == (0, 0)
+    finally:
+        served.gateway._batcher._forward = forward  # type: ignore[method-assign]
+
+
+def test_many_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
+    def ask(i: int) -> str:
+        parts: dict[str, Any] = {"user": "ana"} if i % 2 else {}
+        done = served.client().completions.create(
+            model="tiny/email" if i % 3 else "tiny",
+            prompt="y" * (1 + i % 7),
+            max_tokens=8 + i % 9,
+            seed=i,
+            **parts,
+        )
+        return done.choices[0].text
+
+    alone = [ask(i) for i in range(24)]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(ask, range(24))) == alone
+
+
+def test_a_server_told_to_stop_finishes_what_it_has(store: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    MODEL.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "controlprefix.cli", "serve", "--model", str(folder),
+        "--store", store, "--tenant", "mine", "--port", str(port), "--name", "tiny",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ}
+    ) as process:
+        base = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                httpx.get(f"{base}/ready").raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 240, "temperature": 0, "stream": True,
+                "repetition_penalty": 1.3}  # fmt: skip
+        text, reason = "", None
+        with httpx.stream("POST", f"{base}/v1/completions", json=body, timeout=60) as answer:
+            for i, line in enumerate(answer.iter_lines()):
+                if i == 4:
+                    process.send_signal(signal.SIGTERM)
+                if line.startswith("data: {"):
+                    choice = json.loads(line[6:])["choices"][0]
+                    text += choice["text"]
+                    reason = choice["finish_reason"] or reason
+        assert reason in ("length", "stop")
+        assert process.wait(60) == 0, process.stdout and process.stdout.read()
+    whole = expected(store, prompt="x", raw=True, max_new_tokens=240, repetition_penalty=1.3)
+    assert text == whole
