@@ -29,6 +29,10 @@ COMMANDS = (
     "demo",
     "eval",
     "calibrate",
+    "serve",
+    "keys create",
+    "keys list",
+    "keys revoke",
     "audit user",
     "users train",
     "users decoder",
@@ -279,6 +283,16 @@ def test_prefixes_are_evaluated_and_calibrated(
     (tmp_path / "judge.jsonl").write_text('{"text": "x"}')
     with pytest.raises(ControlPrefixError, match="judge.jsonl line 1: not of the form"):
         run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *model)
+
+
+def test_api_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    key = run(tmp_path, "keys", "create", "web", "--tenant", "acme").strip()
+    assert key.startswith("cp.")
+    assert "web" in run(tmp_path, "keys", "list", "--tenant", "acme")
+    assert "no keys yet" in run(tmp_path, "keys", "list", "--tenant", "other")
+    assert "revoked" in run(tmp_path, "keys", "revoke", "web", "--tenant", "acme")
+    with pytest.raises(ControlPrefixError, match="no API key 'web'"):
+        run(tmp_path, "keys", "revoke", "web", "--tenant", "acme")
 
 
 def test_a_label_may_hold_a_colon() -> None:
