@@ -584,7 +584,8 @@ COLUMNS = (
     ("BLEU, unseen", "BLEU, unseen", 1),
     ("chrF, unseen", "chrF, unseen", 1),
     ("fluency", "fluency", 2),
-    ("parameters", "parameters", 0),
+    ("parameters", "learned", 0),
+    ("kept", "kept", 0),
 )
 
 
@@ -600,12 +601,13 @@ def page(results: dict[str, Any]) -> str:
         "**nats**: a token of held-out texts, under the right label; **other label**: under the "
         "wrong one (higher is better there). **control**: how often a judge (linear, TF-IDF, "
         "learned from rows that no method saw) finds the label in texts written under it. "
-        "**fluency**: nats a token of the written texts under the plain model. **parameters**: "
-        "learned, for all labels together; a network of `shared` is dropped before serving. Time "
-        "and memory of a step stand in `speed.md`, where they were measured side by side.",
+        "**fluency**: nats a token of the written texts under the plain model. **learned**, "
+        "**kept**: numbers, for all labels together, while learning and in use: a network of "
+        "`shared` is dropped. Time and memory of a step stand in `speed.md`, where they were "
+        "measured side by side.",
     ]
     for name in results["data"]:
-        found = results["data"][name]
+        found = with_kept(results["data"][name])
         columns = [
             c for c in COLUMNS if any(c[0] in run for way in found.values() for run in way.values())
         ]
@@ -641,6 +643,20 @@ def page(results: dict[str, Any]) -> str:
         "\n".join(["| way | | | |", "| --- | --- | --- | --- |", *rates]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def with_kept(ways: dict[str, Any]) -> dict[str, Any]:
+    """Beside what was learned, what is kept: `direct` learns as many numbers as are kept."""
+    slots = {run["parameters"] for run in ways.get("ours, direct", {}).values()}
+    found: dict[str, Any] = {}
+    for way, runs in ways.items():
+        found[way] = {}
+        for seed, run in runs.items():
+            kept = run.get("parameters")
+            if way.startswith("ours, shared") and slots:
+                kept = max(slots)
+            found[way][seed] = run if kept is None else {**run, "kept": kept}
+    return found
 
 
 def cell(values: Sequence[float | None], digits: int) -> str:
