@@ -1,10 +1,12 @@
 """Write `speed.md` and `store.md` in `docs/results/` from the JSON files there. Measures nothing.
 
-The first table of speed is put into the README too; a test compares the two.
+The first table of speed is put into the README too, and short ones of what prefixes learn and
+of what users' are worth; tests compare them.
 """
 
 import json
 import re
+from statistics import mean
 from typing import Any
 
 from side_by_side import RESULTS
@@ -29,9 +31,53 @@ def main() -> None:
     (RESULTS / "speed.md").write_text("\n".join(lines) + "\n")
     (RESULTS / "store.md").write_text("\n".join(of_store(files["store"], files["payloads"])) + "\n")
     readme = RESULTS.parent.parent / "README.md"
-    table = "\n".join(["<!-- speed -->", "", *in_short(measured), "", "<!-- /speed -->"])
-    text = re.sub(r"<!-- speed -->.*<!-- /speed -->", table, readme.read_text(), flags=re.DOTALL)
+    text = readme.read_text()
+    for name, rows in (
+        ("speed", in_short(measured)),
+        ("learned", learned(files["training"]["data"])),
+        ("personal", personal(files["personal"]["ways"])),
+    ):
+        table = "\n".join([f"<!-- {name} -->", "", *rows, "", f"<!-- /{name} -->"])
+        text = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", table, text, flags=re.DOTALL)
     readme.write_text(text)
+
+
+def learned(data: dict[str, Any]) -> list[str]:
+    """What prefixes learn, in short: means over seeds."""
+    columns = (
+        ("formality", "nats", "nats"),
+        ("formality", "control, formality_pavlick", "control"),
+        ("sentiment", "nats", "nats"),
+        ("sentiment", "control, sentiment_yelp", "control"),
+    )
+    titles = " | ".join(f"{name}: {title}" for name, _, title in columns)
+    rows = [f"| | {titles} |", "| --- |" + " --- |" * len(columns)]
+    for way in data["formality"]:
+        cells = [
+            f"{mean(run[key] for run in data[name][way].values()):.{3 if key == 'nats' else 2}f}"
+            for name, key, _ in columns
+        ]
+        rows.append(f"| {way} | {' | '.join(cells)} |")
+    return rows
+
+
+def personal(ways: dict[str, Any]) -> list[str]:
+    """What a prefix of one's own is worth, in short: from 16 texts."""
+    rows = [
+        "| | nats | with another's | seconds | bytes |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for way, by_count in ways.items():
+        found = by_count.get("16") or by_count["0"]
+        seconds = found.get("seconds a user")
+        cells = (
+            f"{found['nats']:.3f}",
+            f"{found['nats, shuffled']:.3f}" if "nats, shuffled" in found else "",
+            f"{seconds:.2f}" if seconds and "16" in by_count else "",
+            f"{found['bytes a user']:,.0f}" if "bytes a user" in found else "",
+        )
+        rows.append(f"| {way} | {' | '.join(cells)} |")
+    return rows
 
 
 def of_store(store: dict[str, Any], payloads: dict[str, Any]) -> list[str]:

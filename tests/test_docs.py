@@ -77,6 +77,21 @@ def test_the_speed_table_of_the_readme_is_that_of_the_results() -> None:
     assert "\n".join(rows) in (ROOT / "docs" / "results" / "speed.md").read_text()
 
 
+@pytest.mark.parametrize(("name", "digits"), [("learned", 3), ("personal", 3)])
+def test_the_short_tables_of_the_readme_are_of_the_results(name: str, digits: int) -> None:
+    (table,) = re.findall(f"<!-- {name} -->(.*)<!-- /{name} -->", README, re.DOTALL)
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 8
+    file = {"learned": "training", "personal": "personal"}[name]
+    whole = (ROOT / "docs" / "results" / f"{file}.md").read_text()
+    for way, *cells in rows:
+        (line, *_) = [one for one in whole.splitlines()[::-1] if one.startswith(f"{way} |")]
+        if name == "personal":  # the last table of the page is that of 16 texts
+            assert cells[0] in line, way
+        first = next(one for one in whole.splitlines() if one.startswith(f"{way} |"))
+        assert cells[0] in line or cells[0] in first, way
+
+
 def test_the_demo_data_is_whole() -> None:
     data = ROOT / "examples" / "data"
     files = {path.name: read_examples(path) for path in data.glob("*.jsonl")}
