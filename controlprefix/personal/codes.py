@@ -1,7 +1,7 @@
 """Learning codes: of new users beside a finished decoder, or of many users with their decoder."""
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,21 +94,18 @@ def fit_generator(
     features: Sequence[Tensor],
     *,
     seed: int,
-    nats_with: Callable[[Mapping[int, Tensor]], float] | None = None,
 ) -> float:
     """Set the decoder's generator: from what texts are like to a code, by ridge regression.
 
     How much to believe the features, and how many texts make a sure user, are chosen by
     how well codes of users left out are told; where nothing is told, codes come out as the
-    mean of all. Learned codes stop short of where likelihood would lead, so how far a guess
-    goes is chosen by the likelihood of left-out users' own texts.
+    mean of all.
 
     Args:
         decoder: Its generator is set.
         codes: Of users, `(num_slots, width)` each, at least ten for anything but the mean.
         features: Of each one's texts, `(texts, features)`.
         seed: Of the users left out.
-        nats_with: The loss of the texts of some users, by their number, with a code each.
 
     Returns:
         The share of the variance of left-out users' codes that is told; 0 for none.
@@ -145,45 +142,14 @@ def fit_generator(
             told = 1 - left / total if total else 0.0
             best = max(best, (told, doubt, trust))
     told, doubt, trust = best
-    if told <= 0:
-        return told
-    rows, owners = _views(generator, features, doubt, seed)
-    mine = torch.tensor(owners)
-    generator.doubt.fill_(doubt)
-    reach = 1.0
-    if nats_with is not None:
-        guesses: dict[int, Tensor] = {}
-        for group in range(_GROUPS):
-            users = [i for i, one in enumerate(groups) if one != group]
-            known = torch.tensor([groups[owner] != group for owner in owners])
-            common = wanted[users].mean(0)
-            weights = _ridge(rows[known], wanted[mine[known]] - common, trust)
-            for i, one in enumerate(groups):
-                if one == group:
-                    guesses[i] = generator.shrunk(features[i]).double() @ weights
-        reach = _best_reach(guesses, codes[0].shape, wanted.mean(0), nats_with)
-    weights = _ridge(rows, wanted[mine] - wanted.mean(0), trust)
-    generator.weights.copy_(reach * weights)
+    if told > 0:
+        rows, owners = _views(generator, features, doubt, seed)
+        weights = _ridge(rows, wanted[torch.tensor(owners)] - wanted.mean(0), trust)
+        generator.weights.copy_(weights)
+        generator.doubt.fill_(doubt)
     return told
 
 
-def _best_reach(
-    guesses: Mapping[int, Tensor],
-    shape: torch.Size,
-    common: Tensor,
-    nats_with: Callable[[Mapping[int, Tensor]], float],
-) -> float:
-    """How many times as far as codes tell a guess should go."""
-    losses = {
-        reach: nats_with(
-            {i: (common + reach * one).float().view(shape) for i, one in guesses.items()}
-        )
-        for reach in _REACHES
-    }
-    return min(losses, key=lambda reach: losses[reach])
-
-
-_REACHES = (0.5, 1.0, 2.0, 3.0, 4.5)
 _FEWEST = 10
 _GROUPS = 5
 _DOUBTS = (1.0, 4.0, 16.0)

@@ -14,21 +14,18 @@ from controlprefix.errors import TrainingDataError
 from controlprefix.personal.codes import LearnedCodes, fit_generator
 from controlprefix.personal.features import TextFeatures
 from controlprefix.personal.users import rows_of
-from controlprefix.prefix import Prefix
-from controlprefix.steering import Steering
 from controlprefix.store import PrefixKey
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training.loop import train
-from controlprefix.training.objectives import Objective, Pair, TrainingRow
+from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.preparation import typical_size
-from controlprefix.training.run import TrainingReport, in_batches
+from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 
 CODE_RATE = 5e-2  # of codes, whose numbers are about as large as an embedding's: 1
 _DROPOUT = 0.1
 _SCALE_TOKENS = 64
 _MOST_FEATURES = 64  # texts of a user that are embedded
-_MOST_USERS, _ROWS_EACH = 64, 4  # to choose how far a guess goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,33 +120,7 @@ def learn_decoder(
     run.end()
     codes = {user: slots.code(key).cpu() for user, key in keys.items()}
     decoder = decoder.cpu()
-    of_user: dict[PrefixKey, list[TrainingRow]] = {}
-    for row in rows:
-        of_user.setdefault(row.learned[0][0], []).append(row)
-    objective = Objective(model, pad_id=encoder.pad_id)
-
-    def nats_with(given: Mapping[int, torch.Tensor]) -> float:
-        """Of some texts of some users, a token."""
-        chance = random.Random(settings.seed)  # the same for every reach
-        some = [slots.keys[i] for i in chance.sample(sorted(given), min(_MOST_USERS, len(given)))]
-        chosen = [row for key in some for row in of_user[key][:_ROWS_EACH]]
-        total = 0.0
-        for batch in in_batches(chosen, settings.batch_size):
-            with torch.no_grad():
-                prefixes: dict[PrefixKey, Prefix] = {
-                    key: Prefix(decoder.geometry, decoder.slots(given[slots.keys.index(key)]))
-                    for key in {row.learned[0][0] for row in batch}
-                }
-            pairs = [Pair(row) for row in batch]
-            with torch.no_grad(), Steering.of(model).attached(objective.assembled(pairs, prefixes)):
-                total += float(objective(pairs).sum())
-        return total / sum(len(row.targets) for row in chosen)
-
     told = fit_generator(
-        decoder,
-        list(codes.values()),
-        [embedded[user] for user in codes],
-        seed=settings.seed,
-        nats_with=nats_with,
+        decoder, list(codes.values()), [embedded[user] for user in codes], seed=settings.seed
     )
     return decoder.frozen(), codes, DecoderReport(run.report(), len(codes), told)
