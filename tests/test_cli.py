@@ -30,6 +30,7 @@ COMMANDS = (
     "eval",
     "calibrate",
     "serve",
+    "playground",
     "keys create",
     "keys list",
     "keys revoke",

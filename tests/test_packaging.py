@@ -82,6 +82,7 @@ print(controlprefix.__file__)
 """
     assert Path(run(code, cwd=tmp_path, path=installed)).is_relative_to(installed)
     assert (installed / "controlprefix" / "py.typed").is_file()
+    assert (installed / "controlprefix" / "serving" / "playground.html").is_file()
 
 
 def test_importing_the_package_loads_nothing_heavy(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,9 +19,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 
 from controlprefix import ControlPrefix, Prefix, Request
+from controlprefix.evaluation import Judge
 from controlprefix.serving import Gateway, Limits, create_app
 from controlprefix.store import PrefixStore
 
@@ -239,6 +242,75 @@ def test_models_metrics_and_the_openapi_page(served: Served) -> None:
     assert "/v1/users/{user}" in httpx.get(f"{served.base}/openapi.json").json()["paths"]
     assert httpx.get(f"{served.base}/docs").status_code == 200
     assert httpx.get(f"{served.base}/nowhere").status_code == 404
+
+
+def test_texts_are_judged(store: str) -> None:
+    judge = Judge("tone", ("cold", "warm"), torch.zeros(384, 2), torch.tensor([0.0, 1.0]), 1.0, 0.0)
+    judged = Served(store, open_tenant="mine", judges=[judge])
+    try:
+        found = httpx.post(f"{judged.base}/v1/judge", json={"texts": ["hi", ""]}, timeout=60).json()
+        assert [sum(one["tone"].values()) for one in found["results"]] == pytest.approx([1, 1])
+        assert found["results"][0]["tone"]["warm"] > 0.7
+        assert httpx.post(f"{judged.base}/v1/judge", json={"texts": []}).status_code == 400
+    finally:
+        judged.close()
+
+
+def test_the_playground_needs_nothing_from_elsewhere(served: Served) -> None:
+    page = httpx.get(f"{served.base}/playground")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http" not in page.text.replace("http-equiv", "")
+    assert ".innerHTML" not in page.text  # what a model or a user writes is text, not markup
+    assert httpx.get(f"{served.base}/v1/users").json() == {"users": ["ana"], "num_users": 1}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium on this machine")
+def test_the_playground_writes_both_sides_and_enrols(served: Served, tmp_path: Path) -> None:
+    selenium = pytest.importorskip("selenium.webdriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for one in (
+        *("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "window-size=1100,900"),
+        *("disable-background-networking", f"user-data-dir={tmp_path}"),
+    ):
+        options.add_argument(f"--{one}")
+    service = selenium.ChromeService(str(shutil.which("chromedriver")))
+    browser = selenium.Chrome(options=options, service=service)
+
+    def wait(condition: str) -> Any:
+        for _ in range(200):
+            if found := browser.execute_script(f"return {condition}"):
+                return found
+            time.sleep(0.05)
+        raise AssertionError(condition + ": " + str(browser.get_log("browser")))
+
+    try:
+        browser.get(f"{served.base}/playground")
+        wait("document.querySelectorAll('.side .user option').length == 4")  # "—" and ana, twice
+        browser.execute_script(
+            "document.querySelectorAll('.user')[1].value = 'ana';"
+            "document.querySelector('.dials select').value = 'warm';"
+            "document.getElementById('write').click()"
+        )
+        wait("!document.getElementById('write').disabled")
+        texts = browser.execute_script(
+            "return [...document.querySelectorAll('.text')].map(one => one.textContent)"
+        )
+        how: dict[str, Any] = {"prompt": "Tell Sam I will be late for lunch.", "max_new_tokens": 64}
+        assert texts[0] == expected(served.url, **how, attributes={"tone": "warm"})
+        assert texts[1] == expected(served.url, **how, user="ana")
+        browser.execute_script(
+            "document.getElementById('name').value = '<b>zoe/ü</b>';"
+            "document.getElementById('texts').value = 'hi there';"
+            "document.getElementById('enrol').click()"
+        )
+        wait("document.getElementById('told').textContent.includes('enrolled')")
+        assert browser.execute_script("return document.querySelector('.user').value") == (
+            "<b>zoe/ü</b>"
+        )
+        httpx.delete(f"{served.base}/v1/users/%3Cb%3Ezoe%2F%C3%BC%3C%2Fb%3E")
+    finally:
+        browser.quit()
 
 
 def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:

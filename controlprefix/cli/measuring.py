@@ -57,7 +57,7 @@ def evaluate(
     from controlprefix.data import read_examples
     from controlprefix.evaluation import evaluate as measured
 
-    examples, judges = read_examples(rows), _judges(judge, seed)
+    examples, judges = read_examples(rows), learn_judges(judge, seed)
     report = measured(
         open_engine(model, store, tenant, attributes),
         examples,
@@ -101,7 +101,7 @@ def calibrate(
     from controlprefix.request import Request
 
     attribute, name = pair("the label", label)
-    judges = {one.attribute: one for one in _judges(judge, seed)}
+    judges = {one.attribute: one for one in learn_judges(judge, seed)}
     if attribute not in judges:
         raise RequestError(
             f"{judge} has no texts labelled with {attribute!r}; it has: {', '.join(judges)}"
@@ -123,7 +123,8 @@ def calibrate(
     out.print(f"dial of {label} (version {found.version}): {shown}")
 
 
-def _judges(path: Path, seed: int) -> list[Any]:
+def learn_judges(path: Path, seed: int) -> list[Any]:
+    """Judges of all attributes in a file of labelled texts."""
     from controlprefix.data import read_labelled
     from controlprefix.evaluation import Judge
 

@@ -2,6 +2,8 @@
 
 import signal
 import sys
+import threading
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ from rich.table import Table
 from controlprefix.cli.common import (
     MODEL,
     STORE,
+    TENANT,
     ModelOption,
     SpaceOption,
     StoreOption,
@@ -21,7 +24,12 @@ from controlprefix.cli.common import (
     out,
     quiet,
 )
+from controlprefix.cli.measuring import learn_judges
 from controlprefix.errors import ControlPrefixError
+
+JudgeOption = Annotated[
+    Path | None, typer.Option(help="Labelled texts for judges, as in `eval`: for /v1/judge.")
+]
 
 
 @app.command()
@@ -41,6 +49,7 @@ def serve(
     seconds: Annotated[float, typer.Option(help="Of a request; then it gets 504.")] = 300.0,
     new_tokens: Annotated[int, typer.Option(help="Of a completion, at most.")] = 2048,
     attributes: SpaceOption = None,
+    judge: JudgeOption = None,
 ) -> None:
     """Serve the model behind OpenAI's API, with users, attributes and tasks per request."""
     try:
@@ -65,6 +74,7 @@ def serve(
         name=name or Path(model).name,
         open_tenant=tenant,
         attributes=AttributeSpace.read(attributes) if attributes else None,
+        judges=learn_judges(judge, 0) if judge else (),
         limits=Limits(
             rows=rows,
             waiting=waiting,
@@ -73,11 +83,26 @@ def serve(
             new_tokens=new_tokens,
         ),
     )
+    at = f"http://{host}:{port}"
     whose = f"tenant {tenant!r}, without keys" if tenant else "tenants by their API keys"
-    out.print(f"serving {gateway.name!r} on http://{host}:{port}/v1 to {whose}")
+    out.print(f"serving {gateway.name!r} on {at}/v1 to {whose}; playground: {at}/playground")
     # uvicorn finishes what it has, and then raises the signal that it was told to stop by.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(create_app(gateway), host=host, port=port, log_level="warning")
+
+
+@app.command()
+def playground(
+    model: ModelOption = MODEL,
+    store: StoreOption = STORE,
+    tenant: TenantOption = TENANT,
+    port: Annotated[int, typer.Option(help="To listen on.")] = 8000,
+    judge: JudgeOption = None,
+    attributes: SpaceOption = None,
+) -> None:
+    """Serve one tenant to this machine, and open a page to play with the dials."""
+    threading.Timer(2.0, webbrowser.open, [f"http://127.0.0.1:{port}/playground"]).start()
+    serve(model, store, tenant=tenant, port=port, judge=judge, attributes=attributes)
 
 
 @api_keys.command("create")

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -48,8 +49,10 @@ from controlprefix.serving.schema import (
     Enrolment,
     ModelNotFoundError,
     TextAsked,
+    ToJudge,
 )
 
+_MOST_USERS = 1000  # listed
 _LOOK_S = 0.5  # between looks whether the client is still there
 
 
@@ -232,7 +235,24 @@ def create_app(gateway: Gateway) -> FastAPI:
                     found[attribute]["labels"][label] = told.model_dump()
         return {"attributes": found}
 
-    @app.put("/v1/users/{user}")
+    @app.get("/v1/users")
+    async def users(who: Known) -> dict[str, Any]:
+        found = await run_in_threadpool(who.cp.names, "user")
+        return {"users": found[:_MOST_USERS], "num_users": len(found)}
+
+    @app.post("/v1/judge")
+    async def judge(asked: ToJudge, who: Known) -> dict[str, Any]:
+        def chances() -> list[dict[str, Any]]:
+            results: list[dict[str, Any]] = [{} for _ in asked.texts]
+            for one in gateway.judges:
+                rows = one.chances(asked.texts).tolist()
+                for result, row in zip(results, rows, strict=True):
+                    result[one.attribute] = dict(zip(one.labels, row, strict=True))
+            return results
+
+        return {"results": await run_in_threadpool(chances)}
+
+    @app.put("/v1/users/{user:path}")
     async def enroll(user: str, asked: Enrolment, who: Known) -> dict[str, Any]:
         if len(asked.texts) > gateway.limits.texts:
             raise RequestError(
@@ -248,7 +268,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         )
         return {"user": user, "version": version}
 
-    @app.get("/v1/users/{user}")
+    @app.get("/v1/users/{user:path}")
     async def versions(user: str, who: Known) -> dict[str, Any]:
         found = await run_in_threadpool(who.cp.versions, "user", user)
         return {
@@ -265,7 +285,7 @@ def create_app(gateway: Gateway) -> FastAPI:
             ],
         }
 
-    @app.delete("/v1/users/{user}")
+    @app.delete("/v1/users/{user:path}")
     async def forget(user: str, who: Known) -> dict[str, Any]:
         return {"user": user, "removed": await run_in_threadpool(who.cp.forget_user, user)}
 
@@ -279,6 +299,11 @@ def create_app(gateway: Gateway) -> FastAPI:
             raise OverloadedError("this process is shutting down")
         await run_in_threadpool(gateway.check_store)
         return JSONResponse({"status": "ready"})
+
+    @app.get("/playground", include_in_schema=False)
+    async def playground() -> Response:
+        page = resources.files("controlprefix.serving").joinpath("playground.html")
+        return Response(page.read_bytes(), media_type="text/html; charset=utf-8")
 
     @app.get("/metrics")
     async def measured() -> Response:

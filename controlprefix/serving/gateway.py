@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,6 +11,7 @@ from controlprefix.attributes import AttributeSpace
 from controlprefix.batching import Event, Ticket
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import ControlPrefixError
+from controlprefix.evaluation import Judge
 from controlprefix.request import Request
 from controlprefix.store import KeyProvider, PrefixStore, tenant_of
 
@@ -89,6 +90,7 @@ class Gateway:
         open_tenant: Serve this tenant to whoever asks, without keys; None: a key is needed.
         keys: To decrypt stored prefixes with.
         attributes: For all tenants.
+        judges: To say which labels texts show.
         limits: What is taken.
 
     Raises:
@@ -106,11 +108,13 @@ class Gateway:
         open_tenant: str | None = None,
         keys: KeyProvider | None = None,
         attributes: AttributeSpace | None = None,
+        judges: Sequence[Judge] = (),
         limits: Limits | None = None,
     ) -> None:
         self.name = name
         self.limits = limits or Limits()
         self.open_tenant = open_tenant
+        self.judges = tuple(judges)
         self.ready = True
         self._model, self._tokenizer = model, tokenizer
         self._store, self._keys, self._attributes = store, keys, attributes

@@ -164,6 +164,14 @@ class TextAsked(Asked):
     logprobs: int | None = Field(default=None, ge=0, le=20)
 
 
+class ToJudge(BaseModel):
+    """`POST /v1/judge`: which labels texts show."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    texts: list[str] = Field(min_length=1, max_length=64)
+
+
 class Enrolment(BaseModel):
     """`PUT /v1/users/{user}`."""
 
