@@ -10,6 +10,7 @@ Models whose cache is more than the keys and values of all tokens (encoder-decod
 recurrent layers) are refused: those go through `ControlPrefix.generate`.
 """
 
+import logging
 import queue
 import threading
 from collections import deque
@@ -34,6 +35,8 @@ from controlprefix.generation import Choice, completion_of, first_stop
 from controlprefix.guidance import Guidance, combined
 from controlprefix.request import Completion, PartUsed, Request, StandIn
 from controlprefix.steering import Steering
+
+_log = logging.getLogger(__name__)
 
 _MOST_HOLES = 0.25  # of the rows; beyond, the others close up
 _MOST_PADDING = 256  # columns that no row needs any more, before they are cut off
@@ -81,17 +84,20 @@ class Ticket:
     def __init__(self, deliver: Callable[[Event], object] | None = None) -> None:
         self.tokens: list[TokenChosen] = []
         self._pieces: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._put = deliver or self._pieces.put
+        self._deliver = deliver
         self._end: Completion | BaseException | None = None
         self._cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[str]:
+        if self._deliver is not None:
+            raise RequestError("this ticket's events are delivered elsewhere")
         while self._end is None:
             found = self._pieces.get()
             if isinstance(found, str):
                 yield found
             else:
                 self._end = found
+                self._pieces.put(found)  # for others who wait
         if isinstance(self._end, BaseException):
             raise self._end
 
@@ -109,6 +115,13 @@ class Ticket:
     def cancel(self) -> None:
         """Leave the batch at the next step."""
         self._cancelled.set()
+
+    def _put(self, event: Event) -> None:
+        try:
+            (self._deliver or self._pieces.put)(event)
+        except Exception:  # whoever listens has failed: the others must not
+            _log.exception("a ticket's listener failed; its request is cancelled")
+            self.cancel()
 
 
 @dataclass(slots=True, eq=False)
@@ -189,7 +202,7 @@ class Batcher:
         self._read_tokens = read_tokens
         self._waiting: deque[_Sequence] = deque()
         self._wake = threading.Condition()
-        self._closing = False
+        self._closing = self._abandoned = False
         # For each row its sequence, or None where one has left; a sequence's rows stand together.
         self._rows: list[_Sequence | None] = []
         self._firsts: dict[int, int] = {}  # id of a sequence -> its first row
@@ -226,6 +239,12 @@ class Batcher:
         if len(self._waiting) >= self._max_waiting:  # before the store is asked
             raise self._overloaded()
         prepared = (prepare or self._prepare)(request)
+        num_rows = len(prepared.guidance.rows)
+        if num_rows > self._max_rows:
+            raise RequestError(
+                f"the request needs {num_rows} rows, one for each strength below 0 beside its "
+                f"own; the batch has {self._max_rows}"
+            )
         sequence = _Sequence(
             request=request,
             ticket=Ticket(deliver),
@@ -264,11 +283,7 @@ class Batcher:
             self._wake.notify()
         self._thread.join(wait)
         finished = not self._thread.is_alive()
-        with self._wake:
-            left = [*self._waiting, *(row for row in self._rows if row is not None)]
-            left += self._reading.sequences if self._reading else []
-        for sequence in left:
-            sequence.ticket.cancel()
+        self._abandoned = True
         self._thread.join()
         return finished
 
@@ -314,15 +329,18 @@ class Batcher:
 
     def _drop_cancelled(self) -> None:
         with self._wake:
-            gone = [s for s in self._waiting if s.ticket._cancelled.is_set()]
+            gone = [s for s in self._waiting if self._is_gone(s)]
             for sequence in gone:
                 self._waiting.remove(sequence)
         for sequence in gone:
             self._end(sequence)
         for sequence in self._active():
-            if sequence.ticket._cancelled.is_set():
+            if self._is_gone(sequence):
                 self._end(sequence)
                 self._leave(sequence)
+
+    def _is_gone(self, sequence: _Sequence) -> bool:
+        return self._abandoned or sequence.ticket._cancelled.is_set()
 
     def _active(self) -> list[_Sequence]:
         return [self._rows[first] for first in self._firsts.values()]  # type: ignore[misc]
@@ -331,20 +349,20 @@ class Batcher:
         free = self._max_rows - sum(row is not None for row in self._rows)
         chosen: list[_Sequence] = []
         with self._wake:
-            while self._waiting and (
-                len(self._waiting[0].parts) <= free or not (self._firsts or chosen)
-            ):
+            while self._waiting and len(self._waiting[0].parts) <= free:
                 chosen.append(self._waiting.popleft())
                 free -= len(chosen[-1].parts)
         if not chosen:
             return
         try:
-            batch = self._assemble(chosen)
-            batch.move_to(0)
-        except BaseException as error:  # theirs alone: a prefix that does not fit, no memory
+            self._reading = self._reading_of(chosen)
+        except Exception as error:  # theirs alone: a prefix that does not fit, no memory
             for sequence in chosen:
                 sequence.ticket._put(error)
-            return
+
+    def _reading_of(self, chosen: list[_Sequence]) -> _Reading:
+        batch = self._assemble(chosen)
+        batch.move_to(0)
         prompts = [sequence.prompt for sequence in chosen for _ in sequence.parts]
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), self._encoder.pad_id)
@@ -353,9 +371,7 @@ class Batcher:
             ids[i, longest - len(prompt) :] = torch.tensor(prompt)
             mask[i, longest - len(prompt) :] = 1
         device = self._model.device
-        self._reading = _Reading(
-            chosen, ids.to(device), mask.to(device), new_cache(self._model), batch
-        )
+        return _Reading(chosen, ids.to(device), mask.to(device), new_cache(self._model), batch)
 
     def _read_on(self, reading: _Reading) -> None:
         num_rows, longest = reading.ids.shape
@@ -376,8 +392,8 @@ class Batcher:
             return
         reading.done = end
         if end == longest:
-            self._reading = None
             self._join(reading)
+            self._reading = None
             self._choose(reading.sequences, logits)
 
     def _join(self, reading: _Reading) -> None:
@@ -514,7 +530,7 @@ class Batcher:
             chosen.append(choice[0].argmax())
             if sequence.top is not None:
                 log_probs = own.float().log_softmax(-1)
-                values, tokens = log_probs.topk(sequence.top)
+                values, tokens = log_probs.topk(min(sequence.top, len(log_probs)))
                 top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
                 token = int(chosen[-1])
                 sequence.ticket.tokens.append(TokenChosen(token, float(log_probs[token]), top))
@@ -542,7 +558,7 @@ class Batcher:
                 (
                     n
                     for stop in request.stop
-                    for n in range(1, len(stop))
+                    for n in range(1, min(len(stop), len(text) + 1))
                     if text.endswith(stop[:n])
                 ),
                 default=0,

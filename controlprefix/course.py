@@ -4,6 +4,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
+_LAST = 1 << 30
+MOST = 1e6  # of a strength: beyond, nothing else is attended to anyway
+
 Course = tuple[tuple[int, float], ...]
 
 
@@ -36,8 +39,10 @@ def check(course: Sequence[tuple[int, float]]) -> None:
     if not course:
         raise ValueError("has no points; give (token, multiplier) pairs")
     tokens = [token for token, _ in course]
-    if tokens != sorted(set(tokens)) or tokens[0] < 0:
-        raise ValueError(f"has its points at tokens {tokens}; they must rise from 0 or more")
+    if tokens != sorted(set(tokens)) or tokens[0] < 0 or tokens[-1] > _LAST:
+        raise ValueError(f"has points that do not rise from token 0 or more, up to {_LAST}")
     for _, multiplier in course:
-        if not (math.isfinite(multiplier) and multiplier >= 0):
-            raise ValueError(f"has the multiplier {multiplier}; it must be a finite number >= 0")
+        if not (math.isfinite(multiplier) and 0 <= multiplier <= MOST):
+            raise ValueError(
+                f"has the multiplier {multiplier}; it must be a finite number >= 0, up to {MOST:g}"
+            )

@@ -65,9 +65,10 @@ class Code:
             raise PrefixFormatError(f"{name} is not a user code written by controlprefix")
         if not rows.is_floating_point():
             rows = payload.dequantized(rows, tensors.get("scales"), [rows.shape[1]], name)
+        rows = rows.float()
         if not bool(torch.isfinite(rows).all()):
             raise PrefixFormatError(f"{name} has NaN or infinite numbers")
-        return cls(about["decoder"], rows.float())
+        return cls(about["decoder"], rows)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -220,7 +221,7 @@ class PrefixDecoder(nn.Module):
         """
         about, tensors = payload.read(data, name)
         network: Any = about.get("network")
-        if network is None:
+        if network is None or "geometry" not in about:
             raise PrefixFormatError(f"{name} is not a decoder written by controlprefix")
         geometry = Geometry.from_dict(about["geometry"])
         try:
@@ -233,6 +234,8 @@ class PrefixDecoder(nn.Module):
             decoder.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError, GeometryMismatchError) as error:
             raise PrefixFormatError(f"{name} contradicts itself: {error}") from error
+        if kept_as not in FLOATS:
+            raise PrefixFormatError(f"{name} holds {kept_as} numbers")
         for rows in tensors.values():
             if not bool(torch.isfinite(rows).all()):
                 raise PrefixFormatError(f"{name} has NaN or infinite numbers")

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Generic, NamedTuple, Self, TypeVar, overload
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +31,7 @@ from controlprefix.personal import (
 )
 from controlprefix.prefix import Prefix
 from controlprefix.request import Completion, Example, PartUsed, Request, Score, StandIn
-from controlprefix.resolve import Resolver
+from controlprefix.resolve import ResolvedPart, Resolver
 from controlprefix.steering import Steering
 from controlprefix.store import (
     KeyProvider,
@@ -60,6 +60,14 @@ from controlprefix.training import (
 from controlprefix.unseen import stood_in
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+
+class _Resolved(NamedTuple, Generic[AnyRequest]):
+    """A request as it is carried out."""
+
+    request: AnyRequest
+    parts: list[ResolvedPart]
+    stand_ins: tuple[StandIn, ...]
 
 
 class ControlPrefix:
@@ -167,11 +175,7 @@ class ControlPrefix:
             UnknownNameError: If it names a task, label or user that does not exist.
         """
         asked = [_as_request(row, fields) for row in _as_rows(request)]
-        rows, stand_ins = self._stood_in(self._complete(asked))
-        completions = [
-            one.model_copy(update={"stand_ins": instead})
-            for one, instead in zip(self._generate(rows, batch_size), stand_ins, strict=True)
-        ]
+        completions = self._generate(asked, batch_size)
         return completions[0] if _is_one(request) else completions
 
     def stream(self, request: str | Request, /, **fields: Any) -> Iterator[str]:
@@ -182,10 +186,10 @@ class ControlPrefix:
         Raises:
             RequestError, UnknownNameError: As `generate`, when the first piece is asked for.
         """
-        asked = self._asked(request, fields)
+        ((asked, parts, _),) = self._resolved([_as_request(request, fields)])
         if asked.num_beams > 1:
             raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
-        guidance = spread(self._resolver.resolve([asked]))
+        guidance = spread([parts])
         batch = self._assemble(guidance.rows)
         prompt = self._encoder.prompt_ids(asked)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -248,9 +252,8 @@ class ControlPrefix:
         Raises:
             RequestError, UnknownNameError: As `generate`.
         """
-        ((asked,), (stand_ins,)) = self._stood_in(self._complete([request]))
-        resolved = self._resolver.resolve([asked])
-        return Prepared(spread(resolved), tuple(one.used for one in resolved[0]), stand_ins)
+        ((_, parts, stand_ins),) = self._resolved([request])
+        return Prepared(spread([parts]), tuple(one.used for one in parts), stand_ins)
 
     def score(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[Score]:
         """How likely the model, steered by each example's parts, finds its completion.
@@ -260,9 +263,9 @@ class ControlPrefix:
         Raises:
             RequestError, UnknownNameError: As `generate`.
         """
-        examples, _ = self._stood_in(self._complete(require_examples(examples)))
+        found = self._resolved(require_examples(examples))
+        examples, resolved = [one.request for one in found], [one.parts for one in found]
         encoded = [self._encoder.encode(example) for example in examples]
-        resolved = self._resolver.resolve(examples)
         by_length = sorted(
             range(len(examples)), key=lambda i: len(encoded[i].prompt) + len(encoded[i].completion)
         )
@@ -293,10 +296,11 @@ class ControlPrefix:
             RequestError: If a strength is below 0, or has a schedule: what the logits become,
                 and when a token is done, is up to the caller (see `PrefixBatch.move_to`).
         """
-        rows = [self._asked(request, {}) for request in _as_rows(requests)]
+        found = self._resolved([_as_request(request, {}) for request in _as_rows(requests)])
+        rows = [one.request for one in found]
         if any(row.schedules for row in rows):
             raise RequestError("schedules need to know the tokens; use generate or stream")
-        guidance = spread(self._resolver.resolve(rows))
+        guidance = spread([one.parts for one in found])
         if not guidance.is_plain:
             raise RequestError(
                 "a strength below 0 changes logits, not attention; use generate, stream or score"
@@ -767,8 +771,8 @@ class ControlPrefix:
         Raises:
             UnknownNameError: If one of them does not exist.
         """
-        (found,) = self._resolver.resolve([self._asked(request, {})])
-        return tuple(one.used for one in found)
+        ((_, parts, _),) = self._resolved([_as_request(request, {})])
+        return tuple(one.used for one in parts)
 
     def prefetch(self, requests: Request | Sequence[Request]) -> None:
         """Load the prefixes that requests name into memory, before they are needed.
@@ -776,7 +780,7 @@ class ControlPrefix:
         Raises:
             UnknownNameError: If one of them does not exist.
         """
-        self._resolver.resolve([self._asked(request, {}) for request in _as_rows(requests)])
+        self._resolved([_as_request(request, {}) for request in _as_rows(requests)])
 
     def forget_user(self, user: str) -> int:
         """Remove every version of a user's prefix and all kept texts, here and from memory.
@@ -790,11 +794,6 @@ class ControlPrefix:
         return removed
 
     # --- the way of a request ----------------------------------------------------------------
-
-    def _asked(self, request: str | Request, fields: Mapping[str, Any]) -> Request:
-        """A request as it was asked, completed from the attribute space."""
-        ((found,), _) = self._stood_in(self._complete([_as_request(request, fields)]))
-        return found
 
     def _slots_of(self, key: PrefixKey) -> int | None:
         """What the attribute space says of a label's slots."""
@@ -818,24 +817,27 @@ class ControlPrefix:
             for one in requests
         ]
 
-    def _stood_in(
-        self, requests: Sequence[AnyRequest]
-    ) -> tuple[list[AnyRequest], list[tuple[StandIn, ...]]]:
-        """Requests whose labels without a prefix are replaced as they ask, and by what."""
-        if all(one.unseen == "refuse" for one in requests):
-            return list(requests), [()] * len(requests)
-        known = set(self.names("attribute"))
-        if self.attributes is not None:
-            known &= self.attributes.names()
+    def _resolved(self, requests: Sequence[AnyRequest]) -> list[_Resolved[AnyRequest]]:
+        """Requests as they are carried out: defaults, stand-ins for unseen labels, and parts."""
+        rows = self._complete(requests)
+        notes: list[tuple[StandIn, ...]] = [()] * len(rows)
+        made: dict[PrefixKey, Prefix] = {}
 
         def make(name: str, text: str) -> None:
-            self._resolver.make(PrefixKey("attribute", name), self.prefix_from_text(text))
+            made[PrefixKey("attribute", name)] = self.prefix_from_text(text)
 
-        found = [stood_in(one, known, self.attributes, make) for one in requests]
-        return [request for request, _ in found], [notes for _, notes in found]
+        if any(one.unseen != "refuse" for one in rows):
+            known = set(self.names("attribute"))
+            if self.attributes is not None:
+                known &= self.attributes.names()
+            found = [stood_in(one, known, self.attributes, make) for one in rows]
+            rows, notes = [request for request, _ in found], [note for _, note in found]
+        resolved = self._resolver.resolve(rows, made)
+        return [_Resolved(*one) for one in zip(rows, resolved, notes, strict=True)]
 
-    def _generate(self, requests: Sequence[Request], batch_size: int) -> list[Completion]:
-        resolved = self._resolver.resolve(requests)
+    def _generate(self, asked: Sequence[Request], batch_size: int) -> list[Completion]:
+        found = self._resolved(asked)
+        requests, resolved = [one.request for one in found], [one.parts for one in found]
         prompts = [self._encoder.prompt_ids(request) for request in requests]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, request in enumerate(requests):
@@ -855,7 +857,8 @@ class ControlPrefix:
                 )
             for i, completion in zip(chosen, done, strict=True):
                 used = tuple(one.used for one in resolved[i])
-                completions[i] = completion.model_copy(update={"parts": used})
+                update = {"parts": used, "stand_ins": found[i].stand_ins}
+                completions[i] = completion.model_copy(update=update)
         return [completions[i] for i in range(len(requests))]
 
     def _assemble(self, rows: Sequence[Sequence[Part]]) -> PrefixBatch:

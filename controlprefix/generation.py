@@ -8,6 +8,7 @@ row's text therefore does not depend on the rows beside it.
 
 import copy
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -124,7 +125,13 @@ def hold_back_stops(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str
             return
         # The end of what is held may be the beginning of a stop text.
         keep = max(
-            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0
+            (
+                n
+                for stop in stops
+                for n in range(1, min(len(stop), len(held) + 1))
+                if held.endswith(stop[:n])
+            ),
+            default=0,
         )
         if ready := held[: len(held) - keep]:
             yield ready
@@ -311,9 +318,20 @@ def completion_of(
     cut = first_stop(text, request.stop)
     if cut is not None:
         text, reason = text[:cut], "stop"
+        # What follows is padding while other rows went on.
+        new = new[: _num_with_stop(encoder, request, new)]
     return Completion(
         text=text, finish_reason=reason, num_prompt_tokens=len(prompt), num_tokens=len(new)
     )
+
+
+def _num_with_stop(encoder: RequestEncoder, request: Request, new: Sequence[int]) -> int:
+    """How many tokens it took to the first stop text."""
+
+    def has_stop(count: int) -> bool:
+        return first_stop(encoder.decode(new[:count]), request.stop) is not None
+
+    return 1 + bisect_left(range(1, len(new) + 1), True, key=has_stop)
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:

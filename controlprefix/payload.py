@@ -65,7 +65,7 @@ def read_header(data: bytes, name: str) -> dict[str, Any]:
     try:
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["controlprefix"])
         format_number = int(header["format"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise PrefixFormatError(f"{name} is not a prefix written by controlprefix") from error
     if format_number > FORMAT:
         raise PrefixFormatError(

@@ -1,6 +1,5 @@
 """What a person may ask for, and what comes back."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
@@ -9,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from controlprefix import course
 from controlprefix.attributes import weighted_labels
 from controlprefix.errors import RequestError, TrainingDataError, known_names
+
+_MOST_LABELS = 64
+_MOST_STOPS, _LONGEST_STOP = 16, 256
 
 
 class Message(BaseModel):
@@ -101,8 +103,13 @@ class Request(BaseModel):
                 raise ValueError(
                     f"attribute {attribute!r} names no label; give one, or leave it out"
                 )
-        for label in weighted_labels(self.attributes):
+        labels = weighted_labels(self.attributes)
+        if len(labels) > _MOST_LABELS:
+            raise ValueError(f"{len(labels)} labels; a request may name {_MOST_LABELS}")
+        for label in labels:
+            product = label.weight * self.strengths.get(label.attribute, 1.0)
             _check_strength(label.weight, f"of {label.name}")
+            _check_strength(product, f"of {label.name}")
         for field in ("strengths", "schedules"):
             for part in getattr(self, field):
                 if part not in {"task", "user", *self.attributes}:
@@ -127,6 +134,10 @@ class Request(BaseModel):
             )
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which ends every completion at once")
+        if len(self.stop) > _MOST_STOPS or any(len(one) > _LONGEST_STOP for one in self.stop):
+            raise ValueError(
+                f"stop may hold {_MOST_STOPS} texts of up to {_LONGEST_STOP} characters"
+            )
         return self
 
     def _leads_away(self) -> bool:
@@ -244,8 +255,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_strength(strength: float, what: str) -> None:
-    if not math.isfinite(strength):
-        raise ValueError(f"strength {what} is {strength}; give a finite number")
+    if not abs(strength) <= course.MOST:  # nor NaN
+        raise ValueError(
+            f"strength {what} is {strength}; give a finite number up to {course.MOST:g}"
+        )
 
 
 def _explain(error: ValidationError, fields: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """From the names in a request to the prefixes they stand for."""
 
-from collections.abc import Collection, Hashable, Sequence, Set
+from collections.abc import Collection, Hashable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from controlprefix.request import PartUsed, Request
 from controlprefix.store import PrefixCache, PrefixKey, PrefixStore, Together, VersionRef
 
 _MAX_SEEN = 10_000
-_MAX_MADE = 64
 
 
 class NamedPart(NamedTuple):
@@ -82,21 +81,29 @@ class Resolver:
             host_bytes = 0 if device.type == "cpu" else 1 << 31
         self._host = PrefixCache(host_bytes)
         self._together: Together[Found] = Together()
-        # Prefixes that no store has, by names that no store could have.
-        self._made: dict[PrefixKey, Prefix] = {}
         # What was current while the store was as this token says.
         self._seen: tuple[Hashable | None, dict[PrefixKey, VersionRef]] = (None, {})
 
-    def resolve(self, requests: Sequence[Request]) -> list[list[ResolvedPart]]:
+    def resolve(
+        self, requests: Sequence[Request], made: Mapping[PrefixKey, Prefix] | None = None
+    ) -> list[list[ResolvedPart]]:
         """The prefixes that requests name, always the current versions: one query for all.
+
+        Args:
+            requests: Any number.
+            made: Prefixes that no store has, by names that no store could have; version 0.
 
         Raises:
             UnknownNameError: Naming what exists and the nearest of it.
         """
         rows = [named_parts(request) for request in requests]
         keys = {part.key for row in rows for part in row}
-        made = {key: Found(key, 0, self._made[key]) for key in keys & self._made.keys()}
-        found = {**self.fetch(keys - made.keys()), **made}
+        own = {
+            key: Found(key, 0, prefix.to(device=self._device, dtype=self._dtype))
+            for key, prefix in (made or {}).items()
+            if key in keys
+        }
+        found = {**self.fetch(keys - own.keys()), **own}
         for named, request in zip(rows, requests, strict=True):
             for part in named:
                 if part.key not in found:
@@ -120,12 +127,6 @@ class Resolver:
             if all(seen[key].content_hash in held for key in keys):
                 return {k: Found(k, seen[k].version, held[seen[k].content_hash]) for k in keys}
         return dict(self._together.ask(keys, self._fetch))
-
-    def make(self, key: PrefixKey, prefix: Prefix) -> None:
-        """Have a prefix of one's own for a key; in the store it is version 0."""
-        while len(self._made) >= _MAX_MADE:
-            self._made.pop(next(iter(self._made)), None)
-        self._made[key] = prefix.to(device=self._device, dtype=self._dtype)
 
     def forget(self, key: PrefixKey) -> None:
         """Drop every version of a name from memory."""

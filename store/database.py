@@ -242,7 +242,8 @@ def upgrade(url: str) -> tuple[str | None, str]:
 def without_password(url: str) -> str:
     """A URL as it may be shown."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        # A query may hold passwords too.
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
     except (ArgumentError, ValueError):
         return url.rpartition("@")[2]
 

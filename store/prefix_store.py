@@ -782,7 +782,8 @@ class PrefixStore:
         if fingerprint is not None:
             query = query.where(PrefixRow.fingerprint == fingerprint)
         if keys:
-            of_kind = {kind: [k.name for k in keys if k.kind == kind] for kind, _ in keys}
+            kinds = {key.kind for key in keys}
+            of_kind = {kind: [k.name for k in keys if k.kind == kind] for kind in kinds}
             query = query.where(
                 or_(
                     *(

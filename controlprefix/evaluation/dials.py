@@ -68,6 +68,8 @@ def responses(
         calibrated: They are positions of the label's dial.
         seed: Of the sampling; the same draws at each strength.
     """
+    if samples < 1:
+        raise TrainingDataError(f"samples is {samples}; it must be 1 or more")
     if label not in judge.labels:
         raise TrainingDataError(
             f"the judge tells {', '.join(judge.labels)}, not {label!r}; give another judge"

@@ -137,6 +137,8 @@ def evaluate(
             f"no row has a label of {', '.join(map(repr, by_attribute)) or 'a judged attribute'}; "
             "give rows and judges of the same attributes"
         )
+    if curve_rows < 1:
+        raise TrainingDataError(f"curve_rows is {curve_rows}; it must be 1 or more")
     if not {0.0, 1.0} <= set(strengths):
         raise TrainingDataError("strengths must hold 0 and 1, which the others are compared with")
     writer = _Writer(cp, folder, max_new_tokens, temperature, seed)
@@ -288,7 +290,7 @@ class _Writer:
         if self._path is None or not self._path.exists():
             return {}
         found = {}
-        for line in self._path.read_text(encoding="utf-8").split("\n"):
+        for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 one = json.loads(line)
                 found[one["key"]] = one["text"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from controlprefix.embeddings import DEFAULT, embeddings
-from controlprefix.errors import ControlPrefixError, TrainingDataError
+from controlprefix.errors import ControlPrefixError, StoreError, TrainingDataError
 
 _HELD_OUT = 0.2
 _BINS = 10
@@ -61,6 +61,10 @@ class Judge:
             raise ControlPrefixError(
                 "judges need scikit-learn: pip install 'controlprefix[eval]'"
             ) from error
+        if len(texts) != len(labels) or not all(isinstance(one, str) for one in labels):
+            raise TrainingDataError(
+                f"{len(texts)} texts and {len(labels)} labels; give a label for each, a text too"
+            )
         known = tuple(sorted(set(labels)))
         counts = {label: sum(one == label for one in labels) for label in known}
         if len(known) < 2 or min(counts.values()) < 5:
@@ -97,7 +101,11 @@ class Judge:
         return torch.softmax(read @ self.weights + self.bias, dim=1)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON.
+
+        Raises:
+            StoreError: If that cannot be written.
+        """
         about = {
             "attribute": self.attribute,
             "labels": self.labels,
@@ -107,7 +115,10 @@ class Judge:
             "weights": self.weights.tolist(),
             "bias": self.bias.tolist(),
         }
-        Path(path).write_text(json.dumps(about) + "\n")
+        try:
+            Path(path).write_text(json.dumps(about) + "\n")
+        except OSError as error:
+            raise StoreError(f"cannot write the judge to {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -120,7 +131,7 @@ class Judge:
             about = json.loads(Path(path).read_text())
             weights, bias = torch.tensor(about.pop("weights")), torch.tensor(about.pop("bias"))
             return cls(**{**about, "labels": tuple(about["labels"])}, weights=weights, bias=bias)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ControlPrefixError(f"cannot read the judge in {path}: {error}") from error
 
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def write(folder: Path, report: Any) -> Path:
     plots = {"curves": _curves(report), "cross_talk": _cross_talk(report)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        figures = json.dumps(_without_nan(report.as_dict()), indent=2)
+        (folder / "report.json").write_text(figures + "\n")
         for name, image in plots.items():
             (folder / f"{name}.png").write_bytes(image)
         path = folder / "report.html"
@@ -39,6 +41,15 @@ def write(folder: Path, report: Any) -> Path:
     except OSError as error:
         raise StoreError(f"cannot write the report to {folder}: {error}") from error
     return path
+
+
+def _without_nan(value: Any) -> Any:
+    """What was not measured, as null: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: _without_nan(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _html(report: Any, plots: Mapping[str, bytes]) -> str:
@@ -107,7 +118,7 @@ def _curves(report: Any) -> bytes:
     for name, points in report.curves.items():
         x = [point.strength for point in points]
         y = [point.chance.mean for point in points]
-        (line,) = left.plot(x, y, marker="o", label=name)
+        (line,) = left.plot(x, y, marker="o", label=_plain(name))
         low, high = [p.chance.low for p in points], [p.chance.high for p in points]
         left.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
         right.plot(x, [point.fluency for point in points], marker="o", color=line.get_color())
@@ -127,14 +138,19 @@ def _cross_talk(report: Any) -> bytes:
     figure = _figure((2 + 0.9 * len(judged), 1.5 + 0.6 * len(turned)))
     axes = figure.subplots()
     axes.imshow(numbers, cmap="RdBu", vmin=-1, vmax=1)
-    axes.set_xticks(range(len(judged)), judged, rotation=30, ha="right")
-    axes.set_yticks(range(len(turned)), turned)
+    axes.set_xticks(range(len(judged)), map(_plain, judged), rotation=30, ha="right")
+    axes.set_yticks(range(len(turned)), map(_plain, turned))
     axes.set_xlabel("judged")
     axes.set_ylabel("turned")
     for i, row in enumerate(numbers):
         for j, number in enumerate(row):
             axes.text(j, i, f"{number:+.2f}", ha="center", va="center")
     return _png(figure)
+
+
+def _plain(label: str) -> str:
+    """For matplotlib, which reads formulas between dollars, and hides what begins with "_"."""
+    return " " * label.startswith("_") + label.replace("$", r"\$")
 
 
 def _figure(size: tuple[float, float]) -> Any:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -52,6 +53,8 @@ from controlprefix.serving.schema import (
     ToJudge,
 )
 
+_log = logging.getLogger(__name__)
+
 _MOST_USERS = 1000  # listed
 _LOOK_S = 0.5  # between looks whether the client is still there
 
@@ -64,6 +67,10 @@ class _GoneError(ControlPrefixError):
     """Nobody waits for it."""
 
 
+class _InternalError(ControlPrefixError):
+    """Something that should not happen; what it was is for the log alone."""
+
+
 # The first that fits: status, OpenAI's type, and a code.
 _STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (UnauthorizedError, 401, "authentication_error", "invalid_api_key"),
@@ -71,6 +78,7 @@ _STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (OverloadedError, 503, "server_error", "overloaded"),
     (_GoneError, 499, "server_error", "client_gone"),  # for the metrics: nobody reads it
     (_TimeoutError, 504, "server_error", "timeout"),
+    (_InternalError, 500, "server_error", "internal_error"),
     (ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (UnknownNameError, 404, "invalid_request_error", "not_found"),
     (StoreError, 503, "server_error", "store_unavailable"),
@@ -160,6 +168,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         lifespan=lifespan,
     )
     metrics = Metrics(gateway)
+    enrolling = 0
     bearer = HTTPBearer(auto_error=False, description="An API key of a tenant.")
 
     async def client(
@@ -175,6 +184,10 @@ def create_app(gateway: Gateway) -> FastAPI:
     @app.exception_handler(ControlPrefixError)
     async def explained(_: Request, error: ControlPrefixError) -> JSONResponse:
         return _answer(error)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        return _answer(_InternalError(str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def not_understood(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -192,15 +205,17 @@ def create_app(gateway: Gateway) -> FastAPI:
     async def chat(asked: ChatAsked, who: Known, request: Request) -> Response:
         messages = [message.plain() for message in asked.messages]
         top = asked.top_logprobs if asked.logprobs else None
+        _require_few(asked.n, gateway)
         jobs = asked.requests(gateway.name, [{"messages": messages}], gateway.limits.new_tokens)
         return await _Answer(gateway, metrics, who, asked, request, _Chat(top)).to(jobs)
 
     @app.post("/v1/completions")
     async def text(asked: TextAsked, who: Known, request: Request) -> Response:
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-        given = [{"prompt": prompt, "raw": True} for prompt in prompts]
-        if not given:
+        if not prompts:
             raise RequestError("prompt is an empty list; give a text")
+        _require_few(len(prompts) * asked.n, gateway)
+        given = [{"prompt": prompt, "raw": True} for prompt in prompts]
         jobs = asked.requests(gateway.name, given, gateway.limits.new_tokens)
         return await _Answer(gateway, metrics, who, asked, request, _Text(asked.logprobs)).to(jobs)
 
@@ -258,14 +273,21 @@ def create_app(gateway: Gateway) -> FastAPI:
             raise RequestError(
                 f"{len(asked.texts)} texts; this server takes {gateway.limits.texts} at once"
             )
-        version = await run_in_threadpool(
-            who.cp.enroll,
-            user,
-            asked.texts,
-            decoder=asked.decoder,
-            refine=asked.refine,
-            keep_texts=asked.keep_texts,
-        )
+        nonlocal enrolling
+        if enrolling >= gateway.limits.enrolments:  # each may take a thread for long
+            raise OverloadedError(f"{enrolling} users are being enrolled; try again later")
+        enrolling += 1
+        try:
+            version = await run_in_threadpool(
+                who.cp.enroll,
+                user,
+                asked.texts,
+                decoder=asked.decoder,
+                refine=asked.refine,
+                keep_texts=asked.keep_texts,
+            )
+        finally:
+            enrolling -= 1
         return {"user": user, "version": version}
 
     @app.get("/v1/users/{user:path}")
@@ -409,9 +431,6 @@ class _Answer:
         }
 
     async def to(self, jobs: list[Generation]) -> Response:
-        most = self._gateway.limits.choices
-        if len(jobs) > most:
-            raise RequestError(f"{len(jobs)} choices; this server gives {most} at most")
         loop = asyncio.get_running_loop()
         try:
             for i, job in enumerate(jobs):
@@ -508,6 +527,10 @@ class _Answer:
                 found = await asyncio.wait_for(self._events.get(), min(left, _LOOK_S))
             except TimeoutError:
                 continue
+            event = found[1]
+            if isinstance(event, BaseException) and not isinstance(event, ControlPrefixError):
+                _log.error("a request failed", exc_info=event)
+                raise _InternalError(str(event))
             if not self._has_begun:
                 self._metrics.first.observe(time.monotonic() - self._began)
                 self._has_begun = True
@@ -544,10 +567,21 @@ class _Answer:
 
 
 def _told(error: Exception) -> tuple[int, dict[str, Any]]:
+    message = str(error)
+    if isinstance(error, (StoreError, _InternalError)):  # where the store is, is nobody's business
+        _log.warning("%s", error)
+        message = "something is wrong on the server's side; try again later"
     for kind, status, name, code in _STATUS:
         if isinstance(error, kind):
-            return status, {"message": str(error), "type": name, "param": None, "code": code}
+            return status, {"message": message, "type": name, "param": None, "code": code}
     raise error
+
+
+def _require_few(choices: int, gateway: Gateway) -> None:
+    """Refuse too many, before anything is made of them."""
+    most = gateway.limits.choices
+    if choices > most:
+        raise RequestError(f"{choices:,} choices; this server gives {most} at most")
 
 
 def _answer(error: ControlPrefixError) -> JSONResponse:

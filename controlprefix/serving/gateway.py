@@ -1,5 +1,6 @@
 """The gateway: whose request it is, what it may ask for, and where it runs."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from controlprefix.attributes import AttributeSpace
 from controlprefix.batching import Event, Ticket
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import ControlPrefixError
+from controlprefix.errors import ControlPrefixError, UnknownNameError
 from controlprefix.evaluation import Judge
 from controlprefix.request import Request
 from controlprefix.store import KeyProvider, PrefixStore, tenant_of
@@ -46,6 +47,7 @@ class Limits:
         seconds: Of a request, from when it came.
         rows, waiting: In the batch, and in line for it.
         texts: That a user may be enrolled from at once.
+        enrolments: At a time.
     """
 
     body_bytes: int = 1 << 20
@@ -56,6 +58,7 @@ class Limits:
     rows: int = 32
     waiting: int = 256
     texts: int = 1000
+    enrolments: int = 4
 
 
 @dataclass(slots=True)
@@ -188,7 +191,10 @@ class Gateway:
             if known is not None:
                 found = known.store.name_of_api_key(key)
             else:  # anyone may write a tenant's name into a key: nothing is kept for a wrong one
-                with PrefixStore(self._store, tenant=whose, keys=self._keys) as store:
+                with (
+                    contextlib.suppress(UnknownNameError),  # a name that no tenant can have
+                    PrefixStore(self._store, tenant=whose, keys=self._keys) as store,
+                ):
                     found = store.name_of_api_key(key)
         if whose is None or found is None:
             raise UnauthorizedError("the API key is missing, unknown or revoked")

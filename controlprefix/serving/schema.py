@@ -42,7 +42,7 @@ class Asked(BaseModel):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    n: int = Field(default=1, ge=1)
+    n: int = Field(default=1, ge=1, le=10_000)
     stop: str | list[str] | None = None
     seed: int | None = None
     stream: bool = False
