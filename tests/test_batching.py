@@ -187,6 +187,46 @@ def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
     assert found == expected
 
 
+def test_a_listener_that_fails_harms_nobody(cp: ControlPrefix) -> None:
+    batcher = cp.batcher(max_rows=2)
+
+    def failing(event: object) -> None:
+        raise ValueError("no one home")
+
+    long = Request(prompt="x", raw=True, max_new_tokens=60, repetition_penalty=1.5)
+    with pytest.raises(RequestError, match="delivered elsewhere"):
+        batcher.submit(long, deliver=failing).result()
+    assert batcher.submit(long).result() == cp.generate(long)
+    assert batcher.close()
+
+
+def test_a_request_cannot_take_more_rows_than_there_are(cp: ControlPrefix) -> None:
+    away = Request(
+        prompt="x", raw=True, task="note", user="ana", strengths={"task": -1, "user": -1}
+    )
+    batcher = cp.batcher(max_rows=2)
+    with pytest.raises(RequestError, match="needs 3 rows"):
+        batcher.submit(away)
+    batcher.close()
+    with pytest.raises(RequestError, match="65 labels; a request may name 64"):
+        Request(prompt="x", attributes={"tone": {f"l{i}": 1.0 for i in range(65)}})
+
+
+def test_a_failure_while_joining_ends_every_ticket(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = cp.batcher(max_rows=4)
+    long = Request(prompt="x", raw=True, max_new_tokens=200, repetition_penalty=1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("controlprefix.batching.lay_out", lambda *_: 1 / 0)
+        for ticket in [batcher.submit(long) for _ in range(3)]:
+            with pytest.raises(RuntimeError, match="division by zero"):
+                ticket.result()
+    assert batcher.submit(long).result() == cp.generate(long)
+    assert batcher.close()
+    assert batcher.load == (0, 0)
+
+
 @pytest.mark.parametrize("name", ["bart", "mistral", "gemma3"])
 def test_models_with_another_cache_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match="cannot join a running batch"):

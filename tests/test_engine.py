@@ -464,3 +464,11 @@ def test_what_is_no_language_model_is_refused() -> None:
         ControlPrefix.from_pretrained("no/such-model", store="sqlite://")
     with pytest.raises(ControlPrefixError, match="pass tokenizer="):
         ControlPrefix.from_pretrained(build("llama"), store="sqlite://")
+
+
+def test_tokens_are_counted_to_the_stop_text_in_any_batch(cp: ControlPrefix) -> None:
+    long = Request(prompt="abc", raw=True, max_new_tokens=40, repetition_penalty=1.5)
+    text = cp.generate(long).text
+    short = long.model_copy(update={"stop": (text[4:6],)})
+    assert cp.generate([short, long])[0] == cp.generate(short)
+    assert cp.generate(short).num_tokens < 40

@@ -22,7 +22,7 @@ import pytest
 import torch
 import uvicorn
 
-from controlprefix import ControlPrefix, Prefix, Request
+from controlprefix import ControlPrefix, Prefix, Request, StoreError
 from controlprefix.evaluation import Judge
 from controlprefix.serving import Gateway, Limits, create_app
 from controlprefix.store import PrefixStore
@@ -174,6 +174,10 @@ def test_log_probabilities_stop_texts_and_limits(served: Served) -> None:
         ({"user": "eve"}, 404, "no user 'eve'"),
         ({"extra_body": {"attributes": {"tone": "wram"}}}, 404, "did you mean 'warm'"),
         ({"max_tokens": 10**6}, 400, "this server gives 2048 at most"),
+        ({"n": 10**9}, 400, "n: "),
+        ({"extra_body": {"attributes": {"tone": {"warm": 1e200}}}}, 400, "up to 1e+06"),
+        ({"stop": "a" * 1000}, 400, "of up to 256 characters"),
+        ({"user": "ana", "extra_body": {"schedules": {"user": [[0, 1], [10**400, 0]]}}}, 400, ""),
         ({"n": 100}, 400, "100 choices; this server gives 16 at most"),
         ({"temperature": 9}, 400, "temperature"),
         ({"tools": [{"type": "function", "function": {"name": "x"}}]}, 400, "tools is not supp"),
@@ -386,6 +390,38 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
         assert served.gateway.load == (0, 0)  # who timed out has left the batch
     finally:
         served.close()
+
+
+def test_what_goes_wrong_inside_is_told_to_the_log_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = served.client().completions.create
+    secret = "sqlite:////secret/place.db"
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise StoreError(f"cannot read the store {secret!r}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixStore, "fetch", broken)
+        with pytest.raises(openai.APIStatusError) as caught:
+            ask(model="tiny/email", prompt="x", max_tokens=2)
+    assert caught.value.status_code == 503
+    assert secret not in str(caught.value)
+
+    def failing(*_: Any) -> Any:
+        raise ZeroDivisionError(secret)
+
+    forward = served.gateway._batcher._forward
+    served.gateway._batcher._forward = failing  # type: ignore[method-assign]
+    try:
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError) as wrong:
+                ask(model="tiny", prompt="x", max_tokens=2, stream=stream)
+            assert wrong.value.status_code == 500
+            assert secret not in str(wrong.value)
+    finally:
+        served.gateway._batcher._forward = forward  # type: ignore[method-assign]
+    assert ask(model="tiny", prompt="x", max_tokens=2).choices[0].text is not None
 
 
 def test_whoever_hangs_up_leaves_the_batch(served: Served) -> None:

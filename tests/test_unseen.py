@@ -1,6 +1,7 @@
 """Labels that nobody has trained: refused, or replaced by something the answer names."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -125,3 +126,14 @@ def test_the_attribute_space_says_what_a_label_means(cp: ControlPrefix) -> None:
     assert cp.generate(asked("strict", "nearest")).stand_ins[0].how == "left out"
     with pytest.raises(UnknownNameError, match="no label 'strict'"):
         cp.generate(asked("strict", "refuse"))  # stored, but not in the space
+
+
+def test_texts_of_many_at_once_do_not_displace_each_other(cp: ControlPrefix) -> None:
+    def ask(i: int) -> tuple[str, ...]:
+        labels = {f"l{i}-{j}": 1.0 for j in range(12)}
+        request = asked("x", "text", attributes={"tone": labels})
+        return tuple(one.label for one in cp.generate(request).stand_ins)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ask, range(16)))
+    assert found == [tuple(f"tone=l{i}-{j}" for j in range(12)) for i in range(16)]
