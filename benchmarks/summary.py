@@ -152,6 +152,15 @@ def in_short(measured: dict[str, Any]) -> list[str]:
         if one["contender"] == "controlprefix":
             what = {"step seconds": "a training step", "peak MiB": "peak memory of training"}
             rows.append(f"| {what[one['measure']]} | PEFT prefix tuning | {ratio(one)} |")
+    users = measured["users"]["comparisons"]
+    for one in users:
+        if one["measure"] == "user seconds" and one["contender"].startswith("ours, "):
+            nats = next(
+                o for o in users if o["contender"] == one["contender"] and o["measure"] == "nats"
+            )
+            what = f"users an hour: {one['contender'][6:]}, {nats['value']:.2f} nats"
+            peer = f"{measured['users']['reference']} each, {nats['reference']:.2f} nats"
+            rows.append(f"| {what} | {peer} | {ratio(one)} |")
     return rows
 
 
