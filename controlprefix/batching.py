@@ -6,8 +6,8 @@ batch, which then takes a step. All rows end at the same place (as transformers 
 generation), so any attention mask a model makes of that holds; each has its own prefix,
 position, sampling, stop texts and end. What a row writes does not depend on the others.
 
-Models whose cache is more than the keys and values of all tokens (encoder-decoders, sliding or
-recurrent layers) are refused: those go through `ControlPrefix.generate`.
+Where a model's cache is more than the keys and values of all tokens (encoder-decoders, sliding or
+recurrent layers), rows cannot join: `StaticBatcher` takes who waits together, a batch at a time.
 """
 
 import logging
@@ -23,16 +23,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from controlprefix.assembly import Part, PrefixBatch, assemble
-from controlprefix.cache import Source, can_be_laid_out, lay_out, new_cache, overwrite
+from controlprefix.cache import Source, lay_out, new_cache, overwrite
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import (
     ControlPrefixError,
     OverloadedError,
     RequestError,
-    UnsupportedModelError,
 )
-from controlprefix.generation import Choice, completion_of, first_stop
-from controlprefix.guidance import Guidance, combined
+from controlprefix.generation import Choice, batch_key, completion_of, first_stop, generate_batch
+from controlprefix.guidance import Guidance, combined, joined
 from controlprefix.request import Completion, PartUsed, Request, StandIn
 from controlprefix.steering import Steering
 
@@ -168,15 +167,12 @@ class Batcher:
     """Runs requests on one frozen model, as they come.
 
     Args:
-        model, encoder: A decoder-only model, and what encodes for it.
+        model, encoder: A model whose cache `can_be_laid_out`, and what encodes for it.
         prepare: Finds a request's parts; called in the thread that submits it.
         max_rows: In the running batch.
         max_waiting: Requests that wait for a row; more are refused.
         read_tokens: Of prompts, read between two steps at most: the longer, the sooner a
             prompt is read, and the longer all others wait for their next token.
-
-    Raises:
-        UnsupportedModelError: If the model's cache cannot be laid out.
     """
 
     def __init__(
@@ -189,11 +185,6 @@ class Batcher:
         max_waiting: int = 1024,
         read_tokens: int = 512,
     ) -> None:
-        if not can_be_laid_out(model):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} keeps more than keys and values of all tokens, so rows "
-                "cannot join a running batch; use generate"
-            )
         self._model = model
         self._encoder = encoder
         self._prepare = prepare
@@ -207,7 +198,7 @@ class Batcher:
         self._rows: list[_Sequence | None] = []
         self._firsts: dict[int, int] = {}  # id of a sequence -> its first row
         self._mask = torch.zeros(0, 0, dtype=torch.long)
-        self._cache = new_cache(model)
+        self._cache = DynamicCache()
         self._batch: PrefixBatch | None = None
         self._reading: _Reading | None = None
         self._thread = threading.Thread(target=self._run, name="controlprefix-batch", daemon=True)
@@ -322,7 +313,7 @@ class Batcher:
         for sequence in self._reading.sequences if self._reading else []:
             running[id(sequence)] = sequence
         self._rows, self._firsts, self._reading, self._batch = [], {}, None, None
-        self._cache = new_cache(self._model)
+        self._cache = DynamicCache()
         told = error if isinstance(error, ControlPrefixError) else RuntimeError(str(error))
         for sequence in running.values():
             sequence.ticket._put(told)
@@ -440,7 +431,7 @@ class Batcher:
                 ]
         self._rows, self._firsts = list(rows), firsts
         if not sources:
-            self._cache, self._batch = new_cache(self._model), None
+            self._cache, self._batch = DynamicCache(), None
             self._mask = self._mask.new_zeros(0, 0)
             return
         length = max(source.num_tokens for source in sources)
@@ -570,6 +561,10 @@ class Batcher:
 
     def _end(self, sequence: _Sequence) -> None:
         done = completion_of(self._encoder, sequence.request, sequence.prompt, sequence.new)
+        self._finish(sequence, done)
+
+    @staticmethod
+    def _finish(sequence: _Sequence, done: Completion) -> None:
         used = {"parts": sequence.prepared.parts, "stand_ins": sequence.prepared.stand_ins}
         sequence.ticket._put(done.model_copy(update=used))
 
@@ -579,3 +574,73 @@ class Batcher:
             self._rows[row] = None
         if not self._firsts:
             self._arrange([])
+
+
+class StaticBatcher(Batcher):
+    """The same for any model, a batch at a time: who comes meanwhile waits for its end.
+
+    Texts come whole, and no log-probabilities.
+    """
+
+    def submit(
+        self,
+        request: Request,
+        *,
+        top_log_probs: int | None = None,
+        prepare: Prepare | None = None,
+        deliver: Callable[[Event], object] | None = None,
+    ) -> Ticket:
+        """As `Batcher.submit`.
+
+        Raises:
+            RequestError: Also if log-probabilities are asked for.
+        """
+        if top_log_probs is not None:
+            raise RequestError(
+                f"log-probabilities cannot be had of {type(self._model).__name__} here; leave "
+                "them out"
+            )
+        return super().submit(request, prepare=prepare, deliver=deliver)
+
+    @torch.no_grad()
+    def _turn(self) -> None:
+        self._drop_cancelled()
+        chosen: list[_Sequence] = []
+        free = self._max_rows
+        with self._wake:
+            while self._waiting and len(self._waiting[0].parts) <= free:
+                chosen.append(self._waiting.popleft())
+                free -= len(chosen[-1].parts)
+        self._rows = [sequence for sequence in chosen for _ in sequence.parts]
+        groups: dict[object, list[_Sequence]] = {}
+        for sequence in chosen:
+            groups.setdefault(batch_key(sequence.request), []).append(sequence)
+        for group in groups.values():
+            try:
+                self._write(group)
+            except Exception as error:
+                for sequence in group:
+                    sequence.ticket._put(error)
+        self._rows = []
+
+    def _write(self, group: Sequence[_Sequence]) -> None:
+        guidance = joined([sequence.prepared.guidance for sequence in group])
+        batch = assemble(
+            guidance.rows,
+            self._steering.geometry,
+            device=self._model.device,
+            dtype=self._model.dtype,
+        )
+        with self._steering.attached(batch):
+            done = generate_batch(
+                self._model,
+                self._encoder,
+                [sequence.request for sequence in group],
+                [sequence.prompt for sequence in group],
+                guidance,
+                batch,
+            )
+        for sequence, completion in zip(group, done, strict=True):
+            if completion.text:
+                sequence.ticket._put(completion.text)
+            self._finish(sequence, completion)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 
 from controlprefix.assembly import Part, PrefixBatch, assemble
 from controlprefix.attributes import AttributeSpace
-from controlprefix.batching import Batcher, Prepared
+from controlprefix.batching import Batcher, Prepared, StaticBatcher
+from controlprefix.cache import can_be_laid_out
 from controlprefix.embeddings import DEFAULT as EMBEDDER
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import ContextLengthError, RequestError, TrainingDataError
@@ -229,15 +230,14 @@ class ControlPrefix:
     ) -> Batcher:
         """A running batch that requests join and leave between its steps, for a server.
 
+        In models whose cache cannot be laid out (encoder-decoders, sliding windows, recurrent
+        layers) it is one batch after another: a `StaticBatcher`.
+
         Args:
             max_rows, max_waiting, read_tokens: See `Batcher`.
-
-        Raises:
-            UnsupportedModelError: If the model's cache cannot be laid out (encoder-decoders,
-                sliding windows, recurrent layers).
         """
-
-        return Batcher(
+        kind = Batcher if can_be_laid_out(self.model) else StaticBatcher
+        return kind(
             self.model,
             self._encoder,
             self.prepare,

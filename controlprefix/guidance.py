@@ -65,6 +65,20 @@ def spread(resolved: Sequence[Sequence[ResolvedPart]]) -> Guidance:
     return Guidance(rows, requests, terms)
 
 
+def joined(several: Sequence[Guidance]) -> Guidance:
+    """Guidances of one request each, as that of all of them."""
+    rows = [one.rows[0] for one in several]
+    requests = list(range(len(several)))
+    terms: list[list[Term]] = []
+    for i, one in enumerate(several):
+        terms.append([])
+        for row, weight in one.terms[0]:
+            terms[i].append(Term(len(rows), weight))
+            rows.append(one.rows[row])
+            requests.append(i)
+    return Guidance(rows, requests, terms)
+
+
 def combined(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Logits of one request from those of its rows, in float32.
 

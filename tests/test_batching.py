@@ -16,9 +16,8 @@ from controlprefix import (
     Request,
     RequestError,
     UnknownNameError,
-    UnsupportedModelError,
 )
-from controlprefix.batching import Batcher
+from controlprefix.batching import Batcher, StaticBatcher
 
 from models import build, byte_tokenizer
 
@@ -228,6 +227,17 @@ def test_a_failure_while_joining_ends_every_ticket(
 
 
 @pytest.mark.parametrize("name", ["bart", "mistral", "gemma3"])
-def test_models_with_another_cache_are_refused_by_name(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="cannot join a running batch"):
-        engine(name).batcher()
+def test_models_with_another_cache_write_a_batch_at_a_time(name: str) -> None:
+    cp = engine(name)
+    asked = requests(12)
+    alone = [cp.generate(request) for request in asked]
+    batcher = cp.batcher(max_rows=5)
+    assert isinstance(batcher, StaticBatcher)
+    tickets = [batcher.submit(request) for request in asked]
+    with pytest.raises(RequestError, match="log-probabilities cannot be had"):
+        batcher.submit(asked[0], top_log_probs=1)
+    for ticket, expected in zip(tickets, alone, strict=True):
+        assert "".join(ticket) == ticket.result().text
+        assert ticket.result() == expected
+    assert batcher.close()
+    assert batcher.load == (0, 0)

@@ -97,7 +97,6 @@ class Gateway:
         limits: What is taken.
 
     Raises:
-        UnsupportedModelError: If rows cannot join a running batch in this model.
         StoreError: If the store cannot be opened.
     """
 
