@@ -41,6 +41,7 @@ from controlprefix.store.records import (
     StoreStats,
     VersionInfo,
     VersionRef,
+    check_alias,
     check_is_for,
     check_key,
     check_kind,
@@ -363,9 +364,7 @@ class PrefixStore:
         Raises:
             UnknownNameError: If there is no such name or version for this model.
         """
-        check_name("alias", alias)
-        if alias.isdecimal() or len(alias) > 64:
-            raise UnknownNameError(f"alias {alias!r} is a number, or longer than 64 characters")
+        check_alias(alias)
 
         def write(session: Session, tenant: int) -> None:
             row = self._row(session, tenant, key, fingerprint, lock=True)

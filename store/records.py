@@ -149,6 +149,13 @@ def check_key(key: PrefixKey) -> None:
         )
 
 
+def check_alias(alias: str) -> None:
+    """Refuse an alias that could be taken for a number, or not be read back."""
+    check_name("alias", alias)
+    if alias.isdecimal() or len(alias) > 64:
+        raise UnknownNameError(f"alias {alias!r} is a number, or longer than 64 characters")
+
+
 def check_name(what: str, name: str) -> None:
     """Refuse a name that could not be read back."""
     if not isinstance(name, str):

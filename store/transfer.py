@@ -20,7 +20,7 @@ from controlprefix.errors import ControlPrefixError, PrefixFormatError, StoreErr
 from controlprefix.store import codes
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import Sealer
-from controlprefix.store.records import PrefixKey, check_key, check_name, place_of
+from controlprefix.store.records import PrefixKey, check_alias, check_key, check_name, place_of
 from controlprefix.store.tables import AliasRow, PayloadRow, PrefixRow, VersionRow
 
 FORMAT = 1
@@ -106,7 +106,15 @@ def import_tenant(database: Database, sealer: Sealer, path: Path) -> int:
     except ControlPrefixError:
         raise
     # A damaged place in the file may lead before its beginning: that is an OSError.
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OSError,
+        OverflowError,
+    ) as error:
         raise PrefixFormatError(
             f"{str(path)!r} is damaged or no export of controlprefix: {error}; nothing was changed"
         ) from error
@@ -224,6 +232,8 @@ def _add(
             raise ValueError(f"{key} version {one['version']} has the wrong hash")
         mine = {"prefix_id": row.id, "version": int(one["version"]), "tenant_id": tenant}
         about = {name: one[name] for name in _OF_VERSION if name != "version"}
+        if not isinstance(about["num_forgotten"], int):
+            raise ValueError(f"{key} version {one['version']} counts {about['num_forgotten']!r}")
         created = datetime.fromisoformat(one["created_at"])
         session.add(VersionRow(**mine, **about, created_at=created, details=dict(one["details"])))
         session.flush()
@@ -238,6 +248,7 @@ def _add(
         session.flush()
         session.expunge_all()
     for alias, version in prefix["aliases"].items():
+        check_alias(alias)
         session.add(AliasRow(prefix_id=row.id, alias=alias, version=version, tenant_id=tenant))
     session.flush()
     session.expunge_all()
