@@ -225,6 +225,11 @@ def test_the_guess_is_fitted_where_texts_tell_and_silent_where_they_do_not() -> 
         assert errors.square().sum() <= (1 - 0.9 * told) * spread.square().sum() + 1e-3
 
 
+def test_two_users_with_a_text_each_are_enough_to_begin_with() -> None:
+    report = engine().learn_decoder({"ana": ["one"], "bo": ["two"]}, **{**LEARN, "steps": 2})
+    assert (report.num_users, report.told) == (2, 0.0)
+
+
 def test_what_cannot_be_learned_or_enrolled_says_why(cp: ControlPrefix) -> None:
     for users, match in (
         ({"ana": ["one"]}, "many users; 1 are given"),

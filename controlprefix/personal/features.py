@@ -25,9 +25,6 @@ class TextFeatures:
 
     Args:
         embedder: A model of sentence-transformers: its name, or a folder.
-
-    Raises:
-        ControlPrefixError: If that package is not installed, or the model cannot be loaded.
     """
 
     def __init__(self, embedder: str = DEFAULT) -> None:
@@ -50,7 +47,11 @@ class TextFeatures:
         return cls(embedder)
 
     def of(self, texts: Sequence[str]) -> Tensor:
-        """`(texts, features)`, float32."""
+        """`(texts, features)`, float32.
+
+        Raises:
+            ControlPrefixError: As `controlprefix.embeddings.embeddings`.
+        """
         style = torch.tensor([style_of(text[:MAX_LETTERS]) for text in texts])
         return torch.cat([embeddings(texts, self.embedder), style], dim=1)
 

@@ -85,7 +85,8 @@ def learn_decoder(
     if len(written) < 2:
         raise TrainingDataError(f"a decoder is learned from many users; {len(written)} are given")
     draw = random.Random(settings.seed)
-    texts = draw.sample([text for mine in written.values() for text in mine[:4]], 4)
+    some = [text for mine in written.values() for text in mine[:4]]
+    texts = draw.sample(some, min(4, len(some)))
     ids = encoder.text_ids("\n".join(texts))
     start = prefix_from_tokens(model, [ids[i % len(ids)] for i in range(num_slots)])
     scale = typical_size(prefix_from_tokens(model, list(ids[:_SCALE_TOKENS])))
