@@ -30,7 +30,14 @@ from controlprefix.errors import (
     OverloadedError,
     RequestError,
 )
-from controlprefix.generation import Choice, batch_key, completion_of, first_stop, generate_batch
+from controlprefix.generation import (
+    Choice,
+    batch_key,
+    begun_stop,
+    completion_of,
+    first_stop,
+    generate_batch,
+)
 from controlprefix.guidance import Guidance, combined, joined
 from controlprefix.request import Completion, PartUsed, Request, StandIn
 from controlprefix.steering import Steering
@@ -544,16 +551,7 @@ class Batcher:
         if not done:
             if text.endswith("\ufffd"):  # a character whose other bytes are still to come
                 return False
-            # Its end may be the beginning of a stop text.
-            ready -= max(
-                (
-                    n
-                    for stop in request.stop
-                    for n in range(1, min(len(stop), len(text) + 1))
-                    if text.endswith(stop[:n])
-                ),
-                default=0,
-            )
+            ready -= begun_stop(text, request.stop)
         if ready > sequence.shown:
             sequence.ticket._put(text[sequence.shown : ready])
             sequence.shown = ready

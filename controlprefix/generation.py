@@ -123,21 +123,30 @@ def hold_back_stops(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str
             if held[:cut]:
                 yield held[:cut]
             return
-        # The end of what is held may be the beginning of a stop text.
-        keep = max(
-            (
-                n
-                for stop in stops
-                for n in range(1, min(len(stop), len(held) + 1))
-                if held.endswith(stop[:n])
-            ),
-            default=0,
-        )
+        keep = begun_stop(held, stops)
         if ready := held[: len(held) - keep]:
             yield ready
         held = held[len(held) - keep :]
     if held:
         yield held
+
+
+def begun_stop(text: str, stops: Sequence[str]) -> int:
+    """How many letters at the end of a text may be the beginning of a stop text.
+
+    Example:
+        >>> begun_stop("one EN", ["END"])
+        2
+    """
+    return max(
+        (
+            n
+            for stop in stops
+            for n in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:n])
+        ),
+        default=0,
+    )
 
 
 class Choice:
