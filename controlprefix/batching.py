@@ -182,6 +182,8 @@ class Batcher:
             prompt is read, and the longer all others wait for their next token.
     """
 
+    _gives_log_probs = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -234,6 +236,11 @@ class Batcher:
         """
         if request.num_beams > 1:
             raise RequestError("beam search cannot join a running batch; use generate")
+        if top_log_probs is not None and not self._gives_log_probs:
+            raise RequestError(
+                f"log-probabilities cannot be had of {type(self._model).__name__} here; leave "
+                "them out"
+            )
         if len(self._waiting) >= self._max_waiting:  # before the store is asked
             raise self._overloaded()
         prepared = (prepare or self._prepare)(request)
@@ -359,7 +366,7 @@ class Batcher:
                 sequence.ticket._put(error)
 
     def _reading_of(self, chosen: list[_Sequence]) -> _Reading:
-        batch = self._assemble(chosen)
+        batch = self._assemble([parts for one in chosen for parts in one.parts])
         batch.move_to(0)
         prompts = [sequence.prompt for sequence in chosen for _ in sequence.parts]
         longest = max(map(len, prompts))
@@ -414,7 +421,7 @@ class Batcher:
                 self._mask[hole, length - len(sequence.prompt) :] = 1
                 self._rows[hole] = sequence
                 self._firsts[id(sequence)] = hole
-            self._changed()
+            self._batch = None  # assembled anew at the next step
             return
         self._arrange([*self._active(), *reading.sequences], sources)
 
@@ -446,10 +453,7 @@ class Batcher:
         self._mask = torch.zeros(len(sources), length, dtype=torch.long, device=self._model.device)
         for i, source in enumerate(sources):
             self._mask[i, length - source.num_tokens :] = 1
-        self._changed()
-
-    def _changed(self) -> None:
-        self._batch = None
+        self._batch = None  # assembled anew at the next step
 
     def _step(self) -> None:
         """The running batch reads the last tokens, and each sequence chooses another."""
@@ -459,12 +463,7 @@ class Batcher:
         if holes > _MOST_HOLES * len(self._rows) or needed > _MOST_PADDING:
             self._arrange(self._active())
         if self._batch is None:
-            self._batch = assemble(
-                [self._parts_of(i) for i in range(len(self._rows))],
-                self._steering.geometry,
-                device=device,
-                dtype=self._model.dtype,
-            )
+            self._batch = self._assemble([self._parts_of(i) for i in range(len(self._rows))])
         if self._batch.is_scheduled:
             self._batch.move_to([0 if row is None else len(row.new) for row in self._rows])
         last = [self._encoder.pad_id if row is None else row.new[-1] for row in self._rows]
@@ -490,9 +489,9 @@ class Batcher:
         sequence = self._rows[row]
         return [] if sequence is None else sequence.parts[row - self._firsts[id(sequence)]]
 
-    def _assemble(self, sequences: Sequence[_Sequence]) -> PrefixBatch:
+    def _assemble(self, rows: Sequence[Sequence[Part]]) -> PrefixBatch:
         return assemble(
-            [parts for sequence in sequences for parts in sequence.parts],
+            rows,
             self._steering.geometry,
             device=self._model.device,
             dtype=self._model.dtype,
@@ -580,25 +579,7 @@ class StaticBatcher(Batcher):
     Texts come whole, and no log-probabilities.
     """
 
-    def submit(
-        self,
-        request: Request,
-        *,
-        top_log_probs: int | None = None,
-        prepare: Prepare | None = None,
-        deliver: Callable[[Event], object] | None = None,
-    ) -> Ticket:
-        """As `Batcher.submit`.
-
-        Raises:
-            RequestError: Also if log-probabilities are asked for.
-        """
-        if top_log_probs is not None:
-            raise RequestError(
-                f"log-probabilities cannot be had of {type(self._model).__name__} here; leave "
-                "them out"
-            )
-        return super().submit(request, prepare=prepare, deliver=deliver)
+    _gives_log_probs = False
 
     @torch.no_grad()
     def _turn(self) -> None:
@@ -623,12 +604,7 @@ class StaticBatcher(Batcher):
 
     def _write(self, group: Sequence[_Sequence]) -> None:
         guidance = joined([sequence.prepared.guidance for sequence in group])
-        batch = assemble(
-            guidance.rows,
-            self._steering.geometry,
-            device=self._model.device,
-            dtype=self._model.dtype,
-        )
+        batch = self._assemble(guidance.rows)
         with self._steering.attached(batch):
             done = generate_batch(
                 self._model,
