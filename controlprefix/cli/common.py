@@ -82,6 +82,11 @@ def make_accelerator(tracker: str, folder: Path | None) -> Any:
     return accelerator
 
 
+def run_folder(data: Path, folder: Path | None, resume: bool) -> Path | None:
+    """Of a run: as given, or to go on from without being told, by the data's name."""
+    return Path(f"{data.stem}.run") if resume and folder is None else folder
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that prints."""
     from accelerate import PartialState

@@ -24,6 +24,7 @@ from controlprefix.cli.common import (
     open_engine,
     out,
     pair,
+    run_folder,
 )
 
 DataArgument = Annotated[Path, typer.Argument(help="JSON Lines, an example a line.")]
@@ -103,8 +104,7 @@ def train(
     """
     from controlprefix.data import read_examples
 
-    if resume and folder is None:
-        folder = Path(f"{data.stem}.run")
+    folder = run_folder(data, folder, resume)
     examples = read_examples(data, **({"task": task} if task else {}))
     cp = open_engine(model, store, tenant, attributes)
     usual: dict[str, Any] = {"parameterization": parameterization} if parameterization else {}

@@ -20,6 +20,7 @@ from controlprefix.cli.common import (
     out,
     print_prefixes,
     print_versions,
+    run_folder,
     users,
 )
 
@@ -75,8 +76,7 @@ def train_users(
     """Learn a prefix for each of many users, and store each as soon as it is done."""
     from controlprefix.data import read_users
 
-    if resume and folder is None:
-        folder = Path(f"{data.stem}.run")
+    folder = run_folder(data, folder, resume)
     texts = read_users(data)
     report = open_engine(model, store, tenant).train_users(
         texts,
@@ -114,8 +114,7 @@ def learn_decoder(
     """Learn from many users what they have in common, and how they differ."""
     from controlprefix.data import read_users
 
-    if resume and folder is None:
-        folder = Path(f"{data.stem}.run")
+    folder = run_folder(data, folder, resume)
     report = open_engine(model, store, tenant).learn_decoder(
         read_users(data),
         name=name,
