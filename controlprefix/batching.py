@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,10 +33,9 @@ from controlprefix.errors import (
 from controlprefix.generation import (
     Choice,
     batch_key,
-    begun_stop,
     completion_of,
-    first_stop,
     generate_batch,
+    ready_text,
 )
 from controlprefix.guidance import Guidance, combined, joined
 from controlprefix.request import Completion, PartUsed, Request, StandIn
@@ -65,15 +64,45 @@ class Prepared(NamedTuple):
 
     Attributes:
         guidance: Its rows: of this request alone.
+        tenant: Whose it is.
         parts, stand_ins: As its completion will name them.
     """
 
     guidance: Guidance
+    tenant: str
     parts: tuple[PartUsed, ...] = ()
     stand_ins: tuple[StandIn, ...] = ()
 
+    def named(self, done: Completion) -> Completion:
+        """The completion, with what it was steered by."""
+        return done.model_copy(update={"parts": self.parts, "stand_ins": self.stand_ins})
+
 
 Prepare = Callable[[Request], Prepared]
+
+
+class Runner(Protocol):
+    """What runs requests as they come: a batch in this process, or another engine."""
+
+    def submit(
+        self,
+        request: Request,
+        *,
+        top_log_probs: int | None = None,
+        prepare: Prepare | None = None,
+        deliver: Callable[[Event], object] | None = None,
+    ) -> "Ticket":
+        """See `Batcher.submit`."""
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run, and those that wait."""
+
+    def check(self) -> None:
+        """Raise OverloadedError where requests cannot be run now."""
+
+    def close(self, *, wait: float | None = None) -> bool:
+        """See `Batcher.close`."""
 
 
 class Ticket:
@@ -273,6 +302,9 @@ class Batcher:
     def load(self) -> tuple[int, int]:
         """Rows in the batch, and requests that wait."""
         return sum(row is not None for row in self._rows), len(self._waiting)
+
+    def check(self) -> None:
+        """It runs in this process: nothing to ask."""
 
     def close(self, *, wait: float | None = None) -> bool:
         """Take no more requests, and finish those there are.
@@ -539,21 +571,10 @@ class Batcher:
 
     def _show(self, sequence: _Sequence) -> bool:
         """Give the ticket what is new; whether the sequence is done."""
-        request, new = sequence.request, sequence.new
-        is_end = new[-1] in self._encoder.end_ids
-        done = is_end or len(new) >= request.max_new_tokens
-        text = self._encoder.decode(new[:-1] if is_end else new)
-        cut = first_stop(text, request.stop)
-        if cut is not None:
-            text, done = text[:cut], True
-        ready = len(text)
-        if not done:
-            if text.endswith("\ufffd"):  # a character whose other bytes are still to come
-                return False
-            ready -= begun_stop(text, request.stop)
-        if ready > sequence.shown:
-            sequence.ticket._put(text[sequence.shown : ready])
-            sequence.shown = ready
+        text, done = ready_text(self._encoder, sequence.request, sequence.new)
+        if len(text) > sequence.shown:
+            sequence.ticket._put(text[sequence.shown :])
+            sequence.shown = len(text)
         return done
 
     def _end(self, sequence: _Sequence) -> None:
@@ -562,8 +583,7 @@ class Batcher:
 
     @staticmethod
     def _finish(sequence: _Sequence, done: Completion) -> None:
-        used = {"parts": sequence.prepared.parts, "stand_ins": sequence.prepared.stand_ins}
-        sequence.ticket._put(done.model_copy(update=used))
+        sequence.ticket._put(sequence.prepared.named(done))
 
     def _leave(self, sequence: _Sequence) -> None:
         first = self._firsts.pop(id(sequence))

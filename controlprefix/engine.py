@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar, overload
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,12 @@ from controlprefix.batching import Batcher, Prepared, StaticBatcher
 from controlprefix.cache import can_be_laid_out
 from controlprefix.embeddings import DEFAULT as EMBEDDER
 from controlprefix.encoding import RequestEncoder
-from controlprefix.errors import ContextLengthError, RequestError, TrainingDataError
+from controlprefix.errors import (
+    ContextLengthError,
+    ControlPrefixError,
+    RequestError,
+    TrainingDataError,
+)
 from controlprefix.generation import batch_key, generate_batch, hold_back_stops
 from controlprefix.geometry import Geometry
 from controlprefix.guidance import spread
@@ -59,6 +64,9 @@ from controlprefix.training import (
     to_distill,
 )
 from controlprefix.unseen import stood_in
+
+if TYPE_CHECKING:
+    from controlprefix.vllm.runner import VllmRunner
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
@@ -246,6 +254,45 @@ class ControlPrefix:
             read_tokens=read_tokens,
         )
 
+    def vllm_runner(
+        self,
+        url: str,
+        folder: str | Path,
+        *,
+        key: str | None = None,
+        max_requests: int = 1024,
+        most_bytes: int = 10 << 30,
+    ) -> "VllmRunner":
+        """Run requests on a vLLM server of the same model, in place of a `batcher`.
+
+        Args:
+            url, key, max_requests: See `controlprefix.vllm.runner.VllmRunner`.
+            folder: That its workers read prefixes from (see `controlprefix.vllm.connector`).
+            most_bytes: Of the files there.
+
+        Raises:
+            UnsupportedModelError: If an engine that counts slots cannot serve this model exactly.
+            EngineError: If the server does not answer, or not as it should.
+            ControlPrefixError: If httpx is not installed.
+        """
+        try:
+            from controlprefix.vllm.runner import VllmRunner
+        except ModuleNotFoundError as error:
+            raise ControlPrefixError(
+                f"vLLM is reached by {error.name}: pip install 'controlprefix[vllm]'"
+            ) from error
+        from controlprefix.vllm.folder import PrefixFolder
+
+        return VllmRunner(
+            self.model,
+            self._encoder,
+            self.prepare,
+            url=url,
+            folder=PrefixFolder(folder, most_bytes=most_bytes),
+            key=key,
+            max_requests=max_requests,
+        )
+
     def prepare(self, request: Request) -> Prepared:
         """What a request needs, as a batcher that others share takes it.
 
@@ -253,7 +300,7 @@ class ControlPrefix:
             RequestError, UnknownNameError: As `generate`.
         """
         ((_, parts, stand_ins),) = self._resolved([request])
-        return Prepared(spread([parts]), tuple(one.used for one in parts), stand_ins)
+        return Prepared(spread([parts]), self.tenant, tuple(one.used for one in parts), stand_ins)
 
     def score(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[Score]:
         """How likely the model, steered by each example's parts, finds its completion.

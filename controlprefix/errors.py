@@ -10,6 +10,7 @@
     ├── TrainingDataError         examples that cannot be learned from
     ├── AttributeSpaceError       a file of attributes that does not make sense
     ├── OverloadedError           more requests than can be taken now
+    ├── EngineError               the engine behind a server failed, or is not as it should be
     └── StoreError                the store cannot be opened, read or written
 
 Each is also the built-in error it resembles, so `except ValueError` works too.
@@ -57,6 +58,10 @@ class AttributeSpaceError(ControlPrefixError, ValueError):
 
 class OverloadedError(ControlPrefixError, RuntimeError):
     """More requests than can be taken now."""
+
+
+class EngineError(ControlPrefixError, RuntimeError):
+    """The engine behind a server failed, or is not as it should be."""
 
 
 class StoreError(ControlPrefixError, OSError):

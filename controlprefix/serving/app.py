@@ -30,6 +30,7 @@ from controlprefix import __version__
 from controlprefix.batching import Event, Ticket, TokenChosen
 from controlprefix.errors import (
     ControlPrefixError,
+    EngineError,
     OverloadedError,
     RequestError,
     StoreError,
@@ -81,6 +82,7 @@ _STATUS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (_InternalError, 500, "server_error", "internal_error"),
     (ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (UnknownNameError, 404, "invalid_request_error", "not_found"),
+    (EngineError, 503, "server_error", "engine_unavailable"),
     (StoreError, 503, "server_error", "store_unavailable"),
     (RequestError, 400, "invalid_request_error", "invalid_request"),
     (TrainingDataError, 400, "invalid_request_error", "invalid_request"),
@@ -319,7 +321,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     async def ready() -> Response:
         if not gateway.ready:
             raise OverloadedError("this process is shutting down")
-        await run_in_threadpool(gateway.check_store)
+        await run_in_threadpool(gateway.check)
         return JSONResponse({"status": "ready"})
 
     @app.get("/playground", include_in_schema=False)
@@ -568,7 +570,7 @@ class _Answer:
 
 def _told(error: Exception) -> tuple[int, dict[str, Any]]:
     message = str(error)
-    if isinstance(error, (StoreError, _InternalError)):  # where the store is, is nobody's business
+    if isinstance(error, (StoreError, EngineError, _InternalError)):  # where is nobody's business
         _log.warning("%s", error)
         message = "something is wrong on the server's side; try again later"
     for kind, status, name, code in _STATUS:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controlprefix.attributes import AttributeSpace
-from controlprefix.batching import Event, Ticket
+from controlprefix.batching import Event, Runner, Ticket
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import ControlPrefixError, UnknownNameError
 from controlprefix.evaluation import Judge
@@ -95,6 +95,8 @@ class Gateway:
         attributes: For all tenants.
         judges: To say which labels texts show.
         limits: What is taken.
+        runner: Runs requests elsewhere, such as `cp.vllm_runner`; left out, a batch in this
+            process does.
 
     Raises:
         StoreError: If the store cannot be opened.
@@ -112,6 +114,7 @@ class Gateway:
         attributes: AttributeSpace | None = None,
         judges: Sequence[Judge] = (),
         limits: Limits | None = None,
+        runner: Callable[[ControlPrefix], Runner] | None = None,
     ) -> None:
         self.name = name
         self.limits = limits or Limits()
@@ -125,7 +128,11 @@ class Gateway:
         self._trusted: dict[str, tuple[str, str, float]] = {}
         self._buckets: dict[tuple[str, str], _Bucket] = {}
         some = self._engine(open_tenant or "default")
-        self._batcher = some.batcher(max_rows=self.limits.rows, max_waiting=self.limits.waiting)
+        self._runner = (
+            runner(some)
+            if runner
+            else some.batcher(max_rows=self.limits.rows, max_waiting=self.limits.waiting)
+        )
 
     def client(self, key: str | None) -> Client:
         """Who asks, by their API key. It waits for the store: not for an event loop.
@@ -152,7 +159,7 @@ class Gateway:
         Raises:
             ControlPrefixError: If it cannot be taken.
         """
-        return self._batcher.submit(
+        return self._runner.submit(
             request,
             top_log_probs=top_log_probs,
             prepare=client.cp.prepare,
@@ -162,20 +169,21 @@ class Gateway:
     @property
     def load(self) -> tuple[int, int]:
         """Rows in the batch, and requests that wait."""
-        return self._batcher.load
+        return self._runner.load
 
-    def check_store(self) -> None:
-        """Ask the store something.
+    def check(self) -> None:
+        """Ask the store, and the engine, something.
 
         Raises:
-            StoreError: If it does not answer.
+            StoreError, EngineError: If one does not answer.
         """
+        self._runner.check()
         next(iter(self._engines.values())).store.stats()
 
     def close(self) -> None:
         """Finish what there is, and take no more."""
         self.ready = False
-        self._batcher.close(wait=self.limits.seconds)
+        self._runner.close(wait=self.limits.seconds)
         for engine in self._engines.values():
             engine.store.close()
 

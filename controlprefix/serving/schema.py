@@ -18,12 +18,20 @@ _UNSUPPORTED = (
     "logit_bias",
     "modalities",
     "prediction",
+    "prompt_logprobs",
     "response_format",
     "suffix",
     "tool_choice",
     "tools",
     "web_search_options",
 )
+
+
+def _says_nothing(field: str, value: Any) -> bool:
+    """Whether leaving the field out asks for the same."""
+    if value is None or value is False or (field == "best_of" and value == 1):
+        return True
+    return isinstance(value, (str, list, dict)) and value in ("", "none", [], {})
 
 
 class StreamOptions(BaseModel):
@@ -74,7 +82,7 @@ class Asked(BaseModel):
             RequestError: If something cannot be had.
         """
         for field in _UNSUPPORTED:
-            if (self.model_extra or {}).get(field) not in (None, False, "", [], {}, 1, "none"):
+            if not _says_nothing(field, (self.model_extra or {}).get(field)):
                 raise RequestError(f"{field} is not supported by this server; leave it out")
         if self.frequency_penalty or self.presence_penalty:
             raise RequestError(

@@ -140,7 +140,7 @@ class Parameterization(LearnedSlots):
         """Of the starts."""
         sha = hashlib.sha256()
         for key, prefix in self._start.items():
-            sha.update(f"{key} {digest_of(prefix)}".encode())
+            sha.update(f"{key} {prefix.digest}".encode())
         return sha.hexdigest()
 
     def to_device(self, device: torch.device) -> Self:
@@ -159,14 +159,6 @@ class Parameterization(LearnedSlots):
             prefix.geometry,
             {site: rows[stays[: len(rows)]] for site, rows in prefix.slots.items()},
         )
-
-
-def digest_of(prefix: Prefix) -> str:
-    """Of its numbers."""
-    sha = hashlib.sha256()
-    for slots in prefix.slots.values():
-        sha.update(slots.detach().float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
 
 
 class _Direct(nn.Module):

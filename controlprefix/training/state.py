@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from controlprefix.errors import StoreError, TrainingDataError
 from controlprefix.training.objectives import TrainingRow
-from controlprefix.training.parameterization import LearnedSlots, digest_of
+from controlprefix.training.parameterization import LearnedSlots
 from controlprefix.training.settings import TrainingSettings
 
 FILE = "state.safetensors"
@@ -140,12 +140,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """What must be the same for a run to go on: settings, rows, and where it started."""
     sha = hashlib.sha256()
-    frozen: dict[int, str] = {}
     for row in rows:
-        for part in row.frozen:
-            if id(part.prefix) not in frozen:
-                frozen[id(part.prefix)] = digest_of(part.prefix)
-        parts = [(frozen[id(part.prefix)], part.strength) for part in row.frozen]
+        parts = [(part.prefix.digest, part.strength) for part in row.frozen]
         about = (list(row.prompt), list(row.targets), parts, list(row.learned), row.teacher)
         sha.update(repr(about).encode())
     sha.update(slots.start_digest().encode())

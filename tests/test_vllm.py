@@ -1,0 +1,411 @@
+"""Stock vLLM against transformers, token for token. `make test-vllm` runs these."""
+
+import concurrent.futures
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import httpx
+import openai
+import torch
+import uvicorn
+from vllm_server import served
+
+from controlprefix import (
+    ContextLengthError,
+    ControlPrefix,
+    EngineError,
+    Prefix,
+    Request,
+    RequestError,
+)
+from controlprefix.serving import Gateway, create_app
+from controlprefix.vllm.runner import VllmRunner
+
+from models import build, byte_tokenizer
+
+SLOTS = {"ana": 5, "bo": 20, "cleo": 32, "dan": 45}  # blocks have 32 tokens
+CHAT = byte_tokenizer(chat=True)
+
+
+def engine(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> ControlPrefix:
+    """A small model, saved for vLLM too, and a store with a prefix of each kind."""
+    torch.manual_seed(0)
+    more: dict[str, Any] = {} if name == "llama" else {"sliding_window": 64}
+    model = build(name, head_dim=32, dtype=dtype, **more)
+    model.save_pretrained(folder / "model")
+    CHAT.save_pretrained(folder / "model")
+    cp = ControlPrefix.from_pretrained(model, tokenizer=CHAT, store=f"sqlite:///{folder}/store.db")
+    for i, (user, count) in enumerate(SLOTS.items()):
+        cp.put("user", user, Prefix.random(cp.geometry, num_slots=count, scale=1.0, seed=i))
+    for i, task in enumerate(("email", "poem")):
+        cp.put("task", task, Prefix.random(cp.geometry, num_slots=40, scale=1.0, seed=10 + i))
+    cp.put("attribute", "tone=warm", Prefix.random(cp.geometry, num_slots=8, scale=1.0, seed=20))
+    return cp
+
+
+def requests(**more: Any) -> list[Request]:
+    """Users and tasks of all sizes, strengths, and none of them."""
+    fields: list[dict[str, Any]] = [
+        {},
+        *({"user": user} for user in SLOTS),
+        *({"task": task, "user": user} for task in ("email", "poem") for user in SLOTS),
+        {"task": "email"},
+        {"task": "email", "attributes": {"tone": "warm"}, "user": "bo"},
+        {"user": "ana", "strengths": {"user": 3.0}},
+        {"user": "ana", "strengths": {"user": 0.0}},
+    ]
+    return [
+        Request(prompt="tell me a story " * (1 + i % 3), **one, **{"max_new_tokens": 24, **more})
+        for i, one in enumerate(fields)
+    ]
+
+
+def at_once(runner: VllmRunner, asked: list[Request]) -> list[str]:
+    return [ticket.result().text for ticket in [runner.submit(one) for one in asked]]
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="module")
+def cp(folder: Path) -> ControlPrefix:
+    return engine(folder)
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path, cp: ControlPrefix) -> Iterator[str]:
+    """Prompts are read 64 tokens a step, so they are cut in the midst of a prefix."""
+    options = ("--max-num-batched-tokens", "64", "--max-num-seqs", "8")
+    with served(folder / "model", folder / "prefixes", *options, log=folder / "log") as found:
+        yield found
+
+
+@pytest.fixture
+def runner(cp: ControlPrefix, url: str, folder: Path) -> Iterator[VllmRunner]:
+    found = cp.vllm_runner(url, folder / "prefixes")
+    yield found
+    found.close()
+
+
+def test_every_token_is_that_of_the_transformers_engine(
+    cp: ControlPrefix, runner: VllmRunner
+) -> None:
+    asked = requests()
+    wanted = [one.text for one in cp.generate(asked)]
+    assert len(set(wanted)) > len(wanted) / 2  # the prefixes matter
+    for _ in range(3):  # later ones find blocks in vLLM's cache
+        assert at_once(runner, asked) == wanted
+
+
+def test_blocks_of_a_task_are_shared_and_those_of_users_are_not(
+    cp: ControlPrefix, runner: VllmRunner, url: str
+) -> None:
+    cp.put("user", "eve", Prefix.random(cp.geometry, num_slots=20, scale=1.0, seed=99))
+    asked = [
+        Request(prompt="tell me a story ", task="poem", user=user, max_new_tokens=8)
+        for user in ("bo", "bo", "eve")
+    ]
+    wanted = [one.text for one in cp.generate(asked)]
+    assert wanted[0] != wanted[2]
+    hits = []
+    for request, text in zip(asked, wanted, strict=True):
+        before = metric(url, "vllm:prefix_cache_hits_total")
+        assert runner.submit(request).result().text == text
+        hits.append(metric(url, "vllm:prefix_cache_hits_total") - before)
+    assert hits[1] >= 64  # all of bo's blocks
+    assert hits[2] == 32  # of eve's 60 slots, the task's one full block
+
+
+def test_without_the_salt_one_user_would_get_what_is_anothers(
+    cp: ControlPrefix, runner: VllmRunner, url: str
+) -> None:
+    """What `placement` is for: the same placeholders and no salt leak, in vLLM as it is."""
+    prompt = CHAT("leak")["input_ids"]
+
+    def ask(user: str, **more: Any) -> str:
+        prepared = cp.prepare(Request(prompt="leak", user=user))
+        placement = runner._placed(prepared)
+        body = {
+            "model": "tiny",
+            "prompt": [7] * placement.num_slots + prompt,
+            "max_tokens": 16,
+            "temperature": 0,
+            "kv_transfer_params": {
+                "controlprefix": {"digest": placement.digest, "num_slots": placement.num_slots}
+            },
+            **more,
+        }
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        return str(answer["choices"][0]["text"])
+
+    cp.put("user", "eve", Prefix.random(cp.geometry, num_slots=32, scale=1.0, seed=98))
+    own = ask("eve", cache_salt="eve")
+    assert ask("cleo", cache_salt="cleo") != own
+    assert ask("cleo") != own
+    assert ask("eve") != own  # it has cleo's block
+
+
+def test_log_probabilities_are_those_of_the_transformers_engine(
+    cp: ControlPrefix, runner: VllmRunner
+) -> None:
+    batcher = cp.batcher()
+    request = Request(prompt="how likely", task="email", user="bo", max_new_tokens=8)
+    ours, theirs = (one.submit(request, top_log_probs=3) for one in (batcher, runner))
+    ours.result()
+    theirs.result()
+    assert [one.token for one in theirs.tokens] == [one.token for one in ours.tokens]
+    for one, other in zip(ours.tokens, theirs.tokens, strict=True):
+        assert other.log_prob == pytest.approx(one.log_prob, abs=1e-3)
+        assert [token for token, _ in other.top] == [token for token, _ in one.top]
+    batcher.close()
+
+
+def test_what_is_drawn_has_the_same_seed_alone_and_in_company(runner: VllmRunner) -> None:
+    request = Request(prompt="draw", user="bo", temperature=1.5, seed=7, max_new_tokens=24)
+    alone = runner.submit(request).result().text
+    others = [runner.submit(one) for one in requests(temperature=1.0)]
+    assert runner.submit(request).result().text == alone
+    for one in others:
+        one.result()
+    assert runner.submit(request.model_copy(update={"seed": 8})).result().text != alone
+
+
+def test_stop_texts_and_streams_are_cut_as_here(cp: ControlPrefix, runner: VllmRunner) -> None:
+    request = Request(prompt="tell me a story ", user="ana", max_new_tokens=24)
+    whole = cp.generate(request)
+    stop = whole.text[5:7]
+    cut = request.model_copy(update={"stop": (stop,)})
+    ticket = runner.submit(cut)
+    pieces = list(ticket)
+    assert "".join(pieces) == ticket.result().text == cp.generate(cut).text
+    assert ticket.result().finish_reason == "stop"
+    assert ticket.result().num_tokens == cp.generate(cut).num_tokens
+    assert ticket.result().num_prompt_tokens == whole.num_prompt_tokens
+
+
+def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
+    cp: ControlPrefix, runner: VllmRunner, folder: Path
+) -> None:
+    asked = requests()
+    wanted = [one.text for one in cp.generate(asked)]
+    lost = Prefix.random(cp.geometry, num_slots=24, seed=97)
+    cp.put("user", "lost", lost)
+    request = Request(prompt="lost", user="lost", max_new_tokens=8)
+    path = folder / "prefixes" / f"{runner._placed(cp.prepare(request)).digest}.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    others = [runner.submit(one) for one in asked]
+    bad = runner.submit(request)
+    others += [runner.submit(one) for one in asked]
+    with pytest.raises(EngineError):
+        bad.result()
+    assert [one.result().text for one in others] == wanted * 2
+    path.unlink()  # then it is written anew, and read
+    assert runner.submit(request).result().text == cp.generate(request).text
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"digest": "0" * 64, "num_slots": 4},
+        {"digest": "../../etc/passwd", "num_slots": 4},
+        {"digest": "0" * 64, "num_slots": 10_000},
+        {"digest": "0" * 64, "num_slots": -1},
+        {"digest": 7},
+        "nonsense",
+        [],
+    ],
+)
+def test_nonsense_ends_its_own_request_and_not_the_server(
+    told: object, url: str, runner: VllmRunner, cp: ControlPrefix
+) -> None:
+    body = {"model": "tiny", "prompt": [7] * 20, "max_tokens": 4}
+    asked = {**body, "kv_transfer_params": {"controlprefix": told}}
+    answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
+    assert answer.status_code == 500
+    request = Request(prompt="well?", user="bo", max_new_tokens=4)
+    assert runner.submit(request).result().text == cp.generate(request).text
+
+
+def test_who_goes_away_is_dropped(runner: VllmRunner, url: str) -> None:
+    ticket = runner.submit(Request(prompt="long", user="dan", max_new_tokens=150))
+    next(iter(ticket))
+    ticket.cancel()
+    until = time.monotonic() + 20
+    while metric(url, "vllm:num_requests_running") > 0:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert runner.load == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attributes": {"tone": {"warm": 0.5}}},
+        {"attributes": {"tone": {"warm": -1.0}}},
+        {"user": "bo", "schedules": {"user": [(0, 1.0), (4, 0.0)]}},
+        {"repetition_penalty": 1.2},
+        {"num_beams": 2},
+    ],
+)
+def test_what_it_cannot_do_is_refused_by_name(fields: Any, runner: VllmRunner) -> None:
+    with pytest.raises(RequestError, match="server"):
+        runner.submit(Request(prompt="no", max_new_tokens=4, **fields))
+
+
+def test_slots_count_against_the_context_there(cp: ControlPrefix, runner: VllmRunner) -> None:
+    fits = Request(prompt="a" * 150, raw=True, user="dan", max_new_tokens=256 - 150 - 45)
+    assert runner.submit(fits).result().num_tokens == cp.generate(fits).num_tokens
+    with pytest.raises(ContextLengthError, match="45 positions"):
+        runner.submit(fits.model_copy(update={"max_new_tokens": 256 - 150 - 44}))
+
+
+@pytest.fixture
+def gateway_url(cp: ControlPrefix, url: str, folder: Path) -> Iterator[str]:
+    """Of a gateway before that server."""
+    gateway = Gateway(
+        cp.model,
+        cp.tokenizer,
+        f"sqlite:///{folder}/store.db",
+        name="tiny",
+        open_tenant="default",
+        runner=lambda one: one.vllm_runner(url, folder / "prefixes"),
+    )
+    server = uvicorn.Server(uvicorn.Config(create_app(gateway), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+
+
+def test_the_gateway_serves_openais_client_and_takes_no_orders_from_it(
+    cp: ControlPrefix, gateway_url: str, runner: VllmRunner
+) -> None:
+    client = openai.OpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0)
+    wanted = cp.generate(Request(prompt="hello", user="bo", task="email", max_new_tokens=12))
+
+    def ask(**more: Any) -> Any:
+        return client.chat.completions.create(
+            model="tiny/email",
+            user="bo",
+            messages=[{"role": "user", "content": "hello"}],
+            max_tokens=12,
+            temperature=0,
+            **more,
+        )
+
+    answer = ask()
+    assert answer.choices[0].message.content == wanted.text
+    assert answer.usage.prompt_tokens == wanted.num_prompt_tokens  # slots are no tokens
+    other = runner._placed(cp.prepare(Request(prompt="x", user="cleo")))
+    orders = {
+        "kv_transfer_params": {"controlprefix": {"digest": other.digest, "num_slots": 32}},
+        "cache_salt": other.salt,
+        "prompt_token_ids": [1, 2, 3],
+        "vllm_xargs": {"kv_transfer_params": "x"},
+    }
+    assert ask(extra_body=orders).choices[0].message.content == wanted.text
+    for refused in ({"prompt_logprobs": 0}, {"echo": True}):
+        with pytest.raises(openai.BadRequestError):
+            ask(extra_body=refused)
+    pieces = [c.choices[0].delta.content or "" for c in ask(stream=True) if c.choices]
+    assert "".join(pieces) == wanted.text
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        texts = [one.choices[0].message.content for one in pool.map(lambda _: ask(), range(8))]
+    assert texts == [wanted.text] * 8
+    assert httpx.get(f"{gateway_url}/ready").status_code == 200
+
+
+def test_another_model_or_a_server_without_the_connector_is_noticed(
+    url: str, folder: Path, tmp_path: Path
+) -> None:
+    other = ControlPrefix.from_pretrained(
+        build("llama", head_dim=32, seed=5), tokenizer=CHAT, store="sqlite://"
+    )
+    with pytest.raises(EngineError, match="another model"):
+        other.vllm_runner(url, folder / "prefixes")
+    with pytest.raises(EngineError, match="no vLLM answers"):
+        other.vllm_runner("http://127.0.0.1:9", tmp_path)
+
+
+def test_in_two_shards_and_with_too_few_blocks_for_all(
+    cp: ControlPrefix, folder: Path, tmp_path: Path
+) -> None:
+    options = ("--tensor-parallel-size", "2", "--num-gpu-blocks-override", "12")
+    asked = requests(max_new_tokens=100)
+    wanted = [one.text for one in cp.generate(asked)]
+    log = tmp_path / "log"
+    with served(folder / "model", folder / "prefixes", *options, log=log, threads="0|1") as url:
+        runner = cp.vllm_runner(url, folder / "prefixes")
+        assert at_once(runner, asked) == wanted
+        assert metric(url, "vllm:num_preemptions_total") > 0
+        runner.close()
+
+
+def test_two_engines_behind_one_address(cp: ControlPrefix, folder: Path, tmp_path: Path) -> None:
+    options = ("--data-parallel-size", "2")
+    asked = requests()
+    wanted = [one.text for one in cp.generate(asked)]
+    log = tmp_path / "log"
+    with served(folder / "model", folder / "prefixes", *options, log=log, threads="0|1") as url:
+        runner = cp.vllm_runner(url, folder / "prefixes")
+        assert at_once(runner, asked) == at_once(runner, asked) == wanted
+        runner.close()
+
+
+def test_in_bfloat16_log_probabilities_are_within_a_tenth(tmp_path: Path) -> None:
+    """Of a nat, where transformers in bfloat16 and float32 differ by as much."""
+    cp = engine(tmp_path, dtype=torch.bfloat16)
+    asked = requests(max_new_tokens=1)
+    batcher = cp.batcher()
+    options = {"log": tmp_path / "log", "dtype": "bfloat16"}
+    with served(tmp_path / "model", tmp_path / "prefixes", **options) as url:  # type: ignore[arg-type]
+        runner = cp.vllm_runner(url, tmp_path / "prefixes")
+        apart = []
+        for request in asked:
+            ours, theirs = (one.submit(request, top_log_probs=5) for one in (batcher, runner))
+            ours.result()
+            theirs.result()
+            known = dict(ours.tokens[0].top)
+            apart += [abs(known[t] - p) for t, p in theirs.tokens[0].top if t in known]
+        assert len(apart) > 3 * len(asked)
+        assert max(apart) < 0.1
+        runner.close()
+    batcher.close()
+
+
+def test_slots_leave_a_sliding_window_there_and_not_here(tmp_path: Path) -> None:
+    cp = engine(tmp_path, "gemma3")
+    short, long = "tell me", "tell me a very long story of " * 3
+    asked = [Request(prompt=short, user=user, max_new_tokens=8) for user in ("ana", "bo")]
+    wanted = [one.text for one in cp.generate(asked)]
+    lost = Request(prompt="lost", user="dan", max_new_tokens=4)
+    with served(tmp_path / "model", tmp_path / "prefixes", log=tmp_path / "log") as url:
+        runner = cp.vllm_runner(url, tmp_path / "prefixes")
+        assert at_once(runner, asked) == wanted
+        # A prefix that cannot be read fails its request alone here too, where layers differ.
+        digest = runner._placed(cp.prepare(lost)).digest
+        (tmp_path / "prefixes" / f"{digest}.safetensors").write_bytes(b"")
+        with pytest.raises(EngineError):
+            runner.submit(lost).result()
+        assert at_once(runner, asked) == wanted
+        # Beyond the window of 64 tokens, its layers no longer see the slots.
+        far = Request(prompt=long, user="bo", max_new_tokens=24)
+        assert runner.submit(far).result().text != cp.generate(far).text
+        runner.close()

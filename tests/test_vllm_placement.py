@@ -1,0 +1,256 @@
+"""What vLLM is given: keys at other positions, and placeholders that say all of a prefix."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache, PreTrainedModel
+
+from controlprefix import Geometry, Part, Prefix, RequestError, UnsupportedModelError, assemble
+from controlprefix.batching import Prepared
+from controlprefix.guidance import Guidance
+from controlprefix.request import PartUsed
+from controlprefix.steering import Steering
+from controlprefix.vllm.folder import PrefixFolder
+from controlprefix.vllm.placement import MOST_SLOTS, Placement, place
+from controlprefix.vllm.rotation import Rotation
+
+from models import ENCODER_DECODER, PARTICULAR, ROTARY, build
+
+GEOMETRY = Geometry.uniform(num_layers=1, num_kv_heads=1, head_dim=2)
+
+
+def prepared(
+    parts: list[tuple[str, Prefix, float]], *, tenant: str = "a", courses: bool = False
+) -> Prepared:
+    used = tuple(
+        PartUsed(kind=kind, name=str(i), version=1, strength=strength)
+        for i, (kind, _, strength) in enumerate(parts)
+    )
+    course = ((0, 1.0), (4, 0.0)) if courses else ()
+    rows = [[Part(prefix, strength, course) for _, prefix, strength in parts]]
+    return Prepared(Guidance(rows, [0], [[]]), tenant, used)
+
+
+def placed(parts: list[tuple[str, Prefix, float]], **more: object) -> Placement:
+    tenant = str(more.pop("tenant", "a"))
+    settings = {"vocab_size": 50_000, "block_size": 16, **more}
+    return place(prepared(parts, tenant=tenant), "model", **settings)  # type: ignore[arg-type]
+
+
+def slots(count: int, seed: int = 0) -> Prefix:
+    return Prefix.random(GEOMETRY, num_slots=count, seed=seed)
+
+
+@pytest.mark.parametrize("name", [*ROTARY, "gemma2", "gpt_oss", "ministral3"])
+def test_a_moved_prefix_in_the_cache_says_what_slots_say(name: str) -> None:
+    model = build(name, attention="eager")
+    steering = Steering.of(model)
+    geometry = steering.geometry
+    few = 2  # with the text, within the windows of these small models
+    prefix = Prefix.random(geometry, num_slots=few, scale=1.0, seed=1)
+    text = torch.tensor([[7, 8, 9]])
+    with torch.no_grad(), steering.attached(assemble([[Part(prefix)]], geometry)):
+        wanted = model(input_ids=text).logits
+    moved = Rotation.of(model).moved(prefix, few)
+    layers = [moved.layer("decoder", i) for i in range(len(geometry.decoder))]
+    cache = DynamicCache(
+        ddp_cache_data=[(keys[None], values[None]) for keys, values in layers], config=model.config
+    )
+    with torch.no_grad():
+        found = model(
+            input_ids=text, past_key_values=cache, position_ids=torch.tensor([[2, 3, 4]])
+        ).logits
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return build("llama")
+
+
+def test_moving_there_and_back_changes_nothing_and_far_changes_much(llama: PreTrainedModel) -> None:
+    rotation = Rotation.of(llama)
+    prefix = Prefix.random(Steering.of(llama).geometry, num_slots=3, seed=0)
+    moved = rotation.moved(prefix, 40)
+    assert not torch.allclose(moved.slots["decoder"], prefix.slots["decoder"], atol=1e-3)
+    back = rotation.moved(moved, -40)
+    torch.testing.assert_close(back.slots["decoder"], prefix.slots["decoder"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gpt2", "no rotations"),
+        ("opt", "no rotations"),
+        ("deepseek_v32", "MLA"),
+        ("gemma4", "share keys"),
+        *((name, "encoder") for name in ENCODER_DECODER),
+    ],
+)
+def test_what_vllm_cannot_serve_is_refused_by_name(name: str, why: str) -> None:
+    assert name in {*PARTICULAR, "gpt2", "opt", *ENCODER_DECODER}
+    with pytest.raises(UnsupportedModelError, match=why):
+        Rotation.of(build(name))
+
+
+def test_positions_that_also_matter_elsewhere_are_noticed(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A rotary model whose logits know where a token stands, as ALiBi or learned positions would.
+    forward = type(llama).forward
+
+    def placed(self, *args, position_ids=None, **kwargs):  # type: ignore[no-untyped-def]
+        found = forward(self, *args, position_ids=position_ids, **kwargs)
+        if position_ids is not None:
+            found.logits = found.logits + position_ids[..., None]
+        return found
+
+    monkeypatch.setattr(type(llama), "forward", placed)
+    with pytest.raises(UnsupportedModelError, match="all positions move together"):
+        Rotation.of(llama)
+
+
+def test_a_strength_of_three_is_each_slot_three_times(llama: PreTrainedModel) -> None:
+    steering = Steering.of(llama)
+    prefix = Prefix.random(steering.geometry, num_slots=3, scale=1.0, seed=2)
+    placement = place(prepared([("user", prefix, 3.0)]), "model", vocab_size=300)
+    together = Prefix(
+        steering.geometry, {"decoder": torch.cat([p.slots["decoder"] for p in placement.pieces])}
+    )
+    text = torch.tensor([[7, 8, 9]])
+    logits = []
+    for parts in ([Part(prefix, 3.0)], [Part(together)]):
+        with torch.no_grad(), steering.attached(assemble([parts], steering.geometry)):
+            logits.append(llama(input_ids=text).logits)
+    torch.testing.assert_close(*logits)
+    assert placement.num_slots == len(placement.ids) == 9
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.25, 2.0001])
+def test_strengths_between_whole_numbers_are_refused(strength: float) -> None:
+    with pytest.raises(RequestError, match="whole numbers"):
+        placed([("user", slots(4), strength)])
+
+
+def test_schedules_guidance_and_too_many_slots_are_refused() -> None:
+    with pytest.raises(RequestError, match="schedules"):
+        place(prepared([("user", slots(4), 1.0)], courses=True), "model", vocab_size=300)
+    plain = prepared([("user", slots(4), 1.0)])
+    away = plain._replace(guidance=Guidance([*plain.guidance.rows, []], [0, 0], [[]]))
+    with pytest.raises(RequestError, match="below 0"):
+        place(away, "model", vocab_size=300)
+    with pytest.raises(RequestError, match="slots"):
+        placed([("user", slots(4), float(MOST_SLOTS))])
+
+
+def test_the_order_in_which_parts_are_named_does_not_matter() -> None:
+    one, other = ("attribute", slots(4, 1), 1.0), ("user", slots(4, 2), 1.0)
+    assert placed([one, other]).digest == placed([other, one]).digest
+
+
+def test_what_is_absent_takes_no_place() -> None:
+    assert placed([("user", slots(4), 0.0)]).num_slots == 0
+    assert placed([]).ids == ()
+
+
+def blocks_of(placement: Placement, text: list[int], size: int) -> list[tuple[object, ...]]:
+    """The rule of vLLM: a full block is known by its tokens, all before it, and the salt."""
+    tokens = [*placement.ids, *text]
+    return [(placement.salt, *tokens[:end]) for end in range(size, len(tokens) + 1, size)]
+
+
+def content_of(placement: Placement, text: list[int], size: int) -> list[tuple[object, ...]]:
+    """What really stands in each full block, and all before it: slots as they are turned."""
+    rows = [
+        (placement.num_slots, *row.tolist())
+        for piece in placement.pieces
+        for row in piece.slots["decoder"]
+    ]
+    whole = [*rows, *((tuple(rows), token) for token in text)]
+    return [tuple(whole[:end]) for end in range(size, len(whole) + 1, size)]
+
+
+KINDS = st.sampled_from(["task", "attribute", "user"])
+PARTS = st.lists(
+    st.tuples(KINDS, st.integers(1, 40), st.integers(0, 3), st.integers(1, 2)), max_size=4
+)
+
+
+@given(
+    one=PARTS,
+    other=PARTS,
+    size=st.sampled_from([4, 16, 32]),
+    vocab=st.sampled_from([300, 50_000]),
+    tenants=st.sampled_from([("a", "a"), ("a", "b")]),
+)
+def test_vllm_shares_no_block_between_requests_with_other_slots(
+    one: list[tuple[str, int, int, int]],
+    other: list[tuple[str, int, int, int]],
+    size: int,
+    vocab: int,
+    tenants: tuple[str, str],
+) -> None:
+    found = [
+        placed(
+            [(kind, slots(count, seed), float(strength)) for kind, count, seed, strength in parts],
+            vocab_size=vocab,
+            block_size=size,
+            tenant=tenant,
+        )
+        for parts, tenant in zip((one, other), tenants, strict=True)
+    ]
+    text = [9] * 70
+    names = [blocks_of(placement, text, size) for placement in found]
+    contents = [content_of(placement, text, size) for placement in found]
+    for i, (name, content) in enumerate(zip(names[0], contents[0], strict=True)):
+        if i < len(names[1]) and name == names[1][i]:
+            assert content == contents[1][i]
+            assert tenants[0] == tenants[1]
+
+
+def test_users_of_one_task_share_its_blocks_and_no_more() -> None:
+    task = ("task", slots(40, 1), 1.0)
+    ana, bo = (placed([task, ("user", slots(16, seed), 1.0)]) for seed in (2, 3))
+    shared = [x == y for x, y in zip(blocks_of(ana, [], 16), blocks_of(bo, [], 16), strict=True)]
+    assert shared == [True, True, False]
+    longer = placed([task, ("user", slots(17, 2), 1.0)])
+    assert longer.salt != ana.salt  # its keys are turned further
+    assert placed([task], tenant="b").salt != placed([task], tenant="a").salt
+
+
+def test_digests_that_do_not_fit_a_block_are_not_relied_on() -> None:
+    assert 4 * math.log2(50_000) < 128
+    task = ("task", slots(16, 1), 1.0)
+    ana, bo = (placed([task, ("user", slots(4, seed), 1.0)]) for seed in (2, 3))
+    assert ana.salt != bo.salt
+
+
+def test_a_folder_keeps_files_whole_and_drops_the_least_recent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def make(seed: int) -> Prefix:
+        made.append(seed)
+        return slots(4, seed)
+
+    size = len(slots(4).to_bytes())
+    folder = PrefixFolder(tmp_path / "new", most_bytes=3 * size + 1)
+    names = [f"{i:064x}" for i in range(4)]
+    folder.keep(names[0], lambda: make(0))
+    folder.keep(names[0], lambda: make(0))
+    assert made == [0]
+    read = Prefix.from_bytes(folder.file(names[0]).read_bytes())
+    torch.testing.assert_close(read.slots["decoder"], slots(4, 0).slots["decoder"])
+    for i in (1, 2):
+        folder.keep(names[i], lambda i=i: make(i))
+    assert all(folder.file(name).exists() for name in names[:3])  # in use: they stay
+    monkeypatch.setattr("controlprefix.vllm.folder._IN_USE_S", -1.0)
+    folder.keep(names[3], lambda: make(3))
+    assert not folder.file(names[0]).exists()
+    assert folder.file(names[3]).exists()
+    assert sum(one.stat().st_size for one in (tmp_path / "new").iterdir()) <= 3 * size
