@@ -451,6 +451,7 @@ PEFT: dict[str, dict[str, Any]] = {
 OURS: dict[str, dict[str, Any]] = {
     "ours, task alone": {"labels": False, "parameterization": "direct"},
     "ours, direct": {"parameterization": "direct"},
+    "ours, cartridge": {"parameterization": "cartridge"},
     "ours, shared": {},
     "ours, shared, contrast": {"contrast": 0.3},  # of 0, 0.3 and 0.6, on formality's dev split
 }
