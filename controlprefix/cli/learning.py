@@ -54,8 +54,8 @@ def train(
     parameterization: Annotated[
         str | None,
         typer.Option(
-            help="How slots are produced: shared, direct, cartridge, mlp, or shared-kv; left out, shared, "
-            "and for users alone direct."
+            help="How slots are produced: shared, direct, cartridge, mlp, or shared-kv; left out, "
+            "shared, and for users alone direct."
         ),
     ] = None,
     epochs: EpochsOption = 3.0,

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from controlprefix.errors import TrainingDataError
 from controlprefix.geometry import Geometry, Site
 from controlprefix.prefix import Prefix
 from controlprefix.store import PrefixKey
@@ -105,6 +106,11 @@ class Parameterization(LearnedSlots):
         self._slot_dropout = slot_dropout
         self._start = {key: prefix.to(dtype=torch.float32) for key, prefix in start.items()}
         self._num_frozen = int(freeze_first_slot or name == "cartridge")
+        if self._num_frozen and all(one.num_slots <= self._num_frozen for one in start.values()):
+            raise TrainingDataError(
+                "the first slot stays as it begins, so there is nothing to learn in 1; give 2 "
+                "slots or more"
+            )
         self._geometry = next(iter(start.values())).geometry
         self._scale = {site: scale[site].float() for site in self._geometry.sites}
         if name == "cartridge":
