@@ -137,7 +137,7 @@ def test_one_scale_for_all_numbers_in_a_cartridge() -> None:
 
 
 def test_slots_that_are_all_frozen_are_refused() -> None:
-    one = starts(num_slots=1)
+    one = {FORMAL: Prefix.random(GEOMETRY, num_slots=1, seed=0)}
     for name, frozen in (("cartridge", False), ("shared", True)):
         with pytest.raises(TrainingDataError, match="2 slots"):
             made(name, one, freeze_first_slot=frozen)
