@@ -25,6 +25,8 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'

@@ -15,6 +15,16 @@ import httpx
 _START_S = 240
 
 
+def transfer(folder: str) -> dict[str, object]:
+    """The `--kv-transfer-config` of vLLM, for our connector."""
+    return {
+        "kv_connector": "ControlPrefixConnector",
+        "kv_connector_module_path": "controlprefix.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"folder": folder},
+    }
+
+
 @contextlib.contextmanager
 def served(
     model: Path,
@@ -28,18 +38,12 @@ def served(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    transfer = {
-        "kv_connector": "ControlPrefixConnector",
-        "kv_connector_module_path": "controlprefix.vllm.connector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"folder": str(prefixes)},
-    }
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", "tiny", "--dtype", dtype),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--block-size", "32", "--enforce-eager", "--max-model-len", "256"),
-        *("--kv-transfer-config", json.dumps(transfer)),
+        *("--kv-transfer-config", json.dumps(transfer(str(prefixes)))),
         *options,
     ]
     environment = {
