@@ -8,6 +8,8 @@ each attribute, linear over words and over sentence embeddings, learn from rows 
 sees; one says the average control, the other checks it. What a way can be tuned in (a
 coefficient) is chosen by other draws than those reported.
 
+repeng asks for NumPy 1, and is left out unless it is there: `pip install --no-deps repeng==0.4.0`.
+
 Run it with `python benchmarks/control.py DATA`, or a part with `--part aspects`. What is done
 already is not done again; `--fresh` begins anew.
 """
@@ -21,6 +23,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -823,7 +826,7 @@ def main() -> None:
         saved(lambda r, n=name, a=accuracy: r.setdefault(n, {"ways": {}}).update(judges=a))
         known: dict[str, Way] = {}
         for label in WAYS:
-            if is_done(name, "ways", label):
+            if is_done(name, "ways", label) or (label == "repeng" and not find_spec("repeng")):
                 continue
             figures = measure(learned(label, one, options, known), one, options)
             print(name, label, {k: round(v, 3) for k, v in figures.items()}, flush=True)
