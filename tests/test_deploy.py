@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 from typer.main import get_command
-from vllm_server import transfer
 
 from controlprefix.cli import app
+
+from vllm_server import transfer
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 

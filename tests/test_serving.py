@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ from controlprefix.evaluation import Judge
 from controlprefix.serving import Gateway, Limits, create_app
 from controlprefix.store import PrefixStore
 
+from databases import own_server, restart
 from models import build, byte_tokenizer
 
 MODEL = build("llama")
@@ -516,3 +518,84 @@ def test_a_server_told_to_stop_finishes_what_it_has(store: str, tmp_path: Path) 
         assert process.wait(60) == 0, process.stdout and process.stdout.read()
     whole = expected(store, prompt="x", raw=True, max_new_tokens=240, repetition_penalty=1.3)
     assert text == whole
+
+
+def test_a_soak_with_faults_loses_nothing(tmp_path: Path) -> None:
+    """The database restarts twice while clients ask, enrol, hang up and send nonsense."""
+    with own_server(tmp_path / "data") as (server, url):
+        fill(url, "mine", 2.0)
+        soak(server, url)
+
+
+def soak(server: Any, url: str) -> None:
+    served = Served(url, open_tenant="mine", limits=Limits(rows=8, waiting=64))
+    users = [None, "ana"]
+    wanted = {
+        user: expected(url, prompt="soak", raw=True, max_new_tokens=12, user=user) for user in users
+    }
+    stop = threading.Event()
+    answers: list[tuple[int, Any]] = []
+    kept: list[str] = []
+    lock = threading.Lock()
+
+    def ask(i: int) -> None:
+        user = users[i % 2]
+        body = {"model": "tiny", "prompt": "soak", "max_tokens": 12, "temperature": 0, "user": user}
+        answer = httpx.post(f"{served.base}/v1/completions", json=body, timeout=60)
+        text = answer.json()["choices"][0]["text"] if answer.status_code == 200 else None
+        with lock:
+            answers.append((answer.status_code, text is None or text == wanted[user]))
+
+    def hang_up(i: int) -> None:
+        body = {"model": "tiny", "prompt": "soak", "max_tokens": 200, "stream": True}
+        with httpx.stream("POST", f"{served.base}/v1/completions", json=body, timeout=60) as answer:
+            next(answer.iter_raw(), b"")
+
+    def nonsense(i: int) -> None:
+        content = [b"{", b"[]", b'{"model": 7}', b"\xff" * 100, b'{"model": "tiny", "prompt": []}']
+        answer = httpx.post(f"{served.base}/v1/completions", content=content[i % 5], timeout=60)
+        with lock:
+            answers.append((answer.status_code, 400 <= answer.status_code < 500))
+
+    def enrol(i: int) -> None:
+        user = f"soak{i}"
+        answer = httpx.put(
+            f"{served.base}/v1/users/{user}", json={"texts": ["hello there"]}, timeout=60
+        )
+        with lock:
+            answers.append((answer.status_code, True))
+            if answer.status_code == 200:
+                kept.append(user)
+
+    def client(what: Callable[[int], None], pause: float) -> None:
+        i = 0
+        while not stop.is_set():
+            what(i)
+            i += 1
+            time.sleep(pause)
+
+    threads = [
+        threading.Thread(target=client, args=(what, pause))
+        for what, pause in [(ask, 0.0)] * 4 + [(hang_up, 0.2), (nonsense, 0.05), (enrol, 0.1)]
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(2):
+            time.sleep(2)
+            restart(server)
+        time.sleep(2)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    statuses = Counter(status for status, _ in answers)
+    assert statuses[200] > 50
+    assert set(statuses) <= {200, 400, 422, 503}, statuses
+    assert all(right for _, right in answers)
+    wait_for(lambda: served.gateway.load == (0, 0))
+    ask(1)
+    assert answers[-1] == (200, True)
+    known = set(httpx.get(f"{served.base}/v1/users").json()["users"])
+    assert set(kept) <= known  # whoever was told that they are enrolled, is
+    served.close()

