@@ -378,13 +378,13 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
     try:
         ask = served.client().completions.create
         slow = {"model": "tiny", "prompt": "x", "max_tokens": 200, "temperature": 0}
-        forward = served.gateway._batcher._forward
+        forward = served.gateway._runner._forward
 
         def slowly(*given: Any) -> Any:
             time.sleep(0.05)
             return forward(*given)
 
-        served.gateway._batcher._forward = slowly  # type: ignore[method-assign]
+        served.gateway._runner._forward = slowly  # type: ignore[method-assign]
         with ThreadPoolExecutor(6) as pool:
             done = [pool.submit(ask, **slow) for _ in range(6)]
             statuses = []
@@ -419,8 +419,8 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
     def failing(*_: Any) -> Any:
         raise ZeroDivisionError(secret)
 
-    forward = served.gateway._batcher._forward
-    served.gateway._batcher._forward = failing  # type: ignore[method-assign]
+    forward = served.gateway._runner._forward
+    served.gateway._runner._forward = failing  # type: ignore[method-assign]
     try:
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError) as wrong:
@@ -428,7 +428,7 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
             assert wrong.value.status_code == 500
             assert secret not in str(wrong.value)
     finally:
-        served.gateway._batcher._forward = forward  # type: ignore[method-assign]
+        served.gateway._runner._forward = forward  # type: ignore[method-assign]
     assert ask(model="tiny", prompt="x", max_tokens=2).choices[0].text is not None
 
 
@@ -450,19 +450,19 @@ def test_whoever_hangs_up_leaves_the_batch(served: Served) -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
 
-    forward = served.gateway._batcher._forward
+    forward = served.gateway._runner._forward
 
     def slowly(*given: Any) -> Any:
         time.sleep(0.1)  # all of it would take 22 s
         return forward(*given)
 
-    served.gateway._batcher._forward = slowly  # type: ignore[method-assign]
+    served.gateway._runner._forward = slowly  # type: ignore[method-assign]
     try:
         for stream in (True, False):
             asyncio.run(hang_up(stream=stream))
             wait_for(lambda: served.gateway.load == (0, 0))
     finally:
-        served.gateway._batcher._forward = forward  # type: ignore[method-assign]
+        served.gateway._runner._forward = forward  # type: ignore[method-assign]
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
