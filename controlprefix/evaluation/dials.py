@@ -7,23 +7,14 @@ from dataclasses import dataclass, replace
 from controlprefix.attributes import attribute_name
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import TrainingDataError
-from controlprefix.evaluation.harness import fluencies
+from controlprefix.evaluation.harness import CurvePoint, fluencies
 from controlprefix.evaluation.judges import Judge
-from controlprefix.evaluation.metrics import Estimate, estimate
+from controlprefix.evaluation.metrics import estimate
 from controlprefix.request import Request
 
 GRID = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 _STEPS = 10  # points of a dial from 0 to 1
 _LEAST = 0.05  # of chance, that a label must move to be worth a dial
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """What the judge said at one strength."""
-
-    strength: float
-    chance: Estimate
-    fluency: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +27,7 @@ class Calibration:
         version: Of the prefix that carries the dial.
     """
 
-    responses: tuple[Response, ...]
+    responses: tuple[CurvePoint, ...]
     dial: tuple[tuple[float, float], ...]
     version: int
 
@@ -53,7 +44,7 @@ def responses(
     samples: int = 64,
     calibrated: bool = False,
     seed: int = 0,
-) -> tuple[Response, ...]:
+) -> tuple[CurvePoint, ...]:
     """Measure what strengths of a label do.
 
     Args:
@@ -91,7 +82,7 @@ def responses(
         texts = [one.text for one in cp.generate(asked, batch_size=32)]
         chances = judge.chances(texts)[:, judge.labels.index(label)].tolist()
         spread = fluencies(cp, texts)
-        found.append(Response(strength, estimate(chances), sum(spread) / len(spread)))
+        found.append(CurvePoint(strength, estimate(chances), sum(spread) / len(spread)))
     return tuple(found)
 
 
@@ -167,7 +158,9 @@ def even_dial(
     Returns:
         `(position, strength)` from (0, 0) up; nothing where strength 1 has no effect.
     """
-    level = _rising(effects)
+    from sklearn.isotonic import IsotonicRegression  # with judges, which need scikit-learn too
+
+    level = IsotonicRegression().fit_transform(range(len(effects)), effects).tolist()
     start, full = level[list(strengths).index(0.0)], level[list(strengths).index(1.0)]
     if full - start < _LEAST:
         return ()
@@ -188,17 +181,3 @@ def _strength_for(position: float, strengths: Sequence[float], shares: Sequence[
             left, right = strengths[i - 1], strengths[i]
             return left + way * (right - left) if left == 0 else left * (right / left) ** way
     return strengths[-1]
-
-
-def _rising(values: Sequence[float]) -> list[float]:
-    """The nearest values that never fall (pool adjacent violators)."""
-    pools: list[list[float]] = []
-    for value in values:
-        pools.append([value])
-        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    return [_mean(pool) for pool in pools for _ in pool]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
