@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from controlprefix.assembly import Part, PrefixBatch, assemble
+from controlprefix.assembly import Part, PrefixBatch
 from controlprefix.cache import Source, lay_out, new_cache, overwrite
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import (
@@ -398,7 +398,7 @@ class Batcher:
                 sequence.ticket._put(error)
 
     def _reading_of(self, chosen: list[_Sequence]) -> _Reading:
-        batch = self._assemble([parts for one in chosen for parts in one.parts])
+        batch = self._steering.assemble([parts for one in chosen for parts in one.parts])
         batch.move_to(0)
         prompts = [sequence.prompt for sequence in chosen for _ in sequence.parts]
         longest = max(map(len, prompts))
@@ -495,7 +495,9 @@ class Batcher:
         if holes > _MOST_HOLES * len(self._rows) or needed > _MOST_PADDING:
             self._arrange(self._active())
         if self._batch is None:
-            self._batch = self._assemble([self._parts_of(i) for i in range(len(self._rows))])
+            self._batch = self._steering.assemble(
+                [self._parts_of(i) for i in range(len(self._rows))]
+            )
         if self._batch.is_scheduled:
             self._batch.move_to([0 if row is None else len(row.new) for row in self._rows])
         last = [self._encoder.pad_id if row is None else row.new[-1] for row in self._rows]
@@ -520,14 +522,6 @@ class Batcher:
     def _parts_of(self, row: int) -> list[Part]:
         sequence = self._rows[row]
         return [] if sequence is None else sequence.parts[row - self._firsts[id(sequence)]]
-
-    def _assemble(self, rows: Sequence[Sequence[Part]]) -> PrefixBatch:
-        return assemble(
-            rows,
-            self._steering.geometry,
-            device=self._model.device,
-            dtype=self._model.dtype,
-        )
 
     def _forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, batch: PrefixBatch
@@ -624,7 +618,7 @@ class StaticBatcher(Batcher):
 
     def _write(self, group: Sequence[_Sequence]) -> None:
         guidance = joined([sequence.prepared.guidance for sequence in group])
-        batch = self._assemble(guidance.rows)
+        batch = self._steering.assemble(guidance.rows)
         with self._steering.attached(batch):
             done = generate_batch(
                 self._model,

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from controlprefix.assembly import Part, PrefixBatch, assemble
+from controlprefix.assembly import PrefixBatch
 from controlprefix.attributes import AttributeSpace
 from controlprefix.batching import Batcher, Prepared, StaticBatcher
 from controlprefix.cache import can_be_laid_out
@@ -199,7 +199,7 @@ class ControlPrefix:
         if asked.num_beams > 1:
             raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
         guidance = spread([parts])
-        batch = self._assemble(guidance.rows)
+        batch = self._steering.assemble(guidance.rows)
         prompt = self._encoder.prompt_ids(asked)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancelled = threading.Event()
@@ -319,7 +319,7 @@ class ControlPrefix:
         scores: dict[int, Score] = {}
         for chosen in _chunks(by_length, batch_size):
             guidance = spread([resolved[i] for i in chosen])
-            with torch.no_grad(), self._steering.attached(self._assemble(guidance.rows)):
+            with torch.no_grad(), self._steering.attached(self._steering.assemble(guidance.rows)):
                 log_probs = guided_log_probs(
                     self.model,
                     [encoded[i].prompt for i in chosen],
@@ -352,7 +352,7 @@ class ControlPrefix:
             raise RequestError(
                 "a strength below 0 changes logits, not attention; use generate, stream or score"
             )
-        batch = self._assemble(guidance.rows)
+        batch = self._steering.assemble(guidance.rows)
         with self._steering.attached(batch, everywhere=True):
             yield batch
 
@@ -892,7 +892,7 @@ class ControlPrefix:
         completions: dict[int, Completion] = {}
         for chosen in (c for group in groups.values() for c in _chunks(group, batch_size)):
             guidance = spread([resolved[i] for i in chosen])
-            batch = self._assemble(guidance.rows)
+            batch = self._steering.assemble(guidance.rows)
             with self._steering.attached(batch):
                 done = generate_batch(
                     self.model,
@@ -907,14 +907,6 @@ class ControlPrefix:
                 update = {"parts": used, "stand_ins": found[i].stand_ins}
                 completions[i] = completion.model_copy(update=update)
         return [completions[i] for i in range(len(requests))]
-
-    def _assemble(self, rows: Sequence[Sequence[Part]]) -> PrefixBatch:
-        return assemble(
-            rows,
-            self.geometry,
-            device=self.model.device,
-            dtype=self.model.dtype,
-        )
 
 
 def _is_one(requests: object) -> bool:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from controlprefix.assembly import PrefixBatch, SlotBlock
+from controlprefix.assembly import Part, PrefixBatch, SlotBlock, assemble
 from controlprefix.attention import (
     IMPLEMENTATIONS,
     PLACE,
@@ -82,6 +82,12 @@ class Steering:
         if steering is None:
             steering = cls._of_model[model] = cls(model)
         return steering
+
+    def assemble(self, rows: Sequence[Sequence[Part]]) -> PrefixBatch:
+        """The parts of each row, put together for this model: see `assembly.assemble`."""
+        model = self._model()
+        assert model is not None
+        return assemble(rows, self.geometry, device=model.device, dtype=model.dtype)
 
     @contextlib.contextmanager
     def attached(self, batch: PrefixBatch, *, everywhere: bool = False) -> Iterator[None]:

@@ -10,7 +10,9 @@ from controlprefix.prefix import LayerSlots, Prefix
 from controlprefix.steering import Steering
 
 
-def prefix_from_tokens(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
+def prefix_from_tokens(
+    model: PreTrainedModel, ids: Sequence[int], *, num_slots: int | None = None
+) -> Prefix:
     """What attention would read of tokens that stand just before position 0.
 
     Where all that tokens tell each other goes through rotary attention, attending to
@@ -22,7 +24,9 @@ def prefix_from_tokens(model: PreTrainedModel, ids: Sequence[int]) -> Prefix:
     Args:
         model: Frozen.
         ids: Token ids, at least one; one slot each.
+        num_slots: So many, from the first tokens, or from the tokens over and over.
     """
+    ids = [ids[i % len(ids)] for i in range(len(ids) if num_slots is None else num_slots)]
     layers = keys_and_values(model, ids, 0)
     if not model.config.is_encoder_decoder and is_rotary(model):
         before_zero = keys_and_values(model, ids, -len(ids))

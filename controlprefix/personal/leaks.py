@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from controlprefix.assembly import Part, assemble
+from controlprefix.assembly import Part
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import TrainingDataError
 from controlprefix.prefix import Prefix
@@ -139,12 +139,7 @@ class Auditor:
             some = torch.tensor(long[at : at + _AT_A_TIME], device=self._model.device)
             shown = some[:, : some.shape[1] - _CONTINUED]
             parts = [[] if prefix is None else [Part(prefix)] for _ in some]
-            batch = assemble(
-                parts,
-                self._steering.geometry,
-                device=self._model.device,
-                dtype=self._model.dtype,
-            )
+            batch = self._steering.assemble(parts)
             with torch.no_grad(), self._steering.attached(batch):
                 written = self._model.generate(  # type: ignore[operator]
                     input_ids=shown,

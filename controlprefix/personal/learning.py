@@ -18,13 +18,12 @@ from controlprefix.store import PrefixKey
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import TrainingRow
-from controlprefix.training.preparation import typical_size
+from controlprefix.training.preparation import typical_scale
 from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 
 CODE_RATE = 5e-2  # of codes, whose numbers are about as large as an embedding's: 1
 _DROPOUT = 0.1
-_SCALE_TOKENS = 64
 _MOST_FEATURES = 64  # texts of a user that are embedded
 
 
@@ -88,8 +87,8 @@ def learn_decoder(
     some = [text for mine in written.values() for text in mine[:4]]
     texts = draw.sample(some, min(4, len(some)))
     ids = encoder.text_ids("\n".join(texts))
-    start = prefix_from_tokens(model, [ids[i % len(ids)] for i in range(num_slots)])
-    scale = typical_size(prefix_from_tokens(model, list(ids[:_SCALE_TOKENS])))
+    start = prefix_from_tokens(model, ids, num_slots=num_slots)
+    scale = typical_scale(model, ids)
     embedded = {user: features.of(texts[:_MOST_FEATURES]) for user, texts in written.items()}
     decoder = PrefixDecoder(
         start,

@@ -21,11 +21,10 @@ from controlprefix.steering import Steering
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Similar
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training.parameterization import LearnedSlots
-from controlprefix.training.preparation import typical_size
+from controlprefix.training.preparation import typical_scale
 from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 
-_SCALE_TOKENS = 64
 _USUAL = {"parameterization": "direct", "batch_size": 4, "patience": 2}
 # A start that many users shaped is near: small steps. Measured on blogs (docs/decisions.md).
 _RATE_FROM_DECODER = 1e-2
@@ -236,9 +235,8 @@ class Personalizer:
     def _from_texts(self, settings: TrainingSettings, num_slots: int) -> Begin:
         def begin(key: PrefixKey, written: list[str]) -> LearnedSlots:
             ids = self._encoder.text_ids("\n".join(written[:num_slots]))
-            start = [ids[i % len(ids)] for i in range(num_slots)]
-            scale = typical_size(prefix_from_tokens(self._model, list(ids[:_SCALE_TOKENS])))
-            return settings.parameterized({key: prefix_from_tokens(self._model, start)}, scale)
+            start = prefix_from_tokens(self._model, ids, num_slots=num_slots)
+            return settings.parameterized({key: start}, typical_scale(self._model, ids))
 
         return begin
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
-from controlprefix.assembly import Part, PrefixBatch, assemble
+from controlprefix.assembly import Part, PrefixBatch
 from controlprefix.encoding import EncodedExample
 from controlprefix.likelihood import divergences, target_logits, token_log_probs
 from controlprefix.prefix import Prefix
@@ -82,9 +82,7 @@ class Objective:
             [*row.frozen, *(Part(prefixes[key], strength) for key, strength in row.learned)]
             for row in rows
         ]
-        return assemble(
-            parts, self._steering.geometry, device=self._model.device, dtype=self._model.dtype
-        )
+        return self._steering.assemble(parts)
 
     def __call__(self, pairs: Sequence[Pair]) -> Tensor:
         """Nats of each pair, `(pairs,)`, summed over its targets.
@@ -123,12 +121,7 @@ class Objective:
 
     def _from_teacher(self, rows: Sequence[TrainingRow]) -> Tensor:
         targets = [row.targets for row in rows]
-        frozen = assemble(
-            [row.frozen for row in rows],
-            self._steering.geometry,
-            device=self._model.device,
-            dtype=self._model.dtype,
-        )
+        frozen = self._steering.assemble([row.frozen for row in rows])
         with torch.no_grad(), self._steering.attached(frozen):
             wanted, *_ = target_logits(
                 self._model, [row.teacher or () for row in rows], targets, pad_id=self._pad_id

@@ -114,7 +114,7 @@ def prepare(
             if default == "tokens":
                 seen = sorted({token for one in encoded for token in one.completion})
                 ids = random.Random(f"{seed}:{index}").choices(seen, k=count)
-            start[key] = prefix_from_tokens(model, [ids[i % len(ids)] for i in range(count)])
+            start[key] = prefix_from_tokens(model, ids, num_slots=count)
     end_id = next(iter(encoder.end_ids), None)
     rows = [
         TrainingRow.of(
@@ -122,8 +122,13 @@ def prepare(
         )
         for one, parts, row in zip(encoded, frozen, named, strict=True)
     ]
-    tokens = [token for one in encoded for token in one.completion][:_SCALE_TOKENS]
-    return Preparation(rows, start, typical_size(prefix_from_tokens(model, tokens)), left_out)
+    tokens = [token for one in encoded for token in one.completion]
+    return Preparation(rows, start, typical_scale(model, tokens), left_out)
+
+
+def typical_scale(model: PreTrainedModel, ids: Sequence[int]) -> dict[Site, Tensor]:
+    """The `typical_size` of the model's own keys and values of such tokens."""
+    return typical_size(prefix_from_tokens(model, ids[:_SCALE_TOKENS]))
 
 
 def typical_size(prefix: Prefix) -> dict[Site, Tensor]:

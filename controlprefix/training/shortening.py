@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from controlprefix.assembly import Part, assemble
+from controlprefix.assembly import Part
 from controlprefix.errors import TrainingDataError
 from controlprefix.likelihood import token_log_probs
 from controlprefix.prefix import Prefix
@@ -56,12 +56,7 @@ def slot_masses(
         count += 1
 
     for row in rows:
-        batch = assemble(
-            [[Part(prefix), *row.frozen]],
-            steering.geometry,
-            device=model.device,
-            dtype=model.dtype,
-        )
+        batch = steering.assemble([[Part(prefix), *row.frozen]])
         with torch.no_grad(), steering.attached(batch), steering.watched(add):
             token_log_probs(model, [row.prompt], [row.targets], pad_id=pad_id)
     return total / max(1, count)

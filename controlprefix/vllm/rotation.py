@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from controlprefix.assembly import Part, assemble
+from controlprefix.assembly import Part
 from controlprefix.errors import UnsupportedModelError
 from controlprefix.geometry import Geometry
 from controlprefix.prefix import Prefix
@@ -94,7 +94,7 @@ class Rotation:
         prefix = prefix_from_tokens(model, _PROBE[:2])
         text = torch.tensor([_PROBE[2:5]], device=model.device)
         steering = Steering.of(model)
-        batch = assemble([[Part(prefix)]], self._geometry, device=model.device, dtype=model.dtype)
+        batch = steering.assemble([[Part(prefix)]])
         with steering.attached(batch):
             wanted = model(input_ids=text, use_cache=False).logits
         moved = self.moved(prefix, prefix.num_slots).to(device=model.device, dtype=model.dtype)

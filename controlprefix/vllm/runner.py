@@ -14,7 +14,7 @@ import httpx
 import torch
 from transformers import PreTrainedModel
 
-from controlprefix.assembly import Part, assemble
+from controlprefix.assembly import Part
 from controlprefix.batching import Event, Prepare, Prepared, Ticket, TokenChosen
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import (
@@ -336,7 +336,7 @@ class VllmRunner:
             body = self._body(request, placement, _PROBE[5:], 0)
             self._wait_for(self._write(ticket, request, body))
             (said,) = ticket.tokens
-            batch = assemble(rows, steering.geometry, device=model.device, dtype=model.dtype)
+            batch = steering.assemble(rows)
             with steering.attached(batch):
                 logits = model(input_ids=text, use_cache=False).logits[0, -1]
             ours = float(logits.float().log_softmax(-1)[said.token])
