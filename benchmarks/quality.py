@@ -673,6 +673,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of the data sets")
     parser.add_argument("--data", nargs="+", default=["formality", "sentiment", "e2e", "webnlg"])
+    parser.add_argument("--ways", nargs="+", help="left out: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
@@ -704,7 +705,7 @@ def main() -> None:
             data = load_data(options.folder, name, seed, options.steps * options.batch)
             for label, begin in ways(data, options, rates).items():
                 runs = results["data"].setdefault(name, {}).setdefault(label, {})
-                if str(seed) in runs:
+                if str(seed) in runs or (options.ways and label not in options.ways):
                     continue
                 torch.manual_seed(seed)
                 runs[str(seed)] = measure(begin(), data, seed, options)
