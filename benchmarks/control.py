@@ -215,11 +215,16 @@ class Ours(Way):
     """Task and labels learned together, or each attribute alone."""
 
     def __init__(
-        self, *given: Any, apart: bool = False, opposites: float = 0.0, strengths: bool = False
+        self,
+        *given: Any,
+        apart: bool = False,
+        mixing: str = "attention",
+        against: bool = False,
+        chosen: bool = False,
     ) -> None:
         super().__init__(*given)
-        self.apart, self.opposites = apart, opposites
-        self.coefficients = (1.0, 1.5, 2.0, 3.0) if strengths else ()
+        self.apart, self.mixing, self.against = apart, mixing, against
+        self.coefficients = (1.0, 1.5, 2.0) if chosen else ()
 
     def learn(self) -> None:
         attributes = list(self.study.labels)
@@ -247,19 +252,23 @@ class Ours(Way):
             )
 
     def request(self, combination: Combination) -> dict[str, Any]:
-        """With what leads away from the other labels, where that is wanted."""
+        """With the labels that are not meant below 0, where that is wanted."""
         weights = {
             attribute: {
                 label: self.coefficient,
                 **{
-                    other: -self.opposites / (len(self.study.labels[attribute]) - 1)
+                    other: -self.coefficient / (len(self.study.labels[attribute]) - 1)
                     for other in self.study.labels[attribute]
-                    if other != label and self.opposites
+                    if other != label and self.against
                 },
             }
             for attribute, label in combination.items()
         }
-        return {"task": None if self.apart else "text", "attributes": weights}
+        return {
+            "task": None if self.apart else "text",
+            "attributes": weights,
+            "mixing": self.mixing,
+        }
 
     def write(self, combination: Combination, count: int, seed: int) -> list[str]:
         return self.asked([self.request(combination)] * count, seed)
@@ -355,14 +364,20 @@ WAYS: dict[str, Callable[..., Way]] = {
     "instruction": Instructed,
     "few-shot": FewShot,
     "ours": Ours,
-    "ours, strength chosen": lambda *given: Ours(*given, strengths=True),
-    "ours, away from the others": lambda *given: Ours(*given, opposites=0.5),
+    "ours, strength chosen": lambda *given: Ours(*given, chosen=True),
+    "ours, mixed in logits": lambda *given: Ours(*given, mixing="logits", chosen=True),
+    "ours, mixed in logits, for and against": lambda *given: Ours(
+        *given, mixing="logits", against=True, chosen=True
+    ),
     "ours, learned apart": lambda *given: Ours(*given, apart=True),
     "union of PEFT prefixes": PrefixUnion,
     "LoRA of labels added": LoraSum,
     "repeng": Steering,
 }
-SAME_LEARNING = {"ours, strength chosen": "ours", "ours, away from the others": "ours"}
+SAME_LEARNING = dict.fromkeys(
+    ("ours, strength chosen", "ours, mixed in logits", "ours, mixed in logits, for and against"),
+    "ours",
+)
 
 
 def judged(

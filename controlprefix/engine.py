@@ -350,7 +350,8 @@ class ControlPrefix:
         guidance = spread([one.parts for one in found])
         if not guidance.is_plain:
             raise RequestError(
-                "a strength below 0 changes logits, not attention; use generate, stream or score"
+                "a strength below 0, or mixing='logits', changes logits, not attention; use "
+                "generate, stream or score"
             )
         batch = self._steering.assemble(guidance.rows)
         with self._steering.attached(batch, everywhere=True):

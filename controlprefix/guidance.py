@@ -1,4 +1,4 @@
-"""Negative strengths: away from a part, in the space of logits.
+"""Parts whose strengths count in the space of logits, each in a row of its own.
 
 A slot's attention mass cannot fall below nothing. So a part at strength `w < 0` gets a row of
 its own beside the request's, and what it changes there is taken away:
@@ -6,11 +6,13 @@ its own beside the request's, and what it changes there is taken away:
     logits = base + Σ w_i (with_i − base)
 
 where `base` attends to the request's other parts, and `with_i` to those and part i. All rows
-of a request write the same tokens.
+of a request write the same tokens. With `mixing="logits"` all labels are had so: what each
+changes is added up, so that labels do not compete for attention.
 
 Reference:
     Sanchez et al., "Stay on topic with Classifier-Free Guidance", 2023,
-    https://arxiv.org/abs/2306.17806, whose scale is 1 − w with the part as the negative prompt.
+    https://arxiv.org/abs/2306.17806, whose scale is 1 − w with the part as the negative prompt;
+    Liu et al., "DExperts", 2021, https://arxiv.org/abs/2105.03023: labels for and against.
 """
 
 from collections.abc import Sequence
@@ -52,13 +54,13 @@ class Guidance(NamedTuple):
 
 def spread(resolved: Sequence[Sequence[ResolvedPart]]) -> Guidance:
     """The rows that requests need, from their parts."""
-    rows = [[one.part for one in parts if one.used.strength >= 0] for parts in resolved]
+    rows = [[one.part for one in parts if not one.apart] for parts in resolved]
     requests = list(range(len(rows)))
     terms: list[list[Term]] = []
     for i, parts in enumerate(resolved):
         terms.append([])
         for one in parts:
-            if one.used.strength < 0:
+            if one.apart and one.used.strength:
                 terms[i].append(Term(len(rows), one.used.strength))
                 rows.append([*rows[i], one.part])
                 requests.append(i)

@@ -35,6 +35,11 @@ class Request(BaseModel):
         user: The user whose prefix to add.
         strengths: Multiplies parts: keys are `task`, `user`, or an attribute; 0 is
             absent, 1 as trained, below 0 leads away from the part (at the price of a row).
+        mixing: How labels come together. `attention`: their slots beside each other, so that
+            they share the attention there is. `logits`: each label has a row of its own beside
+            the task and the user, and what each changes in the logits is added up, times its
+            weight: firmer control of several attributes, at the price of a row a label. Weights
+            below 0 for the labels that are not meant make it firmer still.
         calibrated: Weights and strengths of attributes are positions of their labels' dials, at
             which the measured attribute moves evenly (see `controlprefix.evaluation`).
         unseen: What to do with a label that has no prefix: `refuse` it, take the `nearest` known
@@ -65,6 +70,7 @@ class Request(BaseModel):
     attributes: dict[str, str | dict[str, float]] = Field(default_factory=dict)
     user: str | None = None
     strengths: dict[str, float] = Field(default_factory=dict)
+    mixing: Literal["attention", "logits"] = "attention"
     calibrated: bool = False
     unseen: Literal["refuse", "nearest", "text"] = "refuse"
     schedules: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
@@ -124,10 +130,11 @@ class Request(BaseModel):
                 course.check(points)
             except ValueError as error:
                 raise ValueError(f"the schedule of {part!r} {error}") from None
-        if self.schedules and self._leads_away():
-            raise ValueError("schedules cannot be combined with strengths below 0")
-        if self.num_beams > 1 and self._leads_away():
-            raise ValueError("num_beams above 1 cannot be combined with strengths below 0")
+        if (self.schedules or self.num_beams > 1) and (why := self._rows_of_its_own()):
+            what = "schedules" if self.schedules else "num_beams above 1"
+            raise ValueError(f"{what} cannot be combined with {why}")
+        if self.mixing == "logits" and self.calibrated:
+            raise ValueError("dials are measured with attention; leave mixing or calibrated out")
         if self.num_beams > 1 and self.samples:
             raise ValueError(
                 "num_beams above 1 does not sample; leave temperature, top_* and min_p out"
@@ -140,9 +147,12 @@ class Request(BaseModel):
             )
         return self
 
-    def _leads_away(self) -> bool:
+    def _rows_of_its_own(self) -> str:
+        """What makes the request need more rows than one, if anything does."""
         weights = [label.weight for label in weighted_labels(self.attributes)]
-        return any(strength < 0 for strength in (*weights, *self.strengths.values()))
+        if any(strength < 0 for strength in (*weights, *self.strengths.values())):
+            return "strengths below 0"
+        return "mixing='logits'" if self.mixing == "logits" and self.attributes else ""
 
     def _check_prompt(self) -> None:
         if (self.prompt is None) == (self.messages is None):

@@ -28,11 +28,15 @@ class NamedPart(NamedTuple):
 class ResolvedPart(NamedTuple):
     """One part that a request names, and the prefix found for it.
 
-    A part at a strength below 0, which `used` says, is there as trained: see `guidance`.
+    Attributes:
+        used: With the strength that is meant.
+        part: Where it is not apart, at that strength; else as trained.
+        apart: Its strength counts in the space of logits: see `guidance`.
     """
 
     used: PartUsed
     part: Part
+    apart: bool = False
 
 
 def named_parts(request: Request) -> list[NamedPart]:
@@ -109,7 +113,14 @@ class Resolver:
                 if part.key not in found:
                     raise self._unknown(part.key, request)
         return [
-            [found[one.key].part(_dialled(found[one.key], one, request), one.course) for one in row]
+            [
+                found[one.key].part(
+                    _dialled(found[one.key], one, request),
+                    one.course,
+                    apart=request.mixing == "logits" and one.key.kind == "attribute",
+                )
+                for one in row
+            ]
             for row, request in zip(rows, requests, strict=True)
         ]
 
@@ -169,11 +180,12 @@ class Found(NamedTuple):
     version: int
     prefix: Prefix
 
-    def part(self, strength: float, course: Course = ()) -> ResolvedPart:
-        """As one part of a request."""
+    def part(self, strength: float, course: Course = (), *, apart: bool = False) -> ResolvedPart:
+        """As one part of a request; a strength below 0 can only be had apart."""
+        apart = apart or strength < 0
         kind, name = self.key
         used = PartUsed(kind=kind, name=name, version=self.version, strength=strength)
-        return ResolvedPart(used, Part(self.prefix, strength if strength >= 0 else 1.0, course))
+        return ResolvedPart(used, Part(self.prefix, 1.0 if apart else strength, course), apart)
 
 
 def _dialled(found: Found, asked: NamedPart, request: Request) -> float:

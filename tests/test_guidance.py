@@ -11,12 +11,12 @@ from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError,
 
 from models import build, byte_tokenizer
 
-NAMES = {"task": "note", "attribute": "tone=warm", "user": "ana"}
+NAMES = (("task", "note"), ("attribute", "tone=warm"), ("user", "ana"), ("attribute", "mood=glad"))
 
 
 def engine(name: str) -> ControlPrefix:
     cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
-    for seed, (kind, part) in enumerate(NAMES.items()):
+    for seed, (kind, part) in enumerate(NAMES):
         prefix = Prefix.random(cp.geometry, num_slots=3 + seed, scale=1.0, seed=seed)
         cp.put(kind, part, prefix)  # type: ignore[arg-type]
     return cp
@@ -28,6 +28,13 @@ def steered(request: pytest.FixtureRequest) -> ControlPrefix:
 
 
 PARTS: list[dict[str, Any]] = [
+    {"task": "note", "attributes": {"tone": {"warm": 0.8}, "mood": "glad"}, "mixing": "logits"},
+    {
+        "user": "ana",
+        "attributes": {"tone": {"warm": 1.5}, "mood": {"glad": -0.5}},
+        "strengths": {"user": 0.5, "tone": 2.0},
+        "mixing": "logits",
+    },
     {"task": "note", "attributes": {"tone": {"warm": -0.7}}},
     {"task": "note", "user": "ana", "strengths": {"user": -1.5, "task": 0.5}},
     {"attributes": {"tone": {"warm": -1.0}}, "user": "ana", "strengths": {"user": -0.5}},
@@ -36,13 +43,28 @@ PARTS: list[dict[str, Any]] = [
 
 def rows_of(parts: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[dict[str, Any], float]]]:
     """The base, and each part that is led away from beside it: written out by hand."""
+    mild = {"user": "ana", "strengths": {"user": 0.5}}
     return {
-        0: ({"task": "note"}, [({"task": "note", "attributes": {"tone": "warm"}}, -0.7)]),
+        0: (
+            {"task": "note"},
+            [
+                ({"task": "note", "attributes": {"tone": "warm"}}, 0.8),
+                ({"task": "note", "attributes": {"mood": "glad"}}, 1.0),
+            ],
+        ),
         1: (
+            mild,
+            [
+                ({**mild, "attributes": {"tone": "warm"}}, 3.0),
+                ({**mild, "attributes": {"mood": "glad"}}, -0.5),
+            ],
+        ),
+        2: ({"task": "note"}, [({"task": "note", "attributes": {"tone": "warm"}}, -0.7)]),
+        3: (
             {"task": "note", "strengths": {"task": 0.5}},
             [({"task": "note", "user": "ana", "strengths": {"task": 0.5}}, -1.5)],
         ),
-        2: ({}, [({"attributes": {"tone": "warm"}}, -1.0), ({"user": "ana"}, -0.5)]),
+        4: ({}, [({"attributes": {"tone": "warm"}}, -1.0), ({"user": "ana"}, -0.5)]),
     }[PARTS.index(parts)]
 
 
@@ -75,7 +97,8 @@ def test_greedy_tokens_are_those_of_the_formula(
     written = [token for token in new if token != 1]
     expected = steered.tokenizer.decode(written, skip_special_tokens=True)
     assert steered.generate(request).text == mixed.text == expected
-    assert {one.strength < 0 for one in mixed.parts} >= {True}
+    named = {one.name: one.strength for one in mixed.parts}
+    assert "tone=warm" in named or "ana" in named
     assert "".join(steered.stream(request)) == expected
 
 
@@ -132,5 +155,12 @@ def test_where_it_cannot_be_had_it_is_refused() -> None:
         pass
     with pytest.raises(RequestError, match="num_beams above 1 cannot be combined"):
         Request(prompt="x", num_beams=2, **away)
+    with pytest.raises(RequestError, match="num_beams above 1 cannot be combined with mixing"):
+        Request(prompt="x", num_beams=2, attributes={"tone": "warm"}, mixing="logits")
+    with pytest.raises(RequestError, match="dials are measured with attention"):
+        Request(prompt="x", attributes={"tone": "warm"}, mixing="logits", calibrated=True)
+    both = {"task": "note", "attributes": {"tone": "warm"}, "mixing": "logits"}
+    with pytest.raises(TrainingDataError, match="row 1 has mixing='logits'"):
+        cp.train([Example(prompt="x", completion="y", **both)], learn="task")
     with pytest.raises(TrainingDataError, match="row 1 has a strength below 0"):
         cp.train([Example(prompt="x", completion="y", task="note", **away)], learn="task")

@@ -1,7 +1,7 @@
 """Commands that ask: generate, score, demo."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -38,6 +38,10 @@ def generate(
         list[str] | None,
         typer.Option("--strength", "-w", help="task=0.5, user=1.5 or tone=2; repeatable."),
     ] = None,
+    mixing: Annotated[
+        Literal["attention", "logits"],
+        typer.Option(help="Labels side by side, or each in a row of its own: firmer, slower."),
+    ] = "attention",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, no template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="Sample; left out, greedy.")] = None,
@@ -61,6 +65,7 @@ def generate(
             name: number("--strength", value)
             for name, value in (pair("--strength", one) for one in strength or [])
         },
+        mixing=mixing,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

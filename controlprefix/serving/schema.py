@@ -62,6 +62,7 @@ class Asked(BaseModel):
     attributes: dict[str, str | dict[str, float]] = Field(default_factory=dict)
     strengths: dict[str, float] = Field(default_factory=dict)
     schedules: dict[str, list[tuple[int, float]]] = Field(default_factory=dict)
+    mixing: Literal["attention", "logits"] = "attention"
     calibrated: bool = False
     unseen: Literal["refuse", "nearest", "text"] = "refuse"
     top_k: int | None = None
@@ -97,6 +98,7 @@ class Asked(BaseModel):
             "attributes": self.attributes,
             "strengths": self.strengths,
             "schedules": self.schedules,
+            "mixing": self.mixing,
             "calibrated": self.calibrated,
             "unseen": self.unseen,
             "max_new_tokens": tokens,

@@ -172,6 +172,11 @@ def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) ->
             )
     kinds = {_KINDS[what] for what in learn}
     for i, row in enumerate(examples, 1):
+        if row.mixing != "attention":
+            raise TrainingDataError(
+                f"row {i} has mixing={row.mixing!r}, which counts in the logits of what was "
+                "learned; leave it out"
+            )
         if any(part.strength < 0 for part in named_parts(row)):
             raise TrainingDataError(
                 f"row {i} has a strength below 0, which leads away from a prefix; it teaches none"

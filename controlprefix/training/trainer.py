@@ -222,7 +222,7 @@ class Trainer:
         for i, (example, found) in enumerate(
             zip(examples, self._resolver.resolve(examples), strict=True), 1
         ):
-            parts = {PrefixKey(used.kind, used.name): part for used, part in found}  # type: ignore[arg-type]
+            parts = {PrefixKey(one.used.kind, one.used.name): one.part for one in found}  # type: ignore[arg-type]
             if key not in parts:
                 raise TrainingDataError(f"row {i} does not name {key}; give examples of it")
             own = [(key, parts.pop(key).strength)]

@@ -73,8 +73,8 @@ def place(
     """
     if not prepared.guidance.is_plain:
         raise RequestError(
-            "strengths below 0 need the logits of other rows, which this server's engine (vLLM) "
-            "does not give; leave them out"
+            "strengths below 0, and mixing='logits', need the logits of other rows, which this "
+            "server's engine (vLLM) does not give; leave them out"
         )
     copies: dict[bool, list[tuple[str, int, Prefix]]] = {True: [], False: []}
     for used, part in zip(prepared.parts, prepared.guidance.rows[0], strict=True):
