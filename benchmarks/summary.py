@@ -1,7 +1,7 @@
-"""Write `speed.md` and `store.md` in `docs/results/` from the JSON files there. Measures nothing.
+"""Write `speed.md`, `store.md` and `serving.md` in `docs/results/` from the JSON files there.
 
-The first table of speed is put into the README too, and short ones of what prefixes learn and
-of what users' are worth; tests compare them.
+It measures nothing. The first table of speed is put into the README too, and short ones of what
+prefixes learn, of control, of servers and of what users' prefixes are worth; tests compare them.
 """
 
 import json
@@ -30,12 +30,15 @@ def main() -> None:
             lines += ["", f"![]({name}.png)"]
     (RESULTS / "speed.md").write_text("\n".join(lines) + "\n")
     (RESULTS / "store.md").write_text("\n".join(of_store(files["store"], files["payloads"])) + "\n")
+    (RESULTS / "serving.md").write_text("\n".join(of_servers(files)) + "\n")
     readme = RESULTS.parent.parent / "README.md"
     text = readme.read_text()
     for name, rows in (
         ("speed", in_short(measured)),
         ("learned", learned(files["training"]["data"])),
         ("personal", personal(files["personal"]["ways"])),
+        ("control", control(files["control"])),
+        ("serving", servers(files)),
     ):
         table = "\n".join([f"<!-- {name} -->", "", *rows, "", f"<!-- /{name} -->"])
         text = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", table, text, flags=re.DOTALL)
@@ -78,6 +81,65 @@ def personal(ways: dict[str, Any]) -> list[str]:
         )
         rows.append(f"| {way} | {' | '.join(cells)} |")
     return rows
+
+
+def control(found: dict[str, Any]) -> list[str]:
+    """Several attributes at once, in short."""
+    sets = ("aspects", "styles")
+    titles = [f"{name}: {title}" for name in sets for title in ("control", "fluency")]
+    rows = [f"| | {' | '.join(titles)} |", "| --- |" + " --- |" * len(titles)]
+    for way in found["aspects"]["ways"]:
+        cells = []
+        for name in sets:
+            one = found[name]["ways"][way]
+            cells += [f"{one['control, mean']:.3f}", f"{one['fluency']:.2f}"]
+        rows.append(f"| {way} | {' | '.join(cells)} |")
+    return rows
+
+
+ENGINES = {"serving": "transformers", "serving_vllm": "vLLM"}
+
+
+def servers(files: dict[str, Any]) -> list[str]:
+    """Throughput and delays of servers under load."""
+    rows = [
+        "| engine | requests | tokens/s against none with a prefix | first text: p50, p99 (s) | "
+        "a token: p50, p99 (s) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for file, engine in ENGINES.items():
+        for name, one in files.get(file, {}).get("contenders", {}).items():
+            spread = f"{one['ratio']:.2f} ({min(one['ratios']):.2f} to {max(one['ratios']):.2f})"
+            cells = [spread]
+            for title in ("first text", "each token"):
+                both = [one.get(f"{title} {share}") for share in ("p50", "p99")]
+                cells.append(", ".join(f"{value:.2f}" for value in both if value is not None))
+            rows.append(f"| {engine} | {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def of_servers(files: dict[str, Any]) -> list[str]:
+    """The page about servers."""
+    lines = [
+        "# Servers under load",
+        "",
+        "SmolLM2-135M in bfloat16, 16 slots a user, users drawn by Zipf's law (1.1). Contenders "
+        "take turns: as fast as they can for tokens a second (median of rounds, and the lowest "
+        "and highest round), then at random moments at seven tenths of what the first can take "
+        "for the delays. Load generator and servers share the machine.",
+        "",
+        *servers(files),
+    ]
+    for file in ENGINES:
+        if one := files.get(file):
+            about = ", ".join(f"{name} {value}" for name, value in one["options"].items())
+            failed = sum(found["failed"] for found in one["contenders"].values())
+            lines += [
+                "",
+                f"`{one['command']}` on {place(one)}: {about}; {one['rate']} requests a second at "
+                f"random moments; {failed} failed.",
+            ]
+    return lines
 
 
 def of_store(store: dict[str, Any], payloads: dict[str, Any]) -> list[str]:
