@@ -51,7 +51,7 @@ from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Part, Prefix, Request
 from controlprefix.batching import Prepared
-from controlprefix.evaluation import Judge, calibrate, responses
+from controlprefix.evaluation import Judge, calibrate, filled_in, responses
 from controlprefix.evaluation.harness import fluencies
 from controlprefix.evaluation.metrics import distinct, spearman
 from controlprefix.guidance import Guidance, Term
@@ -218,12 +218,14 @@ class Ours(Way):
         self,
         *given: Any,
         apart: bool = False,
+        filled: bool = False,
         mixing: str = "attention",
         against: bool = False,
         chosen: bool = False,
     ) -> None:
         super().__init__(*given)
-        self.apart, self.mixing, self.against = apart, mixing, against
+        self.apart, self.filled = apart, filled
+        self.mixing, self.against = mixing, against
         self.coefficients = (1.0, 1.5, 2.0) if chosen else ()
 
     def learn(self) -> None:
@@ -241,7 +243,7 @@ class Ours(Way):
                 if str(row.label).partition("=")[0] in group
             ]
             self.cp.train(
-                rows,
+                filled_in(rows) if self.filled else rows,
                 learn=("attributes",) if self.apart else ("task", "attributes"),
                 num_slots=self.options.slots,
                 steps=math.ceil(self.options.steps * len(group) / len(attributes)),
@@ -369,6 +371,10 @@ WAYS: dict[str, Callable[..., Way]] = {
     "ours, mixed in logits, for and against": lambda *given: Ours(
         *given, mixing="logits", against=True, chosen=True
     ),
+    "ours, labels filled in": lambda *given: Ours(*given, filled=True, chosen=True),
+    "ours, filled in, for and against": lambda *given: Ours(
+        *given, filled=True, mixing="logits", against=True, chosen=True
+    ),
     "ours, learned apart": lambda *given: Ours(*given, apart=True),
     "union of PEFT prefixes": PrefixUnion,
     "LoRA of labels added": LoraSum,
@@ -377,7 +383,7 @@ WAYS: dict[str, Callable[..., Way]] = {
 SAME_LEARNING = dict.fromkeys(
     ("ours, strength chosen", "ours, mixed in logits", "ours, mixed in logits, for and against"),
     "ours",
-)
+) | {"ours, filled in, for and against": "ours, labels filled in"}
 
 
 def judged(

@@ -23,7 +23,7 @@ from controlprefix import (
     TrainingDataError,
     embeddings,
 )
-from controlprefix.evaluation import Judge, calibrate, evaluate, responses
+from controlprefix.evaluation import Judge, calibrate, evaluate, filled_in, responses
 from controlprefix.evaluation.dials import even_dial
 from controlprefix.evaluation.harness import _Writer
 from controlprefix.evaluation.metrics import distinct, estimate, self_bleu, spearman
@@ -255,3 +255,26 @@ def test_figures_of_texts() -> None:
     assert found.mean == 0.5
     assert 0.38 < found.low < 0.45
     assert 0.55 < found.high < 0.62
+
+
+def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:
+    def row(text: str, **attributes: Any) -> Example:
+        return Example(prompt="", raw=True, completion=text, attributes=attributes)
+
+    told = [row(text, pitch=label) for text, label in (("aaaa", "low"), ("zzzz", "high"))] * 10
+    other = [row(text, mood=label) for text, label in (("aaaa!", "glad"), ("zzzz?", "sad"))] * 10
+    both = row("aazz", pitch="low", mood={"glad": 0.5, "sad": 0.5})
+    filled = filled_in([*told, *other, both])
+    assert [one.attributes for one in filled[:2]] == [
+        {"pitch": "low", "mood": "glad"},
+        {"pitch": "high", "mood": "sad"},
+    ]
+    assert [one.attributes for one in filled[20:22]] == [
+        {"mood": "glad", "pitch": "low"},
+        {"mood": "sad", "pitch": "high"},
+    ]
+    assert filled[-1] == both
+    assert [one.completion for one in filled] == [one.completion for one in [*told, *other, both]]
+    assert filled_in([*told, *other], least=1.01) == [*told, *other]
+    with pytest.raises(TrainingDataError, match="two labels"):
+        filled_in([row("a", pitch="low")] * 9)

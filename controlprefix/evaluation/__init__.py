@@ -2,7 +2,7 @@
 
 from controlprefix.evaluation.dials import Calibration, calibrate, responses
 from controlprefix.evaluation.harness import CurvePoint, EvaluationReport, evaluate
-from controlprefix.evaluation.judges import Judge
+from controlprefix.evaluation.judges import Judge, filled_in
 
 __all__ = [
     "Calibration",
@@ -11,5 +11,6 @@ __all__ = [
     "Judge",
     "calibrate",
     "evaluate",
+    "filled_in",
     "responses",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from controlprefix.embeddings import DEFAULT, embeddings
 from controlprefix.errors import ControlPrefixError, StoreError, TrainingDataError
+from controlprefix.request import Example
 
 _HELD_OUT = 0.2
 _BINS = 10
@@ -133,6 +134,45 @@ class Judge:
             return cls(**{**about, "labels": tuple(about["labels"])}, weights=weights, bias=bias)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ControlPrefixError(f"cannot read the judge in {path}: {error}") from error
+
+
+def filled_in(
+    examples: Sequence[Example], *, least: float = 0.5, embedder: str = DEFAULT, seed: int = 0
+) -> list[Example]:
+    """Examples in which the attributes that a row leaves open have their likeliest label.
+
+    For rows from several sources, each labelled with another attribute: labels that are learned
+    from rows that have all of them get on better when asked for together. Each attribute's judge
+    learns from the rows that say it.
+
+    Args:
+        examples: Whose single labels (not mixtures) tell the judges.
+        least: Chance that a label must have; where none has, the attribute stays open.
+        embedder, seed: See `Judge.learn`.
+
+    Raises:
+        TrainingDataError: If an attribute has fewer than two labels, or five rows of one.
+        ControlPrefixError: If scikit-learn or sentence-transformers is not installed.
+    """
+    said: dict[str, list[tuple[str, str]]] = {}
+    for row in examples:
+        for attribute, label in row.attributes.items():
+            if isinstance(label, str):
+                said.setdefault(attribute, []).append((row.completion, label))
+    added: list[dict[str, str]] = [{} for _ in examples]
+    for attribute, known in said.items():
+        judge = Judge.learn(attribute, *zip(*known, strict=True), embedder=embedder, seed=seed)
+        open_rows = [i for i, row in enumerate(examples) if attribute not in row.attributes]
+        if not open_rows:
+            continue
+        chances = judge.chances([examples[i].completion for i in open_rows])
+        for i, chance, best in zip(open_rows, *map(list, chances.max(dim=1)), strict=True):
+            if chance >= least:
+                added[i][attribute] = judge.labels[int(best)]
+    return [
+        row.model_copy(update={"attributes": {**row.attributes, **more}})
+        for row, more in zip(examples, added, strict=True)
+    ]
 
 
 def _calibration_error(chances: Tensor, right: Tensor) -> float:
