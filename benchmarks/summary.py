@@ -91,8 +91,8 @@ def control(found: dict[str, Any]) -> list[str]:
     for way in found["aspects"]["ways"]:
         cells = []
         for name in sets:
-            one = found[name]["ways"][way]
-            cells += [f"{one['control, mean']:.3f}", f"{one['fluency']:.2f}"]
+            one = found[name]["ways"].get(way)
+            cells += [f"{one['control, mean']:.3f}", f"{one['fluency']:.2f}"] if one else ["", ""]
         rows.append(f"| {way} | {' | '.join(cells)} |")
     return rows
 

@@ -11,6 +11,7 @@ recurrent layers), rows cannot join: `StaticBatcher` takes who waits together, a
 """
 
 import logging
+import math
 import queue
 import threading
 from collections import deque
@@ -37,7 +38,7 @@ from controlprefix.generation import (
     generate_batch,
     ready_text,
 )
-from controlprefix.guidance import Guidance, combined, joined
+from controlprefix.guidance import Guidance, joined, steered
 from controlprefix.request import Completion, PartUsed, Request, StandIn
 from controlprefix.steering import Steering
 
@@ -276,8 +277,8 @@ class Batcher:
         num_rows = len(prepared.guidance.rows)
         if num_rows > self._max_rows:
             raise RequestError(
-                f"the request needs {num_rows} rows, one for each strength below 0 beside its "
-                f"own; the batch has {self._max_rows}"
+                f"the request needs {num_rows} rows, one for each strength below 0 and, with "
+                f"mixing='logits', for each label, beside its own; the batch has {self._max_rows}"
             )
         sequence = _Sequence(
             request=request,
@@ -546,7 +547,7 @@ class Batcher:
             count = len(sequence.parts)
             own = logits[row]
             if sequence.weights:
-                own = combined(own, list(logits[row + 1 : row + count]), sequence.weights)
+                own = steered(own, list(logits[row + 1 : row + count]), sequence.weights)
             row += count
             seen = torch.tensor([[*sequence.prompt, *sequence.new]], device=logits.device)
             choice = sequence.choice(seen, own[None]) if not sequence.choice.is_plain else own[None]
@@ -554,7 +555,8 @@ class Batcher:
             if sequence.top is not None:
                 log_probs = own.float().log_softmax(-1)
                 values, tokens = log_probs.topk(min(sequence.top, len(log_probs)))
-                top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+                ranked = zip(tokens.tolist(), values.tolist(), strict=True)
+                top = tuple((t, p) for t, p in ranked if p > -math.inf)
                 token = int(chosen[-1])
                 sequence.ticket.tokens.append(TokenChosen(token, float(log_probs[token]), top))
         for sequence, token in zip(sequences, torch.stack(chosen).tolist(), strict=True):

@@ -32,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 from controlprefix.assembly import PrefixBatch
 from controlprefix.cache import growing_cache
 from controlprefix.encoding import RequestEncoder, pad_rows
-from controlprefix.guidance import Guidance, combined
+from controlprefix.guidance import Guidance, steered
 from controlprefix.request import Completion, Request
 
 
@@ -230,7 +230,7 @@ class _Guided(LogitsProcessor):
         for i, terms in enumerate(self._guidance.terms):
             if terms:
                 rows = [scores[term.row] for term in terms]
-                scores[i] = combined(scores[i], rows, [term.weight for term in terms])
+                scores[i] = steered(scores[i], rows, [term.weight for term in terms])
         scores = self._choices(input_ids, scores)  # type: ignore[arg-type]  # a Tensor will do
         return scores[self._guidance.requests]
 

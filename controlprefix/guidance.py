@@ -15,6 +15,7 @@ Reference:
     Liu et al., "DExperts", 2021, https://arxiv.org/abs/2105.03023: labels for and against.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def spread(resolved: Sequence[Sequence[ResolvedPart]]) -> Guidance:
     for i, parts in enumerate(resolved):
         terms.append([])
         for one in parts:
-            if one.apart and one.used.strength:
+            if one.apart:
                 terms[i].append(Term(len(rows), one.used.strength))
                 rows.append([*rows[i], one.part])
                 requests.append(i)
@@ -79,6 +80,23 @@ def joined(several: Sequence[Guidance]) -> Guidance:
             rows.append(one.rows[row])
             requests.append(i)
     return Guidance(rows, requests, terms)
+
+
+_PLAUSIBLE = 0.01  # of the likeliest token's probability
+
+
+def steered(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The same to choose a token by: what the base finds implausible is ruled out.
+
+    Differences of logits mean little where both rows find a token all but impossible.
+
+    Reference:
+        Li et al., "Contrastive Decoding", 2022, https://arxiv.org/abs/2210.15097, whose bound is
+        that of a tenth.
+    """
+    base = base.float()
+    plausible = base >= base.max(dim=-1, keepdim=True).values + math.log(_PLAUSIBLE)
+    return torch.where(plausible, combined(base, rows, weights), -math.inf)
 
 
 def combined(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

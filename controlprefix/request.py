@@ -152,7 +152,7 @@ class Request(BaseModel):
         weights = [label.weight for label in weighted_labels(self.attributes)]
         if any(strength < 0 for strength in (*weights, *self.strengths.values())):
             return "strengths below 0"
-        return "mixing='logits'" if self.mixing == "logits" and self.attributes else ""
+        return "mixing='logits'" if self.mixing == "logits" else ""
 
     def _check_prompt(self) -> None:
         if (self.prompt is None) == (self.messages is None):

@@ -181,8 +181,8 @@ class Found(NamedTuple):
     prefix: Prefix
 
     def part(self, strength: float, course: Course = (), *, apart: bool = False) -> ResolvedPart:
-        """As one part of a request; a strength below 0 can only be had apart."""
-        apart = apart or strength < 0
+        """As one part of a request; a strength below 0 can only be had apart, and 0 is absent."""
+        apart = (apart and strength != 0) or strength < 0
         kind, name = self.key
         used = PartUsed(kind=kind, name=name, version=self.version, strength=strength)
         return ResolvedPart(used, Part(self.prefix, 1.0 if apart else strength, course), apart)

@@ -1,5 +1,6 @@
 """Strengths below 0 lead away from a part, exactly as the formula says, in any batch."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError, TrainingDataError
+from controlprefix import (
+    ControlPrefix,
+    Example,
+    Prefix,
+    Request,
+    RequestError,
+    TrainingDataError,
+    guidance,
+)
 
 from models import build, byte_tokenizer
 
@@ -90,7 +99,11 @@ def test_greedy_tokens_are_those_of_the_formula(
 ) -> None:
     new: list[int] = []
     while len(new) < 8 and (not new or new[-1] != 1):
-        new.append(int(reference(steered, "Hello", new, parts).argmax()))
+        base_parts, _ = rows_of(parts)
+        base = logits_after(steered, "Hello", new, **base_parts)
+        likely = base >= base.max() + math.log(0.01)  # others are ruled out
+        found = reference(steered, "Hello", new, parts)
+        new.append(int(torch.where(likely, found, -math.inf).argmax()))
     request = Request(prompt="Hello", raw=True, max_new_tokens=8, **parts)
     plain = Request(prompt="Bye", raw=True, max_new_tokens=8)
     (_, mixed, _) = steered.generate([plain, request, plain])
@@ -164,3 +177,26 @@ def test_where_it_cannot_be_had_it_is_refused() -> None:
         cp.train([Example(prompt="x", completion="y", **both)], learn="task")
     with pytest.raises(TrainingDataError, match="row 1 has a strength below 0"):
         cp.train([Example(prompt="x", completion="y", task="note", **away)], learn="task")
+
+
+def test_tokens_that_the_base_finds_implausible_are_not_chosen() -> None:
+    base = torch.tensor([[5.0, 4.0, 0.0, -math.inf]])  # 1/100 of the likeliest is at 0.39
+    away = torch.tensor([[5.0, 4.0, -90.0, 0.0]])
+    found = guidance.steered(base, [away], [-3.0])
+    assert found[0].isfinite().tolist() == [True, True, False, False]
+    assert guidance.combined(base, [away], [-3.0])[0, 2] == 270.0
+
+
+def test_weights_of_0_are_absent_in_the_space_of_logits_too() -> None:
+    cp = _cp()
+    absent = {"attributes": {"tone": {"warm": 0.0}}, "mixing": "logits"}
+    request = Request(prompt="Hello", raw=True, max_new_tokens=6, **absent)
+    plain = Request(prompt="Hello", raw=True, max_new_tokens=6)
+    assert cp.generate(request).text == cp.generate(plain).text
+    assert len(cp.prepare(request).guidance.rows) == 1
+
+
+def test_defaults_of_the_space_count_where_rows_of_their_own_do() -> None:
+    for what in ({"num_beams": 2}, {"user": "ana", "schedules": {"user": [(0, 1.0)]}}):
+        with pytest.raises(RequestError, match="cannot be combined with mixing"):
+            Request(prompt="x", mixing="logits", **what)

@@ -24,7 +24,9 @@ from controlprefix import (
     Request,
     RequestError,
 )
+from controlprefix.batching import Prepared
 from controlprefix.serving import Gateway, create_app
+from controlprefix.vllm.placement import Placement
 from controlprefix.vllm.runner import VllmRunner
 
 from models import build, byte_tokenizer
@@ -69,6 +71,13 @@ def requests(**more: Any) -> list[Request]:
 
 def at_once(runner: VllmRunner, asked: list[Request]) -> list[str]:
     return [ticket.result().text for ticket in [runner.submit(one) for one in asked]]
+
+
+def placed(runner: VllmRunner, prepared: Prepared) -> Placement:
+    """Where a request goes; its file is there."""
+    placement = runner._place(prepared)
+    runner._keep(placement)
+    return placement
 
 
 def metric(url: str, name: str) -> float:
@@ -138,7 +147,7 @@ def test_without_the_salt_one_user_would_get_what_is_anothers(
 
     def ask(user: str, **more: Any) -> str:
         prepared = cp.prepare(Request(prompt="leak", user=user))
-        placement = runner._placed(prepared)
+        placement = placed(runner, prepared)
         body = {
             "model": "tiny",
             "prompt": [7] * placement.num_slots + prompt,
@@ -198,23 +207,26 @@ def test_stop_texts_and_streams_are_cut_as_here(cp: ControlPrefix, runner: VllmR
 
 
 def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
-    cp: ControlPrefix, runner: VllmRunner, folder: Path
+    cp: ControlPrefix, runner: VllmRunner, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = requests()
     wanted = [one.text for one in cp.generate(asked)]
     lost = Prefix.random(cp.geometry, num_slots=24, seed=97)
     cp.put("user", "lost", lost)
     request = Request(prompt="lost", user="lost", max_new_tokens=8)
-    path = folder / "prefixes" / f"{runner._placed(cp.prepare(request)).digest}.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-    others = [runner.submit(one) for one in asked]
-    bad = runner.submit(request)
-    others += [runner.submit(one) for one in asked]
-    with pytest.raises(EngineError):
-        bad.result()
-    assert [one.result().text for one in others] == wanted * 2
-    path.unlink()  # then it is written anew, and read
+    path = folder / "prefixes" / f"{placed(runner, cp.prepare(request)).digest}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "_is_lost", lambda placement: False)
+        others = [runner.submit(one) for one in asked]
+        bad = runner.submit(request)
+        others += [runner.submit(one) for one in asked]
+        with pytest.raises(EngineError):
+            bad.result()
+        assert [one.result().text for one in others] == wanted * 2
     assert runner.submit(request).result().text == cp.generate(request).text
+    assert path.read_bytes() == whole  # written anew
 
 
 @pytest.mark.parametrize(
@@ -256,6 +268,7 @@ def test_who_goes_away_is_dropped(runner: VllmRunner, url: str) -> None:
     [
         {"attributes": {"tone": {"warm": 0.5}}},
         {"attributes": {"tone": {"warm": -1.0}}},
+        {"attributes": {"tone": "warm"}, "mixing": "logits"},
         {"user": "bo", "schedules": {"user": [(0, 1.0), (4, 0.0)]}},
         {"repetition_penalty": 1.2},
         {"num_beams": 2},
@@ -313,7 +326,7 @@ def test_the_gateway_serves_openais_client_and_takes_no_orders_from_it(
     answer = ask()
     assert answer.choices[0].message.content == wanted.text
     assert answer.usage.prompt_tokens == wanted.num_prompt_tokens  # slots are no tokens
-    other = runner._placed(cp.prepare(Request(prompt="x", user="cleo")))
+    other = placed(runner, cp.prepare(Request(prompt="x", user="cleo")))
     orders = {
         "kv_transfer_params": {"controlprefix": {"digest": other.digest, "num_slots": 32}},
         "cache_salt": other.salt,
@@ -332,9 +345,24 @@ def test_the_gateway_serves_openais_client_and_takes_no_orders_from_it(
     assert httpx.get(f"{gateway_url}/ready").status_code == 200
 
 
-def test_another_model_or_a_server_without_the_connector_is_noticed(
-    url: str, folder: Path, tmp_path: Path
+def test_a_label_of_no_weight_is_absent_in_any_mixing(
+    cp: ControlPrefix, runner: VllmRunner
 ) -> None:
+    absent = {"attributes": {"tone": {"warm": 0.0}}, "mixing": "logits"}
+    request = Request(prompt="tell me a story ", user="bo", max_new_tokens=8, **absent)
+    assert runner.submit(request).result().text == cp.generate(request).text
+
+
+def test_a_server_without_the_connector_is_noticed_in_bfloat16_too(tmp_path: Path) -> None:
+    cp = engine(tmp_path, dtype=torch.bfloat16)
+    with (
+        served(tmp_path / "model", None, log=tmp_path / "log", dtype="bfloat16") as url,
+        pytest.raises(EngineError, match="connector"),
+    ):
+        cp.vllm_runner(url, tmp_path / "prefixes")
+
+
+def test_another_model_is_noticed(url: str, folder: Path, tmp_path: Path) -> None:
     other = ControlPrefix.from_pretrained(
         build("llama", head_dim=32, seed=5), tokenizer=CHAT, store="sqlite://"
     )
@@ -395,15 +423,14 @@ def test_slots_leave_a_sliding_window_there_and_not_here(tmp_path: Path) -> None
     short, long = "tell me", "tell me a very long story of " * 3
     asked = [Request(prompt=short, user=user, max_new_tokens=8) for user in ("ana", "bo")]
     wanted = [one.text for one in cp.generate(asked)]
-    lost = Request(prompt="lost", user="dan", max_new_tokens=4)
     with served(tmp_path / "model", tmp_path / "prefixes", log=tmp_path / "log") as url:
         runner = cp.vllm_runner(url, tmp_path / "prefixes")
         assert at_once(runner, asked) == wanted
         # A prefix that cannot be read fails its request alone here too, where layers differ.
-        digest = runner._placed(cp.prepare(lost)).digest
-        (tmp_path / "prefixes" / f"{digest}.safetensors").write_bytes(b"")
-        with pytest.raises(EngineError):
-            runner.submit(lost).result()
+        slots = {"digest": "0" * 64, "num_slots": 4}
+        body = {"model": "tiny", "prompt": [7] * 20, "max_tokens": 4}
+        body["kv_transfer_params"] = {"controlprefix": slots}
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 500
         assert at_once(runner, asked) == wanted
         # Beyond the window of 64 tokens, its layers no longer see the slots.
         far = Request(prompt=long, user="bo", max_new_tokens=24)

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel
 
-from controlprefix import Geometry, Part, Prefix, RequestError, UnsupportedModelError, assemble
+from controlprefix import (
+    Geometry,
+    OverloadedError,
+    Part,
+    Prefix,
+    RequestError,
+    StoreError,
+    UnsupportedModelError,
+    assemble,
+)
 from controlprefix.batching import Prepared
 from controlprefix.guidance import Guidance
 from controlprefix.request import PartUsed
@@ -229,28 +238,49 @@ def test_digests_that_do_not_fit_a_block_are_not_relied_on() -> None:
     assert ana.salt != bo.salt
 
 
-def test_a_folder_keeps_files_whole_and_drops_the_least_recent(
+def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
 
-    def make(seed: int) -> Prefix:
-        made.append(seed)
-        return slots(4, seed)
+    def keep(i: int, **more: bool) -> None:
+        folder.keep(names[i], lambda: made.append(i) or slots(4, i), **more)  # type: ignore[func-returns-value]
 
     size = len(slots(4).to_bytes())
     folder = PrefixFolder(tmp_path / "new", most_bytes=3 * size + 1)
-    names = [f"{i:064x}" for i in range(4)]
-    folder.keep(names[0], lambda: make(0))
-    folder.keep(names[0], lambda: make(0))
+    names = [f"{i:064x}" for i in range(5)]
+    keep(0)
+    keep(0)
     assert made == [0]
-    read = Prefix.from_bytes(folder.file(names[0]).read_bytes())
-    torch.testing.assert_close(read.slots["decoder"], slots(4, 0).slots["decoder"])
-    for i in (1, 2):
-        folder.keep(names[i], lambda i=i: make(i))
-    assert all(folder.file(name).exists() for name in names[:3])  # in use: they stay
+    torch.testing.assert_close(folder.read(names[0]).slots["decoder"], slots(4).slots["decoder"])
+    folder.file(names[0]).write_bytes(b"")
+    with pytest.raises(StoreError, match="cannot be read"):
+        folder.read(names[0])
+    keep(0, anew=True)
+    assert folder.read(names[0]).num_slots == 4
+    keep(1)
+    with pytest.raises(OverloadedError, match="in use"):  # all three are
+        keep(2)
+        keep(3)
     monkeypatch.setattr("controlprefix.vllm.folder._IN_USE_S", -1.0)
-    folder.keep(names[3], lambda: make(3))
+    keep(4)
     assert not folder.file(names[0]).exists()
-    assert folder.file(names[3]).exists()
     assert sum(one.stat().st_size for one in (tmp_path / "new").iterdir()) <= 3 * size
+    monkeypatch.setattr("controlprefix.vllm.folder._KEPT_S", -1.0)
+    monkeypatch.setattr("controlprefix.vllm.folder._SWEPT_EVERY_S", -1.0)
+    keep(0)
+    assert [one.name for one in (tmp_path / "new").iterdir()] == [folder.file(names[0]).name]
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = PrefixFolder(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        folder.keep("0" * 64, lambda: slots(4))
+    assert list(tmp_path.iterdir()) == []

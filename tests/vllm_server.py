@@ -28,13 +28,13 @@ def transfer(folder: str) -> dict[str, object]:
 @contextlib.contextmanager
 def served(
     model: Path,
-    prefixes: Path,
+    prefixes: Path | None,
     *options: str,
     log: Path,
     dtype: str = "float32",
     threads: str = "0",
 ) -> Iterator[str]:
-    """While inside, vLLM serves the model in that folder at the address given."""
+    """While inside, vLLM serves the model in that folder; without prefixes, as it is."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,7 +43,7 @@ def served(
         *("--model", str(model), "--served-model-name", "tiny", "--dtype", dtype),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--block-size", "32", "--enforce-eager", "--max-model-len", "256"),
-        *("--kv-transfer-config", json.dumps(transfer(str(prefixes)))),
+        *(("--kv-transfer-config", json.dumps(transfer(str(prefixes)))) if prefixes else ()),
         *options,
     ]
     environment = {

@@ -77,8 +77,10 @@ def serve(
     from controlprefix.attributes import AttributeSpace
     from controlprefix.loading import load
 
-    if engine == "vllm" and vllm_prefixes is None:
-        raise RequestError("--engine vllm needs --vllm-prefixes, the folder its workers read")
+    if (engine == "vllm") != (vllm_prefixes is not None):
+        raise RequestError(
+            "--engine vllm and --vllm-prefixes, the folder its workers read, belong together"
+        )
     quiet()
     loaded, tokenizer = load(model, device=PartialState().device)
     gateway = Gateway(

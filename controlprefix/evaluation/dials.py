@@ -113,6 +113,8 @@ def calibrate(
     """
     if not {0.0, 1.0} <= set(strengths):
         raise TrainingDataError("strengths must hold 0 and 1, between which a dial is even")
+    if request.mixing != "attention":
+        raise TrainingDataError("a dial is one of attention; leave mixing out of the request")
     measured = responses(
         cp,
         request,

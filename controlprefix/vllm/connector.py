@@ -16,7 +16,6 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from vllm.distributed.parallel_state import (
 
 from controlprefix.errors import ControlPrefixError, GeometryMismatchError
 from controlprefix.prefix import Prefix
+from controlprefix.store import PrefixCache, PrefixKey
 from controlprefix.vllm.folder import PrefixFolder
 
 PARAMETER = "controlprefix"
@@ -69,8 +69,8 @@ class Loads(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed
 class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """See the module. Of `kv_connector_extra_config`:
 
-    `folder` is where the gateway writes prefixes; `cached_prefixes` how many a worker keeps in
-    its host's memory (256).
+    `folder` is where the gateway writes prefixes; `cached_bytes` how much of them a worker keeps
+    in its host's memory (1 GiB).
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -84,7 +84,7 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
                 "kv_load_failure_policy must be 'fail': placeholders cannot be computed again"
             )
         self._folder = PrefixFolder(folder)
-        self._read = lru_cache(maxsize=told("cached_prefixes", 256))(self._read_file)
+        self._cache = PrefixCache(int(told("cached_bytes", 1 << 30)))
         self._pending: list[Load] = []
         self._done: set[str] = set()
         self._failed: set[str] = set()
@@ -164,8 +164,13 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
     def wait_for_save(self) -> None:
         """Nothing is saved."""
 
-    def _read_file(self, digest: str) -> Prefix:
-        return Prefix.from_bytes(self._folder.file(digest).read_bytes(), name=digest)
+    def _read(self, digest: str) -> Prefix:
+        key = PrefixKey("user", digest)
+        prefix = self._cache.held([key]).get(digest)
+        if prefix is None:
+            prefix = self._folder.read(digest)
+            self._cache.put(key, digest, prefix)
+        return prefix
 
     def _write(self, load: Load, layers: dict[str, Any]) -> None:
         prefix = self._read(load.digest)

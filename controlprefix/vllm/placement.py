@@ -24,7 +24,7 @@ from controlprefix.vllm.rotation import Rotation
 
 _DIGEST_BITS = 128  # that must stand in one block: two requests never share them by chance
 _FIRST_ID = 3  # below stand the special tokens of many vocabularies
-MOST_SLOTS = 4096
+MOST_SLOTS = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,10 @@
 import asyncio
 import json
 import logging
-import math
+import statistics
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,6 +23,7 @@ from controlprefix.errors import (
     EngineError,
     OverloadedError,
     RequestError,
+    StoreError,
 )
 from controlprefix.generation import completion_of, ready_text
 from controlprefix.guidance import Guidance
@@ -36,8 +37,8 @@ from controlprefix.vllm.rotation import Rotation
 _log = logging.getLogger(__name__)
 
 _CONNECT_S = 10.0
-_PROBE = (5, 11, 17, 23, 29, 31, 37, 41, 43, 47)  # tokens
-_FAR_APART = {torch.float32: 0.02, torch.float16: 0.2, torch.bfloat16: 0.5}  # nats
+_PROBES = ((5, 11, 17, 23, 29, 31), (41, 43, 47, 53, 59), (101, 97, 89, 83))  # tokens
+_FAR_APART = {torch.float32: 0.02, torch.float16: 0.2, torch.bfloat16: 0.3}  # nats
 
 
 class VllmRunner:
@@ -84,6 +85,7 @@ class VllmRunner:
         self._context = encoder.context or 1 << 40
         self._max_requests = max_requests
         self._closing = False
+        self._lock = threading.Lock()
         self._running: set[_RemoteTicket] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
@@ -126,11 +128,11 @@ class VllmRunner:
                 "(vLLM); leave it out"
             )
         if self._closing:
-            raise OverloadedError("no more requests are taken: this process is shutting down")
+            raise self._shut()
         if len(self._running) >= self._max_requests:
             raise OverloadedError(f"{self._max_requests} requests run already; try again later")
         prepared = (prepare or self._prepare)(request)
-        placement = self._placed(prepared)
+        placement = self._place(prepared)
         prompt = self._encoder.prompt_ids(request)
         needed = placement.num_slots + len(prompt) + request.max_new_tokens
         if needed > self._context:  # vLLM would write less than was asked for
@@ -139,12 +141,16 @@ class VllmRunner:
                 f"its slots take {placement.num_slots} positions on this server's engine (vLLM), "
                 f"whose context is {self._context}; shorten the prompt or lower max_new_tokens"
             )
+        self._keep(placement)
         body = self._body(request, placement, prompt, top_log_probs)
         ticket = _RemoteTicket(deliver)
-        self._running.add(ticket)
-        ticket.job = asyncio.run_coroutine_threadsafe(
-            self._run(ticket, request, prepared, placement, prompt, body), self._loop
-        )
+        with self._lock:
+            if self._closing:
+                raise self._shut()
+            ticket.job = asyncio.run_coroutine_threadsafe(
+                self._run(ticket, request, prepared, placement, prompt, body), self._loop
+            )
+            self._running.add(ticket)
         ticket.job.add_done_callback(lambda _: self._running.discard(ticket))
         return ticket
 
@@ -163,7 +169,8 @@ class VllmRunner:
 
     def close(self, *, wait: float | None = None) -> bool:
         """Take no more requests, and finish those there are: see `Batcher.close`."""
-        self._closing = True
+        with self._lock:
+            self._closing = True
         until = None if wait is None else time.monotonic() + wait
         for ticket in list(self._running):
             left = None if until is None else max(0.0, until - time.monotonic())
@@ -180,19 +187,21 @@ class VllmRunner:
 
     # --- one request -------------------------------------------------------------------------
 
-    def _placed(self, prepared: Prepared) -> Placement:
-        placement = place(
+    @staticmethod
+    def _shut() -> OverloadedError:
+        return OverloadedError("no more requests are taken: this process is shutting down")
+
+    def _place(self, prepared: Prepared) -> Placement:
+        return place(
             prepared,
             f"{self._fingerprint}:{self._dtype}",
             vocab_size=self._vocab_size,
             block_size=self._block_size,
         )
-        self._keep(placement)
-        return placement
 
-    def _keep(self, placement: Placement) -> None:
+    def _keep(self, placement: Placement, *, anew: bool = False) -> None:
         if placement.num_slots:
-            self._folder.keep(placement.digest, lambda: placement.slots(self._rotation))
+            self._folder.keep(placement.digest, lambda: placement.slots(self._rotation), anew=anew)
 
     def _body(
         self,
@@ -238,10 +247,11 @@ class VllmRunner:
             try:
                 written = await self._write(ticket, request, body)
             except EngineError:
-                if ticket.has_begun or self._folder.file(placement.digest).exists():
+                if ticket.has_begun or not await asyncio.to_thread(self._is_lost, placement):
                     raise
-                # Its file went while the request waited for its turn: once more.
-                await asyncio.to_thread(self._keep, placement)
+                # Its file went while the request waited for its turn, or is damaged: once more.
+                await asyncio.to_thread(self._keep, placement, anew=True)
+                ticket.tokens.clear()
                 written = await self._write(ticket, request, body)
             done = completion_of(self._encoder, request, prompt, written)
             ticket._put(prepared.named(done))
@@ -253,6 +263,15 @@ class VllmRunner:
             ticket._put(EngineError(f"vLLM did not answer: {type(error).__name__} {error}"))
         except Exception as error:
             ticket._put(error)
+
+    def _is_lost(self, placement: Placement) -> bool:
+        """Whether there should be a file, and there is none that can be read."""
+        try:
+            if placement.num_slots:
+                self._folder.read(placement.digest)
+        except StoreError:
+            return True
+        return False
 
     async def _write(
         self, ticket: "_RemoteTicket", request: Request, body: dict[str, Any]
@@ -322,30 +341,59 @@ class VllmRunner:
 
     @torch.no_grad()
     def _compare(self, model: PreTrainedModel) -> None:
-        """One token, with and without a prefix: what vLLM says of it, and what we say."""
-        prefix = prefix_from_tokens(model, _PROBE[:5])
-        text = torch.tensor([_PROBE[5:]], device=model.device)
-        steering = Steering.of(model)
-        used = PartUsed(kind="user", name="probe", version=0, strength=1.0)
-        for parts in ([], [prefix]):
-            rows = [[Part(one) for one in parts]]
-            prepared = Prepared(Guidance(rows, [0], [[]]), "", (used,) * len(parts))
-            request = Request(prompt="probe", raw=True, max_new_tokens=1)
-            placement = self._placed(prepared)
-            ticket = _RemoteTicket(None)
-            body = self._body(request, placement, _PROBE[5:], 0)
-            self._wait_for(self._write(ticket, request, body))
-            (said,) = ticket.tokens
-            batch = steering.assemble(rows)
-            with steering.attached(batch):
-                logits = model(input_ids=text, use_cache=False).logits[0, -1]
-            ours = float(logits.float().log_softmax(-1)[said.token])
-            if not math.isclose(said.log_prob, ours, abs_tol=_FAR_APART[model.dtype]):
-                what = "with a prefix" if parts else "without a prefix"
+        """With and without a prefix, what vLLM thinks likely, and what we do.
+
+        Without the connector vLLM would read placeholders as text. So what it says with a prefix
+        must also be much nearer to what we say with it than to what we say to such a text.
+        """
+        prefix = prefix_from_tokens(model, _PROBES[0])
+        used = PartUsed(kind="user", name="probe", version=0, strength=2.0)
+        far = {"without a prefix": 0.0, "with a prefix": 0.0, "of placeholders": 0.0}
+        for probe in _PROBES:
+            plain = self._likely(model, [], (), probe)
+            far["without a prefix"] += self._distance(Prepared(_alone([]), ""), probe, plain)
+            prepared = Prepared(_alone([Part(prefix, 2.0)]), "", (used,))
+            placeholders = self._place(prepared).ids
+            steered = self._likely(model, [Part(prefix, 2.0)], (), probe)
+            far["with a prefix"] += self._distance(prepared, probe, steered)
+            read = self._likely(model, [], placeholders, probe)
+            far["of placeholders"] += self._distance(prepared, probe, read)
+        means = {name: total / len(_PROBES) for name, total in far.items()}
+        for name in ("without a prefix", "with a prefix"):
+            if means[name] > _FAR_APART[model.dtype]:
                 raise EngineError(
-                    f"vLLM gives a token {said.log_prob:.3f} nats {what}, this model here "
-                    f"{ours:.3f}: it serves another model, or has no connector"
+                    f"vLLM's log-probabilities {name} are {means[name]:.2f} nats from those of the "
+                    "model here: it serves another model, or has no connector"
                 )
+        if means["with a prefix"] > means["of placeholders"] / 2:
+            raise EngineError(
+                "vLLM reads placeholders as text: it runs without the connector "
+                "(--kv-transfer-config, see docs/deploy.md)"
+            )
+
+    def _distance(self, prepared: Prepared, probe: tuple[int, ...], ours: torch.Tensor) -> float:
+        """Of vLLM's likeliest tokens' log-probabilities from ours, in nats, in the mean."""
+        placement = self._place(prepared)
+        self._keep(placement)
+        request = Request(prompt="probe", raw=True, max_new_tokens=1)
+        ticket = _RemoteTicket(None)
+        self._wait_for(self._write(ticket, request, self._body(request, placement, probe, 10)))
+        return statistics.fmean(abs(ours[token].item() - p) for token, p in ticket.tokens[0].top)
+
+    @staticmethod
+    def _likely(
+        model: PreTrainedModel, parts: list[Part], before: Sequence[int], probe: Sequence[int]
+    ) -> torch.Tensor:
+        """Our log-probabilities of the token after a text, `(vocabulary,)`."""
+        steering = Steering.of(model)
+        ids = torch.tensor([[*before, *probe]], device=model.device)
+        with steering.attached(steering.assemble([parts])):
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+        return logits.float().log_softmax(-1)
+
+
+def _alone(parts: list[Part]) -> Guidance:
+    return Guidance([parts], [0], [[]])
 
 
 class _RemoteTicket(Ticket):
