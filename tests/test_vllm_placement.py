@@ -259,8 +259,8 @@ def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     keep(0, anew=True)
     assert folder.read(names[0]).num_slots == 4
     keep(1)
+    keep(2)
     with pytest.raises(OverloadedError, match="in use"):  # all three are
-        keep(2)
         keep(3)
     monkeypatch.setattr("controlprefix.vllm.folder._IN_USE_S", -1.0)
     keep(4)
