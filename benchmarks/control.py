@@ -617,11 +617,11 @@ def conflicts(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def held_back(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A topic that nobody learned, asked for by its name: each topic in its turn."""
+    """A topic that nobody learned, asked for by its name: one topic in its turn."""
     whole = study(folder, "aspects", options.steps * 8)
     judge = whole.meanings["topic"]
     found: dict[str, Any] = {}
-    for label in whole.labels["topic"]:
+    for label in whole.labels["topic"][: options.topics]:
         few = [row for row in whole.rows if str(row.label).startswith("topic=")]
         rows = [row for row in few if row.label != f"topic={label}"]
         ours = Ours(replace(whole, labels={"topic": []}, rows=rows), options)
@@ -814,6 +814,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--texts", type=int, default=16, help="a combination")
     parser.add_argument("--dial-texts", type=int, default=48, help="a position of a dial")
+    parser.add_argument("--topics", type=int, default=2, help="held back, each in its turn")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--fresh", action="store_true", help="measure all again")
     options = parser.parse_args()
