@@ -325,9 +325,9 @@ def at_share(values: Sequence[float], share: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--users", type=int, nargs="+", default=[100, 1000, 10_000])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of a contender in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--users", type=int, nargs="+", default=[100, 10_000])
+    parser.add_argument("--seconds", type=float, default=15.0, help="of a contender in a round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=16, help="requests, as fast as it can")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--store", help="kept for the next time; left out, made for this one")
