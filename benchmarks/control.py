@@ -709,8 +709,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"SmolLM2-135M in bfloat16, {about['steps']} steps of 8 rows in all (labels of a way that "
         f"learns each alone share them), {about['slots']} slots a prefix, {about['texts']} texts a "
         f"combination, {about['new_tokens']} tokens at most. Seed 0. Mixing in logits rules out "
-        "tokens a hundred times less likely than the likeliest: of that and a thousand, which were tried "
-        "on `aspects`, the better one. Written by "
+        "tokens a hundred times less likely than the likeliest: of that and a thousand, which were "
+        "tried on `aspects`, the better one. Written by "
         f"`{results['command']}` with `control.json` beside it.",
     ]
     for name in SETS:
