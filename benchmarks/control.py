@@ -746,8 +746,8 @@ def page(results: Mapping[str, Any]) -> str:
         columns += [("spearman", "Spearman", 2), ("uneven", "uneven", 2), ("fluency", "fluency", 2)]
         parts += [
             "## Dials",
-            "Chance that the judge gives `formality=formal`, at positions of each kind of dial on "
-            "one prefix. **uneven**: the farthest from a straight line between 0 and 1, as a share "
+            f"Formality learned alone, in {about['steps'] // 2} steps. Chance that the judge "
+            "gives `formality=formal`, at positions of each kind of dial on one prefix. **uneven**: the farthest from a straight line between 0 and 1, as a share "
             "of the effect. **fluency** at 1.",
             table(rows, columns),
         ]
@@ -861,7 +861,10 @@ def main() -> None:
     }
     wanted = [part for part in on_styles if part in options.part and not is_done(part)]
     if wanted:
-        ours = Ours(study(options.folder, "styles", options.steps * 8), options)
+        whole = study(options.folder, "styles", options.steps * 8)
+        rows = [row for row in whole.rows if str(row.label).startswith("formality=")]
+        alone = replace(whole, labels={"formality": whole.labels["formality"]}, rows=rows)
+        ours = Ours(alone, argparse.Namespace(**{**vars(options), "steps": options.steps // 2}))
         ours.learn()
         for part in wanted:
             result = on_styles[part](ours, options)
