@@ -747,8 +747,9 @@ def page(results: Mapping[str, Any]) -> str:
         parts += [
             "## Dials",
             f"Formality learned alone, in {about['steps'] // 2} steps. Chance that the judge "
-            "gives `formality=formal`, at positions of each kind of dial on one prefix. **uneven**: the farthest from a straight line between 0 and 1, as a share "
-            "of the effect. **fluency** at 1.",
+            "gives `formality=formal`, at positions of each kind of dial on one prefix. "
+            "**uneven**: the farthest from a straight line between 0 and 1, as a share of the "
+            "effect. **fluency** at 1.",
             table(rows, columns),
         ]
     if "conflicts" in results:
