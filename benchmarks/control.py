@@ -760,11 +760,12 @@ def page(results: Mapping[str, Any]) -> str:
             "judge gives it, at strengths of both.",
             "\n".join(["| strengths | formal |", "| --- | --- |", *lines]),
         ]
+    if {"held back", "unseen categories"} & results.keys():
+        parts.append("## Labels that nobody learned")
     if "held back" in results:
         labels = list(next(iter(results["held back"].values())))
         columns = [(label, label, 2) for label in labels]
         parts += [
-            "## Labels that nobody learned",
             "A topic is left out of training and then asked for: how often the judge finds it.",
             table(results["held back"], [*columns, ("mean", "mean", 2)]),
         ]
