@@ -106,6 +106,11 @@ class Runner(Protocol):
         """See `Batcher.close`."""
 
 
+def shutting_down() -> OverloadedError:
+    """Why a runner that is closing takes nothing."""
+    return OverloadedError("no more requests are taken: this process is shutting down")
+
+
 class Ticket:
     """What a submitted request comes to. Iterating gives its text piece by piece.
 
@@ -292,7 +297,7 @@ class Batcher:
         )
         with self._wake:
             if self._closing:
-                raise OverloadedError("no more requests are taken: this process is shutting down")
+                raise shutting_down()
             if len(self._waiting) >= self._max_waiting:
                 raise self._overloaded()
             self._waiting.append(sequence)

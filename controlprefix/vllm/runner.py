@@ -15,7 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from controlprefix.assembly import Part
-from controlprefix.batching import Event, Prepare, Prepared, Ticket, TokenChosen
+from controlprefix.batching import (
+    Event,
+    Prepare,
+    Prepared,
+    Ticket,
+    TokenChosen,
+    shutting_down,
+)
 from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import (
     ContextLengthError,
@@ -128,7 +135,7 @@ class VllmRunner:
                 "(vLLM); leave it out"
             )
         if self._closing:
-            raise self._shut()
+            raise shutting_down()
         if len(self._running) >= self._max_requests:
             raise OverloadedError(f"{self._max_requests} requests run already; try again later")
         prepared = (prepare or self._prepare)(request)
@@ -146,7 +153,7 @@ class VllmRunner:
         ticket = _RemoteTicket(deliver)
         with self._lock:
             if self._closing:
-                raise self._shut()
+                raise shutting_down()
             ticket.job = asyncio.run_coroutine_threadsafe(
                 self._run(ticket, request, prepared, placement, prompt, body), self._loop
             )
@@ -186,10 +193,6 @@ class VllmRunner:
         return finished
 
     # --- one request -------------------------------------------------------------------------
-
-    @staticmethod
-    def _shut() -> OverloadedError:
-        return OverloadedError("no more requests are taken: this process is shutting down")
 
     def _place(self, prepared: Prepared) -> Placement:
         return place(
@@ -350,14 +353,14 @@ class VllmRunner:
         used = PartUsed(kind="user", name="probe", version=0, strength=2.0)
         far = {"without a prefix": 0.0, "with a prefix": 0.0, "of placeholders": 0.0}
         for probe in _PROBES:
-            plain = self._likely(model, [], (), probe)
-            far["without a prefix"] += self._distance(Prepared(_alone([]), ""), probe, plain)
-            prepared = Prepared(_alone([Part(prefix, 2.0)]), "", (used,))
-            placeholders = self._place(prepared).ids
-            steered = self._likely(model, [Part(prefix, 2.0)], (), probe)
-            far["with a prefix"] += self._distance(prepared, probe, steered)
-            read = self._likely(model, [], placeholders, probe)
-            far["of placeholders"] += self._distance(prepared, probe, read)
+            said = self._said(self._place(Prepared(_alone([]), "")), probe)
+            far["without a prefix"] += _apart(said, self._likely(model, [], (), probe))
+            parts = [Part(prefix, used.strength)]
+            placement = self._place(Prepared(_alone(parts), "", (used,)))
+            said = self._said(placement, probe)
+            far["with a prefix"] += _apart(said, self._likely(model, parts, (), probe))
+            read = self._likely(model, [], placement.ids, probe)
+            far["of placeholders"] += _apart(said, read)
         means = {name: total / len(_PROBES) for name, total in far.items()}
         for name in ("without a prefix", "with a prefix"):
             if means[name] > _FAR_APART[model.dtype]:
@@ -371,14 +374,13 @@ class VllmRunner:
                 "(--kv-transfer-config, see docs/deploy.md)"
             )
 
-    def _distance(self, prepared: Prepared, probe: tuple[int, ...], ours: torch.Tensor) -> float:
-        """Of vLLM's likeliest tokens' log-probabilities from ours, in nats, in the mean."""
-        placement = self._place(prepared)
+    def _said(self, placement: Placement, probe: tuple[int, ...]) -> dict[int, float]:
+        """The likeliest tokens after a text, and their log-probabilities, as vLLM has it."""
         self._keep(placement)
         request = Request(prompt="probe", raw=True, max_new_tokens=1)
         ticket = _RemoteTicket(None)
         self._wait_for(self._write(ticket, request, self._body(request, placement, probe, 10)))
-        return statistics.fmean(abs(ours[token].item() - p) for token, p in ticket.tokens[0].top)
+        return dict(ticket.tokens[0].top)
 
     @staticmethod
     def _likely(
@@ -390,6 +392,11 @@ class VllmRunner:
         with steering.attached(steering.assemble([parts])):
             logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
         return logits.float().log_softmax(-1)
+
+
+def _apart(said: dict[int, float], ours: torch.Tensor) -> float:
+    """How far vLLM's log-probabilities are from ours, in nats, in the mean."""
+    return statistics.fmean(abs(ours[token].item() - one) for token, one in said.items())
 
 
 def _alone(parts: list[Part]) -> Guidance:
