@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from controlprefix.assembly import SlotBlock
 from controlprefix.errors import UnsupportedModelError
+from controlprefix.geometry import Site
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # transformers' names for what we stand in for
 PLACE = "controlprefix_place"  # the attribute of an attention module while something is attached
@@ -28,6 +29,10 @@ PLACE = "controlprefix_place"  # the attribute of an attention module while some
 
 class Place(Protocol):
     """Where in a model an attention module stands."""
+
+    @property
+    def site(self) -> Site:
+        """What it attends to."""
 
     @property
     def layer(self) -> int:
@@ -50,8 +55,8 @@ class AttentionCall:
 # Thread -> the calls made in it, for threads where somebody collects them.
 recordings: dict[int, list[AttentionCall]] = {}
 
-# Thread -> who is told the weights on the slots of each call: (batch, queries, heads, slots).
-watchers: dict[int, Callable[[Tensor], None]] = {}
+# Thread -> who is told where a call is, and its weights: (batch, queries, heads, slots).
+watchers: dict[int, Callable[[Place, Tensor], None]] = {}
 
 
 @contextlib.contextmanager
@@ -129,8 +134,9 @@ def _attend(
             query, key, value, attention_mask, blocks, place.layer, kwargs.get("scaling")
         )
         return output, None
+    watch = None if watcher is None else partial(watcher, place)
     return _attend_in_front(
-        base, module, query, key, value, attention_mask, blocks, place.layer, kwargs, watcher
+        base, module, query, key, value, attention_mask, blocks, place.layer, kwargs, watch
     )
 
 
@@ -144,7 +150,7 @@ def _attend_in_front(
     blocks: tuple[SlotBlock, ...],
     layer: int,
     kwargs: dict[str, Any],
-    watcher: Callable[[Tensor], None] | None,
+    watch: Callable[[Tensor], None] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention function, with slots in front of the tokens.
 
@@ -166,11 +172,11 @@ def _attend_in_front(
     keys, values = _joined(blocks, layer, key, value)
     mask = _mask_in_front(mask, blocks, key, num_queries, causal)
     output, weights = base(module, query, keys, values, mask, **kwargs)
-    if watcher is not None:
+    if watch is not None:
         # Attention is linear in the values: those that say which slot they are give the weights.
         num_slots = keys.shape[2] - key.shape[2]
         which = torch.eye(keys.shape[2], num_slots, dtype=keys.dtype, device=keys.device)
-        watcher(base(module, query, keys, which.expand(*keys.shape[:2], -1, -1), mask, **kwargs)[0])
+        watch(base(module, query, keys, which.expand(*keys.shape[:2], -1, -1), mask, **kwargs)[0])
     return output, None if weights is None else weights[..., -key.shape[2] :]
 
 

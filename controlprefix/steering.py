@@ -19,6 +19,7 @@ from controlprefix.attention import (
     IMPLEMENTATIONS,
     PLACE,
     AttentionCall,
+    Place,
     intercepted,
     recordings,
     watchers,
@@ -138,12 +139,12 @@ class Steering:
             del recordings[thread]
 
     @contextlib.contextmanager
-    def watched(self, watcher: Callable[[Tensor], None]) -> Iterator[None]:
+    def watched(self, watcher: Callable[[Place, Tensor], None]) -> Iterator[None]:
         """While inside, this thread's calls tell the weights that queries put on slots.
 
         Args:
-            watcher: Given `(batch, queries, heads, slots)` in each layer that has some;
-                slots that rows share come first.
+            watcher: Given, in each layer that has some, its place and `(batch, queries,
+                heads, slots)`; slots that rows share come first.
         """
         watchers[threading.get_ident()] = watcher
         try:

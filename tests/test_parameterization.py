@@ -99,8 +99,7 @@ def test_only_what_a_batch_needs_is_computed(name: str) -> None:
     assert found.keys() == {FORMAL}
     found[FORMAL].slots["decoder"].square().sum().backward()
     reached = {n for n, p in slots.named_parameters() if p.grad is not None}
-    of_numbers = dict.fromkeys(("direct", "cartridge"), ".slots.")
-    per_prefix = {**of_numbers, "mlp": ".networks."}.get(name, ".embeddings.")
+    per_prefix = {"direct": ".slots.", "mlp": ".networks."}.get(name, ".embeddings.")
     of_a_prefix = {n for n, _ in slots.named_parameters() if per_prefix in n}
     assert {n for n in reached if per_prefix in n} == {
         n
@@ -122,25 +121,13 @@ def test_a_frozen_first_slot_stays_while_the_others_change(
             parameter += random.Random(1).random()
     for key, prefix in slots.materialized().items():
         same = (prefix.slots["decoder"] == start[key].slots["decoder"]).all(dim=1).tolist()
-        assert same == [freeze or name == "cartridge"] + [False] * (prefix.num_slots - 1)
-
-
-def test_one_scale_for_all_numbers_in_a_cartridge() -> None:
-    slots = made("cartridge", start := starts())
-    with torch.no_grad():
-        for parameter in slots.parameters():
-            parameter += 1.0
-    for key, prefix in slots.materialized().items():
-        change = (prefix.slots["decoder"] - start[key].slots["decoder"])[1:]
-        torch.testing.assert_close(change, change[:1, :1].expand_as(change))
-        assert change[0, 0] > 0
+        assert same == [freeze] + [False] * (prefix.num_slots - 1)
 
 
 def test_slots_that_are_all_frozen_are_refused() -> None:
     one = {FORMAL: Prefix.random(GEOMETRY, num_slots=1, seed=0)}
-    for name, frozen in (("cartridge", False), ("shared", True)):
-        with pytest.raises(TrainingDataError, match="2 slots"):
-            made(name, one, freeze_first_slot=frozen)
+    with pytest.raises(TrainingDataError, match="2 slots"):
+        made("shared", one, freeze_first_slot=True)
 
 
 def test_what_is_shared_between_prefixes_and_between_keys_and_values() -> None:
@@ -153,7 +140,6 @@ def test_what_is_shared_between_prefixes_and_between_keys_and_values() -> None:
     network = width * width + width + width * slot_size + slot_size
     assert sizes == {
         "direct": sum(counts) * slot_size,
-        "cartridge": (sum(counts) - len(counts)) * slot_size,
         "mlp": sum(counts) * width + 3 * network,
         "shared": sum(counts) * width + network,
         "shared-kv": sum(counts) * width + network + width * width + width,

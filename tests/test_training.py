@@ -206,13 +206,20 @@ def test_a_random_start_and_a_stored_start_are_what_they_say() -> None:
 
 def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
     cp = engine()
-    one = [Example(prompt="Hi", user="ana", completion="hello there")]
-    report = cp.train(
-        one, learn=("user",), **{**QUICK, "steps": 1, "learning_rate": 1e-9, "validation": 0}
-    )
-    assert report.best_step == 1
-    stored, exact = cp.get("user", "ana"), cp.prefix_from_text("hello there", max_slots=4)
-    assert torch.allclose(stored.slots["decoder"], exact.slots["decoder"], atol=1e-6)
+    for text in ("hey!", "hey, bud"):
+        one = [Example(prompt="Hi", user="ana", completion=text)]
+        report = cp.train(
+            one, learn=("user",), **{**QUICK, "steps": 1, "learning_rate": 1e-9, "validation": 0}
+        )
+        assert report.best_step == 1
+        stored, exact = cp.get("user", "ana"), cp.prefix_from_text(text)
+        assert stored.num_slots == 4
+        for i in range(len(cp.geometry.decoder)):
+            pairs = zip(stored.layer("decoder", i), exact.layer("decoder", i), strict=True)
+            for some, whole in pairs:  # of a text that is too long, some rows of each head
+                near = torch.cdist(some, whole).min(dim=2)
+                assert near.values.max() < 1e-5
+                assert all(len(set(head.tolist())) == 4 for head in near.indices)
 
 
 def test_training_ends_each_completion_with_the_end_token() -> None:

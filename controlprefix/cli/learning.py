@@ -54,7 +54,7 @@ def train(
     parameterization: Annotated[
         str | None,
         typer.Option(
-            help="How slots are produced: shared, direct, cartridge, mlp, or shared-kv; left out, "
+            help="How slots are produced: shared, direct, mlp, or shared-kv; left out, "
             "shared, and for users alone direct."
         ),
     ] = None,
@@ -145,7 +145,7 @@ def sweep(
         str, typer.Option(help="Numbers of slots to try, with commas.")
     ] = "1,2,4,8,16,32",
     parameterization: Annotated[
-        str, typer.Option(help="Any of shared, direct, cartridge, mlp, shared-kv, with commas.")
+        str, typer.Option(help="Any of shared, direct, mlp, shared-kv, with commas.")
     ] = "shared",
     learn: LearnOption = "task,attributes",
     task: DefaultTaskOption = None,

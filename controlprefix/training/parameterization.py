@@ -7,8 +7,6 @@ text, networks too, with nothing to fit first; one learning rate serves models w
 differ in size; and weight decay pulls towards the start.
 
 - `direct`: each number of the change is a parameter.
-- `cartridge`: the same with one scale for all heads, keys and values, and the first slot left
-  as it begins (Eyuboglu et al., "Cartridges", 2025, https://arxiv.org/abs/2506.06266).
 - `mlp`: a network for each prefix, from an embedding of each slot (Li & Liang, 2021,
   https://arxiv.org/abs/2101.00190).
 - `shared`: one network a site, from embeddings of the slots of all prefixes, so that task
@@ -37,7 +35,7 @@ from controlprefix.geometry import Geometry, Site
 from controlprefix.prefix import Prefix
 from controlprefix.store import PrefixKey
 
-ParameterizationName = Literal["direct", "cartridge", "mlp", "shared", "shared-kv"]
+ParameterizationName = Literal["direct", "mlp", "shared", "shared-kv"]
 
 
 class LearnedSlots(nn.Module, ABC):
@@ -86,7 +84,8 @@ class Parameterization(LearnedSlots):
         scale: For each site, the unit of change of a slot's numbers, `(slot_size,)`.
         width: Of the networks' embeddings and hidden layers.
         slot_dropout: Chance of each slot to be left out, where something may be drawn.
-        freeze_first_slot: Each prefix's first slot stays as it begins; in `cartridge` always.
+        freeze_first_slot: Each prefix's first slot stays as it begins (as in Eyuboglu et al.,
+            "Cartridges", 2025, https://arxiv.org/abs/2506.06266).
         seed: Of the networks.
     """
 
@@ -105,7 +104,7 @@ class Parameterization(LearnedSlots):
         self.keys = tuple(start)
         self._slot_dropout = slot_dropout
         self._start = {key: prefix.to(dtype=torch.float32) for key, prefix in start.items()}
-        self._num_frozen = int(freeze_first_slot or name == "cartridge")
+        self._num_frozen = int(freeze_first_slot)
         if self._num_frozen and all(one.num_slots <= self._num_frozen for one in start.values()):
             raise TrainingDataError(
                 "the first slot stays as it begins, so there is nothing to learn in 1; give 2 "
@@ -113,10 +112,6 @@ class Parameterization(LearnedSlots):
             )
         self._geometry = next(iter(start.values())).geometry
         self._scale = {site: scale[site].float() for site in self._geometry.sites}
-        if name == "cartridge":
-            self._scale = {
-                site: one.square().mean().sqrt().expand_as(one) for site, one in self._scale.items()
-            }
         generator = torch.Generator().manual_seed(seed)
         self.changes = nn.ModuleDict()
         for site in self._geometry.sites:
@@ -126,7 +121,7 @@ class Parameterization(LearnedSlots):
             columns = [torch.arange(size)]
             if name == "shared-kv":
                 columns = _columns_of_keys_and_values(self._geometry, site)
-            if name in ("direct", "cartridge"):
+            if name == "direct":
                 self.changes[site] = _Direct(counts, size)
             elif name == "mlp":
                 self.changes[site] = _OneEach(counts, columns, width, generator)

@@ -15,11 +15,12 @@ from controlprefix.errors import TrainingDataError
 from controlprefix.geometry import Site
 from controlprefix.prefix import Prefix
 from controlprefix.request import Example
-from controlprefix.resolve import NamedPart, Resolver, named_parts
+from controlprefix.resolve import Resolver, named_parts
 from controlprefix.steering import Steering
 from controlprefix.store import Kind, PrefixKey, PrefixStore
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training.objectives import TrainingRow
+from controlprefix.training.selection import most_attended, slot_masses
 
 Learned = Literal["task", "attributes", "user"]
 Start = Literal["text", "tokens", "random", "stored"]
@@ -28,6 +29,8 @@ Given = Mapping[tuple[Kind, str], str | Prefix]
 
 _STARTS = get_args(Start)
 _SCALE_TOKENS = 64
+_READ_TOKENS = 512  # of a text to start from; more gained nothing
+_LOOKING_ROWS = 16
 
 _KINDS: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
 _log = logging.getLogger("controlprefix")
@@ -79,6 +82,7 @@ def prepare(
     named = [named_parts(example) for example in examples]
     encoded = [encoder.encode(example) for example in examples]
 
+    end_id = next(iter(encoder.end_ids), None)
     geometry = Steering.of(model).geometry
     fingerprint = geometry.fingerprint
     others = {part.key for row in named for part in row if part.key.kind not in kinds}
@@ -89,6 +93,12 @@ def prepare(
     frozen = [
         [stored[one.key].part(one.strength).part for one in row if one.key in stored]
         for row in named
+    ]
+    rows = [
+        TrainingRow.of(
+            one, end_id, parts, [(p.key, p.strength) for p in row if p.key.kind in kinds]
+        )
+        for one, parts, row in zip(encoded, frozen, named, strict=True)
     ]
 
     keys = list(dict.fromkeys(p.key for row in named for p in row if p.key.kind in kinds))
@@ -107,21 +117,17 @@ def prepare(
             start[key] = found
         elif own is None and default == "random":
             start[key] = Prefix.random(geometry, num_slots=count, seed=seed + index)
+        elif own is None and default == "tokens":
+            seen = sorted({token for one in encoded for token in one.completion})
+            ids = random.Random(f"{seed}:{index}").choices(seen, k=count)
+            start[key] = prefix_from_tokens(model, ids)
         else:
-            if own is None:
-                own = "\n".join(_texts_of(key, examples, named, seed)[:count])
-            ids = list(encoder.text_ids(own))  # a text has a token or more
-            if default == "tokens":
-                seen = sorted({token for one in encoded for token in one.completion})
-                ids = random.Random(f"{seed}:{index}").choices(seen, k=count)
-            start[key] = prefix_from_tokens(model, ids, num_slots=count)
-    end_id = next(iter(encoder.end_ids), None)
-    rows = [
-        TrainingRow.of(
-            one, end_id, parts, [(p.key, p.strength) for p in row if p.key.kind in kinds]
-        )
-        for one, parts, row in zip(encoded, frozen, named, strict=True)
-    ]
+            mine = [i for i, row in enumerate(named) if any(part.key == key for part in row)]
+            random.Random(seed).shuffle(mine)
+            text = own or "\n".join(examples[i].completion for i in mine)
+            # The last ones: a row attends to a copy of itself before all else.
+            looking = [rows[i] for i in mine[-_LOOKING_ROWS:]]
+            start[key] = _start_of_text(model, text, looking, count, encoder)
     tokens = [token for one in encoded for token in one.completion]
     return Preparation(rows, start, typical_scale(model, tokens), left_out)
 
@@ -225,14 +231,17 @@ def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int], context: int 
     return count
 
 
-def _texts_of(
-    key: PrefixKey, examples: Sequence[Example], named: Sequence[Sequence[NamedPart]], seed: int
-) -> list[str]:
-    """The completions that a prefix has a part in, shuffled."""
-    texts = [
-        example.completion
-        for example, row in zip(examples, named, strict=True)
-        if any(part.key == key for part in row)
-    ]
-    random.Random(seed).shuffle(texts)
-    return texts
+def _start_of_text(
+    model: PreTrainedModel,
+    text: str,
+    rows: Sequence[TrainingRow],
+    count: int,
+    encoder: RequestEncoder,
+) -> Prefix:
+    """A text's keys and values; where it is longer, in each head those that rows attend to most."""
+    room = min(_READ_TOKENS, encoder.context or _READ_TOKENS)
+    ids = encoder.text_ids(text)[: max(room, count)]  # a text has a token or more
+    if len(ids) <= count:
+        return prefix_from_tokens(model, ids, num_slots=count)
+    whole = prefix_from_tokens(model, ids)
+    return most_attended(whole, slot_masses(model, rows, whole, pad_id=encoder.pad_id), count)

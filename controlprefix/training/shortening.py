@@ -1,18 +1,11 @@
 """Fewer slots at the same quality: which ones attention uses, and how many are needed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from controlprefix.assembly import Part
 from controlprefix.errors import TrainingDataError
-from controlprefix.likelihood import token_log_probs
 from controlprefix.prefix import Prefix
-from controlprefix.steering import Steering
-from controlprefix.training.objectives import TrainingRow
+from controlprefix.training.selection import Masses, mean_masses, most_attended
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +15,8 @@ class ShorteningReport:
     Attributes:
         masses: For each slot of the whole prefix, the share of attention it received: the
             mean over layers, heads and queries.
-        curve: `(slots, nats a target token)`, from none to all of them, the ones with the
-            largest mass kept.
+        curve: `(slots, nats a target token)`, from none to all of them; each head keeps
+            those with the largest mass in it.
         num_slots: Chosen: the fewest that keep the wanted share of what the prefix gains.
         version: Of the shorter prefix in the store; None where none was stored.
     """
@@ -34,37 +27,9 @@ class ShorteningReport:
     version: int | None = None
 
 
-def slot_masses(
-    model: PreTrainedModel, rows: Sequence[TrainingRow], prefix: Prefix, *, pad_id: int
-) -> Tensor:
-    """The mean share of attention that each slot receives, `(num_slots,)`, float32.
-
-    Args:
-        model: Frozen.
-        rows: Texts, with their other parts in `frozen`.
-        prefix: Whose slots.
-        pad_id: Any id.
-    """
-    steering = Steering.of(model)
-    total, count = torch.zeros(prefix.num_slots), 0
-
-    def add(weights: Tensor) -> None:
-        nonlocal count
-        # One row, whose first part the prefix is.
-        mine = weights[0, :, :, : prefix.num_slots].float().mean(dim=(0, 1)).cpu()
-        total[: len(mine)] += mine
-        count += 1
-
-    for row in rows:
-        batch = steering.assemble([[Part(prefix), *row.frozen]])
-        with torch.no_grad(), steering.attached(batch), steering.watched(add):
-            token_log_probs(model, [row.prompt], [row.targets], pad_id=pad_id)
-    return total / max(1, count)
-
-
 def shorten(
     prefix: Prefix,
-    masses: Tensor,
+    masses: Masses,
     nats_with: Callable[[Prefix | None], float],
     *,
     keep: float,
@@ -73,7 +38,7 @@ def shorten(
 
     Args:
         prefix: Whole.
-        masses: Of its slots; the largest are kept.
+        masses: Of its slots; each head keeps those with the largest.
         nats_with: The loss with a prefix, or without any.
         keep: Share of the gain, above 0, up to 1.
 
@@ -82,7 +47,6 @@ def shorten(
     """
     if not 0 < keep <= 1:
         raise TrainingDataError(f"keep is {keep}; it must be above 0 and up to 1")
-    order = masses.argsort(descending=True)
     bare, whole = nats_with(None), nats_with(prefix)
     if whole >= bare:
         raise TrainingDataError(
@@ -93,7 +57,7 @@ def shorten(
     enough = bare - keep * (bare - whole)
     tried = {prefix.num_slots: prefix}
     for count in _counts(prefix.num_slots):
-        tried[count] = _chosen(prefix, order[:count])
+        tried[count] = most_attended(prefix, masses, count)
         curve[count] = nats_with(tried[count])
     # The curve is not quite monotonic: the fewest from which on all are good enough.
     num_slots = prefix.num_slots
@@ -102,7 +66,9 @@ def shorten(
             break
         num_slots = count
     report = ShorteningReport(
-        masses=tuple(masses.tolist()), curve=tuple(sorted(curve.items())), num_slots=num_slots
+        masses=tuple(mean_masses(masses).tolist()),
+        curve=tuple(sorted(curve.items())),
+        num_slots=num_slots,
     )
     return tried[num_slots], report
 
@@ -114,11 +80,3 @@ def _counts(most: int) -> list[int]:
         most = min(most - 1, round(most * 0.75))
         counts.append(most)
     return counts
-
-
-def _chosen(prefix: Prefix, which: Tensor) -> Prefix:
-    kept = which.sort().values
-    return Prefix(
-        prefix.geometry,
-        {site: rows[kept[kept < len(rows)].to(rows.device)] for site, rows in prefix.slots.items()},
-    )

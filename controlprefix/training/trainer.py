@@ -23,8 +23,9 @@ from controlprefix.training.objectives import Objective, Pair, TrainingRow
 from controlprefix.training.parameterization import ParameterizationName
 from controlprefix.training.preparation import Given, Learned, Preparation, Start, prepare
 from controlprefix.training.run import Run, TrainingReport, in_batches
+from controlprefix.training.selection import slot_masses
 from controlprefix.training.settings import TrainingSettings
-from controlprefix.training.shortening import ShorteningReport, shorten, slot_masses
+from controlprefix.training.shortening import ShorteningReport, shorten
 from controlprefix.training.sweep import SweepPoint, SweepReport
 
 _EVALUATED = 16  # rows at a time
