@@ -29,8 +29,8 @@ Given = Mapping[tuple[Kind, str], str | Prefix]
 
 _STARTS = get_args(Start)
 _SCALE_TOKENS = 64
-_READ_TOKENS = 512  # of a text to start from; more gained nothing
-_LOOKING_ROWS = 16
+_READ_TOKENS = 256  # of a text to start from; on dev splits 512 were no better (docs/decisions.md)
+_LOOKING_ROWS = 8
 
 _KINDS: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
 _log = logging.getLogger("controlprefix")
