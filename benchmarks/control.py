@@ -51,7 +51,7 @@ from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Part, Prefix, Request
 from controlprefix.batching import Prepared
-from controlprefix.evaluation import Judge, calibrate, filled_in, responses
+from controlprefix.evaluation import Judge, calibrate, evaluate, filled_in, responses
 from controlprefix.evaluation.harness import fluencies
 from controlprefix.evaluation.metrics import distinct, spearman
 from controlprefix.guidance import Guidance, Term
@@ -88,6 +88,8 @@ class Study:
         labels: Of each attribute.
         rows: To learn from, each with one label (`topic=sports`).
         words, meanings: A judge of each attribute.
+        unseen: Rows of the test splits, like `rows`.
+        fluency: Of those, nats a token under the plain model.
     """
 
     name: str
@@ -95,6 +97,8 @@ class Study:
     rows: list[Row]
     words: dict[str, Pipeline]
     meanings: dict[str, Judge]
+    unseen: list[Row]
+    fluency: float
 
     def combinations(self) -> list[Combination]:
         return [
@@ -108,6 +112,7 @@ def study(folder: Path, name: str, num: int) -> Study:
     """As many rows of each attribute are learned from; up to 4,000 others teach its judges."""
     labels: dict[str, list[str]] = {}
     rows: list[Row] = []
+    unseen: list[Row] = []
     words, meanings = {}, {}
     for attribute, file in SETS[name].items():
         found = shuffled(labelled(folder, file, attribute, "train"), 0)
@@ -115,11 +120,15 @@ def study(folder: Path, name: str, num: int) -> Study:
         share = num // len(SETS[name])
         rows += [replace(row, label=f"{attribute}={row.label}") for row in found[:share]]
         others = found[share : share + 4000]
+        test = shuffled(labelled(folder, file, attribute, "test"), 0)[:128]
+        unseen += [replace(row, label=f"{attribute}={row.label}") for row in test]
         words[attribute] = judge(others)
         meanings[attribute] = Judge.learn(
             attribute, [row.completion for row in others], [str(row.label) for row in others]
         )
-    return Study(name, labels, shuffled(rows, 0), words, meanings)
+    cp = ControlPrefix.from_pretrained(model(), tokenizer=tokenizer(), store="sqlite://")
+    fluency = statistics.fmean(fluencies(cp, [row.completion for row in unseen]))
+    return Study(name, labels, shuffled(rows, 0), words, meanings, unseen, fluency)
 
 
 def pairs(combination: Combination) -> list[str]:
@@ -191,11 +200,15 @@ class Way:
         return [one.text.strip() for one in self.cp.generate(rows, batch_size=32)]
 
 
+def instruction(combination: Combination) -> dict[str, Any]:
+    told = ", ".join(SAID.get(label, label) for label in combination.values())
+    prompt = f"Write one sentence that is {told}. Write nothing else."
+    return {"prompt": prompt, "raw": False}
+
+
 class Instructed(Way):
     def write(self, combination: Combination, count: int, seed: int) -> list[str]:
-        told = ", ".join(SAID.get(label, label) for label in combination.values())
-        prompt = f"Write one sentence that is {told}. Write nothing else."
-        return self.asked([{"prompt": prompt, "raw": False}] * count, seed)
+        return self.asked([instruction(combination)] * count, seed)
 
 
 class FewShot(Way):
@@ -221,12 +234,13 @@ class Ours(Way):
         filled: bool = False,
         mixing: str = "attention",
         against: bool = False,
-        chosen: bool = False,
+        told: bool = False,
+        coefficients: Sequence[float] = (),
     ) -> None:
         super().__init__(*given)
-        self.apart, self.filled = apart, filled
+        self.apart, self.filled, self.told = apart, filled, told
         self.mixing, self.against = mixing, against
-        self.coefficients = (1.0, 1.5, 2.0) if chosen else ()
+        self.coefficients = coefficients
 
     def learn(self) -> None:
         attributes = list(self.study.labels)
@@ -270,6 +284,7 @@ class Ours(Way):
             "task": None if self.apart else "text",
             "attributes": weights,
             "mixing": self.mixing,
+            **(instruction(combination) if self.told else {}),
         }
 
     def write(self, combination: Combination, count: int, seed: int) -> list[str]:
@@ -361,21 +376,25 @@ class Steering(Way):
         return self.drawn(self.model, count, seed)
 
 
+GUIDED: dict[str, Any] = {"mixing": "logits", "coefficients": (0.5, 1.0, 2.0)}
 WAYS: dict[str, Callable[..., Way]] = {
     "plain": Way,
     "instruction": Instructed,
     "few-shot": FewShot,
     "ours": Ours,
-    "ours, strength chosen": lambda *given: Ours(*given, chosen=True),
-    "ours, mixed in logits": lambda *given: Ours(*given, mixing="logits", chosen=True),
-    "ours, mixed in logits, for and against": lambda *given: Ours(
-        *given, mixing="logits", against=True, chosen=True
+    "ours, strength chosen": lambda *given: Ours(*given, coefficients=(1.0, 1.5, 2.0)),
+    "ours, mixed in logits": lambda *given: Ours(*given, **GUIDED),
+    "ours, mixed in logits, for and against": lambda *given: Ours(*given, **GUIDED, against=True),
+    "ours, labels filled in": lambda *given: Ours(
+        *given, filled=True, coefficients=(1.0, 1.5, 2.0)
     ),
-    "ours, labels filled in": lambda *given: Ours(*given, filled=True, chosen=True),
     "ours, filled in, for and against": lambda *given: Ours(
-        *given, filled=True, mixing="logits", against=True, chosen=True
+        *given, **GUIDED, filled=True, against=True
     ),
     "ours, learned apart": lambda *given: Ours(*given, apart=True),
+    "ours and an instruction": lambda *given: Ours(
+        *given, **GUIDED, apart=True, against=True, told=True
+    ),
     "union of PEFT prefixes": PrefixUnion,
     "LoRA of labels added": LoraSum,
     "repeng": Steering,
@@ -383,7 +402,10 @@ WAYS: dict[str, Callable[..., Way]] = {
 SAME_LEARNING = dict.fromkeys(
     ("ours, strength chosen", "ours, mixed in logits", "ours, mixed in logits, for and against"),
     "ours",
-) | {"ours, filled in, for and against": "ours, labels filled in"}
+) | {
+    "ours, filled in, for and against": "ours, labels filled in",
+    "ours and an instruction": "ours, learned apart",
+}
 
 
 def judged(
@@ -424,8 +446,12 @@ def measure(way: Way, study: Study, options: argparse.Namespace) -> dict[str, fl
         for coefficient in way.coefficients:
             way.coefficient = coefficient
             texts = drawn_texts(way, combinations, max(2, options.texts // 4), seed=1)
-            tried[coefficient] = judged(study, texts, way.cp)["control, mean"]
-        way.coefficient = max(tried, key=tried.__getitem__)
+            tried[coefficient] = judged(study, texts, way.cp)
+        fluent = {c: one for c, one in tried.items() if one["fluency"] <= study.fluency}
+        plainest = min(tried, key=lambda c: tried[c]["fluency"])
+        way.coefficient = max(
+            fluent or [plainest], key=lambda coefficient: tried[coefficient]["control, mean"]
+        )
         chosen["coefficient"] = way.coefficient
     texts = drawn_texts(way, combinations, options.texts, seed=0)
     for combination, text in texts[:: options.texts]:
@@ -585,6 +611,56 @@ def curve(points: Sequence[tuple[float, float, float]]) -> dict[str, Any]:
     }
 
 
+def cross_talk(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
+    """What a label alone adds to the chance of every other, against none; and in real texts."""
+    judges = list(ours.study.meanings.values())
+    found: dict[str, Any] = {}
+    for mixing in ("attention", "logits"):
+        rows = [
+            Example(
+                prompt="",
+                raw=True,
+                completion=row.completion,
+                task="text",
+                attributes=dict([str(row.label).split("=")]),
+                mixing=mixing,
+                stop=["\n"],
+            )
+            for row in ours.study.unseen[:: len(ours.study.unseen) // options.dial_texts]
+        ]
+        report = evaluate(
+            ours.cp,
+            rows,
+            judges,
+            strengths=(0.0, 1.0),
+            curve_rows=options.dial_texts,
+            max_new_tokens=options.new_tokens,
+            progress=False,
+        )
+        found[mixing] = report.cross_talk
+    texts = [row.completion for row in ours.study.unseen]
+    chances = {
+        f"{one.attribute}={label}": column
+        for one in judges
+        for one_chances in [one.chances(texts)]
+        for label, column in zip(one.labels, one_chances.T, strict=True)
+    }
+    found["real texts"] = {}
+    for wanted in chances:
+        own = torch.tensor([row.label == wanted for row in ours.study.unseen])
+        others = torch.tensor(
+            [
+                str(row.label).partition("=")[0] == wanted.partition("=")[0]
+                for row in ours.study.unseen
+            ]
+        )
+        found["real texts"][wanted] = {
+            label: float(column[own].mean() - column[others & ~own].mean())
+            for label, column in chances.items()
+        }
+    return found
+
+
 # --- conflicts and unseen labels ----------------------------------------------------------
 
 
@@ -727,11 +803,21 @@ def page(results: Mapping[str, Any]) -> str:
             "for, in the mean over attributes; **all right**: all at once; **alone**: each label "
             "asked for without others. **other judge**: linear over sentence embeddings (right "
             f"on held-out rows: {accuracy}). **fluency**: nats a token under the plain model, "
-            "lower is plainer. **coefficient**: chosen on other draws.",
+            f"lower is plainer; real texts have {results[name]['fluency']:.2f}. **coefficient**: "
+            "chosen by control on other draws, of those no less fluent than real texts.",
             table(found, [c for c in COLUMNS if any(c[0] in one for one in found.values())]),
         ]
         each = [(f"control, {attribute}", attribute, 2) for attribute in SETS[name]]
         parts.append(table(found, each))
+    if "cross-talk" in results:
+        parts += [
+            "## Cross-talk",
+            "What a label alone, at strength 1, adds to the judge's chance of that label (*own*), "
+            "and at most to that of a label of another attribute (*other*), against the task "
+            "alone (`controlprefix eval`); in real texts, against those with the other labels. "
+            "Learned jointly on `styles`.",
+            table(*cross_talk_rows(results["cross-talk"])),
+        ]
     if "dials" in results:
         rows = {
             name: {
@@ -778,6 +864,28 @@ def page(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def cross_talk_rows(
+    found: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> tuple[dict[str, dict[str, float]], list[tuple[str, str, int]]]:
+    rows: dict[str, dict[str, float]] = {}
+    for source, matrix in found.items():
+        for wanted, added in matrix.items():
+            attribute = wanted.partition("=")[0]
+            others = [abs(x) for label, x in added.items() if label.partition("=")[0] != attribute]
+            rows.setdefault(wanted, {})[f"own, {source}"] = added[wanted]
+            rows[wanted][f"other, {source}"] = max(others)
+    names = {"attention": "side by side", "logits": "in logits", "real texts": "real texts"}
+    columns = [
+        (f"{what}, {source}", f"{what}, {names[source]}", 2)
+        for source in found
+        for what in ("own", "other")
+    ]
+    rows["mean"] = {
+        key: statistics.fmean(row[key] for row in rows.values()) for key, _, _ in columns
+    }
+    return rows, columns
+
+
 def table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[tuple[str, str, int]]) -> str:
     lines = [
         f"| way | {' | '.join(title for _, title, _ in columns)} |",
@@ -807,7 +915,15 @@ def learned(name: str, study: Study, options: argparse.Namespace, known: dict[st
     return way
 
 
-PARTS = ("aspects", "styles", "dials", "conflicts", "held back", "unseen categories")
+PARTS = (
+    "aspects",
+    "styles",
+    "cross-talk",
+    "dials",
+    "conflicts",
+    "held back",
+    "unseen categories",
+)
 
 
 def main() -> None:
@@ -849,7 +965,8 @@ def main() -> None:
     for name in [part for part in options.part if part in SETS]:
         one = study(options.folder, name, options.steps * 8)
         accuracy = {attribute: judge.accuracy for attribute, judge in one.meanings.items()}
-        saved(lambda r, n=name, a=accuracy: r.setdefault(n, {"ways": {}}).update(judges=a))
+        of_set = {"judges": accuracy, "fluency": round(one.fluency, 3)}
+        saved(lambda r, n=name, a=of_set: r.setdefault(n, {"ways": {}}).update(a))
         known: dict[str, Way] = {}
         for label in WAYS:
             if is_done(name, "ways", label) or (label == "repeng" and not find_spec("repeng")):
@@ -857,6 +974,11 @@ def main() -> None:
             figures = measure(learned(label, one, options, known), one, options)
             print(name, label, {k: round(v, 3) for k, v in figures.items()}, flush=True)
             saved(lambda r, n=name, w=label, f=figures: r[n]["ways"].update({w: f}))
+    if "cross-talk" in options.part and not is_done("cross-talk"):
+        ours = Ours(study(options.folder, "styles", options.steps * 8), options)
+        ours.learn()
+        result = cross_talk(ours, options)
+        saved(lambda r, f=result: r.update({"cross-talk": f}))
     on_styles: dict[str, Callable[[Ours, argparse.Namespace], dict[str, Any]]] = {
         "dials": dials,
         "conflicts": conflicts,

@@ -14,6 +14,8 @@ from quality import Row, load_data, model, tokenizer
 from side_by_side import record
 
 from controlprefix import ControlPrefix, Example
+from controlprefix.store import PrefixKey
+from controlprefix.training.selection import most_attended, slot_masses
 
 SLOTS = (1, 2, 4, 8, 16, 32)
 KEEP = 0.95
@@ -39,8 +41,8 @@ def page(results: dict[str, Any]) -> str:
             "# How many slots",
             f"Nats a token of {results['rows']} held-out sentences; SmolLM2-135M in bfloat16, "
             f"{results['steps']} steps of 8. *Learned* at each length, in two parameterizations; "
-            "*shortened*: learned with 32 slots (`shared`), then only those kept that receive the "
-            "most attention, without any more learning. "
+            "*shortened*: learned with 32 slots (`shared`), then in each head only those kept that "
+            "receive the most attention, without any more learning. "
             f"`shorten(keep={KEEP})` chose {results['chosen']} slots. Written by "
             f"`{results['command']}` with `lengths.json` beside it.",
             "![](lengths.png)",
@@ -88,15 +90,15 @@ def main() -> None:
             curves.setdefault(f"learned, {name}", []).append((slots, round(nats, 4)))
             print(name, slots, round(nats, 4), flush=True)
     # The last one has 32 slots. Slots are chosen by their attention on dev rows.
-    report = cp.shorten("task", "sentence", examples(list(data.dev[: options.rows])), keep=KEEP)
+    looked_at = examples(list(data.dev[: options.rows]))
+    report = cp.shorten("task", "sentence", looked_at, keep=KEEP)
     whole = cp.get("task", "sentence", version=1)
-    order = sorted(range(whole.num_slots), key=lambda i: -report.masses[i])
+    rows = cp._trainer._rows_with(PrefixKey("task", "sentence"), looked_at)
+    masses = slot_masses(cp.model, rows, whole, pad_id=cp._encoder.pad_id)
     for slots, _ in report.curve:
         if not slots:
             continue
-        kept = sorted(order[:slots])
-        rows = {site: numbers[kept] for site, numbers in whole.slots.items()}
-        cp.put("task", "sentence", type(whole)(whole.geometry, rows))
+        cp.put("task", "sentence", most_attended(whole, masses, slots))
         scores = cp.score(held_out)
         nats = -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
         curves.setdefault("shortened", []).append((slots, round(nats, 4)))

@@ -52,14 +52,17 @@ def learned(data: dict[str, Any]) -> list[str]:
         ("formality", "control, formality_pavlick", "control"),
         ("sentiment", "nats", "nats"),
         ("sentiment", "control, sentiment_yelp", "control"),
+        ("e2e", "nats", "nats"),
+        ("webnlg", "nats", "nats"),
     )
     titles = " | ".join(f"{name}: {title}" for name, _, title in columns)
     rows = [f"| | {titles} |", "| --- |" + " --- |" * len(columns)]
     for way in data["formality"]:
-        cells = [
-            f"{mean(run[key] for run in data[name][way].values()):.{3 if key == 'nats' else 2}f}"
-            for name, key, _ in columns
-        ]
+        cells = []
+        for name, key, _ in columns:
+            runs = data[name].get(way, {}).values()
+            digits = 3 if key == "nats" else 2
+            cells.append(f"{mean(run[key] for run in runs):.{digits}f}" if runs else "")
         rows.append(f"| {way} | {' | '.join(cells)} |")
     return rows
 

@@ -29,7 +29,7 @@ Given = Mapping[tuple[Kind, str], str | Prefix]
 
 _STARTS = get_args(Start)
 _SCALE_TOKENS = 64
-_READ_TOKENS = 256  # of a text to start from; on dev splits 512 were no better (docs/decisions.md)
+_READ_TOKENS = 256  # of a text to start from; 512 were no better
 _LOOKING_ROWS = 8
 
 _KINDS: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
