@@ -212,14 +212,14 @@ class _Wave:
             batch = self._objective.assembled(pairs, prefixes)
             with self._steering.attached(batch, everywhere=True):
                 nats = self._objective(pairs)
-                share = torch.tensor([1 / targets[id(run)] for run, _ in some], device=nats.device)
-                each = nats * share
+                weights = torch.tensor([1 / run.targets_a_step for run, _ in some])
+                each = nats * weights.to(nats.device)
                 # A loss that is no number ends its own user's run, not the others'.
                 sound = each[each.detach().isfinite()]
                 if sound.requires_grad and len(sound):
                     sound.sum().backward()
-            for (run, _), value in zip(some, each.tolist(), strict=True):
-                totals[id(run)] += value
+            for (run, _), value in zip(some, nats.tolist(), strict=True):
+                totals[id(run)] += value / targets[id(run)]
         return totals
 
 

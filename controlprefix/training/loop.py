@@ -125,7 +125,10 @@ class _Loop:
         return loss
 
     def nats_a_token(self, pairs: Sequence[Pair], seed: int | None = None) -> float:
-        """The loss of some rows over all processes; its gradients are left in the parameters."""
+        """The loss of some rows over all processes.
+
+        The gradients that are left in the parameters count every token of a run alike.
+        """
         targets = sum(len(pair.row.targets) for pair in pairs)
         mine = pairs[self.accelerator.process_index :: self.accelerator.num_processes]
         total = 0.0
@@ -138,10 +141,10 @@ class _Loop:
                 self.accelerator.autocast(),
                 self._steering.attached(batch, everywhere=True),
             ):
-                loss = self._objective(some).sum() / targets
-                if loss.requires_grad:  # inside the block: checkpoints run attention again
-                    self.accelerator.backward(loss)
-            total += float(loss.detach())
+                nats = self._objective(some).sum()
+                if nats.requires_grad:  # inside the block: checkpoints run attention again
+                    self.accelerator.backward(nats / self.run.targets_a_step)
+            total += float(nats.detach()) / targets
         if self.accelerator.num_processes > 1:
             over_all = torch.tensor(total, dtype=torch.float64, device=self._model.device)
             total = float(self.accelerator.reduce(over_all, reduction="sum"))

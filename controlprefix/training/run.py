@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class Run:
     Attributes:
         held_out: Rows to choose the best step by.
         steps: In all.
+        targets_a_step: Target tokens of a batch, in the mean.
         slots: What is learned, as it stands.
         optimizer: AdamW over it.
         done: How far it is.
@@ -86,6 +88,8 @@ class Run:
         self._looks = {
             round(self.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)
         }
+        # Batches are of similar length: a mean over each would count tokens of short texts more.
+        self.targets_a_step = settings.batch_size * mean(len(row.targets) for row in training)
         self._batches = _endless(training, settings.batch_size, order)
         self.slots = slots.to_device(device)
         self.optimizer = torch.optim.AdamW(
