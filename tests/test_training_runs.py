@@ -18,9 +18,11 @@ from transformers import DynamicCache
 from controlprefix import ControlPrefix, Example, Prefix, StoreError, TrainingDataError
 from controlprefix.steering import Steering
 from controlprefix.training import TrainingRow
-from controlprefix.training.objectives import pair_up
+from controlprefix.training.loop import _Loop
+from controlprefix.training.objectives import Pair, pair_up
+from controlprefix.training.run import Run
 from controlprefix.training.selection import mean_masses, most_attended, slot_masses
-from controlprefix.training.settings import PARAMETERIZATIONS
+from controlprefix.training.settings import PARAMETERIZATIONS, TrainingSettings
 from controlprefix.training.shortening import shorten
 
 from models import build, byte_tokenizer
@@ -403,6 +405,27 @@ def test_a_prefix_distilled_from_an_instruction_replaces_it() -> None:
     ):
         with pytest.raises(TrainingDataError, match=message):
             cp.distill(instruction, progress=False, **wrong)  # type: ignore[arg-type]
+
+
+def test_every_token_counts_alike_however_rows_are_batched() -> None:
+    """Gradients of batches add up to the same, be they of similar length or mixed."""
+    cp = engine()
+    texts = ("a", "bc", "de, at length, and more", "fg, at some length too")
+    examples = [Example(prompt="Hi", task="greet", completion=text) for text in texts]
+    settings = TrainingSettings.of({"batch_size": 2, "validation": 0, "parameterization": "direct"})
+    found = []
+    for batches in (((0, 1), (2, 3)), ((0, 2), (1, 3))):
+        prepared = cp._trainer.prepare(examples, learn="task", num_slots=3, init="text", seed=0)
+        slots = settings.parameterized(prepared.start, prepared.scale)
+        run = Run(prepared.rows, slots, settings, cp.model.device)
+        loop = _Loop(cp.model, run, Accelerator(), pad_id=2)
+        for batch in batches:
+            rows = [prepared.rows[i] for i in batch]
+            loop.nats_a_token([Pair(row) for row in rows])
+        (learned,) = (p.grad for p in slots.parameters())
+        assert learned is not None
+        found.append(learned.clone())
+    torch.testing.assert_close(*found)
 
 
 def test_slot_masses_are_the_models_own_attention_weights() -> None:

@@ -151,7 +151,7 @@ def test_a_run_that_is_broken_off_goes_on_with_those_who_are_left(tmp_path: Path
 
 
 def test_an_early_end_is_each_users_own() -> None:
-    settings = {**QUICK, "steps": 60, "evaluations": 30, "learning_rate": 5.0, "patience": 2}
+    settings = {**QUICK, "steps": 60, "evaluations": 30, "learning_rate": 500.0, "patience": 1}
     report = engine().train_users(TEXTS, together=4, **settings)
     lengths = {user: len(one.losses) for user, one in report.users.items()}
     assert min(lengths["ana"], lengths["bo"], lengths["di"]) < 60
