@@ -560,7 +560,7 @@ def choose_rates(folder: Path, options: argparse.Namespace, found: dict[str, Any
             print(f"rate {rate} of {name}: {known[str(rate)]}", flush=True)
 
 
-OUR_RATES = (3.5e-4, 7e-4, 1.4e-3)
+OUR_RATES = (2.5e-4, 5e-4, 1e-3)
 
 
 def try_our_rates(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -517,7 +517,7 @@ class ControlPrefix:
         *,
         keep: float = 0.95,
     ) -> ShorteningReport:
-        """Drop the slots that attention uses least, and store the shorter prefix.
+        """Keep in each head the slots it uses most, and store the shorter prefix.
 
         Args:
             kind, name: Of a stored prefix.

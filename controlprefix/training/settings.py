@@ -139,7 +139,7 @@ class TrainingSettings:
         return {**asdict(self), "learning_rate": self.rate}
 
 
-_RATES = {"direct": 2e-2, "mlp": 7e-4, "shared": 7e-4, "shared-kv": 7e-4}
+_RATES = {"direct": 2e-2, "mlp": 5e-4, "shared": 5e-4, "shared-kv": 5e-4}
 _MAY_BE_LEFT_OUT = ("steps", "micro_batch", "patience", "learning_rate")
 
 
