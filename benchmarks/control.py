@@ -642,8 +642,7 @@ def cross_talk(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
     chances = {
         f"{one.attribute}={label}": column
         for one in judges
-        for one_chances in [one.chances(texts)]
-        for label, column in zip(one.labels, one_chances.T, strict=True)
+        for label, column in zip(one.labels, one.chances(texts).T, strict=True)
     }
     found["real texts"] = {}
     for wanted in chances:
@@ -939,7 +938,8 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure all again")
     options = parser.parse_args()
     kept = ("steps", "slots", "texts", "dial_texts", "new_tokens")
-    about = {name: getattr(options, name) for name in kept}
+    about: dict[str, Any] = {name: getattr(options, name) for name in kept}
+    about["coefficients"] = "by control, of the fluent"  # a file of another rule is not mixed in
     if FILE.exists() and not options.fresh:
         before = json.loads(FILE.read_text())
         if before["options"] != about:

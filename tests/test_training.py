@@ -18,6 +18,8 @@ from controlprefix import (
 )
 from controlprefix.likelihood import token_log_probs
 from controlprefix.steering import weights_fingerprint
+from controlprefix.training import TrainingRow
+from controlprefix.training.selection import most_attended, slot_masses
 
 from models import ALL, build, byte_tokenizer
 
@@ -212,14 +214,14 @@ def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
             one, learn=("user",), **{**QUICK, "steps": 1, "learning_rate": 1e-9, "validation": 0}
         )
         assert report.best_step == 1
-        stored, exact = cp.get("user", "ana"), cp.prefix_from_text(text)
+        stored, expected = cp.get("user", "ana"), cp.prefix_from_text(text)
+        if text != "hey!":  # of a text that is too long, what its rows attend to most
+            encoded = cp._encoder.encode(one[0])
+            row = TrainingRow.of(encoded, 1, (), ())
+            masses = slot_masses(cp.model, [row], expected, pad_id=2)
+            expected = most_attended(expected, masses, 4)
         assert stored.num_slots == 4
-        for i in range(len(cp.geometry.decoder)):
-            pairs = zip(stored.layer("decoder", i), exact.layer("decoder", i), strict=True)
-            for some, whole in pairs:  # of a text that is too long, some rows of each head
-                near = torch.cdist(some, whole).min(dim=2)
-                assert near.values.max() < 1e-5
-                assert all(len(set(head.tolist())) == 4 for head in near.indices)
+        assert torch.allclose(stored.slots["decoder"], expected.slots["decoder"], atol=1e-6)
 
 
 def test_training_ends_each_completion_with_the_end_token() -> None:

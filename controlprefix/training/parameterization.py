@@ -105,7 +105,7 @@ class Parameterization(LearnedSlots):
         self._slot_dropout = slot_dropout
         self._start = {key: prefix.to(dtype=torch.float32) for key, prefix in start.items()}
         self._num_frozen = int(freeze_first_slot)
-        if self._num_frozen and all(one.num_slots <= self._num_frozen for one in start.values()):
+        if freeze_first_slot and all(one.num_slots == 1 for one in start.values()):
             raise TrainingDataError(
                 "the first slot stays as it begins, so there is nothing to learn in 1; give 2 "
                 "slots or more"
