@@ -18,9 +18,9 @@ from controlprefix.store import PrefixKey
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import TrainingRow
-from controlprefix.training.preparation import typical_scale
 from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
+from controlprefix.training.start import typical_scale
 
 CODE_RATE = 5e-2  # of codes, whose numbers are about as large as an embedding's: 1
 _DROPOUT = 0.1

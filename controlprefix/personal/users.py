@@ -43,7 +43,7 @@ _ROWS_AT_A_TIME = 64
 _FINISHED = "finished.jsonl"
 
 Publish = Callable[[str, Prefix, TrainingReport], int]
-Begin = Callable[[PrefixKey, list[str]], LearnedSlots]
+Begin = Callable[[PrefixKey, list[str], list[TrainingRow]], LearnedSlots]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def train_users(
         texts: Users with their texts; read as far as there is room.
         publish: Called at once for each user that is done; gives the version.
         settings: Of each user's run. `batch_size` is a user's rows a step.
-        begin: Given a user and their texts, what is to be learned as it starts.
+        begin: Given a user, their texts and rows, what is to be learned as it starts.
         together: Users at a time; memory grows with it, not with the number of users.
         folder: Where it is noted who is done.
         resume: Leave out who is noted there, with the same texts and settings.
@@ -239,7 +239,7 @@ def _begun(
     """
     key = PrefixKey("user", user)
     written, rows = rows_of(encoder, user, texts, settings.seed)
-    return Run(rows, begin(key, written), settings, model.device)
+    return Run(rows, begin(key, written, rows), settings, model.device)
 
 
 def rows_of(

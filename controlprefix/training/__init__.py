@@ -8,11 +8,11 @@ from controlprefix.training.preparation import (
     Learned,
     Start,
     require_examples,
-    typical_size,
 )
 from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.shortening import ShorteningReport
+from controlprefix.training.start import typical_size
 from controlprefix.training.sweep import SweepPoint, SweepReport
 from controlprefix.training.trainer import Trainer, instructed, to_distill
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from controlprefix.steering import Steering
 from controlprefix.store import Kind, PrefixKey, PrefixStore
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training.objectives import TrainingRow
-from controlprefix.training.selection import most_attended, slot_masses
+from controlprefix.training.start import start_of_text, typical_scale
 
 Learned = Literal["task", "attributes", "user"]
 Start = Literal["text", "tokens", "random", "stored"]
@@ -28,10 +27,6 @@ Start = Literal["text", "tokens", "random", "stored"]
 Given = Mapping[tuple[Kind, str], str | Prefix]
 
 _STARTS = get_args(Start)
-_SCALE_TOKENS = 64
-_READ_TOKENS = 256  # of a text to start from; 512 were no better
-_LOOKING_ROWS = 8
-
 _KINDS: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
 _log = logging.getLogger("controlprefix")
 
@@ -125,29 +120,9 @@ def prepare(
             mine = [i for i, row in enumerate(named) if any(part.key == key for part in row)]
             random.Random(seed).shuffle(mine)
             text = own or "\n".join(examples[i].completion for i in mine)
-            # The last ones: a row attends to a copy of itself before all else.
-            looking = [rows[i] for i in mine[-_LOOKING_ROWS:]]
-            start[key] = _start_of_text(model, text, looking, count, encoder)
+            start[key] = start_of_text(model, encoder, text, [rows[i] for i in mine], count)
     tokens = [token for one in encoded for token in one.completion]
     return Preparation(rows, start, typical_scale(model, tokens), left_out)
-
-
-def typical_scale(model: PreTrainedModel, ids: Sequence[int]) -> dict[Site, Tensor]:
-    """The `typical_size` of the model's own keys and values of such tokens."""
-    return typical_size(prefix_from_tokens(model, ids[:_SCALE_TOKENS]))
-
-
-def typical_size(prefix: Prefix) -> dict[Site, Tensor]:
-    """For each site `(slot_size,)`: the root mean square of each head's keys, and of its values."""
-    sizes = {}
-    for site, rows in prefix.slots.items():
-        heads = prefix.geometry.head_sizes(site)
-        squares = rows.float().square().mean(dim=0)
-        least = 1e-2 * squares.mean().sqrt()  # a head that is silent here may yet be moved
-        sizes[site] = torch.cat(
-            [one.mean().sqrt().clamp(min=least).expand(len(one)) for one in squares.split(heads)]
-        )
-    return sizes
 
 
 def require_examples(examples: object) -> list[Example]:
@@ -229,19 +204,3 @@ def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int], context: int 
         most = "more" if context is None else f"up to {context}, the context of this model"
         raise TrainingDataError(f"num_slots is {count}; it must be 1 or {most}")
     return count
-
-
-def _start_of_text(
-    model: PreTrainedModel,
-    text: str,
-    rows: Sequence[TrainingRow],
-    count: int,
-    encoder: RequestEncoder,
-) -> Prefix:
-    """A text's keys and values; where it is longer, in each head those that rows attend to most."""
-    room = min(_READ_TOKENS, encoder.context or _READ_TOKENS)
-    ids = encoder.text_ids(text)[: max(room, count)]  # a text has a token or more
-    if len(ids) <= count:
-        return prefix_from_tokens(model, ids, num_slots=count)
-    whole = prefix_from_tokens(model, ids)
-    return most_attended(whole, slot_masses(model, rows, whole, pad_id=encoder.pad_id), count)
