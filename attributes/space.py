@@ -20,11 +20,23 @@ from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from controlprefix.attributes.labels import attribute_name, require_known, weighted_labels
 from controlprefix.errors import AttributeSpaceError, RequestError, known_names
 
 Chosen = Mapping[str, str | Mapping[str, float]]
+
+
+def _wrong(message: str, *place: str | int) -> PydanticCustomError:
+    """An error, and where it stands under what is checked."""
+    return PydanticCustomError("attribute_space", "{said}", {"said": message, "place": place})
+
+
+def _no_name(label: object) -> str:
+    if isinstance(label, dict):
+        return f"{label} is no name; in a list are names alone, or write labels as `name: {{…}}`"
+    return f"{label!r} is no text, as a name must be; put it in quotes"
 
 
 class Label(BaseModel):
@@ -65,7 +77,15 @@ class Attribute(BaseModel):
     def _plain_labels(cls, data: Any) -> Any:
         """`labels: [formal, casual]` and `formal:` with nothing behind it will do."""
         labels = data.get("labels") if isinstance(data, dict) else None
+        if isinstance(labels, (list, dict)):
+            for i, label in enumerate(labels):
+                if not isinstance(label, str):
+                    place = i if isinstance(labels, list) else str(label)
+                    raise _wrong(_no_name(label), "labels", place)
         if isinstance(labels, list):
+            for i, label in enumerate(labels):
+                if label in labels[:i]:
+                    raise _wrong(f"{label!r} stands there twice", "labels", i)
             labels = {label: {} for label in labels}
         if isinstance(labels, dict):
             labels = {name: {} if about is None else about for name, about in labels.items()}
@@ -76,18 +96,17 @@ class Attribute(BaseModel):
     def _names_exist(self) -> Self:
         for label in self.labels:
             if not label.strip():
-                raise ValueError(f"{label!r} cannot be the name of a label")
+                raise _wrong(f"{label!r} cannot be the name of a label", "labels", label)
         if self.default is not None and self.default not in self.labels:
-            raise ValueError(
-                f"default is {self.default!r}; the labels are: "
-                f"{known_names(self.default, self.labels)}"
-            )
+            known = known_names(self.default, self.labels)
+            raise _wrong(f"default is {self.default!r}; the labels are: {known}", "default")
         for name, about in self.labels.items():
             others = self.labels.keys() - {name}
             if about.opposite is not None and about.opposite not in others:
-                raise ValueError(
+                raise _wrong(
                     f"the opposite of {name!r} is {about.opposite!r}; the other labels are: "
-                    f"{known_names(about.opposite, others)}"
+                    f"{known_names(about.opposite, others)}",
+                    *("labels", name, "opposite"),
                 )
         return self
 
@@ -103,7 +122,7 @@ class AttributeSpace(BaseModel):
     def _names_are_free(self) -> Self:
         for name in self.attributes:
             if "=" in name or name in {"", "task", "user"}:
-                raise ValueError(f"{name!r} cannot be the name of an attribute")
+                raise _wrong(f"{name!r} cannot be the name of an attribute", "attributes", name)
         return self
 
     @classmethod
@@ -144,11 +163,14 @@ class AttributeSpace(BaseModel):
         except ValidationError as error:
             found = []
             for one in error.errors(include_url=False):
-                place = one["loc"]
+                place = (*one["loc"], *one.get("ctx", {}).get("place", ()))
+                message = one["msg"].removeprefix("Value error, ")
+                if place[-1:] == ("[key]",):
+                    place = tuple(map(str, place[:-1]))
+                    message = "a name must be a text; put it in quotes"
                 line = next(
                     (lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in lines), 1
                 )
-                message = one["msg"].removeprefix("Value error, ")
                 if one["type"] == "extra_forbidden":
                     known = {
                         2: cls.model_fields,
@@ -168,6 +190,11 @@ class AttributeSpace(BaseModel):
             for name, one in self.attributes.items()
             for label in one.labels
         }
+
+    def without_defaults(self) -> Self:
+        """The same, in which what a request leaves open stays open."""
+        bare = {n: one.model_copy(update={"default": None}) for n, one in self.attributes.items()}
+        return self.model_copy(update={"attributes": bare})
 
     def complete(
         self, chosen: Chosen, *, strict: bool = True
@@ -212,6 +239,8 @@ def _lines(node: yaml.Node, path: tuple[str | int, ...]) -> Iterator[tuple[Any, 
         seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {line}: a name must be a plain text")
             if key.value in seen:
                 raise ValueError(
                     f"line {line}: {key.value!r} stands in line {seen[key.value]} already"

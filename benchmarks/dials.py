@@ -178,7 +178,10 @@ def cross_talk(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
             max_new_tokens=options.new_tokens,
             progress=False,
         )
-        found[mixing] = report.cross_talk
+        found[mixing] = {
+            turned: {judged: one.mean for judged, one in row.items()}
+            for turned, row in report.cross_talk.items()
+        }
     texts = [row.completion for row in ours.study.unseen]
     chances = {
         f"{one.attribute}={label}": column

@@ -1,6 +1,8 @@
 """ControlPrefix: resolve -> assemble -> generate, score or train, on one frozen model."""
 
 import contextlib
+import copy
+import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -190,7 +192,8 @@ class ControlPrefix:
     def stream(self, request: str | Request, /, **fields: Any) -> Iterator[str]:
         """Generate for one request, giving its text piece by piece.
 
-        Leaving the loop early ends the generation.
+        Leaving the loop early ends the generation. What steers it, and what stood in for
+        labels that nobody learned, `prepare` says beforehand.
 
         Raises:
             RequestError, UnknownNameError: As `generate`, when the first piece is asked for.
@@ -384,8 +387,8 @@ class ControlPrefix:
             learn: Any of `task`, `attributes`, `user`.
             num_slots: Of each learned prefix, or for each of `learn`.
             init: Start from the keys and values of the prefix's own training text
-                (`text`; of its first 256 tokens, in each kv head those that examples attend
-                to most), of tokens drawn from it (`tokens`), at random (`random`), or from
+                (`text`; of its first 256 tokens, in each kv head those that other examples
+                attend to most), of tokens drawn from it (`tokens`), at random (`random`), or from
                 the stored version where there is one (`stored`). Or a text or a `Prefix`
                 for each of some, such as `{("task", "email"): "Write an email."}`; the
                 others start from their training text.
@@ -402,7 +405,7 @@ class ControlPrefix:
         Raises:
             TrainingDataError: If the examples cannot be learned from.
         """
-        rows = self._complete(require_examples(examples))
+        rows = self.completed(require_examples(examples))
         users_alone = learn == "user" or list(learn) == ["user"]
         usual = {"parameterization": "direct"} if users_alone else {}
         chosen = TrainingSettings.of({**usual, **settings})
@@ -411,7 +414,7 @@ class ControlPrefix:
             learn=learn,
             num_slots=num_slots,
             init=init,
-            seed=chosen.seed,
+            settings=chosen,
             slots_of=self._slots_of,
         )
         return self._trainer.learn(
@@ -470,9 +473,10 @@ class ControlPrefix:
                 )
                 for i, one in enumerate(asked)
             ]
-            completions = [one.text for one in self._generate(wanted, 32)]
+            teacher = self.without_defaults()
+            completions = [one.text for one in teacher._generate(wanted, 32)]
         prepared = self._trainer.prepare_to_distill(
-            instruction, key, asked, completions, num_slots=num_slots, seed=chosen.seed
+            instruction, key, asked, completions, num_slots=num_slots, settings=chosen
         )
         return self._trainer.learn(
             prepared, chosen, folder, resume=resume, progress=progress, accelerator=accelerator
@@ -500,7 +504,7 @@ class ControlPrefix:
             TrainingDataError: If the examples cannot be learned from.
         """
         return self._trainer.sweep(
-            self._complete(require_examples(examples)),
+            self.completed(require_examples(examples)),
             slots=slots,
             parameterizations=parameterizations,
             learn=learn,
@@ -528,7 +532,7 @@ class ControlPrefix:
             UnknownNameError: If there is no such prefix, or none of another part.
             TrainingDataError: If the examples do not name it, or it gains nothing on them.
         """
-        rows = self._complete(require_examples(examples))
+        rows = self.completed(require_examples(examples))
         return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
 
     def train_users(
@@ -823,6 +827,17 @@ class ControlPrefix:
         ((_, parts, _),) = self._resolved([_as_request(request, {})])
         return tuple(one.used for one in parts)
 
+    def digest_of(self, request: Request) -> str:
+        """A hash of the prefixes a request is steered by now: another when any of them changes.
+
+        Raises:
+            UnknownNameError: If one of them does not exist.
+        """
+        ((_, parts, _),) = self._resolved([_as_request(request, {})])
+        about = [(one.used.kind, one.used.name, one.part.prefix.digest) for one in parts]
+        dials = [one.part.prefix.dial for one in parts]
+        return hashlib.sha256(repr((about, dials)).encode()).hexdigest()
+
     def prefetch(self, requests: Request | Sequence[Request]) -> None:
         """Load the prefixes that requests name into memory, before they are needed.
 
@@ -842,16 +857,12 @@ class ControlPrefix:
         self._resolver.forget(key)
         return removed
 
-    # --- the way of a request ----------------------------------------------------------------
+    def completed(self, requests: Sequence[AnyRequest]) -> list[AnyRequest]:
+        """Requests with the default labels of the attributes they leave open.
 
-    def _slots_of(self, key: PrefixKey) -> int | None:
-        """What the attribute space says of a label's slots."""
-        attribute = key.name.partition("=")[0]
-        if self.attributes is None or key.kind != "attribute":
-            return None
-        return self.attributes.attributes[attribute].slots
-
-    def _complete(self, requests: Sequence[AnyRequest]) -> list[AnyRequest]:
+        Raises:
+            UnknownNameError, RequestError: If the attribute space does not allow one.
+        """
         if self.attributes is None:
             return list(requests)
         # What may stand in for a label that the space does not have is seen to later.
@@ -866,9 +877,28 @@ class ControlPrefix:
             for one in requests
         ]
 
+    def without_defaults(self) -> Self:
+        """The same model and store, with requests carried out as they stand.
+
+        What the attribute space calls the default label of an attribute is then left open.
+        """
+        bare = copy.copy(self)
+        if self.attributes is not None:
+            bare.attributes = self.attributes.without_defaults()
+        return bare
+
+    # --- the way of a request ----------------------------------------------------------------
+
+    def _slots_of(self, key: PrefixKey) -> int | None:
+        """What the attribute space says of a label's slots."""
+        attribute = key.name.partition("=")[0]
+        if self.attributes is None or key.kind != "attribute":
+            return None
+        return self.attributes.attributes[attribute].slots
+
     def _resolved(self, requests: Sequence[AnyRequest]) -> list[_Resolved[AnyRequest]]:
         """Requests as they are carried out: defaults, stand-ins for unseen labels, and parts."""
-        rows = self._complete(requests)
+        rows = self.completed(requests)
         notes: list[tuple[StandIn, ...]] = [()] * len(rows)
         made: dict[PrefixKey, Prefix] = {}
 

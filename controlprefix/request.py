@@ -29,7 +29,7 @@ class Request(BaseModel):
         prompt: The text to answer. A chat model's template is applied to it as one
             user message, unless `raw`.
         messages: A conversation, in place of `prompt`.
-        raw: Continue `prompt` as it stands, without a template.
+        raw: Continue `prompt` as it stands, without a template; an empty one begins any text.
         task: The shared task prefix.
         attributes: For each attribute its label, or labels with weights.
         user: The user whose prefix to add.
@@ -154,20 +154,20 @@ class Request(BaseModel):
             return "strengths below 0"
         return "mixing='logits'" if self.mixing == "logits" else ""
 
+    def _begins_a_text(self) -> bool:
+        return self.raw and self.prompt == ""
+
     def _check_prompt(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
-        if self.prompt is not None and not self.prompt.strip():
-            raise ValueError("the prompt is empty; write what to answer")
+        if self.prompt is not None and not self.prompt.strip() and not self._begins_a_text():
+            raise ValueError("the prompt is empty; write what to answer, or give raw=True for any")
         if self.messages is not None and not any(m.content.strip() for m in self.messages):
             raise ValueError("messages are empty; write what to answer")
 
 
 class Example(Request):
     """A Request whose completion is known: to learn from, or to score.
-
-    The prompt may be empty where `raw`: then the completion is a text that begins
-    at its first token.
 
     Raises:
         TrainingDataError: If a field is unknown, missing or out of range.
@@ -186,8 +186,7 @@ class Example(Request):
             raise ValueError("schedules run along a generation; an example has its text already")
         if not self.completion.strip():
             raise ValueError("the completion is empty; an example needs the text to learn")
-        if not (self.raw and self.prompt == ""):
-            super()._check_prompt()
+        super()._check_prompt()
 
 
 class PartUsed(BaseModel):

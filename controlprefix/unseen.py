@@ -47,7 +47,7 @@ def nearest(
     Args:
         wanted: A label without a prefix.
         known: Names of those with one, such as `tone=warm`.
-        space: For descriptions, which say more than a name.
+        space: For descriptions, which say more than a name, and whether there may be several.
         embed: Texts → embeddings of length 1.
     """
     labels = sorted(n.partition("=")[2] for n in known if n.startswith(f"{wanted.attribute}="))
@@ -56,7 +56,9 @@ def nearest(
     texts = [described(wanted.attribute, one, space) for one in (wanted.label, *labels)]
     embedded = embed(texts)
     cosines = embedded[1:] @ embedded[0]
-    order = cosines.argsort(descending=True)[:_MOST]
+    about = space.attributes.get(wanted.attribute) if space else None
+    most = 1 if about is not None and about.exclusive else _MOST
+    order = cosines.argsort(descending=True)[:most]
     near = [int(i) for i in order if cosines[i] >= NEAR]
     if not near:
         return Nearest({}, float(cosines.max()))

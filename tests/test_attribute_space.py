@@ -51,8 +51,8 @@ def test_a_file_says_attributes_labels_and_what_they_mean() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("default: neutral", "default: netral", "line 2: .*did you mean 'neutral'"),
-        ("opposite: casual", "opposite: formal", "line 2: .*the opposite of 'formal'"),
+        ("default: neutral", "default: netral", "line 5: .*did you mean 'neutral'"),
+        ("opposite: casual", "opposite: formal", "line 8: .*the opposite of 'formal'"),
         ("exclusive: true", "exlusive: true", "line 4: .*there is no 'exlusive' here"),
         ("slots: 5", "slots: none", "line 6: .*valid integer"),
         ("slots: 5", "slots: 0", "line 6: .*greater than or equal to 1"),
@@ -60,7 +60,14 @@ def test_a_file_says_attributes_labels_and_what_they_mean() -> None:
         ("labels: [warm, brief]", "labels: []", "line 12: .*at least 1 item"),
         ("labels: [warm, brief]", "labels: [warm, brief", "line 1[23]: "),
         ("casual: {", "formal: {", "line 9: 'formal' stands in line 8 already"),
-        ("  tone:", "  task:", "line 1: .*'task' cannot be the name of an attribute"),
+        ("[warm, brief]", "[warm, warm]", "line 12: .*'warm' stands there twice"),
+        ("[warm, brief]", "[warm, no]", "line 12: .*False is no text, .*in quotes"),
+        ("[warm, brief]", "[warm: {}]", "line 12: .*write labels as `name"),
+        ("[warm, brief]", "{1: {}, brief: {}}", "line 12: .*1 is no text, .*in quotes"),
+        ("[warm, brief]", "{' ': {}}", "line 12: .*' ' cannot be the name of a label"),
+        ("  tone:", "  2:", "line 11: .*a name must be a text; put it in quotes"),
+        ("  tone:", "  {{x}}:", "line 11: a name must be a plain text"),
+        ("  tone:", "  task:", "line 11: .*'task' cannot be the name of an attribute"),
         ("attributes:", "attribute:", "line 1: attributes: Field required\n.*no 'attribute' here"),
     ],
 )

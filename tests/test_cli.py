@@ -145,6 +145,17 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
         *("-a", "tone=warm:0.6", "-a", "tone=brief:0.4", "--max-new-tokens", "5", *model),
     )
     assert generated.strip()
+    asked = ("generate", "Hello", "-a", "tone=odd", "--max-new-tokens", "5", *model)
+    told = run(tmp_path, *asked, "--unseen", "text", "--schedule", "tone=0:1,4:0")
+    assert "for tone=odd, text: The tone is odd. (1.00)" in told
+    for wrong, message in (
+        (asked, "no label 'odd'"),
+        ((*asked[:2], "-a", "tone=warm", "--calibrated", *model), "has no dial; calibrate it"),
+        ((*asked, "--schedule", "tone=0.5:1"), "'0.5' where the number of a token belongs"),
+        ((*asked, "--schedule", "tone=0"), "'' where a number belongs"),
+    ):
+        with pytest.raises(ControlPrefixError, match=message):
+            run(tmp_path, *wrong)
     assert "nats a token" in run(tmp_path, "score", str(data), *model)
     listed = run(tmp_path, "prefixes", "list")
     assert all(name in listed for name in ("note", "tone=brief", "ana"))

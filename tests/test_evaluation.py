@@ -1,6 +1,7 @@
 """Judges, dials and the harness: figures that mean what they say."""
 
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlprefix import (
+    AttributeSpace,
     ControlPrefix,
     ControlPrefixError,
     Example,
@@ -21,12 +23,13 @@ from controlprefix import (
     Request,
     RequestError,
     TrainingDataError,
+    VersionConflictError,
     embeddings,
 )
 from controlprefix.evaluation import Judge, calibrate, evaluate, filled_in, responses
 from controlprefix.evaluation.dials import even_dial
-from controlprefix.evaluation.harness import _Writer
-from controlprefix.evaluation.metrics import distinct, estimate, self_bleu, spearman
+from controlprefix.evaluation.harness import _users, _Writer, fluencies
+from controlprefix.evaluation.metrics import distinct, estimate, self_bleu, share, spearman
 
 from models import build, byte_tokenizer
 
@@ -125,8 +128,10 @@ def test_the_harness_finds_control_where_there_is_some(
     for name in ("pitch=low", "pitch=high"):
         assert report.control[name].mean > 0.75
         assert report.curves[name][-1].chance.mean > report.curves[name][0].chance.mean
-        assert report.cross_talk[name][name] > 0.03
-        assert sum(report.cross_talk[name].values()) == pytest.approx(0, abs=1e-5)
+        added = report.cross_talk[name]
+        assert added[name].mean > 0.03
+        assert sum(one.mean for one in added.values()) == pytest.approx(0, abs=1e-5)
+        assert added[name].low <= added[name].mean <= added[name].high
     without = report.control_without
     assert without["pitch=low"].mean + without["pitch=high"].mean == pytest.approx(1, abs=0.05)
 
@@ -166,8 +171,65 @@ def test_an_evaluation_goes_on_where_it_was_broken_off(
     assert sum(asked) == before  # nothing is asked again
     prefix = cp.get("attribute", "pitch=low")
     cp.put("attribute", "pitch=low", prefix)
-    evaluate(cp, rows, [judge], folder=tmp_path, **how)
-    assert sum(asked) > before  # another version: what depends on it is
+    assert evaluate(cp, rows, [judge], folder=tmp_path, **how) == whole
+    assert sum(asked) == before  # another version, but the same prefix
+
+
+def test_texts_of_another_store_are_not_taken_for_ones_own(judge: Judge, tmp_path: Path) -> None:
+    how: dict[str, Any] = {
+        "strengths": (0, 1), "curve_rows": 2, "max_new_tokens": 4, "progress": False,
+    }  # fmt: skip
+    reports = []
+    for seed, folder in ((1, None), (0, tmp_path), (1, tmp_path)):
+        cp = ControlPrefix.from_pretrained(
+            build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+        )
+        for i, label in enumerate(LABELS):  # the same names and versions
+            prefix = Prefix.random(cp.geometry, num_slots=8, scale=2.0, seed=seed + 2 * i)
+            cp.put("attribute", f"pitch={label}", prefix)
+        reports.append(evaluate(cp, examples(3), [judge], folder=folder, **how))
+    assert reports[2] == reports[0] != reports[1]
+
+
+def test_plain_is_without_the_defaults_of_the_attribute_space(judge: Judge) -> None:
+    space = AttributeSpace.parse(
+        "attributes: {pitch: {labels: [low, high]}, tone: {labels: [warm], default: warm}}"
+    )
+    how: dict[str, Any] = {
+        "strengths": (0, 1), "curve_rows": 2, "max_new_tokens": 8, "progress": False,
+    }  # fmt: skip
+    reports = []
+    for attributes in (space.without_defaults(), space):
+        cp = ControlPrefix.from_pretrained(
+            build("llama"), tokenizer=byte_tokenizer(), store="sqlite://", attributes=attributes
+        )
+        for seed, name in enumerate(("pitch=low", "pitch=high", "tone=warm")):
+            prefix = Prefix.random(cp.geometry, num_slots=8, scale=2.0, seed=seed)
+            cp.put("attribute", name, prefix)
+        reports.append(evaluate(cp, examples(3), [judge], **how))
+        assert fluencies(cp, ["some text"]) == fluencies(cp.without_defaults(), ["some text"])
+    bare, defaulted = reports
+    assert defaulted.control_without == bare.control_without
+    assert defaulted.curves == bare.curves
+    assert defaulted.content != bare.content  # rows are asked as requests would be
+    assert (bare.not_judged, defaulted.not_judged) == ((), ("tone=warm",))
+
+
+def test_a_user_is_nearer_to_their_other_texts_only_if_the_prefix_does_it() -> None:
+    rows = [
+        Example(prompt=f"p{i}", raw=True, user=user, completion=text * 3)
+        for i, (user, text) in enumerate([("ana", "aab"), ("ana", "aac"), ("bo", "zz")] * 2)
+    ]
+    prompts = [row.prompt for row in rows]
+    own_topic = [row.completion for row in rows]  # of the prompt alone: with the user or without
+    same = _users(rows, own_topic, dict(enumerate(own_topic)), prompts)
+    assert {user: one.mean for user, one in same.items()} == pytest.approx({"ana": 0, "bo": 0})
+    like_ana = ["aaaa" if row.user == "ana" else "zz" for row in rows]
+    found = _users(rows, like_ana, dict.fromkeys(range(len(rows)), "qqqq"), prompts)
+    assert found["ana"].low > 0.5
+    assert _users(rows[:3], like_ana[:3], dict.fromkeys(range(3), "q"), prompts[:3]).keys() == {
+        "ana"
+    }  # one row tells nothing
 
 
 def test_rows_that_cannot_be_judged_are_refused(cp: ControlPrefix, judge: Judge) -> None:
@@ -204,6 +266,34 @@ def test_a_dial_moves_what_is_measured_more_evenly(cp: ControlPrefix, judge: Jud
     assert used[0].strength == pytest.approx(cp.get("attribute", "pitch=high").strength_at(0.5))
     with pytest.raises(RequestError, match="'pitch=low' version . has no dial; calibrate it"):
         cp.generate("x", raw=True, attributes={"pitch": "low"}, calibrated=True)
+    louder = request.model_copy(update={"strengths": {"pitch": 2.0}})
+    with pytest.raises(RequestError, match="strengths name 'pitch', which is what is measured"):
+        responses(cp, louder, "pitch", "high", judge)
+
+
+def test_a_dial_is_of_the_prefix_that_was_measured(
+    cp: ControlPrefix, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controlprefix.evaluation.dials._LEAST", 0.01)  # a random model's effect
+    request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
+    how: dict[str, Any] = {"strengths": (0, 1), "samples": 48}
+    prefix = cp.get("attribute", "pitch=low")
+    cp.put("attribute", "pitch=low", prefix, dtype="int8")
+    version = calibrate(cp, request, "pitch", "low", judge, **how).version
+    assert cp.versions("attribute", "pitch=low")[-1].dtype == "int8"
+    generate = cp.generate
+
+    def meanwhile(*given: Any, **more: Any) -> Any:
+        if cp.versions("attribute", "pitch=low")[-1].version == version:
+            cp.put("attribute", "pitch=low", prefix)
+        return generate(*given, **more)
+
+    monkeypatch.setattr(cp, "generate", meanwhile)
+    with pytest.raises(VersionConflictError):
+        calibrate(cp, request, "pitch", "low", judge, **how)
+    assert cp.versions("attribute", "pitch=low")[-1].version == version + 1
+    with pytest.raises(TrainingDataError, match="may be chance"):  # three texts tell nothing
+        calibrate(cp, request, "pitch", "low", judge, strengths=(0, 1), samples=3)
 
 
 @given(
@@ -255,6 +345,11 @@ def test_figures_of_texts() -> None:
     assert found.mean == 0.5
     assert 0.38 < found.low < 0.45
     assert 0.55 < found.high < 0.62
+    twice = estimate([0.0, 1.0] * 50, [i % 10 for i in range(100)])  # each prompt ten times
+    assert (twice.mean, twice.low < 0.3, twice.high > 0.7) == (0.5, True, True)
+    assert share([True] * 5) == pytest.approx((1.0, 0.566, 1.0), abs=1e-3)
+    assert share([True, False] * 5, list("ab") * 5) == share([True, False])
+    assert math.isnan(self_bleu(["one text", " "]))
 
 
 def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:

@@ -137,6 +137,18 @@ def test_the_openai_client_gets_what_generate_gives(served: Served, store: str) 
     }
 
 
+def test_an_answer_says_what_stood_in_for_a_label(served: Served) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0, "n": 2,
+        "extra_body": {"attributes": {"tone": "odd"}, "unseen": "text"},
+    }  # fmt: skip
+    ask = served.client().completions.create
+    told = ask(**asked).model_dump()["stand_ins"]
+    assert [one["used"] for one in told] == [{"The tone is odd.": 1.0}] * 2
+    chunks = [chunk.model_dump() for chunk in ask(stream=True, **asked)]
+    assert [one for chunk in chunks for one in chunk.get("stand_ins", ())] == told
+
+
 def test_sampling_is_seeded_and_n_gives_different_choices(served: Served) -> None:
     ask = served.client().completions.create
     how: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "seed": 5}

@@ -18,7 +18,8 @@ from controlprefix import (
 )
 from controlprefix.likelihood import token_log_probs
 from controlprefix.steering import weights_fingerprint
-from controlprefix.training import TrainingRow
+from controlprefix.training import TrainingRow, TrainingSettings
+from controlprefix.training.run import split
 from controlprefix.training.selection import most_attended, slot_masses
 
 from models import ALL, build, byte_tokenizer
@@ -208,20 +209,45 @@ def test_a_random_start_and_a_stored_start_are_what_they_say() -> None:
 
 def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
     cp = engine()
-    for text in ("hey!", "hey, bud"):
-        one = [Example(prompt="Hi", user="ana", completion=text)]
-        report = cp.train(
-            one, learn=("user",), **{**QUICK, "steps": 1, "learning_rate": 1e-9, "validation": 0}
-        )
+    barely = {**QUICK, "steps": 1, "learning_rate": 1e-9, "validation": 0}
+    for texts in (["hey!"], ["hey, bud"], ["hey, bud", "cu soon"], ["hey, bud, all good?"] * 12):
+        rows = [Example(prompt="Hi", user="ana", completion=text) for text in texts]
+        report = cp.train(rows, learn=("user",), **barely)
         assert report.best_step == 1
-        stored, expected = cp.get("user", "ana"), cp.prefix_from_text(text)
-        if text != "hey!":  # of a text that is too long, what its rows attend to most
-            encoded = cp._encoder.encode(one[0])
-            row = TrainingRow.of(encoded, 1, (), ())
-            masses = slot_masses(cp.model, [row], expected, pad_id=2)
+        random.Random(1).shuffle(texts)  # as the seed has it
+        num_looking = min(8, len(texts) // 2)
+        read, looking = texts[: len(texts) - num_looking], texts[len(texts) - num_looking :]
+        expected = cp.prefix_from_text("\n".join(read), max_slots=None if looking else 4)
+        if looking:  # in each head what other rows attend to most
+            encoded = [
+                cp._encoder.encode(Example(prompt="Hi", completion=text)) for text in looking
+            ]
+            seen = [TrainingRow.of(one, 1, (), ()) for one in encoded]
+            masses = slot_masses(cp.model, seen, expected, pad_id=2)
             expected = most_attended(expected, masses, 4)
+        stored = cp.get("user", "ana")
         assert stored.num_slots == 4
         assert torch.allclose(stored.slots["decoder"], expected.slots["decoder"], atol=1e-6)
+
+
+def test_held_out_rows_have_no_part_in_the_start() -> None:
+    cp = engine()
+    settings = TrainingSettings(validation=0.25, seed=1)
+    _, held_out = split(16, settings, random.Random(1))
+    assert len(held_out) == 4
+    for init in ("text", "tokens"):
+        starts = []
+        for other in ("Good day.", "completely different"):
+            rows = [
+                one.model_copy(update={"completion": other}) if i in held_out else one
+                for i, one in enumerate(greetings())
+            ]
+            prepared = cp._trainer.prepare(
+                rows, learn="task", num_slots=4, init=init, settings=settings
+            )
+            (start,) = prepared.start.values()
+            starts.append((start.digest, prepared.scale["decoder"].tolist()))
+        assert starts[0] == starts[1]
 
 
 def test_training_ends_each_completion_with_the_end_token() -> None:

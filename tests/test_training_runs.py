@@ -15,7 +15,14 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from transformers import DynamicCache
 
-from controlprefix import ControlPrefix, Example, Prefix, StoreError, TrainingDataError
+from controlprefix import (
+    AttributeSpace,
+    ControlPrefix,
+    Example,
+    Prefix,
+    StoreError,
+    TrainingDataError,
+)
 from controlprefix.steering import Steering
 from controlprefix.training import TrainingRow
 from controlprefix.training.loop import _Loop
@@ -157,6 +164,72 @@ def test_a_finished_run_can_be_stored_again_or_go_on_longer(tmp_path: Path) -> N
     report = cp.train(greetings(), folder=tmp_path, resume=True, **longer)
     assert report.losses[:12] == first.losses
     assert len(report.losses) == 20
+
+
+@pytest.mark.parametrize("validation", [0, 0.25])
+def test_a_run_that_is_to_end_sooner_keeps_what_it_has_learned(
+    validation: float, tmp_path: Path
+) -> None:
+    cp = engine()
+    settings = {**QUICK, "validation": validation, "evaluations": 1, "save_every": 1}
+    whole = cp.train(greetings(), folder=tmp_path, **settings)
+    for steps in (12, 7):  # the state is at step 12
+        report = cp.train(greetings(), folder=tmp_path, resume=True, **{**settings, "steps": steps})
+        assert (len(report.losses), report.best_step) == (12, 12)
+        assert report.validation == whole.validation
+    found = [cp.get("task", "greet", version=i).to_bytes() for i in (1, 2, 3)]
+    assert found[0] == found[1] == found[2]
+
+    barely = {**settings, "steps": 3}
+    cut = cp.train(greetings(), folder=tmp_path / "cut", **barely)
+    run = Run.take_up
+
+    def further(self: Run, folder: Path) -> None:  # as if it had been killed at step 3 of 12
+        run(self, folder)
+        self.done.validation = self.done.validation[:1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "take_up", further)
+        again = cp.train(
+            greetings(), folder=tmp_path / "cut", resume=True, **{**settings, "steps": 2}
+        )
+    assert again.best_step == cut.best_step == 3
+    assert cp.get("task", "greet").to_bytes() == cp.get("task", "greet", version=4).to_bytes()
+
+
+def test_what_cannot_be_done_is_refused_not_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    cp = engine()
+    with pytest.raises(TrainingDataError, match="resume goes on from the state in a folder"):
+        cp.train(greetings(), resume=True, **QUICK)
+    with pytest.raises(TrainingDataError, match="resume goes on from the state in a folder"):
+        cp.train_users({"ana": ["hey"]}, resume=True, progress=False)
+    with pytest.raises(TrainingDataError, match="patience counts looks at held-out examples"):
+        cp.train(greetings(), patience=2, validation=0, **QUICK)
+    cp.train(greetings(), **QUICK)
+    for change, message in (
+        ({"mixing": "logits"}, "mixing='logits'"),
+        ({"calibrated": True}, "calibrated=True"),
+        ({"unseen": "text"}, "unseen='text'"),
+        ({"strengths": {"formality": -1.0}}, "a strength below 0"),
+    ):
+        rows = greetings()
+        rows[2] = rows[2].model_copy(update=change)
+        with pytest.raises(TrainingDataError, match=f"row 3 has {message}"):
+            cp.train(rows, **QUICK)
+        with pytest.raises(TrainingDataError, match=f"row 3 has {message}"):
+            cp.shorten("task", "greet", rows)
+
+
+def test_the_teacher_of_a_distilled_prefix_has_no_default_labels() -> None:
+    space = AttributeSpace.parse("attributes: {tone: {labels: [warm, cool], default: warm}}")
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://", attributes=space
+    )
+    how = {**QUICK, "steps": 1, "learning_rate": 1e-9, "max_new_tokens": 4}
+    asked = {"attribute": "tone", "label": "warm", "prompts": ["a", "b", "c", "d"]}
+    first = cp.distill("Be warm.", **asked, **how)  # the default itself, not there yet
+    cp.put("attribute", "tone=warm", Prefix.random(cp.geometry, num_slots=4, scale=3.0, seed=1))
+    assert cp.distill("Be warm.", **asked, **how).losses == first.losses
 
 
 def test_another_run_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
@@ -415,7 +488,9 @@ def test_every_token_counts_alike_however_rows_are_batched() -> None:
     settings = TrainingSettings.of({"batch_size": 2, "validation": 0, "parameterization": "direct"})
     found = []
     for batches in (((0, 1), (2, 3)), ((0, 2), (1, 3))):
-        prepared = cp._trainer.prepare(examples, learn="task", num_slots=3, init="text", seed=0)
+        prepared = cp._trainer.prepare(
+            examples, learn="task", num_slots=3, init="text", settings=settings
+        )
         slots = settings.parameterized(prepared.start, prepared.scale)
         run = Run(prepared.rows, slots, settings, cp.model.device)
         loop = _Loop(cp.model, run, Accelerator(), pad_id=2)
@@ -546,5 +621,6 @@ def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
     report.save(tmp_path)
     assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 4
     assert cp.store.prefixes() == []
-    with pytest.raises(TrainingDataError, match="validation is 0"):
-        cp.sweep(greetings(), validation=0, progress=False)
+    for rows, validation in ((greetings(), 0), (greetings()[:4], 0.1)):
+        with pytest.raises(TrainingDataError, match=f"validation {validation} of .* is none"):
+            cp.sweep(rows, validation=validation, progress=False)

@@ -128,6 +128,16 @@ def test_the_attribute_space_says_what_a_label_means(cp: ControlPrefix) -> None:
         cp.generate(asked("strict", "refuse"))  # stored, but not in the space
 
 
+def test_one_label_stands_in_where_there_can_be_one(cp: ControlPrefix) -> None:
+    file = "attributes: {{tone: {{exclusive: {}, labels: [strict, firm, warm]}}}}"
+    used = []
+    for exclusive in ("false", "true"):
+        cp.attributes = AttributeSpace.parse(file.format(exclusive))
+        used.append(cp.generate(asked("stern", "nearest")).stand_ins[0].used)
+    assert set(used[0]) == {"tone=strict", "tone=firm"}
+    assert used[1] == {"tone=strict": 1.0}
+
+
 def test_texts_of_many_at_once_do_not_displace_each_other(cp: ControlPrefix) -> None:
     def ask(i: int) -> tuple[str, ...]:
         labels = {f"l{i}-{j}": 1.0 for j in range(12)}

@@ -3,8 +3,6 @@
 import os
 import sys
 
-from rich.console import Console
-
 from controlprefix.cli import (  # noqa: F401 (they add commands)
     asking,
     learning,
@@ -13,7 +11,7 @@ from controlprefix.cli import (  # noqa: F401 (they add commands)
     stored,
     users,
 )
-from controlprefix.cli.common import app
+from controlprefix.cli.common import app, err
 from controlprefix.errors import ControlPrefixError
 
 __all__ = ["app", "main"]
@@ -26,5 +24,5 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ControlPrefixError as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        err.print(f"error: {error}")
         sys.exit(2)

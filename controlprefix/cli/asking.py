@@ -16,13 +16,16 @@ from controlprefix.cli.common import (
     TenantOption,
     UserOption,
     app,
+    err,
     is_number,
+    listed,
     number,
     open_engine,
     out,
     pair,
     quiet,
 )
+from controlprefix.errors import RequestError
 
 
 @app.command()
@@ -42,6 +45,18 @@ def generate(
         Literal["attention", "logits"],
         typer.Option(help="Labels side by side, or each in a row of its own: firmer, slower."),
     ] = "attention",
+    calibrated: Annotated[
+        bool,
+        typer.Option("--calibrated", help="Weights and strengths of labels are dial positions."),
+    ] = False,
+    unseen: Annotated[
+        Literal["refuse", "nearest", "text"],
+        typer.Option(help="What stands in for a label that nobody learned."),
+    ] = "refuse",
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(help="tone=0:1,40:0 fades it out over the first 40 tokens; repeatable."),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt, no template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="Sample; left out, greedy.")] = None,
@@ -66,12 +81,19 @@ def generate(
             for name, value in (pair("--strength", one) for one in strength or [])
         },
         mixing=mixing,
+        calibrated=calibrated,
+        unseen=unseen,
+        schedules=dict(_schedule(one) for one in schedule or []),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
     )
-    for piece in open_engine(model, store, tenant, attributes).stream(request):
+    cp = open_engine(model, store, tenant, attributes)
+    for one in cp.prepare(request).stand_ins if unseen != "refuse" else ():
+        used = ", ".join(f"{name} ({share:.2f})" for name, share in one.used.items())
+        err.print(f"for {one.label}, {one.how}: {used or f'nearest {one.similarity:.2f}'}")
+    for piece in cp.stream(request):
         out.print(piece, end="", markup=False, soft_wrap=True)
     out.print()
 
@@ -107,6 +129,19 @@ def demo(
 
     quiet()
     run(data, store, out, json_file)
+
+
+def _schedule(written: str) -> tuple[str, tuple[tuple[int, float], ...]]:
+    """`tone=0:1,40:0` as a request has it."""
+    part, points = pair("--schedule", written)
+    found = []
+    for point in listed(points):
+        token, _, multiplier = point.partition(":")
+        at = number("--schedule", token)
+        if not at.is_integer():
+            raise RequestError(f"--schedule has {token!r} where the number of a token belongs")
+        found.append((int(at), number("--schedule", multiplier)))
+    return part, tuple(found)
 
 
 def _attributes(written: list[str]) -> dict[str, str | dict[str, float]]:

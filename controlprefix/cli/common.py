@@ -34,6 +34,7 @@ app.add_typer(prefixes, name="prefixes")
 app.add_typer(stores, name="store")
 # Into a file or a log, tables may be wider than the 80 columns rich assumes.
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A folder, a hub id, or 'smollm2', the one pip installs.")

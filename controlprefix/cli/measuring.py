@@ -78,6 +78,8 @@ def evaluate(
             f"{report.monotonic[name]:.2f}",
         )
     out.print(table)
+    if report.not_judged:
+        out.print(f"not judged: {', '.join(report.not_judged)}")
     out.print(f"fluency {report.fluency.mean:.2f} nats a token under the plain model")
     out.print(f"the report is in {report.save(folder)}")
 
@@ -107,12 +109,9 @@ def calibrate(
             f"{judge} has no texts labelled with {attribute!r}; it has: {', '.join(judges)}"
         )
     cp = open_engine(model, store, tenant)
-    start: dict[str, Any] = (
-        {"prompt": cp.tokenizer.bos_token or " ", "raw": True}
-        if prompt is None
-        else {"prompt": prompt}
+    request = Request(
+        prompt=prompt or "", raw=prompt is None, task=task, max_new_tokens=max_new_tokens
     )
-    request = Request(task=task, max_new_tokens=max_new_tokens, **start)
     found = calibrated(cp, request, attribute, name, judges[attribute], samples=samples, seed=seed)
     table = Table("strength", "chance of the label", "fluency")
     for one in found.responses:

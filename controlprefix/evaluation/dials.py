@@ -1,15 +1,18 @@
 """Dials: strengths as positions at which the measured attribute moves evenly."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from controlprefix.attributes import attribute_name
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.evaluation.harness import CurvePoint, fluencies
 from controlprefix.evaluation.judges import Judge
 from controlprefix.evaluation.metrics import estimate
+from controlprefix.payload import PayloadDtype
 from controlprefix.request import Request
 
 GRID = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -65,12 +68,19 @@ def responses(
         raise TrainingDataError(
             f"the judge tells {', '.join(judge.labels)}, not {label!r}; give another judge"
         )
+    for field in ("strengths", "schedules"):
+        if attribute in getattr(request, field):
+            raise RequestError(
+                f"the request's {field} name {attribute!r}, which is what is measured; leave it out"
+            )
+    asks = [prompts[i % len(prompts)] if prompts else request.prompt for i in range(samples)]
+    groups = asks if prompts else None
     found = []
     for strength in sorted(strengths):
         asked = [
             request.model_copy(
                 update={
-                    "prompt": prompts[i % len(prompts)] if prompts else request.prompt,
+                    "prompt": asks[i],
                     "attributes": {**request.attributes, attribute: {label: float(strength)}},
                     "calibrated": calibrated,
                     "seed": seed + i,
@@ -81,8 +91,8 @@ def responses(
         ]
         texts = [one.text for one in cp.generate(asked, batch_size=32)]
         chances = judge.chances(texts)[:, judge.labels.index(label)].tolist()
-        spread = fluencies(cp, texts)
-        found.append(CurvePoint(strength, estimate(chances), sum(spread) / len(spread)))
+        fluency = statistics.fmean(fluencies(cp, texts))
+        found.append(CurvePoint(strength, estimate(chances, groups), fluency))
     return tuple(found)
 
 
@@ -109,12 +119,16 @@ def calibrate(
         strengths: To try; 0 and 1 must be among them.
 
     Raises:
-        TrainingDataError: If the label does nothing that the judge could see.
+        TrainingDataError: If the label does nothing that the judge could see for sure.
+        VersionConflictError: If another version was published meanwhile.
     """
     if not {0.0, 1.0} <= set(strengths):
         raise TrainingDataError("strengths must hold 0 and 1, between which a dial is even")
     if request.mixing != "attention":
         raise TrainingDataError("a dial is one of attention; leave mixing out of the request")
+    name = attribute_name(attribute, label)
+    prefix = cp.get("attribute", name)
+    (current,) = (one for one in cp.versions("attribute", name) if one.current)
     measured = responses(
         cp,
         request,
@@ -126,15 +140,15 @@ def calibrate(
         samples=samples,
         seed=seed,
     )
-    name = attribute_name(attribute, label)
+    at = {one.strength: one.chance for one in measured}
+    unsure = math.hypot(at[0.0].high - at[0.0].low, at[1.0].high - at[1.0].low) / 2
     dial = even_dial([one.strength for one in measured], [one.chance.mean for one in measured])
-    if not dial:
-        at = {one.strength: one.chance.mean for one in measured}
+    if not dial or at[1.0].mean - at[0.0].mean <= unsure:
         raise TrainingDataError(
-            f"{name} moves the judge's chance from {at[0.0]:.2f} to {at[1.0]:.2f} only, so there "
-            "is nothing to make even; train it longer, with contrast, or give more samples"
+            f"{name} moves the judge's chance from {at[0.0].mean:.2f} to {at[1.0].mean:.2f}, where "
+            f"{unsure:.2f} may be chance, so there is nothing to make even; train it longer, with "
+            "contrast, or give more samples"
         )
-    prefix = cp.get("attribute", name)
     details = {
         "calibrated": {
             "judge": {"accuracy": judge.accuracy},
@@ -143,7 +157,14 @@ def calibrate(
             "seed": seed,
         }
     }
-    version = cp.put("attribute", name, replace(prefix, dial=dial), details=details)
+    version = cp.put(
+        "attribute",
+        name,
+        replace(prefix, dial=dial),
+        details=details,
+        dtype=cast(PayloadDtype, current.dtype),
+        replaces=current.version,
+    )
     return Calibration(measured, dial, version)
 
 

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import random
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from controlprefix.attributes import weighted_labels
+from controlprefix.embeddings import embeddings
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import StoreError, TrainingDataError
 from controlprefix.evaluation import page
@@ -20,6 +23,7 @@ from controlprefix.evaluation.metrics import (
     distinct,
     estimate,
     self_bleu,
+    share,
     similarity,
     spearman,
 )
@@ -52,31 +56,35 @@ class EvaluationReport:
         judges: For each attribute, how good its judge is on held-out texts.
         control: For each label, how often the judge finds it in texts asked with it;
             `control_without`: in the same texts asked without attributes.
+        not_judged: Labels that rows ask for and no figure counts: without a judge that knows
+            them, or only in mixtures.
         curves: For each label, what strengths of it alone do.
         monotonic: For each label, the rank correlation of strength and chance.
         cross_talk: For each label at strength 1 against 0, what it adds to the chance of
-            every judged label, its own first of all.
+            every judged label, row by row.
         fluency: Nats a token of the texts, as asked, under the plain model.
         distinct_1, distinct_2, self_bleu: How varied the texts are.
         content: Similarity to the rows' own completions (sentence embeddings), and chrF.
-        users: For users with rows, the similarity of their texts to their own completions,
-            less that to other users'.
+        users: For users with two rows or more, how much nearer (cosine of sentence embeddings)
+            their texts are to their completions of other rows than the same rows' texts asked
+            without the user.
         num_rows: That were asked.
     """
 
     judges: dict[str, dict[str, float]]
     control: dict[str, Estimate]
     control_without: dict[str, Estimate]
+    not_judged: tuple[str, ...]
     curves: dict[str, list[CurvePoint]]
     monotonic: dict[str, float]
-    cross_talk: dict[str, dict[str, float]]
+    cross_talk: dict[str, dict[str, Estimate]]
     fluency: Estimate
     distinct_1: float
     distinct_2: float
     self_bleu: float
     content: dict[str, Estimate]
-    users: dict[str, float] = field(default_factory=dict)
-    num_rows: int = 0
+    users: dict[str, Estimate]
+    num_rows: int
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json`, its plots as PNG, and `report.html`, which holds all.
@@ -109,6 +117,10 @@ def evaluate(
 ) -> EvaluationReport:
     """Ask for every row's completion, and have judges say what came out.
 
+    Rows are asked as requests would be; those without attributes, and those of the curves, are
+    without the attribute space's defaults too. Intervals hold 95 %, and count rows of one prompt
+    as one piece of evidence.
+
     Args:
         cp: With the prefixes that the rows name.
         rows: Requests with a completion each to compare with; none that was learned from.
@@ -124,10 +136,10 @@ def evaluate(
         TrainingDataError: If there are no rows, or none with a judged attribute.
         StoreError: If the folder cannot be written.
     """
-    rows = list(rows)
+    rows, cp = cp.completed(list(rows)), cp.without_defaults()
     by_attribute = {judge.attribute: judge for judge in judges}
     asked = {
-        (attribute, label): [row for row in rows if row.attributes.get(attribute) == label]
+        (attribute, label): [i for i, row in enumerate(rows) if _label(row, attribute) == label]
         for attribute, judge in by_attribute.items()
         for label in judge.labels
     }
@@ -142,30 +154,33 @@ def evaluate(
     if not {0.0, 1.0} <= set(strengths):
         raise TrainingDataError("strengths must hold 0 and 1, which the others are compared with")
     writer = _Writer(cp, folder, max_new_tokens, temperature, seed)
-    plain = [_without_attributes(row) for row in rows]
+    prompts = [_prompt(row) or i for i, row in enumerate(rows)]
+    plain = [_without(row, row.attributes) for row in rows]
+    nobody = {i: _without(rows[i], ["user"]) for mine in _by_user(rows).values() for i in mine}
+    drawn = random.Random(seed).sample(range(len(rows)), min(curve_rows, len(rows)))
+    its_prompts = [prompts[i] for i in drawn]
     curves = {
         (attribute, label, strength): [
-            row.model_copy(update={"attributes": {attribute: {label: float(strength)}}})
-            for row in plain[:curve_rows]
+            plain[i].model_copy(update={"attributes": {attribute: {label: float(strength)}}})
+            for i in drawn
         ]
         for attribute, label in asked
         for strength in strengths
     }
-    writer.write([*rows, *plain, *(row for some in curves.values() for row in some)], progress)
+    of_curves = [row for some in curves.values() for row in some]
+    writer.write([*rows, *plain, *nobody.values(), *of_curves], progress)
 
     texts, without = writer.texts(rows), writer.texts(plain)
-    own = dict(zip(map(id, rows), texts, strict=True))
-    bare = dict(zip(map(id, rows), without, strict=True))
     control: dict[str, Estimate] = {}
     control_without: dict[str, Estimate] = {}
     for (attribute, label), some in asked.items():
         judge = by_attribute[attribute]
-        for found, source in ((control, own), (control_without, bare)):
-            best = judge.chances([source[id(row)] for row in some]).argmax(dim=1)
-            hits = (best == judge.labels.index(label)).float().tolist()
-            found[f"{attribute}={label}"] = estimate(hits)
+        for found, source in ((control, texts), (control_without, without)):
+            best = judge.chances([source[i] for i in some]).argmax(dim=1)
+            hits = (best == judge.labels.index(label)).tolist()
+            found[f"{attribute}={label}"] = share(hits, [prompts[i] for i in some])
     points: dict[str, list[CurvePoint]] = {}
-    cross_talk: dict[str, dict[str, float]] = {}
+    cross_talk: dict[str, dict[str, Estimate]] = {}
     for attribute, label in asked:
         name, judge = f"{attribute}={label}", by_attribute[attribute]
         points[name] = []
@@ -173,17 +188,16 @@ def evaluate(
             some_texts = writer.texts(curves[attribute, label, strength])
             chances = judge.chances(some_texts)[:, judge.labels.index(label)].tolist()
             fluency = statistics.fmean(fluencies(cp, some_texts))
-            points[name].append(CurvePoint(strength, estimate(chances), fluency))
+            points[name].append(CurvePoint(strength, estimate(chances, its_prompts), fluency))
         at = {s: writer.texts(curves[attribute, label, s]) for s in (0.0, 1.0)}
         cross_talk[name] = {
-            f"{other.attribute}={one}": float(difference)
+            f"{other.attribute}={one}": estimate(difference.tolist(), its_prompts)
             for other in judges
             for one, difference in zip(
-                other.labels,
-                other.chances(at[1.0]).mean(0) - other.chances(at[0.0]).mean(0),
-                strict=True,
+                other.labels, (other.chances(at[1.0]) - other.chances(at[0.0])).T, strict=True
             )
         }
+    without_user = {i: writer.texts([row])[0] for i, row in nobody.items()}
     references = [row.completion for row in rows]
     return EvaluationReport(
         judges={
@@ -195,6 +209,16 @@ def evaluate(
         },
         control=control,
         control_without=control_without,
+        not_judged=tuple(
+            sorted(
+                {
+                    one.name
+                    for row in rows
+                    for one in weighted_labels(row.attributes)
+                    if (one.attribute, one.label) not in asked
+                }
+            )
+        ),
         curves=points,
         monotonic={
             name: spearman([p.strength for p in curve], [p.chance.mean for p in curve])
@@ -206,16 +230,17 @@ def evaluate(
         distinct_2=distinct(texts, 2),
         self_bleu=self_bleu(texts),
         content={
-            "similarity": estimate(similarity(texts, references)),
-            "chrF": estimate(chrf(texts, references)),
+            "similarity": estimate(similarity(texts, references), prompts),
+            "chrF": estimate(chrf(texts, references), prompts),
         },
-        users=_users(rows, texts),
+        users=_users(rows, texts, without_user, prompts),
         num_rows=len(rows),
     )
 
 
 def fluencies(cp: ControlPrefix, texts: Sequence[str]) -> list[float]:
     """Nats a token of each text that is not empty, under the plain model."""
+    cp = cp.without_defaults()
     written = [text for text in texts if text.strip()]
     if not written:
         return [float("nan")]
@@ -271,18 +296,16 @@ class _Writer:
 
     def _request(self, row: Example) -> Request:
         fields = row.model_dump(exclude_unset=True, exclude={"completion", *self._settings})
-        if not fields.get("prompt", "x"):
-            fields["prompt"] = self._cp.tokenizer.bos_token or " "
         settings = {name: value for name, value in self._settings.items() if value is not None}
         draw = hashlib.sha256(f"{self._seed}:{row.prompt}:{row.completion}".encode()).digest()
         return Request(**{**fields, **settings, "seed": int.from_bytes(draw[:4], "big")})
 
     def _key(self, request: Request) -> str:
-        """Of all that a text depends on, the versions of prefixes too."""
-        fields = {"task": request.task, "attributes": request.attributes, "user": request.user}
-        named = json.dumps(fields, sort_keys=True)
+        """Of all that a text depends on, the contents of prefixes too."""
+        names = request.task, request.attributes, request.user, request.unseen
+        named = json.dumps(names, sort_keys=True)
         if named not in self._parts:
-            self._parts[named] = repr(self._cp.parts_of(request))
+            self._parts[named] = self._cp.digest_of(request)
         about = (self._cp.geometry.fingerprint, request.model_dump_json(), self._parts[named])
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
@@ -311,24 +334,54 @@ class _Writer:
             raise StoreError(f"cannot write to {self._path}: {error}") from error
 
 
-def _without_attributes(row: Example) -> Example:
-    strengths = {k: v for k, v in row.strengths.items() if k in ("task", "user")}
-    return row.model_copy(update={"attributes": {}, "strengths": strengths})
+def _label(row: Example, attribute: str) -> str | None:
+    """The one label of an attribute that a row asks for, if it is one."""
+    named = {
+        one.label: one.weight
+        for one in weighted_labels(row.attributes)
+        if one.attribute == attribute and one.weight
+    }
+    ((label, weight), *others) = named.items() or ((None, 0.0),)
+    return label if weight > 0 and not others else None
 
 
-def _users(rows: Sequence[Example], texts: Sequence[str]) -> dict[str, float]:
-    """How much nearer each user's texts are to their own completions than to others'."""
-    from controlprefix.embeddings import embeddings
+def _prompt(row: Example) -> Hashable:
+    return row.prompt or row.messages
 
-    users = sorted({row.user for row in rows if row.user is not None})
-    if len(users) < 2:
-        return {}
-    written, said = embeddings([text or " " for text in texts]), [row.completion for row in rows]
-    cosines = written @ embeddings(said).T
+
+def _without(row: Example, parts: Collection[str]) -> Example:
+    """A row without its attributes or its user."""
+    left = {
+        "attributes": {name: one for name, one in row.attributes.items() if name not in parts},
+        "user": None if "user" in parts else row.user,
+        "strengths": {name: one for name, one in row.strengths.items() if name not in parts},
+    }
+    return row.model_copy(update=left)
+
+
+def _by_user(rows: Sequence[Example]) -> dict[str, list[int]]:
+    """The rows of each user who has two or more."""
+    found: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.user is not None:
+            found.setdefault(row.user, []).append(i)
+    return {user: mine for user, mine in sorted(found.items()) if len(mine) > 1}
+
+
+def _users(
+    rows: Sequence[Example],
+    texts: Sequence[str],
+    without: Mapping[int, str],
+    prompts: Sequence[Hashable],
+) -> dict[str, Estimate]:
+    """How much nearer a user's prefix brings texts to what they wrote, in other rows."""
     found = {}
-    for user in users:
-        mine = [i for i, row in enumerate(rows) if row.user == user]
-        others = [i for i, row in enumerate(rows) if row.user not in (None, user)]
-        near, far = cosines[mine][:, mine].mean(), cosines[mine][:, others].mean()
-        found[user] = float(near - far)
+    for user, mine in _by_user(rows).items():
+        said = embeddings([rows[i].completion for i in mine])
+        nearer = embeddings([texts[i] or " " for i in mine]) - embeddings(
+            [without[i] or " " for i in mine]
+        )
+        cosines = nearer @ said.T
+        others = (cosines.sum(dim=1) - cosines.diagonal()) / (len(mine) - 1)
+        found[user] = estimate(others.tolist(), [prompts[i] for i in mine])
     return found

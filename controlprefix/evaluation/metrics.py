@@ -1,8 +1,9 @@
 """Figures of texts: how varied they are, what they keep, and how sure a mean is."""
 
+import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from controlprefix.embeddings import embeddings
@@ -13,24 +14,55 @@ _MOST_COMPARED = 64  # texts, in self-BLEU
 
 
 class Estimate(NamedTuple):
-    """A mean, and the bounds that hold 95 % of means of rows drawn again (bootstrap)."""
+    """A mean, and its 95 % confidence interval."""
 
     mean: float
     low: float
     high: float
 
 
-def estimate(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Of the mean of some values, at least one.
+def estimate(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Estimate:
+    """Of the mean of some values, at least one: what means of values drawn again are like.
+
+    Args:
+        values: What was found.
+        groups: What each belongs to, such as its prompt: the values of one are not
+            independent, so they are drawn together (cluster bootstrap).
 
     Example:
-        >>> estimate([1.0, 1.0])
-        Estimate(mean=1.0, low=1.0, high=1.0)
+        >>> estimate([0.5, 0.5])
+        Estimate(mean=0.5, low=0.5, high=0.5)
     """
-    draw = random.Random(seed)
-    means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(_DRAWS))
+    together: dict[Hashable, list[float]] = {}
+    for group, value in zip(groups or range(len(values)), values, strict=True):
+        together.setdefault(group, []).append(value)
+    sums = [(sum(some), len(some)) for some in together.values()]
+    draw = random.Random(0)
+    means = []
+    for _ in range(_DRAWS):
+        drawn = draw.choices(sums, k=len(sums))
+        means.append(sum(total for total, _ in drawn) / sum(count for _, count in drawn))
+    means.sort()
     low, high = means[round(0.025 * _DRAWS)], means[round(0.975 * _DRAWS) - 1]
     return Estimate(statistics.fmean(values), low, high)
+
+
+def share(hits: Sequence[bool], groups: Sequence[Hashable] | None = None) -> Estimate:
+    """Of how often something is so, with the interval of Wilson (1927), which few hits have too.
+
+    Args:
+        hits: At least one.
+        groups: As in `estimate`; only different ones count as evidence.
+
+    Example:
+        >>> round(share([True, True, True, True]).low, 2)
+        0.51
+    """
+    mean, count = statistics.fmean(hits), len(hits if groups is None else set(groups))
+    z = statistics.NormalDist().inv_cdf(0.975)
+    middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + (z / count / 2) ** 2)
+    return Estimate(mean, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -48,12 +80,15 @@ def distinct(texts: Sequence[str], n: int) -> float:
 def self_bleu(texts: Sequence[str]) -> float:
     """Mean BLEU of each text against the others, 0 to 100: lower is more varied (Zhu et al., 2018).
 
+    Of many texts, some are drawn; of fewer than two there is none: NaN.
+
     Raises:
         ControlPrefixError: If sacrebleu is not installed.
     """
-    some = [text for text in texts if text.strip()][:_MOST_COMPARED]
+    some = [text for text in texts if text.strip()]
     if len(some) < 2:
-        return 0.0
+        return math.nan
+    some = random.Random(0).sample(some, min(len(some), _MOST_COMPARED))
     bleu = _sacrebleu().BLEU(effective_order=True)
     return statistics.fmean(
         bleu.sentence_score(text, [*some[:i], *some[i + 1 :]]).score for i, text in enumerate(some)

@@ -65,18 +65,24 @@ def _html(report: Any, plots: Mapping[str, bytes]) -> str:
         ("fluency, nats a token under the plain model", _spread(report.fluency)),
         ("different words", f"{report.distinct_1:.2f}"),
         ("different pairs of words", f"{report.distinct_2:.2f}"),
-        ("self-BLEU", f"{report.self_bleu:.1f}"),
+        ("self-BLEU", "–" if math.isnan(report.self_bleu) else f"{report.self_bleu:.1f}"),
         *((f"content, {name}", _spread(one)) for name, one in report.content.items()),
-        *((f"nearer to {user} than to others", f"{v:.3f}") for user, v in report.users.items()),
+        *(
+            (f"nearer to what {user} wrote elsewhere than without {user}", _spread(one))
+            for user, one in report.users.items()
+        ),
     ]
+    unknown = ", ".join(report.not_judged)
+    left_out = f"No figure counts {unknown}: no judge knows it, or it came in mixtures only."
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>What the prefixes do</title><style>{_STYLE}</style></head><body>",
-            f"<h1>What the prefixes do</h1><p>{report.num_rows} rows. In brackets: bounds that "
-            "hold 95 % of means of rows drawn again.</p>",
+            f"<h1>What the prefixes do</h1><p>{report.num_rows} rows. In brackets: 95 % "
+            "confidence intervals; rows of one prompt count as one.</p>",
+            f'<p class="note">{html.escape(left_out)}</p>' if unknown else "",
             "<h2>Control</h2>",
             "<p>How often the judge finds a label in texts that were asked with it.</p>",
             _table(("label", "asked with it", "asked without", "rises with strength"), control),
@@ -84,7 +90,8 @@ def _html(report: Any, plots: Mapping[str, bytes]) -> str:
             "<h2>Strength</h2>",
             _image(plots["curves"], "Chance of each label, and fluency, over strength"),
             "<h2>Cross-talk</h2>",
-            "<p>What a label at strength 1, against 0, adds to the chance of each.</p>",
+            "<p>What a label at strength 1, against 0, adds to the chance of each. Pale: the 95 % "
+            "confidence interval holds 0.</p>",
             _image(plots["cross_talk"], "A matrix of labels turned and labels judged"),
             "<h2>The texts</h2>",
             _table(("measure", "found"), others),
@@ -134,7 +141,8 @@ def _curves(report: Any) -> bytes:
 def _cross_talk(report: Any) -> bytes:
     turned = list(report.cross_talk)
     judged = list(next(iter(report.cross_talk.values())))
-    numbers = [[report.cross_talk[one][other] for other in judged] for one in turned]
+    found = [[report.cross_talk[one][other] for other in judged] for one in turned]
+    numbers = [[one.mean for one in row] for row in found]
     figure = _figure((2 + 0.9 * len(judged), 1.5 + 0.6 * len(turned)))
     axes = figure.subplots()
     axes.imshow(numbers, cmap="RdBu", vmin=-1, vmax=1)
@@ -142,9 +150,10 @@ def _cross_talk(report: Any) -> bytes:
     axes.set_yticks(range(len(turned)), map(_plain, turned))
     axes.set_xlabel("judged")
     axes.set_ylabel("turned")
-    for i, row in enumerate(numbers):
-        for j, number in enumerate(row):
-            axes.text(j, i, f"{number:+.2f}", ha="center", va="center")
+    for i, row in enumerate(found):
+        for j, one in enumerate(row):
+            color = "#999" if one.low <= 0 <= one.high else "#000"
+            axes.text(j, i, f"{one.mean:+.2f}", ha="center", va="center", color=color)
     return _png(figure)
 
 

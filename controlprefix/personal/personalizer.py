@@ -15,15 +15,15 @@ from controlprefix.personal.codes import LearnedCodes
 from controlprefix.personal.features import TextFeatures
 from controlprefix.personal.leaks import Auditor, LeakReport
 from controlprefix.personal.learning import CODE_RATE, DecoderReport, learn_decoder
-from controlprefix.personal.users import Begin, UsersReport, rows_of, train_users, usable_texts
+from controlprefix.personal.users import Begin, UsersReport, train_users, usable_texts
 from controlprefix.prefix import Prefix
 from controlprefix.steering import Steering
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Similar
-from controlprefix.training.objectives import TrainingRow
+from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training.parameterization import LearnedSlots
 from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
-from controlprefix.training.start import start_of_text, typical_scale
+from controlprefix.training.start import typical_scale
 
 _USUAL = {"parameterization": "direct", "batch_size": 4, "patience": 2}
 # A start that many users shaped is near: small steps. Measured on blogs (docs/decisions.md).
@@ -131,17 +131,13 @@ class Personalizer:
         """Store a prefix made of texts without training; gives the version."""
         written = usable_texts(user, texts)
         details = {"enrolled": {"texts": len(written), "decoder": decoder}}
-        return self._put(user, self._enrolled(user, written, decoder, num_slots), details)
+        return self._put(user, self._enrolled(written, decoder, num_slots), details)
 
-    def _enrolled(
-        self, user: str, texts: Sequence[str], decoder: str | None, num_slots: int
-    ) -> Prefix:
+    def _enrolled(self, texts: Sequence[str], decoder: str | None, num_slots: int) -> Prefix:
         if decoder is not None:
             return self.guess(self.decoder(decoder), texts)
-        written, rows = rows_of(self._encoder, user, texts, 0)
-        text = "\n\n".join(written)
-        count = min(num_slots, len(self._encoder.text_ids(text)))
-        return start_of_text(self._model, self._encoder, text, rows, count)
+        ids = self._encoder.text_ids("\n\n".join(texts))[:num_slots]
+        return prefix_from_tokens(self._model, ids)
 
     def keep_profile(self, user: str, texts: Sequence[str], embedder: str) -> None:
         """Store what a user's texts are like."""
@@ -196,7 +192,7 @@ class Personalizer:
     ) -> Prefix:
         """A prefix of texts, made as another was, and not stored."""
         if "enrolled" in details:
-            return self._enrolled(key.name, texts, details["enrolled"]["decoder"], like.num_slots)
+            return self._enrolled(texts, details["enrolled"]["decoder"], like.num_slots)
         settings = dict(details["training"])
         decoder = settings.pop("decoder", None)
         known = {field.name for field in fields(TrainingSettings)}
@@ -237,18 +233,17 @@ class Personalizer:
         return self._from_decoder(settings, decoder, as_codes)
 
     def _from_texts(self, settings: TrainingSettings, num_slots: int) -> Begin:
-        def begin(key: PrefixKey, written: list[str], rows: list[TrainingRow]) -> LearnedSlots:
-            text = "\n".join(written)
-            start = start_of_text(self._model, self._encoder, text, rows, num_slots)
-            tokens = [token for row in rows for token in row.targets]
-            return settings.parameterized({key: start}, typical_scale(self._model, tokens))
+        def begin(key: PrefixKey, written: list[str]) -> LearnedSlots:
+            ids = self._encoder.text_ids("\n".join(written[:num_slots]))
+            start = prefix_from_tokens(self._model, ids, num_slots=num_slots)
+            return settings.parameterized({key: start}, typical_scale(self._model, ids))
 
         return begin
 
     def _from_decoder(self, settings: TrainingSettings, name: str, as_codes: bool) -> Begin:
         decoder = self.decoder(name)
 
-        def begin(key: PrefixKey, written: list[str], _: list[TrainingRow]) -> LearnedSlots:
+        def begin(key: PrefixKey, written: list[str]) -> LearnedSlots:
             guess = self.guess(decoder, written)
             if as_codes:
                 return LearnedCodes(decoder, {key: guess.code.numbers})

@@ -43,7 +43,7 @@ _ROWS_AT_A_TIME = 64
 _FINISHED = "finished.jsonl"
 
 Publish = Callable[[str, Prefix, TrainingReport], int]
-Begin = Callable[[PrefixKey, list[str], list[TrainingRow]], LearnedSlots]
+Begin = Callable[[PrefixKey, list[str]], LearnedSlots]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def train_users(
         texts: Users with their texts; read as far as there is room.
         publish: Called at once for each user that is done; gives the version.
         settings: Of each user's run. `batch_size` is a user's rows a step.
-        begin: Given a user, their texts and rows, what is to be learned as it starts.
+        begin: Given a user and their texts, what is to be learned as it starts.
         together: Users at a time; memory grows with it, not with the number of users.
         folder: Where it is noted who is done.
         resume: Leave out who is noted there, with the same texts and settings.
@@ -102,8 +102,7 @@ def train_users(
     """
     if together < 1:
         raise TrainingDataError(f"together is {together}; it must be 1 or more")
-    if folder is not None:
-        state.require_folder(folder)
+    state.require_folder(folder, resume)
     wave = _Wave(model, encoder.pad_id, settings)
     began = time.monotonic()
     finished = _read_finished(folder) if folder is not None and resume else set()
@@ -239,7 +238,7 @@ def _begun(
     """
     key = PrefixKey("user", user)
     written, rows = rows_of(encoder, user, texts, settings.seed)
-    return Run(rows, begin(key, written, rows), settings, model.device)
+    return Run(rows, begin(key, written), settings, model.device)
 
 
 def rows_of(

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from importlib import resources
 from typing import Annotated, Any
 
@@ -468,14 +468,12 @@ class _Answer:
                 done[i] = event
         choices = [self._form.choice(i, done[i], self._log_probs(i, done[i])) for i in range(count)]
         self._metrics.seconds.observe(time.monotonic() - self._began)
-        stand_ins = [s.model_dump() for i in range(count) for s in done[i].stand_ins]
-        told = {"stand_ins": stand_ins} if stand_ins else {}
         return {
             **self._head,
             "object": self._form.kind,
             "choices": choices,
             "usage": self._usage(done),
-            **told,
+            **_stand_ins(done[i] for i in range(count)),
         }
 
     async def _stream(self, first: tuple[int, Event], count: int) -> AsyncIterator[str]:
@@ -496,7 +494,8 @@ class _Answer:
                 if i not in begun:
                     yield self._chunk(self._form.piece(i, "", first=True))
                 log_probs = self._log_probs(i, found)
-                yield self._chunk(self._form.last(i, found.finish_reason, log_probs))
+                last = self._form.last(i, found.finish_reason, log_probs)
+                yield self._line({"choices": [last], **_stand_ins([found])})
             options = self._asked.stream_options
             if options and options.include_usage:
                 yield self._line({"choices": [], "usage": self._usage(done)})
@@ -566,6 +565,12 @@ class _Answer:
 
     def _line(self, what: dict[str, Any]) -> str:
         return f"data: {json.dumps({**self._head, 'object': self._form.chunk_kind, **what})}\n\n"
+
+
+def _stand_ins(done: Iterable[Completion]) -> dict[str, Any]:
+    """What stood in for labels that nobody learned; nothing where there was none."""
+    found = [one.model_dump() for each in done for one in each.stand_ins]
+    return {"stand_ins": found} if found else {}
 
 
 def _told(error: Exception) -> tuple[int, dict[str, Any]]:

@@ -64,8 +64,7 @@ def train(
     """
     if not rows:
         raise TrainingDataError("there are no examples to learn from")
-    if folder is not None:
-        state.require_folder(folder)
+    state.require_folder(folder, resume)
     run = Run(rows, slots, settings, model.device)
     if folder is not None and resume:
         run.take_up(folder)

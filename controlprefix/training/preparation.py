@@ -19,6 +19,8 @@ from controlprefix.steering import Steering
 from controlprefix.store import Kind, PrefixKey, PrefixStore
 from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training.objectives import TrainingRow
+from controlprefix.training.run import split
+from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.start import start_of_text, typical_scale
 
 Learned = Literal["task", "attributes", "user"]
@@ -27,6 +29,8 @@ Start = Literal["text", "tokens", "random", "stored"]
 Given = Mapping[tuple[Kind, str], str | Prefix]
 
 _STARTS = get_args(Start)
+_LOOKING_ROWS = 8  # of a prefix, at most: they choose what it starts from
+
 _KINDS: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
 _log = logging.getLogger("controlprefix")
 
@@ -58,12 +62,13 @@ def prepare(
     learn: Learned | Sequence[Learned],
     num_slots: int | Mapping[Learned, int],
     init: Start | Given,
-    seed: int,
+    settings: TrainingSettings,
     slots_of: Callable[[PrefixKey], int | None] | None = None,
 ) -> Preparation:
     """Divide what examples name into learned and frozen, and begin the learned.
 
-    `slots_of` says how many slots one prefix has, where that is not `num_slots`.
+    What is begun from examples is begun from those that are learned from, not from held-out
+    ones. `slots_of` says how many slots one prefix has, where that is not `num_slots`.
 
     Raises:
         TrainingDataError: If the examples cannot be learned from.
@@ -96,6 +101,9 @@ def prepare(
         for one, parts, row in zip(encoded, frozen, named, strict=True)
     ]
 
+    seed = settings.seed
+    learned_from = set(split(len(rows), settings, random.Random(seed))[0])
+    seen = [encoded[i].completion for i in range(len(rows)) if i in learned_from]
     keys = list(dict.fromkeys(p.key for row in named for p in row if p.key.kind in kinds))
     given = _require_learned(init, keys) if isinstance(init, Mapping) else {}
     known = store.fetch(keys, fingerprint) if default == "stored" else {}
@@ -113,15 +121,18 @@ def prepare(
         elif own is None and default == "random":
             start[key] = Prefix.random(geometry, num_slots=count, seed=seed + index)
         elif own is None and default == "tokens":
-            seen = sorted({token for one in encoded for token in one.completion})
-            ids = random.Random(f"{seed}:{index}").choices(seen, k=count)
+            choice = sorted({token for one in seen for token in one})
+            ids = random.Random(f"{seed}:{index}").choices(choice, k=count)
             start[key] = prefix_from_tokens(model, ids)
         else:
             mine = [i for i, row in enumerate(named) if any(part.key == key for part in row)]
+            mine = [i for i in mine if i in learned_from] or mine
             random.Random(seed).shuffle(mine)
-            text = own or "\n".join(examples[i].completion for i in mine)
-            start[key] = start_of_text(model, encoder, text, [rows[i] for i in mine], count)
-    tokens = [token for one in encoded for token in one.completion]
+            num_looking = min(_LOOKING_ROWS, len(mine) if own else len(mine) // 2)
+            read, looking = mine[: len(mine) - num_looking], mine[len(mine) - num_looking :]
+            text = own or "\n".join(examples[i].completion for i in read)
+            start[key] = start_of_text(model, encoder, text, [rows[i] for i in looking], count)
+    tokens = [token for one in seen for token in one]
     return Preparation(rows, start, typical_scale(model, tokens), left_out)
 
 
@@ -140,6 +151,26 @@ def require_examples(examples: object) -> list[Example]:
     return rows
 
 
+def require_as_trained(examples: Sequence[Example]) -> None:
+    """Refuse what means something else in a request than in training.
+
+    Raises:
+        TrainingDataError: Naming the row.
+    """
+    for i, row in enumerate(examples, 1):
+        why = ""
+        if row.mixing != "attention":
+            why = f"mixing={row.mixing!r}, which counts in the logits of what was learned"
+        elif row.calibrated:
+            why = "calibrated=True, which counts on dials of what was learned"
+        elif row.unseen != "refuse":
+            why = f"unseen={row.unseen!r}, which finds a stand-in for what was not learned"
+        elif any(part.strength < 0 for part in named_parts(row)):
+            why = "a strength below 0, which leads away from a prefix and teaches none"
+        if why:
+            raise TrainingDataError(f"row {i} has {why}; leave it out")
+
+
 def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) -> set[Kind]:
     for what in learn:
         if what not in _KINDS:
@@ -152,16 +183,7 @@ def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) ->
                 f"learn names {what!r} but no example has one; leave it out of learn"
             )
     kinds = {_KINDS[what] for what in learn}
-    for i, row in enumerate(examples, 1):
-        if row.mixing != "attention":
-            raise TrainingDataError(
-                f"row {i} has mixing={row.mixing!r}, which counts in the logits of what was "
-                "learned; leave it out"
-            )
-        if any(part.strength < 0 for part in named_parts(row)):
-            raise TrainingDataError(
-                f"row {i} has a strength below 0, which leads away from a prefix; it teaches none"
-            )
+    require_as_trained(examples)
     for i, row in enumerate(examples, 1):
         if not any(part.key.kind in kinds and part.strength > 0 for part in named_parts(row)):
             raise TrainingDataError(

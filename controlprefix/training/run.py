@@ -1,5 +1,6 @@
 """One run: what it learns, in which order, and how far it is. Losses are computed elsewhere."""
 
+import logging
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from controlprefix.training.objectives import Pair, TrainingRow, pair_up
 from controlprefix.training.parameterization import LearnedSlots
 from controlprefix.training.settings import TrainingSettings
 
+_log = logging.getLogger("controlprefix")
 _BUCKET = 8  # batches are cut from runs of this many batches sorted by length
 
 
@@ -81,7 +83,8 @@ class Run:
     ) -> None:
         self.settings = settings
         order = random.Random(settings.seed)
-        training, self.held_out = _split(rows, settings.validation, order)
+        learned_from, held_out = split(len(rows), settings, order)
+        training, self.held_out = [rows[i] for i in learned_from], [rows[i] for i in held_out]
         self._identity = state.identity_of(settings, rows, slots)
         per_epoch = math.ceil(len(training) / settings.batch_size)
         self.steps = settings.steps or math.ceil(settings.epochs * per_epoch)
@@ -101,14 +104,17 @@ class Run:
     def take_up(self, folder: Path) -> None:
         """Go on from the state in a folder, where there is one."""
         found = state.load(folder, self._identity, self.slots, self.optimizer)
-        if found is not None:
-            self.done, self._best = found
-            for _ in range(self.done.step):
-                next(self._batches)
+        if found is None:
+            _log.warning("there is no state of a run in %s yet: it begins anew", folder)
+            return
+        self.done, self._best = found
+        for _ in range(self.done.step):
+            next(self._batches)
 
     def save(self, folder: Path) -> None:
         """Write the state."""
-        state.save(folder, self._identity, self.done, self.slots, self.optimizer, self._best)
+        best = self._best if self.held_out else self._copy()
+        state.save(folder, self._identity, self.done, self.slots, self.optimizer, best)
 
     @property
     def identity(self) -> str:
@@ -129,7 +135,8 @@ class Run:
     def wants_a_look(self) -> bool:
         """Whether the held-out rows are to be looked at now."""
         looked = {step for step, _ in self.done.validation}
-        due = self.done.step == 0 or self.done.step in self._looks
+        at_an_end = self.done.step == 0 or self.done.step >= self.steps
+        due = at_an_end or self.done.step in self._looks
         return bool(self.held_out) and due and self.done.step not in looked
 
     def begin(self) -> tuple[list[Pair], int]:
@@ -164,8 +171,8 @@ class Run:
         self.done.losses.append(loss)
         self.done.num_rows += len(pairs)
         self.done.num_tokens += sum(pair.row.num_tokens for pair in pairs)
-        if self.is_over and not self.held_out:
-            self._best, self.done.best_step = self._copy(), self.done.step
+        if not self.held_out:  # the last is as good as known
+            self.done.best_step = self.done.step
 
     def looked(self, loss: float) -> None:
         """Note the loss of the held-out rows; keep the parameters if they are the best so far."""
@@ -174,8 +181,9 @@ class Run:
             self._best, self.done.best_step = self._copy(), self.done.step
 
     def end(self) -> None:
-        """Go back to the best step."""
-        self.slots.load_state_dict(self._best)
+        """Go back to the best step; without held-out rows, stay at the last."""
+        if self.held_out:
+            self.slots.load_state_dict(self._best)
 
     def report(self) -> TrainingReport:
         """What happened so far."""
@@ -200,15 +208,25 @@ def in_batches(rows: Sequence[TrainingRow], size: int) -> Iterator[list[Training
     yield from (by_length[at : at + size] for at in range(0, len(by_length), size))
 
 
-def _split(
-    rows: Sequence[TrainingRow], fraction: float, order: random.Random
-) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    shuffled = order.sample(list(rows), len(rows))
-    num_held_out = round(fraction * len(rows))
-    if num_held_out == len(rows):
+def split(
+    count: int, settings: TrainingSettings, order: random.Random
+) -> tuple[list[int], list[int]]:
+    """Which of so many rows are learned from, and which are held out.
+
+    Args:
+        count: Of rows.
+        settings: `validation` is the share held out.
+        order: New, from the settings' seed.
+
+    Raises:
+        TrainingDataError: If none is left to learn from.
+    """
+    shuffled = order.sample(range(count), count)
+    num_held_out = round(settings.validation * count)
+    if num_held_out == count:
         raise TrainingDataError(
-            f"validation {fraction} of {len(rows)} examples leaves none to learn from; lower "
-            "it, or give more examples"
+            f"validation {settings.validation} of {count} examples leaves none to learn from; "
+            "lower it, or give more examples"
         )
     return shuffled[num_held_out:], shuffled[:num_held_out]
 

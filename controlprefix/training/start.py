@@ -15,7 +15,6 @@ from controlprefix.training.selection import most_attended, slot_masses
 
 _SCALE_TOKENS = 64
 _READ_TOKENS = 256  # of a text to start from; 512 were no better
-_LOOKING_ROWS = 8
 
 
 def start_of_text(
@@ -31,16 +30,16 @@ def start_of_text(
         model: Frozen.
         encoder: Of that model.
         text: Not empty.
-        rows: What is like what the prefix is for, at least one; the last few look. Best those
-            that are not in the text's beginning: a row attends to a copy of itself above all.
+        rows: What is like what the prefix is for, but not in the text: a row attends to its
+            own copy above all. Without any, the text's first tokens will do.
         num_slots: Of the prefix; a text of fewer tokens is read over and over.
     """
     room = min(_READ_TOKENS, encoder.context or _READ_TOKENS)
     ids = encoder.text_ids(text)[: max(room, num_slots)]
-    if len(ids) <= num_slots:
+    if len(ids) <= num_slots or not rows:
         return prefix_from_tokens(model, ids, num_slots=num_slots)
     whole = prefix_from_tokens(model, ids)
-    masses = slot_masses(model, rows[-_LOOKING_ROWS:], whole, pad_id=encoder.pad_id)
+    masses = slot_masses(model, rows, whole, pad_id=encoder.pad_id)
     return most_attended(whole, masses, num_slots)
 
 

@@ -80,12 +80,17 @@ def save(
         raise StoreError(f"cannot write the run's state to {folder}: {error}") from error
 
 
-def require_folder(folder: Path) -> None:
+def require_folder(folder: Path | None, resume: bool) -> None:
     """Make a run's folder, before there is anything to lose.
 
     Raises:
+        TrainingDataError: If there is to be something to go on from, and no folder of it.
         StoreError: If it cannot be made.
     """
+    if folder is None:
+        if resume:
+            raise TrainingDataError("resume goes on from the state in a folder; give the folder")
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,5 +1,6 @@
 """Trainer: examples or an instruction in, stored prefixes out, for one model and one store."""
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,15 @@ from controlprefix.store import NewVersion, PrefixKey, PrefixStore
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import Objective, Pair, TrainingRow
 from controlprefix.training.parameterization import ParameterizationName
-from controlprefix.training.preparation import Given, Learned, Preparation, Start, prepare
-from controlprefix.training.run import Run, TrainingReport, in_batches
+from controlprefix.training.preparation import (
+    Given,
+    Learned,
+    Preparation,
+    Start,
+    prepare,
+    require_as_trained,
+)
+from controlprefix.training.run import Run, TrainingReport, in_batches, split
 from controlprefix.training.selection import slot_masses
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.shortening import ShorteningReport, shorten
@@ -53,7 +61,7 @@ class Trainer:
         learn: Learned | Sequence[Learned],
         num_slots: int | Mapping[Learned, int],
         init: Start | Given,
-        seed: int,
+        settings: TrainingSettings,
         slots_of: Callable[[PrefixKey], int | None] | None = None,
     ) -> Preparation:
         """See `controlprefix.training.preparation.prepare`."""
@@ -66,7 +74,7 @@ class Trainer:
             learn=learn,
             num_slots=num_slots,
             init=init,
-            seed=seed,
+            settings=settings,
             slots_of=slots_of,
         )
 
@@ -78,7 +86,7 @@ class Trainer:
         completions: Sequence[str],
         *,
         num_slots: int,
-        seed: int,
+        settings: TrainingSettings,
     ) -> Preparation:
         """Rows whose teacher reads the instruction, and a prefix that starts from it.
 
@@ -99,7 +107,7 @@ class Trainer:
             learn=cast(Learned, "attributes" if key.kind == "attribute" else key.kind),
             num_slots=num_slots,
             init={key: instruction},
-            seed=seed,
+            settings=settings,
         )
         rows = []
         for row, example in zip(prepared.rows, examples, strict=True):
@@ -120,6 +128,8 @@ class Trainer:
     ) -> TrainingReport:
         """Train, and store what was learned: all of it, or nothing."""
         self._store.require_writable(prepared.start)
+        if settings.patience is not None:
+            _require_held_out(len(prepared.rows), settings, "patience counts looks at")
         into = None if folder is None else Path(folder)
         run = self._train(
             prepared, settings, progress, folder=into, resume=resume, accelerator=accelerator
@@ -167,10 +177,9 @@ class Trainer:
         for name in parameterizations:
             for num_slots in slots:
                 chosen = TrainingSettings.of({**settings, "parameterization": name})
-                if not chosen.validation:
-                    raise TrainingDataError("validation is 0; a sweep compares held-out losses")
+                _require_held_out(len(examples), chosen, "a sweep compares losses of")
                 prepared = self.prepare(
-                    examples, learn=learn, num_slots=num_slots, init=init, seed=chosen.seed
+                    examples, learn=learn, num_slots=num_slots, init=init, settings=chosen
                 )
                 report = self._train(prepared, chosen, progress).report()
                 points.append(SweepPoint(name, num_slots, report.best_loss, report.seconds))
@@ -218,6 +227,7 @@ class Trainer:
 
     def _rows_with(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:
         """Rows whose other parts are as stored."""
+        require_as_trained(examples)
         rows = []
         end_id = next(iter(self._encoder.end_ids), None)
         for i, (example, found) in enumerate(
@@ -246,6 +256,14 @@ class Trainer:
             with torch.no_grad(), Steering.of(self._model).attached(batch):
                 total += float(objective(pairs).sum())
         return total / sum(len(row.targets) for row in rows)
+
+
+def _require_held_out(count: int, settings: TrainingSettings, why: str) -> None:
+    if not split(count, settings, random.Random(settings.seed))[1]:
+        raise TrainingDataError(
+            f"{why} held-out examples, and validation {settings.validation} of {count} is none; "
+            "raise it, or give more examples"
+        )
 
 
 def instructed(instruction: str, prompt: str) -> str:
