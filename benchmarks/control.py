@@ -158,25 +158,26 @@ def page(results: Mapping[str, Any]) -> str:
             table(*cross_talk_rows(results["cross-talk"])),
         ]
     if "dials" in results:
-        rows = {
-            name: {
-                **{f"{w:g}": chance for w, chance, _ in one["points"]},
-                "spearman": one["spearman"],
-                "uneven": one["uneven"],
-                "fluency": {w: f for w, _, f in one["points"]}[1.0],
-            }
-            for name, one in results["dials"].items()
-        }
         columns = [(f"{w:g}", f"{w:g}", 2) for w in STRENGTHS]
         columns += [("spearman", "Spearman", 2), ("uneven", "uneven", 2), ("fluency", "fluency", 2)]
         parts += [
             "## Dials",
             f"Formality learned alone, in {about['steps'] // 2} steps. Chance that the judge "
-            "gives `formality=formal`, at positions of each kind of dial on one prefix. "
-            "**uneven**: the farthest from a straight line between 0 and 1, as a share of the "
-            "effect. **fluency** at 1.",
-            table(rows, columns),
+            f"gives the label in {about['curve_texts']} texts at each position, for each kind of "
+            "dial on one prefix. **uneven**: the farthest from a straight line between 0 and 1, as "
+            "a share of the effect. **fluency** at 1.",
         ]
+        for label, found in results["dials"].items():
+            rows = {
+                name: {
+                    **{f"{w:g}": chance for w, chance, _ in one["points"]},
+                    "spearman": one["spearman"],
+                    "uneven": one["uneven"],
+                    "fluency": {w: f for w, _, f in one["points"]}[1.0],
+                }
+                for name, one in found.items()
+            }
+            parts += [f"### {label}", table(rows, columns)]
     if "conflicts" in results:
         lines = [f"| {name} | {chance:.2f} |" for name, chance in results["conflicts"].items()]
         parts += [
@@ -260,12 +261,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--texts", type=int, default=16, help="a combination")
-    parser.add_argument("--dial-texts", type=int, default=48, help="a position of a dial")
+    parser.add_argument("--dial-texts", type=int, default=48, help="a setting elsewhere")
+    parser.add_argument("--curve-texts", type=int, default=96, help="a position of a dial")
     parser.add_argument("--topics", type=int, default=2, help="held back, each in its turn")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--fresh", action="store_true", help="measure all again")
     options = parser.parse_args()
-    kept = ("steps", "slots", "texts", "dial_texts", "new_tokens")
+    kept = ("steps", "slots", "texts", "dial_texts", "curve_texts", "new_tokens")
     about: dict[str, Any] = {name: getattr(options, name) for name in kept}
     about["coefficients"] = "by control, of the fluent"  # a file of another rule is not mixed in
     if FILE.exists() and not options.fresh:

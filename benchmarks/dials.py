@@ -23,8 +23,17 @@ ADVERBS[4.0] = "extremely "
 
 
 def dials(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
-    """Kinds of dials on the same prefix: what each position does to the judged attribute."""
-    attribute, label, other = "formality", "formal", "informal"
+    """Of each label, kinds of dials: what each position does to the judged attribute."""
+    (labels,) = ours.study.labels.values()
+    return {
+        label: dials_of(ours, label, other, options)
+        for label, other in zip(labels, reversed(labels), strict=True)
+    }
+
+
+def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) -> dict[str, Any]:
+    """On the same prefix."""
+    (attribute,) = ours.study.labels
     judge, cp = ours.study.meanings[attribute], ours.cp
     task = cp.get("task", "text")
     one, opposite = (cp.get("attribute", f"{attribute}={name}") for name in (label, other))
@@ -68,14 +77,14 @@ def dials(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
                 ),
                 prepare=lambda _: Prepared(guidance, ""),
             )
-            for i in range(options.dial_texts)
+            for i in range(options.curve_texts)
         ]
         return [ticket.result().text.strip() for ticket in tickets]
 
     def adverb(w: float) -> list[str]:
         told = f"{ADVERBS[w]}{label}" if w else ""
         prompt = f"Write one {told} sentence. Write nothing else.".replace("  ", " ")
-        asked = [{"prompt": prompt, "raw": False}] * options.dial_texts
+        asked = [{"prompt": prompt, "raw": False}] * options.curve_texts
         return ours.asked(asked, 0)
 
     kinds: dict[str, Callable[[float], list[str]]] = {
@@ -94,7 +103,7 @@ def dials(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
             chance = judge.chances(texts)[:, judge.labels.index(label)].mean()
             points.append((w, float(chance), statistics.fmean(fluencies(cp, texts))))
         found[name] = curve(points)
-        print(name, found[name], flush=True)
+        print(label, name, found[name], flush=True)
     batcher.close()
     request = Request(
         prompt=tokenizer().bos_token,
@@ -104,7 +113,7 @@ def dials(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
         stop=["\n"],
         temperature=0.8,
     )
-    many = {"samples": options.dial_texts * 2, "judge": judge}
+    many = {"samples": options.curve_texts, "judge": judge}
     calibrate(cp, request, attribute, label, seed=10_000, **many)
     points = [
         (one.strength, one.chance.mean, one.fluency)
