@@ -76,7 +76,12 @@ def measure(way: Way, study: Study, options: argparse.Namespace) -> dict[str, fl
             way.coefficient = coefficient
             texts = drawn_texts(way, combinations, max(2, options.texts // 4), seed=1)
             tried[coefficient] = judged(study, texts, way.cp)
-        fluent = {c: one for c, one in tried.items() if one["fluency"] <= study.fluency}
+        most = study.fluency
+        if way.as_plain_as is not None:
+            other = WAYS[way.as_plain_as](study, options)
+            texts = drawn_texts(other, combinations, max(2, options.texts // 4), seed=1)
+            most = judged(study, texts, way.cp)["fluency"]
+        fluent = {c: one for c, one in tried.items() if one["fluency"] <= most}
         plainest = min(tried, key=lambda c: tried[c]["fluency"])
         way.coefficient = max(
             fluent or [plainest], key=lambda coefficient: tried[coefficient]["control, mean"]
@@ -143,7 +148,8 @@ def page(results: Mapping[str, Any]) -> str:
             "asked for without others. **other judge**: linear over sentence embeddings (right "
             f"on held-out rows: {accuracy}). **fluency**: nats a token under the plain model, "
             f"lower is plainer; real texts have {results[name]['fluency']:.2f}. **coefficient**: "
-            "chosen by control on other draws, of those no less fluent than real texts.",
+            "chosen by control on other draws, of those no less fluent than real texts; *as "
+            "plain*: than the instruction's.",
             table(found, [c for c in COLUMNS if any(c[0] in one for one in found.values())]),
         ]
         each = [(f"control, {attribute}", attribute, 2) for attribute in SETS[name]]

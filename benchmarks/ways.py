@@ -105,6 +105,7 @@ class Way:
     """One way to have several labels at once; this one leaves the model alone."""
 
     coefficients: Sequence[float] = ()
+    as_plain_as: str | None = None  # the way whose texts its own are to be no less fluent than
 
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
@@ -199,11 +200,12 @@ class Ours(Way):
         against: bool = False,
         told: bool = False,
         coefficients: Sequence[float] = (),
+        as_plain_as: str | None = None,
     ) -> None:
         super().__init__(*given)
         self.apart, self.filled, self.told = apart, filled, told
         self.mixing, self.against = mixing, against
-        self.coefficients = coefficients
+        self.coefficients, self.as_plain_as = coefficients, as_plain_as
 
     def learn(self) -> None:
         attributes = list(self.study.labels)
@@ -358,16 +360,27 @@ WAYS: dict[str, Callable[..., Way]] = {
     "ours and an instruction": lambda *given: Ours(
         *given, **GUIDED, apart=True, against=True, told=True
     ),
+    "ours and an instruction, as plain": lambda *given: Ours(
+        *given,
+        **{**GUIDED, "coefficients": (0.25, 0.5, 1.0)},
+        **{"apart": True, "against": True, "told": True, "as_plain_as": "instruction"},
+    ),
     "union of PEFT prefixes": PrefixUnion,
     "LoRA of labels added": LoraSum,
     "repeng": Steering,
 }
-SAME_LEARNING = dict.fromkeys(
-    ("ours, strength chosen", "ours, mixed in logits", "ours, mixed in logits, for and against"),
-    "ours",
-) | {
+SAME_LEARNING = {
+    **dict.fromkeys(
+        (
+            "ours, strength chosen",
+            "ours, mixed in logits",
+            "ours, mixed in logits, for and against",
+        ),
+        "ours",
+    ),
     "ours, filled in, for and against": "ours, labels filled in",
     "ours and an instruction": "ours, learned apart",
+    "ours and an instruction, as plain": "ours, learned apart",
 }
 
 
