@@ -41,6 +41,10 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
     def mass(w: float) -> list[Part]:
         return [Part(task), Part(one, w)]
 
+    def weighed(w: float) -> list[Part]:
+        """Attention mass of both, as `{"formal": w, "informal": 1 - w}` asks for."""
+        return [Part(task), Part(one, w), Part(opposite, max(0.0, 1 - w))]
+
     def share(w: float) -> list[Part]:
         """The part's share of what attention gives: its values, times w."""
         return [Part(task), Part(mixed(one, one, lambda x, _: x, lambda x, _: w * x))]
@@ -59,6 +63,7 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
 
     plain: dict[str, Callable[[float], list[Part]]] = {
         "attention mass": mass,
+        "weights of opposites": weighed,
         "share of the output": share,
         "between opposite keys and values": between,
     }

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from controlprefix.attributes import attribute_name
 from controlprefix.engine import ControlPrefix
@@ -17,6 +17,7 @@ from controlprefix.request import Request
 
 GRID = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 _STEPS = 10  # points of a dial from 0 to 1
+_COARSE, _FAINT = 0.15, 1e-5  # share of the effect, and strength, below which none is tried
 _LEAST = 0.05  # of chance, that a label must move to be worth a dial
 
 
@@ -116,30 +117,31 @@ def calibrate(
 
     Args:
         cp, request, attribute, label, judge, prompts, samples, seed: As in `responses`.
-        strengths: To try; 0 and 1 must be among them.
+        strengths: To try, none below 0; 0 and 1 must be among them. Smaller ones are tried
+            too while the smallest does much of what 1 does.
 
     Raises:
         TrainingDataError: If the label does nothing that the judge could see for sure.
         VersionConflictError: If another version was published meanwhile.
     """
-    if not {0.0, 1.0} <= set(strengths):
-        raise TrainingDataError("strengths must hold 0 and 1, between which a dial is even")
+    if not {0.0, 1.0} <= set(strengths) or min(strengths) < 0:
+        raise TrainingDataError(
+            "strengths must hold 0 and 1, between which a dial is even, and none below 0"
+        )
     if request.mixing != "attention":
         raise TrainingDataError("a dial is one of attention; leave mixing out of the request")
     name = attribute_name(attribute, label)
     prefix = cp.get("attribute", name)
     (current,) = (one for one in cp.versions("attribute", name) if one.current)
-    measured = responses(
-        cp,
-        request,
-        attribute,
-        label,
-        judge,
-        prompts=prompts,
-        strengths=strengths,
-        samples=samples,
-        seed=seed,
-    )
+
+    def measure(some: Sequence[float]) -> tuple[CurvePoint, ...]:
+        how: dict[str, Any] = {"prompts": prompts, "samples": samples, "seed": seed}
+        return responses(cp, request, attribute, label, judge, strengths=some, **how)
+
+    measured = measure(strengths)
+    # Slots that attract much attention do most of their work at strengths near 0.
+    while _first_step(measured) > _COARSE and measured[1].strength > _FAINT:
+        measured = (measured[0], *measure([measured[1].strength / 4]), *measured[1:])
     at = {one.strength: one.chance for one in measured}
     unsure = math.hypot(at[0.0].high - at[0.0].low, at[1.0].high - at[1.0].low) / 2
     dial = even_dial([one.strength for one in measured], [one.chance.mean for one in measured])
@@ -166,6 +168,13 @@ def calibrate(
         replaces=current.version,
     )
     return Calibration(measured, dial, version)
+
+
+def _first_step(measured: Sequence[CurvePoint]) -> float:
+    """How much of what strength 1 does the smallest above 0 does."""
+    full = next(one.chance.mean for one in measured if one.strength == 1.0)
+    start, first = (one.chance.mean for one in measured[:2])
+    return (first - start) / (full - start) if full - start >= _LEAST else 0.0
 
 
 def even_dial(
