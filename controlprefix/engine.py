@@ -387,8 +387,8 @@ class ControlPrefix:
             learn: Any of `task`, `attributes`, `user`.
             num_slots: Of each learned prefix, or for each of `learn`.
             init: Start from the keys and values of the prefix's own training text
-                (`text`; of its first 256 tokens, in each kv head those that other examples
-                attend to most), of tokens drawn from it (`tokens`), at random (`random`), or from
+                (`text`; of its first 256 tokens, in each kv head those that examples attend
+                to most), of tokens drawn from it (`tokens`), at random (`random`), or from
                 the stored version where there is one (`stored`). Or a text or a `Prefix`
                 for each of some, such as `{("task", "email"): "Write an email."}`; the
                 others start from their training text.

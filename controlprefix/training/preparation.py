@@ -128,9 +128,9 @@ def prepare(
             mine = [i for i, row in enumerate(named) if any(part.key == key for part in row)]
             mine = [i for i in mine if i in learned_from] or mine
             random.Random(seed).shuffle(mine)
-            num_looking = min(_LOOKING_ROWS, len(mine) if own else len(mine) // 2)
-            read, looking = mine[: len(mine) - num_looking], mine[len(mine) - num_looking :]
-            text = own or "\n".join(examples[i].completion for i in read)
+            text = own or "\n".join(examples[i].completion for i in mine)
+            # The last ones: a row attends to a copy of itself above all. One alone has no other.
+            looking = mine[-_LOOKING_ROWS:] if own or len(mine) > 1 else []
             start[key] = start_of_text(model, encoder, text, [rows[i] for i in looking], count)
     tokens = [token for one in seen for token in one]
     return Preparation(rows, start, typical_scale(model, tokens), left_out)

@@ -30,8 +30,8 @@ def start_of_text(
         model: Frozen.
         encoder: Of that model.
         text: Not empty.
-        rows: What is like what the prefix is for, but not in the text: a row attends to its
-            own copy above all. Without any, the text's first tokens will do.
+        rows: What is like what the prefix is for, best not in the text's beginning: a row attends
+            to its own copy above all. Without any, the text's first tokens will do.
         num_slots: Of the prefix; a text of fewer tokens is read over and over.
     """
     room = min(_READ_TOKENS, encoder.context or _READ_TOKENS)
