@@ -27,7 +27,7 @@ from controlprefix import (
     embeddings,
 )
 from controlprefix.evaluation import Judge, calibrate, evaluate, filled_in, responses
-from controlprefix.evaluation.dials import even_dial
+from controlprefix.evaluation.dials import GRID, even_dial
 from controlprefix.evaluation.harness import _users, _Writer, fluencies
 from controlprefix.evaluation.metrics import distinct, estimate, self_bleu, share, spearman
 
@@ -315,6 +315,19 @@ def test_an_even_response_has_an_even_dial() -> None:
     dial = dict(even_dial(strengths, [0.1, 0.2, 0.3, 0.5, 0.9]))
     assert dial[0.5] == pytest.approx(0.5)
     assert dial[2.0] == pytest.approx(2.0)
+
+
+@given(st.floats(0.5, 300), st.integers(0, 1000))
+def test_a_dial_finds_how_much_slots_attract_behind_noise(pull: float, seed: int) -> None:
+    draw = random.Random(seed)
+    strengths = [0.0, 0.002, 0.008, *GRID[1:]]
+
+    def effect(w: float) -> float:
+        return 0.3 + 0.5 * (1 + pull) * w / (1 + pull * w)
+
+    dial = dict(even_dial(strengths, [effect(w) + draw.gauss(0, 0.01) for w in strengths]))
+    for position in (0.2, 0.5, 0.8):
+        assert effect(dial[position]) == pytest.approx(0.3 + 0.5 * position, abs=0.05)
 
 
 def test_a_dial_survives_its_bytes_and_a_wrong_one_is_refused() -> None:

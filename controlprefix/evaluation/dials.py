@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
+
 from controlprefix.attributes import attribute_name
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import RequestError, TrainingDataError
@@ -182,34 +184,38 @@ def even_dial(
 ) -> tuple[tuple[float, float], ...]:
     """Positions and strengths such that the effect is even in the position.
 
+    Slots that attract `m` times as much attention as all else have the share `w m / (1 + w m)` of
+    it at strength `w`. So the effect is taken to go as `(1 + m) w / (1 + m w)`, with the `m` that
+    fits best: one number, which noise in single measurements moves little, and a dial that cannot
+    turn around.
+
     Args:
-        strengths: In order, 0 and 1 among them.
-        effects: Measured at each. What falls where it should rise is levelled (isotonic
-            regression), so noise cannot turn the dial around.
+        strengths: In order, none below 0, 1 or more among them.
+        effects: Measured at each.
 
     Returns:
         `(position, strength)` from (0, 0) up; nothing where strength 1 has no effect.
     """
-    from sklearn.isotonic import IsotonicRegression  # with judges, which need scikit-learn too
-
-    level = IsotonicRegression().fit_transform(range(len(effects)), effects).tolist()
-    start, full = level[list(strengths).index(0.0)], level[list(strengths).index(1.0)]
-    if full - start < _LEAST:
+    pull, effect = _fitted(strengths, effects)
+    if effect < _LEAST:
         return ()
-    shares = [(one - start) / (full - start) for one in level]
-    last = max(shares)
+    most = max(strengths)
+    last = (1 + pull) * most / (1 + pull * most)
     positions = [i / _STEPS for i in range(1, math.floor(last * _STEPS + 1e-9) + 1)]
-    return ((0.0, 0.0), *((at, _strength_for(at, strengths, shares)) for at in positions))
+    strength = {at: min(most, at / (1 + pull - pull * at)) for at in positions}
+    return ((0.0, 0.0), *{**strength, 1.0: 1.0}.items())
 
 
-def _strength_for(position: float, strengths: Sequence[float], shares: Sequence[float]) -> float:
-    """Between two measured strengths along their logarithm, as the response bends."""
-    if position == 1.0:
-        return 1.0
-    for i in range(1, len(strengths)):
-        low, high = shares[i - 1], shares[i]
-        if low <= position <= high and high > low:
-            way = (position - low) / (high - low)
-            left, right = strengths[i - 1], strengths[i]
-            return left + way * (right - left) if left == 0 else left * (right / left) ** way
-    return strengths[-1]
+def _fitted(strengths: Sequence[float], effects: Sequence[float]) -> tuple[float, float]:
+    """How strongly slots pull, and what strength 1 adds: least squares."""
+    w, found = (torch.tensor(one, dtype=torch.float64) for one in (strengths, effects))
+    concave = [0.0, *torch.logspace(-2, 4, 241).tolist()]
+    convex = (torch.linspace(-0.9, -0.1, 9) / max(1.0, *strengths)).tolist()
+    best = (math.inf, 0.0, 0.0)
+    for pull in concave + convex:
+        shares = torch.stack([torch.ones_like(w), (1 + pull) * w / (1 + pull * w)], dim=1)
+        fit = torch.linalg.lstsq(shares, found[:, None]).solution
+        error = float((shares @ fit - found[:, None]).square().sum())
+        if error < best[0] - 1e-12:
+            best = (error, pull, float(fit[1]))
+    return best[1], best[2]
