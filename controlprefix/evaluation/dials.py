@@ -185,9 +185,9 @@ def even_dial(
     """Positions and strengths such that the effect is even in the position.
 
     Slots that attract `m` times as much attention as all else have the share `w m / (1 + w m)` of
-    it at strength `w`. So the effect is taken to go as `(1 + m) w / (1 + m w)`, with the `m` that
-    fits best: one number, which noise in single measurements moves little, and a dial that cannot
-    turn around.
+    it at strength `w`; heads differ in `m`, which stretches that. So the effect is taken to go as
+    `(1 + m) w^a / (1 + m w^a)` with the `m` and `a` that fit best: noise in single measurements
+    moves them little, and the dial cannot turn around.
 
     Args:
         strengths: In order, none below 0, 1 or more among them.
@@ -196,26 +196,26 @@ def even_dial(
     Returns:
         `(position, strength)` from (0, 0) up; nothing where strength 1 has no effect.
     """
-    pull, effect = _fitted(strengths, effects)
+    pull, bend, effect = _fitted(strengths, effects)
     if effect < _LEAST:
         return ()
     most = max(strengths)
-    last = (1 + pull) * most / (1 + pull * most)
+    last = (1 + pull) * most**bend / (1 + pull * most**bend)
     positions = [i / _STEPS for i in range(1, math.floor(last * _STEPS + 1e-9) + 1)]
-    strength = {at: min(most, at / (1 + pull - pull * at)) for at in positions}
+    strength = {at: min(most, (at / (1 + pull - pull * at)) ** (1 / bend)) for at in positions}
     return ((0.0, 0.0), *{**strength, 1.0: 1.0}.items())
 
 
-def _fitted(strengths: Sequence[float], effects: Sequence[float]) -> tuple[float, float]:
-    """How strongly slots pull, and what strength 1 adds: least squares."""
+def _fitted(strengths: Sequence[float], effects: Sequence[float]) -> tuple[float, float, float]:
+    """`m`, `a`, and what strength 1 adds: least squares over a grid, the straight line first."""
     w, found = (torch.tensor(one, dtype=torch.float64) for one in (strengths, effects))
-    concave = [0.0, *torch.logspace(-2, 4, 241).tolist()]
-    convex = (torch.linspace(-0.9, -0.1, 9) / max(1.0, *strengths)).tolist()
-    best = (math.inf, 0.0, 0.0)
-    for pull in concave + convex:
-        shares = torch.stack([torch.ones_like(w), (1 + pull) * w / (1 + pull * w)], dim=1)
-        fit = torch.linalg.lstsq(shares, found[:, None]).solution
-        error = float((shares @ fit - found[:, None]).square().sum())
-        if error < best[0] - 1e-12:
-            best = (error, pull, float(fit[1]))
-    return best[1], best[2]
+    pulls = torch.cat([torch.zeros(1), torch.logspace(-2, 4, 121)]).double()
+    bends = torch.tensor([1.0, *(i / 10 for i in range(3, 21) if i != 10)], dtype=torch.float64)
+    powers = w ** bends[:, None, None]
+    shares = (1 + pulls[:, None]) * powers / (1 + pulls[:, None] * powers)  # (bends, pulls, w)
+    apart, wanted = shares - shares.mean(dim=-1, keepdim=True), found - found.mean()
+    added = (apart * wanted).sum(dim=-1) / apart.square().sum(dim=-1)
+    errors = (added[..., None] * apart - wanted).square().sum(dim=-1)
+    best = int((errors <= errors.min() + 1e-12).flatten().nonzero()[0])
+    bend, pull = divmod(best, len(pulls))
+    return float(pulls[pull]), float(bends[bend]), float(added[bend, pull])
