@@ -164,7 +164,7 @@ class AttributeSpace(BaseModel):
             found = []
             for one in error.errors(include_url=False):
                 place = (*one["loc"], *one.get("ctx", {}).get("place", ()))
-                message = one["msg"].removeprefix("Value error, ")
+                message = one["msg"]
                 if place[-1:] == ("[key]",):
                     place = tuple(map(str, place[:-1]))
                     message = "a name must be a text; put it in quotes"

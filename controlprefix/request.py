@@ -154,13 +154,11 @@ class Request(BaseModel):
             return "strengths below 0"
         return "mixing='logits'" if self.mixing == "logits" else ""
 
-    def _begins_a_text(self) -> bool:
-        return self.raw and self.prompt == ""
-
     def _check_prompt(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
-        if self.prompt is not None and not self.prompt.strip() and not self._begins_a_text():
+        begins_a_text = self.raw and self.prompt == ""
+        if self.prompt is not None and not self.prompt.strip() and not begins_a_text:
             raise ValueError("the prompt is empty; write what to answer, or give raw=True for any")
         if self.messages is not None and not any(m.content.strip() for m in self.messages):
             raise ValueError("messages are empty; write what to answer")

@@ -227,6 +227,14 @@ def test_a_user_is_nearer_to_their_other_texts_only_if_the_prefix_does_it() -> N
     like_ana = ["aaaa" if row.user == "ana" else "zz" for row in rows]
     found = _users(rows, like_ana, dict.fromkeys(range(len(rows)), "qqqq"), prompts)
     assert found["ana"].low > 0.5
+    other_words = [
+        row.model_copy(update={"completion": text})
+        for row, text in zip(rows, ("aa", "bb", "cc", "dd", "ee", "ff"), strict=True)
+    ]  # a text that is its own row's reference is not therefore the user's
+    found = _users(
+        other_words, [row.completion for row in other_words], dict.fromkeys(range(6), "qq"), prompts
+    )
+    assert {user: one.mean for user, one in found.items()} == pytest.approx({"ana": 0, "bo": 0})
     assert _users(rows[:3], like_ana[:3], dict.fromkeys(range(3), "q"), prompts[:3]).keys() == {
         "ana"
     }  # one row tells nothing
@@ -279,7 +287,10 @@ def test_a_dial_is_of_the_prefix_that_was_measured(
     how: dict[str, Any] = {"strengths": (0, 1), "samples": 48}
     prefix = cp.get("attribute", "pitch=low")
     cp.put("attribute", "pitch=low", prefix, dtype="int8")
-    version = calibrate(cp, request, "pitch", "low", judge, **how).version
+    found = calibrate(cp, request, "pitch", "low", judge, **how)
+    version, tried = found.version, [one.strength for one in found.responses]
+    assert tried == sorted(tried)
+    assert tried[0] == 0 < tried[1] < 1 == tried[-1]  # where 1 did it all, less is tried
     assert cp.versions("attribute", "pitch=low")[-1].dtype == "int8"
     generate = cp.generate
 

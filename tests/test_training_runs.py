@@ -180,21 +180,21 @@ def test_a_run_that_is_to_end_sooner_keeps_what_it_has_learned(
     found = [cp.get("task", "greet", version=i).to_bytes() for i in (1, 2, 3)]
     assert found[0] == found[1] == found[2]
 
-    barely = {**settings, "steps": 3}
-    cut = cp.train(greetings(), folder=tmp_path / "cut", **barely)
-    run = Run.take_up
+    save = Run.save
 
-    def further(self: Run, folder: Path) -> None:  # as if it had been killed at step 3 of 12
-        run(self, folder)
-        self.done.validation = self.done.validation[:1]
+    def killed(self: Run, folder: Path) -> None:
+        save(self, folder)
+        if self.done.step == 3:  # nobody has looked since the start
+            raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "take_up", further)
-        again = cp.train(
-            greetings(), folder=tmp_path / "cut", resume=True, **{**settings, "steps": 2}
-        )
-    assert again.best_step == cut.best_step == 3
-    assert cp.get("task", "greet").to_bytes() == cp.get("task", "greet", version=4).to_bytes()
+        patch.setattr(Run, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cp.train(greetings(), folder=tmp_path / "cut", **settings)
+    ended = cp.train(greetings(), folder=tmp_path / "cut", resume=True, **{**settings, "steps": 2})
+    assert ended.losses == whole.losses[:3]
+    assert ended.best_step == 3
+    assert [step for step, _ in ended.validation] == ([0, 3] if validation else [])
 
 
 def test_what_cannot_be_done_is_refused_not_left_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -113,8 +113,7 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """Write the state."""
-        best = self._best if self.held_out else self._copy()
-        state.save(folder, self._identity, self.done, self.slots, self.optimizer, best)
+        state.save(folder, self._identity, self.done, self.slots, self.optimizer, self._best)
 
     @property
     def identity(self) -> str:
