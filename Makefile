@@ -44,7 +44,7 @@ bench: $(READY)
 	.venv-adapters/bin/python -m pip install -q torch==2.13.0
 	.venv-adapters/bin/python -m pip install -q adapters==1.3.0 rich
 	cd benchmarks && ../.venv-adapters/bin/python batch_split.py "$$(../$(BIN)/python -c \
-		'from controlprefix.loading import converted; print(converted("smollm2"))')"
+		'from controlprefix.model.loading import converted; print(converted("smollm2"))')"
 	cd benchmarks && ../$(BIN)/python summary.py
 
 # torch comes first and alone: an open range elsewhere could choose another build of it.

@@ -16,7 +16,7 @@ from side_by_side import Measures, compare, now, report
 from torch.profiler import ProfilerActivity, profile
 
 from controlprefix import ControlPrefix, Request
-from controlprefix.assembly import PrefixBatch
+from controlprefix.prefixes.assembly import PrefixBatch
 
 
 def requests(rows: int) -> list[Request]:

@@ -2,7 +2,7 @@
 
 adapters pins an older transformers, so this runs in an environment of its own, which
 `make bench` sets up in `.venv-adapters`: `python benchmarks/batch_split.py FOLDER`, where
-FOLDER holds the converted model (`controlprefix.loading.converted`).
+FOLDER holds the converted model (`controlprefix.model.loading.converted`).
 """
 
 import argparse

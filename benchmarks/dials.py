@@ -11,11 +11,11 @@ from quality import tokenizer
 from ways import SAMPLING, Ours
 
 from controlprefix import Example, Part, Prefix, Request
-from controlprefix.batching import Prepared
 from controlprefix.evaluation import calibrate, evaluate, responses
 from controlprefix.evaluation.harness import fluencies
 from controlprefix.evaluation.metrics import spearman
-from controlprefix.guidance import Guidance, Term
+from controlprefix.inference.continuous_batching import Prepared
+from controlprefix.inference.guidance import Guidance, Term
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
 ADVERBS = {0.0: "", 0.25: "a little ", 0.5: "somewhat ", 0.75: "rather ", 1.0: "", 2.0: "very "}

@@ -20,8 +20,8 @@ from side_by_side import Comparison, Measures, compare, now, peak_mib, report
 from transformers import DynamicCache, PreTrainedModel
 
 from controlprefix import PrefixBatch
-from controlprefix.cache import growing_cache
-from controlprefix.steering import Steering
+from controlprefix.model.kv_cache import growing_cache
+from controlprefix.model.steering import Steering
 
 TASK_SLOTS = 16
 

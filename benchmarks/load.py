@@ -10,7 +10,7 @@ import sys
 
 from side_by_side import Measures, compare, report
 
-from controlprefix.loading import converted
+from controlprefix.model.loading import converted
 
 THEIRS = """
 import torch

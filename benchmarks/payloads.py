@@ -14,7 +14,7 @@ from rich.table import Table
 from side_by_side import record
 
 from controlprefix import ControlPrefix
-from controlprefix.data import read_examples
+from controlprefix.interop.data_files import read_examples
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 DTYPES = ("float32", "bfloat16", "float16", "int8")

@@ -30,8 +30,8 @@ from shapes import NAMES, build, mixed_batch, prompts
 from side_by_side import Comparison, Measures, compare, now, report
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from controlprefix.cache import growing_cache
-from controlprefix.steering import Steering
+from controlprefix.model.kv_cache import growing_cache
+from controlprefix.model.steering import Steering
 
 PEOPLE_SLOTS = 16
 

@@ -33,10 +33,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.decoder import Code
 from controlprefix.embeddings import embeddings
-from controlprefix.personal.learning import CODE_RATE
+from controlprefix.prefixes.user_code import Code
 from controlprefix.training import TrainingSettings
+from controlprefix.users.decoder_training import CODE_RATE
 
 FILE = RESULTS / "personal.json"
 DECODER = "bloggers"

@@ -45,7 +45,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from train import END, PAD
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.encoding import EncodedExample
+from controlprefix.model.tokenization import EncodedExample
 from controlprefix.training import TrainingSettings
 from controlprefix.training.run import share_of_rate
 
@@ -491,7 +491,7 @@ def ways(
 
 @cache
 def loaded() -> Any:
-    from controlprefix.loading import load
+    from controlprefix.model.loading import load
 
     return load("smollm2")
 

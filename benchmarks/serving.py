@@ -31,7 +31,7 @@ from rich.table import Table
 from side_by_side import record
 
 from controlprefix import ControlPrefix, Prefix
-from controlprefix.loading import converted
+from controlprefix.model.loading import converted
 from controlprefix.store import NewVersion, PrefixKey
 
 SLOTS = 16
@@ -200,7 +200,7 @@ def peft_server(port: int) -> None:
     from fastapi import FastAPI
     from peft import PrefixTuningConfig, TaskType, get_peft_model
 
-    from controlprefix.loading import load
+    from controlprefix.model.loading import load
 
     found, tokenizer = load("smollm2")
     config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=SLOTS)

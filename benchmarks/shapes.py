@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from controlprefix import Part, Prefix, PrefixBatch, assemble
-from controlprefix.loading import load
-from controlprefix.steering import Steering
+from controlprefix.model.loading import load
+from controlprefix.model.steering import Steering
 
 # From the configurations published with Llama 3.2 1B and 3.1 8B.
 _SHAPES = {

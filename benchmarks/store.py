@@ -30,9 +30,9 @@ from side_by_side import record
 from sqlalchemy.engine import make_url
 
 from controlprefix import Geometry, Prefix
-from controlprefix.resolve import Resolver
+from controlprefix.inference.resolver import Resolver
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore
-from controlprefix.store.prefix_store import _content_hash
+from controlprefix.store.store import _content_hash
 from controlprefix.store.tables import PayloadRow, PrefixRow, VersionRow
 
 SMALL = Geometry.uniform(num_layers=3, num_kv_heads=1, head_dim=64, fingerprint="5" * 64)

@@ -20,11 +20,11 @@ from shapes import NAMES, build
 from side_by_side import Measures, compare, now, peak_mib, report
 from transformers import PreTrainedModel
 
-from controlprefix.data import read_examples
-from controlprefix.encoding import EncodedExample, RequestEncoder
-from controlprefix.loading import load
-from controlprefix.prefix import Prefix
-from controlprefix.steering import Steering
+from controlprefix.interop.data_files import read_examples
+from controlprefix.model.loading import load
+from controlprefix.model.steering import Steering
+from controlprefix.model.tokenization import EncodedExample, RequestEncoder
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.store import PrefixKey
 from controlprefix.training import TrainingRow, TrainingSettings, train, typical_size
 

@@ -21,11 +21,11 @@ from controlprefix.errors import (
 )
 
 if TYPE_CHECKING:
-    from controlprefix.assembly import Part, PrefixBatch, assemble
     from controlprefix.attributes import AttributeSpace
     from controlprefix.engine import ControlPrefix
-    from controlprefix.geometry import Geometry
-    from controlprefix.prefix import Prefix
+    from controlprefix.prefixes.assembly import Part, PrefixBatch, assemble
+    from controlprefix.prefixes.geometry import Geometry
+    from controlprefix.prefixes.prefix import Prefix
     from controlprefix.request import Completion, Example, Message, Request, Score
 
 __version__ = "0.1.0"
@@ -36,14 +36,14 @@ _HOMES = {
     "Completion": "request",
     "ControlPrefix": "engine",
     "Example": "request",
-    "Geometry": "geometry",
+    "Geometry": "prefixes.geometry",
     "Message": "request",
-    "Part": "assembly",
-    "Prefix": "prefix",
-    "PrefixBatch": "assembly",
+    "Part": "prefixes.assembly",
+    "Prefix": "prefixes.prefix",
+    "PrefixBatch": "prefixes.assembly",
     "Request": "request",
     "Score": "request",
-    "assemble": "assembly",
+    "assemble": "prefixes.assembly",
 }
 
 __all__ = [

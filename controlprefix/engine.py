@@ -12,35 +12,30 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from controlprefix.assembly import PrefixBatch
 from controlprefix.attributes import AttributeSpace
-from controlprefix.batching import Batcher, Prepared, StaticBatcher
-from controlprefix.cache import can_be_laid_out
 from controlprefix.embeddings import DEFAULT as EMBEDDER
-from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import (
     ContextLengthError,
     ControlPrefixError,
     RequestError,
     TrainingDataError,
 )
-from controlprefix.generation import batch_key, generate_batch, hold_back_stops
-from controlprefix.geometry import Geometry
-from controlprefix.guidance import spread
-from controlprefix.likelihood import guided_log_probs
-from controlprefix.loading import load
-from controlprefix.payload import PayloadDtype
-from controlprefix.personal import (
-    DecoderReport,
-    LeakReport,
-    Personalizer,
-    UsersReport,
-    usable_texts,
-)
-from controlprefix.prefix import Prefix
+from controlprefix.inference.continuous_batching import Batcher, Prepared, StaticBatcher
+from controlprefix.inference.generation import batch_key, generate_batch, hold_back_stops
+from controlprefix.inference.guidance import spread
+from controlprefix.inference.resolver import ResolvedPart, Resolver
+from controlprefix.inference.unseen_labels import stood_in
+from controlprefix.model.kv_cache import can_be_laid_out
+from controlprefix.model.loading import load
+from controlprefix.model.log_probs import guided_log_probs
+from controlprefix.model.steering import Steering
+from controlprefix.model.text_prefix import prefix_from_tokens
+from controlprefix.model.tokenization import RequestEncoder
+from controlprefix.prefixes.assembly import PrefixBatch
+from controlprefix.prefixes.container import PayloadDtype
+from controlprefix.prefixes.geometry import Geometry
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.request import Completion, Example, PartUsed, Request, Score, StandIn
-from controlprefix.resolve import ResolvedPart, Resolver
-from controlprefix.steering import Steering
 from controlprefix.store import (
     KeyProvider,
     Kind,
@@ -50,7 +45,6 @@ from controlprefix.store import (
     Similar,
     VersionInfo,
 )
-from controlprefix.text_prefix import prefix_from_tokens
 from controlprefix.training import (
     Given,
     Learned,
@@ -65,7 +59,13 @@ from controlprefix.training import (
     require_examples,
     to_distill,
 )
-from controlprefix.unseen import stood_in
+from controlprefix.users import (
+    DecoderReport,
+    LeakReport,
+    Personalizer,
+    UsersReport,
+    usable_texts,
+)
 
 if TYPE_CHECKING:
     from controlprefix.vllm.runner import VllmRunner
@@ -284,7 +284,7 @@ class ControlPrefix:
             raise ControlPrefixError(
                 f"vLLM is reached by {error.name}: pip install 'controlprefix[vllm]'"
             ) from error
-        from controlprefix.vllm.folder import PrefixFolder
+        from controlprefix.vllm.prefix_folder import PrefixFolder
 
         return VllmRunner(
             self.model,

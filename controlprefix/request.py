@@ -5,9 +5,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from controlprefix import course
 from controlprefix.attributes import weighted_labels
 from controlprefix.errors import RequestError, TrainingDataError, known_names
+from controlprefix.prefixes import schedule as course
 
 _MOST_LABELS = 64
 _MOST_STOPS, _LONGEST_STOP = 16, 256

@@ -4,7 +4,6 @@ from controlprefix.store.api_keys import ApiKeyInfo, tenant_of
 from controlprefix.store.cache import PrefixCache, Together
 from controlprefix.store.database import upgrade
 from controlprefix.store.encryption import JsonKeys, KeyProvider
-from controlprefix.store.prefix_store import PrefixStore
 from controlprefix.store.profiles import Similar
 from controlprefix.store.records import (
     AuditEntry,
@@ -18,6 +17,7 @@ from controlprefix.store.records import (
     VersionInfo,
     VersionRef,
 )
+from controlprefix.store.store import PrefixStore
 
 __all__ = [
     "ApiKeyInfo",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from controlprefix.prefix import Prefix
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.store.records import PrefixKey
 
 

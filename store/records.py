@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, get_args
 
-from controlprefix.decoder import PrefixDecoder
 from controlprefix.errors import UnknownNameError
-from controlprefix.payload import PayloadDtype
-from controlprefix.prefix import Prefix
+from controlprefix.prefixes.container import PayloadDtype
+from controlprefix.prefixes.prefix import Prefix
+from controlprefix.prefixes.user_code import PrefixDecoder
 
 Kind = Literal["task", "attribute", "user", "decoder"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

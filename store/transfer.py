@@ -15,8 +15,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from controlprefix.decoder import code_in
 from controlprefix.errors import ControlPrefixError, PrefixFormatError, StoreError
+from controlprefix.prefixes.user_code import code_in
 from controlprefix.store import codes
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import Sealer

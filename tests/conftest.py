@@ -40,7 +40,7 @@ def cp() -> Iterator[ControlPrefix]:
 @pytest.fixture(scope="session")
 def smollm2() -> PreTrainedModel:
     """The real model that pip installs, in float32."""
-    from controlprefix.loading import load
+    from controlprefix.model.loading import load
 
     return load("smollm2", dtype=torch.float32)[0]
 

@@ -12,8 +12,8 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel, Stat
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from controlprefix import Part, Prefix, RequestError, UnsupportedModelError, assemble
-from controlprefix.attention import _APART_FROM
-from controlprefix.steering import Steering
+from controlprefix.model.attention import _APART_FROM
+from controlprefix.model.steering import Steering
 
 from models import ALL, DECODER_ONLY, ENCODER_DECODER, PARTICULAR, ROTARY, build
 

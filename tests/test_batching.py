@@ -17,7 +17,7 @@ from controlprefix import (
     RequestError,
     UnknownNameError,
 )
-from controlprefix.batching import Batcher, StaticBatcher
+from controlprefix.inference.continuous_batching import Batcher, StaticBatcher
 
 from models import build, byte_tokenizer
 
@@ -217,7 +217,7 @@ def test_a_failure_while_joining_ends_every_ticket(
     batcher = cp.batcher(max_rows=4)
     long = Request(prompt="x", raw=True, max_new_tokens=200, repetition_penalty=1.5)
     with monkeypatch.context() as patch:
-        patch.setattr("controlprefix.batching.lay_out", lambda *_: 1 / 0)
+        patch.setattr("controlprefix.inference.continuous_batching.lay_out", lambda *_: 1 / 0)
         for ticket in [batcher.submit(long) for _ in range(3)]:
             with pytest.raises(RuntimeError, match="division by zero"):
                 ticket.result()

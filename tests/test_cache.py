@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from controlprefix.cache import _ROOM, growing_cache
+from controlprefix.model.kv_cache import _ROOM, growing_cache
 
 from models import build
 

@@ -224,7 +224,7 @@ def test_the_defaults_of_train_are_those_of_the_library() -> None:
     """Written twice, so that `--help` need not import torch."""
     from inspect import signature
 
-    from controlprefix.cli.learning import train
+    from controlprefix.cli.train import train
     from controlprefix.training import TrainingSettings
 
     here = {name: p.default for name, p in signature(train).parameters.items()}
@@ -287,7 +287,7 @@ def test_prefixes_are_evaluated_and_calibrated(
     assert "judge of pitch" in found
     assert "pitch=high" in found
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
-    monkeypatch.setattr("controlprefix.evaluation.dials._LEAST", -1.0)  # a random model's effect
+    monkeypatch.setattr("controlprefix.evaluation.calibration._LEAST", -1.0)  # small effect
     dial = run(tmp_path, "calibrate", "pitch=high", "--samples", "24", *texts, *model)
     assert "dial of pitch=high (version 2): 0 → 0" in dial
     with pytest.raises(ControlPrefixError, match="no texts labelled with 'tone'; it has: pitch"):
@@ -308,7 +308,7 @@ def test_api_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
 
 
 def test_a_label_may_hold_a_colon() -> None:
-    from controlprefix.cli.asking import _attributes
+    from controlprefix.cli.generate import _attributes
 
     assert _attributes(["a=x:y", "a=x:y:0.5", "b=z:2", "c=w"]) == {
         "a": {"x:y": 0.5},

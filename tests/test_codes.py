@@ -8,7 +8,7 @@ import torch
 from sqlalchemy.engine import make_url
 
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, UnknownNameError
-from controlprefix.decoder import Code, CodedPrefix, PrefixDecoder
+from controlprefix.prefixes.user_code import Code, CodedPrefix, PrefixDecoder
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, profiles, tenant_of
 from controlprefix.training import typical_size
 

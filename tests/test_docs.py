@@ -9,7 +9,7 @@ import pytest
 from test_cli import COMMANDS
 
 from controlprefix import ControlPrefix
-from controlprefix.data import read_examples
+from controlprefix.interop.data_files import read_examples
 
 from models import build, byte_tokenizer
 

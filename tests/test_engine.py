@@ -22,9 +22,9 @@ from controlprefix import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from controlprefix.generation import _RowChoices
-from controlprefix.steering import Steering
-from controlprefix.text_prefix import prefix_from_tokens
+from controlprefix.inference.generation import _RowChoices
+from controlprefix.model.steering import Steering
+from controlprefix.model.text_prefix import prefix_from_tokens
 
 from models import ALL, build, byte_tokenizer
 

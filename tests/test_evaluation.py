@@ -27,7 +27,7 @@ from controlprefix import (
     embeddings,
 )
 from controlprefix.evaluation import Judge, calibrate, evaluate, filled_in, responses
-from controlprefix.evaluation.dials import GRID, even_dial
+from controlprefix.evaluation.calibration import GRID, even_dial
 from controlprefix.evaluation.harness import _users, _Writer, fluencies
 from controlprefix.evaluation.metrics import distinct, estimate, self_bleu, share, spearman
 
@@ -282,7 +282,7 @@ def test_a_dial_moves_what_is_measured_more_evenly(cp: ControlPrefix, judge: Jud
 def test_a_dial_is_of_the_prefix_that_was_measured(
     cp: ControlPrefix, judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("controlprefix.evaluation.dials._LEAST", 0.01)  # a random model's effect
+    monkeypatch.setattr("controlprefix.evaluation.calibration._LEAST", 0.01)  # small effect
     request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
     how: dict[str, Any] = {"strengths": (0, 1), "samples": 48}
     prefix = cp.get("attribute", "pitch=low")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlprefix import Geometry, Prefix, TrainingDataError
-from controlprefix.steering import Steering
+from controlprefix.model.steering import Steering
 from controlprefix.store import PrefixKey
 from controlprefix.training import TrainingRow, typical_size
 from controlprefix.training.objectives import Objective, Pair

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from controlprefix import ControlPrefix, ControlPrefixError, Example, TrainingDataError, embeddings
-from controlprefix.decoder import CodedPrefix, PrefixDecoder
-from controlprefix.personal.codes import LearnedCodes, fit_generator
-from controlprefix.personal.features import TextFeatures, style_of
+from controlprefix.prefixes.user_code import CodedPrefix, PrefixDecoder
 from controlprefix.store import NewVersion, PrefixKey
 from controlprefix.training import run
+from controlprefix.users.text_features import TextFeatures, style_of
+from controlprefix.users.user_codes import LearnedCodes, fit_generator
 
 from models import build, byte_tokenizer
 

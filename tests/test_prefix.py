@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from controlprefix import Geometry, GeometryMismatchError, Prefix, PrefixFormatError
-from controlprefix.geometry import LayerShape
+from controlprefix.prefixes.geometry import LayerShape
 
 SMALL = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 UNEVEN = Geometry(

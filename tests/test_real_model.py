@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.data import read_examples
 from controlprefix.evaluation import Judge
-from controlprefix.loading import converted
-from controlprefix.steering import weights_fingerprint
+from controlprefix.interop.data_files import read_examples
+from controlprefix.model.loading import converted
+from controlprefix.model.steering import weights_fingerprint
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 PIRATE = "You are a pirate. You talk like a pirate, matey, and you love the sea."

@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from controlprefix import Example, Request, RequestError, TrainingDataError
-from controlprefix.data import read_examples, read_texts
-from controlprefix.generation import hold_back_stops
+from controlprefix.inference.generation import hold_back_stops
+from controlprefix.interop.data_files import read_examples, read_texts
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlprefix import Geometry, Prefix, PrefixFormatError, UnknownNameError
+from controlprefix.inference.resolver import Resolver
 from controlprefix.request import Request
-from controlprefix.resolve import Resolver
 from controlprefix.store import NewVersion, PrefixCache, PrefixKey, PrefixStore, Together
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)

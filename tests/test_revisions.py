@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from controlprefix import Geometry, Prefix, StoreError
 from controlprefix.cli import app
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, revisions
-from controlprefix.store.prefix_store import _content_hash
+from controlprefix.store.store import _content_hash
 from controlprefix.store.tables import Base
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)

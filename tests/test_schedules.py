@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError, TrainingDataError
-from controlprefix.assembly import Part, assemble
-from controlprefix.course import at
+from controlprefix.prefixes.assembly import Part, assemble
+from controlprefix.prefixes.schedule import at
 
 from models import build, byte_tokenizer
 

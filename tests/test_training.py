@@ -16,8 +16,8 @@ from controlprefix import (
     StoreError,
     TrainingDataError,
 )
-from controlprefix.likelihood import token_log_probs
-from controlprefix.steering import weights_fingerprint
+from controlprefix.model.log_probs import token_log_probs
+from controlprefix.model.steering import weights_fingerprint
 from controlprefix.training import TrainingRow, TrainingSettings
 from controlprefix.training.run import split
 from controlprefix.training.selection import most_attended, slot_masses

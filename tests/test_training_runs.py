@@ -23,7 +23,7 @@ from controlprefix import (
     StoreError,
     TrainingDataError,
 )
-from controlprefix.steering import Steering
+from controlprefix.model.steering import Steering
 from controlprefix.training import TrainingRow
 from controlprefix.training.loop import _Loop
 from controlprefix.training.objectives import Pair, pair_up

@@ -24,7 +24,7 @@ from controlprefix import (
     Request,
     RequestError,
 )
-from controlprefix.batching import Prepared
+from controlprefix.inference.continuous_batching import Prepared
 from controlprefix.serving import Gateway, create_app
 from controlprefix.vllm.placement import Placement
 from controlprefix.vllm.runner import VllmRunner

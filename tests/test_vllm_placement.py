@@ -19,12 +19,12 @@ from controlprefix import (
     UnsupportedModelError,
     assemble,
 )
-from controlprefix.batching import Prepared
-from controlprefix.guidance import Guidance
+from controlprefix.inference.continuous_batching import Prepared
+from controlprefix.inference.guidance import Guidance
+from controlprefix.model.steering import Steering
 from controlprefix.request import PartUsed
-from controlprefix.steering import Steering
-from controlprefix.vllm.folder import PrefixFolder
 from controlprefix.vllm.placement import MOST_SLOTS, Placement, place
+from controlprefix.vllm.prefix_folder import PrefixFolder
 from controlprefix.vllm.rotation import Rotation
 
 from models import ENCODER_DECODER, PARTICULAR, ROTARY, build
@@ -262,12 +262,12 @@ def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     keep(2)
     with pytest.raises(OverloadedError, match="in use"):  # all three are
         keep(3)
-    monkeypatch.setattr("controlprefix.vllm.folder._IN_USE_S", -1.0)
+    monkeypatch.setattr("controlprefix.vllm.prefix_folder._IN_USE_S", -1.0)
     keep(4)
     assert not folder.file(names[0]).exists()
     assert sum(one.stat().st_size for one in (tmp_path / "new").iterdir()) <= 3 * size
-    monkeypatch.setattr("controlprefix.vllm.folder._KEPT_S", -1.0)
-    monkeypatch.setattr("controlprefix.vllm.folder._SWEPT_EVERY_S", -1.0)
+    monkeypatch.setattr("controlprefix.vllm.prefix_folder._KEPT_S", -1.0)
+    monkeypatch.setattr("controlprefix.vllm.prefix_folder._SWEPT_EVERY_S", -1.0)
     keep(0)
     assert [one.name for one in (tmp_path / "new").iterdir()] == [folder.file(names[0]).name]
 

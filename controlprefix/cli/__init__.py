@@ -4,11 +4,11 @@ import os
 import sys
 
 from controlprefix.cli import (  # noqa: F401 (they add commands)
-    asking,
-    learning,
-    measuring,
-    serving,
-    stored,
+    evaluate,
+    generate,
+    serve,
+    store,
+    train,
     users,
 )
 from controlprefix.cli.common import app, err

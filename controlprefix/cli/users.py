@@ -46,7 +46,7 @@ def enroll(
     tenant: TenantOption = TENANT,
 ) -> None:
     """Make a usable prefix for a user at once, from texts they wrote, without training."""
-    from controlprefix.data import read_texts
+    from controlprefix.interop.data_files import read_texts
 
     written = read_texts(texts)
     version = open_engine(model, store, tenant).enroll(
@@ -74,7 +74,7 @@ def train_users(
     tenant: TenantOption = TENANT,
 ) -> None:
     """Learn a prefix for each of many users, and store each as soon as it is done."""
-    from controlprefix.data import read_users
+    from controlprefix.interop.data_files import read_users
 
     folder = run_folder(data, folder, resume)
     texts = read_users(data)
@@ -112,7 +112,7 @@ def learn_decoder(
     tenant: TenantOption = TENANT,
 ) -> None:
     """Learn from many users what they have in common, and how they differ."""
-    from controlprefix.data import read_users
+    from controlprefix.interop.data_files import read_users
 
     folder = run_folder(data, folder, resume)
     report = open_engine(model, store, tenant).learn_decoder(
@@ -144,7 +144,7 @@ def audit_user(
     tenant: TenantOption = TENANT,
 ) -> None:
     """What a user's prefix gives away of the texts it was learned from."""
-    from controlprefix.data import read_texts
+    from controlprefix.interop.data_files import read_texts
 
     report = open_engine(model, store, tenant).audit_user(
         name, read_texts([texts]), read_texts([held_out]), canaries=canaries, seed=seed

@@ -15,8 +15,8 @@ from controlprefix.attributes import weighted_labels
 from controlprefix.embeddings import embeddings
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import StoreError, TrainingDataError
-from controlprefix.evaluation import page
-from controlprefix.evaluation.judges import Judge
+from controlprefix.evaluation import report as page
+from controlprefix.evaluation.classifier import Judge
 from controlprefix.evaluation.metrics import (
     Estimate,
     chrf,

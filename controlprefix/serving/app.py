@@ -27,7 +27,6 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from controlprefix import __version__
-from controlprefix.batching import Event, Ticket, TokenChosen
 from controlprefix.errors import (
     ControlPrefixError,
     EngineError,
@@ -37,14 +36,9 @@ from controlprefix.errors import (
     TrainingDataError,
     UnknownNameError,
 )
+from controlprefix.inference.continuous_batching import Event, Ticket, TokenChosen
 from controlprefix.request import Completion
 from controlprefix.request import Request as Generation
-from controlprefix.serving.gateway import (
-    Client,
-    Gateway,
-    RateLimitError,
-    UnauthorizedError,
-)
 from controlprefix.serving.schema import (
     Asked,
     ChatAsked,
@@ -52,6 +46,12 @@ from controlprefix.serving.schema import (
     ModelNotFoundError,
     TextAsked,
     ToJudge,
+)
+from controlprefix.serving.tenants import (
+    Client,
+    Gateway,
+    RateLimitError,
+    UnauthorizedError,
 )
 
 _log = logging.getLogger(__name__)

@@ -1,5 +1,6 @@
 """Learning prefixes: the same assembly and attention as in use, with gradients."""
 
+from controlprefix.training.initialization import typical_size
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import ParameterizationName
@@ -12,7 +13,6 @@ from controlprefix.training.preparation import (
 from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.shortening import ShorteningReport
-from controlprefix.training.start import typical_size
 from controlprefix.training.sweep import SweepPoint, SweepReport
 from controlprefix.training.trainer import Trainer, instructed, to_distill
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.steering import Steering
-from controlprefix.training import state
+from controlprefix.model.steering import Steering
+from controlprefix.training import checkpoint as state
 from controlprefix.training.objectives import Objective, Pair, TrainingRow
 from controlprefix.training.parameterization import LearnedSlots
 from controlprefix.training.run import Run, in_batches

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
-from controlprefix.assembly import Part, PrefixBatch
-from controlprefix.encoding import EncodedExample
-from controlprefix.likelihood import divergences, target_logits, token_log_probs
-from controlprefix.prefix import Prefix
-from controlprefix.steering import Steering
+from controlprefix.model.log_probs import divergences, target_logits, token_log_probs
+from controlprefix.model.steering import Steering
+from controlprefix.model.tokenization import EncodedExample
+from controlprefix.prefixes.assembly import Part, PrefixBatch
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.store import PrefixKey
 
 

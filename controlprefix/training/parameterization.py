@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.geometry import Geometry, Site
-from controlprefix.prefix import Prefix
+from controlprefix.prefixes.geometry import Geometry, Site
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.store import PrefixKey
 
 ParameterizationName = Literal["direct", "mlp", "shared", "shared-kv"]

@@ -9,19 +9,19 @@ from typing import Literal, get_args
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import TrainingDataError
-from controlprefix.geometry import Site
-from controlprefix.prefix import Prefix
+from controlprefix.inference.resolver import Resolver, named_parts
+from controlprefix.model.steering import Steering
+from controlprefix.model.text_prefix import prefix_from_tokens
+from controlprefix.model.tokenization import RequestEncoder
+from controlprefix.prefixes.geometry import Site
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.request import Example
-from controlprefix.resolve import Resolver, named_parts
-from controlprefix.steering import Steering
 from controlprefix.store import Kind, PrefixKey, PrefixStore
-from controlprefix.text_prefix import prefix_from_tokens
+from controlprefix.training.initialization import start_of_text, typical_scale
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.run import split
 from controlprefix.training.settings import TrainingSettings
-from controlprefix.training.start import start_of_text, typical_scale
 
 Learned = Literal["task", "attributes", "user"]
 Start = Literal["text", "tokens", "random", "stored"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.training import curves, state
+from controlprefix.training import checkpoint as state
+from controlprefix.training import curves
 from controlprefix.training.objectives import Pair, TrainingRow, pair_up
 from controlprefix.training.parameterization import LearnedSlots
 from controlprefix.training.settings import TrainingSettings

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from controlprefix.assembly import Part
-from controlprefix.attention import Place
-from controlprefix.geometry import Site
-from controlprefix.likelihood import token_log_probs
-from controlprefix.prefix import Prefix
-from controlprefix.steering import Steering
+from controlprefix.model.attention import Place
+from controlprefix.model.log_probs import token_log_probs
+from controlprefix.model.steering import Steering
+from controlprefix.prefixes.assembly import Part
+from controlprefix.prefixes.geometry import Site
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.training.objectives import TrainingRow
 
 # For each site and layer, the share of attention that each slot receives, `(num_kv_heads,

@@ -8,8 +8,8 @@ from typing import Any, Self, get_args
 from torch import Tensor
 
 from controlprefix.errors import TrainingDataError, known_names
-from controlprefix.geometry import Site
-from controlprefix.prefix import Prefix
+from controlprefix.prefixes.geometry import Site
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.store import PrefixKey
 from controlprefix.training.parameterization import Parameterization, ParameterizationName
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.prefix import Prefix
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.training.selection import Masses, mean_masses, most_attended
 
 

@@ -12,12 +12,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from controlprefix.attributes import attribute_name
-from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import TrainingDataError
-from controlprefix.prefix import Prefix
+from controlprefix.inference.resolver import Resolver
+from controlprefix.model.steering import Steering
+from controlprefix.model.tokenization import RequestEncoder
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.request import Example
-from controlprefix.resolve import Resolver
-from controlprefix.steering import Steering
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import Objective, Pair, TrainingRow

@@ -32,9 +32,9 @@ from vllm.distributed.parallel_state import (
 )
 
 from controlprefix.errors import ControlPrefixError, GeometryMismatchError
-from controlprefix.prefix import Prefix
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.store import PrefixCache, PrefixKey
-from controlprefix.vllm.folder import PrefixFolder
+from controlprefix.vllm.prefix_folder import PrefixFolder
 
 PARAMETER = "controlprefix"
 _DIGEST = re.compile(r"[0-9a-f]{64}")

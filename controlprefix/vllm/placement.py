@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from controlprefix.batching import Prepared
 from controlprefix.errors import RequestError
-from controlprefix.prefix import Prefix
+from controlprefix.inference.continuous_batching import Prepared
+from controlprefix.prefixes.prefix import Prefix
 from controlprefix.vllm.rotation import Rotation
 
 _DIGEST_BITS = 128  # that must stand in one block: two requests never share them by chance

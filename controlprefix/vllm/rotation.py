@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from controlprefix.assembly import Part
 from controlprefix.errors import UnsupportedModelError
-from controlprefix.geometry import Geometry
-from controlprefix.prefix import Prefix
-from controlprefix.steering import Steering
-from controlprefix.text_prefix import is_rotary, keys_and_values, prefix_from_tokens
+from controlprefix.model.steering import Steering
+from controlprefix.model.text_prefix import is_rotary, keys_and_values, prefix_from_tokens
+from controlprefix.prefixes.assembly import Part
+from controlprefix.prefixes.geometry import Geometry
+from controlprefix.prefixes.prefix import Prefix
 
 _PROBE = (5, 11, 17, 23, 29)  # tokens; every vocabulary has them
 _FAR = 13  # positions that the probe is moved by

@@ -14,16 +14,6 @@ import httpx
 import torch
 from transformers import PreTrainedModel
 
-from controlprefix.assembly import Part
-from controlprefix.batching import (
-    Event,
-    Prepare,
-    Prepared,
-    Ticket,
-    TokenChosen,
-    shutting_down,
-)
-from controlprefix.encoding import RequestEncoder
 from controlprefix.errors import (
     ContextLengthError,
     ControlPrefixError,
@@ -32,13 +22,23 @@ from controlprefix.errors import (
     RequestError,
     StoreError,
 )
-from controlprefix.generation import completion_of, ready_text
-from controlprefix.guidance import Guidance
+from controlprefix.inference.continuous_batching import (
+    Event,
+    Prepare,
+    Prepared,
+    Ticket,
+    TokenChosen,
+    shutting_down,
+)
+from controlprefix.inference.generation import completion_of, ready_text
+from controlprefix.inference.guidance import Guidance
+from controlprefix.model.steering import Steering
+from controlprefix.model.text_prefix import prefix_from_tokens
+from controlprefix.model.tokenization import RequestEncoder
+from controlprefix.prefixes.assembly import Part
 from controlprefix.request import PartUsed, Request
-from controlprefix.steering import Steering
-from controlprefix.text_prefix import prefix_from_tokens
-from controlprefix.vllm.folder import PrefixFolder
 from controlprefix.vllm.placement import Placement, place
+from controlprefix.vllm.prefix_folder import PrefixFolder
 from controlprefix.vllm.rotation import Rotation
 
 _log = logging.getLogger(__name__)

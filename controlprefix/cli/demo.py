@@ -1,0 +1,252 @@
+"""`controlprefix demo`: the main job on a real model, from examples to a mixed batch."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from controlprefix.engine import ControlPrefix
+from controlprefix.errors import TrainingDataError
+from controlprefix.interop.data_files import read_examples
+from controlprefix.request import Example, Request
+from controlprefix.store import Kind
+
+TASK = "message"
+TENANT = "demo"  # so that the demo neither finds nor changes anybody's own prefixes
+PROMPTS = ("Tell Sam I will be late for dinner.", "Ask the neighbour to turn the music down.")
+SEED = 0
+
+
+def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
+    """Train what is not stored yet, reopen the store, and show and measure the control.
+
+    Args:
+        data: Folder with `messages.*.jsonl` and `users.*.jsonl`.
+        store: An SQLAlchemy URL.
+        out: Where to print.
+        json_file: Where to write the figures, if anywhere.
+
+    Raises:
+        TrainingDataError: If the data is not there.
+    """
+    began = time.monotonic()
+    if not (data / "messages.train.jsonl").is_file():
+        raise TrainingDataError(
+            f"no demo data in {str(data)!r}; run from a checkout, or give its folder with --data"
+        )
+    messages, users = (read_examples(data / f"{n}.train.jsonl") for n in ("messages", "users"))
+    times: dict[str, float] = {}
+
+    out.rule("the frozen model")
+    with _timed(times, "load"):
+        cp = ControlPrefix.from_pretrained("smollm2", store=store, tenant=TENANT)
+    parameters = sum(p.numel() for p in cp.model.parameters())
+    out.print(
+        f"{cp.geometry.model_name}: {parameters / 1e6:.0f} M parameters, none of which will "
+        f"change; prefixes are kept in {store}, tenant {TENANT!r}"
+    )
+
+    out.rule("learn")
+    wanted: dict[Kind, set[str]] = {
+        "task": {TASK},
+        "attribute": {f"{a}={label}" for e in messages for a, label in e.attributes.items()},
+    }
+    with _timed(times, "train task and attributes"):
+        if any(names - set(cp.names(kind)) for kind, names in wanted.items()):
+            out.print(f"one task and five labels, jointly, from {len(messages)} examples")
+            cp.train(messages, learn=("task", "attributes"), num_slots=8, epochs=3, seed=SEED)
+        else:
+            out.print("task and attributes: already stored")
+    with _timed(times, "train users"):
+        if {e.user for e in users} - set(cp.names("user")):
+            out.print(f"three users, in the same batches, from {len(users)} examples")
+            cp.train(
+                users,
+                learn=("user",),
+                num_slots=8,
+                epochs=4,
+                batch_size=4,
+                evaluations=3,
+                seed=SEED,
+            )
+        else:
+            out.print("users: already stored")
+    cp.store.close()
+
+    out.rule("reopen the store, and ask")
+    cp = ControlPrefix.from_pretrained(cp.model, tokenizer=cp.tokenizer, store=store, tenant=TENANT)
+    requests = [_in_voice(voice, prompt) for voice in _voices() for prompt in PROMPTS]
+    with _timed(times, "generate"):
+        completions = cp.generate(requests)
+    table = Table("the same model", *PROMPTS, show_lines=True)
+    for i in range(0, len(requests), len(PROMPTS)):
+        texts = (completion.text.strip() for completion in completions[i : i + len(PROMPTS)])
+        table.add_row(_describe(requests[i]), *texts)
+    out.print(table)
+    tokens = sum(completion.num_tokens for completion in completions)
+    out.print(f"{len(requests)} rows in one batch, {tokens} tokens, {times['generate']:.1f} s")
+
+    out.rule("measured on held-out lines")
+    held_out = read_examples(data / "messages.heldout.jsonl")
+    held_out_users = read_examples(data / "users.heldout.jsonl")
+    with _timed(times, "score"):
+        figures = {
+            "labels": _label_figures(cp, held_out),
+            "users": _user_figures(cp, held_out_users),
+        }
+    _print_figures(out, figures)
+
+    sizes = _sizes(cp)
+    out.rule("sizes and times")
+    for kind, (count, size) in sizes.items():
+        out.print(f"{count} {kind} prefixes: {size:,} bytes each in the store")
+    model_bytes = sum(p.numel() * p.element_size() for p in cp.model.parameters())
+    out.print(f"the model they steer: {model_bytes:,} bytes")
+    out.print("; ".join(f"{what} {seconds:.1f} s" for what, seconds in times.items()))
+    out.print(f"in all {time.monotonic() - began:.0f} s; a second run reuses what is stored")
+    out.print(f"see it with: controlprefix prefixes list --store {store} --tenant {TENANT}")
+    if json_file is not None:
+        record = {
+            "command": "controlprefix demo --json",
+            "model": cp.geometry.model_name,
+            "seed": SEED,
+            "nats_a_token": figures,
+            "bytes": {kind: size for kind, (_, size) in sizes.items()},
+            "seconds": {what: round(seconds, 1) for what, seconds in times.items()},
+            "completions": [
+                {"request": _describe(r), "prompt": r.prompt, "text": c.text}
+                for r, c in zip(requests, completions, strict=True)
+            ],
+        }
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        out.print(f"figures written to {json_file}")
+
+
+def _voices() -> list[dict[str, Any]]:
+    """What to ask with: nothing at all, then labels, a mixture, strengths, users."""
+    steered: list[dict[str, Any]] = [
+        {},
+        *(
+            {"attributes": {"formality": formality, "tone": tone}}
+            for formality in ("formal", "informal")
+            for tone in ("warm", "brief", "firm")
+        ),
+        {"attributes": {"formality": "informal", "tone": {"warm": 0.5, "firm": 0.5}}},
+        *(
+            {"attributes": {"formality": "formal"}, "strengths": {"formality": strength}}
+            for strength in (0.1, 0.5, 2.0)
+        ),
+        *({"user": user} for user in ("ana", "bo", "cleo")),
+        {"user": "cleo", "attributes": {"tone": "brief"}},
+    ]
+    return [{"task": None}, *({"task": TASK, **voice} for voice in steered)]
+
+
+def _in_voice(voice: Mapping[str, Any], prompt: str) -> Request:
+    # A model this small repeats itself; the penalty is the same for every row.
+    return Request(prompt=prompt, max_new_tokens=48, repetition_penalty=1.15, **voice)
+
+
+def _describe(request: Request) -> str:
+    if request.task is None:
+        return "no prefix"
+    words = [f"user {request.user}"] if request.user else []
+    for attribute, chosen in request.attributes.items():
+        strength = request.strengths.get(attribute)
+        label = (
+            chosen if isinstance(chosen, str) else " + ".join(f"{w} {n}" for n, w in chosen.items())
+        )
+        words.append(label if strength is None else f"{label}, strength {strength}")
+    return ", ".join(words) or "task only"
+
+
+def _label_figures(cp: ControlPrefix, rows: Sequence[Example]) -> dict[str, dict[str, float]]:
+    labels = {
+        attribute: sorted({str(row.attributes[attribute]) for row in rows})
+        for attribute in rows[0].attributes
+    }
+
+    def with_another(row: Example, attribute: str) -> Example:
+        others = labels[attribute]
+        other = others[(others.index(str(row.attributes[attribute])) + 1) % len(others)]
+        return row.model_copy(update={"attributes": {**row.attributes, attribute: other}})
+
+    bare = [row.model_copy(update={"attributes": {}}) for row in rows]
+    alike = {
+        "right label": _nats(cp, rows),
+        "task only": _nats(cp, bare),
+        "no prefix": _nats(cp, [row.model_copy(update={"task": None}) for row in bare]),
+    }
+    return {
+        attribute: {
+            **alike,
+            "another label": _nats(cp, [with_another(row, attribute) for row in rows]),
+        }
+        for attribute in labels
+    }
+
+
+def _user_figures(cp: ControlPrefix, rows: Sequence[Example]) -> dict[str, dict[str, float]]:
+    names = sorted({str(row.user) for row in rows})
+    figures = {}
+    for name in names:
+        own = [row for row in rows if row.user == name]
+        others = [other for other in names if other != name]
+        figures[name] = {
+            "right user": _nats(cp, own),
+            "task only": _nats(cp, [row.model_copy(update={"user": None}) for row in own]),
+            "no prefix": _nats(
+                cp, [row.model_copy(update={"user": None, "task": None}) for row in own]
+            ),
+            "another user": _nats(
+                cp, [row.model_copy(update={"user": o}) for o in others for row in own]
+            ),
+        }
+    return figures
+
+
+def _nats(cp: ControlPrefix, examples: Sequence[Example]) -> float:
+    """Negative log-likelihood, nats a token."""
+    scores = cp.score(examples)
+    total = -sum(one.log_likelihood for one in scores)
+    return round(total / sum(one.num_tokens for one in scores), 3)
+
+
+def _print_figures(out: Console, figures: dict[str, dict[str, dict[str, float]]]) -> None:
+    for what, rows in figures.items():
+        columns = list(next(iter(rows.values())))
+        table = Table(f"{what}: nats a token, lower is better", *columns)
+        for name, values in rows.items():
+            best = min(values.values())
+            cells = (Text(f"{v:.2f}", "bold" if v == best else "") for v in values.values())
+            table.add_row(name, *cells)
+        out.print(table)
+
+
+def _sizes(cp: ControlPrefix) -> dict[str, tuple[int, int]]:
+    kinds: Iterable[Kind] = ("task", "attribute", "user")
+    sizes: dict[str, tuple[int, int]] = {}
+    for kind in kinds:
+        names = cp.names(kind)
+        current = [next(v for v in cp.versions(kind, name) if v.current) for name in names]
+        sizes[kind] = (len(names), max(version.size_bytes for version in current))
+    return sizes
+
+
+class _timed:
+    """Adds the seconds inside to a record."""
+
+    def __init__(self, times: dict[str, float], what: str) -> None:
+        self._times, self._what = times, what
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._times[self._what] = time.monotonic() - self._began
