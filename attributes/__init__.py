@@ -1,19 +1,6 @@
-"""The attribute space: which attributes and labels a request may name, and how they mix."""
+"""The attribute space: which attributes and labels exist, what they mean, how they mix."""
 
-from controlprefix.attributes.labels import (
-    WeightedLabel,
-    attribute_name,
-    require_known,
-    weighted_labels,
-)
+from controlprefix.attributes.labels import require_known
 from controlprefix.attributes.space import Attribute, AttributeSpace, Label
 
-__all__ = [
-    "Attribute",
-    "AttributeSpace",
-    "Label",
-    "WeightedLabel",
-    "attribute_name",
-    "require_known",
-    "weighted_labels",
-]
+__all__ = ["Attribute", "AttributeSpace", "Label", "require_known"]

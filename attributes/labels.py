@@ -1,72 +1,32 @@
-"""From what a person writes about attributes to labels with weights."""
+"""Checks of the labels that a request names."""
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from controlprefix.errors import UnknownNameError, known_names
+from controlprefix.prefixes import PrefixKey
+from controlprefix.request import WeightedLabel
 
 
-class WeightedLabel(NamedTuple):
-    """One label of one attribute, and how much of it."""
-
-    attribute: str
-    label: str
-    weight: float
-
-    @property
-    def name(self) -> str:
-        """As the store knows it: `formality=formal`."""
-        return attribute_name(self.attribute, self.label)
-
-
-def attribute_name(attribute: str, label: str) -> str:
-    """The name of a label's prefix.
-
-    Example:
-        >>> attribute_name("formality", "formal")
-        'formality=formal'
-    """
-    return f"{attribute}={label}"
-
-
-def weighted_labels(
-    attributes: Mapping[str, str | Mapping[str, float]],
-) -> tuple[WeightedLabel, ...]:
-    """The labels a request names, each with its weight; a lone label has weight 1.
-
-    Example:
-        >>> [(w.name, w.weight) for w in weighted_labels({"tone": {"warm": 0.6, "brief": 0.4}})]
-        [('tone=warm', 0.6), ('tone=brief', 0.4)]
-    """
-    return tuple(
-        WeightedLabel(attribute, label, weight)
-        for attribute, chosen in attributes.items()
-        for label, weight in ({chosen: 1.0} if isinstance(chosen, str) else chosen).items()
-    )
-
-
-def require_known(labels: Iterable[WeightedLabel], known: Iterable[str]) -> None:
-    """Refuse labels that nobody has trained.
+def require_known(labels: Iterable[WeightedLabel], known: Iterable[PrefixKey]) -> None:
+    """Check that labels exist.
 
     Args:
-        labels: Those a request names.
-        known: Names such as `formality=formal`.
+        labels: The labels that a request names.
+        known: Keys of the labels that exist.
 
     Raises:
-        UnknownNameError: Naming what exists and the nearest of it.
+        UnknownNameError: With what exists and the nearest match.
     """
-    space: dict[str, set[str]] = {}
-    for name in known:
-        attribute, _, label = name.partition("=")
-        space.setdefault(attribute, set()).add(label)
-    for wanted in labels:
-        if wanted.attribute not in space:
+    known_labels: dict[str, set[str]] = {}
+    for key in known:
+        known_labels.setdefault(key.attribute, set()).add(key.label)
+    for attribute, label, _ in labels:
+        if attribute not in known_labels:
             raise UnknownNameError(
-                f"unknown attribute {wanted.attribute!r}; known: "
-                f"{known_names(wanted.attribute, space)}"
+                f"unknown attribute {attribute!r}; known: {known_names(attribute, known_labels)}"
             )
-        if wanted.label not in space[wanted.attribute]:
+        if label not in known_labels[attribute]:
             raise UnknownNameError(
-                f"attribute {wanted.attribute!r} has no label {wanted.label!r}; it has: "
-                f"{known_names(wanted.label, space[wanted.attribute])}"
+                f"attribute {attribute!r} has no label {label!r}; it has: "
+                f"{known_names(label, known_labels[attribute])}"
             )

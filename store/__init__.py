@@ -1,42 +1,42 @@
-"""Where prefixes are kept: SQLAlchemy tables, versions, tenants."""
+"""Where prefixes are kept: versions in SQL tables, tenants, encryption, API keys."""
 
+from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.store.api_keys import ApiKeyInfo, tenant_of
-from controlprefix.store.cache import PrefixCache, Together
+from controlprefix.store.cache import PrefixCache
 from controlprefix.store.database import upgrade
-from controlprefix.store.encryption import JsonKeys, KeyProvider
-from controlprefix.store.profiles import Similar
+from controlprefix.store.encryption import EncryptionKeys, JsonEncryptionKeys
+from controlprefix.store.model_store import ModelStore
+from controlprefix.store.profiles import SimilarUser
 from controlprefix.store.records import (
     AuditEntry,
-    Fetched,
-    Kind,
     NewVersion,
     PrefixInfo,
-    PrefixKey,
-    StoredPrefix,
+    Profile,
+    StoredVersion,
     StoreStats,
     VersionInfo,
-    VersionRef,
 )
+from controlprefix.store.single_flight import SingleFlight
 from controlprefix.store.store import PrefixStore
 
 __all__ = [
     "ApiKeyInfo",
     "AuditEntry",
-    "Fetched",
-    "JsonKeys",
-    "KeyProvider",
+    "EncryptionKeys",
+    "JsonEncryptionKeys",
     "Kind",
+    "ModelStore",
     "NewVersion",
     "PrefixCache",
     "PrefixInfo",
     "PrefixKey",
     "PrefixStore",
-    "Similar",
+    "Profile",
+    "SimilarUser",
+    "SingleFlight",
     "StoreStats",
-    "StoredPrefix",
-    "Together",
+    "StoredVersion",
     "VersionInfo",
-    "VersionRef",
     "tenant_of",
     "upgrade",
 ]

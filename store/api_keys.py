@@ -1,7 +1,7 @@
-"""API keys of a tenant. The store has their hashes; the key itself is shown once.
+"""API keys of a tenant. The store keeps their hashes; a key is shown once, when it is created.
 
-A key says whose it is: `cp.<tenant>.<secret>`, the tenant in base64. So it is looked for among
-that tenant's keys alone, and no key can be taken for another tenant's.
+An API key contains its tenant: `cp.<tenant>.<secret>`, the tenant in base64. So lookup is limited
+to that tenant's rows, and no key can be taken for another tenant's.
 """
 
 import base64
@@ -16,26 +16,26 @@ from sqlalchemy.orm import Session
 from controlprefix.errors import StoreError, UnknownNameError, known_names
 from controlprefix.store.tables import ApiKeyRow
 
-_START = "cp"
+_SCHEME = "cp"
 
 
 class ApiKeyInfo(NamedTuple):
-    """A key by its name, and when it was made."""
+    """The name of an API key, and when it was created."""
 
     name: str
     created_at: datetime
 
 
 def create(session: Session, tenant_id: int, tenant: str, name: str) -> str:
-    """A new key; nobody can tell it afterwards.
+    """Create an API key; it cannot be read again later.
 
     Raises:
         StoreError: If there is one of that name.
     """
     if session.scalar(_named(tenant_id, name)) is not None:
         raise StoreError(f"there is an API key {name!r} already; revoke it first, or name another")
-    whose = base64.urlsafe_b64encode(tenant.encode()).decode().rstrip("=")
-    key = f"{_START}.{whose}.{secrets.token_urlsafe(32)}"
+    encoded_tenant = base64.urlsafe_b64encode(tenant.encode()).decode().rstrip("=")
+    key = f"{_SCHEME}.{encoded_tenant}.{secrets.token_urlsafe(32)}"
     session.add(
         ApiKeyRow(tenant_id=tenant_id, name=name, key_hash=_hash(key), created_at=datetime.now(UTC))
     )
@@ -43,40 +43,40 @@ def create(session: Session, tenant_id: int, tenant: str, name: str) -> str:
 
 
 def tenant_of(key: str) -> str | None:
-    """Whose a key says it is; None if it is no key."""
-    start, _, rest = key.partition(".")
-    whose, _, secret = rest.partition(".")
-    if start != _START or not secret:
+    """The tenant that an API key contains; None if it is not an API key."""
+    scheme, _, rest = key.partition(".")
+    encoded_tenant, _, secret = rest.partition(".")
+    if scheme != _SCHEME or not secret:
         return None
     try:
-        padded = whose + "=" * (-len(whose) % 4)
+        padded = encoded_tenant + "=" * (-len(encoded_tenant) % 4)
         return base64.b64decode(padded, altchars=b"-_", validate=True).decode() or None
     except ValueError:
         return None
 
 
 def name_of(session: Session, tenant_id: int, key: str) -> str | None:
-    """The name of a key, if it is one of the tenant's."""
+    """The name of an API key, if it is one of the tenant's."""
     query = select(ApiKeyRow.name).where(
         ApiKeyRow.tenant_id == tenant_id, ApiKeyRow.key_hash == _hash(key)
     )
     return session.scalar(query)
 
 
-def listed(session: Session, tenant_id: int) -> list[ApiKeyInfo]:
-    """All keys, oldest first."""
+def list_all(session: Session, tenant_id: int) -> list[ApiKeyInfo]:
+    """All API keys, oldest first."""
     query = select(ApiKeyRow).where(ApiKeyRow.tenant_id == tenant_id).order_by(ApiKeyRow.id)
     return [ApiKeyInfo(row.name, row.created_at) for row in session.scalars(query)]
 
 
 def revoke(session: Session, tenant_id: int, name: str) -> None:
-    """Remove a key.
+    """Remove an API key.
 
     Raises:
         UnknownNameError: If there is none of that name.
     """
     if session.scalar(_named(tenant_id, name)) is None:
-        known = known_names(name, [one.name for one in listed(session, tenant_id)])
+        known = known_names(name, [info.name for info in list_all(session, tenant_id)])
         raise UnknownNameError(f"there is no API key {name!r}; known: {known}")
     session.execute(
         delete(ApiKeyRow).where(ApiKeyRow.tenant_id == tenant_id, ApiKeyRow.name == name)
@@ -88,5 +88,5 @@ def _named(tenant_id: int, name: str) -> Select[int]:
 
 
 def _hash(key: str) -> str:
-    # Of 32 random bytes, so one pass is enough: nobody tries them all.
+    # One unsalted pass is enough for 32 random bytes: they cannot be guessed.
     return hashlib.sha256(key.encode()).hexdigest()

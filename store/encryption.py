@@ -1,8 +1,8 @@
-"""Encryption of stored bytes, with keys that the caller keeps.
+"""Encryption at rest, with keys that the caller provides.
 
-AES-GCM through `cryptography`: a fresh nonce each time, and the place of the bytes (tenant,
-name, model, version) authenticated with them, so that a row moved elsewhere does not open.
-Names, sizes and training summaries stay readable; so do exports.
+AES-GCM through `cryptography`, with a fresh nonce per encryption. The identity of the bytes
+(tenant, name, model, version) is authenticated as associated data, so bytes that are moved to
+another row do not decrypt. Names, sizes and training details stay readable; so do exports.
 """
 
 import base64
@@ -11,38 +11,42 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from controlprefix.errors import StoreError, StoreKeyError
+from controlprefix._io import requires_extra
+from controlprefix.errors import StoreKeyError
 
 _NONCE_BYTES = 12
 
 
-class KeyProvider(Protocol):
-    """Where keys come from: 16, 24 or 32 bytes each, by tenant and a name of their own."""
+class EncryptionKeys(Protocol):
+    """Provides AES keys of 16, 24 or 32 bytes, by tenant and key id."""
 
-    def current_key(self, tenant: str) -> str | None:
-        """The name of the key to write with; None: this tenant's bytes stay plain."""
+    def current_key_id(self, tenant: str) -> str | None:
+        """The id of the key to encrypt with; None: the tenant's bytes are not encrypted."""
 
     def key(self, tenant: str, key_id: str) -> bytes:
-        """A key by its name.
+        """A key by its id.
 
         Raises:
-            LookupError: If there is none, or no longer.
+            LookupError: If there is none.
         """
 
 
-class JsonKeys:
+class JsonEncryptionKeys:
     """Keys from a file: `{"tenant": {"current": "k2", "keys": {"k1": "<base64>", "k2": …}}}`.
 
-    It is read again at each use, so a key can be added or removed while a store is open.
+    The file is read at each use, so keys can be added or removed while a store is open.
+
+    Args:
+        path: The file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
 
-    def current_key(self, tenant: str) -> str | None:
-        """The tenant's `current`, if it is there."""
-        found = self._read().get(tenant)
-        return str(found["current"]) if found else None
+    def current_key_id(self, tenant: str) -> str | None:
+        """The tenant's `current` key id, if the tenant is in the file."""
+        keys = self._read().get(tenant)
+        return str(keys["current"]) if keys else None
 
     def key(self, tenant: str, key_id: str) -> bytes:
         """One of the tenant's `keys`."""
@@ -50,84 +54,96 @@ class JsonKeys:
 
     def _read(self) -> dict[str, Any]:
         try:
-            keys = json.loads(self._path.read_text())
-            assert isinstance(keys, dict)
-            return keys
-        except (OSError, ValueError, AssertionError) as error:
-            raise StoreError(
-                f"cannot read the keys in {str(self._path)!r}: {type(error).__name__}; it must be "
-                'JSON of the form {"tenant": {"current": "k1", "keys": {"k1": "<base64>"}}}'
+            tenants = json.loads(self._path.read_text())
+            if not isinstance(tenants, dict):
+                raise ValueError("not an object")
+            for tenant in tenants.values():
+                if tenant["current"] not in tenant["keys"]:
+                    raise ValueError("a current key that is not among the keys")
+            return tenants
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StoreKeyError(
+                f"cannot read the encryption keys in {str(self._path)!r}: {type(error).__name__}; "
+                'it must be JSON of the form {"tenant": {"current": "k1", "keys": {"k1": '
+                '"<base64>"}}}'
             ) from error
 
 
-class Sealer:
+class TenantCipher:
     """Encrypts and decrypts one tenant's bytes.
 
     Args:
-        tenant: Whose.
-        keys: Left out, bytes are written plain, and encrypted ones cannot be read.
+        tenant: The tenant.
+        keys: Provider of keys; None writes plain bytes and cannot read encrypted ones.
     """
 
-    def __init__(self, tenant: str, keys: KeyProvider | None) -> None:
+    def __init__(self, tenant: str, keys: EncryptionKeys | None) -> None:
         self._tenant = tenant
         self._keys = keys
 
     @property
-    def key_id(self) -> str | None:
-        """The key that is written with now."""
-        return self._keys.current_key(self._tenant) if self._keys else None
+    def current_key_id(self) -> str | None:
+        """The id of the key to encrypt with."""
+        return self._keys.current_key_id(self._tenant) if self._keys else None
 
-    def seal(self, payload: bytes, place: str) -> tuple[bytes, str | None]:
-        """The bytes to store, and the name of their key.
+    def encrypt(self, plain: bytes, identity: str) -> tuple[bytes, str | None]:
+        """Encrypt bytes with the current key.
+
+        Args:
+            plain: The bytes.
+            identity: What they belong to; authenticated with them.
+
+        Returns:
+            The bytes to store, and the id of their key (None: not encrypted).
 
         Raises:
-            StoreKeyError: If there is no such key, or it is none.
+            StoreKeyError: If there is no such key, or it is not valid.
         """
-        key_id = self.key_id
+        key_id = self.current_key_id
         if key_id is None:
-            return payload, None
+            return plain, None
         nonce = os.urandom(_NONCE_BYTES)
-        return nonce + self._cipher(key_id).encrypt(nonce, payload, self._about(place)), key_id
+        cipher = self._cipher(key_id)
+        return nonce + cipher.encrypt(nonce, plain, self._associated_data(identity)), key_id
 
-    def unseal(self, stored: bytes, key_id: str | None, place: str) -> bytes:
-        """The bytes that were sealed for this place.
+    def decrypt(self, stored: bytes, key_id: str | None, identity: str) -> bytes:
+        """Decrypt bytes that were encrypted for an identity.
 
         Raises:
-            StoreKeyError: If the key is missing, is another, or the bytes were changed.
+            StoreKeyError: If the key is missing or wrong, or the bytes were changed.
         """
         if key_id is None:
             return stored
-        from cryptography.exceptions import InvalidTag
+        with requires_extra("encryption", "an encrypted store"):
+            from cryptography.exceptions import InvalidTag
 
-        nonce, sealed = stored[:_NONCE_BYTES], stored[_NONCE_BYTES:]
+        nonce, encrypted = stored[:_NONCE_BYTES], stored[_NONCE_BYTES:]
         try:
-            return self._cipher(key_id).decrypt(nonce, sealed, self._about(place))
+            cipher = self._cipher(key_id)
+            return bytes(cipher.decrypt(nonce, encrypted, self._associated_data(identity)))
         except (InvalidTag, ValueError) as error:
             raise StoreKeyError(
-                f"{place} cannot be decrypted with the key {key_id!r}: it is not the key it was "
+                f"{identity} cannot be decrypted with the key {key_id!r}: it is not the key it was "
                 "encrypted with, or the stored bytes are damaged"
             ) from error
 
-    def _about(self, place: str) -> bytes:
-        return json.dumps([self._tenant, place]).encode()
+    def _associated_data(self, identity: str) -> bytes:
+        return json.dumps([self._tenant, identity]).encode()
 
     def _cipher(self, key_id: str) -> Any:
-        try:
+        with requires_extra("encryption", "an encrypted store"):
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-        except ModuleNotFoundError as error:
-            raise StoreKeyError(
-                "encryption needs the package cryptography: pip install 'controlprefix[encryption]'"
-            ) from error
+
         if self._keys is None:
             raise StoreKeyError(
                 f"the prefixes of tenant {self._tenant!r} are encrypted with the key {key_id!r}; "
-                "open the store with keys="
+                "open the store with encryption_keys (--encryption-keys)"
             )
         try:
             return AESGCM(self._keys.key(self._tenant, key_id))
         except LookupError as error:
             raise StoreKeyError(
-                f"there is no key {key_id!r} for tenant {self._tenant!r}; give it back, or forget "
+                f"there is no key {key_id!r} for tenant {self._tenant!r}; add it again, or forget "
                 "what it encrypted"
             ) from error
         except (ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
-"""Profiles: what users' texts are like, as numbers, and who writes alike.
+"""Profiles: the mean embeddings of users' texts, and the nearest users.
 
-With pgvector in a PostgreSQL database it is the database that compares; elsewhere, and
-where profiles are encrypted, all are read and compared here, exactly.
+With pgvector in a PostgreSQL database, the database compares them; elsewhere, and where
+profiles are encrypted, all are read and compared here, exactly.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,133 +13,124 @@ from sqlalchemy import and_, delete, select
 from sqlalchemy.orm import Session
 from torch import Tensor
 
-from controlprefix.store.encryption import Sealer
+from controlprefix.store.encryption import TenantCipher
+from controlprefix.store.records import Profile
 from controlprefix.store.tables import ProfileRow
 
-_AT_A_TIME = 4096
+_ROWS_PER_PARTITION = 4096
 
 
-class Similar(NamedTuple):
-    """A user, and the cosine of the angle between their profile and the one asked about."""
+class SimilarUser(NamedTuple):
+    """A user, and the cosine similarity of their profile."""
 
     user: str
     similarity: float
 
 
-def keep(
-    session: Session,
-    tenant: int,
-    sealer: Sealer,
-    user: str,
-    embedder: str,
-    numbers: Sequence[float],
-    num_texts: int,
+def replace(
+    session: Session, tenant: int, cipher: TenantCipher, user: str, profile: Profile
 ) -> None:
-    """Write a user's profile, in place of an earlier one."""
-    session.execute(
-        delete(ProfileRow).where(_of(tenant, user), ProfileRow.embedder == embedder),
+    """Store a user's profile in place of an earlier one of the same embedder."""
+    is_same = and_(_of_user(tenant, user), ProfileRow.embedder == profile.embedder)
+    session.execute(delete(ProfileRow).where(is_same))
+    row = ProfileRow(
+        tenant_id=tenant,
+        user_name=user,
+        embedder=profile.embedder,
+        num_texts=profile.num_texts,
     )
-    row = ProfileRow(tenant_id=tenant, user_name=user, embedder=embedder, num_texts=num_texts)
-    if sealer.key_id is None:
-        row.numbers = list(numbers)
-    else:
-        row.sealed, row.key_id = sealer.seal(_bytes(numbers), place_of_profile(user))
+    _write_values(row, cipher, profile.values)
     session.add(row)
 
 
 def nearest(
     session: Session,
     tenant: int,
-    sealer: Sealer,
+    cipher: TenantCipher,
     embedder: str,
-    numbers: Sequence[float],
+    values: Sequence[float],
     *,
-    most: int,
-    without: Collection[str] = (),
-) -> list[Similar]:
-    """The users whose profiles are most alike, the most alike first."""
-    wanted = and_(
+    limit: int,
+    exclude: Collection[str] = (),
+) -> list[SimilarUser]:
+    """The users with the most similar profiles, the most similar first."""
+    candidates = and_(
         ProfileRow.tenant_id == tenant,
         ProfileRow.embedder == embedder,
-        ProfileRow.user_name.not_in(list(without)),
+        ProfileRow.user_name.not_in(list(exclude)),
     )
-    if _can_compare(session, tenant):
+    if _database_can_compare(session, tenant):
         distance = sa.cast(ProfileRow.numbers, _Vector()).op("<=>")(
-            sa.cast(str(list(numbers)), _Vector())
+            sa.cast(str(list(values)), _Vector())
         )
-        query = select(ProfileRow.user_name, distance).where(wanted).order_by(distance)
-        found = session.execute(query.limit(most))
-        return [Similar(user, 1.0 - float(far)) for user, far in found]
-    asked = torch.nn.functional.normalize(torch.tensor(list(numbers)), dim=0)
-    best: list[Similar] = []
-    query_all = select(ProfileRow).where(wanted).execution_options(yield_per=_AT_A_TIME)
-    for rows in session.scalars(query_all).partitions(_AT_A_TIME):
-        known = torch.stack([_numbers(row, sealer) for row in rows])
-        alike = torch.nn.functional.normalize(known, dim=1) @ asked
-        found_here = zip((row.user_name for row in rows), alike.tolist(), strict=True)
-        best += [Similar(user, cosine) for user, cosine in found_here]
-        best = sorted(best, key=lambda one: (-one.similarity, one.user))[:most]
+        query = select(ProfileRow.user_name, distance).where(candidates).order_by(distance)
+        matches = session.execute(query.limit(limit))
+        return [SimilarUser(user, 1.0 - float(cosine_distance)) for user, cosine_distance in matches]
+    target = torch.nn.functional.normalize(torch.tensor(list(values)), dim=0)
+    best: list[SimilarUser] = []
+    query_all = select(ProfileRow).where(candidates)
+    query_all = query_all.execution_options(yield_per=_ROWS_PER_PARTITION)
+    for rows in session.scalars(query_all).partitions(_ROWS_PER_PARTITION):
+        profiles = torch.stack([_read_values(row, cipher) for row in rows])
+        similarities = (torch.nn.functional.normalize(profiles, dim=1) @ target).tolist()
+        names = (row.user_name for row in rows)
+        best += [SimilarUser(*pair) for pair in zip(names, similarities, strict=True)]
+        best = sorted(best, key=lambda match: (-match.similarity, match.user))[:limit]
     return best
 
 
-def forget(session: Session, tenant: int, user: str) -> None:
-    """Remove all profiles of a user."""
-    session.execute(delete(ProfileRow).where(_of(tenant, user)))
+def forget(session: Session, tenant: int, user: str) -> bool:
+    """Remove all profiles of a user; returns whether there were any."""
+    any_row = session.scalar(select(ProfileRow.user_name).where(_of_user(tenant, user)).limit(1))
+    session.execute(delete(ProfileRow).where(_of_user(tenant, user)))
+    return any_row is not None
 
 
-def is_kept(session: Session, tenant: int, user: str) -> bool:
-    """Whether there is a profile of a user."""
-    query = select(ProfileRow.user_name).where(_of(tenant, user)).limit(1)
-    return session.scalar(query) is not None
-
-
-def seal_again(session: Session, tenant: int, sealer: Sealer) -> int:
-    """Write anew all profiles that are not encrypted with the current key."""
-    old = ProfileRow.key_id.is_distinct_from(sealer.key_id)
-    query = select(ProfileRow).where(ProfileRow.tenant_id == tenant, old).with_for_update()
-    rows = list(session.scalars(query))
-    for row in rows:
-        numbers = _numbers(row, sealer).tolist()
-        row.numbers, row.sealed, row.key_id = numbers, None, None
-        if sealer.key_id is not None:
-            row.numbers = None
-            row.sealed, row.key_id = sealer.seal(_bytes(numbers), place_of_profile(row.user_name))
-    return len(rows)
-
-
-def place_of_profile(user: str) -> str:
-    """What its encryption is bound to."""
-    return f"the profile of user {user!r}"
+def rotate(session: Session, tenant: int, cipher: TenantCipher) -> None:
+    """Encrypt all profiles that are not encrypted with the current key."""
+    is_outdated = ProfileRow.key_id.is_distinct_from(cipher.current_key_id)
+    query = select(ProfileRow).where(ProfileRow.tenant_id == tenant, is_outdated)
+    for row in list(session.scalars(query.with_for_update())):
+        _write_values(row, cipher, _read_values(row, cipher).tolist())
 
 
 class _Vector(sa.types.UserDefinedType[str]):
+    """pgvector's column type."""
+
     cache_ok = True
 
     def get_col_spec(self, **_: object) -> str:
         return "vector"
 
 
-def _can_compare(session: Session, tenant: int) -> bool:
-    """Whether the database has pgvector, and can read all profiles."""
+def _database_can_compare(session: Session, tenant: int) -> bool:
+    """Whether the database has pgvector, and no profile of the tenant is encrypted."""
     if session.get_bind().dialect.name != "postgresql":
         return False
-    installed = session.scalar(sa.text("SELECT 1 FROM pg_extension WHERE extname = 'vector'"))
-    sealed = and_(ProfileRow.tenant_id == tenant, ProfileRow.numbers.is_(None))
-    return installed is not None and (
-        session.scalar(select(ProfileRow.user_name).where(sealed).limit(1)) is None
-    )
+    has_pgvector = session.scalar(sa.text("SELECT 1 FROM pg_extension WHERE extname = 'vector'"))
+    is_encrypted = and_(ProfileRow.tenant_id == tenant, ProfileRow.numbers.is_(None))
+    any_encrypted = session.scalar(select(ProfileRow.user_name).where(is_encrypted).limit(1))
+    return has_pgvector is not None and any_encrypted is None
 
 
-def _of(tenant: int, user: str) -> sa.ColumnElement[bool]:
+def _of_user(tenant: int, user: str) -> sa.ColumnElement[bool]:
     return and_(ProfileRow.tenant_id == tenant, ProfileRow.user_name == user)
 
 
-def _numbers(row: ProfileRow, sealer: Sealer) -> Tensor:
+def _write_values(row: ProfileRow, cipher: TenantCipher, values: Sequence[float]) -> None:
+    row.numbers, row.sealed, row.key_id = list(values), None, None
+    if cipher.current_key_id is not None:
+        plain = torch.tensor(list(values), dtype=torch.float32).numpy().tobytes()
+        row.numbers = None
+        row.sealed, row.key_id = cipher.encrypt(plain, _identity(row.user_name))
+
+
+def _read_values(row: ProfileRow, cipher: TenantCipher) -> Tensor:
     if row.numbers is not None:
         return torch.tensor(list(row.numbers), dtype=torch.float32)
-    plain = sealer.unseal(row.sealed or b"", row.key_id, place_of_profile(row.user_name))
+    plain = cipher.decrypt(row.sealed or b"", row.key_id, _identity(row.user_name))
     return torch.frombuffer(bytearray(plain), dtype=torch.float32)
 
 
-def _bytes(numbers: Sequence[float]) -> bytes:
-    return torch.tensor(list(numbers), dtype=torch.float32).numpy().tobytes()
+def _identity(user: str) -> str:
+    return f"the profile of user {user!r}"

@@ -1,94 +1,101 @@
-"""What goes into the store and comes out of it, as values."""
+"""What goes into the store and comes out of it, as values; checks of names."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from controlprefix.errors import UnknownNameError
-from controlprefix.prefixes.container import PayloadDtype
-from controlprefix.prefixes.prefix import Prefix
-from controlprefix.prefixes.user_code import PrefixDecoder
+from controlprefix.prefixes import (
+    KINDS,
+    Kind,
+    Prefix,
+    PrefixDecoder,
+    PrefixKey,
+    StorageDtype,
+    UserCode,
+)
 
-Kind = Literal["task", "attribute", "user", "decoder"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Value = Prefix | UserCode | PrefixDecoder
+
+_MAX_NAME_CHARACTERS = 255
+_MAX_ALIAS_CHARACTERS = 64
 
 
-class PrefixKey(NamedTuple):
-    """What a prefix is for: `("user", "ana")`, `("attribute", "tone=warm")`.
+class Profile(NamedTuple):
+    """The mean embedding of a user's texts, to find similar users.
 
-    A decoder of user codes is kept in the same way: `("decoder", "users")`.
+    Attributes:
+        embedder: Name of the embedding model; only profiles of the same one are compared.
+        values: The mean embedding.
+        num_texts: Number of texts it is the mean of.
     """
 
-    kind: Kind
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.name!r}"
+    embedder: str
+    values: Sequence[float]
+    num_texts: int
 
 
 @dataclass(frozen=True, slots=True)
 class NewVersion:
-    """A prefix to publish.
+    """A version to publish.
 
     Attributes:
-        key, prefix: What, and for what: of kind `decoder`, a decoder.
+        key: The name to publish it under.
+        value: A prefix; for users also a code of a stored decoder; for kind `decoder` a decoder.
         details: Anything JSON can hold.
-        replaces: The version that must be current for this to be published, 0 for none
-            yet (compare and swap); left out, it follows whatever is there.
-        dtype: Of the numbers in the store, `"int8"` among them; left out, as they are.
-        sources: Users whose texts it was learned from; forgetting one marks it.
+        replaces: The version that must be current for this one to be published, 0 for none
+            yet (compare-and-swap); None publishes over whatever is current.
+        dtype: Storage dtype; None keeps the dtype of the value.
+        sources: Users whose texts it was trained on; forgetting one marks this version.
+        texts: Texts of the user to keep in the store, in the same transaction.
+        profile: Profile of the user to keep in the store, in the same transaction.
     """
 
     key: PrefixKey
-    prefix: Prefix | PrefixDecoder
+    value: Value
     details: Mapping[str, Any] = field(default_factory=dict)
     replaces: int | None = None
-    dtype: PayloadDtype | None = None
+    dtype: StorageDtype | None = None
     sources: Collection[str] = ()
+    texts: Sequence[str] = ()
+    profile: Profile | None = None
 
 
-class VersionRef(NamedTuple):
-    """A version by its number, and by its content, which no other content shares."""
+class StoredVersion(NamedTuple):
+    """A version as the store has it.
+
+    Attributes:
+        version: Its number.
+        content_hash: Hash of its bytes.
+        value: None where the caller has that content already.
+    """
 
     version: int
     content_hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPrefix:
-    """A prefix as the store has it."""
-
-    prefix: Prefix
-    ref: VersionRef
-
-
-class Fetched(NamedTuple):
-    """What is current for a key; the prefix is left out where the caller has that content."""
-
-    ref: VersionRef
-    prefix: Prefix | None
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixInfo:
-    """A name that has a prefix, the model it is for, and the version that is current."""
-
-    key: PrefixKey
-    model_name: str
-    fingerprint: str
-    current: "VersionInfo"
+    value: Value | None
 
 
 @dataclass(frozen=True, slots=True)
 class VersionInfo:
-    """What is known of one version without reading its numbers.
+    """One version without its bytes.
 
-    `num_forgotten` counts those users it was learned from who were forgotten since.
+    Attributes:
+        key: The name it belongs to.
+        version: Its number, from 1.
+        current: Whether it is the version that requests get.
+        content_hash: Hash of its bytes.
+        size_bytes: Size of its bytes.
+        num_slots: Number of slots.
+        dtype: Storage dtype.
+        created_at: When it was published, in UTC.
+        details: As given when it was published.
+        parent_version: The version that was current before it.
+        aliases: Its aliases.
+        num_forgotten: Users it was trained on who have been forgotten since.
     """
 
-    kind: Kind
-    name: str
+    key: PrefixKey
     version: int
     current: bool
     content_hash: str
@@ -103,8 +110,18 @@ class VersionInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixInfo:
+    """A stored name, the model it is for, and its current version."""
+
+    key: PrefixKey
+    model_name: str
+    fingerprint: str
+    current: VersionInfo
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
-    """How much a tenant has stored."""
+    """How much a tenant has stored: prefixes by kind, versions, and bytes."""
 
     num_prefixes: Mapping[str, int]
     num_versions: int
@@ -113,7 +130,7 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """That something was removed on request."""
+    """A removal: when, by which action, and how many versions."""
 
     at: datetime
     action: str
@@ -121,28 +138,42 @@ class AuditEntry:
     num_versions: int
 
 
-def place_of(key: PrefixKey, fingerprint: str, version: int) -> str:
-    """One version of a key for one model, in words; what its encryption is bound to."""
+def version_id(key: PrefixKey, fingerprint: str, version: int) -> str:
+    """One version in words; its encryption is bound to this text as associated data."""
     return f"{key} version {version} for model {fingerprint[:12]!r}"
 
 
 def check_kind(kind: str) -> None:
-    """Refuse a kind that there is none of."""
+    """Check that a kind exists.
+
+    Raises:
+        UnknownNameError: If it does not.
+    """
     if kind not in KINDS:
         raise UnknownNameError(f"unknown kind {kind!r}; a prefix is for a: {', '.join(KINDS)}")
 
 
-def check_is_for(key: PrefixKey, prefix: Prefix | PrefixDecoder) -> None:
-    """Refuse a decoder under another kind, and anything else under that one."""
-    if (key.kind == "decoder") != isinstance(prefix, PrefixDecoder):
-        raise UnknownNameError(f"a {type(prefix).__name__} cannot be stored as {key}")
+def check_value_fits(key: PrefixKey, value: Value) -> None:
+    """Check that decoders are stored as decoders, and user codes as users.
+
+    Raises:
+        UnknownNameError: If the value cannot be stored under that kind.
+    """
+    is_decoder = isinstance(value, PrefixDecoder)
+    is_misplaced_code = isinstance(value, UserCode) and key.kind != "user"
+    if (key.kind == "decoder") != is_decoder or is_misplaced_code:
+        raise UnknownNameError(f"a {type(value).__name__} cannot be stored as {key}")
 
 
 def check_key(key: PrefixKey) -> None:
-    """Refuse a key that names nothing."""
+    """Check that a key can be stored and read back.
+
+    Raises:
+        UnknownNameError: If it cannot.
+    """
     check_kind(key.kind)
     check_name(key.kind, key.name)
-    if key.kind == "attribute" and not all(key.name.partition("=")):
+    if key.kind == "attribute" and not (key.attribute and key.label):
         raise UnknownNameError(
             f"attribute name {key.name!r} does not name a label; write it as attribute=label, "
             "such as 'formality=formal'"
@@ -150,15 +181,46 @@ def check_key(key: PrefixKey) -> None:
 
 
 def check_alias(alias: str) -> None:
-    """Refuse an alias that could be taken for a number, or not be read back."""
+    """Check that an alias cannot be taken for a version number, and can be read back.
+
+    Raises:
+        UnknownNameError: If it can, or cannot.
+    """
     check_name("alias", alias)
-    if alias.isdecimal() or len(alias) > 64:
+    if alias.isdecimal() or len(alias) > _MAX_ALIAS_CHARACTERS:
         raise UnknownNameError(f"alias {alias!r} is a number, or longer than 64 characters")
 
 
 def check_name(what: str, name: str) -> None:
-    """Refuse a name that could not be read back."""
+    """Check that a name can be read back.
+
+    Args:
+        what: What the name is for, in the error.
+        name: The name.
+
+    Raises:
+        UnknownNameError: If it is not 1 to 255 printable characters.
+    """
     if not isinstance(name, str):
-        raise UnknownNameError(f"{what} name is a {type(name).__name__}; give a text")
-    if not (0 < len(name) <= 255) or not name.isprintable():
+        raise UnknownNameError(f"{what} name must be a text, got {type(name).__name__}")
+    if not (0 < len(name) <= _MAX_NAME_CHARACTERS) or not name.isprintable():
         raise UnknownNameError(f"{what} name {name[:40]!r} is not 1 to 255 printable characters")
+
+
+__all__ = [
+    "AuditEntry",
+    "Kind",
+    "NewVersion",
+    "PrefixInfo",
+    "Profile",
+    "StoreStats",
+    "StoredVersion",
+    "Value",
+    "VersionInfo",
+    "check_alias",
+    "check_key",
+    "check_kind",
+    "check_name",
+    "check_value_fits",
+    "version_id",
+]

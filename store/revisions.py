@@ -1,4 +1,4 @@
-"""Which revision of the schema a database has, and bringing it to today's."""
+"""Schema revisions: which one a database has, and upgrading it."""
 
 from pathlib import Path
 
@@ -14,40 +14,40 @@ HEAD = REVISIONS[-1]
 
 
 def revision_of(connection: Connection) -> str | None:
-    """The revision of a database; None if it has no tables of ours.
+    """The revision of a database; None if it has none of our tables.
 
     Raises:
-        StoreError: If a later version of this library made it.
+        StoreError: If a later version of this library created it.
     """
     tables = set(inspect(connection).get_table_names())
     if REVISION_TABLE in tables:
-        found = connection.scalar(sa.text(f"SELECT version_num FROM {REVISION_TABLE}"))
-        if found is not None and found not in REVISIONS:
+        revision = connection.scalar(sa.text(f"SELECT version_num FROM {REVISION_TABLE}"))
+        if revision is not None and revision not in REVISIONS:
             raise StoreError(
-                f"the store has schema {found}; this version reads up to {HEAD}, so upgrade "
+                f"the store has schema {revision}; this version reads up to {HEAD}, so upgrade "
                 "controlprefix"
             )
-        return None if found is None else str(found)
+        return None if revision is None else str(revision)
     return "0001" if {"prefixes", "prefix_versions", "controlprefix_store"} <= tables else None
 
 
 def require_head(connection: Connection) -> bool:
-    """Whether the tables are there, as they are today.
+    """Whether the tables exist with the current schema.
 
     Raises:
         StoreError: If the database has an earlier or a later schema.
     """
-    found = revision_of(connection)
-    if found not in (None, HEAD):
+    revision = revision_of(connection)
+    if revision not in (None, HEAD):
         raise StoreError(
-            f"the store has schema {found}; this version needs {HEAD}; back the database up, then "
+            f"the store has schema {revision}; this version needs {HEAD}; back the database up, then "
             "run: controlprefix store upgrade"
         )
-    return found == HEAD
+    return revision == HEAD
 
 
 def create(connection: Connection) -> None:
-    """Make today's tables in an empty database."""
+    """Create the tables of the current schema in an empty database."""
     Base.metadata.create_all(connection)
     connection.execute(
         sa.text(
@@ -59,12 +59,12 @@ def create(connection: Connection) -> None:
 
 
 def upgrade(connection: Connection, to: str = HEAD) -> tuple[str | None, str]:
-    """Bring a database to a revision, in the transaction of the connection.
+    """Upgrade a database to a revision, in the transaction of the connection.
 
     Returns:
         The revision before and after.
     """
-    # Alembic is needed for nothing else.
+    # Imported here, since nothing else needs Alembic.
     from alembic import command
     from alembic.config import Config
 
@@ -74,6 +74,6 @@ def upgrade(connection: Connection, to: str = HEAD) -> tuple[str | None, str]:
     config.set_main_option("version_path_separator", "os")
     config.attributes["connection"] = connection
     if before == "0001" and REVISION_TABLE not in inspect(connection).get_table_names():
-        command.stamp(config, "0001")  # made before revisions were written down
+        command.stamp(config, "0001")  # created before revisions were recorded
     command.upgrade(config, to)
     return before, to

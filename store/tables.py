@@ -1,7 +1,7 @@
-"""The tables. Every row says whose it is, and in PostgreSQL the database itself holds it to that.
+"""The tables. Every row has its tenant, which PostgreSQL enforces with row-level security.
 
-A version's bytes stand in a table of their own, so that asking which version is current
-never reads past them.
+The bytes of a version are in a table of their own, so that finding the current version never
+reads past them.
 """
 
 from array import array
@@ -30,12 +30,12 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeEngine
 
-# SQLite counts up by itself only where the type is INTEGER.
+# SQLite autoincrements only columns of type INTEGER.
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
 
 class Numbers(TypeDecorator[Sequence[float]]):
-    """float32 numbers: an array on PostgreSQL, where pgvector can compare them; else bytes."""
+    """A float32 vector: an array on PostgreSQL, where pgvector can compare it; else bytes."""
 
     impl = LargeBinary
     cache_ok = True
@@ -57,11 +57,11 @@ class Numbers(TypeDecorator[Sequence[float]]):
 
 
 class Base(DeclarativeBase):
-    """Of all tables."""
+    """Declarative base of all tables."""
 
 
 class TenantRow(Base):
-    """Someone whose prefixes nobody else can name, see or count."""
+    """A tenant, whose rows no other tenant can see."""
 
     __tablename__ = "controlprefix_tenants"
 
@@ -70,7 +70,7 @@ class TenantRow(Base):
 
 
 class PrefixRow(Base):
-    """A tenant's name for a prefix of one frozen model, and the version that is current."""
+    """A name for one frozen model, and its current version."""
 
     __tablename__ = "controlprefix_prefixes"
     __table_args__ = (UniqueConstraint("tenant_id", "fingerprint", "kind", "name"),)
@@ -86,7 +86,7 @@ class PrefixRow(Base):
 
 
 class VersionRow(Base):
-    """What is worth knowing of one immutable version."""
+    """One immutable version, without its bytes."""
 
     __tablename__ = "controlprefix_versions"
 
@@ -102,21 +102,21 @@ class VersionRow(Base):
     dtype: Mapped[str] = mapped_column(String(16))
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
     details: Mapped[dict[str, Any]] = mapped_column(JSON)
-    # Of those it was learned from (`SourceRow`), how many were forgotten since.
+    # Users it was trained on (`SourceRow`) who have been forgotten since.
     num_forgotten: Mapped[int] = mapped_column(default=0, server_default="0")
 
 
-_OF_A_VERSION = (
+_VERSION_KEY = (
     ["prefix_id", "version"],
     ["controlprefix_versions.prefix_id", "controlprefix_versions.version"],
 )
 
 
 class PayloadRow(Base):
-    """The bytes of one version: a whole safetensors file, encrypted where a key is named."""
+    """The bytes of one version: a whole safetensors file, encrypted if it has a key id."""
 
     __tablename__ = "controlprefix_payloads"
-    __table_args__ = (ForeignKeyConstraint(*_OF_A_VERSION, ondelete="CASCADE"),)
+    __table_args__ = (ForeignKeyConstraint(*_VERSION_KEY, ondelete="CASCADE"),)
 
     prefix_id: Mapped[int] = mapped_column(_Id, primary_key=True)
     version: Mapped[int] = mapped_column(primary_key=True)
@@ -126,12 +126,12 @@ class PayloadRow(Base):
 
 
 class CodeRow(Base):
-    """That a version is a code, which means nothing without that version of a decoder."""
+    """A version that is a user code, and the version of the decoder that it needs."""
 
     __tablename__ = "controlprefix_codes"
     __table_args__ = (
-        ForeignKeyConstraint(*_OF_A_VERSION, ondelete="CASCADE"),
-        ForeignKeyConstraint(["decoder_id", "decoder_version"], _OF_A_VERSION[1]),
+        ForeignKeyConstraint(*_VERSION_KEY, ondelete="CASCADE"),
+        ForeignKeyConstraint(["decoder_id", "decoder_version"], _VERSION_KEY[1]),
         Index("ix_controlprefix_codes_decoder", "decoder_id", "decoder_version"),
     )
 
@@ -143,11 +143,11 @@ class CodeRow(Base):
 
 
 class SourceRow(Base):
-    """That a version was learned from a user's texts."""
+    """A user whose texts a version was trained on."""
 
     __tablename__ = "controlprefix_sources"
     __table_args__ = (
-        ForeignKeyConstraint(*_OF_A_VERSION, ondelete="CASCADE"),
+        ForeignKeyConstraint(*_VERSION_KEY, ondelete="CASCADE"),
         Index("ix_controlprefix_sources_user", "tenant_id", "user_name"),
     )
 
@@ -158,7 +158,7 @@ class SourceRow(Base):
 
 
 class ProfileRow(Base):
-    """What a user's texts are like, as numbers: plain for the database to compare, or sealed."""
+    """A user's mean embedding: plain, so that the database can compare it, or encrypted."""
 
     __tablename__ = "controlprefix_profiles"
 
@@ -172,7 +172,7 @@ class ProfileRow(Base):
 
 
 class ApiKeyRow(Base):
-    """A key that requests to a server carry: its hash."""
+    """The hash of an API key."""
 
     __tablename__ = "controlprefix_api_keys"
     __table_args__ = (UniqueConstraint("tenant_id", "name"),)
@@ -185,10 +185,10 @@ class ApiKeyRow(Base):
 
 
 class AliasRow(Base):
-    """A name for a version, such as `canary`."""
+    """An alias of a version, such as `canary`."""
 
     __tablename__ = "controlprefix_aliases"
-    __table_args__ = (ForeignKeyConstraint(*_OF_A_VERSION, ondelete="CASCADE"),)
+    __table_args__ = (ForeignKeyConstraint(*_VERSION_KEY, ondelete="CASCADE"),)
 
     prefix_id: Mapped[int] = mapped_column(_Id, primary_key=True)
     alias: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -197,7 +197,7 @@ class AliasRow(Base):
 
 
 class SampleRow(Base):
-    """A text of a user, kept because the caller asked for it."""
+    """A text of a user that the caller chose to keep."""
 
     __tablename__ = "controlprefix_samples"
     __table_args__ = (Index("ix_controlprefix_samples_user", "tenant_id", "user_name", "id"),)
@@ -211,7 +211,7 @@ class SampleRow(Base):
 
 
 class AuditRow(Base):
-    """That something was forgotten: what and when, never what it held."""
+    """A removal: what and when, never its content."""
 
     __tablename__ = "controlprefix_audit"
     __table_args__ = (Index("ix_controlprefix_audit_tenant", "tenant_id", "id"),)
@@ -226,19 +226,19 @@ class AuditRow(Base):
 
 
 def row_security(table: Table) -> list[str]:
-    """PostgreSQL's statements that show a session the rows of its own tenant alone.
+    """PostgreSQL statements that restrict a session to the rows of its own tenant.
 
-    A transaction says whose it is in `controlprefix.tenant`; without that it sees nothing.
+    A transaction sets its tenant in `controlprefix.tenant`; without that it sees no rows.
     """
-    whose = "id" if table.name == TenantRow.__tablename__ else "tenant_id"
+    column = "id" if table.name == TenantRow.__tablename__ else "tenant_id"
     setting = "nullif(current_setting('controlprefix.tenant', true), '')"
-    mine = f"{whose} = {setting}::bigint"
-    if table.name == TenantRow.__tablename__:  # found by its name, before its number is known
-        mine = f"{mine} OR name = current_setting('controlprefix.tenant_name', true)"
+    is_own = f"{column} = {setting}::bigint"
+    if table.name == TenantRow.__tablename__:  # looked up by name before its id is known
+        is_own = f"{is_own} OR name = current_setting('controlprefix.tenant_name', true)"
     return [
         f"ALTER TABLE {table.name} ENABLE ROW LEVEL SECURITY",
-        f"ALTER TABLE {table.name} FORCE ROW LEVEL SECURITY",  # for the tables' owner too
-        f"CREATE POLICY {table.name}_own ON {table.name} USING ({mine})",
+        f"ALTER TABLE {table.name} FORCE ROW LEVEL SECURITY",  # also for the owner of the tables
+        f"CREATE POLICY {table.name}_own ON {table.name} USING ({is_own})",
     ]
 
 

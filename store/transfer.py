@@ -1,12 +1,10 @@
-"""A tenant's prefixes as one file, and back: bit for bit, all or nothing.
+"""Export and import: a tenant's prefixes as one file, bit for bit, all or nothing.
 
-The file is a zip: `manifest.json` says what there is, `payloads/<sha256>` hold the bytes.
+The file is a zip: `manifest.json` describes the versions, `payloads/<sha256>` hold the bytes.
 Exporting what was imported gives the same file again.
 """
 
-import hashlib
 import json
-import os
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,17 +13,20 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from controlprefix._io import atomic_path
 from controlprefix.errors import ControlPrefixError, PrefixFormatError, StoreError
-from controlprefix.prefixes.user_code import code_in
+from controlprefix.prefixes import PrefixKey, UserCode, content_hash
+from controlprefix.prefixes.user_code import is_user_code
 from controlprefix.store import codes
 from controlprefix.store.database import Database
-from controlprefix.store.encryption import Sealer
-from controlprefix.store.records import PrefixKey, check_alias, check_key, check_name, place_of
+from controlprefix.store.encryption import TenantCipher
+from controlprefix.store.records import check_alias, check_key, check_name, version_id
 from controlprefix.store.tables import AliasRow, PayloadRow, PrefixRow, VersionRow
+from controlprefix.store.versions import key_of, select_prefixes
 
 FORMAT = 1
 _MAX_MANIFEST_BYTES = _MAX_PAYLOAD_BYTES = 1 << 30
-_OF_VERSION = (
+_VERSION_FIELDS = (
     "version",
     "parent_version",
     "content_hash",
@@ -36,57 +37,52 @@ _OF_VERSION = (
 )
 
 
-def export_tenant(database: Database, sealer: Sealer, path: Path) -> int:
-    """Write all that a tenant has to a file.
-
-    Returns:
-        The number of versions.
+def export_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
+    """Write all versions of a tenant to a file; returns their number.
 
     Raises:
         PrefixFormatError: If stored bytes are damaged; then there is no file.
         StoreError: If the file or the database cannot be used.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
 
     def write(session: Session, tenant: int) -> int:
         with zipfile.ZipFile(unfinished, "w") as archive:
             manifest, written = _manifest(session, tenant), set()
-            for key, fingerprint, prefix_id, version, claimed in _versions(session, tenant):
-                if claimed in written:
+            for key, fingerprint, prefix_id, version, expected_hash in _versions(session, tenant):
+                if expected_hash in written:
                     continue
-                place = place_of(key, fingerprint, version)
+                identity = version_id(key, fingerprint, version)
                 row = session.get(PayloadRow, (prefix_id, version))
-                payload = sealer.unseal(row.payload, row.key_id, place) if row else b""
-                if _hash(payload) != claimed:
+                payload = cipher.decrypt(row.payload, row.key_id, identity) if row else b""
+                if content_hash(payload) != expected_hash:
                     raise PrefixFormatError(
-                        f"{place} is damaged in the store; roll back and prune, then export"
+                        f"{identity} is damaged in the store; roll back and prune, then export"
                     )
-                archive.writestr(_entry(claimed), payload)
-                session.expunge_all()  # not more than one in memory
-                written.add(claimed)
+                archive.writestr(_entry(expected_hash), payload)
+                session.expunge_all()  # at most one in memory
+                written.add(expected_hash)
             archive.writestr(
                 zipfile.ZipInfo("manifest.json"), json.dumps(manifest, sort_keys=True, indent=1)
             )
         return sum(len(prefix["versions"]) for prefix in manifest["prefixes"])
 
     try:
-        num_versions = database.run(write, whole_view=True)
-        unfinished.replace(path)
-        return num_versions
+        with atomic_path(path) as unfinished:
+            return database.run(write, repeatable_read=True)
+    except ControlPrefixError:
+        raise
     except OSError as error:
         raise StoreError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
-def import_tenant(database: Database, sealer: Sealer, path: Path) -> int:
-    """Add all that a file holds to a tenant that has none of these names.
+def import_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
+    """Add all versions of an exported file to a tenant that has none of these names.
 
     Returns:
         The number of versions.
 
     Raises:
-        PrefixFormatError: If the file is damaged, or no export of ours.
+        PrefixFormatError: If the file is damaged, or not an export.
         StoreError: If a name exists already, or the database cannot be written.
     """
     try:
@@ -99,13 +95,13 @@ def import_tenant(database: Database, sealer: Sealer, path: Path) -> int:
 
             def write(session: Session, tenant: int) -> int:
                 # Decoders first: codes refer to them.
-                order = sorted(manifest["prefixes"], key=lambda one: one["kind"] != "decoder")
-                return sum(_add(session, tenant, sealer, archive, prefix) for prefix in order)
+                order = sorted(manifest["prefixes"], key=lambda entry: entry["kind"] != "decoder")
+                return sum(_add(session, tenant, cipher, archive, prefix) for prefix in order)
 
             return database.run(write, write=True)
     except ControlPrefixError:
         raise
-    # A damaged place in the file may lead before its beginning: that is an OSError.
+    # A damaged offset in the zip may point before the start of the file: that is an OSError.
     except (
         zipfile.BadZipFile,
         KeyError,
@@ -116,21 +112,20 @@ def import_tenant(database: Database, sealer: Sealer, path: Path) -> int:
         OverflowError,
     ) as error:
         raise PrefixFormatError(
-            f"{str(path)!r} is damaged or no export of controlprefix: {error}; nothing was changed"
+            f"{str(path)!r} is damaged or not an export of controlprefix: {error}; nothing was "
+            "changed"
         ) from error
 
 
 def _in_utc(at: datetime) -> str:
-    """SQLite gives times back without their zone, which is UTC."""
+    """SQLite returns times without their zone, which is UTC."""
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC).isoformat()
 
 
 def _manifest(session: Session, tenant: int) -> dict[str, Any]:
     order = (PrefixRow.kind, PrefixRow.name, PrefixRow.fingerprint)
     prefixes = []
-    for row in session.scalars(
-        select(PrefixRow).where(PrefixRow.tenant_id == tenant).order_by(*order)
-    ):
+    for row in session.scalars(select_prefixes(tenant, None).order_by(*order)):
         versions = select(VersionRow).where(VersionRow.prefix_id == row.id)
         aliases = select(AliasRow).where(AliasRow.prefix_id == row.id)
         prefixes.append(
@@ -144,12 +139,12 @@ def _manifest(session: Session, tenant: int) -> dict[str, Any]:
                 "aliases": {a.alias: a.version for a in session.scalars(aliases)},
                 "versions": [
                     {
-                        **{name: getattr(one, name) for name in _OF_VERSION},
-                        "created_at": _in_utc(one.created_at),
-                        "details": one.details,
-                        "sources": codes.sources(session, row.id, one.version),
+                        **{name: getattr(version, name) for name in _VERSION_FIELDS},
+                        "created_at": _in_utc(version.created_at),
+                        "details": version.details,
+                        "sources": codes.sources(session, row.id, version.version),
                     }
-                    for one in session.scalars(versions.order_by(VersionRow.version))
+                    for version in session.scalars(versions.order_by(VersionRow.version))
                 ],
             }
         )
@@ -157,19 +152,16 @@ def _manifest(session: Session, tenant: int) -> dict[str, Any]:
 
 
 def _versions(session: Session, tenant: int) -> list[tuple[PrefixKey, str, int, int, str]]:
-    """Every version, in the order of the content: the same for the same content."""
-    query = select(PrefixRow, VersionRow.version, VersionRow.content_hash)
+    """Every version, in the order of content hashes: the same for the same content."""
+    query = select_prefixes(tenant, None)
     query = query.join(VersionRow, VersionRow.prefix_id == PrefixRow.id)
-    query = query.where(PrefixRow.tenant_id == tenant).order_by(VersionRow.content_hash)
+    columns = query.add_columns(VersionRow.version, VersionRow.content_hash)
     return [
-        (_key(row), row.fingerprint, row.id, version, claimed)
-        for row, version, claimed in session.execute(query)
+        (key_of(row), row.fingerprint, row.id, version, expected_hash)
+        for row, version, expected_hash in session.execute(
+            columns.order_by(VersionRow.content_hash)
+        )
     ]
-
-
-def _key(row: PrefixRow) -> PrefixKey:
-    kind: Any = row.kind
-    return PrefixKey(kind, row.name)
 
 
 def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
@@ -189,28 +181,24 @@ def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
 def _add(
     session: Session,
     tenant: int,
-    sealer: Sealer,
+    cipher: TenantCipher,
     archive: zipfile.ZipFile,
     prefix: dict[str, Any],
 ) -> int:
+    """Add one name with all its versions; returns their number."""
     key = PrefixKey(prefix["kind"], prefix["name"])
     check_key(key)
     check_name("model fingerprint", prefix["fingerprint"])
-    there = select(PrefixRow.id).where(
-        PrefixRow.tenant_id == tenant,
-        PrefixRow.fingerprint == prefix["fingerprint"],
-        PrefixRow.kind == key.kind,
-        PrefixRow.name == key.name,
-    )
-    if session.scalar(there) is not None:
+    existing = select_prefixes(tenant, prefix["fingerprint"], [key])
+    if session.scalar(existing.with_only_columns(PrefixRow.id)) is not None:
         raise StoreError(
             f"{key} exists already; nothing was imported: import into a tenant that has none of "
             "these names, or forget it first"
         )
-    numbers = [one["version"] for one in prefix["versions"]]
-    named = {prefix["current_version"], *prefix["aliases"].values()}
-    if not named <= set(numbers) or max(numbers) > prefix["newest_version"]:
-        raise ValueError(f"{key} names versions that are not there")
+    numbers = [version["version"] for version in prefix["versions"]]
+    referenced = {prefix["current_version"], *prefix["aliases"].values()}
+    if not referenced <= set(numbers) or max(numbers) > prefix["newest_version"]:
+        raise ValueError(f"{key} refers to versions that are not there")
     row = PrefixRow(
         tenant_id=tenant,
         kind=key.kind,
@@ -222,42 +210,54 @@ def _add(
     )
     session.add(row)
     session.flush()
-    for one in prefix["versions"]:
-        info = archive.getinfo(_entry(one["content_hash"]).filename)
-        # Looked at before anything is read.
-        if info.file_size != one["size_bytes"] or info.file_size > _MAX_PAYLOAD_BYTES:
-            raise ValueError(f"{key} version {one['version']} has {info.file_size:,} bytes")
-        payload = archive.read(info)
-        if _hash(payload) != one["content_hash"]:
-            raise ValueError(f"{key} version {one['version']} has the wrong hash")
-        mine = {"prefix_id": row.id, "version": int(one["version"]), "tenant_id": tenant}
-        about = {name: one[name] for name in _OF_VERSION if name != "version"}
-        if not isinstance(about["num_forgotten"], int):
-            raise ValueError(f"{key} version {one['version']} counts {about['num_forgotten']!r}")
-        created = datetime.fromisoformat(one["created_at"])
-        session.add(VersionRow(**mine, **about, created_at=created, details=dict(one["details"])))
-        session.flush()
-        code = code_in(payload, f"{key} version {mine['version']}")
-        if code is not None:
-            at = (row.id, mine["version"])
-            codes.tie_to_decoder(session, tenant, prefix["fingerprint"], code.decoder, *at)
-        codes.note_sources(session, tenant, row.id, mine["version"], one["sources"])
-        place = place_of(key, prefix["fingerprint"], mine["version"])
-        stored, key_id = sealer.seal(payload, place)
-        session.add(PayloadRow(**mine, payload=stored, key_id=key_id))
-        session.flush()
-        session.expunge_all()
-    for alias, version in prefix["aliases"].items():
+    prefix_id = row.id
+    for version in prefix["versions"]:
+        _add_version(session, tenant, cipher, archive, key, prefix["fingerprint"], prefix_id, version)
+    for alias, number in prefix["aliases"].items():
         check_alias(alias)
-        session.add(AliasRow(prefix_id=row.id, alias=alias, version=version, tenant_id=tenant))
+        session.add(AliasRow(prefix_id=prefix_id, alias=alias, version=number, tenant_id=tenant))
     session.flush()
     session.expunge_all()
     return len(numbers)
 
 
-def _entry(content_hash: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(f"payloads/{content_hash.removeprefix('sha256:')}")
+def _add_version(
+    session: Session,
+    tenant: int,
+    cipher: TenantCipher,
+    archive: zipfile.ZipFile,
+    key: PrefixKey,
+    fingerprint: str,
+    prefix_id: int,
+    version: dict[str, Any],
+) -> None:
+    number = int(version["version"])
+    name = f"{key} version {number}"
+    entry = archive.getinfo(_entry(version["content_hash"]).filename)
+    # Sizes are compared before anything is read.
+    if entry.file_size != version["size_bytes"] or entry.file_size > _MAX_PAYLOAD_BYTES:
+        raise ValueError(f"{name} has {entry.file_size:,} bytes")
+    payload = archive.read(entry)
+    if content_hash(payload) != version["content_hash"]:
+        raise ValueError(f"{name} has the wrong hash")
+    ids = {"prefix_id": prefix_id, "version": number, "tenant_id": tenant}
+    fields = {field: version[field] for field in _VERSION_FIELDS if field != "version"}
+    if not isinstance(fields["num_forgotten"], int):
+        raise ValueError(f"{name} has num_forgotten {fields['num_forgotten']!r}")
+    created_at = datetime.fromisoformat(version["created_at"])
+    details = dict(version["details"])
+    session.add(VersionRow(**ids, **fields, created_at=created_at, details=details))
+    session.flush()
+    if is_user_code(payload, name):
+        code = UserCode.from_bytes(payload, name=name)
+        decoder = codes.find_decoder(session, tenant, code.decoder_hash)
+        codes.link_to_decoder(session, tenant, decoder, prefix_id, number)
+    codes.add_sources(session, tenant, prefix_id, number, version["sources"])
+    stored, key_id = cipher.encrypt(payload, version_id(key, fingerprint, number))
+    session.add(PayloadRow(**ids, payload=stored, key_id=key_id))
+    session.flush()
+    session.expunge_all()
 
 
-def _hash(payload: bytes) -> str:
-    return f"sha256:{hashlib.sha256(payload).hexdigest()}"
+def _entry(expected_hash: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"payloads/{expected_hash.removeprefix('sha256:')}")

@@ -1,111 +1,136 @@
-"""Parts whose strengths count in the space of logits, each in a row of its own.
+"""Guidance: strengths applied to logits, with extra rows of the same batch.
 
-A slot's attention mass cannot fall below nothing. So a part at strength `w < 0` gets a row of
-its own beside the request's, and what it changes there is taken away:
+Attention mass cannot fall below 0. So a part at strength `w < 0` gets a row of its own beside
+the request's row, and its effect on the logits is added with that weight:
 
-    logits = base + Σ w_i (with_i − base)
+    logits = base + Σ w_i (with_i - base)
 
 where `base` attends to the request's other parts, and `with_i` to those and part i. All rows
-of a request write the same tokens. With `mixing="logits"` all labels are had so: what each
-changes is added up, so that labels do not compete for attention.
+of a request continue with the same tokens. With `mixing="logits"` this is done for all labels,
+so that they do not compete for attention.
 
 Reference:
     Sanchez et al., "Stay on topic with Classifier-Free Guidance", 2023,
-    https://arxiv.org/abs/2306.17806, whose scale is 1 − w with the part as the negative prompt;
-    Liu et al., "DExperts", 2021, https://arxiv.org/abs/2105.03023: labels for and against.
+    https://arxiv.org/abs/2306.17806, whose scale is 1 - w with the part as negative prompt;
+    Liu et al., "DExperts", 2021, https://arxiv.org/abs/2105.03023.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from controlprefix.inference.resolver import ResolvedPart
-from controlprefix.prefixes.assembly import Part
+from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.model import FrozenModel
+from controlprefix.model.log_probs import target_logits, target_losses
+from controlprefix.prefixes import Part
+
+_MIN_RELATIVE_PROBABILITY = 0.01  # of the base's most likely token
 
 
-class Term(NamedTuple):
-    """A row whose difference from another is added to it."""
+class GuidanceTerm(NamedTuple):
+    """A row whose difference from the base row is added with a weight."""
 
     row: int
     weight: float
 
 
-class Guidance(NamedTuple):
-    """Which rows of a batch serve which request.
+class RowPlan(NamedTuple):
+    """Which rows of a batch belong to which request.
 
     Attributes:
-        rows: The parts of each row.
-        requests: For each row, the index of its request. The first rows are the requests' own,
-            in order.
-        terms: For each request, what is added to its own row.
+        rows: The parts of each row. The first rows are the requests' base rows, in order.
+        request_of_row: Index of each row's request.
+        terms: Per request, the terms that are added to its base row.
     """
 
     rows: list[list[Part]]
-    requests: list[int]
-    terms: list[list[Term]]
+    request_of_row: list[int]
+    terms: list[list[GuidanceTerm]]
 
     @property
-    def is_plain(self) -> bool:
-        """Whether no row is there for another."""
-        return len(self.rows) == len(self.terms)
+    def has_guidance(self) -> bool:
+        """Whether any request has more than its base row."""
+        return len(self.rows) > len(self.terms)
 
 
-def spread(resolved: Sequence[Sequence[ResolvedPart]]) -> Guidance:
-    """The rows that requests need, from their parts."""
-    rows = [[one.part for one in parts if not one.apart] for parts in resolved]
-    requests = list(range(len(rows)))
-    terms: list[list[Term]] = []
-    for i, parts in enumerate(resolved):
+def plan_rows(requests: Sequence[ResolvedRequest[Any]]) -> RowPlan:
+    """One base row per request, plus one per part that is applied in logit space."""
+    rows = [
+        [part.part for part in request.parts if not part.in_logit_space] for request in requests
+    ]
+    request_of_row = list(range(len(rows)))
+    terms: list[list[GuidanceTerm]] = []
+    for i, request in enumerate(requests):
         terms.append([])
-        for one in parts:
-            if one.apart:
-                terms[i].append(Term(len(rows), one.used.strength))
-                rows.append([*rows[i], one.part])
-                requests.append(i)
-    return Guidance(rows, requests, terms)
+        for part in request.parts:
+            if part.in_logit_space:
+                terms[i].append(GuidanceTerm(len(rows), part.used.strength))
+                rows.append([*rows[i], part.part])
+                request_of_row.append(i)
+    return RowPlan(rows, request_of_row, terms)
 
 
-def joined(several: Sequence[Guidance]) -> Guidance:
-    """Guidances of one request each, as that of all of them."""
-    rows = [one.rows[0] for one in several]
-    requests = list(range(len(several)))
-    terms: list[list[Term]] = []
-    for i, one in enumerate(several):
-        terms.append([])
-        for row, weight in one.terms[0]:
-            terms[i].append(Term(len(rows), weight))
-            rows.append(one.rows[row])
-            requests.append(i)
-    return Guidance(rows, requests, terms)
+def combined_logits(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The logits of one request from those of its rows, in float32.
+
+    Args:
+        base: Logits of the base row, any shape.
+        rows: Logits of the other rows, of the same shape.
+        weights: A weight per row.
+
+    Returns:
+        A tensor of that shape; where the base is infinite (a token that the model rules out),
+        it stays as it is.
+    """
+    base = base.float()
+    combined = base.clone()
+    for row, weight in zip(rows, weights, strict=True):
+        combined += weight * (row.float() - base)
+    return torch.where(base.isfinite(), combined, base)
 
 
-_PLAUSIBLE = 0.01  # of the likeliest token's probability
+def guided_logits(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`combined_logits` for sampling: implausible tokens are masked with -inf.
 
-
-def steered(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The same to choose a token by: what the base finds implausible is ruled out.
-
-    Differences of logits mean little where both rows find a token all but impossible.
+    Tokens below 1 % of the base's top probability are masked, since differences of logits
+    mean little where all rows find a token all but impossible.
 
     Reference:
-        Li et al., "Contrastive Decoding", 2022, https://arxiv.org/abs/2210.15097, whose bound is
-        that of a tenth.
+        Li et al., "Contrastive Decoding", 2022, https://arxiv.org/abs/2210.15097, with 10 %.
     """
     base = base.float()
-    plausible = base >= base.max(dim=-1, keepdim=True).values + math.log(_PLAUSIBLE)
-    return torch.where(plausible, combined(base, rows, weights), -math.inf)
+    threshold = base.max(dim=-1, keepdim=True).values + math.log(_MIN_RELATIVE_PROBABILITY)
+    return torch.where(base >= threshold, combined_logits(base, rows, weights), -math.inf)
 
 
-def combined(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Logits of one request from those of its rows, in float32.
+def guided_log_probs(
+    frozen: FrozenModel,
+    plan: RowPlan,
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+) -> list[Tensor]:
+    """Log-probabilities (nats) of target tokens, of requests that may have guidance.
 
-    Where the base rules a token out, it stays out.
+    Args:
+        frozen: The model, with the prefix batch of `plan.rows` attached.
+        plan: The rows of the requests.
+        prompts: Token ids per request, at least one each.
+        targets: Token ids per request that follow the prompt.
+
+    Returns:
+        Per request `(num_targets,)`, float32.
     """
-    base = base.float()
-    found = base.clone()
-    for row, weight in zip(rows, weights, strict=True):
-        found += weight * (row.float() - base)
-    return torch.where(base.isfinite(), found, base)
+    row_targets = [targets[i] for i in plan.request_of_row]
+    row_prompts = [prompts[i] for i in plan.request_of_row]
+    logits, target_ids, _ = target_logits(frozen, row_prompts, row_targets)
+    lengths = [len(target) for target in row_targets]
+    rows, ids = logits.split(lengths), target_ids.split(lengths)
+    log_probs = []
+    for i, terms in enumerate(plan.terms):
+        weights = [term.weight for term in terms]
+        combined = combined_logits(rows[i], [rows[term.row] for term in terms], weights)
+        log_probs.append(-target_losses(combined, ids[i]))
+    return log_probs

@@ -1,200 +1,252 @@
-"""From the names in a request to the prefixes they stand for."""
+"""Resolver: from the names in requests to prefixes on the model's device."""
 
+import copy
 from collections.abc import Collection, Hashable, Mapping, Sequence, Set
-from typing import NamedTuple
+from typing import Self
 
-import torch
+from cachetools import LRUCache
 
-from controlprefix.attributes import require_known, weighted_labels
-from controlprefix.errors import RequestError
-from controlprefix.prefixes.assembly import Part
-from controlprefix.prefixes.geometry import Geometry
-from controlprefix.prefixes.prefix import Prefix
-from controlprefix.prefixes.schedule import Course
-from controlprefix.request import PartUsed, Request
-from controlprefix.store import PrefixCache, PrefixKey, PrefixStore, Together, VersionRef
+from controlprefix.attributes import AttributeSpace, require_known
+from controlprefix.errors import PrefixFormatError, RequestError
+from controlprefix.inference.resolved_request import AnyRequest, ResolvedPart, ResolvedRequest
+from controlprefix.inference.unseen_labels import replace_unseen
+from controlprefix.model import FrozenModel
+from controlprefix.model.text_prefix import prefix_from_text
+from controlprefix.prefixes import Part, Prefix, PrefixDecoder, PrefixKey, Schedule, UserCode
+from controlprefix.request import NamedPart, PartUsed, Request, StandIn, weighted_labels
+from controlprefix.store import PrefixCache, PrefixStore, SingleFlight, StoredVersion
 
-_MAX_SEEN = 10_000
-
-
-class NamedPart(NamedTuple):
-    """One part that a request names."""
-
-    key: PrefixKey
-    strength: float
-    course: Course = ()
-
-
-class ResolvedPart(NamedTuple):
-    """One part that a request names, and the prefix found for it.
-
-    Attributes:
-        used: With the strength that is meant.
-        part: Where it is not apart, at that strength; else as trained.
-        apart: Its strength counts in the space of logits: see `guidance`.
-    """
-
-    used: PartUsed
-    part: Part
-    apart: bool = False
-
-
-def named_parts(request: Request) -> list[NamedPart]:
-    """The parts a request names, each with its strength."""
-    named = [] if request.task is None else [(PrefixKey("task", request.task), "task", 1.0)]
-    for one in weighted_labels(request.attributes):
-        named.append((PrefixKey("attribute", one.name), one.attribute, one.weight))
-    if request.user is not None:
-        named.append((PrefixKey("user", request.user), "user", 1.0))
-    return [
-        NamedPart(key, weight * request.strengths.get(said, 1.0), request.schedules.get(said, ()))
-        for key, said, weight in named
-    ]
+_MAX_CURRENT = 10_000  # names whose current version is remembered
+_MAX_DECODERS = 4  # decoders of user codes kept in memory
 
 
 class Resolver:
-    """Finds stored prefixes for one model, and keeps those in use in memory.
+    """Finds the prefixes that requests name, for one model and one tenant.
 
-    Nothing outdated is ever used: what is current is asked at every call, unless the store
-    can tell that nothing changed. Only what is not in memory is sent, and threads that ask
-    at the same time share the question.
+    Results are never stale: which versions are current is queried at every call, unless the
+    store can tell that nothing changed. Only bytes that are not in memory are sent, and
+    threads that call at the same time share a query. User codes are decoded here.
 
     Args:
-        store: Where to look.
-        geometry, device, dtype: Of the model.
-        cache_bytes: Of the prefixes kept on that device.
-        host_bytes: Of those kept beside them in the host's memory, where that is another:
-            what no longer fits the device need not come from the database again.
+        frozen: The model.
+        store: The tenant's store.
+        attributes: Default labels and descriptions of attributes, if there are any.
+        cache_bytes: Limit of the prefixes kept on the model's device.
+
+    Attributes:
+        attributes: As given.
     """
 
     def __init__(
         self,
+        frozen: FrozenModel,
         store: PrefixStore,
-        geometry: Geometry,
+        attributes: AttributeSpace | None = None,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
         cache_bytes: int = 1 << 29,
-        host_bytes: int | None = None,
     ) -> None:
-        self._store = store
-        self._geometry = geometry
-        self._device, self._dtype = device, dtype
+        self.attributes = attributes
+        self._frozen = frozen
+        self._tenant = store.tenant
+        self._store = store.for_model(frozen.fingerprint)
         self._cache = PrefixCache(cache_bytes)
-        if host_bytes is None:
-            host_bytes = 0 if device.type == "cpu" else 1 << 31
-        self._host = PrefixCache(host_bytes)
-        self._together: Together[Found] = Together()
-        # What was current while the store was as this token says.
-        self._seen: tuple[Hashable | None, dict[PrefixKey, VersionRef]] = (None, {})
+        self._single_flight: SingleFlight[StoredVersion] = SingleFlight()
+        self._decoders: LRUCache[str, PrefixDecoder] = LRUCache(_MAX_DECODERS)
+        # The versions that were current while the store had this change token.
+        self._current: tuple[Hashable | None, dict[PrefixKey, StoredVersion]] = (None, {})
 
-    def resolve(
-        self, requests: Sequence[Request], made: Mapping[PrefixKey, Prefix] | None = None
-    ) -> list[list[ResolvedPart]]:
-        """The prefixes that requests name, always the current versions: one query for all.
+    def without_defaults(self) -> Self:
+        """The same resolver without default labels."""
+        bare = copy.copy(self)
+        if self.attributes is not None:
+            bare.attributes = self.attributes.without_defaults()
+        return bare
 
-        Args:
-            requests: Any number.
-            made: Prefixes that no store has, by names that no store could have; version 0.
+    def complete(self, requests: Sequence[AnyRequest]) -> list[AnyRequest]:
+        """Requests with the default labels of the attributes that they leave out.
 
         Raises:
-            UnknownNameError: Naming what exists and the nearest of it.
+            UnknownNameError, RequestError: If the attribute space does not allow one.
         """
-        rows = [named_parts(request) for request in requests]
-        keys = {part.key for row in rows for part in row}
-        own = {
-            key: Found(key, 0, prefix.to(device=self._device, dtype=self._dtype))
-            for key, prefix in (made or {}).items()
-            if key in keys
-        }
-        found = {**self.fetch(keys - own.keys()), **own}
-        for named, request in zip(rows, requests, strict=True):
-            for part in named:
-                if part.key not in found:
-                    raise self._unknown(part.key, request)
+        if self.attributes is None:
+            return list(requests)
+        # Labels that are not in the space may get a stand-in, unless they are refused.
         return [
-            [
-                found[one.key].part(
-                    _dialled(found[one.key], one, request),
-                    one.course,
-                    apart=request.mixing == "logits" and one.key.kind == "attribute",
-                )
-                for one in row
-            ]
-            for row, request in zip(rows, requests, strict=True)
+            request.model_copy(
+                update={
+                    "attributes": self.attributes.complete(
+                        request.attributes, strict=request.unseen == "refuse"
+                    )
+                }
+            )
+            for request in requests
         ]
 
-    def fetch(self, keys: Set[PrefixKey]) -> dict[PrefixKey, "Found"]:
-        """The current prefixes of those keys that have one.
+    def resolve(self, requests: Sequence[AnyRequest]) -> list[ResolvedRequest[AnyRequest]]:
+        """Resolve requests: default labels, stand-ins for unseen labels, and current prefixes.
+
+        Raises:
+            UnknownNameError: With what exists and the nearest match.
+            RequestError: If a request cannot be carried out as written.
+        """
+        requests = self.complete(requests)
+        stand_ins: list[tuple[StandIn, ...]] = [()] * len(requests)
+        text_prefixes: dict[PrefixKey, Prefix] = {}
+        if any(request.unseen != "refuse" for request in requests):
+            trained = {PrefixKey("attribute", name) for name in self._store.names("attribute")}
+            if self.attributes is not None:
+                trained &= self.attributes.keys()
+
+            def make_prefix(key: PrefixKey, text: str) -> None:
+                text_prefixes[key] = prefix_from_text(self._frozen, text)
+
+            replaced = [
+                replace_unseen(request, trained, self.attributes, make_prefix)
+                for request in requests
+            ]
+            requests = [request for request, _ in replaced]
+            stand_ins = [notes for _, notes in replaced]
+        prefixes = self._prefixes_for(requests, text_prefixes)
+        return [
+            ResolvedRequest(
+                request,
+                tuple(_resolve_part(named, prefixes[named.key], request) for named in parts),
+                self._tenant,
+                notes,
+            )
+            for request, parts, notes in zip(
+                requests, (request.named_parts for request in requests), stand_ins, strict=True
+            )
+        ]
+
+    def current(self, keys: Set[PrefixKey]) -> dict[PrefixKey, StoredVersion]:
+        """The current versions of those keys that exist, decoded, on the model's device.
 
         Raises:
             PrefixFormatError: If one is damaged in the store.
         """
         if not keys:
             return {}
-        token, seen = self._seen
-        if token is not None and keys <= seen.keys() and token == self._store.change_token():
-            held = self._cache.held(keys)
-            if all(seen[key].content_hash in held for key in keys):
-                return {k: Found(k, seen[k].version, held[seen[k].content_hash]) for k in keys}
-        return dict(self._together.ask(keys, self._fetch))
+        token, current = self._current
+        if token is not None and keys <= current.keys() and token == self._store.change_token():
+            cached = self._cache.get(keys)
+            if all(
+                key in cached and cached[key].content_hash == current[key].content_hash
+                for key in keys
+            ):
+                return {key: current[key]._replace(value=cached[key].prefix) for key in keys}
+        return dict(self._single_flight.fetch(keys, self._query))
+
+    def get(self, key: PrefixKey, *, version: int | str | None = None) -> Prefix:
+        """One stored version, decoded; see `ModelStore.get`.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+            PrefixFormatError: If the stored bytes are damaged.
+        """
+        stored = self._store.get(key, version=version)
+        return self._decoded(key, stored)
 
     def forget(self, key: PrefixKey) -> None:
-        """Drop every version of a name from memory."""
-        for cache in (self._cache, self._host):
-            cache.forget(key)
+        """Drop a name from memory."""
+        self._cache.forget(key)
 
-    def _fetch(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, "Found"]:
-        token = self._store.change_token()  # before the question: what changes meanwhile is news
-        held, on_host = self._cache.held(keys), self._host.held(keys)
-        have = held.keys() | on_host.keys()
-        fetched = self._store.fetch(keys, self._geometry.fingerprint, have=have)
-        found = {}
-        for key, (ref, sent) in fetched.items():
-            if sent is not None:
-                sent = sent.to(dtype=self._dtype).require_finite(str(key))
-                self._host.put(key, ref.content_hash, sent)
-            prefix = held.get(ref.content_hash)
-            if prefix is None:
-                prefix = (sent or on_host[ref.content_hash]).to(device=self._device)
-                self._cache.put(key, ref.content_hash, prefix)
-            found[key] = Found(key, ref.version, prefix)
-        for key in set(keys) - fetched.keys():  # forgotten meanwhile, maybe by another process
+    def _prefixes_for(
+        self, requests: Sequence[Request], text_prefixes: Mapping[PrefixKey, Prefix]
+    ) -> dict[PrefixKey, StoredVersion]:
+        keys = {part.key for request in requests for part in request.named_parts}
+        from_texts = {
+            key: StoredVersion(0, "", self._placed(prefix)) for key, prefix in text_prefixes.items()
+        }
+        prefixes = {**self.current(keys - from_texts.keys()), **from_texts}
+        for request in requests:
+            for part in request.named_parts:
+                if part.key not in prefixes:
+                    raise self._unknown(part.key, request)
+        return prefixes
+
+    def _query(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, StoredVersion]:
+        token = self._store.change_token()  # before the query: a later change is not missed
+        cached = self._cache.get(keys)
+        known_hashes = {entry.content_hash for entry in cached.values()}
+        fetched = self._store.fetch(keys, known_hashes=known_hashes)
+        result: dict[PrefixKey, StoredVersion] = {}
+        for key, stored in fetched.items():
+            if stored.value is None:
+                prefix = next(
+                    entry.prefix
+                    for entry in cached.values()
+                    if entry.content_hash == stored.content_hash
+                )
+            else:
+                decoded = self._decoded(key, stored).to(dtype=self._frozen.dtype)
+                prefix = self._placed(decoded.require_finite(str(key)))
+            self._cache.put(key, stored.content_hash, prefix)
+            result[key] = stored._replace(value=prefix)
+        for key in set(keys) - fetched.keys():  # forgotten since, maybe by another process
             self.forget(key)
-        before, seen = self._seen
-        kept = seen if token == before and len(seen) < _MAX_SEEN else {}
-        self._seen = (token, {**kept, **{key: one.ref for key, one in fetched.items()}})
-        return found
+        previous_token, current = self._current
+        kept = current if token == previous_token and len(current) < _MAX_CURRENT else {}
+        references = {key: stored._replace(value=None) for key, stored in fetched.items()}
+        self._current = (token, {**kept, **references})
+        return result
+
+    def _placed(self, prefix: Prefix) -> Prefix:
+        return prefix.to(device=self._frozen.device, dtype=self._frozen.dtype)
+
+    def _decoded(self, key: PrefixKey, stored: StoredVersion) -> Prefix:
+        value = stored.value
+        if isinstance(value, UserCode):
+            name = f"{key} version {stored.version}"
+            return self._decoder(value.decoder_hash, name).decode(value)
+        if not isinstance(value, Prefix):
+            raise RequestError(f"{key} is a decoder of user codes, not a prefix")
+        return value
+
+    def _decoder(self, decoder_hash: str, name: str) -> PrefixDecoder:
+        decoder = self._decoders.get(decoder_hash)
+        if decoder is None:
+            decoder = self._store.decoder_by_hash(decoder_hash)
+            if decoder is None:
+                raise PrefixFormatError(
+                    f"{name} is a code of decoder {decoder_hash[:19]}, which is not in the store; "
+                    "train or enroll the user again"
+                )
+            self._decoders[decoder_hash] = decoder
+        return decoder
 
     def _unknown(self, key: PrefixKey, request: Request) -> Exception:
         if key.kind == "attribute":
-            known = self._store.names("attribute", self._geometry.fingerprint)
-            require_known(weighted_labels(request.attributes), known)
-        return self._store.unknown(key, self._geometry.fingerprint)
+            trained = [PrefixKey("attribute", name) for name in self._store.names("attribute")]
+            require_known(weighted_labels(request.attributes), trained)
+        return self._store.unknown_name(key)
 
 
-class Found(NamedTuple):
-    """The current prefix of a name, as the model takes it."""
-
-    key: PrefixKey
-    version: int
-    prefix: Prefix
-
-    def part(self, strength: float, course: Course = (), *, apart: bool = False) -> ResolvedPart:
-        """As one part of a request; a strength below 0 can only be had apart, and 0 is absent."""
-        apart = (apart and strength != 0) or strength < 0
-        kind, name = self.key
-        used = PartUsed(kind=kind, name=name, version=self.version, strength=strength)
-        return ResolvedPart(used, Part(self.prefix, 1.0 if apart else strength, course), apart)
+def part_at_strength(
+    key: PrefixKey, stored: StoredVersion, strength: float, schedule: Schedule = ()
+) -> ResolvedPart:
+    """A stored prefix as a part; strengths below 0 are applied in logit space."""
+    assert isinstance(stored.value, Prefix)
+    used = PartUsed(kind=key.kind, name=key.name, version=stored.version, strength=strength)
+    if strength < 0:
+        return ResolvedPart(used, Part(stored.value, 1.0, schedule), in_logit_space=True)
+    return ResolvedPart(used, Part(stored.value, strength, schedule))
 
 
-def _dialled(found: Found, asked: NamedPart, request: Request) -> float:
-    """The strength that is meant."""
-    if not request.calibrated or asked.key.kind != "attribute":
-        return asked.strength
-    if not found.prefix.dial:
-        raise RequestError(
-            f"{asked.key} version {found.version} has no dial; calibrate it "
-            "(controlprefix.evaluation.calibrate), or leave calibrated out"
-        )
-    return found.prefix.strength_at(asked.strength)
+def _resolve_part(named: NamedPart, stored: StoredVersion, request: Request) -> ResolvedPart:
+    key, strength, schedule = named
+    is_label = key.kind == "attribute"
+    if request.calibrated and is_label:
+        prefix = stored.value
+        assert isinstance(prefix, Prefix)
+        if not prefix.dial:
+            raise RequestError(
+                f"{key} version {stored.version} has no dial; calibrate it "
+                "(controlprefix.evaluation.calibrate), or leave calibrated out"
+            )
+        strength = prefix.strength_at(strength)
+    resolved = part_at_strength(key, stored, strength, schedule)
+    if request.mixing == "logits" and is_label and strength != 0:  # 0 is absent in either way
+        part = Part(resolved.part.prefix, 1.0, schedule)
+        return ResolvedPart(resolved.used, part, in_logit_space=True)
+    return resolved

@@ -1,140 +1,143 @@
-"""Labels that nobody has trained: what stands in for them, and how sure that is.
+"""Labels that have no prefix: the nearest trained labels, or a prefix made from a text.
 
 Reference:
-    Clive et al., "Control Prefixes", 2021, section on WebNLG's unseen categories: the control
-    prefix of the known category whose word vector is nearest, and one for out-of-vocabulary.
+    Clive et al., "Control Prefixes", 2021, https://arxiv.org/abs/2110.08329, on WebNLG's
+    unseen categories: the prefix of the known category with the nearest word vector.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from controlprefix.attributes import (
-    AttributeSpace,
-    WeightedLabel,
-    attribute_name,
-    weighted_labels,
-)
-from controlprefix.embeddings import embeddings
-from controlprefix.request import Request, StandIn
+from controlprefix.attributes import AttributeSpace
+from controlprefix.embeddings import embed
+from controlprefix.inference.resolved_request import AnyRequest
+from controlprefix.prefixes import PrefixKey
+from controlprefix.request import RESERVED_PARTS, Request, StandIn, WeightedLabel, weighted_labels
 
-NEAR = 0.3  # cosine of sentence embeddings, below which nothing is near
-_MOST = 3  # labels in a mixture
-_SHARPNESS = 10.0  # of the mixture: e-fold for each 0.1 of cosine
+MIN_SIMILARITY = 0.3  # cosine of sentence embeddings, below which no label counts as near
+_MAX_LABELS = 3  # labels in a mixture
+_SOFTMAX_SCALE = 10.0  # shares grow by e for each 0.1 of cosine
 
-AnyRequest = TypeVar("AnyRequest", bound=Request)
 Embed = Callable[[Sequence[str]], Tensor]
+MakePrefix = Callable[[PrefixKey, str], None]
 
 
-class Nearest(NamedTuple):
-    """Known labels and their shares, which add up to 1; none if nothing is near."""
+class NearestLabels(NamedTuple):
+    """Trained labels and their shares, which add up to 1; empty if none is near."""
 
     shares: Mapping[str, float]
     similarity: float
 
 
-def nearest(
-    wanted: WeightedLabel,
-    known: Collection[str],
+def nearest_labels(
+    label: WeightedLabel,
+    trained: Collection[PrefixKey],
     space: AttributeSpace | None = None,
     *,
-    embed: Embed = embeddings,
-) -> Nearest:
-    """The labels of the same attribute that mean about the same, by their sentence embeddings.
+    embed: Embed = embed,
+) -> NearestLabels:
+    """The trained labels of the same attribute with the most similar descriptions.
 
     Args:
-        wanted: A label without a prefix.
-        known: Names of those with one, such as `tone=warm`.
-        space: For descriptions, which say more than a name, and whether there may be several.
-        embed: Texts → embeddings of length 1.
+        label: A label without a prefix.
+        trained: Keys of the labels with one.
+        space: For descriptions, which say more than a name, and exclusive attributes.
+        embed: Texts -> embeddings of length 1.
     """
-    labels = sorted(n.partition("=")[2] for n in known if n.startswith(f"{wanted.attribute}="))
-    if not labels:
-        return Nearest({}, 0.0)
-    texts = [described(wanted.attribute, one, space) for one in (wanted.label, *labels)]
-    embedded = embed(texts)
-    cosines = embedded[1:] @ embedded[0]
-    about = space.attributes.get(wanted.attribute) if space else None
-    most = 1 if about is not None and about.exclusive else _MOST
-    order = cosines.argsort(descending=True)[:most]
-    near = [int(i) for i in order if cosines[i] >= NEAR]
+    candidates = sorted(key.label for key in trained if key.attribute == label.attribute)
+    if not candidates:
+        return NearestLabels({}, 0.0)
+    texts = [describe(label.attribute, name, space) for name in (label.label, *candidates)]
+    embeddings = embed(texts)
+    cosines = embeddings[1:] @ embeddings[0]
+    attribute = space.attributes.get(label.attribute) if space else None
+    max_labels = 1 if attribute is not None and attribute.exclusive else _MAX_LABELS
+    best = cosines.argsort(descending=True)[:max_labels]
+    near = [int(i) for i in best if cosines[i] >= MIN_SIMILARITY]
     if not near:
-        return Nearest({}, float(cosines.max()))
-    shares = torch.softmax(_SHARPNESS * cosines[near], dim=0).tolist()
-    return Nearest(
-        {labels[i]: share for i, share in zip(near, shares, strict=True)}, float(cosines.max())
-    )
+        return NearestLabels({}, float(cosines.max()))
+    shares = torch.softmax(_SOFTMAX_SCALE * cosines[near], dim=0).tolist()
+    by_label = {candidates[i]: share for i, share in zip(near, shares, strict=True)}
+    return NearestLabels(by_label, float(cosines.max()))
 
 
-def described(attribute: str, label: str, space: AttributeSpace | None) -> str:
-    """What a label means, in words.
+def describe(attribute: str, label: str, space: AttributeSpace | None) -> str:
+    """A label's description in the attribute space, or a sentence that names it.
 
     Example:
-        >>> described("tone", "stern", None)
+        >>> describe("tone", "stern", None)
         'The tone is stern.'
     """
-    about = space.attributes.get(attribute) if space else None
-    known = about.labels.get(label) if about else None
-    if known and known.description:
-        return known.description
+    in_space = space.attributes.get(attribute) if space else None
+    entry = in_space.labels.get(label) if in_space else None
+    if entry and entry.description:
+        return entry.description
     return f"The {attribute} is {label}."
 
 
-def stood_in(
+def replace_unseen(
     request: AnyRequest,
-    known: Collection[str],
+    trained: Collection[PrefixKey],
     space: AttributeSpace | None,
-    make: Callable[[str, str], None],
+    make_prefix: MakePrefix,
 ) -> tuple[AnyRequest, tuple[StandIn, ...]]:
-    """A request whose labels without a prefix are replaced as it asks, and by what.
+    """Replace a request's labels without a prefix, as its `unseen` says.
 
     Args:
-        request: As it was asked.
-        known: Names of labels with a prefix.
+        request: The request.
+        trained: Keys of the labels with a prefix.
         space: For descriptions.
-        make: Has a prefix of a text for a name that no store has.
+        make_prefix: Makes a prefix of a text for a key that no store has.
+
+    Returns:
+        The request with other labels, and what was used.
     """
     if request.unseen == "refuse":
         return request, ()
-    chosen: dict[str, dict[str, float]] = {}
-    notes = []
-    for one in weighted_labels(request.attributes):
-        shares: Mapping[str, float] = {one.label: 1.0}
-        if one.name not in known:
-            note, shares = _stand_in(one, request, known, space, make)
-            notes.append(note)
-        for label, share in shares.items():
-            labels = chosen.setdefault(one.attribute, {})
-            labels[label] = labels.get(label, 0.0) + share * one.weight
-    kept = {"task", "user", *chosen}
+    attributes: dict[str, dict[str, float]] = {}
+    stand_ins = []
+    for label in weighted_labels(request.attributes):
+        shares: Mapping[str, float] = {label.label: 1.0}
+        if label.key not in trained:
+            stand_in, shares = _stand_in(label, request, trained, space, make_prefix)
+            stand_ins.append(stand_in)
+        for name, share in shares.items():
+            labels = attributes.setdefault(label.attribute, {})
+            labels[name] = labels.get(name, 0.0) + share * label.weight
+    kept = {*RESERVED_PARTS, *attributes}
     changes = {
-        "attributes": chosen,
-        "strengths": {name: one for name, one in request.strengths.items() if name in kept},
-        "schedules": {name: one for name, one in request.schedules.items() if name in kept},
+        "attributes": attributes,
+        "strengths": {part: value for part, value in request.strengths.items() if part in kept},
+        "schedules": {part: value for part, value in request.schedules.items() if part in kept},
     }
-    return request.model_copy(update=changes), tuple(notes)
+    return request.model_copy(update=changes), tuple(stand_ins)
 
 
 def _stand_in(
-    wanted: WeightedLabel,
+    label: WeightedLabel,
     request: Request,
-    known: Collection[str],
+    trained: Collection[PrefixKey],
     space: AttributeSpace | None,
-    make: Callable[[str, str], None],
+    make_prefix: MakePrefix,
 ) -> tuple[StandIn, Mapping[str, float]]:
     if request.unseen == "text":
-        text = described(wanted.attribute, wanted.label, space)
-        label = f"{wanted.label} (from its text)"
-        make(attribute_name(wanted.attribute, label), text)
-        note = StandIn(label=wanted.name, how="text", used={text: 1.0}, similarity=1.0)
-        return note, {label: 1.0}
-    found = nearest(wanted, known, space)
-    note = StandIn(
-        label=wanted.name,
-        how="nearest" if found.shares else "left out",
-        used={attribute_name(wanted.attribute, one): n for one, n in found.shares.items()},
-        similarity=found.similarity,
+        text = describe(label.attribute, label.label, space)
+        name = f"{label.label} (from its text)"
+        make_prefix(PrefixKey.for_label(label.attribute, name), text)
+        stand_in = StandIn(label=label.key.name, how="text", used={text: 1.0}, similarity=1.0)
+        return stand_in, {name: 1.0}
+    nearest = nearest_labels(label, trained, space)
+    used = {
+        PrefixKey.for_label(label.attribute, name).name: share
+        for name, share in nearest.shares.items()
+    }
+    stand_in = StandIn(
+        label=label.key.name,
+        how="nearest" if used else "left out",
+        used=used,
+        similarity=nearest.similarity,
     )
-    return note, found.shares
+    return stand_in, nearest.shares

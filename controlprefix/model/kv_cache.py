@@ -1,4 +1,4 @@
-"""A KV cache that grows in place, and rows that move between caches."""
+"""A KV cache that grows in place, and moving rows between caches."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,14 +7,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-_ROOM = 64  # tokens; room is made for so many, or a quarter of what is there
+_MIN_SPARE_TOKENS = 64  # spare room is this, or a quarter of the tokens
+_MIN_ROWS = 3  # for fewer, transformers' copies cost less than our bookkeeping
 
 
-_ROWS = 3  # for fewer, transformers' copies cost less than our bookkeeping
-
-
-class Source(NamedTuple):
-    """A row of a cache, and how many of its last tokens count."""
+class CacheRow(NamedTuple):
+    """A row of a cache, and how many of its last tokens are valid."""
 
     cache: DynamicCache
     row: int
@@ -24,52 +22,52 @@ class Source(NamedTuple):
 def growing_cache(model: PreTrainedModel, num_rows: int) -> DynamicCache | None:
     """transformers' dynamic cache, without its copy of all keys and values at every token.
 
-    None where `generate` would not take a dynamic cache for this model, or it would not pay.
+    Returns:
+        None if `generate` would not take a dynamic cache for this model, or if it would not
+        be faster for so few rows.
     """
-    takes_it: Any = model._supports_default_dynamic_cache
-    if num_rows < _ROWS or model.config.is_encoder_decoder or not takes_it():
+    if num_rows < _MIN_ROWS or model.config.is_encoder_decoder or not _takes_dynamic_cache(model):
         return None
     return new_cache(model)
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty one."""
+    """An empty cache that grows in place."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    # Sliding and recurrent layers stay: those do not grow.
-    cache.layers = [_GrowingLayer() if type(one) is DynamicLayer else one for one in cache.layers]
+    # Sliding and recurrent layers are left as they are: those do not grow.
+    cache.layers = [
+        _GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = _GrowingLayer
     return cache
 
 
-def can_be_laid_out(model: PreTrainedModel) -> bool:
-    """Whether all that is cached of a row is keys and values of its tokens, all of them."""
-    takes_it: Any = model._supports_default_dynamic_cache
-    if model.config.is_encoder_decoder or not takes_it():
+def rows_can_move(model: PreTrainedModel) -> bool:
+    """Whether the cache of a row is the keys and values of all its tokens and nothing else."""
+    if model.config.is_encoder_decoder or not _takes_dynamic_cache(model):
         return False
-    layers = new_cache(model).layers
-    return all(type(layer) is _GrowingLayer for layer in layers)
+    return all(type(layer) is _GrowingLayer for layer in new_cache(model).layers)
 
 
-def lay_out(cache: DynamicCache, sources: Sequence[Source], length: int) -> None:
-    """Put rows of caches beside each other, each ending at the same place, with room to grow.
+def arrange_rows(cache: DynamicCache, rows: Sequence[CacheRow], length: int) -> None:
+    """Fill a cache with rows of caches, each ending at the same column, with room to grow.
 
     Args:
-        cache: Gets the rows.
-        sources: For each row where it comes from: a cache (this one too), the row there, and
-            how many of its last tokens count.
-        length: Tokens of the longest.
+        cache: The cache to fill; rows may come from it too.
+        rows: The row to copy, per row of the result.
+        length: Tokens of the longest row.
     """
-    for i, first in enumerate(_layers(sources[0].cache)):
+    for i, first in enumerate(_layers(rows[0].cache)):
         tensors = []
         for name in ("keys", "values"):
             example: Tensor = getattr(first, name)
-            size = length + max(_ROOM, length // 4)
-            room = example.new_zeros(len(sources), example.shape[1], size, example.shape[3])
-            for row, source in enumerate(sources):
-                kept: Tensor = getattr(_layers(source.cache)[i], name)
+            size = length + max(_MIN_SPARE_TOKENS, length // 4)
+            room = example.new_zeros(len(rows), example.shape[1], size, example.shape[3])
+            for target, source in enumerate(rows):
+                tensor: Tensor = getattr(_layers(source.cache)[i], name)
                 begin = length - source.num_tokens
-                room[row, :, begin:length] = kept[source.row, :, -source.num_tokens :]
+                room[target, :, begin:length] = tensor[source.row, :, -source.num_tokens :]
             tensors.append(room)
         while len(cache.layers) <= i:
             cache.layers.append(_GrowingLayer())
@@ -79,11 +77,16 @@ def lay_out(cache: DynamicCache, sources: Sequence[Source], length: int) -> None
         layer.keys, layer.values = (room[:, :, :length] for room in tensors)
 
 
-def overwrite(cache: DynamicCache, row: int, source: Source) -> None:
-    """Put a row in place of another one, ending at the same place; it must be no longer."""
+def overwrite_row(cache: DynamicCache, row: int, source: CacheRow) -> None:
+    """Replace a row by one that is no longer, ending at the same column."""
     for layer, other in zip(_layers(cache), _layers(source.cache), strict=True):
-        for kept, new in ((layer.keys, other.keys), (layer.values, other.values)):
-            kept[row, :, -source.num_tokens :] = new[source.row, :, -source.num_tokens :]
+        for tensor, new in ((layer.keys, other.keys), (layer.values, other.values)):
+            tensor[row, :, -source.num_tokens :] = new[source.row, :, -source.num_tokens :]
+
+
+def _takes_dynamic_cache(model: PreTrainedModel) -> bool:
+    takes: Any = model._supports_default_dynamic_cache
+    return bool(takes())
 
 
 def _layers(cache: DynamicCache) -> list[Any]:
@@ -91,9 +94,9 @@ def _layers(cache: DynamicCache) -> list[Any]:
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values are the beginning of a larger tensor, where the next ones are written.
+    """Keys and values are the start of a larger tensor, into which the next ones are written.
 
-    Whatever sets them otherwise (beams, cropping) is followed.
+    Whatever else sets them (beams, cropping) is respected.
     """
 
     def update(
@@ -101,28 +104,28 @@ class _GrowingLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = _appended(self.keys, key_states)
-        self.values = _appended(self.values, value_states)
+        self.keys = _append(self.keys, key_states)
+        self.values = _append(self.values, value_states)
         return self.keys, self.values
 
 
-def _appended(kept: Tensor | None, new: Tensor) -> Tensor:
-    """Both, as the beginning of a tensor with room: (batch, heads, tokens, head_dim)."""
-    if kept is None or not kept.numel():
-        kept, num_kept, room = None, 0, None
+def _append(old: Tensor | None, new: Tensor) -> Tensor:
+    """Old and new tokens, as the start of a tensor with room: (batch, heads, tokens, head_dim)."""
+    if old is None or not old.numel():
+        old, num_old, room = None, 0, None
     else:
-        num_kept, room = kept.shape[2], kept._base
-    num_all = num_kept + new.shape[2]
+        num_old, room = old.shape[2], old._base
+    num_all = num_old + new.shape[2]
     if (
         room is None
         or room.shape[2] < num_all
         or room.shape[:2] != new.shape[:2]
-        or kept is None
-        or room.data_ptr() != kept.data_ptr()
+        or old is None
+        or room.data_ptr() != old.data_ptr()
     ):
-        size = num_all + max(_ROOM, num_all // 4)
+        size = num_all + max(_MIN_SPARE_TOKENS, num_all // 4)
         room = new.new_empty(*new.shape[:2], size, new.shape[3])
-        if kept is not None:
-            room[:, :, :num_kept] = kept
-    room[:, :, num_kept:num_all] = new
+        if old is not None:
+            room[:, :, :num_old] = old
+    room[:, :, num_old:num_all] = new
     return room[:, :, :num_all]

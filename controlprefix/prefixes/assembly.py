@@ -1,4 +1,4 @@
-"""Parts -> one prefix batch: padding, log strengths, shared parts kept once."""
+"""Assembly: the union of each request's parts, padded into one prefix batch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,18 @@ from torch import Tensor
 from controlprefix.errors import RequestError
 from controlprefix.prefixes.geometry import Geometry, Site
 from controlprefix.prefixes.prefix import Prefix
-from controlprefix.prefixes.schedule import Course, at
+from controlprefix.prefixes.schedule import Schedule, multiplier_at
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """A prefix and its strength in one request.
 
-    Strength `w` multiplies the unnormalized attention mass of the slots: 0 is
-    exactly absent, 1 exactly as trained. A course multiplies it token by token.
+    Attributes:
+        prefix: The slots.
+        strength: Multiplies the unnormalized attention mass of the slots: 0 is exactly
+            absent, 1 exactly as trained.
+        schedule: Multiplies the strength per generated token.
 
     Raises:
         RequestError: If the strength is negative, NaN or infinite.
@@ -28,7 +31,7 @@ class Part:
 
     prefix: Prefix
     strength: float = 1.0
-    course: Course = ()
+    schedule: Schedule = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.strength) and self.strength >= 0):
@@ -38,8 +41,8 @@ class Part:
             )
 
 
-class Scheduled(NamedTuple):
-    """Slots of one row, from `first` to before `last`, whose strength has a course."""
+class ScheduledSlots(NamedTuple):
+    """Slots `first:last` of one row whose strength has a schedule."""
 
     row: int
     first: int
@@ -49,55 +52,56 @@ class Scheduled(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SlotBlock:
-    """Slots that one site attends to, for one row (shared by all) or one for each row.
+    """Slots at one site: one row that all rows of the batch share, or one row per request.
 
     Attributes:
-        keys, values: For each layer, `(rows, num_kv_heads, num_slots, head_dim)`.
-        log_strengths: `(rows, num_slots)`, float32, added to the attention logits
+        keys, values: Per layer, `(num_rows, num_kv_heads, num_slots, head_dim)`.
+        log_strengths: `(num_rows, num_slots)`, float32, added to the attention logits
             of the slots; padding is -inf.
-        even: All log strengths are 0 and stay so, so nothing need be added.
-        scheduled: Slots whose log strengths change along a generation.
+        unweighted: All log strengths are 0 and stay 0, so there is nothing to add.
+        scheduled: Slots whose log strengths change during generation.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     log_strengths: Tensor
-    even: bool
-    scheduled: tuple[Scheduled, ...] = ()
+    unweighted: bool
+    scheduled: tuple[ScheduledSlots, ...] = ()
 
 
 @dataclass(frozen=True)
 class PrefixBatch:
-    """What a batch of requests attends to beside its tokens.
+    """The slots that a batch of requests attends to beside its tokens.
 
     Attributes:
         num_rows: Requests in the batch.
-        blocks: For each site, at most two: the slots that all rows share (one
-            row, kept once), then those of each row alone.
+        blocks: Per site, at most two blocks: the slots that all rows share (kept once),
+            then each row's own slots.
     """
 
     num_rows: int
     blocks: Mapping[Site, tuple[SlotBlock, ...]]
 
-    def move_to(self, tokens: int | Sequence[int]) -> None:
-        """Set strengths that have a course to what they are for a new token, counted from 0.
+    def set_token(self, tokens: int | Sequence[int]) -> None:
+        """Set scheduled strengths to their values at a new token.
 
         Args:
-            tokens: Of all rows, or of each.
+            tokens: Index of the new token, from 0: one for all rows, or one per row.
         """
         for block in (block for blocks in self.blocks.values() for block in blocks):
             for row, first, last, part in block.scheduled:
                 token = tokens if isinstance(tokens, int) else tokens[row]
-                block.log_strengths[row, first:last] = _log(part.strength * at(part.course, token))
+                strength = part.strength * multiplier_at(part.schedule, token)
+                block.log_strengths[row, first:last] = _log(strength)
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether any strength has a course."""
+        """Whether any strength has a schedule."""
         return any(block.scheduled for blocks in self.blocks.values() for block in blocks)
 
     @cached_property
     def num_slots(self) -> int:
-        """Slots of the longest row, at the site that has most."""
+        """Slots of the longest row, at the site with the most slots."""
         return max(
             (sum(b.log_strengths.shape[1] for b in blocks) for blocks in self.blocks.values()),
             default=0,
@@ -111,21 +115,21 @@ def assemble(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> PrefixBatch:
-    """Put the parts of each request together, one row a request.
+    """Put the parts of each request together, one row per request.
 
     Attention reads slots as a set, so parts need no order and assembly is
     union. Parts that every row has at the same strength are kept once and
     shared by all rows. Gradients flow through.
 
     Args:
-        requests: For each row, its parts; a row may have none.
-        geometry: Of the model that will attend to the batch.
-        device, dtype: Of the model; left out, those of the prefixes.
+        requests: The parts of each row; a row may have none.
+        geometry: Geometry of the model that will attend to the batch.
+        device, dtype: Device and dtype of the result; left out, those of the prefixes.
 
     Returns:
-        For each site and layer, keys and values of shape
-        `(rows, num_kv_heads, num_slots, head_dim)`, padded to the longest row,
-        and log strengths of shape `(rows, num_slots)`; padding is -inf.
+        Per site and layer, keys and values of shape
+        `(num_rows, num_kv_heads, num_slots, head_dim)`, padded to the longest row,
+        and log strengths of shape `(num_rows, num_slots)`; padding is -inf.
 
     Raises:
         GeometryMismatchError: If a part was made for another base model.
@@ -152,26 +156,26 @@ def assemble(
             _block([shared], site, geometry, device, dtype),
             _block(own, site, geometry, device, dtype),
         )
-        if found := tuple(block for block in pair if block is not None):
-            blocks[site] = found
+        if present := tuple(block for block in pair if block is not None):
+            blocks[site] = present
     return PrefixBatch(num_rows=len(rows), blocks=blocks)
 
 
 def _merged(request: Sequence[Part]) -> list[Part]:
-    """The live parts, each prefix once: the mass of two copies is the sum of their strengths."""
-    merged: dict[tuple[int, Course], Part] = {}
+    """The parts above strength 0, each prefix once: the strengths of two copies add up."""
+    merged: dict[tuple[int, Schedule], Part] = {}
     for part in request:
         if part.strength > 0:
-            same = id(part.prefix), part.course
+            same = id(part.prefix), part.schedule
             earlier = merged.get(same)
             strength = part.strength + (earlier.strength if earlier else 0.0)
-            merged[same] = Part(part.prefix, strength, part.course)
+            merged[same] = Part(part.prefix, strength, part.schedule)
     return list(merged.values())
 
 
 def _holds(row: Sequence[Part], part: Part) -> bool:
-    """Whether a row has the same part, for good."""
-    same = (p for p in row if p.prefix is part.prefix and not part.course and not p.course)
+    """Whether a row has the same prefix at the same strength, without a schedule."""
+    same = (p for p in row if p.prefix is part.prefix and not part.schedule and not p.schedule)
     return any(p.strength == part.strength for p in same)
 
 
@@ -186,7 +190,7 @@ def _block(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> SlotBlock | None:
-    """The slots of some rows at one site, padded; None where no row has any."""
+    """The slots of some rows at one site, padded; None if no row has any."""
     parts = [[part for part in row if len(part.prefix.slots[site])] for row in rows]
     if not any(parts):
         return None
@@ -195,32 +199,32 @@ def _block(
     lengths = [sum(len(part.prefix.slots[site]) for part in row) for row in parts]
     longest = max(lengths)
     padding = first.new_zeros(longest - min(lengths), first.shape[1], device=device, dtype=dtype)
-    pieces: list[Tensor] = []
+    stacked: list[Tensor] = []
     log_strengths: list[list[float]] = []
-    scheduled: list[Scheduled] = []
+    scheduled: list[ScheduledSlots] = []
     for i, (row, length) in enumerate(zip(parts, lengths, strict=True)):
         logs: list[float] = []
         for part in row:
             slots = part.prefix.slots[site]
-            pieces.append(slots.to(device, dtype))
-            if part.course:
-                scheduled.append(Scheduled(i, len(logs), len(logs) + len(slots), part))
-            logs += [_log(part.strength * at(part.course, 0))] * len(slots)
-        pieces.append(padding[: longest - length])
+            stacked.append(slots.to(device, dtype))
+            if part.schedule:
+                scheduled.append(ScheduledSlots(i, len(logs), len(logs) + len(slots), part))
+            logs += [_log(part.strength * multiplier_at(part.schedule, 0))] * len(slots)
+        stacked.append(padding[: longest - length])
         log_strengths.append(logs + [-math.inf] * (longest - length))
-    # Two copies in all: rows beside each other, then layer by layer.
-    slots = torch.cat(pieces).view(len(parts), longest, -1)  # (rows, num_slots, slot_size)
+    # Two copies in total: rows beside each other, then per layer.
+    slots = torch.cat(stacked).view(len(parts), longest, -1)  # (num_rows, num_slots, slot_size)
     heads = [shape.num_kv_heads for shape in geometry.layers(site) for _ in range(2)]
     layered = [
-        piece.unflatten(2, (num_heads, -1)).transpose(1, 2).contiguous()
-        for piece, num_heads in zip(
+        tensor.unflatten(2, (num_heads, -1)).transpose(1, 2).contiguous()
+        for tensor, num_heads in zip(
             slots.split(geometry.split_sizes(site), dim=2), heads, strict=True
         )
-    ]  # (rows, num_kv_heads, num_slots, head_dim)
+    ]  # (num_rows, num_kv_heads, num_slots, head_dim)
     return SlotBlock(
         keys=tuple(layered[0::2]),
         values=tuple(layered[1::2]),
         log_strengths=torch.tensor(log_strengths, device=device),
-        even=not scheduled and not any(map(any, log_strengths)),
+        unweighted=not scheduled and not any(map(any, log_strengths)),
         scheduled=tuple(scheduled),
     )

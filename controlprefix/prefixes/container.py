@@ -1,4 +1,4 @@
-"""Tensors and what they mean as one safetensors file that is checked against its own hash."""
+"""The file format: tensors and a JSON header in one safetensors file with a content hash."""
 
 import hashlib
 import json
@@ -13,48 +13,64 @@ from torch import Tensor
 
 from controlprefix.errors import PrefixFormatError
 
-# Of the numbers in a file.
-PayloadDtype = Literal["float32", "bfloat16", "float16", "int8"]
-FLOATS = ("float32", "bfloat16", "float16")
+StorageDtype = Literal["float32", "bfloat16", "float16", "int8"]
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 FORMAT = 1
 _MAX_HEADER_BYTES = 1 << 20
 
 
-def write(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """One safetensors file: the tensors, what is said about them, and a hash of both."""
-    header = {"format": FORMAT, **about}
-    kept = {name: rows.detach().cpu().contiguous() for name, rows in tensors.items()}
-    header["sha256"] = _digest(header, kept)
-    return save_safetensors(kept, metadata={"controlprefix": json.dumps(header)})
+def content_hash(data: bytes) -> str:
+    """SHA-256 of some bytes, as the store and exports write it: `sha256:<hex>`."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def write(header: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> bytes:
+    """Serialize tensors and a header, with a hash over both.
+
+    Args:
+        header: Anything JSON can hold.
+        tensors: Any shapes and dtypes.
+        name: What the tensors are called in errors.
+
+    Raises:
+        PrefixFormatError: If a value is NaN or infinite.
+    """
+    header = {"format": FORMAT, **header}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    _require_finite(tensors, name)
+    header["sha256"] = _digest(header, tensors)
+    return save_safetensors(tensors, metadata={"controlprefix": json.dumps(header)})
 
 
 def read(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write` was given.
+    """Read what `write` wrote, and verify its hash.
 
     Args:
         data: A whole safetensors file.
-        name: What to call it in errors.
+        name: What the file is called in errors.
 
     Raises:
-        PrefixFormatError: If bytes are missing, damaged, of a later format, or not ours.
+        PrefixFormatError: If bytes are missing or damaged, the format is newer than this
+            version, the file is not ours, or a value is NaN or infinite.
     """
     header = read_header(data, name)
     try:
         tensors = load_safetensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise PrefixFormatError(f"{name} is damaged: {error}") from error
-    claimed = header.pop("sha256", None)
-    if claimed != _digest(header, tensors):
+    stored_digest = header.pop("sha256", None)
+    if stored_digest != _digest(header, tensors):
         raise PrefixFormatError(
             f"{name} is damaged: its content does not match its own hash; restore it from a "
             "backup, or roll back to an earlier version"
         )
+    _require_finite(tensors, name)
     return header, tensors
 
 
 def read_header(data: bytes, name: str) -> dict[str, Any]:
-    """What is said about the tensors, read before anything is allocated for them.
+    """Read the header alone, before anything is allocated for tensors.
 
     Raises:
         PrefixFormatError: As `read`.
@@ -76,46 +92,64 @@ def read_header(data: bytes, name: str) -> dict[str, Any]:
     return header
 
 
-def quantized(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Rows `(rows, numbers)` as int8, and a scale for each group of numbers in a row, bfloat16.
+def quantize(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 quantization with one scale per row and group of columns.
 
     Args:
-        rows: Floats.
-        sizes: Of the groups.
+        values: `(num_rows, num_columns)`, any float dtype.
+        sizes: Columns per group, in order.
+
+    Returns:
+        int8 values of the same shape, and scales `(num_rows, num_groups)` in bfloat16.
     """
-    pieces = rows.float().split(list(sizes), dim=1)
-    largest = torch.stack([piece.abs().amax(dim=1) for piece in pieces], dim=1)
-    scales = (largest / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
-    steps = rows.float() / _spread(scales, sizes)
+    groups = values.float().split(list(sizes), dim=1)
+    max_abs = torch.stack([group.abs().amax(dim=1) for group in groups], dim=1)
+    scales = (max_abs / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
+    steps = values.float() / _repeat_per_column(scales, sizes)
     return steps.round().clamp(-127, 127).to(torch.int8), scales
 
 
-def dequantized(rows: Tensor, scales: Tensor | None, sizes: Sequence[int], name: str) -> Tensor:
-    """The floats of `quantized`, in float32.
+def dequantize(values: Tensor, scales: Tensor | None, sizes: Sequence[int], name: str) -> Tensor:
+    """Undo `quantize`.
+
+    Args:
+        values: int8, `(num_rows, num_columns)`.
+        scales: `(num_rows, num_groups)`.
+        sizes: Columns per group, in order.
+        name: What the tensor is called in errors.
+
+    Returns:
+        float32, `(num_rows, num_columns)`.
 
     Raises:
-        PrefixFormatError: If the scales do not fit.
+        PrefixFormatError: If shapes or dtypes do not fit each other.
     """
     if (
         scales is None
-        or rows.dtype != torch.int8
-        or scales.shape != (len(rows), len(sizes))
-        or rows.shape[1] != sum(sizes)
+        or values.dtype != torch.int8
+        or scales.shape != (len(values), len(sizes))
+        or values.shape[1] != sum(sizes)
     ):
-        raise PrefixFormatError(f"{name} has scales that do not fit its numbers")
-    return rows.float() * _spread(scales, sizes)
+        raise PrefixFormatError(f"{name} has scales that do not fit its values")
+    return values.float() * _repeat_per_column(scales, sizes)
 
 
-def _spread(scales: Tensor, sizes: Sequence[int]) -> Tensor:
+def _repeat_per_column(scales: Tensor, sizes: Sequence[int]) -> Tensor:
     return scales.float().repeat_interleave(torch.tensor(list(sizes)), dim=1)
 
 
+def _require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise PrefixFormatError(f"{name} has NaN or infinite values in {key!r}")
+
+
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Over everything that means something: what is said, dtypes, shapes and numbers."""
+    """SHA-256 over the header and the names, dtypes, shapes and values of all tensors."""
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        rows = tensors[name].contiguous()
-        sha.update(f"{name} {rows.dtype} {tuple(rows.shape)}".encode())
-        if rows.numel():
-            sha.update(rows.view(torch.uint8).numpy().data)
+        tensor = tensors[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            sha.update(tensor.view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -1,4 +1,4 @@
-"""What a prefix must share with a model: the shape of its attention, and its weights."""
+"""Geometry: the attention shapes and weights fingerprint that a prefix and a model must share."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
@@ -11,7 +11,7 @@ SITES: tuple[Site, ...] = get_args(Site)
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """The keys and values that one attention layer reads for one slot."""
+    """Shape of the keys and values that one attention layer reads for one slot."""
 
     num_kv_heads: int
     key_dim: int
@@ -19,16 +19,19 @@ class LayerShape:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Numbers in one slot's keys and in one slot's values."""
+        """Number of values in one slot's keys and in one slot's values."""
         return self.num_kv_heads * self.key_dim, self.num_kv_heads * self.value_dim
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Layers, kv heads and head sizes per site, and the fingerprint of the frozen weights.
+    """Layers, kv heads and head sizes per site, and the fingerprint of the frozen model.
 
-    Layers may differ in shape. A site the model does not have has no layers.
-    `model_name` is for messages only: two models with equal weights are equal.
+    Attributes:
+        decoder, encoder, cross: Layers of each site in order; they may differ in shape. A
+            site that the model does not have has no layers.
+        fingerprint: SHA-256 of the weights (see `controlprefix.model.probing`).
+        model_name: Used in messages only; it does not count when geometries are compared.
     """
 
     decoder: tuple[LayerShape, ...] = ()
@@ -41,7 +44,12 @@ class Geometry:
     def uniform(
         cls, *, num_layers: int, num_kv_heads: int, head_dim: int, fingerprint: str = ""
     ) -> Self:
-        """A decoder-only geometry whose layers are all alike."""
+        """A decoder-only geometry whose layers all have the same shape.
+
+        Args:
+            num_layers, num_kv_heads, head_dim: As in the model's config.
+            fingerprint: SHA-256 of the weights.
+        """
         return cls(
             decoder=(LayerShape(num_kv_heads, head_dim, head_dim),) * num_layers,
             fingerprint=fingerprint,
@@ -58,11 +66,11 @@ class Geometry:
         return tuple(site for site in SITES if self.layers(site))
 
     def split_sizes(self, site: Site) -> list[int]:
-        """How one slot's numbers divide into layer 0 keys, layer 0 values, layer 1 keys, …"""
+        """Sizes that split a slot into layer 0 keys, layer 0 values, layer 1 keys, …"""
         return [size for layer in self.layers(site) for size in layer.sizes]
 
     def head_sizes(self, site: Site) -> list[int]:
-        """The same divided further: each kv head's keys, then each one's values, layer by layer."""
+        """Sizes that split a slot per layer into each kv head's keys, then each kv head's values."""
         return [
             size
             for layer in self.layers(site)
@@ -71,28 +79,32 @@ class Geometry:
         ]
 
     def slot_size(self, site: Site) -> int:
-        """Numbers in one slot of a site: its keys and values at every layer."""
+        """Number of values in one slot of a site: its keys and values at every layer."""
         return sum(self.split_sizes(site))
 
     def require(self, other: "Geometry", what: str) -> None:
-        """Refuse `what`, made for `other`, unless it fits this model exactly.
+        """Check that something made for another geometry fits this model.
+
+        Args:
+            other: The geometry it was made for.
+            what: What it is called in the error.
 
         Raises:
             GeometryMismatchError: If a shape or the weights differ.
         """
         for site in SITES:
-            mine, theirs = self.layers(site), other.layers(site)
-            if mine == theirs:
+            layers, other_layers = self.layers(site), other.layers(site)
+            if layers == other_layers:
                 continue
-            if len(mine) != len(theirs):
+            if len(layers) != len(other_layers):
                 difference = (
-                    f"{len(theirs)} {site} layers but model {self.model_name!r} has {len(mine)}"
+                    f"{len(other_layers)} {site} layers but model {self.model_name!r} has {len(layers)}"
                 )
             else:
-                i = next(i for i in range(len(mine)) if mine[i] != theirs[i])
+                i = next(i for i in range(len(layers)) if layers[i] != other_layers[i])
                 difference = (
-                    f"{_heads(theirs[i])} at {site} layer {i} but model {self.model_name!r} has "
-                    f"{_heads(mine[i])}"
+                    f"{_describe(other_layers[i])} at {site} layer {i} but model {self.model_name!r} has "
+                    f"{_describe(layers[i])}"
                 )
             raise GeometryMismatchError(
                 f"{what} has {difference}; train it on this model, or load the model it was made "
@@ -106,7 +118,7 @@ class Geometry:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """A form that JSON can carry; `from_dict` reads it back."""
+        """A JSON-serializable form; `from_dict` reads it back."""
         shapes = {
             site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in self.layers(site)]
             for site in self.sites
@@ -118,11 +130,11 @@ class Geometry:
         """Read what `to_dict` wrote.
 
         Raises:
-            PrefixFormatError: If it is not of that form.
+            PrefixFormatError: If the data has another form.
         """
         try:
             sites = {
-                site: tuple(LayerShape(*map(_count, shape)) for shape in shapes)
+                site: tuple(LayerShape(*map(_positive_int, shape)) for shape in shapes)
                 for site, shapes in data["sites"].items()
             }
             if not set(sites) <= set(SITES):
@@ -132,11 +144,11 @@ class Geometry:
             raise PrefixFormatError(f"the geometry of a prefix cannot be read: {error}") from error
 
 
-def _count(number: Any) -> int:
+def _positive_int(number: Any) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 1 << 20:
         raise ValueError(f"{number!r} is not a count")
     return number
 
 
-def _heads(shape: LayerShape) -> str:
-    return f"{shape.num_kv_heads} kv heads of {shape.key_dim}+{shape.value_dim} numbers"
+def _describe(shape: LayerShape) -> str:
+    return f"{shape.num_kv_heads} kv heads of size {shape.key_dim}+{shape.value_dim}"

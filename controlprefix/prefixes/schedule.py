@@ -1,48 +1,49 @@
-"""Courses: strengths that change along a generation, as points joined by straight lines."""
+"""Piecewise-linear strength schedules over generated tokens (the request field `schedules`)."""
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
-_LAST = 1 << 30
-MOST = 1e6  # of a strength: beyond, nothing else is attended to anyway
+_MAX_TOKEN = 1 << 30
+MAX_STRENGTH = 1e6  # above this, attention on everything else is already zero
 
-Course = tuple[tuple[int, float], ...]
+Schedule = tuple[tuple[int, float], ...]  # (token, multiplier) points in order
 
 
-def at(course: Sequence[tuple[int, float]], token: int) -> float:
-    """The multiplier for a new token; before the first point and after the last, as there.
+def multiplier_at(schedule: Sequence[tuple[int, float]], token: int) -> float:
+    """The strength multiplier at a new token, constant before the first point and after the last.
 
     Args:
-        course: `(token, multiplier)`, in order; none at all is 1 everywhere.
-        token: Counted from 0, the first new one.
+        schedule: `(token, multiplier)` points in order; an empty schedule is 1 everywhere.
+        token: Index of the new token, from 0.
 
     Example:
-        >>> [at(((2, 1.0), (4, 0.0)), token) for token in range(6)]
+        >>> [multiplier_at(((2, 1.0), (4, 0.0)), token) for token in range(6)]
         [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
     """
-    if not course:
+    if not schedule:
         return 1.0
-    after = bisect_right([point[0] for point in course], token)
-    if after in (0, len(course)):
-        return course[max(0, after - 1)][1]
-    (left, low), (right, high) = course[after - 1], course[after]
+    after = bisect_right([point[0] for point in schedule], token)
+    if after in (0, len(schedule)):
+        return schedule[max(0, after - 1)][1]
+    (left, low), (right, high) = schedule[after - 1], schedule[after]
     return low + (high - low) * (token - left) / (right - left)
 
 
-def check(course: Sequence[tuple[int, float]]) -> None:
-    """Refuse what is no course.
+def check_schedule(schedule: Sequence[tuple[int, float]]) -> None:
+    """Check the points of a schedule.
 
     Raises:
-        ValueError: If it has no points, or they are out of order or out of range.
+        ValueError: If there are no points, or they are out of order or out of range.
     """
-    if not course:
+    if not schedule:
         raise ValueError("has no points; give (token, multiplier) pairs")
-    tokens = [token for token, _ in course]
-    if tokens != sorted(set(tokens)) or tokens[0] < 0 or tokens[-1] > _LAST:
-        raise ValueError(f"has points that do not rise from token 0 or more, up to {_LAST}")
-    for _, multiplier in course:
-        if not (math.isfinite(multiplier) and 0 <= multiplier <= MOST):
+    tokens = [token for token, _ in schedule]
+    if tokens != sorted(set(tokens)) or tokens[0] < 0 or tokens[-1] > _MAX_TOKEN:
+        raise ValueError(f"needs tokens in rising order, from 0 up to {_MAX_TOKEN}")
+    for _, multiplier in schedule:
+        if not (math.isfinite(multiplier) and 0 <= multiplier <= MAX_STRENGTH):
             raise ValueError(
-                f"has the multiplier {multiplier}; it must be a finite number >= 0, up to {MOST:g}"
+                f"has the multiplier {multiplier}; it must be a finite number >= 0, up to "
+                f"{MAX_STRENGTH:g}"
             )

@@ -1,11 +1,9 @@
-"""Prefixes as codes: a few numbers a user, and a decoder that makes slots of them.
+"""User codes: a user as a small vector, and the decoder network that turns it into a prefix.
 
-A decoder is learned over many users (see `controlprefix.users`), and kept in the store
-under a name, in versions. A code means something only beside its decoder, so it names it by
-its content. Whoever reads a code from the store gets the prefix.
+A decoder is trained on many users (`controlprefix.users`) and stored in versions under a
+name. A code is only meaningful with its decoder, so it contains the decoder's content hash.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -14,294 +12,299 @@ import torch
 from torch import Tensor, nn
 
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError
-from controlprefix.prefixes import container as payload
-from controlprefix.prefixes.container import FLOATS, PayloadDtype
-from controlprefix.prefixes.geometry import SITES, Geometry, Site
+from controlprefix.prefixes import container
+from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype, content_hash
+from controlprefix.prefixes.geometry import Geometry, Site
 from controlprefix.prefixes.prefix import Prefix
+from controlprefix.prefixes.slot_network import SlotNetwork
 
-_LARGEST = 4.0  # standard deviations of a feature; a strange text must not lead far away
+_MAX_DEVIATIONS = 4.0  # clamp features, so that an unusual text does not lead far away
 
 
 @dataclass(frozen=True, eq=False)
-class Code:
-    """What is kept of a prefix where there is a decoder.
+class UserCode:
+    """A user as one small vector per slot.
 
     Attributes:
-        decoder: Content hash of the decoder it belongs to.
-        numbers: `(num_slots, width)`, float32; all 0 is what users have in common.
+        decoder_hash: Content hash of the decoder that it belongs to.
+        values: `(num_slots, width)`, float32; zero is what all users have in common.
     """
 
-    decoder: str
-    numbers: Tensor
+    decoder_hash: str
+    values: Tensor
 
-    def to_bytes(self, dtype: PayloadDtype | None = None) -> bytes:
-        """As one safetensors file.
+    @property
+    def num_slots(self) -> int:
+        """Slots of the decoded prefix."""
+        return len(self.values)
+
+    def to_bytes(self, dtype: StorageDtype | None = None) -> bytes:
+        """Serialize to one safetensors file.
 
         Args:
-            dtype: Of the numbers in the file; left out, `"int8"`, with a scale for each slot.
+            dtype: Storage dtype; left out, `"int8"` with one scale per slot.
 
         Raises:
-            PrefixFormatError: If a number is NaN or infinite.
+            PrefixFormatError: If a value is NaN or infinite.
         """
-        rows = self.numbers.detach().cpu()
-        if not bool(torch.isfinite(rows).all()):
-            raise PrefixFormatError("a user code has NaN or infinite numbers")
-        about = {"decoder": self.decoder}
-        if dtype in FLOATS:
-            return payload.write(about, {"code": rows.to(getattr(torch, str(dtype)))})
-        code, scales = payload.quantized(rows, [rows.shape[1]])
-        return payload.write(about, {"code": code, "scales": scales})
+        values = self.values.detach().cpu()
+        header = {"decoder": self.decoder_hash}
+        if dtype in FLOAT_DTYPES:
+            tensors = {"code": values.to(getattr(torch, str(dtype)))}
+        else:
+            quantized, scales = container.quantize(values, [values.shape[1]])
+            tensors = {"code": quantized, "scales": scales}
+        return container.write(header, tensors, "the user code")
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, name: str = "code") -> Self:
+    def from_bytes(cls, data: bytes, *, name: str = "user code") -> Self:
         """Read what `to_bytes` wrote.
 
+        Args:
+            data: A whole safetensors file.
+            name: What the file is called in errors.
+
         Raises:
-            PrefixFormatError: If it is damaged, or no code.
+            PrefixFormatError: If it is damaged, or not a user code.
         """
-        about, tensors = payload.read(data, name)
-        rows = tensors.get("code")
-        if not isinstance(about.get("decoder"), str) or rows is None or rows.ndim != 2:
+        header, tensors = container.read(data, name)
+        values = tensors.get("code")
+        if not isinstance(header.get("decoder"), str) or values is None or values.ndim != 2:
             raise PrefixFormatError(f"{name} is not a user code written by controlprefix")
-        if not rows.is_floating_point():
-            rows = payload.dequantized(rows, tensors.get("scales"), [rows.shape[1]], name)
-        rows = rows.float()
-        if not bool(torch.isfinite(rows).all()):
-            raise PrefixFormatError(f"{name} has NaN or infinite numbers")
-        return cls(about["decoder"], rows)
+        if not values.is_floating_point():
+            sizes = [values.shape[1]]
+            values = container.dequantize(values, tensors.get("scales"), sizes, name)
+        return cls(header["decoder"], values.float())
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class CodedPrefix(Prefix):
-    """A prefix that came out of a decoder; written to bytes, it is its code alone."""
-
-    code: Code
-
-    def to_bytes(self, dtype: PayloadDtype | None = None) -> bytes:
-        """Its code: see `Code.to_bytes`."""
-        return self.code.to_bytes(dtype)
-
-
-def code_in(data: bytes, name: str) -> Code | None:
-    """The code that bytes hold; None where they hold something else.
+def is_user_code(data: bytes, name: str) -> bool:
+    """Whether a file holds a user code, from its header alone.
 
     Raises:
-        PrefixFormatError: If they are damaged.
+        PrefixFormatError: If the header is damaged.
     """
-    is_code = "decoder" in payload.read_header(data, name)
-    return Code.from_bytes(data, name=name) if is_code else None
+    return "decoder" in container.read_header(data, name)
 
 
 class PrefixDecoder(nn.Module):
-    """Code -> slots: `start + scale * network(embedding + code)`, slot by slot, site by site.
+    """User code -> prefix: `initial + scale * network(embedding + code)` per slot and site.
 
-    The network is that of the `shared` parameterization (Control Prefixes, Clive et al.,
-    2021): what differs between users is where its slots' embeddings are. It begins at
-    `start`, whatever the code.
+    The network is the shared parameterization of Control Prefixes: users differ in where the
+    embeddings of their slots are. Before training every code decodes to `initial`.
 
     Args:
-        start: The prefix that all users begin with.
-        scale: For each site, the unit of change, `(slot_size,)`.
-        width: Numbers of a code for each slot.
-        hidden: Of the network.
-        features: How many numbers tell what a user's texts are like; from them the
-            `generator` guesses a code.
-        embedder: What computed them: its name, so that no other is used.
-        seed: Of the networks.
+        initial: The prefix that all users start from.
+        scale: Per site, the unit of change of a slot's values, `(slot_size,)`.
+        width: Values of a code per slot.
+        hidden_size: Size of the networks' hidden layers.
+        num_features: Text features per text, from which `predictor` predicts a code.
+        feature_set: Name of the text features, so that no others are used.
+        seed: Seed of the networks' weights.
 
     Attributes:
-        content_hash: Of the bytes it was read from, which codes name it by.
+        content_hash: Hash of the file that it was read from, which codes refer to.
+
+    Reference:
+        Clive et al., "Control Prefixes", 2021, https://arxiv.org/abs/2110.08329.
     """
 
     def __init__(
         self,
-        start: Prefix,
+        initial: Prefix,
         scale: Mapping[Site, Tensor],
         *,
         width: int = 64,
-        hidden: int = 512,
-        features: int = 1,
-        embedder: str = "",
+        hidden_size: int = 512,
+        num_features: int = 1,
+        feature_set: str = "",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.content_hash = ""
-        self._kept_as: PayloadDtype = "float32"
-        self.geometry = start.geometry
-        self.num_slots, self.width, self.hidden = start.num_slots, width, hidden
-        self.embedder = embedder
+        self._storage_dtype: StorageDtype = "float32"
+        self.geometry = initial.geometry
+        self.num_slots, self.width, self.hidden_size = initial.num_slots, width, hidden_size
+        self.feature_set = feature_set
         generator = torch.Generator().manual_seed(seed)
-        self.networks = nn.ModuleDict(
+        self.sites = nn.ModuleDict(
             {
-                site: _SlotNetwork(start.slots[site], scale[site], width, hidden, generator)
+                site: _SiteDecoder(initial.slots[site], scale[site], width, hidden_size, generator)
                 for site in self.geometry.sites
             }
         )
-        self.generator = CodeGenerator(features, self.num_slots * width)
+        self.predictor = CodePredictor(num_features, self.num_slots * width)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers in its bytes."""
-        return getattr(torch, self._kept_as)
+        """Storage dtype of the weights."""
+        return getattr(torch, self._storage_dtype)
 
     @property
     def scales(self) -> dict[Site, Tensor]:
-        """For each site, the unit of change, `(slot_size,)`."""
-        return {site: cast(Tensor, self.networks[site].scale) for site in self.geometry.sites}
+        """Per site, the unit of change of a slot's values, `(slot_size,)`."""
+        return {site: cast(Tensor, self.sites[site].scale) for site in self.geometry.sites}
 
-    def slots(self, numbers: Tensor) -> dict[Site, Tensor]:
-        """Slots of a code `(num_slots, width)`, connected to it and to the parameters."""
-        return {site: self.networks[site](numbers) for site in self.geometry.sites}
+    def slots(self, values: Tensor) -> dict[Site, Tensor]:
+        """Decode code values `(num_slots, width)` with gradients.
 
-    def guess(self, features: Tensor) -> Code:
-        """The code of a user, from what their texts are like, `(texts, num_features)`."""
-        numbers = self.generator(features).view(self.num_slots, self.width)
-        return Code(self.content_hash, numbers)
+        Returns:
+            Per site, `(num_slots, slot_size)`.
+        """
+        return {site: self.sites[site](values) for site in self.geometry.sites}
+
+    def predict_code(self, features: Tensor) -> UserCode:
+        """Predict a user's code from the features of their texts, `(num_texts, num_features)`."""
+        values = self.predictor(features).view(self.num_slots, self.width)
+        return UserCode(self.content_hash, values)
 
     @property
-    def common(self) -> Code:
-        """The code that users have in the mean."""
-        numbers = self.generator.common.view(self.num_slots, self.width)
-        return Code(self.content_hash, numbers.clone())
+    def mean_code(self) -> UserCode:
+        """The mean code of the users that it was trained on."""
+        values = self.predictor.mean_code.view(self.num_slots, self.width)
+        return UserCode(self.content_hash, values.clone())
 
-    def decode(self, code: Code) -> CodedPrefix:
-        """The prefix of a code, on the decoder's device.
+    def decode(self, code: UserCode) -> Prefix:
+        """Decode a code, on the decoder's device.
 
         Raises:
-            PrefixFormatError: If the code is another decoder's.
+            PrefixFormatError: If the code belongs to another decoder.
         """
-        if code.decoder != self.content_hash or code.numbers.shape != (self.num_slots, self.width):
+        if (
+            code.decoder_hash != self.content_hash
+            or code.values.shape != (self.num_slots, self.width)
+        ):
             raise PrefixFormatError(
-                f"a code of decoder {code.decoder[:19]} {tuple(code.numbers.shape)} cannot be read "
-                f"by decoder {self.content_hash[:19]} {(self.num_slots, self.width)}"
+                f"a code of decoder {code.decoder_hash[:19]} with shape "
+                f"{tuple(code.values.shape)} cannot be read by decoder {self.content_hash[:19]} "
+                f"with shape {(self.num_slots, self.width)}"
             )
         with torch.no_grad():
-            slots = self.slots(code.numbers.to(next(self.parameters())))
-        return CodedPrefix(self.geometry, slots, code=code)
+            slots = self.slots(code.values.to(next(self.parameters())))
+        return Prefix(self.geometry, slots)
 
-    def frozen(self) -> "PrefixDecoder":
-        """As it is published: rounded to bfloat16, and computing with that in float32."""
+    def rounded(self) -> "PrefixDecoder":
+        """A frozen copy with bfloat16 weights, computing in float32: the form it is stored in."""
         return PrefixDecoder.from_bytes(self.to_bytes("bfloat16"))
 
-    def to_bytes(self, dtype: PayloadDtype | None = None) -> bytes:
-        """As one safetensors file.
+    def to_bytes(self, dtype: StorageDtype | None = None) -> bytes:
+        """Serialize to one safetensors file.
 
         Args:
-            dtype: Of the numbers in the file, other than int8; left out, as they were read.
+            dtype: Storage dtype, except int8; left out, the dtype it was read in.
 
         Raises:
-            PrefixFormatError: If a number is NaN or infinite, or the dtype is int8.
+            PrefixFormatError: If a value is NaN or infinite, or the dtype is int8.
         """
         if dtype == "int8":
-            raise PrefixFormatError("a decoder cannot be kept as int8; give bfloat16")
-        wanted = getattr(torch, dtype or self._kept_as)
-        tensors = {name: rows.to(wanted) for name, rows in self.state_dict().items()}
-        for name, rows in tensors.items():
-            if not bool(torch.isfinite(rows).all()):
-                raise PrefixFormatError(f"the decoder has NaN or infinite numbers in {name}")
-        return payload.write(
-            {
-                "geometry": self.geometry.to_dict(),
-                "network": {
-                    "width": self.width,
-                    "hidden": self.hidden,
-                    "features": self.generator.num_features,
-                    "embedder": self.embedder,
-                },
+            raise PrefixFormatError("a decoder cannot be stored as int8; give bfloat16")
+        storage_dtype = getattr(torch, dtype or self._storage_dtype)
+        tensors = {name: tensor.to(storage_dtype) for name, tensor in self.state_dict().items()}
+        header = {
+            "geometry": self.geometry.to_dict(),
+            "network": {
+                "width": self.width,
+                "hidden_size": self.hidden_size,
+                "num_features": self.predictor.num_features,
+                "feature_set": self.feature_set,
             },
-            tensors,
-        )
+        }
+        return container.write(header, tensors, "the decoder")
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "decoder") -> Self:
-        """Read what `to_bytes` wrote; it does not learn.
+        """Read what `to_bytes` wrote; the result is frozen.
+
+        Args:
+            data: A whole safetensors file.
+            name: What the file is called in errors.
 
         Raises:
-            PrefixFormatError: If it is damaged, or no decoder.
+            PrefixFormatError: If it is damaged, or not a decoder.
         """
-        about, tensors = payload.read(data, name)
-        network: Any = about.get("network")
-        if network is None or "geometry" not in about:
+        header, tensors = container.read(data, name)
+        network: Any = header.get("network")
+        if network is None or "geometry" not in header:
             raise PrefixFormatError(f"{name} is not a decoder written by controlprefix")
-        geometry = Geometry.from_dict(about["geometry"])
+        geometry = Geometry.from_dict(header["geometry"])
         try:
-            start = Prefix(geometry, {s: tensors[f"networks.{s}.start"] for s in geometry.sites})
-            scale: dict[Site, Tensor] = {
-                site: tensors[f"networks.{site}.scale"] for site in SITES if site in geometry.sites
-            }
-            kept_as = str(start.dtype).removeprefix("torch.")
-            decoder = cls(start.to(dtype=torch.float32), scale, **network).float()
+            sites = geometry.sites
+            initial = Prefix(geometry, {site: tensors[f"sites.{site}.initial"] for site in sites})
+            scale = {site: tensors[f"sites.{site}.scale"] for site in sites}
+            storage_dtype = str(initial.dtype).removeprefix("torch.")
+            decoder = cls(initial.to(dtype=torch.float32), scale, **network).float()
             decoder.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError, GeometryMismatchError) as error:
             raise PrefixFormatError(f"{name} contradicts itself: {error}") from error
-        if kept_as not in FLOATS:
-            raise PrefixFormatError(f"{name} holds {kept_as} numbers")
-        for rows in tensors.values():
-            if not bool(torch.isfinite(rows).all()):
-                raise PrefixFormatError(f"{name} has NaN or infinite numbers")
-        decoder._kept_as = cast(PayloadDtype, kept_as)
-        decoder.content_hash = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        if storage_dtype not in FLOAT_DTYPES:
+            raise PrefixFormatError(f"{name} holds {storage_dtype} values; weights are floats")
+        decoder._storage_dtype = cast(StorageDtype, storage_dtype)
+        decoder.content_hash = content_hash(data)
         return decoder.requires_grad_(False).eval()
 
 
-class CodeGenerator(nn.Module):
-    """What a user's texts are like -> a code: a linear map of the mean of their features.
+class CodePredictor(nn.Module):
+    """Text features -> user code: a linear map of the shrunk mean of a user's features.
 
-    One text says less of its writer than sixteen, so the mean of n counts n / (n + doubt).
+    The mean over n texts is multiplied by n / (n + pseudo_count), a shrinkage estimator: one
+    text says less about its author than sixteen.
 
     Args:
-        num_features: Of each text.
-        size: Of a code.
+        num_features: Features per text.
+        code_size: Values of a code.
     """
 
-    mean: Tensor
-    spread: Tensor
+    feature_mean: Tensor
+    feature_std: Tensor
     weights: Tensor
-    common: Tensor
-    doubt: Tensor
+    mean_code: Tensor
+    pseudo_count: Tensor
 
-    def __init__(self, num_features: int, size: int) -> None:
+    def __init__(self, num_features: int, code_size: int) -> None:
         super().__init__()
         self.num_features = num_features
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("spread", torch.ones(num_features))
-        self.register_buffer("weights", torch.zeros(num_features, size))
-        self.register_buffer("common", torch.zeros(size))
-        self.register_buffer("doubt", torch.ones(1))
+        self.register_buffer("feature_mean", torch.zeros(num_features))
+        self.register_buffer("feature_std", torch.ones(num_features))
+        self.register_buffer("weights", torch.zeros(num_features, code_size))
+        self.register_buffer("mean_code", torch.zeros(code_size))
+        self.register_buffer("pseudo_count", torch.ones(1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """A code, `(size,)`, from a user's texts, `(texts, num_features)`: at least one."""
-        return self.common + self.shrunk(features) @ self.weights
+        """Predict a code `(code_size,)` from `(num_texts, num_features)`, at least one text."""
+        return self.mean_code + self.shrunk_features(features) @ self.weights
 
     @property
-    def tells(self) -> bool:
-        """Whether a code depends on texts at all."""
+    def uses_features(self) -> bool:
+        """Whether the prediction depends on the features at all."""
         return bool(self.weights.any())
 
-    def shrunk(self, features: Tensor) -> Tensor:
-        """What the code depends on, `(num_features,)`."""
-        each = (features.to(self.mean) - self.mean) / self.spread
-        each = each.clamp(-_LARGEST, _LARGEST)
-        return each.mean(0) * (len(each) / (len(each) + self.doubt))
+    def shrunk_features(self, features: Tensor) -> Tensor:
+        """Standardize, clamp, average and shrink features; returns `(num_features,)`."""
+        standardized = (features.to(self.feature_mean) - self.feature_mean) / self.feature_std
+        standardized = standardized.clamp(-_MAX_DEVIATIONS, _MAX_DEVIATIONS)
+        num_texts = len(standardized)
+        return standardized.mean(0) * (num_texts / (num_texts + self.pseudo_count))
 
 
-class _SlotNetwork(nn.Module):
-    start: Tensor
+class _SiteDecoder(nn.Module):
+    """The decoder at one site."""
+
+    initial: Tensor
     scale: Tensor
 
     def __init__(
-        self, start: Tensor, scale: Tensor, width: int, hidden: int, seed: torch.Generator
+        self,
+        initial: Tensor,
+        scale: Tensor,
+        width: int,
+        hidden_size: int,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.register_buffer("start", start.detach().clone())
+        self.register_buffer("initial", initial.detach().clone())
         self.register_buffer("scale", scale.detach().clone())
-        self.embeddings = nn.Parameter(torch.randn(len(start), width, generator=seed))
-        self.hidden, self.last = nn.Linear(width, hidden), nn.Linear(hidden, start.shape[1])
-        with torch.no_grad():
-            self.hidden.weight.normal_(std=width**-0.5, generator=seed)
-            for zero in (self.hidden.bias, self.last.weight, self.last.bias):
-                zero.zero_()
+        self.embeddings = nn.Parameter(torch.randn(len(initial), width, generator=generator))
+        self.network = SlotNetwork(width, hidden_size, initial.shape[1], generator=generator)
 
-    def forward(self, numbers: Tensor) -> Tensor:
-        embedded = self.embeddings + numbers[: len(self.embeddings)]
-        return self.start + self.scale * self.last(torch.tanh(self.hidden(embedded)))
+    def forward(self, values: Tensor) -> Tensor:
+        embeddings = self.embeddings + values[: len(self.embeddings)]
+        return self.initial + self.scale * self.network(embeddings)

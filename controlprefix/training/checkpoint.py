@@ -1,9 +1,7 @@
-"""The state of a run in a folder, so that a killed one can go on as if nothing had happened."""
+"""Checkpoints: a run's state in a folder, from which a killed run continues bit-identically."""
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,27 +12,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from controlprefix._io import atomic_path
 from controlprefix.errors import StoreError, TrainingDataError
 from controlprefix.training.objectives import TrainingRow
-from controlprefix.training.parameterization import LearnedSlots
+from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.settings import TrainingSettings
 
-FILE = "state.safetensors"
-# A run may go on with other values of these.
-_MAY_CHANGE = {"epochs", "steps", "micro_batch", "patience", "gradient_checkpointing", "save_every"}
+FILE = "checkpoint.safetensors"
+# A run may be resumed with other values of these.
+_MAY_CHANGE = {
+    "epochs",
+    "steps",
+    "micro_batch_size",
+    "patience",
+    "gradient_checkpointing",
+    "save_steps",
+}
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is, beside its tensors.
+    """How far a run is.
 
     Attributes:
         step: Steps done.
-        losses: Of each step, nats a target token.
-        validation: `(step, loss on held-out rows)`.
-        best_step: Whose prefixes are the best so far.
-        num_rows, num_tokens: Seen, repeats counted.
-        seconds: In all, over all the times it was begun.
+        losses: Loss of each step, nats per target token.
+        validation: `(step, validation loss)`.
+        best_step: The step with the lowest validation loss.
+        num_rows, num_tokens: Trained on so far, repeats counted.
+        seconds: Wall-clock time, over all sessions of the run.
     """
 
     step: int = 0
@@ -50,129 +56,145 @@ def save(
     folder: Path,
     identity: Mapping[str, Any],
     progress: Progress,
-    slots: nn.Module,
+    prefixes: nn.Module,
     optimizer: torch.optim.Optimizer,
     best: Mapping[str, Tensor],
 ) -> None:
-    """Write a run's state; the file is replaced whole or not at all.
+    """Write a checkpoint; the file is replaced whole or not at all.
+
+    Args:
+        folder: The run's folder.
+        identity: From `run_identity`.
+        progress: How far the run is.
+        prefixes: What is trained.
+        optimizer: Its optimizer.
+        best: Parameters of the best step.
 
     Raises:
         StoreError: If it cannot be written.
     """
-    tensors = {f"slots.{name}": value for name, value in slots.state_dict().items()}
+    tensors = {f"prefixes.{name}": value for name, value in prefixes.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
     tensors.update({f"best.{name}": value for name, value in best.items()})
-    about = {"identity": identity, "progress": asdict(progress)}
-    written = folder / f"{FILE}.{os.getpid()}"
+    metadata = {"identity": identity, "progress": asdict(progress)}
     try:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            written,
-            metadata={"controlprefix": json.dumps(about)},
-        )
-        with written.open("rb+") as file:
-            os.fsync(file.fileno())
-        written.replace(folder / FILE)
+        with atomic_path(folder / FILE) as unfinished:
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                unfinished,
+                metadata={"controlprefix": json.dumps(metadata)},
+            )
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            written.unlink()
-        raise StoreError(f"cannot write the run's state to {folder}: {error}") from error
-
-
-def require_folder(folder: Path | None, resume: bool) -> None:
-    """Make a run's folder, before there is anything to lose.
-
-    Raises:
-        TrainingDataError: If there is to be something to go on from, and no folder of it.
-        StoreError: If it cannot be made.
-    """
-    if folder is None:
-        if resume:
-            raise TrainingDataError("resume goes on from the state in a folder; give the folder")
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot make the run's folder {folder}: {error}") from error
+        raise StoreError(f"cannot write a checkpoint to {folder}: {error}") from error
 
 
 def load(
     folder: Path,
     identity: Mapping[str, Any],
-    slots: nn.Module,
+    prefixes: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> tuple[Progress, dict[str, Tensor]] | None:
-    """Take up what `save` wrote; None where nothing is written yet.
+    """Load a checkpoint into what is trained and its optimizer.
+
+    Args:
+        folder, identity, prefixes, optimizer: See `save`.
+
+    Returns:
+        The progress and the parameters of the best step; None if there is no checkpoint.
 
     Raises:
         StoreError: If it cannot be read.
-        TrainingDataError: If it is of another run.
+        TrainingDataError: If it belongs to another run.
     """
     path = folder / FILE
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["controlprefix"])
+            metadata = json.loads((file.metadata() or {})["controlprefix"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        _require_same(folder, about["identity"], identity)
-        progress = Progress(**about["progress"])
+        _require_same_run(folder, metadata["identity"], identity)
+        progress = Progress(**metadata["progress"])
         progress.validation = [(step, loss) for step, loss in progress.validation]
-        slots.load_state_dict(_under("slots.", tensors))
+        prefixes.load_state_dict(_with_prefix("prefixes.", tensors))
         state = optimizer.state_dict()
         state["state"] = {}
-        for name, value in _under("optimizer.", tensors).items():
-            index, _, what = name.partition(".")
-            state["state"].setdefault(int(index), {})[what] = value
+        for name, value in _with_prefix("optimizer.", tensors).items():
+            index, _, field_name = name.partition(".")
+            state["state"].setdefault(int(index), {})[field_name] = value
         optimizer.load_state_dict(state)
-        best = _under("best.", tensors)
+        best = _with_prefix("best.", tensors)
         if {n: t.shape for n, t in best.items()} != {
-            n: t.shape for n, t in slots.state_dict().items()
+            n: t.shape for n, t in prefixes.state_dict().items()
         }:
             raise ValueError("the best step's parameters are not those of the run")
     except TrainingDataError:
         raise
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise StoreError(
-            f"the state in {path} cannot be read: {error}; remove it to begin anew"
+            f"the checkpoint {path} cannot be read: {error}; remove it to start from step 0"
         ) from error
     return progress, best
 
 
-def identity_of(
-    settings: TrainingSettings, rows: Iterable[TrainingRow], slots: LearnedSlots
+def require_folder(folder: Path | None, resume: bool) -> None:
+    """Create a run's folder before training starts.
+
+    Raises:
+        TrainingDataError: If a run should be resumed and no folder is given.
+        StoreError: If it cannot be created.
+    """
+    if folder is None:
+        if resume:
+            raise TrainingDataError("resume continues from a checkpoint; give its folder")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot create the run's folder {folder}: {error}") from error
+
+
+def run_identity(
+    settings: TrainingSettings, rows: Iterable[TrainingRow], prefixes: TrainablePrefixes
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on: settings, rows, and where it started."""
+    """What must be equal for a run to be resumed: settings, rows, and the initialization."""
     sha = hashlib.sha256()
     for row in rows:
         parts = [(part.prefix.digest, part.strength) for part in row.frozen]
-        about = (list(row.prompt), list(row.targets), parts, list(row.learned), row.teacher)
-        sha.update(repr(about).encode())
-    sha.update(slots.start_digest().encode())
-    chosen = {k: v for k, v in settings.as_dict().items() if k not in _MAY_CHANGE}
-    return {"settings": chosen, "data": sha.hexdigest()}
+        learned = [(tuple(key), strength) for key, strength in row.learned]
+        content = (list(row.prompt), list(row.targets), parts, learned, row.teacher)
+        sha.update(repr(content).encode())
+    sha.update(prefixes.initial_digest().encode())
+    fixed = {name: v for name, v in settings.to_dict().items() if name not in _MAY_CHANGE}
+    return {"settings": fixed, "data": sha.hexdigest()}
 
 
-def in_one_line(identity: Mapping[str, Any]) -> str:
-    """The same, short."""
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """A hash of a run's identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _require_same(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = [
+def _require_same_run(
+    folder: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    differences = [
         f"{name} was {saved['settings'].get(name)!r}, is {value!r}"
-        for name, value in wanted["settings"].items()
+        for name, value in expected["settings"].items()
         if saved["settings"].get(name) != value
     ]
-    if saved["data"] != wanted["data"]:
-        differing.append("other examples, starts or stored prefixes")
-    if differing:
+    if saved["data"] != expected["data"]:
+        differences.append("other examples, initializations or stored prefixes")
+    if differences:
         raise TrainingDataError(
-            f"{folder} holds another run ({'; '.join(differing)}); give another folder, or the "
+            f"{folder} holds another run ({'; '.join(differences)}); give another folder, or the "
             "same settings and examples"
         )
 
 
-def _under(start: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

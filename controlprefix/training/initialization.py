@@ -1,61 +1,159 @@
-"""What a prefix starts from: a text's keys and values, and how large they are."""
+"""Initialization: what a prefix starts from, and the scale of the model's keys and values."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from controlprefix.model.text_prefix import prefix_from_tokens
-from controlprefix.model.tokenization import RequestEncoder
-from controlprefix.prefixes.geometry import Site
-from controlprefix.prefixes.prefix import Prefix
+from controlprefix.errors import TrainingDataError
+from controlprefix.model import FrozenModel, prefix_from_tokens
+from controlprefix.prefixes import Kind, Prefix, PrefixKey, Site
 from controlprefix.training.objectives import TrainingRow
-from controlprefix.training.selection import most_attended, slot_masses
+from controlprefix.training.slot_attention import most_attended, slot_masses
 
-_SCALE_TOKENS = 64
-_READ_TOKENS = 256  # of a text to start from; 512 were no better
+Initialization = Literal["text", "tokens", "random", "stored"]
+INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
+# Per prefix, a text or another prefix to start from.
+Initializations = Mapping[tuple[Kind, str], str | Prefix]
+
+_MAX_SCALE_TOKENS = 64
+_MAX_TEXT_TOKENS = 256  # of a text to start from; 512 were no better
+_MAX_ATTENDING_ROWS = 8  # per prefix: they choose the slots to start from
+_MIN_RELATIVE_SCALE = 1e-2  # so that a head that is silent on these tokens can be trained
 
 
-def start_of_text(
-    model: PreTrainedModel,
-    encoder: RequestEncoder,
+@dataclass(frozen=True, slots=True)
+class InitSpec:
+    """What training prefixes start from.
+
+    Attributes:
+        default: For prefixes that are not in `given`.
+        given: Per key, a text or a prefix.
+    """
+
+    default: Initialization
+    given: Mapping[PrefixKey, str | Prefix]
+
+    @classmethod
+    def parse(
+        cls, init: Initialization | Initializations, keys: Sequence[PrefixKey]
+    ) -> "InitSpec":
+        """Check the `init` argument of `train`.
+
+        Args:
+            init: A way for all prefixes, or texts and prefixes for some.
+            keys: The prefixes that are trained.
+
+        Raises:
+            TrainingDataError: If it names something else, or is neither.
+        """
+        if not isinstance(init, Mapping):
+            if init not in INITIALIZATIONS:
+                raise TrainingDataError(
+                    f"init is {init!r}; it must be one of: {', '.join(INITIALIZATIONS)}"
+                )
+            return cls(init, {})
+        given = {}
+        for name, value in init.items():
+            key = PrefixKey(*name) if isinstance(name, tuple) and len(name) == 2 else None
+            if key not in keys:
+                trained = ", ".join(str(tuple(key)) for key in keys)
+                raise TrainingDataError(
+                    f"init names {name!r}, which is not trained; trained: {trained}"
+                )
+            if not isinstance(value, Prefix) and not (isinstance(value, str) and value.strip()):
+                raise TrainingDataError(f"init of {key} is {value!r}; give a text or a Prefix")
+            given[key] = value
+        return cls("text", given)
+
+
+def make_slots(
+    frozen: FrozenModel,
+    key: PrefixKey,
+    num_slots: int,
+    spec: InitSpec,
+    *,
+    stored: Prefix | None,
     text: str,
     rows: Sequence[TrainingRow],
-    num_slots: int,
+    completions: Sequence[Sequence[int]],
+    seed: int,
+    index: int,
 ) -> Prefix:
-    """A text's keys and values; where it is longer, in each head those that rows attend to most.
+    """The prefix that training starts from.
 
     Args:
-        model: Frozen.
-        encoder: Of that model.
-        text: Not empty.
-        rows: What is like what the prefix is for, best not in the text's beginning: a row attends
-            to its own copy above all. Without any, the text's first tokens will do.
-        num_slots: Of the prefix; a text of fewer tokens is read over and over.
+        frozen: The model.
+        key: Which prefix.
+        num_slots: Its slots; a given or stored prefix keeps its own number.
+        spec: How to start.
+        stored: Its stored version, if there is one.
+        text: Its training text, from training rows only.
+        rows: Its training rows, shuffled.
+        completions: Token ids of the completions of all training rows.
+        seed, index: Seed of the run, and a number of this prefix in it.
+
+    Raises:
+        GeometryMismatchError: If a given prefix was made for another model.
     """
-    room = min(_READ_TOKENS, encoder.context or _READ_TOKENS)
-    ids = encoder.text_ids(text)[: max(room, num_slots)]
+    given = spec.given.get(key)
+    if isinstance(given, Prefix):
+        frozen.geometry.require(given.geometry, f"the initialization of {key}")
+        return given
+    if given is None and spec.default == "stored" and stored is not None:
+        return stored
+    if given is None and spec.default == "random":
+        return Prefix.random(frozen.geometry, num_slots=num_slots, seed=seed + index)
+    if given is None and spec.default == "tokens":
+        vocabulary = sorted({token for ids in completions for token in ids})
+        ids = random.Random(f"{seed}:{index}").choices(vocabulary, k=num_slots)
+        return prefix_from_tokens(frozen, ids)
+    # The last rows choose the slots: a row attends above all to its own copy, which is at the
+    # start of the text. A single row has no other to choose by.
+    attending = rows[-_MAX_ATTENDING_ROWS:] if given or len(rows) > 1 else ()
+    return slots_from_text(frozen, given or text, attending, num_slots)
+
+
+def slots_from_text(
+    frozen: FrozenModel, text: str, rows: Sequence[TrainingRow], num_slots: int
+) -> Prefix:
+    """The keys and values of a text; of a longer text, per head those that rows attend to most.
+
+    Args:
+        frozen: The model.
+        text: Not empty. Its first 256 tokens are read.
+        rows: Rows that are like those the prefix is for, best not from the beginning of the
+            text. Without any, the first tokens are kept.
+        num_slots: Slots of the prefix; a text of fewer tokens is repeated.
+    """
+    tokenizer = frozen.request_tokenizer
+    max_tokens = min(_MAX_TEXT_TOKENS, tokenizer.context_length or _MAX_TEXT_TOKENS)
+    ids = tokenizer.text_ids(text)[: max(max_tokens, num_slots)]
     if len(ids) <= num_slots or not rows:
-        return prefix_from_tokens(model, ids, num_slots=num_slots)
-    whole = prefix_from_tokens(model, ids)
-    masses = slot_masses(model, rows, whole, pad_id=encoder.pad_id)
-    return most_attended(whole, masses, num_slots)
+        return prefix_from_tokens(frozen, ids, num_slots=num_slots)
+    whole = prefix_from_tokens(frozen, ids)
+    return most_attended(whole, slot_masses(frozen, rows, whole), num_slots)
 
 
-def typical_scale(model: PreTrainedModel, ids: Sequence[int]) -> dict[Site, Tensor]:
-    """The `typical_size` of the model's own keys and values of such tokens."""
-    return typical_size(prefix_from_tokens(model, ids[:_SCALE_TOKENS]))
+def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]:
+    """The scale of the model's own keys and values of some tokens: see `scale_of`."""
+    return scale_of(prefix_from_tokens(frozen, ids[:_MAX_SCALE_TOKENS]))
 
 
-def typical_size(prefix: Prefix) -> dict[Site, Tensor]:
-    """For each site `(slot_size,)`: the root mean square of each head's keys, and of its values."""
-    sizes = {}
+def scale_of(prefix: Prefix) -> dict[Site, Tensor]:
+    """Per site `(slot_size,)`: the root mean square of each head's keys, and of its values."""
+    scales = {}
     for site, rows in prefix.slots.items():
-        heads = prefix.geometry.head_sizes(site)
+        head_sizes = prefix.geometry.head_sizes(site)
         squares = rows.float().square().mean(dim=0)
-        least = 1e-2 * squares.mean().sqrt()  # a head that is silent here may yet be moved
-        sizes[site] = torch.cat(
-            [one.mean().sqrt().clamp(min=least).expand(len(one)) for one in squares.split(heads)]
+        minimum = _MIN_RELATIVE_SCALE * squares.mean().sqrt()
+        scales[site] = torch.cat(
+            [
+                head.mean().sqrt().clamp(min=minimum).expand(len(head))
+                for head in squares.split(head_sizes)
+            ]
         )
-    return sizes
+    return scales

@@ -1,61 +1,65 @@
-"""The training loop: rows in, the best prefixes out, the model untouched."""
+"""The training loop: optimizer steps of one or several runs in common passes over the model.
+
+A row attends only to the prefixes of its own run, so the gradient of the sum of all losses is
+each run's own gradient. Each run has its own optimizer, rows, validation and end.
+"""
 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from torch import nn
 from transformers import PreTrainedModel
 
+from controlprefix._io import progress_bar
 from controlprefix.errors import TrainingDataError
-from controlprefix.model.steering import Steering
-from controlprefix.training import checkpoint as state
-from controlprefix.training.objectives import Objective, Pair, TrainingRow
-from controlprefix.training.parameterization import LearnedSlots
-from controlprefix.training.run import Run, in_batches
+from controlprefix.model import FrozenModel
+from controlprefix.prefixes import Prefix, PrefixKey
+from controlprefix.training import checkpoint
+from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
+from controlprefix.training.parameterization import TrainablePrefixes
+from controlprefix.training.run import TrainingRun
 from controlprefix.training.settings import TrainingSettings
+
+_MAX_ROWS_PER_PASS = 64
 
 
 def train(
-    model: PreTrainedModel,
+    frozen: FrozenModel,
     rows: Sequence[TrainingRow],
-    slots: LearnedSlots,
+    prefixes: TrainablePrefixes,
     *,
-    pad_id: int,
     settings: TrainingSettings,
-    progress: bool,
+    progress: bool = True,
     folder: Path | None = None,
     resume: bool = False,
     accelerator: Accelerator | None = None,
-) -> Run:
-    """Learn prefixes on rows; everything else, the model first of all, stays as it is.
+) -> TrainingRun:
+    """Train prefixes on rows; nothing else changes, above all not the model.
 
     Processes that accelerate started share each step's rows, and all return the same.
 
     Args:
-        model: Frozen.
-        rows: At least two where a validation split is asked for.
-        slots: What is learned.
-        pad_id: Any id.
-        settings: How.
+        frozen: The model.
+        rows: Training rows, from which the settings hold some out.
+        prefixes: What is trained.
+        settings: Hyperparameters.
         progress: Show a progress bar.
-        folder: Where to write the state of the run, every `save_every` steps and at the end.
-        resume: Go on from the state in that folder, where there is one.
-        accelerator: With a precision and trackers of your own.
+        folder: Where to write checkpoints, every `save_steps` steps and at the end.
+        resume: Continue from the checkpoint in that folder, if there is one.
+        accelerator: For a precision or trackers of your own.
 
     Returns:
-        The run, at its end; nothing is saved yet.
+        The finished run, with the parameters of its best step; nothing is stored yet.
 
     Raises:
-        TrainingDataError: If there are no rows, or the loss is no longer a number.
-        StoreError: If the state of the run cannot be read or written.
+        TrainingDataError: If there are no rows, or the loss is not finite.
+        StoreError: If a checkpoint cannot be read or written.
 
     Reference:
         Li & Liang, "Prefix-Tuning", 2021, https://arxiv.org/abs/2101.00190; joint
@@ -63,130 +67,192 @@ def train(
         https://arxiv.org/abs/2110.08329.
     """
     if not rows:
-        raise TrainingDataError("there are no examples to learn from")
-    state.require_folder(folder, resume)
-    run = Run(rows, slots, settings, model.device)
+        raise TrainingDataError("there are no examples to train on")
+    checkpoint.require_folder(folder, resume)
+    accelerator = accelerator or Accelerator()
+    run = TrainingRun(rows, prefixes, settings, frozen.device)
     if folder is not None and resume:
-        run.take_up(folder)
-    _Loop(model, run, accelerator or Accelerator(), pad_id=pad_id).go(folder, progress)
+        run.resume_from(folder)
+    loop = TrainingLoop(frozen, settings, accelerator)
+    is_main = accelerator.is_main_process
+    earlier_s, started = run.progress.seconds, time.monotonic()
+    with (
+        activation_checkpointing(frozen.model, settings.gradient_checkpointing),
+        progress_bar("training", run.num_steps, visible=progress and is_main) as update,
+    ):
+        while not run.is_finished:
+            failures = loop.step([run])
+            if failures:
+                raise TrainingDataError(failures[run])
+            run.progress.seconds = earlier_s + time.monotonic() - started
+            due = run.is_finished or run.progress.step % settings.save_steps == 0
+            if folder is not None and is_main and due:
+                run.save(folder)
+            metrics = {"loss": run.progress.losses[-1]}
+            if run.progress.validation:
+                metrics["validation"] = run.progress.validation[-1][1]
+            accelerator.log(metrics, step=run.progress.step)
+            note = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            update(run.progress.step, note)
+    run.restore_best()
     return run
 
 
-class _Loop:
-    """Computes a run's losses, over pieces of a batch and over processes."""
+class TrainingLoop:
+    """Takes steps of runs.
+
+    Args:
+        frozen: The model.
+        settings: Hyperparameters that all runs have in common.
+        accelerator: Shares a single run's rows between processes; None for several runs.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, run: Run, accelerator: Accelerator, *, pad_id: int
+        self,
+        frozen: FrozenModel,
+        settings: TrainingSettings,
+        accelerator: Accelerator | None = None,
     ) -> None:
-        self.run = run
-        self.accelerator = accelerator
-        self._model = model
-        self._steering = Steering.of(model)
-        self._objective = Objective(model, pad_id=pad_id, contrast=run.settings.contrast)
-        self._optimizer = accelerator.prepare_optimizer(run.optimizer)
+        self._frozen = frozen
+        self._accelerator = accelerator
+        self._objective = Objective(frozen, contrast=settings.contrast)
+        self._max_rows = settings.micro_batch_size or _MAX_ROWS_PER_PASS
+        self._prepared_optimizers: dict[TrainingRun, Any] = {}
 
-    def go(self, folder: Path | None, progress: bool) -> None:
-        """Take all steps that are left."""
-        run, settings = self.run, self.run.settings
-        main = self.accelerator.is_main_process
-        before, began = run.done.seconds, time.monotonic()
-        if run.wants_a_look:
-            run.looked(self.validation_loss())
-        with (
-            _checkpointing(self._model, settings.gradient_checkpointing),
-            _bar(progress and main, run.steps, run.done.step) as advance,
-        ):
-            while not run.is_over:
-                loss = self.step()
-                if run.wants_a_look:
-                    run.looked(self.validation_loss())
-                run.done.seconds = before + time.monotonic() - began
-                due = run.is_over or run.done.step % settings.save_every == 0
-                if folder is not None and main and due:
-                    run.save(folder)
-                known = run.done.validation[-1][1] if run.done.validation else None
-                self.accelerator.log(
-                    {"loss": loss, **({} if known is None else {"validation": known})},
-                    step=run.done.step,
-                )
-                advance(loss, known)
+    def step(self, runs: Sequence[TrainingRun]) -> dict[TrainingRun, str]:
+        """Take one step of each run, with the validation passes that are due.
 
-    def step(self) -> float:
-        """Learn from some rows; gives their loss, nats a target token."""
-        run = self.run
-        pairs, seed = run.begin()
-        loss = self.nats_a_token(pairs, seed)
-        run.require_finite(loss)
-        self.add_up_gradients()
-        self.accelerator.clip_grad_norm_(run.slots.parameters(), run.settings.max_grad_norm)
-        self._optimizer.step()
-        run.finish(pairs, loss)
-        return loss
-
-    def nats_a_token(self, pairs: Sequence[Pair], seed: int | None = None) -> float:
-        """The loss of some rows over all processes.
-
-        The gradients that are left in the parameters count every token of a run alike.
+        Returns:
+            The runs that failed, and why; the others are not affected.
         """
-        targets = sum(len(pair.row.targets) for pair in pairs)
-        mine = pairs[self.accelerator.process_index :: self.accelerator.num_processes]
-        total = 0.0
-        size = self.run.settings.micro_batch or max(1, len(mine))
-        for at in range(0, len(mine), size):
-            some = mine[at : at + size]
-            keys = {key for pair in some for row in pair if row for key, _ in row.learned}
-            batch = self._objective.assembled(some, self.run.slots.prefixes(keys, seed))
-            with (
-                self.accelerator.autocast(),
-                self._steering.attached(batch, everywhere=True),
-            ):
-                nats = self._objective(some).sum()
-                if nats.requires_grad:  # inside the block: checkpoints run attention again
-                    self.accelerator.backward(nats / self.run.targets_a_step)
-            total += float(nats.detach()) / targets
-        if self.accelerator.num_processes > 1:
-            over_all = torch.tensor(total, dtype=torch.float64, device=self._model.device)
-            total = float(self.accelerator.reduce(over_all, reduction="sum"))
-        return total
+        failures: dict[TrainingRun, str] = {}
+        self._validate(runs, failures)
+        active = [run for run in runs if run not in failures]
+        steps = {run: run.begin_step() for run in active}
+        losses = self._losses(
+            [(run, pair) for run, (pairs, _) in steps.items() for pair in pairs],
+            {run: seed for run, (_, seed) in steps.items()},
+        )
+        for run, (pairs, _) in steps.items():
+            try:
+                run.require_finite(losses[run])
+            except TrainingDataError as error:
+                failures[run] = str(error)
+                continue
+            self._update_parameters(run)
+            run.record_step(pairs, losses[run])
+        self._validate([run for run in active if run not in failures], failures)
+        return failures
 
-    def add_up_gradients(self) -> None:
-        """Over all processes. A parameter that no row of the step uses keeps no gradient."""
-        if self.accelerator.num_processes == 1:
+    def _validate(self, runs: Sequence[TrainingRun], failures: dict[TrainingRun, str]) -> None:
+        """The validation passes that are due."""
+        due = [run for run in runs if run.validation_due]
+        if not due:
             return
-        parameters = list(self.run.slots.parameters())
-        used = torch.tensor([float(p.grad is not None) for p in parameters])
-        used = self.accelerator.reduce(used.to(self._model.device), reduction="sum")
-        for parameter, number in zip(parameters, used.tolist(), strict=True):
-            if number:
-                mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(mine, reduction="sum")
-
-    def validation_loss(self) -> float:
-        """Of the held-out rows, nats a target token; without contrast."""
-        total, targets = 0.0, 0
         with torch.no_grad():
-            for batch in in_batches(self.run.held_out, self.run.settings.batch_size):
-                count = sum(len(row.targets) for row in batch)
-                total += self.nats_a_token([Pair(row) for row in batch]) * count
-                targets += count
-        return total / targets
+            losses = self._losses(
+                [(run, ContrastPair(row)) for run in due for row in run.held_out], {}
+            )
+        for run in due:
+            try:
+                run.require_finite(losses[run])
+                run.record_validation(losses[run])
+            except TrainingDataError as error:
+                failures[run] = str(error)
+
+    def _losses(
+        self, rows: Sequence[tuple[TrainingRun, ContrastPair]], seeds: Mapping[TrainingRun, int]
+    ) -> dict[TrainingRun, float]:
+        """Each run's loss in nats per target token; gradients are left in its parameters."""
+        num_targets: dict[TrainingRun, int] = {}
+        for run, pair in rows:
+            num_targets[run] = num_targets.get(run, 0) + len(pair.row.targets)
+        losses = dict.fromkeys(num_targets, 0.0)
+        by_length = sorted(rows, key=lambda item: item[1].row.num_tokens)
+        if self._accelerator is not None:
+            by_length = by_length[
+                self._accelerator.process_index :: self._accelerator.num_processes
+            ]
+        for at in range(0, len(by_length), self._max_rows):
+            chunk = by_length[at : at + self._max_rows]
+            values = self._backward(chunk, seeds)
+            for (run, _), value in zip(chunk, values, strict=True):
+                losses[run] += value / num_targets[run]
+        if self._accelerator is not None and self._accelerator.num_processes > 1:
+            for run, loss in losses.items():
+                total = torch.tensor(loss, dtype=torch.float64, device=self._frozen.device)
+                losses[run] = float(self._accelerator.reduce(total, reduction="sum"))
+        return losses
+
+    def _backward(
+        self,
+        chunk: Sequence[tuple[TrainingRun, ContrastPair]],
+        seeds: Mapping[TrainingRun, int],
+    ) -> list[float]:
+        """The loss of each pair in nats, after the backward pass of their sum."""
+        pairs = [pair for _, pair in chunk]
+        prefixes: dict[PrefixKey, Prefix] = {}
+        for run in dict.fromkeys(run for run, _ in chunk):
+            pair_rows = (row for other, pair in chunk if other is run for row in pair if row)
+            keys = {key for row in pair_rows for key, _ in row.learned}
+            prefixes.update(run.prefixes.prefixes(keys, seeds.get(run)))
+        batch = self._objective.assemble(pairs, prefixes)
+        autocast = self._accelerator.autocast() if self._accelerator else contextlib.nullcontext()
+        with autocast, self._frozen.attached(batch, everywhere=True):
+            losses = self._objective(pairs)
+            per_step = torch.tensor([run.targets_per_step for run, _ in chunk])
+            normalized = losses / per_step.to(losses.device)
+            # A loss that is not finite ends its own run, not the others.
+            finite = normalized[normalized.detach().isfinite()]
+            if finite.requires_grad and len(finite):
+                # Inside the block, since activation checkpoints run attention again.
+                if self._accelerator is not None:
+                    self._accelerator.backward(finite.sum())
+                else:
+                    finite.sum().backward()
+        return losses.detach().tolist()
+
+    def _update_parameters(self, run: TrainingRun) -> None:
+        parameters = list(run.prefixes.parameters())
+        max_norm = run.settings.max_grad_norm
+        if self._accelerator is None:
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            run.optimizer.step()
+            return
+        if run not in self._prepared_optimizers:
+            prepared = self._accelerator.prepare_optimizer(run.optimizer)
+            self._prepared_optimizers[run] = prepared
+        self._sum_gradients(parameters)
+        self._accelerator.clip_grad_norm_(parameters, max_norm)
+        self._prepared_optimizers[run].step()
+
+    def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum gradients over processes; a parameter that no row uses keeps none."""
+        if self._accelerator is None or self._accelerator.num_processes == 1:
+            return
+        has_gradient = torch.tensor([float(p.grad is not None) for p in parameters])
+        counts = self._accelerator.reduce(has_gradient.to(self._frozen.device), reduction="sum")
+        for parameter, count in zip(parameters, counts.tolist(), strict=True):
+            if count:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self._accelerator.reduce(own, reduction="sum")
 
 
-# A second run would take the first one's settings for the model's own.
-_one_at_a_time = threading.Lock()
+# A second run would take the first one's changes for the model's own settings.
+_checkpointing_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+def activation_checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
     """Checkpoint activations while inside, without switching on the model's dropout.
 
-    transformers checkpoints only modules in training mode, where dropout would
-    make each pass another; a frozen model has nothing to regularize.
+    transformers checkpoints only modules in training mode, so every dropout rate is set to 0
+    meanwhile: gradients equal those without checkpointing.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
-    with _one_at_a_time, contextlib.ExitStack() as undo:
+    with _checkpointing_lock, contextlib.ExitStack() as undo:
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
             for name, value in list(vars(module).items()):
@@ -196,32 +262,13 @@ def _checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
                     undo.callback(setattr, module, name, value)
         model.train()
         if not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-            # Slots reach a layer from outside its arguments, which only this kind follows.
+            # Slots reach a layer from outside its arguments, which only this kind supports.
             _switch(model, "enable")({"use_reentrant": False})
             undo.callback(_switch(model, "disable"))
         yield
 
 
-def _switch(model: PreTrainedModel, which: str) -> Callable[..., Any]:
+def _switch(model: PreTrainedModel, verb: str) -> Callable[..., Any]:
     """`activation_checkpointing_*`, or what transformers called it before 5.20."""
-    renamed = getattr(model, f"activation_checkpointing_{which}", None)
-    return renamed or getattr(model, f"gradient_checkpointing_{which}")
-
-
-@contextlib.contextmanager
-def _bar(shown: bool, steps: int, done: int) -> Iterator[Callable[[float, float | None], Any]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-    )
-    with ProgressBar(*columns, disable=not shown) as bar:
-        task = bar.add_task("training", total=steps, completed=done, loss="…")
-
-        def advance(loss: float, held_out: float | None) -> None:
-            known = "" if held_out is None else f", held out {held_out:.3f}"
-            bar.update(task, advance=1, loss=f"{loss:.3f}{known}")
-
-        yield advance
+    renamed = getattr(model, f"activation_checkpointing_{verb}", None)
+    return renamed or getattr(model, f"gradient_checkpointing_{verb}")

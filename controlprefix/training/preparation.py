@@ -1,149 +1,145 @@
-"""From examples to training rows: what is learned, where it starts, what stays as it is."""
+"""Preparation: from examples to training rows and initial prefixes."""
 
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.inference.resolver import Resolver, named_parts
-from controlprefix.model.steering import Steering
-from controlprefix.model.text_prefix import prefix_from_tokens
-from controlprefix.model.tokenization import RequestEncoder
-from controlprefix.prefixes.geometry import Site
-from controlprefix.prefixes.prefix import Prefix
+from controlprefix.inference.resolver import Resolver, part_at_strength
+from controlprefix.model import FrozenModel
+from controlprefix.prefixes import Kind, Part, Prefix, PrefixKey, Site
 from controlprefix.request import Example
-from controlprefix.store import Kind, PrefixKey, PrefixStore
-from controlprefix.training.initialization import start_of_text, typical_scale
+from controlprefix.training.initialization import (
+    Initialization,
+    Initializations,
+    InitSpec,
+    make_slots,
+    typical_scale,
+)
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.run import split
 from controlprefix.training.settings import TrainingSettings
 
-Learned = Literal["task", "attributes", "user"]
-Start = Literal["text", "tokens", "random", "stored"]
-# What a prefix starts from: a text's keys and values, or another prefix.
-Given = Mapping[tuple[Kind, str], str | Prefix]
-
-_STARTS = get_args(Start)
-_LOOKING_ROWS = 8  # of a prefix, at most: they choose what it starts from
-
+Learnable = Literal["task", "attributes", "user"]
 _KINDS: dict[str, Kind] = {"task": "task", "attributes": "attribute", "user": "user"}
+
 _log = logging.getLogger("controlprefix")
 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What the loop needs.
+    """What the training loop needs.
 
     Attributes:
-        rows: One for each example.
-        start: The prefixes to learn, as they begin.
-        scale: For each site, the size of the model's keys and values, head by head.
-        left_out: What examples name that is neither learned nor stored.
+        rows: One per example.
+        initial: The prefixes to train, at their initialization.
+        scale: Per site, the size of the model's keys and values, `(slot_size,)`.
+        left_out: What examples name that is neither trained nor stored.
     """
 
     rows: list[TrainingRow]
-    start: dict[PrefixKey, Prefix]
+    initial: dict[PrefixKey, Prefix]
     scale: dict[Site, Tensor]
     left_out: tuple[str, ...]
 
 
 def prepare(
     examples: Sequence[Example],
-    model: PreTrainedModel,
-    encoder: RequestEncoder,
-    store: PrefixStore,
+    frozen: FrozenModel,
     resolver: Resolver,
-    *,
-    learn: Learned | Sequence[Learned],
-    num_slots: int | Mapping[Learned, int],
-    init: Start | Given,
     settings: TrainingSettings,
-    slots_of: Callable[[PrefixKey], int | None] | None = None,
+    *,
+    learn: Learnable | Sequence[Learnable],
+    num_slots: int | Mapping[Learnable, int],
+    init: Initialization | Initializations,
+    num_slots_of: Callable[[PrefixKey], int | None] | None = None,
 ) -> Preparation:
-    """Divide what examples name into learned and frozen, and begin the learned.
+    """Divide the parts that examples name into trained and frozen, and initialize the trained.
 
-    What is begun from examples is begun from those that are learned from, not from held-out
-    ones. `slots_of` says how many slots one prefix has, where that is not `num_slots`.
+    Initializations from examples use training rows only, never held-out ones.
+
+    Args:
+        examples: At least one, with default labels.
+        frozen: The model.
+        resolver: Finds the parts that are not trained.
+        settings: For the seed and the split.
+        learn: Which kinds of parts to train.
+        num_slots: Slots of each trained prefix, or per kind.
+        init: See `ControlPrefix.train`.
+        num_slots_of: Slots of one prefix, where that differs from `num_slots`.
 
     Raises:
-        TrainingDataError: If the examples cannot be learned from.
+        TrainingDataError: If the examples cannot be trained on.
     """
     if not examples:
-        raise TrainingDataError("there are no examples to learn from")
-    kinds = _require_learnable(examples, [learn] if isinstance(learn, str) else list(learn))
-    default: Start = "text" if isinstance(init, Mapping) else init
-    if default not in _STARTS:
-        raise TrainingDataError(f"init is {init!r}; it must be one of: {', '.join(_STARTS)}")
-    named = [named_parts(example) for example in examples]
-    encoded = [encoder.encode(example) for example in examples]
+        raise TrainingDataError("there are no examples to train on")
+    kinds = _check_learnable(examples, [learn] if isinstance(learn, str) else list(learn))
+    named = [example.named_parts for example in examples]
+    keys = list(dict.fromkeys(part.key for row in named for part in row if part.key.kind in kinds))
+    spec = InitSpec.parse(init, keys)
+    tokenizer = frozen.request_tokenizer
+    tokenized = [tokenizer.example_ids(example) for example in examples]
 
-    end_id = next(iter(encoder.end_ids), None)
-    geometry = Steering.of(model).geometry
-    fingerprint = geometry.fingerprint
-    others = {part.key for row in named for part in row if part.key.kind not in kinds}
-    stored = resolver.fetch(others)
-    left_out = tuple(sorted(str(key) for key in others - stored.keys()))
+    other_keys = {part.key for row in named for part in row if part.key.kind not in kinds}
+    stored = resolver.current(other_keys)
+    left_out = tuple(sorted(str(key) for key in other_keys - stored.keys()))
     if left_out:
         _log.warning("nothing is stored yet for %s: trained without", ", ".join(left_out))
-    frozen = [
-        [stored[one.key].part(one.strength).part for one in row if one.key in stored]
-        for row in named
-    ]
-    rows = [
-        TrainingRow.of(
-            one, end_id, parts, [(p.key, p.strength) for p in row if p.key.kind in kinds]
-        )
-        for one, parts, row in zip(encoded, frozen, named, strict=True)
-    ]
+    rows = []
+    for example, parts in zip(tokenized, named, strict=True):
+        frozen_parts: list[Part] = [
+            part_at_strength(part.key, stored[part.key], part.strength).part
+            for part in parts
+            if part.key in stored
+        ]
+        learned = [(part.key, part.strength) for part in parts if part.key.kind in kinds]
+        rows.append(TrainingRow.from_example(example, tokenizer.end_id, frozen_parts, learned))
 
     seed = settings.seed
-    learned_from = set(split(len(rows), settings, random.Random(seed))[0])
-    seen = [encoded[i].completion for i in range(len(rows)) if i in learned_from]
-    keys = list(dict.fromkeys(p.key for row in named for p in row if p.key.kind in kinds))
-    given = _require_learned(init, keys) if isinstance(init, Mapping) else {}
-    known = store.fetch(keys, fingerprint) if default == "stored" else {}
-    start: dict[PrefixKey, Prefix] = {}
+    training_ids = set(split(len(rows), settings, random.Random(seed))[0])
+    completions = [tokenized[i].completion for i in range(len(rows)) if i in training_ids]
+    stored_keys = set(keys) if spec.default == "stored" else set()
+    stored_prefixes = {k: v.value for k, v in resolver.current(stored_keys).items()}
+    initial: dict[PrefixKey, Prefix] = {}
     for index, key in enumerate(keys):
-        own_slots = slots_of(key) if slots_of else None
-        wanted = num_slots if own_slots is None else own_slots
-        count = _slots_for(key.kind, wanted, encoder.context)
-        own = given.get(key)
-        if isinstance(own, Prefix):
-            geometry.require(own.geometry, f"the start of {key}")
-            start[key] = own
-        elif own is None and key in known and (found := known[key].prefix) is not None:
-            start[key] = found
-        elif own is None and default == "random":
-            start[key] = Prefix.random(geometry, num_slots=count, seed=seed + index)
-        elif own is None and default == "tokens":
-            choice = sorted({token for one in seen for token in one})
-            ids = random.Random(f"{seed}:{index}").choices(choice, k=count)
-            start[key] = prefix_from_tokens(model, ids)
-        else:
-            mine = [i for i, row in enumerate(named) if any(part.key == key for part in row)]
-            mine = [i for i in mine if i in learned_from] or mine
-            random.Random(seed).shuffle(mine)
-            text = own or "\n".join(examples[i].completion for i in mine)
-            # The last ones: a row attends to a copy of itself above all. One alone has no other.
-            looking = mine[-_LOOKING_ROWS:] if own or len(mine) > 1 else []
-            start[key] = start_of_text(model, encoder, text, [rows[i] for i in looking], count)
-    tokens = [token for one in seen for token in one]
-    return Preparation(rows, start, typical_scale(model, tokens), left_out)
+        own_num_slots = num_slots_of(key) if num_slots_of else None
+        count = _num_slots_for(
+            key.kind,
+            num_slots if own_num_slots is None else own_num_slots,
+            tokenizer.context_length,
+        )
+        row_ids = [i for i, parts in enumerate(named) if any(part.key == key for part in parts)]
+        row_ids = [i for i in row_ids if i in training_ids] or row_ids
+        random.Random(seed).shuffle(row_ids)
+        stored_prefix = stored_prefixes.get(key)
+        initial[key] = make_slots(
+            frozen,
+            key,
+            count,
+            spec,
+            stored=stored_prefix if isinstance(stored_prefix, Prefix) else None,
+            text="\n".join(examples[i].completion for i in row_ids),
+            rows=[rows[i] for i in row_ids],
+            completions=completions,
+            seed=seed,
+            index=index,
+        )
+    scale = typical_scale(frozen, [token for ids in completions for token in ids])
+    return Preparation(rows, initial, scale, left_out)
 
 
 def require_examples(examples: object) -> list[Example]:
     """The examples as a list.
 
     Raises:
-        TrainingDataError: Naming the row that is none.
+        TrainingDataError: With the row that is not an Example.
     """
     if isinstance(examples, (str, Example)) or not isinstance(examples, Iterable):
-        raise TrainingDataError(f"{type(examples).__name__} is no list of Example rows")
+        raise TrainingDataError(f"expected a list of Example rows, got {type(examples).__name__}")
     rows = list(examples)
     for i, row in enumerate(rows, 1):
         if not isinstance(row, Example):
@@ -151,41 +147,41 @@ def require_examples(examples: object) -> list[Example]:
     return rows
 
 
-def require_as_trained(examples: Sequence[Example]) -> None:
-    """Refuse what means something else in a request than in training.
+def check_trainable(examples: Sequence[Example]) -> None:
+    """Check that examples use no field that means something else in training.
 
     Raises:
-        TrainingDataError: Naming the row.
+        TrainingDataError: With the row.
     """
     for i, row in enumerate(examples, 1):
-        why = ""
+        problem = ""
         if row.mixing != "attention":
-            why = f"mixing={row.mixing!r}, which counts in the logits of what was learned"
+            problem = f"mixing={row.mixing!r}, which applies to the logits of trained prefixes"
         elif row.calibrated:
-            why = "calibrated=True, which counts on dials of what was learned"
+            problem = "calibrated=True, which applies to the dials of trained prefixes"
         elif row.unseen != "refuse":
-            why = f"unseen={row.unseen!r}, which finds a stand-in for what was not learned"
-        elif any(part.strength < 0 for part in named_parts(row)):
-            why = "a strength below 0, which leads away from a prefix and teaches none"
-        if why:
-            raise TrainingDataError(f"row {i} has {why}; leave it out")
+            problem = f"unseen={row.unseen!r}, which replaces labels that have no prefix"
+        elif any(part.strength < 0 for part in row.named_parts):
+            problem = "a strength below 0, which steers away from a prefix and trains none"
+        if problem:
+            raise TrainingDataError(f"row {i} has {problem}; leave it out")
 
 
-def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) -> set[Kind]:
-    for what in learn:
-        if what not in _KINDS:
-            raise TrainingDataError(f"cannot learn {what!r}; learn any of: {', '.join(_KINDS)}")
+def _check_learnable(examples: Sequence[Example], learn: Sequence[Learnable]) -> set[Kind]:
+    for name in learn:
+        if name not in _KINDS:
+            raise TrainingDataError(f"cannot learn {name!r}; learn any of: {', '.join(_KINDS)}")
     if not learn:
         raise TrainingDataError(f"learn is empty; learn any of: {', '.join(_KINDS)}")
-    for what in learn:
-        if not any(getattr(row, what) for row in examples):
+    for name in learn:
+        if not any(getattr(row, name) for row in examples):
             raise TrainingDataError(
-                f"learn names {what!r} but no example has one; leave it out of learn"
+                f"learn names {name!r} but no example has one; leave it out of learn"
             )
-    kinds = {_KINDS[what] for what in learn}
-    require_as_trained(examples)
+    kinds = {_KINDS[name] for name in learn}
+    check_trainable(examples)
     for i, row in enumerate(examples, 1):
-        if not any(part.key.kind in kinds and part.strength > 0 for part in named_parts(row)):
+        if not any(part.key.kind in kinds and part.strength > 0 for part in row.named_parts):
             raise TrainingDataError(
                 f"row {i} has none of what is to be learned ({', '.join(learn)}); leave it out or "
                 "give it one"
@@ -193,36 +189,24 @@ def _require_learnable(examples: Sequence[Example], learn: Sequence[Learned]) ->
     return kinds
 
 
-def _require_learned(init: Given, keys: Sequence[PrefixKey]) -> dict[PrefixKey, str | Prefix]:
-    """The starts that are given, by key."""
-    given = {}
-    for name, start in init.items():
-        key = PrefixKey(*name) if isinstance(name, tuple) and len(name) == 2 else None
-        if key not in keys:
-            learned = ", ".join(str(tuple(known)) for known in keys)
-            raise TrainingDataError(
-                f"init names {name!r}, which is not learned; learned: {learned}"
-            )
-        if not isinstance(start, Prefix) and not (isinstance(start, str) and start.strip()):
-            raise TrainingDataError(f"init of {key} is {start!r}; give a text or a Prefix")
-        given[key] = start
-    return given
-
-
-def _slots_for(kind: Kind, num_slots: int | Mapping[Learned, int], context: int | None) -> int:
+def _num_slots_for(
+    kind: Kind, num_slots: int | Mapping[Learnable, int], context_length: int | None
+) -> int:
     by_kind = (
-        {_KINDS.get(learned): count for learned, count in num_slots.items()}
+        {_KINDS.get(name): count for name, count in num_slots.items()}
         if isinstance(num_slots, Mapping)
         else dict.fromkeys(_KINDS.values(), num_slots)
     )
     if kind not in by_kind:
-        raise TrainingDataError(
-            f"num_slots says nothing of {kind!r}; give it a number of slots too"
-        )
+        raise TrainingDataError(f"num_slots has no entry for {kind!r}; add one")
     count = by_kind[kind]
     if not isinstance(count, int):
         raise TrainingDataError(f"num_slots is {count!r}; it must be a whole number")
-    if count < 1 or (context is not None and count > context):
-        most = "more" if context is None else f"up to {context}, the context of this model"
-        raise TrainingDataError(f"num_slots is {count}; it must be 1 or {most}")
+    if count < 1 or (context_length is not None and count > context_length):
+        limit = (
+            "more"
+            if context_length is None
+            else f"up to {context_length}, the context of this model"
+        )
+        raise TrainingDataError(f"num_slots is {count}; it must be 1 or {limit}")
     return count

@@ -1,4 +1,4 @@
-"""One run: what it learns, in which order, and how far it is. Losses are computed elsewhere."""
+"""TrainingRun: the state of one run, without how losses are computed."""
 
 import logging
 import math
@@ -10,31 +10,34 @@ from statistics import mean
 
 import torch
 from torch import Tensor
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.training import checkpoint as state
-from controlprefix.training import curves
-from controlprefix.training.objectives import Pair, TrainingRow, pair_up
-from controlprefix.training.parameterization import LearnedSlots
+from controlprefix.training import checkpoint, curves
+from controlprefix.training.objectives import ContrastPair, TrainingRow, add_contrast
+from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.settings import TrainingSettings
 
 _log = logging.getLogger("controlprefix")
-_BUCKET = 8  # batches are cut from runs of this many batches sorted by length
+
+_BATCHES_PER_BUCKET = 8  # batches are cut from so many batches of rows sorted by length
+_WARM_UP_FRACTION = 0.1
+_MIN_LEARNING_RATE = 0.1  # at the end, relative to the peak
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingReport:
-    """What happened.
+    """The result of a training run.
 
     Attributes:
-        losses: Of each step's batch, nats a token (the end token counted).
-        validation: `(step, loss on held-out rows)`; step 0 is the start.
-        best_step: Whose prefixes were kept.
-        num_rows, num_tokens: Seen while training, repeats counted.
+        losses: Loss of each step's batch, nats per token (the end token counted).
+        validation: `(step, validation loss)`; step 0 is the initialization.
+        best_step: The step whose prefixes were kept.
+        num_rows, num_tokens: Rows and tokens trained on, repeats counted.
         seconds: Wall-clock time.
-        num_parameters: That were learned.
+        num_parameters: Trained parameters.
         saved: Version numbers in the store, such as `{"user 'ana'": 2}`.
-        left_out: What examples name that was neither learned nor stored.
+        left_out: What examples name that was neither trained nor stored.
     """
 
     losses: tuple[float, ...]
@@ -49,213 +52,237 @@ class TrainingReport:
 
     @property
     def best_loss(self) -> float:
-        """On held-out rows where there are any, else the last batch's."""
+        """The lowest validation loss, or the last batch's loss if nothing was held out."""
         return min((loss for _, loss in self.validation), default=self.losses[-1])
 
     def save(self, folder: str | Path) -> None:
-        """Write `report.json`, and `curves.png` where matplotlib is installed.
+        """Write `report.json`, and `curves.png` if matplotlib is installed.
 
         Raises:
             StoreError: If the folder cannot be written.
         """
-        curves.write(Path(folder), self)
+        curves.write(
+            Path(folder),
+            self,
+            losses=self.losses,
+            validation=self.validation,
+            best_step=self.best_step,
+        )
 
 
-class Run:
-    """One run: what it learns, in which order, and how far it is.
+class TrainingRun:
+    """One run: what it trains, the order of its rows, its optimizer and its progress.
 
-    A step is `begin`, losses of those pairs whose gradients are left in `slots`, `finish`.
+    A step is: `begin_step`, leave gradients of the losses in `prefixes`, update the
+    parameters with `optimizer`, `record_step`.
+
+    Args:
+        rows: Training rows, from which some are held out.
+        prefixes: What is trained.
+        settings: Hyperparameters.
+        device: Device to train on.
 
     Attributes:
-        held_out: Rows to choose the best step by.
-        steps: In all.
-        targets_a_step: Target tokens of a batch, in the mean.
-        slots: What is learned, as it stands.
-        optimizer: AdamW over it.
-        done: How far it is.
+        held_out: Rows for validation.
+        num_steps: Steps in total.
+        targets_per_step: Mean number of target tokens of a batch.
+        prefixes: What is trained, at its current step.
+        optimizer: AdamW over its parameters.
+        progress: Steps, losses and validation so far.
+
+    Raises:
+        TrainingDataError: If no row is left to train on.
     """
 
     def __init__(
         self,
         rows: Sequence[TrainingRow],
-        slots: LearnedSlots,
+        prefixes: TrainablePrefixes,
         settings: TrainingSettings,
         device: torch.device,
     ) -> None:
         self.settings = settings
         order = random.Random(settings.seed)
-        learned_from, held_out = split(len(rows), settings, order)
-        training, self.held_out = [rows[i] for i in learned_from], [rows[i] for i in held_out]
-        self._identity = state.identity_of(settings, rows, slots)
-        per_epoch = math.ceil(len(training) / settings.batch_size)
-        self.steps = settings.steps or math.ceil(settings.epochs * per_epoch)
-        self._looks = {
-            round(self.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)
+        training_ids, held_out_ids = split(len(rows), settings, order)
+        training = [rows[i] for i in training_ids]
+        self.held_out = [rows[i] for i in held_out_ids]
+        self._identity = checkpoint.run_identity(settings, rows, prefixes)
+        steps_per_epoch = math.ceil(len(training) / settings.batch_size)
+        self.num_steps = settings.steps or math.ceil(settings.epochs * steps_per_epoch)
+        num_evaluations = settings.num_evaluations
+        self._validation_steps = {
+            round(self.num_steps * (i + 1) / num_evaluations) for i in range(num_evaluations)
         }
-        # Batches are of similar length: a mean over each would count tokens of short texts more.
-        self.targets_a_step = settings.batch_size * mean(len(row.targets) for row in training)
-        self._batches = _endless(training, settings.batch_size, order)
-        self.slots = slots.to_device(device)
+        # Batches have rows of similar length, so a mean per batch would weight tokens unequally.
+        self.targets_per_step = settings.batch_size * mean(len(row.targets) for row in training)
+        self._batches = _endless_batches(training, settings.batch_size, order)
+        self.prefixes = prefixes.to_device(device)
         self.optimizer = torch.optim.AdamW(
-            self.slots.parameters(), lr=settings.rate, weight_decay=settings.weight_decay
+            self.prefixes.parameters(),
+            lr=settings.peak_learning_rate,
+            weight_decay=settings.weight_decay,
         )
-        self.done = state.Progress()
-        self._best = self._copy()
+        self.progress = checkpoint.Progress()
+        self._best = self._copy_parameters()
 
-    def take_up(self, folder: Path) -> None:
-        """Go on from the state in a folder, where there is one."""
-        found = state.load(folder, self._identity, self.slots, self.optimizer)
-        if found is None:
-            _log.warning("there is no state of a run in %s yet: it begins anew", folder)
+    def resume_from(self, folder: Path) -> None:
+        """Continue from the checkpoint in a folder, if there is one."""
+        state = checkpoint.load(folder, self._identity, self.prefixes, self.optimizer)
+        if state is None:
+            _log.warning("there is no checkpoint in %s yet: the run starts from step 0", folder)
             return
-        self.done, self._best = found
-        for _ in range(self.done.step):
+        self.progress, self._best = state
+        for _ in range(self.progress.step):
             next(self._batches)
 
     def save(self, folder: Path) -> None:
-        """Write the state."""
-        state.save(folder, self._identity, self.done, self.slots, self.optimizer, self._best)
+        """Write a checkpoint."""
+        checkpoint.save(
+            folder, self._identity, self.progress, self.prefixes, self.optimizer, self._best
+        )
 
     @property
     def identity(self) -> str:
-        """Of the settings, the rows and the start."""
-        return state.in_one_line(self._identity)
+        """A hash of the settings, the rows and the initialization."""
+        return checkpoint.identity_hash(self._identity)
 
     @property
-    def is_over(self) -> bool:
-        """Whether all steps are done, or the last looks found nothing better."""
-        patience, looks = self.settings.patience, [loss for _, loss in self.done.validation]
-        if self.done.step >= self.steps:
+    def is_finished(self) -> bool:
+        """Whether all steps are done, or early stopping applies."""
+        patience = self.settings.patience
+        losses = [loss for _, loss in self.progress.validation]
+        if self.progress.step >= self.num_steps:
             return True
-        if patience is None or len(looks) <= patience:
+        if patience is None or len(losses) <= patience:
             return False
-        return min(looks[-patience:]) >= min(looks[:-patience])
+        return min(losses[-patience:]) >= min(losses[:-patience])
 
     @property
-    def wants_a_look(self) -> bool:
-        """Whether the held-out rows are to be looked at now."""
-        looked = {step for step, _ in self.done.validation}
-        at_an_end = self.done.step == 0 or self.done.step >= self.steps
-        due = at_an_end or self.done.step in self._looks
-        return bool(self.held_out) and due and self.done.step not in looked
+    def validation_due(self) -> bool:
+        """Whether a validation pass is due at this step."""
+        validated = {step for step, _ in self.progress.validation}
+        step = self.progress.step
+        due = step == 0 or step >= self.num_steps or step in self._validation_steps
+        return bool(self.held_out) and due and step not in validated
 
-    def begin(self) -> tuple[list[Pair], int]:
-        """The rows of the next step, and a seed of what is drawn in it."""
+    def begin_step(self) -> tuple[list[ContrastPair], int]:
+        """Start the next step; returns its rows, and a seed for what is random in it."""
         settings = self.settings
-        self.done.step += 1
-        # What is drawn depends on the seed and the step alone, so a run can be taken up anywhere.
-        draw = random.Random(f"{settings.seed}:{self.done.step}")
+        self.progress.step += 1
+        # Randomness is a pure function of (seed, step), so a resumed run is bit-identical.
+        draw = random.Random(f"{settings.seed}:{self.progress.step}")
         rows = next(self._batches)
-        pairs = [Pair(row) for row in rows]
+        pairs = [ContrastPair(row) for row in rows]
         if settings.contrast:
-            pairs = pair_up(rows, self.slots.keys, draw)
+            pairs = add_contrast(rows, self.prefixes.keys, draw)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate * share_of_rate(self.done.step, self.steps)
+            rate = learning_rate_multiplier(self.progress.step, self.num_steps)
+            group["lr"] = settings.peak_learning_rate * rate
         self.optimizer.zero_grad()
         return pairs, draw.randrange(1 << 62)
 
     def require_finite(self, loss: float) -> None:
-        """Refuse a loss that is no number.
+        """Check that a loss is finite.
 
         Raises:
-            TrainingDataError: If it is none.
+            TrainingDataError: If it is not.
         """
         if not math.isfinite(loss):
             raise TrainingDataError(
-                f"the loss is {loss} at step {self.done.step}; nothing was stored; lower "
-                f"learning_rate (now {self.settings.rate})"
+                f"the loss is {loss} at step {self.progress.step}; nothing was stored; lower "
+                f"learning_rate (now {self.settings.peak_learning_rate})"
             )
 
-    def finish(self, pairs: Sequence[Pair], loss: float) -> None:
-        """Note a step whose gradients have been used."""
-        self.done.losses.append(loss)
-        self.done.num_rows += len(pairs)
-        self.done.num_tokens += sum(pair.row.num_tokens for pair in pairs)
-        if not self.held_out:  # the last is as good as known
-            self.done.best_step = self.done.step
+    def record_step(self, pairs: Sequence[ContrastPair], loss: float) -> None:
+        """Record a step whose gradients have been applied."""
+        self.progress.losses.append(loss)
+        self.progress.num_rows += len(pairs)
+        self.progress.num_tokens += sum(pair.row.num_tokens for pair in pairs)
+        if not self.held_out:  # there is nothing to tell a better step by
+            self.progress.best_step = self.progress.step
 
-    def looked(self, loss: float) -> None:
-        """Note the loss of the held-out rows; keep the parameters if they are the best so far."""
-        self.done.validation.append((self.done.step, loss))
-        if self.done.step and loss <= min(loss for _, loss in self.done.validation):
-            self._best, self.done.best_step = self._copy(), self.done.step
+    def record_validation(self, loss: float) -> None:
+        """Record a validation loss; keep the parameters if it is the best so far."""
+        self.progress.validation.append((self.progress.step, loss))
+        if self.progress.step and loss <= min(loss for _, loss in self.progress.validation):
+            self._best, self.progress.best_step = self._copy_parameters(), self.progress.step
 
-    def end(self) -> None:
-        """Go back to the best step; without held-out rows, stay at the last."""
+    def restore_best(self) -> None:
+        """Go back to the parameters of the best step; without held-out rows, keep the last."""
         if self.held_out:
-            self.slots.load_state_dict(self._best)
+            self.prefixes.load_state_dict(self._best)
 
     def report(self) -> TrainingReport:
-        """What happened so far."""
-        done = self.done
+        """The result so far."""
+        progress = self.progress
         return TrainingReport(
-            losses=tuple(done.losses),
-            validation=tuple(done.validation),
-            best_step=done.best_step,
-            num_rows=done.num_rows,
-            num_tokens=done.num_tokens,
-            seconds=done.seconds,
-            num_parameters=sum(p.numel() for p in self.slots.parameters()),
+            losses=tuple(progress.losses),
+            validation=tuple(progress.validation),
+            best_step=progress.best_step,
+            num_rows=progress.num_rows,
+            num_tokens=progress.num_tokens,
+            seconds=progress.seconds,
+            num_parameters=sum(p.numel() for p in self.prefixes.parameters()),
         )
 
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.slots.state_dict().items()}
-
-
-def in_batches(rows: Sequence[TrainingRow], size: int) -> Iterator[list[TrainingRow]]:
-    """Rows in batches of similar length, shortest first."""
-    by_length = sorted(rows, key=lambda row: row.num_tokens)
-    yield from (by_length[at : at + size] for at in range(0, len(by_length), size))
+    def _copy_parameters(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.prefixes.state_dict().items()}
 
 
 def split(
-    count: int, settings: TrainingSettings, order: random.Random
+    num_rows: int, settings: TrainingSettings, order: random.Random
 ) -> tuple[list[int], list[int]]:
-    """Which of so many rows are learned from, and which are held out.
+    """Indices of the rows to train on, and of the held-out rows.
 
     Args:
-        count: Of rows.
-        settings: `validation` is the share held out.
-        order: New, from the settings' seed.
+        num_rows: Rows in total.
+        settings: `validation` is the fraction to hold out.
+        order: A new generator with the settings' seed.
 
     Raises:
-        TrainingDataError: If none is left to learn from.
+        TrainingDataError: If no row is left to train on.
     """
-    shuffled = order.sample(range(count), count)
-    num_held_out = round(settings.validation * count)
-    if num_held_out == count:
+    shuffled = order.sample(range(num_rows), num_rows)
+    num_held_out = round(settings.validation * num_rows)
+    if num_held_out == num_rows:
         raise TrainingDataError(
-            f"validation {settings.validation} of {count} examples leaves none to learn from; "
+            f"validation {settings.validation} of {num_rows} examples leaves none to train on; "
             "lower it, or give more examples"
         )
     return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
-def _batches(
-    rows: Sequence[TrainingRow], size: int, order: random.Random
-) -> Iterator[list[TrainingRow]]:
-    """One pass in batches of similar length, shuffled."""
-    shuffled = order.sample(list(rows), len(rows))
-    run = size * _BUCKET
-    batches = []
-    for at in range(0, len(shuffled), run):
-        bucket = sorted(shuffled[at : at + run], key=lambda row: row.num_tokens)
-        batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-    order.shuffle(batches)
-    yield from batches
+def batches_by_length(rows: Sequence[TrainingRow], size: int) -> Iterator[list[TrainingRow]]:
+    """Rows in batches of similar length, shortest first."""
+    by_length = sorted(rows, key=lambda row: row.num_tokens)
+    yield from (by_length[at : at + size] for at in range(0, len(by_length), size))
 
 
-def _endless(
+def learning_rate_multiplier(step: int, num_steps: int) -> float:
+    """The learning rate at a step, counted from 1, relative to its peak.
+
+    It rises linearly over the first tenth of the steps, then falls as a cosine to a tenth.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer,
+        num_warmup_steps=max(1, round(_WARM_UP_FRACTION * num_steps)),
+        num_training_steps=num_steps,
+        min_lr_rate=_MIN_LEARNING_RATE,
+    )
+    return float(scheduler.lr_lambdas[0](step))
+
+
+def _endless_batches(
     rows: Sequence[TrainingRow], size: int, order: random.Random
 ) -> Iterator[list[TrainingRow]]:
+    """Passes over the rows in shuffled batches of similar length."""
     while True:
-        yield from _batches(rows, size, order)
-
-
-def share_of_rate(step: int, steps: int) -> float:
-    """Of the highest learning rate: a linear warm-up, then a cosine down to a tenth."""
-    warm_up = max(1, round(0.1 * steps))
-    if step <= warm_up:
-        return step / warm_up
-    done = (step - 1 - warm_up) / max(1, steps - warm_up)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+        shuffled = order.sample(list(rows), len(rows))
+        bucket_size = size * _BATCHES_PER_BUCKET
+        batches = []
+        for at in range(0, len(shuffled), bucket_size):
+            bucket = sorted(shuffled[at : at + bucket_size], key=lambda row: row.num_tokens)
+            batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+        order.shuffle(batches)
+        yield from batches

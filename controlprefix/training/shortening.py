@@ -1,24 +1,24 @@
-"""Fewer slots at the same quality: which ones attention uses, and how many are needed."""
+"""Shortening: the fewest slots that keep most of what a prefix gains."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.prefixes.prefix import Prefix
-from controlprefix.training.selection import Masses, mean_masses, most_attended
+from controlprefix.prefixes import Prefix
+from controlprefix.training.slot_attention import SlotMasses, mean_masses, most_attended
 
 
 @dataclass(frozen=True, slots=True)
 class ShorteningReport:
-    """How quality depends on the number of slots.
+    """How the loss depends on the number of slots.
 
     Attributes:
-        masses: For each slot of the whole prefix, the share of attention it received: the
-            mean over layers, heads and queries.
-        curve: `(slots, nats a target token)`, from none to all of them; each head keeps
+        masses: Per slot of the whole prefix, the share of attention it receives: the mean
+            over layers, heads and queries.
+        curve: `(num_slots, nats per target token)`, from none to all slots; each head keeps
             those with the largest mass in it.
-        num_slots: Chosen: the fewest that keep the wanted share of what the prefix gains.
-        version: Of the shorter prefix in the store; None where none was stored.
+        num_slots: The chosen number: the fewest that keep the required share of the gain.
+        version: Version of the shorter prefix in the store; None if it was not stored.
     """
 
     masses: tuple[float, ...]
@@ -29,40 +29,40 @@ class ShorteningReport:
 
 def shorten(
     prefix: Prefix,
-    masses: Masses,
-    nats_with: Callable[[Prefix | None], float],
+    masses: SlotMasses,
+    loss_with: Callable[[Prefix | None], float],
     *,
     keep: float,
 ) -> tuple[Prefix, ShorteningReport]:
-    """The fewest slots that keep a share of what the prefix gains over none.
+    """Find the fewest slots that keep a share of what a prefix gains over none.
 
     Args:
-        prefix: Whole.
-        masses: Of its slots; each head keeps those with the largest.
-        nats_with: The loss with a prefix, or without any.
-        keep: Share of the gain, above 0, up to 1.
+        prefix: The whole prefix.
+        masses: Attention that its slots receive.
+        loss_with: The loss with a prefix, or without any.
+        keep: Share of the gain to keep, above 0 and up to 1.
 
     Raises:
-        TrainingDataError: If the prefix gains nothing.
+        TrainingDataError: If `keep` is out of range, or the prefix gains nothing.
     """
     if not 0 < keep <= 1:
         raise TrainingDataError(f"keep is {keep}; it must be above 0 and up to 1")
-    bare, whole = nats_with(None), nats_with(prefix)
-    if whole >= bare:
+    loss_without, loss_whole = loss_with(None), loss_with(prefix)
+    if loss_whole >= loss_without:
         raise TrainingDataError(
-            f"the prefix gains nothing on these examples: {whole:.3f} nats a token with it, "
-            f"{bare:.3f} without; give examples of what it is for"
+            f"the prefix gains nothing on these examples: {loss_whole:.3f} nats per token with "
+            f"it, {loss_without:.3f} without; give examples of what it is for"
         )
-    curve = {0: bare, prefix.num_slots: whole}
-    enough = bare - keep * (bare - whole)
-    tried = {prefix.num_slots: prefix}
-    for count in _counts(prefix.num_slots):
-        tried[count] = most_attended(prefix, masses, count)
-        curve[count] = nats_with(tried[count])
-    # The curve is not quite monotonic: the fewest from which on all are good enough.
+    curve = {0: loss_without, prefix.num_slots: loss_whole}
+    max_loss = loss_without - keep * (loss_without - loss_whole)
+    candidates = {prefix.num_slots: prefix}
+    for count in _candidate_counts(prefix.num_slots):
+        candidates[count] = most_attended(prefix, masses, count)
+        curve[count] = loss_with(candidates[count])
+    # The curve is not quite monotonic: take the fewest from which on all are good enough.
     num_slots = prefix.num_slots
-    for count in sorted(tried, reverse=True):
-        if curve[count] > enough:
+    for count in sorted(candidates, reverse=True):
+        if curve[count] > max_loss:
             break
         num_slots = count
     report = ShorteningReport(
@@ -70,13 +70,13 @@ def shorten(
         curve=tuple(sorted(curve.items())),
         num_slots=num_slots,
     )
-    return tried[num_slots], report
+    return candidates[num_slots], report
 
 
-def _counts(most: int) -> list[int]:
-    """Below the most, each about three quarters of the next."""
+def _candidate_counts(num_slots: int) -> list[int]:
+    """Counts below `num_slots`, each about three quarters of the one before."""
     counts = []
-    while most > 1:
-        most = min(most - 1, round(most * 0.75))
-        counts.append(most)
+    while num_slots > 1:
+        num_slots = min(num_slots - 1, round(num_slots * 0.75))
+        counts.append(num_slots)
     return counts

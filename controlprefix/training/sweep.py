@@ -1,4 +1,4 @@
-"""How many slots are worth it: held-out losses of several lengths and parameterizations."""
+"""Sweeps: validation losses over numbers of slots and parameterizations."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,12 +7,18 @@ from pathlib import Path
 from controlprefix.errors import StoreError
 from controlprefix.training.parameterization import ParameterizationName
 
-_GOOD_ENOUGH = 0.01  # nats a token
+_TOLERANCE = 0.01  # nats per token
 
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """One run: held-out loss in nats a target token, and how long it took."""
+    """One run of a sweep.
+
+    Attributes:
+        parameterization, num_slots: What was tried.
+        loss: Validation loss, nats per target token.
+        seconds: Wall-clock time.
+    """
 
     parameterization: ParameterizationName
     num_slots: int
@@ -22,21 +28,21 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """All runs, in the order they were made."""
+    """All runs of a sweep, in the order they were made."""
 
     points: tuple[SweepPoint, ...]
 
     @property
     def best(self) -> SweepPoint:
-        """The fewest slots within a hundredth of a nat of the lowest loss."""
-        enough = min(point.loss for point in self.points) + _GOOD_ENOUGH
+        """The run with the fewest slots within 0.01 nats of the lowest loss."""
+        max_loss = min(point.loss for point in self.points) + _TOLERANCE
         return min(
-            (point for point in self.points if point.loss <= enough),
+            (point for point in self.points if point.loss <= max_loss),
             key=lambda point: (point.num_slots, point.loss),
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write `sweep.json`, and `sweep.png` where matplotlib is installed.
+        """Write `sweep.json`, and `sweep.png` if matplotlib is installed.
 
         Raises:
             StoreError: If the folder cannot be written.
@@ -57,13 +63,13 @@ class SweepReport:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         for name in dict.fromkeys(point.parameterization for point in self.points):
-            mine = sorted(
+            line = sorted(
                 (point.num_slots, point.loss)
                 for point in self.points
                 if point.parameterization == name
             )
-            axes.plot(*zip(*mine, strict=True), "o-", label=name)
+            axes.plot(*zip(*line, strict=True), "o-", label=name)
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="slots", ylabel="held-out nats a target token")
+        axes.set(xlabel="slots", ylabel="validation loss, nats per target token")
         axes.legend()
         figure.savefig(path, dpi=120)

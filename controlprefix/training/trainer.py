@@ -1,4 +1,4 @@
-"""Trainer: examples or an instruction in, stored prefixes out, for one model and one store."""
+"""Trainer: trains prefixes on examples or an instruction, and stores them."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -9,293 +9,308 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
 
-from controlprefix.attributes import attribute_name
 from controlprefix.errors import TrainingDataError
 from controlprefix.inference.resolver import Resolver
-from controlprefix.model.steering import Steering
-from controlprefix.model.tokenization import RequestEncoder
-from controlprefix.prefixes.prefix import Prefix
+from controlprefix.model import FrozenModel
+from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.request import Example
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore
+from controlprefix.store import NewVersion, PrefixStore
+from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
-from controlprefix.training.objectives import Objective, Pair, TrainingRow
+from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
 from controlprefix.training.parameterization import ParameterizationName
-from controlprefix.training.preparation import (
-    Given,
-    Learned,
-    Preparation,
-    Start,
-    prepare,
-    require_as_trained,
-)
-from controlprefix.training.run import Run, TrainingReport, in_batches, split
-from controlprefix.training.selection import slot_masses
+from controlprefix.training.preparation import Learnable, Preparation, check_trainable, prepare
+from controlprefix.training.run import TrainingReport, batches_by_length, split
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.training.shortening import ShorteningReport, shorten
+from controlprefix.training.slot_attention import slot_masses
 from controlprefix.training.sweep import SweepPoint, SweepReport
 
-_EVALUATED = 16  # rows at a time
+_EVALUATION_BATCH_SIZE = 16
 
 
 class Trainer:
-    """Learns prefixes for one frozen model, and keeps them in one store."""
+    """Trains prefixes for one frozen model, and keeps them in one store.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        encoder: RequestEncoder,
-        store: PrefixStore,
-        resolver: Resolver,
-    ) -> None:
-        self._model = model
-        self._encoder = encoder
+    Args:
+        frozen: The model.
+        store: Where to publish.
+        resolver: Finds the parts that are not trained.
+    """
+
+    def __init__(self, frozen: FrozenModel, store: PrefixStore, resolver: Resolver) -> None:
+        self._frozen = frozen
         self._store = store
         self._resolver = resolver
 
-    def prepare(
+    def train(
         self,
         examples: Sequence[Example],
-        *,
-        learn: Learned | Sequence[Learned],
-        num_slots: int | Mapping[Learned, int],
-        init: Start | Given,
         settings: TrainingSettings,
-        slots_of: Callable[[PrefixKey], int | None] | None = None,
-    ) -> Preparation:
-        """See `controlprefix.training.preparation.prepare`."""
-        return prepare(
+        *,
+        learn: Learnable | Sequence[Learnable],
+        num_slots: int | Mapping[Learnable, int],
+        init: Initialization | Initializations,
+        num_slots_of: Callable[[PrefixKey], int | None],
+        folder: str | Path | None,
+        resume: bool,
+        progress: bool,
+        accelerator: Accelerator | None,
+    ) -> TrainingReport:
+        """Train on examples: see `ControlPrefix.train`.
+
+        Args:
+            examples: With default labels.
+            settings: Hyperparameters.
+            learn, num_slots, init, folder, resume, progress, accelerator: As there.
+            num_slots_of: Slots of one prefix, where that differs from `num_slots`.
+        """
+        preparation = prepare(
             examples,
-            self._model,
-            self._encoder,
-            self._store,
+            self._frozen,
             self._resolver,
+            settings,
             learn=learn,
             num_slots=num_slots,
             init=init,
-            settings=settings,
-            slots_of=slots_of,
+            num_slots_of=num_slots_of,
+        )
+        return self._train_and_publish(
+            preparation, settings, folder, resume=resume, progress=progress, accelerator=accelerator
         )
 
-    def prepare_to_distill(
+    def distill(
         self,
         instruction: str,
         key: PrefixKey,
-        asked: Sequence[Mapping[str, Any]],
-        completions: Sequence[str],
+        examples: Sequence[Example],
+        settings: TrainingSettings,
         *,
         num_slots: int,
-        settings: TrainingSettings,
-    ) -> Preparation:
-        """Rows whose teacher reads the instruction, and a prefix that starts from it.
+        folder: str | Path | None,
+        resume: bool,
+        progress: bool,
+        accelerator: Accelerator | None,
+    ) -> TrainingReport:
+        """Train on the predictions of the model with an instruction: see `ControlPrefix.distill`.
 
-        Raises:
-            TrainingDataError: If there is not a completion a prompt, or all are empty.
+        Args:
+            instruction: What the teacher reads in front of each prompt.
+            key: The prefix to train.
+            examples: Prompts with the teacher's completions, which name that prefix.
+            settings: Hyperparameters.
+            num_slots, folder, resume, progress, accelerator: As there.
         """
-        if len(completions) != len(asked):
-            raise TrainingDataError(
-                f"{len(completions)} completions for {len(asked)} prompts; give one each"
-            )
-        examples = [
-            Example(**fields, completion=completion)
-            for fields, completion in zip(asked, completions, strict=True)
-            if completion.strip()
-        ]
-        prepared = self.prepare(
+        preparation = prepare(
             examples,
-            learn=cast(Learned, "attributes" if key.kind == "attribute" else key.kind),
+            self._frozen,
+            self._resolver,
+            settings,
+            learn=cast(Learnable, "attributes" if key.kind == "attribute" else key.kind),
             num_slots=num_slots,
-            init={key: instruction},
-            settings=settings,
+            init={tuple(key): instruction},
         )
         rows = []
-        for row, example in zip(prepared.rows, examples, strict=True):
-            asks = instructed(instruction, example.prompt or "")
-            read = self._encoder.prompt_ids(example.model_copy(update={"prompt": asks}))
-            rows.append(row._replace(teacher=read))
-        return replace(prepared, rows=rows)
-
-    def learn(
-        self,
-        prepared: Preparation,
-        settings: TrainingSettings,
-        folder: str | Path | None = None,
-        *,
-        resume: bool = False,
-        progress: bool = True,
-        accelerator: Accelerator | None = None,
-    ) -> TrainingReport:
-        """Train, and store what was learned: all of it, or nothing."""
-        self._store.require_writable(prepared.start)
-        if settings.patience is not None:
-            _require_held_out(len(prepared.rows), settings, "patience counts looks at")
-        into = None if folder is None else Path(folder)
-        run = self._train(
-            prepared, settings, progress, folder=into, resume=resume, accelerator=accelerator
+        for row, example in zip(preparation.rows, examples, strict=True):
+            prompt = with_instruction(instruction, example.prompt or "")
+            instructed = example.model_copy(update={"prompt": prompt})
+            teacher = self._frozen.request_tokenizer.prompt_ids(instructed)
+            rows.append(row._replace(teacher=teacher))
+        return self._train_and_publish(
+            replace(preparation, rows=rows),
+            settings,
+            folder,
+            resume=resume,
+            progress=progress,
+            accelerator=accelerator,
         )
-        run.end()
-        learned, report = run.slots.materialized(), run.report()
-        details = {
-            "training": {
-                "examples": len(prepared.rows),
-                "learned": [str(key) for key in learned],
-                "best_step": report.best_step,
-                "best_loss": round(report.best_loss, 4),
-                **settings.as_dict(),
-            }
-        }
-        numbers = [0] * len(learned)
-        if PartialState().is_main_process:
-            if into is not None:
-                report.save(into)
-            numbers = self._store.put(
-                [
-                    NewVersion(key, prefix.to(dtype=self._model.dtype), details)
-                    for key, prefix in learned.items()
-                ]
-            )
-        numbers = broadcast_object_list(numbers)
-        saved = {str(key): number for key, number in zip(learned, numbers, strict=True)}
-        return replace(report, saved=saved, left_out=prepared.left_out)
 
     def sweep(
         self,
         examples: Sequence[Example],
         *,
-        slots: Sequence[int],
+        num_slots: Sequence[int],
         parameterizations: Sequence[ParameterizationName],
-        learn: Learned | Sequence[Learned],
-        init: Start | Given,
-        settings: Mapping[str, Any],
+        learn: Learnable | Sequence[Learnable],
+        init: Initialization | Initializations,
+        options: Mapping[str, Any],
         progress: bool,
     ) -> SweepReport:
-        """Learn with each number of slots and each parameterization, and store nothing."""
-        if not slots or not parameterizations:
-            raise TrainingDataError("there is nothing to try; give slots and parameterizations")
+        """Train with each number of slots and each parameterization, and store nothing.
+
+        Args:
+            examples: With default labels.
+            num_slots, parameterizations: What to try.
+            learn, init, progress: As in `ControlPrefix.train`.
+            options: Of `TrainingSettings`.
+
+        Raises:
+            TrainingDataError: If there is nothing to try, or nothing is held out.
+        """
+        if not num_slots or not parameterizations:
+            raise TrainingDataError("nothing to try; give num_slots and parameterizations")
         points = []
         for name in parameterizations:
-            for num_slots in slots:
-                chosen = TrainingSettings.of({**settings, "parameterization": name})
-                _require_held_out(len(examples), chosen, "a sweep compares losses of")
-                prepared = self.prepare(
-                    examples, learn=learn, num_slots=num_slots, init=init, settings=chosen
+            for count in num_slots:
+                settings = TrainingSettings.from_options({**options, "parameterization": name})
+                _require_held_out(len(examples), settings, "a sweep compares losses of")
+                preparation = prepare(
+                    examples,
+                    self._frozen,
+                    self._resolver,
+                    settings,
+                    learn=learn,
+                    num_slots=count,
+                    init=init,
                 )
-                report = self._train(prepared, chosen, progress).report()
-                points.append(SweepPoint(name, num_slots, report.best_loss, report.seconds))
+                run = train(
+                    self._frozen,
+                    preparation.rows,
+                    settings.parameterize(preparation.initial, preparation.scale),
+                    settings=settings,
+                    progress=progress,
+                )
+                report = run.report()
+                points.append(SweepPoint(name, count, report.best_loss, report.seconds))
         return SweepReport(tuple(points))
 
     def shorten(
         self, key: PrefixKey, examples: Sequence[Example], *, keep: float
     ) -> ShorteningReport:
-        """Store a prefix with only the slots it needs."""
-        prefix = self._store.get(key, Steering.of(self._model).geometry.fingerprint).prefix
-        prefix = prefix.to(device=self._model.device)
-        rows = self._rows_with(key, examples)
-        pad_id = self._encoder.pad_id
-        masses = slot_masses(self._model, rows, prefix, pad_id=pad_id)
+        """Store a prefix with only the slots it needs: see `ControlPrefix.shorten`."""
+        prefix = self._resolver.get(key).to(device=self._frozen.device)
+        rows = self._rows_naming(key, examples)
+        masses = slot_masses(self._frozen, rows, prefix)
 
-        def nats_with(candidate: Prefix | None) -> float:
-            return self._nats(rows, {} if candidate is None else {key: candidate})
+        def loss_with(candidate: Prefix | None) -> float:
+            return self._loss(rows, {} if candidate is None else {key: candidate})
 
-        shorter, report = shorten(prefix, masses, nats_with, keep=keep)
+        shorter, report = shorten(prefix, masses, loss_with, keep=keep)
         details = {"shortened": {"from": prefix.num_slots, "keep": keep}}
-        (number,) = self._store.put([NewVersion(key, shorter, details)])
-        return replace(report, version=number)
+        (version,) = self._store.put([NewVersion(key, shorter, details)])
+        return replace(report, version=version)
 
-    def _train(
+    def _train_and_publish(
         self,
-        prepared: Preparation,
+        preparation: Preparation,
         settings: TrainingSettings,
-        progress: bool,
+        folder: str | Path | None,
         *,
-        folder: Path | None = None,
-        resume: bool = False,
-        accelerator: Accelerator | None = None,
-    ) -> Run:
-        return train(
-            self._model,
-            prepared.rows,
-            settings.parameterized(prepared.start, prepared.scale),
-            pad_id=self._encoder.pad_id,
+        resume: bool,
+        progress: bool,
+        accelerator: Accelerator | None,
+    ) -> TrainingReport:
+        """Train, and publish all trained prefixes together, or none."""
+        self._store.require_writable(preparation.initial)
+        if settings.patience is not None:
+            _require_held_out(len(preparation.rows), settings, "patience counts validations of")
+        folder = None if folder is None else Path(folder)
+        run = train(
+            self._frozen,
+            preparation.rows,
+            settings.parameterize(preparation.initial, preparation.scale),
             settings=settings,
             progress=progress,
             folder=folder,
             resume=resume,
             accelerator=accelerator,
         )
+        prefixes, report = run.prefixes.materialize(), run.report()
+        details = {
+            "training": {
+                "examples": len(preparation.rows),
+                "learned": [str(key) for key in prefixes],
+                "best_step": report.best_step,
+                "best_loss": round(report.best_loss, 4),
+                **settings.to_dict(),
+            }
+        }
+        versions = [0] * len(prefixes)
+        if PartialState().is_main_process:
+            if folder is not None:
+                report.save(folder)
+            versions = self._store.put(
+                [
+                    NewVersion(key, prefix.to(dtype=self._frozen.dtype), details)
+                    for key, prefix in prefixes.items()
+                ]
+            )
+        versions = broadcast_object_list(versions)
+        saved = {str(key): version for key, version in zip(prefixes, versions, strict=True)}
+        return replace(report, saved=saved, left_out=preparation.left_out)
 
-    def _rows_with(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:
-        """Rows whose other parts are as stored."""
-        require_as_trained(examples)
+    def _rows_naming(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:
+        """Rows in which a stored prefix is the trained part and all others are frozen.
+
+        Raises:
+            TrainingDataError: If there are none, or one does not name the prefix.
+        """
+        check_trainable(examples)
         rows = []
-        end_id = next(iter(self._encoder.end_ids), None)
-        for i, (example, found) in enumerate(
-            zip(examples, self._resolver.resolve(examples), strict=True), 1
-        ):
-            parts = {PrefixKey(one.used.kind, one.used.name): one.part for one in found}  # type: ignore[arg-type]
-            if key not in parts:
+        tokenizer = self._frozen.request_tokenizer
+        for i, resolved in enumerate(self._resolver.resolve(examples), 1):
+            parts = {(p.used.kind, p.used.name): p.part for p in resolved.parts}
+            part = parts.pop(tuple(key), None)
+            if part is None:
                 raise TrainingDataError(f"row {i} does not name {key}; give examples of it")
-            own = [(key, parts.pop(key).strength)]
-            encoded = self._encoder.encode(example)
-            rows.append(TrainingRow.of(encoded, end_id, list(parts.values()), own))
+            tokenized = tokenizer.example_ids(resolved.request)
+            learned = [(key, part.strength)]
+            frozen_parts = list(parts.values())
+            row = TrainingRow.from_example(tokenized, tokenizer.end_id, frozen_parts, learned)
+            rows.append(row)
         if not rows:
             raise TrainingDataError(f"there are no examples of {key}")
         return rows
 
-    def _nats(self, rows: Sequence[TrainingRow], prefixes: Mapping[PrefixKey, Prefix]) -> float:
-        """Of rows with those prefixes alone, a target token."""
-        objective = Objective(self._model, pad_id=self._encoder.pad_id)
+    def _loss(self, rows: Sequence[TrainingRow], prefixes: Mapping[PrefixKey, Prefix]) -> float:
+        """Nats per target token of rows, with only those trained parts that are given."""
+        objective = Objective(self._frozen)
         total = 0.0
-        for some in in_batches(rows, _EVALUATED):
+        for batch_rows in batches_by_length(rows, _EVALUATION_BATCH_SIZE):
             pairs = [
-                Pair(row._replace(learned=[one for one in row.learned if one[0] in prefixes]))
-                for row in some
+                ContrastPair(
+                    row._replace(learned=[item for item in row.learned if item[0] in prefixes])
+                )
+                for row in batch_rows
             ]
-            batch = objective.assembled(pairs, prefixes)
-            with torch.no_grad(), Steering.of(self._model).attached(batch):
+            batch = objective.assemble(pairs, prefixes)
+            with torch.no_grad(), self._frozen.attached(batch):
                 total += float(objective(pairs).sum())
         return total / sum(len(row.targets) for row in rows)
 
 
-def _require_held_out(count: int, settings: TrainingSettings, why: str) -> None:
-    if not split(count, settings, random.Random(settings.seed))[1]:
-        raise TrainingDataError(
-            f"{why} held-out examples, and validation {settings.validation} of {count} is none; "
-            "raise it, or give more examples"
-        )
+def distillation_target(
+    *, task: str | None, attribute: str | None, label: str | None, user: str | None
+) -> tuple[PrefixKey, dict[str, Any]]:
+    """The one prefix to distill into, and the request fields that name it.
+
+    Raises:
+        TrainingDataError: If not exactly one is named.
+    """
+    if (attribute is None) != (label is None):
+        raise TrainingDataError("give an attribute and its label, or neither")
+    targets: list[tuple[PrefixKey, dict[str, Any]]] = []
+    if task is not None:
+        targets.append((PrefixKey("task", task), {"task": task}))
+    if attribute is not None and label is not None:
+        key = PrefixKey.for_label(attribute, label)
+        targets.append((key, {"attributes": {attribute: label}}))
+    if user is not None:
+        targets.append((PrefixKey("user", user), {"user": user}))
+    if len(targets) != 1:
+        raise TrainingDataError("name one to learn: a task, an attribute and its label, or a user")
+    return targets[0]
 
 
-def instructed(instruction: str, prompt: str) -> str:
+def with_instruction(instruction: str, prompt: str) -> str:
     """A prompt as the teacher reads it."""
     return f"{instruction}\n\n{prompt}" if prompt else instruction
 
 
-def to_distill(
-    prompts: Sequence[str],
-    task: str | None,
-    attribute: str | None,
-    label: str | None,
-    user: str | None,
-) -> tuple[PrefixKey, list[dict[str, Any]]]:
-    """The one prefix to learn, and for each prompt the fields of a request that names it.
-
-    Raises:
-        TrainingDataError: If not exactly one is named, or there is no prompt.
-    """
-    if (attribute is None) != (label is None):
-        raise TrainingDataError("give an attribute and its label, or neither")
-    named: list[tuple[PrefixKey, dict[str, Any]]] = []
-    if task is not None:
-        named.append((PrefixKey("task", task), {"task": task}))
-    if attribute is not None and label is not None:
-        key = PrefixKey("attribute", attribute_name(attribute, label))
-        named.append((key, {"attributes": {attribute: label}}))
-    if user is not None:
-        named.append((PrefixKey("user", user), {"user": user}))
-    if len(named) != 1:
-        raise TrainingDataError("name one to learn: a task, an attribute and its label, or a user")
-    if isinstance(prompts, str) or not prompts:
-        raise TrainingDataError("there are no prompts to distill on; give a list of texts")
-    ((key, fields),) = named
-    return key, [{"prompt": prompt, **fields} for prompt in prompts]
+def _require_held_out(num_rows: int, settings: TrainingSettings, reason: str) -> None:
+    if not split(num_rows, settings, random.Random(settings.seed))[1]:
+        raise TrainingDataError(
+            f"{reason} held-out examples, and validation {settings.validation} of {num_rows} is "
+            "none; raise it, or give more examples"
+        )

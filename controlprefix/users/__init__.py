@@ -1,8 +1,8 @@
-"""Users: many in one run, codes of a shared decoder, and prefixes at once."""
+"""Users: training many at once, user codes and their decoder, enrolment, privacy audit."""
 
 from controlprefix.users.decoder_training import DecoderReport
-from controlprefix.users.multi_user import UsersReport, usable_texts
-from controlprefix.users.privacy_audit import LeakReport
-from controlprefix.users.user_trainer import Personalizer
+from controlprefix.users.privacy_audit import PrivacyReport
+from controlprefix.users.user_trainer import UserTrainer
+from controlprefix.users.user_training import UsersReport, usable_texts
 
-__all__ = ["DecoderReport", "LeakReport", "Personalizer", "UsersReport", "usable_texts"]
+__all__ = ["DecoderReport", "PrivacyReport", "UserTrainer", "UsersReport", "usable_texts"]

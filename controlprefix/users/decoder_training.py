@@ -1,4 +1,4 @@
-"""Learning a decoder: many users' codes, what makes slots of them, and a guess from texts."""
+"""Training a decoder of user codes, with the codes of many users, and the code predictor."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -6,48 +6,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.model.text_prefix import prefix_from_tokens
-from controlprefix.model.tokenization import RequestEncoder
-from controlprefix.prefixes.user_code import PrefixDecoder
-from controlprefix.store import PrefixKey
+from controlprefix.model import FrozenModel, prefix_from_tokens
+from controlprefix.prefixes import PrefixDecoder, PrefixKey
 from controlprefix.training.initialization import typical_scale
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
-from controlprefix.users.multi_user import rows_of
 from controlprefix.users.text_features import TextFeatures
-from controlprefix.users.user_codes import LearnedCodes, fit_generator
+from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
+from controlprefix.users.user_training import user_rows
 
-CODE_RATE = 5e-2  # of codes, whose numbers are about as large as an embedding's: 1
-_DROPOUT = 0.1
-_MOST_FEATURES = 64  # texts of a user that are embedded
+CODE_LEARNING_RATE = 5e-2  # code values are about as large as those of an embedding: 1
+_CODE_DROPOUT = 0.1
+_MAX_FEATURE_TEXTS = 64  # per user
+_NUM_INITIAL_TEXTS = 4  # texts whose tokens all users' slots start from
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderReport:
-    """What happened.
+    """The result of training a decoder.
 
     Attributes:
         training: Of the decoder and all codes.
-        num_users: That it was learned from.
-        told: Share of the variance of left-out users' codes that their texts' features tell;
-            0: nothing, and whoever is enrolled gets what all have in common.
-        version: In the store.
+        num_users: Users that it was trained on.
+        r2: Cross-validated R² of user codes predicted from text features; 0: features predict
+            nothing, and enrolled users get the mean code.
+        version: Version in the store.
     """
 
     training: TrainingReport
     num_users: int
-    told: float
+    r2: float
     version: int = 0
 
 
-def learn_decoder(
-    model: PreTrainedModel,
-    encoder: RequestEncoder,
+def train_decoder(
+    frozen: FrozenModel,
     users: Mapping[str, Sequence[str]],
     settings: TrainingSettings,
     *,
@@ -57,70 +55,70 @@ def learn_decoder(
     folder: Path | None,
     resume: bool,
     progress: bool,
-) -> tuple[PrefixDecoder, dict[str, torch.Tensor], DecoderReport]:
-    """Learn a decoder from the texts of many users, and their codes with it.
+) -> tuple[PrefixDecoder, dict[str, Tensor], DecoderReport]:
+    """Train a decoder on the texts of many users, together with their codes.
 
     Args:
-        model: Frozen.
-        encoder: Of that model.
+        frozen: The model.
         users: At least two, with their texts.
-        settings: Of the run.
-        num_slots: Of a prefix.
-        width: Of a slot's code.
-        features: Of texts, for the guess.
-        folder, resume, progress: As in `controlprefix.training.loop.train`.
+        settings: Hyperparameters.
+        num_slots: Slots of a prefix.
+        width: Values of a code per slot.
+        features: Text features for the code predictor.
+        folder, resume, progress: As in `controlprefix.training.train`.
 
     Returns:
-        The decoder as it is to be published, the codes, and the report.
+        The decoder in the form it is stored in, the values of the users' codes, the report.
 
     Raises:
         TrainingDataError: If there are fewer than two users with texts.
     """
     rows: list[TrainingRow] = []
-    written: dict[str, list[str]] = {}
-    for user, texts in users.items():
-        written[user], mine = rows_of(encoder, user, texts, settings.seed)
-        rows += mine
-    if len(written) < 2:
-        raise TrainingDataError(f"a decoder is learned from many users; {len(written)} are given")
+    texts: dict[str, list[str]] = {}
+    for user, user_texts in users.items():
+        texts[user], own_rows = user_rows(frozen, user, user_texts, settings.seed)
+        rows += own_rows
+    if len(texts) < 2:
+        raise TrainingDataError(f"a decoder is trained on many users; {len(texts)} are given")
     draw = random.Random(settings.seed)
-    some = [text for mine in written.values() for text in mine[:4]]
-    texts = draw.sample(some, min(4, len(some)))
-    ids = encoder.text_ids("\n".join(texts))
-    start = prefix_from_tokens(model, ids, num_slots=num_slots)
-    scale = typical_scale(model, ids)
-    embedded = {user: features.of(texts[:_MOST_FEATURES]) for user, texts in written.items()}
+    first_texts = [text for own in texts.values() for text in own[:_NUM_INITIAL_TEXTS]]
+    initial_texts = draw.sample(first_texts, min(_NUM_INITIAL_TEXTS, len(first_texts)))
+    ids = frozen.request_tokenizer.text_ids("\n".join(initial_texts))
+    feature_rows = {
+        user: features.compute(own[:_MAX_FEATURE_TEXTS]) for user, own in texts.items()
+    }
     decoder = PrefixDecoder(
-        start,
-        scale,
+        prefix_from_tokens(frozen, ids, num_slots=num_slots),
+        typical_scale(frozen, ids),
         width=width,
-        hidden=settings.width,
-        features=next(iter(embedded.values())).shape[1],
-        embedder=features.name,
+        hidden_size=settings.hidden_size,
+        num_features=next(iter(feature_rows.values())).shape[1],
+        feature_set=features.name,
         seed=settings.seed,
     )
-    keys = {user: PrefixKey("user", user) for user in written}
-    slots = LearnedCodes(
+    keys = {user: PrefixKey("user", user) for user in texts}
+    codes = TrainableCodes(
         decoder,
         {key: torch.zeros(num_slots, width) for key in keys.values()},
-        unit=CODE_RATE / settings.rate,
-        learn_decoder=True,
-        dropout=_DROPOUT,
+        unit=CODE_LEARNING_RATE / settings.peak_learning_rate,
+        train_decoder=True,
+        dropout=_CODE_DROPOUT,
     )
     run = train(
-        model,
+        frozen,
         rows,
-        slots,
-        pad_id=encoder.pad_id,
+        codes,
         settings=settings,
         progress=progress,
         folder=folder,
         resume=resume,
     )
-    run.end()
-    codes = {user: slots.code(key).cpu() for user, key in keys.items()}
+    values = {user: codes.code_values(key) for user, key in keys.items()}
     decoder = decoder.cpu()
-    told = fit_generator(
-        decoder, list(codes.values()), [embedded[user] for user in codes], seed=settings.seed
+    r2 = fit_code_predictor(
+        decoder.predictor,
+        list(values.values()),
+        [feature_rows[user] for user in values],
+        seed=settings.seed,
     )
-    return decoder.frozen(), codes, DecoderReport(run.report(), len(codes), told)
+    return decoder.rounded(), values, DecoderReport(run.report(), len(values), r2)

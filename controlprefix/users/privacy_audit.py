@@ -1,4 +1,4 @@
-"""What a user's prefix gives away of the texts it was learned from."""
+"""Privacy audit: what a user's prefix reveals of the texts it was trained on."""
 
 import math
 import random
@@ -6,172 +6,178 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.model.steering import Steering
-from controlprefix.model.tokenization import RequestEncoder
-from controlprefix.prefixes.assembly import Part
-from controlprefix.prefixes.prefix import Prefix
-from controlprefix.training.objectives import Objective, Pair, TrainingRow
-from controlprefix.training.run import in_batches
+from controlprefix.model import FrozenModel
+from controlprefix.prefixes import Part, Prefix
+from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
+from controlprefix.training.run import batches_by_length
 
-_AT_A_TIME = 16
-_ROW_TOKENS = 256
-_GIVEN, _CONTINUED = 8, 16  # tokens of a text that are shown, and that must then come by themselves
-_DIGITS = 6
-_ALTERNATIVES = 255
+_BATCH_SIZE = 16
+_MAX_ROW_TOKENS = 256
+_CONTEXT_TOKENS, _EXTRACTED_TOKENS = 8, 16  # given, and then generated word for word
+_CANARY_DIGITS = 6
+_NUM_ALTERNATIVES = 255
 
 
 @dataclass(frozen=True, slots=True)
-class LeakReport:
-    """What a prefix gives away.
+class PrivacyReport:
+    """What a prefix reveals.
 
     Attributes:
-        num_texts, num_held_out: That it was learned from, and of the same author beside.
-        gain: Nats a token that the prefix takes off the held-out texts: what it is good for.
-        membership: Chance that of a text it was learned from and a held-out one, the first
-            is told by its likelihood under the prefix, over that without; 0.5 tells nothing
-            (the area under the curve of Yeom et al., 2018, with a reference model).
-        extracted: Share of the texts of which 16 tokens come word for word, greedily,
-            after the first 8; `extracted_without`: the same without the prefix.
-        exposure: Bits that a secret number, planted once among the texts, is told by: of
-            `most_exposure`; 1 is what chance gives (Carlini et al., 2019, "The Secret Sharer",
-            by rank among alternatives). None where nothing was planted.
+        num_texts, num_held_out: Texts that it was trained on, and others of the same author.
+        gain: Nats per token by which the prefix improves held-out texts: its use.
+        membership_auc: Area under the ROC curve of membership inference by likelihood, with
+            the model without the prefix as reference; 0.5 reveals nothing (Yeom et al.,
+            "Privacy Risk in Machine Learning", 2018, https://arxiv.org/abs/1709.01604).
+        extraction_rate: Share of the texts of which 16 tokens are generated word for word,
+            greedily, after the first 8; `extraction_rate_without`: the same without the
+            prefix.
+        exposure_bits: Mean exposure of secret numbers, each planted once among the texts, by
+            rank among alternatives; chance gives about 1 (Carlini et al., "The Secret
+            Sharer", 2019, https://arxiv.org/abs/1802.08232). None if none were planted.
+        max_exposure_bits: The largest possible exposure.
     """
 
     num_texts: int
     num_held_out: int
     gain: float
-    membership: float
-    extracted: float
-    extracted_without: float
-    exposure: float | None = None
-    most_exposure: float = math.log2(_ALTERNATIVES + 1)
+    membership_auc: float
+    extraction_rate: float
+    extraction_rate_without: float
+    exposure_bits: float | None = None
+    max_exposure_bits: float = math.log2(_NUM_ALTERNATIVES + 1)
 
 
-class Auditor:
-    """Asks one frozen model about texts.
+class PrivacyAuditor:
+    """Audits prefixes of one frozen model.
 
     Args:
-        model: Frozen.
-        encoder: Of that model.
+        frozen: The model.
     """
 
-    def __init__(self, model: PreTrainedModel, encoder: RequestEncoder) -> None:
-        self._model = model
-        self._encoder = encoder
-        self._steering = Steering.of(model)
-        self._objective = Objective(model, pad_id=encoder.pad_id)
+    def __init__(self, frozen: FrozenModel) -> None:
+        self._frozen = frozen
+        self._objective = Objective(frozen)
 
-    def report(
+    def audit(
         self,
         prefix: Prefix,
         texts: Sequence[str],
         held_out: Sequence[str],
         *,
-        canaries: int,
-        learn: Callable[[list[str]], Prefix],
+        num_canaries: int,
+        retrain: Callable[[list[str]], Prefix],
         seed: int,
-    ) -> LeakReport:
+    ) -> PrivacyReport:
         """Audit a prefix.
 
         Args:
-            prefix: Learned from `texts`.
+            prefix: Trained on `texts`.
             texts: At least one.
             held_out: Others of the same author, at least one.
-            canaries: How many secret numbers to plant.
-            learn: Makes a prefix of texts as this one was made.
-            seed: Of those numbers.
+            num_canaries: Secret numbers to plant.
+            retrain: Makes a prefix of texts in the same way as this one was made.
+            seed: Seed of the secret numbers.
 
         Raises:
             TrainingDataError: If there are no texts.
         """
         if not texts or not held_out:
             raise TrainingDataError(
-                "an audit needs the texts that the prefix was learned from and held-out texts of "
+                "an audit needs the texts that the prefix was trained on and held-out texts of "
                 "the same author"
             )
-        without, own = self.nats(held_out, None), self.nats(held_out, prefix)
-        both = zip(self.nats(texts, None), self.nats(texts, prefix), strict=True)
-        taken_off = [before - after for before, after in both]
-        elsewhere = [before - after for before, after in zip(without, own, strict=True)]
+        member_gains = self._gains(texts, prefix)
+        other_gains = self._gains(held_out, prefix)
         wins = [
-            float(mine > other) + 0.5 * float(mine == other)
-            for mine in taken_off
-            for other in elsewhere
+            float(member > other) + 0.5 * float(member == other)
+            for member in member_gains
+            for other in other_gains
         ]
-        return LeakReport(
+        exposure = None
+        if num_canaries:
+            exposure = self._exposure(texts, num_canaries, retrain, seed)
+        return PrivacyReport(
             num_texts=len(texts),
             num_held_out=len(held_out),
-            gain=sum(elsewhere) / len(elsewhere),
-            membership=sum(wins) / len(wins),
-            extracted=self.extracted(texts, prefix),
-            extracted_without=self.extracted(texts, None),
-            exposure=self._exposure(texts, canaries, learn, seed) if canaries else None,
+            gain=sum(other_gains) / len(other_gains),
+            membership_auc=sum(wins) / len(wins),
+            extraction_rate=self.extraction_rate(texts, prefix),
+            extraction_rate_without=self.extraction_rate(texts, None),
+            exposure_bits=exposure,
         )
 
-    def nats(self, texts: Sequence[str], prefix: Prefix | None) -> list[float]:
-        """A token of each text, as far as a row goes."""
-        encoded = [next(self._encoder.pieces(text, _ROW_TOKENS))[0] for text in texts]
+    def losses(self, texts: Sequence[str], prefix: Prefix | None) -> list[float]:
+        """Nats per token of the first 256 tokens of each text."""
+        examples = [self._first_chunk(text) for text in texts]
         parts = () if prefix is None else (Part(prefix),)
-        rows = [TrainingRow(one.prompt, one.completion, parts, ()) for one in encoded]
-        found: dict[int, float] = {}
-        for some in in_batches(rows, _AT_A_TIME):
-            pairs = [Pair(row) for row in some]
-            batch = self._objective.assembled(pairs, {})
-            with torch.no_grad(), self._steering.attached(batch):
-                nats = self._objective(pairs).tolist()
-            found.update({id(row): n / len(row.targets) for row, n in zip(some, nats, strict=True)})
-        return [found[id(row)] for row in rows]
+        rows = [TrainingRow(*example, parts, ()) for example in examples]
+        losses: dict[int, float] = {}
+        for batch_rows in batches_by_length(rows, _BATCH_SIZE):
+            pairs = [ContrastPair(row) for row in batch_rows]
+            batch = self._objective.assemble(pairs, {})
+            with torch.no_grad(), self._frozen.attached(batch):
+                values = self._objective(pairs).tolist()
+            for row, value in zip(batch_rows, values, strict=True):
+                losses[id(row)] = value / len(row.targets)
+        return [losses[id(row)] for row in rows]
 
-    def extracted(self, texts: Sequence[str], prefix: Prefix | None) -> float:
-        """Share of the texts, long enough, whose continuation comes word for word."""
-        long = [
-            one.prompt + one.completion[: _GIVEN + _CONTINUED]
-            for one, _ in (next(self._encoder.pieces(text, _ROW_TOKENS)) for text in texts)
-            if len(one.completion) >= _GIVEN + _CONTINUED
+    def extraction_rate(self, texts: Sequence[str], prefix: Prefix | None) -> float:
+        """Share of the texts, long enough, whose continuation is generated word for word."""
+        num_tokens = _CONTEXT_TOKENS + _EXTRACTED_TOKENS
+        examples = [self._first_chunk(text) for text in texts]
+        rows = [
+            (*prompt, *ids[:num_tokens]) for prompt, ids in examples if len(ids) >= num_tokens
         ]
-        if not long or self._encoder.is_encoder_decoder:
+        if not rows or self._frozen.is_encoder_decoder:
             return 0.0
-        hits = 0
-        for at in range(0, len(long), _AT_A_TIME):
-            some = torch.tensor(long[at : at + _AT_A_TIME], device=self._model.device)
-            shown = some[:, : some.shape[1] - _CONTINUED]
-            parts = [[] if prefix is None else [Part(prefix)] for _ in some]
-            batch = self._steering.assemble(parts)
-            with torch.no_grad(), self._steering.attached(batch):
-                written = self._model.generate(  # type: ignore[operator]
-                    input_ids=shown,
-                    attention_mask=torch.ones_like(shown),
-                    max_new_tokens=_CONTINUED,
-                    min_new_tokens=_CONTINUED,
+        num_extracted = 0
+        for at in range(0, len(rows), _BATCH_SIZE):
+            ids = torch.tensor(rows[at : at + _BATCH_SIZE], device=self._frozen.device)
+            context = ids[:, :-_EXTRACTED_TOKENS]
+            parts = [[] if prefix is None else [Part(prefix)] for _ in ids]
+            with torch.no_grad(), self._frozen.attached(self._frozen.assemble(parts)):
+                generated = self._frozen.model.generate(  # type: ignore[operator]
+                    input_ids=context,
+                    attention_mask=torch.ones_like(context),
+                    max_new_tokens=_EXTRACTED_TOKENS,
+                    min_new_tokens=_EXTRACTED_TOKENS,
                     do_sample=False,
-                    pad_token_id=self._encoder.pad_id,
+                    pad_token_id=self._frozen.pad_id,
                 )
-            hits += int((written == some).all(dim=1).sum())
-        return hits / len(long)
+            num_extracted += int((generated == ids).all(dim=1).sum())
+        return num_extracted / len(rows)
+
+    def _gains(self, texts: Sequence[str], prefix: Prefix) -> list[float]:
+        """Nats per token by which the prefix improves each text."""
+        both = zip(self.losses(texts, None), self.losses(texts, prefix), strict=True)
+        return [without - with_prefix for without, with_prefix in both]
+
+    def _first_chunk(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        example, _ = next(self._frozen.request_tokenizer.chunks(text, _MAX_ROW_TOKENS))
+        return example.prompt, example.completion
 
     def _exposure(
         self,
         texts: Sequence[str],
-        canaries: int,
-        learn: Callable[[list[str]], Prefix],
+        num_canaries: int,
+        retrain: Callable[[list[str]], Prefix],
         seed: int,
     ) -> float:
         draw = random.Random(seed)
-        secrets = [_canary(draw) for _ in range(canaries)]
+        secrets = [_canary(draw) for _ in range(num_canaries)]
         planted = draw.sample([*texts, *secrets], len(texts) + len(secrets))
-        prefix = learn(planted)
+        prefix = retrain(planted)
         bits = []
         for secret in secrets:
-            asked = [secret, *(_canary(draw) for _ in range(_ALTERNATIVES))]
-            nats = self.nats(asked, prefix)
-            likelier = sum(one < nats[0] for one in nats[1:])
-            bits.append(math.log2(len(asked)) - math.log2(1 + likelier))
+            candidates = [secret, *(_canary(draw) for _ in range(_NUM_ALTERNATIVES))]
+            losses = self.losses(candidates, prefix)
+            rank = 1 + sum(loss < losses[0] for loss in losses[1:])
+            bits.append(math.log2(len(candidates)) - math.log2(rank))
         return sum(bits) / len(bits)
 
 
 def _canary(draw: random.Random) -> str:
-    digits = " ".join(str(draw.randrange(10)) for _ in range(_DIGITS))
+    digits = " ".join(str(draw.randrange(10)) for _ in range(_CANARY_DIGITS))
     return f"The number that I must not tell is {digits}."

@@ -1,4 +1,4 @@
-"""What a text is like, as numbers: a sentence embedding, and how it is written."""
+"""Text features for predicting user codes: a sentence embedding, and style statistics."""
 
 import math
 import re
@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from controlprefix.embeddings import DEFAULT, MAX_LETTERS, embeddings
+from controlprefix.embeddings import DEFAULT_EMBEDDER, MAX_CHARACTERS, embed
 from controlprefix.errors import ControlPrefixError
 
-_STYLE = "style-1"  # a decoder must not be given other features than it learned from
-# What says how one writes and not of what, in English; elsewhere they are absent, which is fine.
-_WORDS = """
+# Part of the name of the features: a decoder must only get the features it was trained with.
+_STYLE_VERSION = "style-1"
+# Function words: they tell how someone writes, not what about. In other languages they are
+# absent, which does no harm.
+_FUNCTION_WORDS = """
     i me my you he she it we they the a an and but or so because that this is was be have do
     not no very really just like lol ok oh well gonna im dont cant u ur haha of to in on for
     with at from if when as then there what who how all
@@ -21,54 +23,56 @@ _WORDS = """
 
 
 class TextFeatures:
-    """Computes the features of texts; `name` says which those are.
+    """Computes the features of texts.
 
     Args:
-        embedder: A model of sentence-transformers: its name, or a folder.
+        embedder: A sentence-transformers model: its name, or a folder.
+
+    Attributes:
+        name: Identifies the embedder and the style statistics.
     """
 
-    def __init__(self, embedder: str = DEFAULT) -> None:
-        self.embedder = embedder
-        self.name = f"{embedder}+{_STYLE}"
+    def __init__(self, embedder: str = DEFAULT_EMBEDDER) -> None:
+        self._embedder = embedder
+        self.name = f"{embedder}+{_STYLE_VERSION}"
 
     @classmethod
-    def named(cls, name: str) -> "TextFeatures":
-        """Those that a decoder learned from.
+    def by_name(cls, name: str) -> "TextFeatures":
+        """The features that a decoder was trained with.
 
         Raises:
-            ControlPrefixError: If this version computes others.
+            ControlPrefixError: If this version computes other ones.
         """
         embedder, _, style = name.rpartition("+")
-        if style != _STYLE or not embedder:
+        if style != _STYLE_VERSION or not embedder:
             raise ControlPrefixError(
-                f"the decoder learned from features {name!r}, which this version does not compute; "
-                "learn the decoder again"
+                f"the decoder was trained with features {name!r}, which this version does not "
+                "compute; train the decoder again"
             )
         return cls(embedder)
 
-    def of(self, texts: Sequence[str]) -> Tensor:
-        """`(texts, features)`, float32.
+    def compute(self, texts: Sequence[str]) -> Tensor:
+        """Features of texts, `(num_texts, num_features)`, float32.
 
         Raises:
-            ControlPrefixError: As `controlprefix.embeddings.embeddings`.
+            ControlPrefixError: As `controlprefix.embeddings.embed`.
         """
-        style = torch.tensor([style_of(text[:MAX_LETTERS]) for text in texts])
-        return torch.cat([embeddings(texts, self.embedder), style], dim=1)
+        style = torch.tensor([style_features(text[:MAX_CHARACTERS]) for text in texts])
+        return torch.cat([embed(texts, self._embedder), style], dim=1)
 
 
-def style_of(text: str) -> list[float]:
-    """How a text is written: shares of small words, marks and capitals, lengths, habits."""
-    lowered = text.lower()
-    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", lowered)
-    num_words, num_letters = max(1, len(words)), max(1, len(text))
-    sentences = [one for one in re.split(r"[.!?]+", text) if one.strip()]
+def style_features(text: str) -> list[float]:
+    """Style statistics: shares of function words, punctuation and capitals; lengths; habits."""
+    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
+    num_words, num_characters = max(1, len(words)), max(1, len(text))
+    sentences = [sentence for sentence in re.split(r"[.!?]+", text) if sentence.strip()]
     return [
-        *(words.count(word) / num_words for word in _WORDS),
-        *(text.count(mark) / num_letters for mark in string.punctuation + "\n"),
+        *(words.count(word) / num_words for word in _FUNCTION_WORDS),
+        *(text.count(mark) / num_characters for mark in string.punctuation + "\n"),
         text.count("...") / num_words,
-        sum(letter.isupper() for letter in text) / num_letters,
-        sum(letter.isdigit() for letter in text) / num_letters,
-        sum(not letter.isascii() for letter in text) / num_letters,
+        sum(character.isupper() for character in text) / num_characters,
+        sum(character.isdigit() for character in text) / num_characters,
+        sum(not character.isascii() for character in text) / num_characters,
         sum(map(len, words)) / num_words,
         len(set(words)) / num_words,
         math.log(num_words),

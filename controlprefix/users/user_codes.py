@@ -1,4 +1,4 @@
-"""Learning codes: of new users beside a finished decoder, or of many users with their decoder."""
+"""Training user codes with a frozen or trained decoder, and predicting codes from texts."""
 
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -6,172 +6,162 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from controlprefix.prefixes.prefix import Prefix
-from controlprefix.prefixes.user_code import Code, CodedPrefix, PrefixDecoder
-from controlprefix.store import PrefixKey
-from controlprefix.training.parameterization import LearnedSlots
+from controlprefix._io import requires_extra
+from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
+from controlprefix.prefixes.user_code import CodePredictor
+from controlprefix.training.parameterization import TrainablePrefixes
+
+_MIN_USERS = 10  # for predicting anything but the mean code
+_NUM_FOLDS = 5
+_PSEUDO_COUNTS = (1.0, 4.0, 16.0)
+_RIDGE_PENALTIES = (1e1, 1e2, 1e3, 1e4)
+_VIEW_SIZES = (1, 4, 16)  # each user is seen by so many texts
 
 
-class LearnedCodes(LearnedSlots):
-    """The prefixes of users as codes, which are learned, the decoder too where that is asked for.
+class TrainableCodes(TrainablePrefixes):
+    """Prefixes of users as trainable codes of a decoder, which may be trained too.
 
     Args:
-        decoder: What makes slots of codes.
-        start: The codes as they begin, `(num_slots, width)` each.
-        unit: Of a code's numbers, for the learning rate.
-        learn_decoder: Learn it too.
-        dropout: Chance that a user's code is left out of a step, so that a decoder learns
-            what all have in common as well.
+        decoder: Turns codes into slots.
+        initial: Values of the codes to start from, `(num_slots, width)` each.
+        unit: Scale of the change of a code, for the learning rate.
+        train_decoder: Train the decoder too.
+        dropout: Probability that a user's code is left out of a step, so that a decoder also
+            learns what all users have in common.
     """
 
     def __init__(
         self,
         decoder: PrefixDecoder,
-        start: Mapping[PrefixKey, Tensor],
+        initial: Mapping[PrefixKey, Tensor],
         *,
         unit: float = 1.0,
-        learn_decoder: bool = False,
+        train_decoder: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.keys = tuple(start)
+        self.keys = tuple(initial)
         self._unit, self._dropout = unit, dropout
-        self._start = {key: numbers.detach().float() for key, numbers in start.items()}
-        self._index = {key: i for i, key in enumerate(start)}
-        self.changes = nn.ParameterList(torch.zeros_like(one) for one in self._start.values())
-        self.learned_decoder = decoder if learn_decoder else None
-        self._decoder = [decoder]  # in a list, a frozen one is no part of what is learned
+        self._initial = {key: values.detach().float() for key, values in initial.items()}
+        self._index = {key: i for i, key in enumerate(initial)}
+        self.changes = nn.ParameterList(torch.zeros_like(v) for v in self._initial.values())
+        self.trained_decoder = decoder if train_decoder else None
+        # In a tuple, so that a frozen decoder is not registered as a trainable module.
+        self._decoder = (decoder,)
 
     def prefixes(
         self, keys: Collection[PrefixKey], seed: int | None = None
     ) -> dict[PrefixKey, Prefix]:
-        """Prefixes as they stand; with a seed, some codes are left out where that is set."""
-        wanted = [key for key in self.keys if key in keys]
-        return {key: self._decoded(self._numbers(key, seed)) for key in wanted}
-
-    def materialized(self) -> dict[PrefixKey, Prefix]:
-        """All prefixes as they stand, each with its code."""
+        """Decode some of the codes; with a seed, some are dropped if that is set."""
         (decoder,) = self._decoder
         return {
-            key: decoder.decode(Code(decoder.content_hash, self.code(key))) for key in self.keys
+            key: Prefix(decoder.geometry, decoder.slots(self._values(key, seed)))
+            for key in self.keys
+            if key in keys
         }
 
-    def code(self, key: PrefixKey) -> Tensor:
-        """A user's code as it stands, as a value of its own."""
-        return self._numbers(key, None).detach().clone()
-
-    def start_digest(self) -> str:
-        """Of the decoder and the starts."""
+    def stored_values(self) -> dict[PrefixKey, Prefix | UserCode]:
+        """The codes, as they are stored."""
         (decoder,) = self._decoder
-        numbers = [(str(key), one.tolist()) for key, one in self._start.items()]
-        return f"{decoder.content_hash} {numbers}"
+        return {
+            key: UserCode(decoder.content_hash, self._values(key, None).detach().clone())
+            for key in self.keys
+        }
 
-    def to_device(self, device: torch.device) -> "LearnedCodes":
-        """Move everything."""
-        self._start = {key: one.to(device) for key, one in self._start.items()}
+    def initial_digest(self) -> str:
+        """A hash of the decoder and the initial codes."""
+        (decoder,) = self._decoder
+        values = [(str(key), value.tolist()) for key, value in self._initial.items()]
+        return f"{decoder.content_hash} {values}"
+
+    def to_device(self, device: torch.device) -> "TrainableCodes":
+        """Move parameters, initial codes and the decoder."""
+        self._initial = {key: values.to(device) for key, values in self._initial.items()}
         for decoder in self._decoder:
             decoder.to(device)
         return self.to(device)
 
-    def _numbers(self, key: PrefixKey, seed: int | None) -> Tensor:
+    def code_values(self, key: PrefixKey) -> Tensor:
+        """The current values of a code, `(num_slots, width)`, on the CPU."""
+        return self._values(key, None).detach().cpu().clone()
+
+    def _values(self, key: PrefixKey, seed: int | None) -> Tensor:
         change = self.changes[self._index[key]]
         if seed is not None and self._dropout:
             draw = random.Random(f"{seed}:{key.kind}:{key.name}")
             if draw.random() < self._dropout:
                 change = torch.zeros_like(change)
-        return self._start[key] + self._unit * change
-
-    def _decoded(self, numbers: Tensor) -> Prefix:
-        (decoder,) = self._decoder
-        return CodedPrefix(
-            decoder.geometry, decoder.slots(numbers), code=Code(decoder.content_hash, numbers)
-        )
+        return self._initial[key] + self._unit * change
 
 
-def fit_generator(
-    decoder: PrefixDecoder,
-    codes: Sequence[Tensor],
-    features: Sequence[Tensor],
-    *,
-    seed: int,
+def fit_code_predictor(
+    predictor: CodePredictor, codes: Sequence[Tensor], features: Sequence[Tensor], *, seed: int
 ) -> float:
-    """Set the decoder's generator: from what texts are like to a code, by ridge regression.
+    """Fit a predictor of codes from text features by ridge regression.
 
-    How much to believe the features, and how many texts make a sure user, are chosen by
-    how well codes of users left out are told; where nothing is told, codes come out as the
-    mean of all.
+    The shrinkage and the ridge penalty are chosen by cross-validation over users. If features
+    predict nothing, the prediction is the mean code.
 
     Args:
-        decoder: Its generator is set.
-        codes: Of users, `(num_slots, width)` each, at least ten for anything but the mean.
-        features: Of each one's texts, `(texts, features)`.
-        seed: Of the users left out.
+        predictor: Fitted in place.
+        codes: Codes of users, `(num_slots, width)` each.
+        features: Features of each user's texts, `(num_texts, num_features)`.
+        seed: Seed of the texts that each user is seen by.
 
     Returns:
-        The share of the variance of left-out users' codes that is told; 0 for none.
+        r2: cross-validated R² of user codes predicted from text features, 0 at least.
     """
-    generator = decoder.generator
-    wanted = torch.stack([code.flatten() for code in codes]).double()
-    every = torch.cat(list(features))
-    generator.mean.copy_(every.mean(0))
-    generator.spread.copy_(every.std(0) + 1e-3)
-    generator.weights.zero_()
-    generator.common.copy_(wanted.mean(0))
-    if len(codes) < _FEWEST:
+    with requires_extra("embeddings", "a user-code decoder"):
+        from sklearn.linear_model import Ridge
+        from sklearn.model_selection import GroupKFold
+
+    targets = torch.stack([code.flatten() for code in codes]).double().numpy()
+    all_features = torch.cat(list(features))
+    predictor.feature_mean.copy_(all_features.mean(0))
+    predictor.feature_std.copy_(all_features.std(0) + 1e-3)
+    predictor.weights.zero_()
+    predictor.mean_code.copy_(torch.from_numpy(targets.mean(0)))
+    if len(codes) < _MIN_USERS:
         return 0.0
-    draw = random.Random(seed)
-    groups = [draw.randrange(_GROUPS) for _ in codes]
-    best = (0.0, 0.0, 0.0)  # told, doubt, trust
-    for doubt in _DOUBTS:
-        rows, owners = _views(generator, features, doubt, seed)
-        for trust in _TRUSTS:
-            left, total = 0.0, 0.0
-            for group in range(_GROUPS):
-                inside = [groups[owner] != group for owner in owners]
-                users = [i for i, one in enumerate(groups) if one != group]
-                if len(users) in (0, len(groups)):
-                    continue
-                common = wanted[users].mean(0)
-                known = torch.tensor(inside)
-                mine = torch.tensor(owners)
-                weights = _ridge(rows[known], wanted[mine[known]] - common, trust)
-                others = ~known
-                error = wanted[mine[others]] - common - rows[others] @ weights
-                left += float(error.square().sum())
-                total += float((wanted[mine[others]] - common).square().sum())
-            told = 1 - left / total if total else 0.0
-            best = max(best, (told, doubt, trust))
-    told, doubt, trust = best
-    if told > 0:
-        rows, owners = _views(generator, features, doubt, seed)
-        weights = _ridge(rows, wanted[torch.tensor(owners)] - wanted.mean(0), trust)
-        generator.weights.copy_(weights)
-        generator.doubt.fill_(doubt)
-    return told
 
+    def fit(rows: object, row_targets: object, penalty: float) -> Tensor:
+        model = Ridge(alpha=penalty, fit_intercept=False).fit(rows, row_targets)
+        return torch.from_numpy(model.coef_.T)
 
-_FEWEST = 10
-_GROUPS = 5
-_DOUBTS = (1.0, 4.0, 16.0)
-_TRUSTS = (1e1, 1e2, 1e3, 1e4)
-_VIEWS = (1, 4, 16)  # of how many texts a user is seen
+    best_r2, best_pseudo_count, best_penalty = 0.0, 0.0, 0.0
+    for pseudo_count in _PSEUDO_COUNTS:
+        rows, owners = _views(predictor, features, pseudo_count, seed)
+        folds = list(GroupKFold(_NUM_FOLDS).split(rows, groups=owners))
+        for penalty in _RIDGE_PENALTIES:
+            error, variance = 0.0, 0.0
+            for inside, outside in folds:
+                mean = targets[sorted(set(owners[inside].tolist()))].mean(0)
+                weights = fit(rows[inside], targets[owners[inside]] - mean, penalty)
+                residuals = targets[owners[outside]] - mean
+                error += float(((residuals - rows[outside].numpy() @ weights.numpy()) ** 2).sum())
+                variance += float((residuals**2).sum())
+            r2 = 1 - error / variance if variance else 0.0
+            best_r2, best_pseudo_count, best_penalty = max(
+                (best_r2, best_pseudo_count, best_penalty), (r2, pseudo_count, penalty)
+            )
+    if best_r2 > 0:
+        rows, owners = _views(predictor, features, best_pseudo_count, seed)
+        residuals = targets[owners] - targets.mean(0)
+        predictor.weights.copy_(fit(rows, residuals, best_penalty))
+        predictor.pseudo_count.fill_(best_pseudo_count)
+    return best_r2
 
 
 def _views(
-    generator: nn.Module, features: Sequence[Tensor], doubt: float, seed: int
-) -> tuple[Tensor, list[int]]:
-    """Each user as some of their texts show them: what a code depends on, and whose it is."""
+    predictor: CodePredictor, features: Sequence[Tensor], pseudo_count: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Each user as seen by some of their texts: shrunk features, and the user's index."""
     draw = random.Random(seed)
-    generator.doubt.fill_(doubt)  # type: ignore[operator]
+    predictor.pseudo_count.fill_(pseudo_count)
     rows, owners = [], []
     for owner, texts in enumerate(features):
-        for count in _VIEWS:
-            chosen = draw.sample(range(len(texts)), min(count, len(texts)))
-            rows.append(generator.shrunk(texts[chosen]).double())  # type: ignore[operator]
+        for size in _VIEW_SIZES:
+            chosen = draw.sample(range(len(texts)), min(size, len(texts)))
+            rows.append(predictor.shrunk_features(texts[chosen]).double())
             owners.append(owner)
-    return torch.stack(rows), owners
-
-
-def _ridge(rows: Tensor, wanted: Tensor, trust: float) -> Tensor:
-    square = rows.T @ rows + trust * torch.eye(rows.shape[1], dtype=rows.dtype)
-    return torch.linalg.solve(square, rows.T @ wanted)
+    return torch.stack(rows), torch.tensor(owners)

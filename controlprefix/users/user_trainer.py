@@ -1,51 +1,57 @@
-"""Personalizer: texts of users in, their stored prefixes out, for one model and one store."""
+"""UserTrainer: texts of users -> their stored prefixes or codes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from controlprefix.embeddings import embeddings
-from controlprefix.errors import TrainingDataError
-from controlprefix.model.steering import Steering
-from controlprefix.model.text_prefix import prefix_from_tokens
-from controlprefix.model.tokenization import RequestEncoder
-from controlprefix.prefixes.prefix import Prefix
-from controlprefix.prefixes.user_code import CodedPrefix, PrefixDecoder
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Similar
+from controlprefix.errors import RequestError, TrainingDataError
+from controlprefix.model import FrozenModel, prefix_from_tokens
+from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
+from controlprefix.store import NewVersion, PrefixStore, SimilarUser
 from controlprefix.training.initialization import typical_scale
-from controlprefix.training.parameterization import LearnedSlots
+from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
-from controlprefix.users.decoder_training import CODE_RATE, DecoderReport, learn_decoder
-from controlprefix.users.multi_user import Begin, UsersReport, train_users, usable_texts
-from controlprefix.users.privacy_audit import Auditor, LeakReport
+from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
+from controlprefix.users.enrolment import predict_code, prefix_from_texts, profile_of
+from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
 from controlprefix.users.text_features import TextFeatures
-from controlprefix.users.user_codes import LearnedCodes
+from controlprefix.users.user_codes import TrainableCodes
+from controlprefix.users.user_training import Initialize, UsersReport, train_users, usable_texts
 
-_USUAL = {"parameterization": "direct", "batch_size": 4, "patience": 2}
-# A start that many users shaped is near: small steps. Measured on blogs (docs/decisions.md).
-_RATE_FROM_DECODER = 1e-2
+_DEFAULT_OPTIONS = {"parameterization": "direct", "batch_size": 4, "patience": 2}
+# From an initialization that many users shaped, small steps do: see docs/decisions.md.
+_LEARNING_RATE_FROM_DECODER = 1e-2
+_MAX_REFINED_SLOTS = 16
 
 
-class Personalizer:
-    """Learns users' prefixes for one frozen model, and keeps them in one store."""
+class UserTrainer:
+    """Trains and enrols users of one frozen model, and keeps their prefixes in one store.
 
-    def __init__(self, model: PreTrainedModel, encoder: RequestEncoder, store: PrefixStore) -> None:
-        self._model = model
-        self._encoder = encoder
+    Args:
+        frozen: The model.
+        store: Where to publish.
+    """
+
+    def __init__(self, frozen: FrozenModel, store: PrefixStore) -> None:
+        self._frozen = frozen
         self._store = store
-        self._fingerprint = Steering.of(model).geometry.fingerprint
+        self._model_store = store.for_model(frozen.fingerprint)
 
     def decoder(self, name: str) -> PrefixDecoder:
-        """A stored decoder, on the model's device."""
-        return self._store.decoder(name, self._fingerprint).to(self._model.device)
+        """A copy of a stored decoder, on the model's device.
+
+        Raises:
+            UnknownNameError: If there is no such decoder.
+        """
+        value = self._model_store.get(PrefixKey("decoder", name)).value
+        assert isinstance(value, PrefixDecoder)
+        return value.to(self._frozen.device)
 
     def learn_decoder(
         self,
-        users: Mapping[str, Sequence[str]],
+        texts: Mapping[str, Sequence[str]],
         name: str,
         *,
         num_slots: int,
@@ -54,17 +60,16 @@ class Personalizer:
         folder: str | Path | None,
         resume: bool,
         progress: bool,
-        settings: Mapping[str, Any],
+        options: Mapping[str, Any],
     ) -> DecoderReport:
-        """Learn a decoder, and store it with the codes of those it was learned from."""
+        """Train and store a decoder: see `ControlPrefix.learn_decoder`."""
         key = PrefixKey("decoder", name)
         self._store.require_writable([key])
-        chosen = TrainingSettings.of({"batch_size": 16, **settings})
-        decoder, codes, report = learn_decoder(
-            self._model,
-            self._encoder,
-            users,
-            chosen,
+        settings = TrainingSettings.from_options({"batch_size": 16, **options})
+        decoder, codes, report = train_decoder(
+            self._frozen,
+            texts,
+            settings,
             num_slots=num_slots,
             width=width,
             features=TextFeatures(embedder),
@@ -75,9 +80,9 @@ class Personalizer:
         details = {
             "decoder": {
                 "users": report.num_users,
-                "told": round(report.told, 4),
+                "r2": round(report.r2, 4),
                 "best_loss": round(report.training.best_loss, 4),
-                **chosen.as_dict(),
+                **settings.to_dict(),
             }
         }
         (version,) = self._store.put([NewVersion(key, decoder, details, sources=tuple(codes))])
@@ -85,75 +90,111 @@ class Personalizer:
 
     def train_users(
         self,
-        texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]],
+        texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]] | None,
         *,
         num_slots: int,
         decoder: str | None,
         as_codes: bool,
-        together: int,
+        concurrent_users: int,
         folder: str | Path | None,
         resume: bool,
         progress: bool,
-        settings: Mapping[str, Any],
+        options: Mapping[str, Any],
+        extras: Callable[[str], dict[str, Any]] = lambda user: {},
     ) -> UsersReport:
-        """Learn each user's prefix from texts they wrote, and store it when it is done."""
-        usual: dict[str, Any] = dict(_USUAL)
-        if decoder is not None:
-            usual["learning_rate"] = CODE_RATE if as_codes else _RATE_FROM_DECODER
-        chosen = TrainingSettings.of({**usual, **settings})
-        self._store.require_writable(())
+        """Train and store users: see `ControlPrefix.train_users`.
 
-        def publish(user: str, prefix: Prefix, report: TrainingReport) -> int:
+        Args:
+            texts: None: the texts that are kept in the store.
+            num_slots, decoder, as_codes, concurrent_users, folder, resume, progress: As there.
+            options: Of `TrainingSettings`.
+            extras: Per user, further fields of the `NewVersion`.
+        """
+        defaults: dict[str, Any] = dict(_DEFAULT_OPTIONS)
+        if decoder is not None:
+            rate = CODE_LEARNING_RATE if as_codes else _LEARNING_RATE_FROM_DECODER
+            defaults["learning_rate"] = rate
+        settings = TrainingSettings.from_options({**defaults, **options})
+        self._store.require_writable(())
+        if texts is None:
+            texts = {user: self._store.samples(user) for user in self._store.users_with_samples()}
+            if not texts:
+                raise TrainingDataError(
+                    "no texts are kept in the store; give texts, or enroll users with keep_texts"
+                )
+
+        def publish(user: str, value: Prefix | UserCode, report: TrainingReport) -> int:
             details = {
                 "training": {
                     "best_step": report.best_step,
                     "best_loss": round(report.best_loss, 4),
                     "decoder": decoder,
-                    **chosen.as_dict(),
+                    **settings.to_dict(),
                 }
             }
-            return self._put(user, prefix, details)
+            return self._put(user, value, details, **extras(user))
 
         return train_users(
-            self._model,
-            self._encoder,
+            self._frozen,
             texts.items() if isinstance(texts, Mapping) else texts,
             publish,
-            chosen,
-            begin=self._begin(chosen, decoder, as_codes, num_slots),
-            together=together,
+            settings,
+            initialize=self._initialize(settings, decoder, as_codes, num_slots),
+            concurrent_users=concurrent_users,
             folder=None if folder is None else Path(folder),
             resume=resume,
             progress=progress,
         )
 
-    def enroll(self, user: str, texts: Sequence[str], decoder: str | None, num_slots: int) -> int:
-        """Store a prefix made of texts without training; gives the version."""
-        written = usable_texts(user, texts)
-        details = {"enrolled": {"texts": len(written), "decoder": decoder}}
-        return self._put(user, self._enrolled(written, decoder, num_slots), details)
+    def enroll(
+        self,
+        user: str,
+        texts: Sequence[str],
+        *,
+        decoder: str | None,
+        refine: bool,
+        num_slots: int,
+        keep_texts: bool,
+        keep_profile: bool,
+    ) -> int:
+        """Store a user's prefix or code at once: see `ControlPrefix.enroll`.
 
-    def _enrolled(self, texts: Sequence[str], decoder: str | None, num_slots: int) -> Prefix:
-        if decoder is not None:
-            return self.guess(self.decoder(decoder), texts)
-        ids = self._encoder.text_ids("\n\n".join(texts))[:num_slots]
-        return prefix_from_tokens(self._model, ids)
+        The version, the texts and the profile are stored in one transaction.
+        """
+        if num_slots < 1:
+            raise RequestError(f"num_slots is {num_slots}; it must be 1 or more")
+        texts = usable_texts(user, texts)
+        extras: dict[str, Any] = {"texts": texts} if keep_texts else {}
+        if keep_profile:
+            extras["profile"] = profile_of(texts)
+        if refine:
+            report = self.train_users(
+                {user: texts},
+                num_slots=min(num_slots, _MAX_REFINED_SLOTS),
+                decoder=decoder,
+                as_codes=True,
+                concurrent_users=1,
+                folder=None,
+                resume=False,
+                progress=False,
+                options={},
+                extras=lambda user: extras,
+            )
+            if user in report.failed:
+                raise TrainingDataError(report.failed[user])
+            (version,) = report.users[user].saved.values()
+            return version
+        details = {"enrolled": {"texts": len(texts), "decoder": decoder}}
+        return self._put(user, self._enrolled(texts, decoder, num_slots), details, **extras)
 
-    def keep_profile(self, user: str, texts: Sequence[str], embedder: str) -> None:
-        """Store what a user's texts are like."""
-        name, numbers = _profile(user, texts, embedder)
-        self._store.keep_profile(user, name, numbers, num_texts=len(texts))
+    def similar_users(self, texts: Sequence[str], limit: int) -> list[SimilarUser]:
+        """Users with a kept profile that is most similar to texts.
 
-    def similar_users(self, texts: Sequence[str], embedder: str, most: int) -> list[Similar]:
-        """Who of those with a profile writes most like that."""
-        name, numbers = _profile("", texts, embedder)
-        return self._store.similar_users(name, numbers, most=most)
-
-    def guess(self, decoder: PrefixDecoder, texts: Sequence[str]) -> CodedPrefix:
-        """The prefix that a decoder expects of a user who writes such texts."""
-        if not decoder.generator.tells:
-            return decoder.decode(decoder.common)
-        return decoder.decode(decoder.guess(TextFeatures.named(decoder.embedder).of(texts)))
+        Raises:
+            TrainingDataError: If there is no text.
+        """
+        profile = profile_of(usable_texts("", texts))
+        return self._store.similar_users(profile.embedder, profile.values, limit=limit)
 
     def audit(
         self,
@@ -161,99 +202,126 @@ class Personalizer:
         texts: Sequence[str],
         held_out: Sequence[str],
         *,
-        canaries: int,
+        num_canaries: int,
         seed: int,
-    ) -> LeakReport:
-        """What the current prefix of a user gives away."""
+    ) -> PrivacyReport:
+        """Audit a user's current prefix: see `ControlPrefix.audit_user`."""
         key = PrefixKey("user", user)
-        prefix = self._store.get(key, self._fingerprint).prefix.to(device=self._model.device)
-        (current,) = (v for v in self._store.versions(key, self._fingerprint) if v.current)
-        alone = "learned" not in current.details.get("training", {"learned": ()})
-        if canaries and not alone and "enrolled" not in current.details:
+        stored = self._model_store.get(key)
+        (current,) = (info for info in self._model_store.versions(key) if info.current)
+        details = current.details
+        trained_alone = "learned" not in details.get("training", {"learned": ()})
+        if num_canaries and not trained_alone and "enrolled" not in details:
             raise TrainingDataError(
                 f"{key} version {current.version} was not made by train_users or enroll, so it "
                 "cannot be made again with canaries among its texts; leave them out"
             )
+        is_code = isinstance(stored.value, UserCode)
+        decoder_name = (details.get("training") or details.get("enrolled") or {}).get("decoder")
+        decoder = self._decoder_of(stored.value, decoder_name)
+        prefix = self._decoded(stored.value, decoder)
 
-        def learn(planted: list[str]) -> Prefix:
-            return self._made_again(key, planted, current.details, prefix)
+        def retrain(planted: list[str]) -> Prefix:
+            value = self._make_again(key, planted, details, is_code, prefix.num_slots)
+            return self._decoded(value, decoder)
 
-        return Auditor(self._model, self._encoder).report(
+        return PrivacyAuditor(self._frozen).audit(
             prefix,
             usable_texts(user, texts),
             usable_texts(user, held_out),
-            canaries=canaries,
-            learn=learn,
+            num_canaries=num_canaries,
+            retrain=retrain,
             seed=seed,
         )
 
-    def _made_again(
-        self, key: PrefixKey, texts: list[str], details: Mapping[str, Any], like: Prefix
-    ) -> Prefix:
-        """A prefix of texts, made as another was, and not stored."""
-        if "enrolled" in details:
-            return self._enrolled(texts, details["enrolled"]["decoder"], like.num_slots)
-        settings = dict(details["training"])
-        decoder = settings.pop("decoder", None)
-        known = {field.name for field in fields(TrainingSettings)}
-        chosen = TrainingSettings.of({k: v for k, v in settings.items() if k in known})
-        made: dict[str, Prefix] = {}
+    def _decoder_of(self, value: object, name: str | None) -> PrefixDecoder | None:
+        if not isinstance(value, UserCode):
+            return None
+        decoder = self._model_store.decoder_by_hash(value.decoder_hash)
+        if decoder is None:
+            raise TrainingDataError(f"decoder {name!r} of this user code is not in the store")
+        return decoder.to(self._frozen.device)
 
-        def keep(user: str, prefix: Prefix, _: TrainingReport) -> int:
-            made[user] = prefix.to(dtype=self._model.dtype)
+    def _decoded(self, value: object, decoder: PrefixDecoder | None) -> Prefix:
+        if isinstance(value, UserCode):
+            assert decoder is not None
+            value = decoder.decode(value)
+        assert isinstance(value, Prefix)
+        return value.to(device=self._frozen.device, dtype=self._frozen.dtype)
+
+    def _make_again(
+        self,
+        key: PrefixKey,
+        texts: list[str],
+        details: Mapping[str, Any],
+        is_code: bool,
+        num_slots: int,
+    ) -> Prefix | UserCode:
+        """A prefix or code of texts, made as a stored one was, and not stored."""
+        if "enrolled" in details:
+            return self._enrolled(texts, details["enrolled"]["decoder"], num_slots)
+        options = dict(details["training"])
+        decoder = options.pop("decoder", None)
+        names = {field.name for field in fields(TrainingSettings)}
+        settings = TrainingSettings.from_options({k: v for k, v in options.items() if k in names})
+        values: dict[str, Prefix | UserCode] = {}
+
+        def collect(user: str, value: Prefix | UserCode, _: TrainingReport) -> int:
+            values[user] = value
             return 0
 
-        begin = self._begin(chosen, decoder, isinstance(like, CodedPrefix), like.num_slots)
         report = train_users(
-            self._model,
-            self._encoder,
+            self._frozen,
             [(key.name, texts)],
-            keep,
-            chosen,
-            begin=begin,
-            together=1,
+            collect,
+            settings,
+            initialize=self._initialize(settings, decoder, is_code, num_slots),
+            concurrent_users=1,
             folder=None,
             resume=False,
             progress=False,
         )
         for reason in report.failed.values():
             raise TrainingDataError(reason)
-        return made[key.name]
+        return values[key.name]
 
-    def _put(self, user: str, prefix: Prefix, details: Mapping[str, Any]) -> int:
-        key = PrefixKey("user", user)
-        new = NewVersion(key, prefix.to(dtype=self._model.dtype), details)
+    def _enrolled(
+        self, texts: Sequence[str], decoder: str | None, num_slots: int
+    ) -> Prefix | UserCode:
+        if decoder is not None:
+            return predict_code(self.decoder(decoder), texts)
+        return prefix_from_texts(self._frozen, texts, num_slots)
+
+    def _put(
+        self, user: str, value: Prefix | UserCode, details: Mapping[str, Any], **extras: Any
+    ) -> int:
+        if isinstance(value, Prefix):
+            value = value.to(dtype=self._frozen.dtype)
+        new = NewVersion(PrefixKey("user", user), value, details, **extras)
         return self._store.put([new])[0]
 
-    def _begin(
+    def _initialize(
         self, settings: TrainingSettings, decoder: str | None, as_codes: bool, num_slots: int
-    ) -> Begin:
+    ) -> Initialize:
         if decoder is None:
-            return self._from_texts(settings, num_slots)
-        return self._from_decoder(settings, decoder, as_codes)
+            return self._from_own_texts(settings, num_slots)
+        return self._from_decoder(settings, self.decoder(decoder), as_codes)
 
-    def _from_texts(self, settings: TrainingSettings, num_slots: int) -> Begin:
-        def begin(key: PrefixKey, written: list[str]) -> LearnedSlots:
-            ids = self._encoder.text_ids("\n".join(written[:num_slots]))
-            start = prefix_from_tokens(self._model, ids, num_slots=num_slots)
-            return settings.parameterized({key: start}, typical_scale(self._model, ids))
+    def _from_own_texts(self, settings: TrainingSettings, num_slots: int) -> Initialize:
+        def initialize(key: PrefixKey, texts: list[str]) -> TrainablePrefixes:
+            ids = self._frozen.request_tokenizer.text_ids("\n".join(texts[:num_slots]))
+            initial = prefix_from_tokens(self._frozen, ids, num_slots=num_slots)
+            return settings.parameterize({key: initial}, typical_scale(self._frozen, ids))
 
-        return begin
+        return initialize
 
-    def _from_decoder(self, settings: TrainingSettings, name: str, as_codes: bool) -> Begin:
-        decoder = self.decoder(name)
-
-        def begin(key: PrefixKey, written: list[str]) -> LearnedSlots:
-            guess = self.guess(decoder, written)
+    def _from_decoder(
+        self, settings: TrainingSettings, decoder: PrefixDecoder, as_codes: bool
+    ) -> Initialize:
+        def initialize(key: PrefixKey, texts: list[str]) -> TrainablePrefixes:
+            code = predict_code(decoder, texts)
             if as_codes:
-                return LearnedCodes(decoder, {key: guess.code.numbers})
-            start = Prefix(guess.geometry, guess.slots)
-            return settings.parameterized({key: start}, decoder.scales)
+                return TrainableCodes(decoder, {key: code.values})
+            return settings.parameterize({key: decoder.decode(code)}, decoder.scales)
 
-        return begin
-
-
-def _profile(user: str, texts: Sequence[str], embedder: str) -> tuple[str, list[float]]:
-    """The mean of the texts' embeddings, and what it is called."""
-    embedded = embeddings(usable_texts(user, texts), embedder)
-    return embedder, embedded.mean(0).tolist()
+        return initialize

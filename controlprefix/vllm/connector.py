@@ -1,4 +1,4 @@
-"""A KV connector for vLLM: writes assembled prefixes into its cache, in place of computing them.
+"""KV connector for vLLM: writes assembled prefixes into its cache instead of computing them.
 
 It runs inside vLLM, in an environment that has both packages:
 
@@ -6,15 +6,14 @@ It runs inside vLLM, in an environment that has both packages:
         "kv_connector_module_path": "controlprefix.vllm.connector", "kv_role": "kv_both",
         "kv_connector_extra_config": {"folder": "/prefixes"}}'
 
-A request with `kv_transfer_params={"controlprefix": {"digest": …, "num_slots": P}}` begins with P
-placeholder tokens; before it is run, their keys and values are written by the backend's own
-function, so no layout is assumed. A prefix that cannot be had ends its own request with an
-error, never in text without it. Whoever sets these parameters is trusted: the gateway alone.
+A request with `kv_transfer_params={"controlprefix": {"digest": …, "num_slots": P}}` starts with P
+placeholder tokens; before it runs, their keys and values are written by the attention backend's
+own function, so no layout is assumed. A prefix that cannot be read fails its own request; it is
+never ignored. Whoever sets these parameters is trusted: expose vLLM to the server only.
 """
 
 import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +31,11 @@ from vllm.distributed.parallel_state import (
 )
 
 from controlprefix.errors import ControlPrefixError, GeometryMismatchError
-from controlprefix.prefixes.prefix import Prefix
-from controlprefix.store import PrefixCache, PrefixKey
+from controlprefix.prefixes import Prefix, PrefixKey
+from controlprefix.store import PrefixCache
 from controlprefix.vllm.prefix_folder import PrefixFolder
 
-PARAMETER = "controlprefix"
+PARAMETER = "controlprefix"  # key in `kv_transfer_params`
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _log = logging.getLogger("vllm.controlprefix")
@@ -47,9 +46,10 @@ class Load:
     """Slots to write for one request.
 
     Attributes:
-        digest: The file.
-        first, last: Slots from `first` to before `last`; those before are in the cache.
-        blocks: For each group of layers, the request's blocks from its first token on.
+        request: Id of the request.
+        digest: Names the file of slots.
+        first, last: Slots `first:last`; those before are in the cache already.
+        blocks: Per group of layers, the request's blocks from its first token on.
     """
 
     request: str
@@ -61,53 +61,56 @@ class Load:
 
 @dataclass
 class Loads(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed here
-    """What the workers shall do before the next step."""
+    """Slots that the workers write before the next step."""
 
     loads: list[Load] = field(default_factory=list)
 
 
 class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """See the module. Of `kv_connector_extra_config`:
+    """Writes slots into vLLM's KV cache: see the module.
 
-    `folder` is where the gateway writes prefixes; `cached_bytes` how much of them a worker keeps
-    in its host's memory (1 GiB).
+    Settings in `kv_connector_extra_config`: `folder`, where the server writes prefixes, and
+    `cached_bytes`, how much of them a worker keeps in host memory (1 GiB).
+
+    Raises:
+        ValueError: If the folder is missing, or failed loads would be recomputed.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        told = self._kv_transfer_config.get_from_extra_config
-        folder = told("folder", None)
+        get_setting = self._kv_transfer_config.get_from_extra_config
+        folder = get_setting("folder", None)
         if folder is None:
-            raise ValueError("kv_connector_extra_config names no folder of prefixes")
+            raise ValueError("kv_connector_extra_config needs the folder of prefixes")
         if self._kv_transfer_config.kv_load_failure_policy != "fail":
             raise ValueError(
-                "kv_load_failure_policy must be 'fail': placeholders cannot be computed again"
+                "kv_load_failure_policy must be 'fail': placeholders cannot be recomputed"
             )
         self._folder = PrefixFolder(folder)
-        self._cache = PrefixCache(int(told("cached_bytes", 1 << 30)))
+        self._cache = PrefixCache(int(get_setting("cached_bytes", 1 << 30)))
         self._pending: list[Load] = []
         self._done: set[str] = set()
         self._failed: set[str] = set()
         self._groups = kv_cache_config.kv_cache_groups
 
-    # --- in the scheduler --------------------------------------------------------------------
+    # --- in the scheduler process -------------------------------------------------------------
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
-        """How many placeholders are still to be filled; loads run beside other requests."""
-        asked = _asked(request)
-        if asked is None:
+        """How many placeholders are not cached; loads run asynchronously to other requests."""
+        slots = _requested_slots(request)
+        if slots is None:
             return 0, False
-        missing = max(0, asked[1] - num_computed_tokens)
+        missing = max(0, slots[1] - num_computed_tokens)
         return missing, missing > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Note what to write, now that there is a place for it."""
-        asked = _asked(request)
-        if asked is None or num_external_tokens <= 0:
+        """Queue the slots to write, now that blocks are allocated for them."""
+        slots = _requested_slots(request)
+        if slots is None or num_external_tokens <= 0:
             return
-        digest, num_slots = asked
+        digest, num_slots = slots
         self._pending.append(
             Load(
                 request.request_id,
@@ -119,7 +122,7 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
         )
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
-        """What there is to do in the next step."""
+        """The slots to write before the next step."""
         pending, self._pending = self._pending, []
         return Loads(pending)
 
@@ -136,7 +139,7 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
     # --- in a worker -------------------------------------------------------------------------
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Write all slots that are to be loaded."""
+        """Write the queued slots."""
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, Loads)
         for load in metadata.loads:
@@ -148,28 +151,29 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
             self._done.add(load.request)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Which requests have their slots, and which will never have them."""
+        """The requests whose slots are written, and those whose slots could not be read."""
         done, failed = self._done, self._failed
         self._done, self._failed = set(), set()
         return KVConnectorTransferResults(finished_recving=done, failed_recving=failed)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing is loaded during a step."""
+        """Does nothing: slots are written before a step."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Nothing is saved."""
+        """Does nothing: no KV cache is saved."""
 
     def wait_for_save(self) -> None:
-        """Nothing is saved."""
+        """Does nothing: no KV cache is saved."""
 
     def _read(self, digest: str) -> Prefix:
-        key = PrefixKey("user", digest)
-        prefix = self._cache.held([key]).get(digest)
-        if prefix is None:
-            prefix = self._folder.read(digest)
-            self._cache.put(key, digest, prefix)
+        key = PrefixKey("user", digest)  # the cache needs a key; the digest identifies the slots
+        cached = self._cache.get([key]).get(key)
+        if cached is not None:
+            return cached.prefix
+        prefix = self._folder.read(digest)
+        self._cache.put(key, digest, prefix)
         return prefix
 
     def _write(self, load: Load, layers: dict[str, Any]) -> None:
@@ -182,46 +186,49 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
         for group, blocks in zip(self._groups, load.blocks, strict=True):
             size = group.kv_cache_spec.block_size
             block = torch.tensor(blocks)[positions // size]
-            # Block 0 is nobody's: its tokens have left a sliding window.
+            # Block 0 is the null block of tokens that have left a sliding window.
             kept = block != 0
-            where = (block * size + positions % size)[kept]
+            cache_slots = (block * size + positions % size)[kept]
             for name in group.layer_names:
-                if name in layers and len(where):
-                    self._write_layer(name, layers[name], prefix, positions[kept], where)
+                if name in layers and len(cache_slots):
+                    self._write_layer(name, layers[name], prefix, positions[kept], cache_slots)
 
     @staticmethod
-    def _write_layer(name: str, layer: Any, prefix: Prefix, slots: Tensor, where: Tensor) -> None:
-        index = int(_only(_LAYER.findall(name), name))
+    def _write_layer(
+        name: str, layer: Any, prefix: Prefix, slots: Tensor, cache_slots: Tensor
+    ) -> None:
+        index = _layer_index(name)
         keys, values = prefix.layer("decoder", index)  # (num_kv_heads, num_slots, head_dim)
-        here = layer.num_kv_heads
-        rank, of = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        first = rank * len(keys) // of  # fewer heads than ranks: they are repeated
-        shard = slice(first, first + here)
-        if len(keys[shard]) != here or keys.shape[2] != layer.head_size:
+        num_heads = layer.num_kv_heads
+        rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        first = rank * len(keys) // world  # with fewer heads than ranks, heads are repeated
+        shard = slice(first, first + num_heads)
+        if len(keys[shard]) != num_heads or keys.shape[2] != layer.head_size:
             raise GeometryMismatchError(
-                f"layer {name} of vLLM has {here} kv heads of {layer.head_size} numbers; the "
-                f"prefix has {len(keys)} of {keys.shape[2]}: it is another model's"
+                f"layer {name} of vLLM has {num_heads} kv heads of size {layer.head_size}; the "
+                f"prefix has {len(keys)} of size {keys.shape[2]}: it is for another model"
             )
         cache = layer.kv_cache
         dtype = cache.dtype if cache.dtype.is_floating_point else keys.dtype
-        chosen = [
-            one[shard][:, slots].transpose(0, 1).to(cache.device, dtype).contiguous()
-            for one in (keys, values)
-        ]
-        layer.impl.do_kv_cache_update(layer, *chosen, cache, where.to(cache.device))
+        new_keys, new_values = (
+            tensor[shard][:, slots].transpose(0, 1).to(cache.device, dtype).contiguous()
+            for tensor in (keys, values)
+        )
+        cache_slots = cache_slots.to(cache.device)
+        layer.impl.do_kv_cache_update(layer, new_keys, new_values, cache, cache_slots)
 
 
-def _asked(request: Any) -> tuple[str, int] | None:
+def _requested_slots(request: Any) -> tuple[str, int] | None:
     """The digest and the number of slots that a request asks for.
 
-    What makes no sense asks for a prefix that nobody has: the scheduler must not fail, and the
-    request must.
+    Invalid parameters ask for a prefix that does not exist: the request must fail, and the
+    scheduler must not.
     """
-    about = (request.kv_transfer_params or {}).get(PARAMETER)
-    if about is None:
+    parameters = (request.kv_transfer_params or {}).get(PARAMETER)
+    if parameters is None:
         return None
-    digest = about.get("digest") if isinstance(about, dict) else None
-    count = about.get("num_slots") if isinstance(about, dict) else None
+    digest = parameters.get("digest") if isinstance(parameters, dict) else None
+    count = parameters.get("num_slots") if isinstance(parameters, dict) else None
     if (
         isinstance(digest, str)
         and _DIGEST.fullmatch(digest)
@@ -229,11 +236,12 @@ def _asked(request: Any) -> tuple[str, int] | None:
         and 0 < count < request.num_tokens
     ):
         return digest, count
-    return "nonsense", min(1, request.num_tokens - 1)
+    return "invalid", min(1, request.num_tokens - 1)
 
 
-def _only(found: Iterable[str], name: str) -> str:
-    (one,) = found or ("",)
-    if not one:
-        raise GeometryMismatchError(f"vLLM calls a layer {name!r}, in which no number is found")
-    return one
+def _layer_index(name: str) -> int:
+    """The index in the name of a vLLM layer."""
+    indices = _LAYER.findall(name)
+    if len(indices) != 1:
+        raise GeometryMismatchError(f"vLLM has a layer {name!r}, whose name contains no index")
+    return int(indices[0])

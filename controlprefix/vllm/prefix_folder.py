@@ -1,115 +1,115 @@
-"""A folder of assembled prefixes, which the gateway writes and vLLM's workers read."""
+"""PrefixFolder: a folder of assembled prefixes, written by the server and read by vLLM."""
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from controlprefix._io import atomic_path
 from controlprefix.errors import OverloadedError, PrefixFormatError, StoreError
-from controlprefix.prefixes.prefix import Prefix
+from controlprefix.prefixes import Prefix
 
-_IN_USE_S = 600.0  # a request may wait so long for its turn
-_KEPT_S = 3600.0  # after its last use: a user who is forgotten must be, here too
-_SWEPT_EVERY_S = 60.0
+_IN_USE_S = 600.0  # how long a request may wait for its turn
+_MAX_AGE_S = 3600.0  # after the last use, so that forgotten users disappear here too
+_SWEEP_INTERVAL_S = 60.0
+_TARGET_FRACTION = 0.9  # of the limit, to which a sweep evicts
+_FILE_MODE = 0o640  # workers may run as another user of the same group
 
 
 class PrefixFolder:
-    """Files by the digest of what they hold. What was not asked for within an hour is removed.
+    """Files named by the digest of their content. Files unused for an hour are removed.
 
     Args:
-        path: It is made if it is not there.
-        most_bytes: Of all files. Beyond, the least recently used go, but for those that were
-            asked for in the last ten minutes; if those alone are too many, others are refused.
+        path: Created if it does not exist.
+        max_bytes: Limit of all files together. Beyond it, the least recently used are evicted,
+            except those used in the last ten minutes; if these alone are too many, further
+            ones are refused.
 
     Raises:
-        StoreError: If it cannot be written.
+        StoreError: If it cannot be created.
     """
 
-    def __init__(self, path: str | Path, *, most_bytes: int = 10 << 30) -> None:
+    def __init__(self, path: str | Path, *, max_bytes: int = 10 << 30) -> None:
         self._path = Path(path)
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._num_bytes = 0
-        self._swept = 0.0
+        self._size_bytes = 0
+        self._last_sweep = 0.0
         try:
             self._path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot use the folder {self._path}: {error}") from error
 
     def file(self, digest: str) -> Path:
-        """Where a prefix stands, or would."""
+        """The path of a prefix's file, whether it exists or not."""
         return self._path / f"{digest}.safetensors"
 
     def read(self, digest: str) -> Prefix:
-        """A prefix, checked against its own hash.
+        """Read a prefix, and verify its content hash.
 
         Raises:
-            StoreError: If it is not there, or damaged.
+            StoreError: If it does not exist, or is damaged.
         """
         try:
             return Prefix.from_bytes(self.file(digest).read_bytes(), name=digest)
         except (OSError, PrefixFormatError) as error:
             raise StoreError(f"prefix {digest} cannot be read: {error}") from error
 
-    def keep(self, digest: str, make: Callable[[], Prefix], *, anew: bool = False) -> None:
-        """See to it that a prefix is there, and stays for now.
+    def write(
+        self, digest: str, make_prefix: Callable[[], Prefix], *, overwrite: bool = False
+    ) -> None:
+        """Write a prefix unless it exists, and refresh its mtime so that it is not evicted.
 
         Args:
-            digest, make: Which, and what it is.
-            anew: Whatever is there is not to be trusted.
+            digest: Names the file.
+            make_prefix: Makes the prefix; called only if the file must be written.
+            overwrite: Write it also if it exists, since it may be damaged.
 
         Raises:
-            OverloadedError: If there is no room beside what is in use.
+            OverloadedError: If there is no room beside the files in use.
             StoreError: If it cannot be written.
         """
         path = self.file(digest)
         try:
-            if not anew:
+            if not overwrite:
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(path)
                     return
-            data = make().to_bytes()
+            data = make_prefix().to_bytes()
             self._make_room(len(data))
-            # Whole or not at all: workers may look for it at any time.
-            handle, name = tempfile.mkstemp(dir=self._path, prefix=".", suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.chmod(name, 0o640)  # workers may be another user of the same group
-                os.replace(name, path)
-            except BaseException:
-                os.unlink(name)
-                raise
+            with atomic_path(path) as unfinished:
+                unfinished.write_bytes(data)
+                unfinished.chmod(_FILE_MODE)
         except OSError as error:
+            if isinstance(error, StoreError):
+                raise
             raise StoreError(f"cannot write {path}: {error}") from error
 
-    def _make_room(self, size: int) -> None:
-        """Remove what is old, and what there is no room for."""
+    def _make_room(self, num_bytes: int) -> None:
+        """Remove old files, and evict what does not fit."""
         with self._lock:
             now = time.time()
-            if now < self._swept + _SWEPT_EVERY_S and self._num_bytes + size <= self._most_bytes:
-                self._num_bytes += size
+            fits = self._size_bytes + num_bytes <= self._max_bytes
+            if fits and now < self._last_sweep + _SWEEP_INTERVAL_S:
+                self._size_bytes += num_bytes
                 return
-            self._swept = now
-            found = []
+            self._last_sweep = now
+            files = []
             for path in self._path.iterdir():
-                with contextlib.suppress(FileNotFoundError):  # another gateway may sweep too
-                    about = path.stat()
-                    found.append((about.st_mtime, about.st_size, path))
-            self._num_bytes = sum(one for _, one, _ in found)
-            for used, one, path in sorted(found):
-                too_many = self._num_bytes + size > 0.9 * self._most_bytes
-                if used < now - _KEPT_S or (too_many and used < now - _IN_USE_S):
+                with contextlib.suppress(FileNotFoundError):  # another server may sweep too
+                    stat = path.stat()
+                    files.append((stat.st_mtime, stat.st_size, path))
+            self._size_bytes = sum(size for _, size, _ in files)
+            for used_at, size, path in sorted(files):
+                too_full = self._size_bytes + num_bytes > _TARGET_FRACTION * self._max_bytes
+                if used_at < now - _MAX_AGE_S or (too_full and used_at < now - _IN_USE_S):
                     path.unlink(missing_ok=True)
-                    self._num_bytes -= one
-            if self._num_bytes + size > self._most_bytes:
+                    self._size_bytes -= size
+            if self._size_bytes + num_bytes > self._max_bytes:
                 raise OverloadedError(
-                    f"the prefixes in use take {self._num_bytes:,} of {self._most_bytes:,} bytes "
+                    f"the prefixes in use take {self._size_bytes:,} of {self._max_bytes:,} bytes "
                     "of their folder; try again later"
                 )
-            self._num_bytes += size
+            self._size_bytes += num_bytes

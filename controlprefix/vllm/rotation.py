@@ -1,4 +1,9 @@
-"""Moving a prefix along the positions, for engines that count slots."""
+"""Rotation: shifting a prefix along positions, for engines that count slots.
+
+Reference:
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
+    https://arxiv.org/abs/2104.09864.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Self
@@ -8,179 +13,193 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from controlprefix.errors import UnsupportedModelError
-from controlprefix.model.steering import Steering
-from controlprefix.model.text_prefix import is_rotary, keys_and_values, prefix_from_tokens
-from controlprefix.prefixes.assembly import Part
-from controlprefix.prefixes.geometry import Geometry
-from controlprefix.prefixes.prefix import Prefix
+from controlprefix.model import FrozenModel, prefix_from_tokens
+from controlprefix.model.text_prefix import is_rotary, keys_and_values
+from controlprefix.prefixes import Geometry, Part, Prefix
 
-_PROBE = (5, 11, 17, 23, 29)  # tokens; every vocabulary has them
-_FAR = 13  # positions that the probe is moved by
-# Of the size of what is compared: rounding, not another rotation.
-_CLOSE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_PROBE = (5, 11, 17, 23, 29)  # token ids; every vocabulary has them
+_SHIFT = 13  # positions by which the probe is shifted
+# Relative difference that still counts as rounding.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-class _Turn(NamedTuple):
-    """How one layer turns keys: pairs of numbers, by an angle that grows with the position.
+class _LayerRotation(NamedTuple):
+    """How one layer rotates keys: pairs of values, by angles proportional to the position.
 
     Attributes:
-        angles: Of a position, `(num_pairs,)`: the cosines and the sines.
-        neighbours: Pairs are (0, 1), (2, 3), …, rather than (0, n), (1, n + 1), ….
+        cos_sin: Position -> cosines and sines, `(num_pairs,)` each.
+        interleaved: Pairs are (0, 1), (2, 3), …, rather than (0, n), (1, n + 1), ….
     """
 
-    angles: Callable[[int], tuple[Tensor, Tensor]]
-    neighbours: bool
+    cos_sin: Callable[[int], tuple[Tensor, Tensor]]
+    interleaved: bool
 
-    def __call__(self, keys: Tensor, by: int) -> Tensor:
-        """Keys `(…, key_dim)`, float32, `by` positions further; what is beyond the pairs stays."""
-        cos, sin = self.angles(by)
+    def __call__(self, keys: Tensor, shift: int) -> Tensor:
+        """Rotate keys `(…, key_dim)`, float32, by some positions; values beyond the pairs stay."""
+        cos, sin = self.cos_sin(shift)
         count = len(cos)
-        turned = keys.clone()
+        rotated = keys.clone()
         first, second = (
             (slice(0, 2 * count, 2), slice(1, 2 * count, 2))
-            if self.neighbours
+            if self.interleaved
             else (slice(0, count), slice(count, 2 * count))
         )
         a, b = keys[..., first], keys[..., second]
-        turned[..., first], turned[..., second] = a * cos - b * sin, b * cos + a * sin
-        return turned
+        rotated[..., first], rotated[..., second] = a * cos - b * sin, b * cos + a * sin
+        return rotated
 
 
 class Rotation:
-    """How the layers of one model turn keys. Get it with `Rotation.of(model)`."""
+    """How the layers of one model rotate keys. Get it with `Rotation.of`.
 
-    def __init__(self, geometry: Geometry, turns: list[_Turn | None]) -> None:
+    Args:
+        geometry: Geometry of the model.
+        layers: Per layer its rotation; None if it does not rotate.
+    """
+
+    def __init__(self, geometry: Geometry, layers: list[_LayerRotation | None]) -> None:
         self._geometry = geometry
-        self._turns = turns
+        self._layers = layers
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
-        """Read off the model's own rotary modules, and checked against the model itself.
+    def of(cls, frozen: FrozenModel) -> Self:
+        """Read the rotations off the model's own rotary modules, and check them on the model.
 
         Raises:
             UnsupportedModelError: If an engine that counts slots cannot serve it exactly.
         """
-        _require_countable(model)
-        geometry = Steering.of(model).geometry
-        here = keys_and_values(model, _PROBE[:1], 0)["decoder"]
-        there = keys_and_values(model, _PROBE[:1], _FAR)["decoder"]
-        known = list(_turns(model))
-        turns: list[_Turn | None] = []
-        close = _CLOSE[model.dtype]
-        for layer, ((keys, values), (far, same)) in enumerate(zip(here, there, strict=True)):
-            if not _alike(values, same, close):
-                raise _unsupported(model, f"layer {layer} has positions outside its rotations")
-            fitting = [one for one in known if _fits(one, keys.float(), far.float(), close)]
-            if not fitting and not _alike(keys, far, close):
-                raise _unsupported(model, f"how layer {layer} turns keys is not known here")
-            turns.append(fitting[0] if fitting else None)
-        found = cls(geometry, turns)
-        found._check(model)
-        return found
+        model = frozen.model
+        _require_servable(frozen)
+        here = keys_and_values(frozen, _PROBE[:1])["decoder"]
+        there = keys_and_values(frozen, _PROBE[:1], first_position=_SHIFT)["decoder"]
+        candidates = list(_candidate_rotations(model))
+        layers: list[_LayerRotation | None] = []
+        tolerance = _TOLERANCE[model.dtype]
+        for i, ((keys, values), (shifted_keys, shifted_values)) in enumerate(
+            zip(here, there, strict=True)
+        ):
+            if not _is_close(values, shifted_values, tolerance):
+                raise _unsupported(model, f"layer {i} uses positions outside its rotations")
+            fitting = [
+                rotation
+                for rotation in candidates
+                if _fits(rotation, keys.float(), shifted_keys.float(), tolerance)
+            ]
+            if not fitting and not _is_close(keys, shifted_keys, tolerance):
+                raise _unsupported(model, f"the rotation of layer {i} is not known")
+            layers.append(fitting[0] if fitting else None)
+        rotation = cls(frozen.geometry, layers)
+        rotation._check(frozen)
+        return rotation
 
-    def moved(self, prefix: Prefix, by: int) -> Prefix:
-        """The prefix `by` positions further: keys turned, in float32, values as they are."""
-        pieces = []
-        for layer, turn in enumerate(self._turns):
-            keys, values = prefix.layer("decoder", layer)
-            if turn is not None:
-                keys = turn(keys.float().cpu(), by).to(keys)
-            pieces.append((keys, values))
-        return Prefix.from_layers(self._geometry, decoder=pieces)
+    def shifted(self, prefix: Prefix, shift: int) -> Prefix:
+        """A prefix some positions further: keys rotated in float32, values unchanged."""
+        layers = []
+        for i, rotation in enumerate(self._layers):
+            keys, values = prefix.layer("decoder", i)
+            if rotation is not None:
+                keys = rotation(keys.float().cpu(), shift).to(keys)
+            layers.append((keys, values))
+        return Prefix.from_layers(self._geometry, decoder=layers)
 
     @torch.no_grad()
-    def _check(self, model: PreTrainedModel) -> None:
-        """What the model says to a moved prefix in its cache must be what it says to slots."""
-        prefix = prefix_from_tokens(model, _PROBE[:2])
-        text = torch.tensor([_PROBE[2:5]], device=model.device)
-        steering = Steering.of(model)
-        batch = steering.assemble([[Part(prefix)]])
-        with steering.attached(batch):
-            wanted = model(input_ids=text, use_cache=False).logits
-        moved = self.moved(prefix, prefix.num_slots).to(device=model.device, dtype=model.dtype)
-        layers = [moved.layer("decoder", i) for i in range(len(self._turns))]
+    def _check(self, frozen: FrozenModel) -> None:
+        """Check that a shifted prefix in the model's own cache gives the logits of slots."""
+        model = frozen.model
+        prefix = prefix_from_tokens(frozen, _PROBE[:2])
+        ids = torch.tensor([_PROBE[2:5]], device=frozen.device)
+        with frozen.attached(frozen.assemble([[Part(prefix)]])):
+            expected = model(input_ids=ids, use_cache=False).logits
+        shifted = self.shifted(prefix, prefix.num_slots)
+        shifted = shifted.to(device=frozen.device, dtype=frozen.dtype)
+        layers = [shifted.layer("decoder", i) for i in range(len(self._layers))]
         cache = DynamicCache(
             ddp_cache_data=[(keys[None], values[None]) for keys, values in layers],
             config=model.config,
         )
-        positions = torch.arange(text.shape[1], device=model.device)[None] + prefix.num_slots
-        found = model(input_ids=text, position_ids=positions, past_key_values=cache).logits
-        if not _alike(wanted, found, _CLOSE[model.dtype]):
-            raise _unsupported(model, "its logits change when all positions move together")
+        positions = torch.arange(ids.shape[1], device=frozen.device)[None] + prefix.num_slots
+        logits = model(input_ids=ids, position_ids=positions, past_key_values=cache).logits
+        if not _is_close(expected, logits, _TOLERANCE[model.dtype]):
+            raise _unsupported(model, "its logits change when all positions shift together")
 
 
-def _require_countable(model: PreTrainedModel) -> None:
-    """Refuse kinds of models that vLLM cannot serve with slots, by name."""
+def _require_servable(frozen: FrozenModel) -> None:
+    """Refuse, by name, kinds of models that vLLM cannot serve with slots."""
+    model = frozen.model
     config = model.config.get_text_config()
-    ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_types = {
+        parameters.get("rope_type")
+        for parameters in (rope, *rope.values())
+        if isinstance(parameters, dict)
+    }
     num_layers = getattr(config, "num_hidden_layers", 0)
-    for refused, why in (
-        (model.config.is_encoder_decoder, "it has an encoder, which KV connectors do not take"),
+    for is_refused, reason in (
+        (model.config.is_encoder_decoder, "it has an encoder, which KV connectors do not support"),
         (getattr(config, "kv_lora_rank", None), "its attention is latent (MLA)"),
         (getattr(config, "num_kv_shared_layers", None), "its layers share keys and values"),
-        (kinds & {"dynamic", "longrope"}, "its rotations change with the length of the text"),
-        (not is_rotary(model), "its positions are no rotations"),
+        (rope_types & {"dynamic", "longrope"}, "its rotations change with the length of the text"),
+        (not is_rotary(model), "its positions are not rotary"),
     ):
-        if refused:
-            raise _unsupported(model, why)
-    if len(Steering.of(model).geometry.decoder) != num_layers:
-        raise _unsupported(model, "some of its layers are no attention (state-space or linear)")
+        if is_refused:
+            raise _unsupported(model, reason)
+    if len(frozen.geometry.decoder) != num_layers:
+        raise _unsupported(model, "some of its layers are not attention (state-space or linear)")
 
 
-def _turns(model: PreTrainedModel) -> Iterator[_Turn]:
-    """The ways in which this model could turn keys."""
+def _candidate_rotations(model: PreTrainedModel) -> Iterator[_LayerRotation]:
+    """The rotations that this model's rotary modules could apply."""
     config = model.config.get_text_config()
-    kinds = [None, *dict.fromkeys(getattr(config, "layer_types", None) or ())]
+    layer_types = [None, *dict.fromkeys(getattr(config, "layer_types", None) or ())]
     for module in model.modules():
         if "RotaryEmbedding" not in type(module).__name__:
             continue
-        for kind in kinds:
+        for layer_type in layer_types:
             try:
-                whole, _ = _cos_sin(module, kind, 1)
+                cos, _ = _cos_sin(module, layer_type, 1)
             except (TypeError, AttributeError, ValueError, KeyError):
-                continue  # not told by kind of layer, or only so
-            half = len(whole) // 2
-            # Each angle once: written twice in a row, or one after another, or not repeated.
-            for once in (slice(0, half), slice(0, None, 2), slice(0, None)):
+                continue  # the module takes no layer type, or requires one
+            half = len(cos) // 2
+            # Each angle once: it may be repeated in pairs, repeated in halves, or not repeated.
+            for distinct in (slice(0, half), slice(0, None, 2), slice(0, None)):
 
-                def angles(
+                def cos_sin(
                     position: int,
                     module: nn.Module = module,
-                    kind: str | None = kind,
-                    once: slice = once,
+                    layer_type: str | None = layer_type,
+                    distinct: slice = distinct,
                 ) -> tuple[Tensor, Tensor]:
-                    cos, sin = _cos_sin(module, kind, position)
-                    return cos[once], sin[once]
+                    cos, sin = _cos_sin(module, layer_type, position)
+                    return cos[distinct], sin[distinct]
 
-                yield _Turn(angles, neighbours=False)
-                yield _Turn(angles, neighbours=True)
+                yield _LayerRotation(cos_sin, interleaved=False)
+                yield _LayerRotation(cos_sin, interleaved=True)
 
 
 @torch.no_grad()
-def _cos_sin(module: nn.Module, kind: str | None, position: int) -> tuple[Tensor, Tensor]:
-    """Of a position, without what some rotary modules multiply them by."""
+def _cos_sin(module: nn.Module, layer_type: str | None, position: int) -> tuple[Tensor, Tensor]:
+    """A rotary module's cosines and sines at a position, without its attention scaling."""
     example = torch.zeros(1, 1, 1, device=next(iter(module.buffers())).device)
     positions = torch.tensor([[0, position]], device=example.device)
-    told = {} if kind is None else {"layer_type": kind}
-    cos, sin = module(example, positions, **told)
-    scale = cos[0, 0].cpu()  # the cosine of no angle is 1
+    options = {} if layer_type is None else {"layer_type": layer_type}
+    cos, sin = module(example, positions, **options)
+    scale = cos[0, 0].cpu()  # the cosine of 0 is 1
     return cos[0, 1].cpu() / scale, sin[0, 1].cpu() / scale
 
 
-def _fits(turn: _Turn, keys: Tensor, far: Tensor, close: float) -> bool:
-    if 2 * len(turn.angles(1)[0]) > keys.shape[-1]:
+def _fits(rotation: _LayerRotation, keys: Tensor, shifted: Tensor, tolerance: float) -> bool:
+    if 2 * len(rotation.cos_sin(1)[0]) > keys.shape[-1]:
         return False
-    return _alike(turn(keys.cpu(), _FAR), far.cpu(), close)
+    return _is_close(rotation(keys.cpu(), _SHIFT), shifted.cpu(), tolerance)
 
 
-def _alike(one: Tensor, other: Tensor, close: float) -> bool:
-    one, other = one.float(), other.float()
-    return bool((one - other).norm() <= close * one.norm())
+def _is_close(expected: Tensor, actual: Tensor, tolerance: float) -> bool:
+    expected, actual = expected.float(), actual.float()
+    return bool((expected - actual).norm() <= tolerance * expected.norm())
 
 
-def _unsupported(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(model).__name__} cannot be served from vLLM: {why}; serve it with "
+        f"{type(model).__name__} cannot be served from vLLM: {reason}; serve it with "
         "--engine transformers"
     )

@@ -1,4 +1,4 @@
-"""How Alembic runs a revision here: in the transaction it is given."""
+"""Alembic environment: runs revisions in the transaction that it is given."""
 
 from alembic import context
 

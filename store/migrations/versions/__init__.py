@@ -1,1 +1,1 @@
-"""The revisions of the schema, run by Alembic when asked to."""
+"""Schema revisions, run by Alembic on request."""

@@ -1,4 +1,4 @@
-"""The first schema: prefixes and their versions, told apart by a tenant's name."""
+"""Revision 0001: prefixes and their versions, with the tenant's name in each row."""
 
 import sqlalchemy as sa
 from alembic import op

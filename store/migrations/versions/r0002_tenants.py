@@ -1,4 +1,4 @@
-"""Tenants as rows, bytes apart from what is known of them, aliases, an audit, row security."""
+"""Revision 0002: a table of tenants, bytes in a table of their own, aliases, audit, row security."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,7 +13,7 @@ def _tenant() -> sa.Column[int]:
     return sa.Column("tenant_id", _ID, sa.ForeignKey("controlprefix_tenants.id"), nullable=False)
 
 
-def _of_a_version() -> sa.ForeignKeyConstraint:
+def _version_key() -> sa.ForeignKeyConstraint:
     return sa.ForeignKeyConstraint(
         ["prefix_id", "version"],
         ["controlprefix_versions.prefix_id", "controlprefix_versions.version"],
@@ -66,7 +66,7 @@ def upgrade() -> None:
             _tenant(),
             sa.Column("key_id", sa.String(255)),
             sa.Column("payload", sa.LargeBinary, nullable=False),
-            _of_a_version(),
+            _version_key(),
         ),
         op.create_table(
             "controlprefix_aliases",
@@ -74,7 +74,7 @@ def upgrade() -> None:
             sa.Column("alias", sa.String(64), primary_key=True),
             sa.Column("version", sa.Integer, nullable=False),
             _tenant(),
-            _of_a_version(),
+            _version_key(),
         ),
         op.create_table(
             "controlprefix_samples",
@@ -123,16 +123,16 @@ def upgrade() -> None:
     for old in ("prefix_versions", "prefixes", "controlprefix_store"):
         op.drop_table(old)
     if op.get_bind().dialect.name == "postgresql":
-        # The copied numbers were given, not counted.
+        # Copied ids do not advance the sequence.
         op.execute(
             "SELECT setval(pg_get_serial_sequence('controlprefix_prefixes', 'id'),"
             " coalesce((SELECT max(id) FROM controlprefix_prefixes), 0) + 1, false)"
         )
         for table in tables:
-            whose = "id" if table.name == "controlprefix_tenants" else "tenant_id"
-            mine = f"{whose} = nullif(current_setting('controlprefix.tenant', true), '')::bigint"
+            column = "id" if table.name == "controlprefix_tenants" else "tenant_id"
+            is_own = f"{column} = nullif(current_setting('controlprefix.tenant', true), '')::bigint"
             if table.name == "controlprefix_tenants":
-                mine += " OR name = current_setting('controlprefix.tenant_name', true)"
+                is_own += " OR name = current_setting('controlprefix.tenant_name', true)"
             op.execute(f"ALTER TABLE {table.name} ENABLE ROW LEVEL SECURITY")
             op.execute(f"ALTER TABLE {table.name} FORCE ROW LEVEL SECURITY")
-            op.execute(f"CREATE POLICY {table.name}_own ON {table.name} USING ({mine})")
+            op.execute(f"CREATE POLICY {table.name}_own ON {table.name} USING ({is_own})")

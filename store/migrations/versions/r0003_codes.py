@@ -1,4 +1,4 @@
-"""User codes and the decoders they belong to, what those were learned from, profiles, keys."""
+"""Revision 0003: user codes and decoders, users in training data, profiles, API keys."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,11 +13,11 @@ _VERSION = ["controlprefix_versions.prefix_id", "controlprefix_versions.version"
 
 
 def _tenant(*, primary_key: bool = False) -> sa.Column[int]:
-    whose = sa.ForeignKey("controlprefix_tenants.id")
-    return sa.Column("tenant_id", _ID, whose, nullable=False, primary_key=primary_key)
+    reference = sa.ForeignKey("controlprefix_tenants.id")
+    return sa.Column("tenant_id", _ID, reference, nullable=False, primary_key=primary_key)
 
 
-def _of_a_version() -> sa.ForeignKeyConstraint:
+def _version_key() -> sa.ForeignKeyConstraint:
     return sa.ForeignKeyConstraint(["prefix_id", "version"], _VERSION, ondelete="CASCADE")
 
 
@@ -34,7 +34,7 @@ def upgrade() -> None:
             sa.Column("decoder_id", _ID, nullable=False),
             sa.Column("decoder_version", sa.Integer, nullable=False),
             _tenant(),
-            _of_a_version(),
+            _version_key(),
             sa.ForeignKeyConstraint(["decoder_id", "decoder_version"], _VERSION),
         ),
         op.create_table(
@@ -43,7 +43,7 @@ def upgrade() -> None:
             sa.Column("version", sa.Integer, primary_key=True),
             sa.Column("user_name", sa.String(255), primary_key=True),
             _tenant(),
-            _of_a_version(),
+            _version_key(),
         ),
         op.create_table(
             "controlprefix_profiles",
@@ -72,8 +72,8 @@ def upgrade() -> None:
         "ix_controlprefix_sources_user", "controlprefix_sources", ["tenant_id", "user_name"]
     )
     if op.get_bind().dialect.name == "postgresql":
-        mine = "tenant_id = nullif(current_setting('controlprefix.tenant', true), '')::bigint"
+        is_own = "tenant_id = nullif(current_setting('controlprefix.tenant', true), '')::bigint"
         for table in tables:
             op.execute(f"ALTER TABLE {table.name} ENABLE ROW LEVEL SECURITY")
             op.execute(f"ALTER TABLE {table.name} FORCE ROW LEVEL SECURITY")
-            op.execute(f"CREATE POLICY {table.name}_own ON {table.name} USING ({mine})")
+            op.execute(f"CREATE POLICY {table.name}_own ON {table.name} USING ({is_own})")

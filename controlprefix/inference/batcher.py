@@ -1,0 +1,226 @@
+"""Batcher: the thread and the waiting line that both kinds of batching share."""
+
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from controlprefix.errors import ControlPrefixError, OverloadedError, RequestError
+from controlprefix.inference.guidance import RowPlan, plan_rows
+from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.inference.runner import Deliver, Ticket, closing_error
+from controlprefix.inference.stopping import completion_from_tokens
+from controlprefix.model import FrozenModel
+from controlprefix.prefixes import Part
+from controlprefix.request import Completion, Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One accepted request, in the waiting line or in a batch.
+
+    Attributes:
+        resolved: The request with its prefixes.
+        ticket: Where its text goes.
+        prompt: Token ids of the prompt.
+        plan: Its rows: the base row, then one per part applied in logit space.
+        top_log_probs: How many log-probabilities to record per token; None for none.
+        new: Tokens generated so far.
+        num_streamed: Characters given to the ticket so far.
+    """
+
+    resolved: ResolvedRequest[Any]
+    ticket: Ticket
+    prompt: tuple[int, ...]
+    plan: RowPlan
+    top_log_probs: int | None
+    new: list[int] = field(default_factory=list)
+    num_streamed: int = 0
+
+    @property
+    def request(self) -> Request:
+        """The request."""
+        request: Request = self.resolved.request
+        return request
+
+    @property
+    def rows(self) -> list[list[Part]]:
+        """The parts of each of its rows."""
+        return self.plan.rows
+
+    @property
+    def weights(self) -> list[float]:
+        """The guidance weights of the rows after the first."""
+        return [term.weight for term in self.plan.terms[0]]
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens in the cache: the newest one is not there yet."""
+        return len(self.prompt) + max(0, len(self.new) - 1)
+
+    def finish(self, completion: Completion) -> None:
+        """Give the ticket the completion."""
+        self.ticket.put(self.resolved.report_in(completion))
+
+
+class Batcher(ABC):
+    """Runs submitted requests on one frozen model, in a thread of its own.
+
+    Args:
+        frozen: The model.
+        max_sequences: Rows of a batch.
+        max_waiting: Requests that may wait for a row; more are refused.
+    """
+
+    supports_log_probs: bool
+
+    def __init__(
+        self, frozen: FrozenModel, *, max_sequences: int = 32, max_waiting: int = 1024
+    ) -> None:
+        self._frozen = frozen
+        self._max_sequences, self._max_waiting = max_sequences, max_waiting
+        self._waiting: deque[Sequence] = deque()
+        self._wake = threading.Condition()
+        self._closing = self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name="controlprefix-batch", daemon=True)
+        self._thread.start()
+
+    @abstractmethod
+    def _step(self) -> None:
+        """Advance what runs by one step, and start what waits."""
+
+    @abstractmethod
+    def _running(self) -> list[Sequence]:
+        """The accepted sequences that no longer wait."""
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Drop everything that runs, after an error."""
+
+    @property
+    @abstractmethod
+    def _num_rows(self) -> int:
+        """Rows that are occupied."""
+
+    def submit(
+        self,
+        resolved: ResolvedRequest[Any],
+        *,
+        top_log_probs: int | None = None,
+        deliver: Deliver | None = None,
+    ) -> Ticket:
+        """Start a request: see `Runner.submit`.
+
+        Raises:
+            RequestError: If it has beams, or needs more rows than the batch has.
+            OverloadedError: If too many requests are waiting, or the batcher is closing.
+        """
+        request = resolved.request
+        if request.num_beams > 1:
+            raise RequestError("beam search cannot join a running batch; use generate")
+        if top_log_probs is not None and not self.supports_log_probs:
+            raise RequestError(
+                f"log-probabilities are not supported for {type(self._frozen.model).__name__} "
+                "here; leave them out"
+            )
+        self.require_capacity()
+        if resolved.num_rows > self._max_sequences:
+            raise RequestError(
+                f"the request needs {resolved.num_rows} rows, one for each strength below 0 and, "
+                "with mixing='logits', for each label, beside its own; the batch has "
+                f"{self._max_sequences}"
+            )
+        sequence = Sequence(
+            resolved,
+            Ticket(deliver),
+            self._frozen.request_tokenizer.prompt_ids(request),
+            plan_rows([resolved]),
+            top_log_probs,
+        )
+        with self._wake:
+            self.require_capacity()
+            self._waiting.append(sequence)
+            self._wake.notify()
+        return sequence.ticket
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Number of rows in the batch, and of requests that wait."""
+        return self._num_rows, len(self._waiting)
+
+    def require_capacity(self) -> None:
+        """Check that a request could be submitted now: see `Runner.require_capacity`.
+
+        Raises:
+            OverloadedError: If too many requests are waiting, or the batcher is closing.
+        """
+        if self._closing:
+            raise closing_error()
+        if len(self._waiting) >= self._max_waiting:
+            raise OverloadedError(
+                f"{self._max_waiting} requests are waiting already; try again later"
+            )
+
+    def check_health(self) -> None:
+        """Does nothing: the engine is this process."""
+
+    def close(self, *, timeout_s: float | None = None) -> bool:
+        """Accept no more requests, and finish the accepted ones: see `Runner.close`."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout_s)
+        finished = not self._thread.is_alive()
+        self._abandoned = True
+        self._thread.join()
+        return finished
+
+    # --- in the batcher's thread -------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            try:
+                with torch.no_grad():
+                    self._step()
+            except BaseException as error:  # whatever runs cannot go on
+                running = self._running()
+                self._reset()
+                known = isinstance(error, ControlPrefixError)
+                event = error if known else RuntimeError(str(error))
+                for sequence in running:
+                    sequence.ticket.put(event)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not (self._waiting or self._running()):
+                if self._closing:
+                    return False
+                self._wake.wait()
+            return True
+
+    def _take_waiting(self, num_free_rows: int) -> list[Sequence]:
+        """Remove the next sequences from the line that fit into so many rows."""
+        taken: list[Sequence] = []
+        with self._wake:
+            while self._waiting and len(self._waiting[0].rows) <= num_free_rows:
+                taken.append(self._waiting.popleft())
+                num_free_rows -= len(taken[-1].rows)
+        return taken
+
+    def _drop_cancelled_waiting(self) -> None:
+        with self._wake:
+            cancelled = [s for s in self._waiting if self._is_cancelled(s)]
+            for sequence in cancelled:
+                self._waiting.remove(sequence)
+        for sequence in cancelled:
+            sequence.finish(self._completion(sequence))
+
+    def _is_cancelled(self, sequence: Sequence) -> bool:
+        return self._abandoned or sequence.ticket.is_cancelled
+
+    def _completion(self, sequence: Sequence) -> Completion:
+        tokenizer = self._frozen.request_tokenizer
+        return completion_from_tokens(tokenizer, sequence.request, sequence.prompt, sequence.new)

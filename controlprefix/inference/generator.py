@@ -1,0 +1,159 @@
+"""Generator: generate, stream, score and assemble resolved requests on one frozen model."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import TextIteratorStreamer
+
+from controlprefix.errors import RequestError
+from controlprefix.inference.batcher import Batcher
+from controlprefix.inference.continuous_batching import ContinuousBatcher
+from controlprefix.inference.generation import batch_key, generate_batch
+from controlprefix.inference.guidance import guided_log_probs, plan_rows
+from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.inference.static_batching import StaticBatcher
+from controlprefix.inference.stopping import stream_until_stop
+from controlprefix.model import FrozenModel
+from controlprefix.model.kv_cache import rows_can_move
+from controlprefix.prefixes import PrefixBatch
+from controlprefix.request import Completion, Example, Request, Score
+
+
+class Generator:
+    """Carries out resolved requests on one frozen model.
+
+    Args:
+        frozen: The model.
+    """
+
+    def __init__(self, frozen: FrozenModel) -> None:
+        self._frozen = frozen
+
+    def generate(
+        self, resolved: Sequence[ResolvedRequest[Request]], *, batch_size: int
+    ) -> list[Completion]:
+        """Generate for requests, `batch_size` at a time.
+
+        Raises:
+            RequestError: If a prompt cannot be tokenized, or does not fit the context.
+        """
+        tokenizer = self._frozen.request_tokenizer
+        prompts = [tokenizer.prompt_ids(request.request) for request in resolved]
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, request in enumerate(resolved):
+            groups.setdefault(batch_key(request.request), []).append(i)
+        completions: dict[int, Completion] = {}
+        for indices in (c for group in groups.values() for c in _chunks(group, batch_size)):
+            batch = generate_batch(
+                self._frozen, [resolved[i] for i in indices], [prompts[i] for i in indices]
+            )
+            completions.update(zip(indices, batch, strict=True))
+        return [completions[i] for i in range(len(resolved))]
+
+    def stream(self, resolved: ResolvedRequest[Request]) -> Iterator[str]:
+        """Generate for one request, yielding its text as it is generated.
+
+        Leaving the loop early ends the generation.
+
+        Raises:
+            RequestError: If the request has beams, or its prompt does not fit the context.
+        """
+        request = resolved.request
+        if request.num_beams > 1:
+            raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
+        prompt = self._frozen.request_tokenizer.prompt_ids(request)
+        streamer = TextIteratorStreamer(
+            self._frozen.tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+        cancelled = threading.Event()
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                generate_batch(
+                    self._frozen, [resolved], [prompt], streamer=streamer, cancelled=cancelled
+                )
+            except BaseException as failure:
+                failures.append(failure)
+            finally:
+                streamer.on_finalized_text("", stream_end=True)
+
+        thread = threading.Thread(target=run, name="controlprefix-stream", daemon=True)
+        thread.start()
+        try:
+            texts = stream_until_stop(iter(streamer), request.stop)
+            yield from (text for text in texts if text)
+        finally:
+            cancelled.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def score(
+        self, resolved: Sequence[ResolvedRequest[Example]], *, batch_size: int
+    ) -> list[Score]:
+        """Score examples' completions, `batch_size` at a time.
+
+        Raises:
+            RequestError: If an example does not fit the context.
+        """
+        tokenizer = self._frozen.request_tokenizer
+        examples = [tokenizer.example_ids(request.request) for request in resolved]
+        by_length = sorted(
+            range(len(examples)),
+            key=lambda i: len(examples[i].prompt) + len(examples[i].completion),
+        )
+        scores: dict[int, Score] = {}
+        for indices in _chunks(by_length, batch_size):
+            plan = plan_rows([resolved[i] for i in indices])
+            batch = self._frozen.assemble(plan.rows)
+            with torch.no_grad(), self._frozen.attached(batch):
+                log_probs = guided_log_probs(
+                    self._frozen,
+                    plan,
+                    [examples[i].prompt for i in indices],
+                    [examples[i].completion for i in indices],
+                )
+            for i, row in zip(indices, log_probs, strict=True):
+                scores[i] = Score(log_likelihood=float(row.double().sum()), num_tokens=len(row))
+        return [scores[i] for i in range(len(resolved))]
+
+    @contextlib.contextmanager
+    def assembled(self, resolved: Sequence[ResolvedRequest[Request]]) -> Iterator[PrefixBatch]:
+        """Steer any transformers call on the model while inside, row i by request i.
+
+        Raises:
+            RequestError: If a request needs logits or new tokens, which only the caller has.
+        """
+        if any(request.request.schedules for request in resolved):
+            raise RequestError("schedules need to know the tokens; use generate or stream")
+        plan = plan_rows(resolved)
+        if plan.has_guidance:
+            raise RequestError(
+                "a strength below 0, or mixing='logits', changes logits, not attention; use "
+                "generate, stream or score"
+            )
+        batch = self._frozen.assemble(plan.rows)
+        with self._frozen.attached(batch, everywhere=True):
+            yield batch
+
+    def batcher(
+        self, *, max_sequences: int = 32, max_waiting: int = 1024, max_prefill_tokens: int = 512
+    ) -> Batcher:
+        """A batcher for this model: continuous if the rows of its cache can be moved."""
+        limits = {"max_sequences": max_sequences, "max_waiting": max_waiting}
+        if rows_can_move(self._frozen.model):
+            return ContinuousBatcher(
+                self._frozen, max_prefill_tokens=max_prefill_tokens, **limits
+            )
+        return StaticBatcher(self._frozen, **limits)
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    if size < 1:
+        raise RequestError(f"batch_size is {size}; it must be 1 or more")
+    for at in range(0, len(items), size):
+        yield items[at : at + size]

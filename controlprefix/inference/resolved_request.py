@@ -1,0 +1,62 @@
+"""ResolvedRequest: a request with the prefixes it is steered by."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
+
+from controlprefix.prefixes import Part
+from controlprefix.request import Completion, PartUsed, Request, StandIn
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedPart:
+    """One part of a request.
+
+    Attributes:
+        used: The prefix and the strength that was asked for.
+        part: The prefix at that strength; at strength 1 if `in_logit_space`.
+        in_logit_space: Apply the strength to logits, in a row of its own (see `guidance`).
+    """
+
+    used: PartUsed
+    part: Part
+    in_logit_space: bool = False
+
+
+@dataclass(frozen=True)
+class ResolvedRequest(Generic[AnyRequest]):
+    """A request as it is carried out.
+
+    Attributes:
+        request: With default labels, and with stand-ins for labels that have no prefix.
+        parts: Its parts.
+        tenant: The tenant whose prefixes these are.
+        stand_ins: What was used for labels without a prefix.
+    """
+
+    request: AnyRequest
+    parts: tuple[ResolvedPart, ...]
+    tenant: str = ""
+    stand_ins: tuple[StandIn, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a batch that it needs: one, and one per part applied in logit space."""
+        return 1 + sum(part.in_logit_space for part in self.parts)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash over the contents of its prefixes; it changes when any of them changes."""
+        contents = [
+            (part.used.kind, part.used.name, part.part.prefix.digest, part.part.prefix.dial)
+            for part in self.parts
+        ]
+        return hashlib.sha256(repr(contents).encode()).hexdigest()
+
+    def report_in(self, completion: Completion) -> Completion:
+        """A completion that names the parts and stand-ins it was steered by."""
+        used = tuple(part.used for part in self.parts)
+        return completion.model_copy(update={"parts": used, "stand_ins": self.stand_ins})

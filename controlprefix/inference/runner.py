@@ -1,0 +1,155 @@
+"""Runner: what runs submitted requests, a batch in this process or another engine."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from controlprefix.errors import OverloadedError, RequestError
+from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.request import Completion
+
+_log = logging.getLogger(__name__)
+
+Event = str | Completion | BaseException  # new text; finally the completion, or an error
+Deliver = Callable[[Event], object]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogProbs:
+    """A generated token and its log-probability in nats.
+
+    Attributes:
+        token: Its id.
+        log_prob: Its log-probability.
+        top: The most likely tokens with their log-probabilities, if they were asked for.
+    """
+
+    token: int
+    log_prob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Runner(Protocol):
+    """Runs requests as they are submitted."""
+
+    def submit(
+        self,
+        resolved: ResolvedRequest[Any],
+        *,
+        top_log_probs: int | None = None,
+        deliver: Deliver | None = None,
+    ) -> "Ticket":
+        """Start a request.
+
+        Args:
+            resolved: The request with its prefixes.
+            top_log_probs: Record each token's log-probability, and those of so many others.
+            deliver: See `Ticket`.
+
+        Raises:
+            RequestError: If the request cannot be carried out by this engine.
+            OverloadedError: If too many requests are waiting, or the runner is closing.
+        """
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Number of sequences that run, and of requests that wait."""
+
+    def require_capacity(self) -> None:
+        """Check that a request could be submitted now, before it is resolved.
+
+        Raises:
+            OverloadedError: If too many requests are waiting, or the runner is closing.
+        """
+
+    def check_health(self) -> None:
+        """Check that the engine answers.
+
+        Raises:
+            EngineError: If it does not.
+        """
+
+    def close(self, *, timeout_s: float | None = None) -> bool:
+        """Accept no more requests, and finish the accepted ones.
+
+        Args:
+            timeout_s: After so many seconds, cancel what is left; None waits for all.
+
+        Returns:
+            Whether all requests were finished.
+        """
+
+
+def closing_error() -> OverloadedError:
+    """The error of a runner that is closing."""
+    return OverloadedError("no more requests are accepted: this process is shutting down")
+
+
+class Ticket:
+    """The result of a submitted request. Iterating yields its text as it is generated.
+
+    Args:
+        deliver: Called with each event instead, in the thread that runs the model; it must
+            not block.
+
+    Attributes:
+        tokens: Tokens generated so far, if log-probabilities were asked for.
+    """
+
+    def __init__(self, deliver: Deliver | None = None) -> None:
+        self.tokens: list[TokenLogProbs] = []
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._deliver = deliver
+        self._final: Completion | BaseException | None = None
+        self._cancelled = threading.Event()
+        self._on_cancel: Callable[[], object] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        if self._deliver is not None:
+            raise RequestError("this ticket's events are given to its deliver function")
+        while self._final is None:
+            event = self._events.get()
+            if isinstance(event, str):
+                yield event
+            else:
+                self._final = event
+                self._events.put(event)  # for other threads that wait
+        if isinstance(self._final, BaseException):
+            raise self._final
+
+    def result(self) -> Completion:
+        """Wait for the completion.
+
+        Raises:
+            ControlPrefixError: If the request failed or was cancelled.
+        """
+        for _ in self:
+            pass
+        assert isinstance(self._final, Completion)
+        return self._final
+
+    def cancel(self) -> None:
+        """End the request at the next step."""
+        self._cancelled.set()
+        if self._on_cancel is not None:
+            self._on_cancel()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the request was cancelled."""
+        return self._cancelled.is_set()
+
+    def on_cancel(self, callback: Callable[[], object]) -> None:
+        """For runners: call this when the request is cancelled."""
+        self._on_cancel = callback
+
+    def put(self, event: Event) -> None:
+        """For runners: hand over an event; a listener that fails cancels its own request."""
+        try:
+            (self._deliver or self._events.put)(event)
+        except Exception:
+            _log.exception("a ticket's deliver function failed; its request is cancelled")
+            self.cancel()

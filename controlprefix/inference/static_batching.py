@@ -1,0 +1,54 @@
+"""Static batching: one batch after another, for any model.
+
+It serves models whose cached rows cannot be moved between caches (encoder-decoders, sliding
+windows, recurrent layers). Requests that arrive meanwhile wait for the end of the batch.
+"""
+
+from controlprefix.inference.batcher import Batcher, Sequence
+from controlprefix.inference.generation import batch_key, generate_batch
+
+
+class StaticBatcher(Batcher):
+    """Runs the waiting requests together, one batch after another.
+
+    Texts are delivered whole, and log-probabilities are not supported.
+
+    Args:
+        frozen, max_sequences, max_waiting: See `Batcher`.
+    """
+
+    supports_log_probs = False
+    _batch: tuple[Sequence, ...] = ()
+
+    @property
+    def _num_rows(self) -> int:
+        return sum(len(sequence.rows) for sequence in self._batch)
+
+    def _running(self) -> list[Sequence]:
+        return list(self._batch)
+
+    def _reset(self) -> None:
+        self._batch = ()
+
+    def _step(self) -> None:
+        self._drop_cancelled_waiting()
+        self._batch = tuple(self._take_waiting(self._max_sequences))
+        groups: dict[object, list[Sequence]] = {}
+        for sequence in self._batch:
+            groups.setdefault(batch_key(sequence.request), []).append(sequence)
+        for group in groups.values():
+            try:
+                completions = generate_batch(
+                    self._frozen,
+                    [sequence.resolved for sequence in group],
+                    [sequence.prompt for sequence in group],
+                )
+            except Exception as error:  # the other groups go on
+                for sequence in group:
+                    sequence.ticket.put(error)
+                continue
+            for sequence, completion in zip(group, completions, strict=True):
+                if completion.text:
+                    sequence.ticket.put(completion.text)
+                sequence.ticket.put(completion)
+        self._batch = ()

@@ -1,0 +1,121 @@
+"""Attention of one new token per row: slots and tokens joined, or in segments."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from controlprefix.model.masks import joined_keys_and_values, mask_with_slots, token_bias
+from controlprefix.prefixes import SlotBlock
+
+# From so many key values in a one-token call on, copying them costs more than the operations
+# that keep slots and tokens in segments. Measured on CPU; an estimate elsewhere.
+_MIN_SEGMENTED_VALUES = {"cpu": 3 << 17}
+_MIN_SEGMENTED_VALUES_ELSEWHERE = 1 << 26
+
+
+class _Segment(NamedTuple):
+    """Some of the keys and values that the queries of a call attend to.
+
+    It has as many rows as the call, or fewer: one row that all share, or one per request
+    whose beams stand together.
+    """
+
+    keys: Tensor  # (num_rows, num_kv_heads, n, key_dim)
+    values: Tensor  # (num_rows, num_kv_heads, n, value_dim)
+    bias: Tensor | None  # (num_rows, n), added to the logits
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    blocks: tuple[SlotBlock, ...],
+    layer: int,
+    scaling: float | None,
+) -> Tensor:
+    """Attend with one query per row to slots and tokens.
+
+    Args:
+        query: `(batch, num_heads, 1, key_dim)`.
+        key, value: `(batch, num_kv_heads, num_keys, head_dim)`.
+        mask: `(1 or batch, 1, 1, num_keys or more)`, boolean or additive.
+        blocks: Slots.
+        layer: Index of the layer at its site.
+        scaling: Factor of the logits; None is `key_dim ** -0.5`.
+
+    Returns:
+        `(batch, 1, num_heads, value_dim)`.
+    """
+    batch, num_heads, _, key_dim = query.shape
+    _, num_kv_heads, num_keys, _ = key.shape
+    num_slots = sum(block.keys[layer].shape[2] for block in blocks)
+    num_values = batch * num_kv_heads * (num_slots + num_keys) * key_dim
+    threshold = _MIN_SEGMENTED_VALUES.get(key.device.type, _MIN_SEGMENTED_VALUES_ELSEWHERE)
+    if num_values >= threshold:
+        bias = None if mask is None else token_bias(mask, blocks, batch, key)
+        segments = [_Segment(key, value, bias)]
+        for block in blocks:
+            bias = None if block.unweighted else block.log_strengths.to(key.dtype)
+            segments.append(_Segment(block.keys[layer], block.values[layer], bias))
+        return _segmented_attention(query, segments, scaling)
+    keys, values = joined_keys_and_values(blocks, layer, key, value)
+    output = scaled_dot_product_attention(
+        query.reshape(batch, num_kv_heads, -1, key_dim),
+        keys,
+        values,
+        mask_with_slots(mask, blocks, key, 1, False),
+        scale=scaling,
+    )  # (batch, num_kv_heads, group, value_dim)
+    return output.reshape(batch, 1, num_heads, -1)
+
+
+def _segmented_attention(
+    query: Tensor, segments: Sequence[_Segment], scaling: float | None
+) -> Tensor:
+    """One softmax over several segments whose keys are never copied together."""
+    batch, num_heads, _, key_dim = query.shape
+    num_kv_heads = segments[0].keys.shape[1]
+    query = query.reshape(batch * num_kv_heads, -1, key_dim)  # (batch * kv heads, group, key_dim)
+    scale = key_dim**-0.5 if scaling is None else scaling
+    scores = []
+    for keys, _, bias in segments:
+        # Keys come first in the product: those of a growing cache are not contiguous, and in
+        # the other order torch would copy them on CPU.
+        keys, folded = keys.flatten(0, 1), _fold(query, batch, len(keys)).transpose(1, 2)
+        if bias is None:
+            logits = torch.baddbmm(query.new_empty(1), keys, folded, beta=0, alpha=scale)
+        else:
+            per_head = bias[:, None].expand(-1, num_kv_heads, -1).flatten(0, 1)[:, :, None]
+            logits = torch.baddbmm(per_head, keys, folded, alpha=scale)
+        logits = logits.transpose(1, 2)
+        scores.append(_unfold(logits, batch, len(logits) // num_kv_heads))  # (.., group, n)
+    weights = torch.cat(scores, 2) if len(scores) > 1 else scores[0]
+    per_segment = weights.softmax(2).split([score.shape[2] for score in scores], 2)
+    outputs = []
+    for segment_weights, (_, values, _) in zip(per_segment, segments, strict=True):
+        num_rows = len(values)
+        product = torch.bmm(_fold(segment_weights, batch, num_rows), values.flatten(0, 1))
+        outputs.append(_unfold(product, batch, num_rows))  # (batch * kv heads, group, value_dim)
+    return sum(outputs[1:], outputs[0]).view(batch, 1, num_heads, -1)
+
+
+def _fold(per_row: Tensor, batch: int, num_rows: int) -> Tensor:
+    """(batch * kv heads, group, n) -> (num_rows * kv heads, batch / num_rows * group, n)"""
+    if num_rows == batch:
+        return per_row
+    heads, group, size = per_row.shape
+    folded = per_row.view(num_rows, batch // num_rows, heads // batch, group, size).transpose(1, 2)
+    return folded.reshape(num_rows * (heads // batch), -1, size)
+
+
+def _unfold(folded: Tensor, batch: int, num_rows: int) -> Tensor:
+    """Undo `_fold`."""
+    if num_rows == batch:
+        return folded
+    heads, _, size = folded.shape
+    split = folded.view(num_rows, heads // num_rows, batch // num_rows, -1, size).transpose(1, 2)
+    return split.flatten(0, 2)

@@ -1,0 +1,91 @@
+"""FrozenModel: one frozen transformers model with its tokenizer and the means to steer it."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from controlprefix.model.loading import load
+from controlprefix.model.steering import Steering
+from controlprefix.model.tokenization import RequestTokenizer
+from controlprefix.prefixes import Geometry, Part, PrefixBatch
+
+
+class FrozenModel:
+    """A frozen model, its tokenizer, and what attaches prefixes to it.
+
+    The first `FrozenModel` of a model runs a short forward pass and hashes the weights.
+
+    Args:
+        model: A transformers model; its weights must not change.
+        tokenizer: Its tokenizer.
+
+    Attributes:
+        model, tokenizer: As given.
+        request_tokenizer: Requests -> token ids, and generated ids -> text.
+        steering: Attaches prefix batches to the model.
+
+    Raises:
+        UnsupportedModelError: If the model's attention cannot take slots.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.request_tokenizer = RequestTokenizer(model, tokenizer)
+        self.steering = Steering.for_model(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load and freeze a model: see `controlprefix.model.loading.load`."""
+        return cls(*load(model, tokenizer=tokenizer, dtype=dtype, device=device))
+
+    @property
+    def geometry(self) -> Geometry:
+        """The attention shapes and weights fingerprint that prefixes must match."""
+        return self.steering.geometry
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        return self.geometry.fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model."""
+        return self.model.dtype
+
+    @property
+    def pad_id(self) -> int:
+        """Token id to pad rows with; it is always masked."""
+        return self.request_tokenizer.pad_id
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model has an encoder that reads the prompt."""
+        return self.request_tokenizer.is_encoder_decoder
+
+    def assemble(self, rows: Sequence[Sequence[Part]]) -> PrefixBatch:
+        """Put the parts of each row together, in the device and dtype of the model."""
+        return self.steering.assemble(rows)
+
+    @contextlib.contextmanager
+    def attached(self, batch: PrefixBatch, *, everywhere: bool = False) -> Iterator[None]:
+        """Let the model attend to a batch's slots while inside: see `Steering.attached`."""
+        with self.steering.attached(batch, everywhere=everywhere):
+            yield

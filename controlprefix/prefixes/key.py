@@ -1,0 +1,46 @@
+"""PrefixKey: the name of what a prefix is for."""
+
+from typing import Literal, NamedTuple, Self, get_args
+
+Kind = Literal["task", "attribute", "user", "decoder"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_SEPARATOR = "="
+
+
+class PrefixKey(NamedTuple):
+    """What a prefix is for: a task, one label of an attribute, or a user.
+
+    Decoders of user codes are stored under keys of kind `decoder`.
+
+    Attributes:
+        kind: `task`, `attribute`, `user` or `decoder`.
+        name: The name within that kind. The name of a label contains its attribute:
+            `tone=warm`.
+
+    Example:
+        >>> key = PrefixKey.for_label("tone", "warm")
+        >>> key.name, key.attribute, key.label
+        ('tone=warm', 'tone', 'warm')
+    """
+
+    kind: Kind
+    name: str
+
+    @classmethod
+    def for_label(cls, attribute: str, label: str) -> Self:
+        """The key of one label of an attribute."""
+        return cls("attribute", f"{attribute}{_SEPARATOR}{label}")
+
+    @property
+    def attribute(self) -> str:
+        """The attribute of a label; empty for other kinds."""
+        return self.name.partition(_SEPARATOR)[0] if self.kind == "attribute" else ""
+
+    @property
+    def label(self) -> str:
+        """The label without its attribute; empty for other kinds."""
+        return self.name.partition(_SEPARATOR)[2] if self.kind == "attribute" else ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r}"

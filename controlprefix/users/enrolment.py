@@ -1,0 +1,45 @@
+"""Enrolment: a usable prefix or code from a user's texts, without training."""
+
+from collections.abc import Sequence
+
+from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
+from controlprefix.model import FrozenModel, prefix_from_tokens
+from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
+from controlprefix.store import Profile
+from controlprefix.users.text_features import TextFeatures
+
+
+def prefix_from_texts(frozen: FrozenModel, texts: Sequence[str], num_slots: int) -> Prefix:
+    """The exact keys and values of a user's texts, as far as `num_slots` tokens go.
+
+    Args:
+        frozen: The model.
+        texts: At least one that is not empty.
+        num_slots: Slots at most; one per token.
+    """
+    ids = frozen.request_tokenizer.text_ids("\n\n".join(texts))[:num_slots]
+    return prefix_from_tokens(frozen, ids)
+
+
+def predict_code(decoder: PrefixDecoder, texts: Sequence[str]) -> UserCode:
+    """The code that a decoder predicts for a user from their texts.
+
+    Args:
+        decoder: A stored decoder.
+        texts: At least one that is not empty.
+
+    Raises:
+        MissingDependencyError: If sentence-transformers is not installed.
+    """
+    if not decoder.predictor.uses_features:
+        return decoder.mean_code
+    return decoder.predict_code(TextFeatures.by_name(decoder.feature_set).compute(texts))
+
+
+def profile_of(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Profile:
+    """The mean sentence embedding of texts.
+
+    Raises:
+        MissingDependencyError: If sentence-transformers is not installed.
+    """
+    return Profile(embedder, embed(texts, embedder).mean(0).tolist(), len(texts))

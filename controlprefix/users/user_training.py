@@ -1,0 +1,227 @@
+"""Training many users at once: each as it would be alone, in common passes over the model.
+
+Each user has rows, an optimizer, a schedule, validation and an end of their own. A user that
+is finished is published at once and makes room for the next, so memory depends on the number
+of concurrent users, not on their total.
+"""
+
+import contextlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from controlprefix._io import progress_bar
+from controlprefix.errors import (
+    ControlPrefixError,
+    PrefixFormatError,
+    StoreError,
+    TrainingDataError,
+)
+from controlprefix.model import FrozenModel
+from controlprefix.prefixes import Prefix, PrefixKey, UserCode
+from controlprefix.request import is_valid_unicode
+from controlprefix.store.records import check_key
+from controlprefix.training import checkpoint
+from controlprefix.training.loop import TrainingLoop
+from controlprefix.training.objectives import TrainingRow
+from controlprefix.training.parameterization import TrainablePrefixes
+from controlprefix.training.run import TrainingReport, TrainingRun
+from controlprefix.training.settings import TrainingSettings
+
+_MAX_ROW_TOKENS = 256  # a longer text is cut into rows of so many
+_MAX_TEXTS = 1000  # per user; of more, a random sample is used
+_MAX_TEXT_CHARACTERS = 100_000
+_FINISHED_FILE = "finished.jsonl"
+
+Publish = Callable[[str, Prefix | UserCode, TrainingReport], int]
+Initialize = Callable[[PrefixKey, list[str]], TrainablePrefixes]
+
+
+@dataclass(frozen=True, slots=True)
+class UsersReport:
+    """The result of training many users.
+
+    Attributes:
+        users: Per user trained in this run, their report with losses and version.
+        failed: Why, per user that could not be trained. Nothing was stored for them.
+        skipped: Users finished earlier in the same folder, with the same texts and settings.
+        seconds: Wall-clock time in total.
+    """
+
+    users: dict[str, TrainingReport] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _ActiveUser:
+    name: str
+    run: TrainingRun
+    started: float
+
+
+def train_users(
+    frozen: FrozenModel,
+    texts: Iterable[tuple[str, Sequence[str]]],
+    publish: Publish,
+    settings: TrainingSettings,
+    *,
+    initialize: Initialize,
+    concurrent_users: int,
+    folder: Path | None,
+    resume: bool,
+    progress: bool,
+) -> UsersReport:
+    """Train a prefix or a code for each user on texts they wrote.
+
+    Args:
+        frozen: The model.
+        texts: Users with their texts; consumed as there is room.
+        publish: Called for each user that is finished; returns the version.
+        settings: Of each user's run; `batch_size` is a user's rows per step.
+        initialize: Given a user's key and texts, what to train.
+        concurrent_users: Users at a time; memory grows with it.
+        folder: Where finished users are recorded.
+        resume: Skip users recorded there with the same texts and settings.
+        progress: Show a progress bar.
+
+    Raises:
+        TrainingDataError: If `concurrent_users` is below 1.
+        StoreError: If a prefix cannot be stored, or the folder cannot be written.
+    """
+    if concurrent_users < 1:
+        raise TrainingDataError(f"concurrent_users is {concurrent_users}; it must be 1 or more")
+    checkpoint.require_folder(folder, resume)
+    loop = TrainingLoop(frozen, settings)
+    started = time.monotonic()
+    finished = _read_finished(folder) if folder is not None and resume else set()
+    report, skipped = UsersReport(), []
+    waiting = iter(texts)
+    active: list[_ActiveUser] = []
+
+    def admit_next() -> bool:
+        """Start the next user; False if nobody waits."""
+        for user, user_texts in waiting:
+            try:
+                key = PrefixKey("user", user)
+                usable, rows = user_rows(frozen, user, user_texts, settings.seed)
+                run = TrainingRun(rows, initialize(key, usable), settings, frozen.device)
+            except ControlPrefixError as error:
+                report.failed[user] = str(error)
+                return True
+            if run.identity in finished:
+                skipped.append(user)
+            else:
+                active.append(_ActiveUser(user, run, time.monotonic()))
+            return True
+        return False
+
+    total = len(texts) if hasattr(texts, "__len__") else None
+    with progress_bar("users", total, visible=progress) as update:
+        while True:
+            while len(active) < concurrent_users and admit_next():
+                pass
+            if not active:
+                break
+            failures = loop.step([user.run for user in active])
+            for user in list(active):
+                reason = failures.get(user.run)
+                if reason is None and not user.run.is_finished:
+                    continue
+                active.remove(user)
+                try:
+                    if reason is None:
+                        report.users[user.name] = _publish(user, publish)
+                        if folder is not None:
+                            _record_finished(folder, user)
+                except PrefixFormatError as error:  # values too large for the model's dtype
+                    reason = str(error)
+                if reason is not None:
+                    report.failed[user.name] = reason
+                note = f"{len(report.failed)} failed" if report.failed else ""
+                update(len(report.users) + len(report.failed), note)
+    return replace(report, skipped=tuple(skipped), seconds=time.monotonic() - started)
+
+
+def user_rows(
+    frozen: FrozenModel, user: str, texts: Sequence[str], seed: int
+) -> tuple[list[str], list[TrainingRow]]:
+    """A user's texts as far as they are used, and the training rows made of them.
+
+    Args:
+        frozen: The model.
+        user: Name of the user.
+        texts: What they wrote.
+        seed: Seed of the sample, if there are too many.
+
+    Raises:
+        UnknownNameError: If the name is not valid.
+        TrainingDataError: If there is no text to train on.
+    """
+    key = PrefixKey("user", user)
+    check_key(key)
+    usable = usable_texts(user, texts)
+    if len(usable) > _MAX_TEXTS:
+        usable = random.Random(seed).sample(usable, _MAX_TEXTS)
+    usable = [text[:_MAX_TEXT_CHARACTERS] for text in usable]
+    tokenizer = frozen.request_tokenizer
+    rows = [
+        TrainingRow.from_example(chunk, tokenizer.end_id if is_last else None, (), ((key, 1.0),))
+        for text in usable
+        for chunk, is_last in tokenizer.chunks(text, _MAX_ROW_TOKENS)
+    ]
+    return usable, rows
+
+
+def usable_texts(user: str, texts: Sequence[str]) -> list[str]:
+    """The texts that are not empty.
+
+    Raises:
+        TrainingDataError: If there is none, or one is not a text.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts or ())
+    for text in texts:
+        if not isinstance(text, str):
+            raise TrainingDataError(
+                f"a text of user {user!r} must be a str, got {type(text).__name__}"
+            )
+        if not is_valid_unicode(text):
+            raise TrainingDataError(f"a text of user {user!r} contains half a surrogate pair")
+    usable = [text for text in texts if text.strip()]
+    if not usable:
+        raise TrainingDataError(f"user {user!r} has no text to train on")
+    return usable
+
+
+def _publish(user: _ActiveUser, publish: Publish) -> TrainingReport:
+    run = user.run
+    run.progress.seconds = time.monotonic() - user.started
+    report = run.report()
+    run.restore_best()
+    ((key, value),) = run.prefixes.stored_values().items()
+    version = publish(user.name, value, report)
+    return replace(report, saved={str(key): version})
+
+
+def _read_finished(folder: Path) -> set[str]:
+    path = folder / _FINISHED_FILE
+    if not path.exists():
+        return set()
+    identities = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
+            identities.add(json.loads(line)["identity"])
+    return identities
+
+
+def _record_finished(folder: Path, user: _ActiveUser) -> None:
+    line = json.dumps({"user": user.name, "identity": user.run.identity})
+    try:
+        with (folder / _FINISHED_FILE).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise StoreError(f"cannot write to the run's folder {folder}: {error}") from error

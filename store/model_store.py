@@ -1,0 +1,233 @@
+"""ModelStore: a tenant's prefixes for one frozen model."""
+
+from collections.abc import Collection, Hashable, Iterable
+
+from sqlalchemy import and_, select
+from sqlalchemy.orm import Session
+
+from controlprefix.errors import UnknownNameError
+from controlprefix.prefixes import Kind, Prefix, PrefixDecoder, PrefixKey, UserCode
+from controlprefix.prefixes.user_code import is_user_code
+from controlprefix.store.database import Database
+from controlprefix.store.integrity import PayloadReader
+from controlprefix.store.records import (
+    StoredVersion,
+    Value,
+    VersionInfo,
+    check_alias,
+    check_key,
+    check_kind,
+)
+from controlprefix.store.tables import AliasRow, PayloadRow, PrefixRow, VersionRow
+from controlprefix.store.versions import (
+    find_prefix,
+    find_version,
+    is_current,
+    select_prefixes,
+    unknown_name,
+    unknown_version,
+    version_info,
+)
+
+
+class ModelStore:
+    """What one tenant has stored for one frozen model. Get it with `PrefixStore.for_model`.
+
+    Args:
+        database: The tenant's database.
+        reader: Decrypts and verifies stored bytes.
+        fingerprint: Fingerprint of the model.
+    """
+
+    def __init__(self, database: Database, reader: PayloadReader, fingerprint: str) -> None:
+        self._database = database
+        self._reader = reader
+        self._fingerprint = fingerprint
+
+    def fetch(
+        self, keys: Iterable[PrefixKey], *, known_hashes: Collection[str] = ()
+    ) -> dict[PrefixKey, StoredVersion]:
+        """The current versions of those keys that exist, in one round trip.
+
+        Args:
+            keys: Any number.
+            known_hashes: Content hashes whose bytes need not be sent; their `value` is None.
+
+        Raises:
+            UnknownNameError: If a key is not valid.
+            PrefixFormatError: If stored bytes are damaged.
+            StoreKeyError: If they cannot be decrypted.
+        """
+        keys = list(dict.fromkeys(keys))
+        if not keys:
+            return {}
+        for key in keys:
+            check_key(key)
+
+        def read(session: Session, tenant: int) -> list[tuple[PrefixKey, StoredVersion, object]]:
+            needed_bytes = and_(
+                PayloadRow.prefix_id == VersionRow.prefix_id,
+                PayloadRow.version == VersionRow.version,
+                VersionRow.content_hash.not_in(list(known_hashes)),
+            )
+            query = (
+                select_prefixes(tenant, self._fingerprint, keys)
+                .join(VersionRow, is_current)
+                .outerjoin(PayloadRow, needed_bytes)
+                .with_only_columns(
+                    PrefixRow.kind,
+                    PrefixRow.name,
+                    VersionRow.version,
+                    VersionRow.content_hash,
+                    PayloadRow.payload,
+                    PayloadRow.key_id,
+                )
+            )
+            return [
+                (PrefixKey(kind, name), StoredVersion(version, content, None), (payload, key_id))
+                for kind, name, version, content, payload, key_id in session.execute(query)
+            ]
+
+        stored: dict[PrefixKey, StoredVersion] = {}
+        for key, version, (payload, key_id) in self._database.run(read):  # type: ignore[misc]
+            if payload is not None or version.content_hash not in known_hashes:
+                version = version._replace(value=self._parse(key, version, payload, key_id))
+            stored[key] = version
+        return stored
+
+    def get(self, key: PrefixKey, *, version: int | str | None = None) -> StoredVersion:
+        """Read one version.
+
+        Args:
+            key: Its name.
+            version: Its number or an alias; None is the current one.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+            PrefixFormatError: If the stored bytes are damaged.
+            StoreKeyError: If they cannot be decrypted.
+        """
+
+        def read(session: Session, tenant: int) -> tuple[StoredVersion, PayloadRow | None]:
+            row = find_prefix(session, tenant, key, self._fingerprint)
+            number = find_version(session, row, version)
+            content = session.get_one(VersionRow, (row.id, number)).content_hash
+            return StoredVersion(number, content, None), session.get(PayloadRow, (row.id, number))
+
+        stored, row = self._database.run(read)
+        payload, key_id = (None, None) if row is None else (row.payload, row.key_id)
+        return stored._replace(value=self._parse(key, stored, payload, key_id))
+
+    def decoder_by_hash(self, content_hash: str) -> PrefixDecoder | None:
+        """The stored decoder with a content hash, if there is one.
+
+        Raises:
+            PrefixFormatError: If the stored bytes are damaged.
+        """
+
+        def find(session: Session, tenant: int) -> tuple[str, int] | None:
+            query = select_prefixes(tenant, self._fingerprint).where(PrefixRow.kind == "decoder")
+            query = query.join(VersionRow, VersionRow.prefix_id == PrefixRow.id)
+            query = query.where(VersionRow.content_hash == content_hash)
+            columns = query.with_only_columns(PrefixRow.name, VersionRow.version).limit(1)
+            return session.execute(columns).tuples().one_or_none()
+
+        match = self._database.run(find)
+        if match is None:
+            return None
+        name, version = match
+        decoder = self.get(PrefixKey("decoder", name), version=version).value
+        assert isinstance(decoder, PrefixDecoder)
+        return decoder
+
+    def names(self, kind: Kind) -> list[str]:
+        """The names of one kind, sorted."""
+        check_kind(kind)
+
+        def read(session: Session, tenant: int) -> list[str]:
+            query = select_prefixes(tenant, self._fingerprint).where(PrefixRow.kind == kind)
+            return sorted(session.scalars(query.with_only_columns(PrefixRow.name)))
+
+        return self._database.run(read)
+
+    def versions(self, key: PrefixKey) -> list[VersionInfo]:
+        """All versions of a name, oldest first.
+
+        Raises:
+            UnknownNameError: If there is no such name for this model.
+        """
+
+        def read(session: Session, tenant: int) -> list[VersionInfo]:
+            row = find_prefix(session, tenant, key, self._fingerprint)
+            aliases: dict[int, list[str]] = {}
+            for alias in session.scalars(select(AliasRow).where(AliasRow.prefix_id == row.id)):
+                aliases.setdefault(alias.version, []).append(alias.alias)
+            query = select(VersionRow).where(VersionRow.prefix_id == row.id)
+            return [
+                version_info(row, version, aliases.get(version.version, ()))
+                for version in session.scalars(query.order_by(VersionRow.version))
+            ]
+
+        return self._database.run(read)
+
+    def rollback(self, key: PrefixKey, *, to: int | str) -> None:
+        """Make another version current, by its number or an alias; no version is removed.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+        """
+
+        def write(session: Session, tenant: int) -> None:
+            row = find_prefix(session, tenant, key, self._fingerprint, lock=True)
+            row.current_version = find_version(session, row, to)
+
+        self._database.run(write, write=True)
+
+    def alias(self, key: PrefixKey, alias: str, *, to: int | str | None) -> None:
+        """Give a version an alias such as `canary`, or move it; `to=None` removes the alias.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+        """
+        check_alias(alias)
+
+        def write(session: Session, tenant: int) -> None:
+            row = find_prefix(session, tenant, key, self._fingerprint, lock=True)
+            existing = session.get(AliasRow, (row.id, alias))
+            if to is None:
+                if existing is None:
+                    raise unknown_version(session, row, alias)
+                session.delete(existing)
+                return
+            number = find_version(session, row, to)
+            if existing is None:
+                session.add(
+                    AliasRow(prefix_id=row.id, alias=alias, version=number, tenant_id=tenant)
+                )
+            else:
+                existing.version = number
+
+        self._database.run(write, write=True)
+
+    def unknown_name(self, key: PrefixKey) -> UnknownNameError:
+        """The error for a key that is not stored: what exists, and for which models it does."""
+        return self._database.run(
+            lambda session, tenant: unknown_name(session, tenant, key, self._fingerprint)
+        )
+
+    def change_token(self) -> Hashable | None:
+        """A token that is equal only while nobody has changed the store; None if unknown."""
+        return self._database.change_token()
+
+    def _parse(
+        self, key: PrefixKey, stored: StoredVersion, payload: bytes | None, key_id: str | None
+    ) -> Value:
+        data = self._reader.read(
+            key, self._fingerprint, stored.version, stored.content_hash, payload, key_id
+        )
+        name = f"{key} version {stored.version}"
+        if key.kind == "decoder":
+            return PrefixDecoder.from_bytes(data, name=name)
+        if key.kind == "user" and is_user_code(data, name):
+            return UserCode.from_bytes(data, name=name)
+        return Prefix.from_bytes(data, name=name)

@@ -1,0 +1,67 @@
+"""Forgetting names and pruning old versions, inside a transaction, with an audit."""
+
+from datetime import UTC, datetime
+
+from sqlalchemy import and_, delete, func, select
+from sqlalchemy.orm import Session
+
+from controlprefix.prefixes import PrefixKey
+from controlprefix.store import codes, profiles, samples
+from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow, VersionRow
+from controlprefix.store.versions import key_of, select_prefixes, unknown_name, version_numbers
+
+
+def forget(session: Session, tenant: int, key: PrefixKey) -> int:
+    """Remove a name for all models, and a user's texts and profile; returns the versions removed.
+
+    Raises:
+        UnknownNameError: If there is nothing of that name.
+        StoreError: If it is a decoder that stored codes need.
+    """
+    rows = list(session.scalars(select_prefixes(tenant, None, [key]).with_for_update()))
+    exists = bool(rows)
+    if key.kind == "user":
+        had_profile = profiles.forget(session, tenant, key.name)
+        had_texts = samples.forget(session, tenant, key.name)
+        num_marked = codes.mark_forgotten(session, tenant, key.name)
+        exists = exists or had_profile or had_texts or num_marked > 0
+    if not exists:
+        raise unknown_name(session, tenant, key, None)
+    num_removed = sum(len(version_numbers(session, row)) for row in rows)
+    ids = [row.id for row in rows]
+    codes.require_unused(session, ids, str(key))
+    for table in (*codes.LINK_TABLES, AliasRow, PayloadRow, VersionRow):
+        session.execute(delete(table).where(table.prefix_id.in_(ids)))
+    session.execute(delete(PrefixRow).where(PrefixRow.id.in_(ids)))
+    _add_to_audit(session, tenant, "forget", key, num_removed)
+    return num_removed
+
+
+def prune(session: Session, tenant: int, keep: int) -> int:
+    """Remove old versions of every name except those in use; returns how many."""
+    num_removed = 0
+    many = select(VersionRow.prefix_id).where(VersionRow.tenant_id == tenant)
+    many = many.group_by(VersionRow.prefix_id).having(func.count() > keep)
+    query = select_prefixes(tenant, None).where(PrefixRow.id.in_(many)).order_by(PrefixRow.id)
+    for row in session.scalars(query.with_for_update()):
+        numbers = version_numbers(session, row)
+        aliased = select(AliasRow.version).where(AliasRow.prefix_id == row.id)
+        kept = {*numbers[-keep:], row.current_version, *session.scalars(aliased)}
+        if row.kind == "decoder":
+            kept |= codes.versions_in_use(session, row.id)
+        old = [number for number in numbers if number not in kept]
+        if not old:
+            continue
+        for table in (*codes.LINK_TABLES, PayloadRow, VersionRow):
+            is_old = and_(table.prefix_id == row.id, table.version.in_(old))
+            session.execute(delete(table).where(is_old))
+        _add_to_audit(session, tenant, "prune", key_of(row), len(old))
+        num_removed += len(old)
+    return num_removed
+
+
+def _add_to_audit(
+    session: Session, tenant: int, action: str, key: PrefixKey, num_versions: int
+) -> None:
+    entry = {"kind": key.kind, "name": key.name, "action": action, "num_versions": num_versions}
+    session.add(AuditRow(tenant_id=tenant, at=datetime.now(UTC), **entry))
