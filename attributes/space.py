@@ -20,7 +20,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from controlprefix.attributes.labels import require_known
 from controlprefix.errors import AttributeSpaceError, RequestError, known_names
@@ -87,9 +88,9 @@ class Attribute(BaseModel):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        for label in self.labels:
-            if not label.strip():
-                raise _error_at(f"{label!r} cannot be the name of a label", "labels", label)
+        for name in self.labels:
+            if not name.strip():
+                raise _error_at(f"{name!r} cannot be the name of a label", "labels", name)
         if self.default is not None and self.default not in self.labels:
             known = known_names(self.default, self.labels)
             raise _error_at(f"default is {self.default!r}; the labels are: {known}", "default")

@@ -1,14 +1,15 @@
 """Control and user prefixes on one frozen language model, put together per request."""
 
-import importlib
 from typing import TYPE_CHECKING
 
+from controlprefix._lazy import lazy_exports
 from controlprefix.errors import (
     AttributeSpaceError,
     ContextLengthError,
     ControlPrefixError,
     EngineError,
     GeometryMismatchError,
+    MissingDependencyError,
     OverloadedError,
     PrefixFormatError,
     RequestError,
@@ -23,27 +24,24 @@ from controlprefix.errors import (
 if TYPE_CHECKING:
     from controlprefix.attributes import AttributeSpace
     from controlprefix.engine import ControlPrefix
-    from controlprefix.prefixes.assembly import Part, PrefixBatch, assemble
-    from controlprefix.prefixes.geometry import Geometry
-    from controlprefix.prefixes.prefix import Prefix
+    from controlprefix.prefixes import Geometry, Part, Prefix, PrefixBatch, assemble
     from controlprefix.request import Completion, Example, Message, Request, Score
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that importing this package does not import torch.
 _HOMES = {
     "AttributeSpace": "attributes",
     "Completion": "request",
     "ControlPrefix": "engine",
     "Example": "request",
-    "Geometry": "prefixes.geometry",
+    "Geometry": "prefixes",
     "Message": "request",
-    "Part": "prefixes.assembly",
-    "Prefix": "prefixes.prefix",
-    "PrefixBatch": "prefixes.assembly",
+    "Part": "prefixes",
+    "Prefix": "prefixes",
+    "PrefixBatch": "prefixes",
     "Request": "request",
     "Score": "request",
-    "assemble": "prefixes.assembly",
+    "assemble": "prefixes",
 }
 
 __all__ = [
@@ -58,6 +56,7 @@ __all__ = [
     "Geometry",
     "GeometryMismatchError",
     "Message",
+    "MissingDependencyError",
     "OverloadedError",
     "Part",
     "Prefix",
@@ -75,11 +74,7 @@ __all__ = [
     "assemble",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'controlprefix' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"controlprefix.{_HOMES[name]}"), name)
+__getattr__ = lazy_exports(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

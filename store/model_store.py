@@ -1,6 +1,7 @@
 """ModelStore: a tenant's prefixes for one frozen model."""
 
 from collections.abc import Collection, Hashable, Iterable
+from typing import Any
 
 from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
@@ -64,7 +65,7 @@ class ModelStore:
         for key in keys:
             check_key(key)
 
-        def read(session: Session, tenant: int) -> list[tuple[PrefixKey, StoredVersion, object]]:
+        def read(session: Session, tenant: int) -> list[Any]:
             needed_bytes = and_(
                 PayloadRow.prefix_id == VersionRow.prefix_id,
                 PayloadRow.version == VersionRow.version,
@@ -83,14 +84,12 @@ class ModelStore:
                     PayloadRow.key_id,
                 )
             )
-            return [
-                (PrefixKey(kind, name), StoredVersion(version, content, None), (payload, key_id))
-                for kind, name, version, content, payload, key_id in session.execute(query)
-            ]
+            return list(session.execute(query))
 
         stored: dict[PrefixKey, StoredVersion] = {}
-        for key, version, (payload, key_id) in self._database.run(read):  # type: ignore[misc]
-            if payload is not None or version.content_hash not in known_hashes:
+        for kind, name, number, content_hash, payload, key_id in self._database.run(read):
+            key, version = PrefixKey(kind, name), StoredVersion(number, content_hash, None)
+            if payload is not None or content_hash not in known_hashes:
                 version = version._replace(value=self._parse(key, version, payload, key_id))
             stored[key] = version
         return stored

@@ -65,7 +65,9 @@ def nearest(
         )
         query = select(ProfileRow.user_name, distance).where(candidates).order_by(distance)
         matches = session.execute(query.limit(limit))
-        return [SimilarUser(user, 1.0 - float(cosine_distance)) for user, cosine_distance in matches]
+        return [
+            SimilarUser(user, 1.0 - float(cosine_distance)) for user, cosine_distance in matches
+        ]
     target = torch.nn.functional.normalize(torch.tensor(list(values)), dim=0)
     best: list[SimilarUser] = []
     query_all = select(ProfileRow).where(candidates)

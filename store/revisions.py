@@ -40,8 +40,8 @@ def require_head(connection: Connection) -> bool:
     revision = revision_of(connection)
     if revision not in (None, HEAD):
         raise StoreError(
-            f"the store has schema {revision}; this version needs {HEAD}; back the database up, then "
-            "run: controlprefix store upgrade"
+            f"the store has schema {revision}; this version needs {HEAD}; back the database up, "
+            "then run: controlprefix store upgrade"
         )
     return revision == HEAD
 

@@ -43,11 +43,8 @@ def rotate_keys(database: Database, cipher: TenantCipher) -> int:
         row.payload, row.key_id = cipher.encrypt(plain, identity)
         return 1
 
-    for module in (samples, profiles):
-        database.run(
-            lambda session, tenant, rotate=module.rotate: rotate(session, tenant, cipher),
-            write=True,
-        )
+    database.run(lambda session, tenant: samples.rotate(session, tenant, cipher), write=True)
+    database.run(lambda session, tenant: profiles.rotate(session, tenant, cipher), write=True)
     num_rotated = 0
     for key, fingerprint, prefix_id, number in database.run(list_outdated):
         identity = version_id(key, fingerprint, number)

@@ -199,9 +199,7 @@ class PrefixStore:
         Raises:
             StoreKeyError: If they cannot be decrypted.
         """
-        rows = self._database.run(
-            lambda session, tenant: samples.rows_of(session, tenant, user)
-        )
+        rows = self._database.run(lambda session, tenant: samples.rows_of(session, tenant, user))
         return [samples.decrypt(row, self._cipher) for row in rows]
 
     def users_with_samples(self) -> list[str]:
@@ -315,9 +313,7 @@ class PrefixStore:
         def read(session: Session, tenant: int) -> StoreStats:
             query = select_prefixes(tenant, None).with_only_columns(PrefixRow.kind, func.count())
             sizes = select(func.count(), func.coalesce(func.sum(VersionRow.size_bytes), 0))
-            num_versions, size = session.execute(
-                sizes.where(VersionRow.tenant_id == tenant)
-            ).one()
+            num_versions, size = session.execute(sizes.where(VersionRow.tenant_id == tenant)).one()
             counts = session.execute(query.group_by(PrefixRow.kind))
             return StoreStats({row[0]: row[1] for row in counts}, num_versions, int(size))
 

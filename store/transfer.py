@@ -210,9 +210,11 @@ def _add(
     )
     session.add(row)
     session.flush()
-    prefix_id = row.id
+    prefix_id, fingerprint = row.id, prefix["fingerprint"]
     for version in prefix["versions"]:
-        _add_version(session, tenant, cipher, archive, key, prefix["fingerprint"], prefix_id, version)
+        _add_version(
+            session, tenant, cipher, archive, key, prefix["fingerprint"], prefix_id, version
+        )
     for alias, number in prefix["aliases"].items():
         check_alias(alias)
         session.add(AliasRow(prefix_id=prefix_id, alias=alias, version=number, tenant_id=tenant))

@@ -18,10 +18,10 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one line on standard error and exit code 2."""
+    """Run the command line; an error is one line on standard error, and exit code 2."""
     try:
         app()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ControlPrefixError as error:
         err.print(f"error: {error}")

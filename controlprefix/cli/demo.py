@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +12,26 @@ from rich.table import Table
 from rich.text import Text
 
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import TrainingDataError
-from controlprefix.interop.data_files import read_examples
+from controlprefix.interop import read_examples
+from controlprefix.prefixes import Kind
 from controlprefix.request import Example, Request
-from controlprefix.store import Kind
 
 TASK = "message"
-TENANT = "demo"  # so that the demo neither finds nor changes anybody's own prefixes
+TENANT = "demo"  # so that the demo neither finds nor changes other prefixes
 PROMPTS = ("Tell Sam I will be late for dinner.", "Ask the neighbour to turn the music down.")
 SEED = 0
 
 
-def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
-    """Train what is not stored yet, reopen the store, and show and measure the control.
+def run(store: str, out: Console, json_file: Path | None) -> None:
+    """Train what is not stored yet, reopen the store, generate, and measure.
 
     Args:
-        data: Folder with `messages.*.jsonl` and `users.*.jsonl`.
-        store: An SQLAlchemy URL.
+        store: SQLAlchemy URL.
         out: Where to print.
-        json_file: Where to write the figures, if anywhere.
-
-    Raises:
-        TrainingDataError: If the data is not there.
+        json_file: Where to write the results, if anywhere.
     """
-    began = time.monotonic()
-    if not (data / "messages.train.jsonl").is_file():
-        raise TrainingDataError(
-            f"no demo data in {str(data)!r}; run from a checkout, or give its folder with --data"
-        )
-    messages, users = (read_examples(data / f"{n}.train.jsonl") for n in ("messages", "users"))
+    started = time.monotonic()
+    messages, users = demo_examples("messages.train"), demo_examples("users.train")
     times: dict[str, float] = {}
 
     out.rule("the frozen model")
@@ -51,13 +43,13 @@ def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
         f"change; prefixes are kept in {store}, tenant {TENANT!r}"
     )
 
-    out.rule("learn")
-    wanted: dict[Kind, set[str]] = {
+    out.rule("train")
+    names: dict[Kind, set[str]] = {
         "task": {TASK},
         "attribute": {f"{a}={label}" for e in messages for a, label in e.attributes.items()},
     }
     with _timed(times, "train task and attributes"):
-        if any(names - set(cp.names(kind)) for kind, names in wanted.items()):
+        if any(of_kind - set(cp.names(kind)) for kind, of_kind in names.items()):
             out.print(f"one task and five labels, jointly, from {len(messages)} examples")
             cp.train(messages, learn=("task", "attributes"), num_slots=8, epochs=3, seed=SEED)
         else:
@@ -71,14 +63,14 @@ def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
                 num_slots=8,
                 epochs=4,
                 batch_size=4,
-                evaluations=3,
+                num_evaluations=3,
                 seed=SEED,
             )
         else:
             out.print("users: already stored")
     cp.store.close()
 
-    out.rule("reopen the store, and ask")
+    out.rule("reopen the store, and generate")
     cp = ControlPrefix.from_pretrained(cp.model, tokenizer=cp.tokenizer, store=store, tenant=TENANT)
     requests = [_in_voice(voice, prompt) for voice in _voices() for prompt in PROMPTS]
     with _timed(times, "generate"):
@@ -92,8 +84,8 @@ def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
     out.print(f"{len(requests)} rows in one batch, {tokens} tokens, {times['generate']:.1f} s")
 
     out.rule("measured on held-out lines")
-    held_out = read_examples(data / "messages.heldout.jsonl")
-    held_out_users = read_examples(data / "users.heldout.jsonl")
+    held_out = demo_examples("messages.heldout")
+    held_out_users = demo_examples("users.heldout")
     with _timed(times, "score"):
         figures = {
             "labels": _label_figures(cp, held_out),
@@ -107,17 +99,17 @@ def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
         out.print(f"{count} {kind} prefixes: {size:,} bytes each in the store")
     model_bytes = sum(p.numel() * p.element_size() for p in cp.model.parameters())
     out.print(f"the model they steer: {model_bytes:,} bytes")
-    out.print("; ".join(f"{what} {seconds:.1f} s" for what, seconds in times.items()))
-    out.print(f"in all {time.monotonic() - began:.0f} s; a second run reuses what is stored")
+    out.print("; ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items()))
+    out.print(f"{time.monotonic() - started:.0f} s in total; a second run reuses what is stored")
     out.print(f"see it with: controlprefix prefixes list --store {store} --tenant {TENANT}")
     if json_file is not None:
         record = {
             "command": "controlprefix demo --json",
             "model": cp.geometry.model_name,
             "seed": SEED,
-            "nats_a_token": figures,
+            "nats_per_token": figures,
             "bytes": {kind: size for kind, (_, size) in sizes.items()},
-            "seconds": {what: round(seconds, 1) for what, seconds in times.items()},
+            "seconds": {name: round(seconds, 1) for name, seconds in times.items()},
             "completions": [
                 {"request": _describe(r), "prompt": r.prompt, "text": c.text}
                 for r, c in zip(requests, completions, strict=True)
@@ -125,11 +117,22 @@ def run(data: Path, store: str, out: Console, json_file: Path | None) -> None:
         }
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        out.print(f"figures written to {json_file}")
+        out.print(f"results written to {json_file}")
+
+
+def demo_examples(name: str) -> list[Example]:
+    """The examples of one of the demo's data files, which the package contains.
+
+    Args:
+        name: `messages.train`, `messages.heldout`, `users.train` or `users.heldout`.
+    """
+    file = resources.files("controlprefix.cli").joinpath("demo_data", f"{name}.jsonl")
+    with resources.as_file(file) as path:
+        return read_examples(path)
 
 
 def _voices() -> list[dict[str, Any]]:
-    """What to ask with: nothing at all, then labels, a mixture, strengths, users."""
+    """Request fields: none at all, then labels, a mixture, strengths, users."""
     steered: list[dict[str, Any]] = [
         {},
         *(
@@ -212,16 +215,16 @@ def _user_figures(cp: ControlPrefix, rows: Sequence[Example]) -> dict[str, dict[
 
 
 def _nats(cp: ControlPrefix, examples: Sequence[Example]) -> float:
-    """Negative log-likelihood, nats a token."""
+    """Negative log-likelihood, nats per token."""
     scores = cp.score(examples)
-    total = -sum(one.log_likelihood for one in scores)
-    return round(total / sum(one.num_tokens for one in scores), 3)
+    total = -sum(score.log_likelihood for score in scores)
+    return round(total / sum(score.num_tokens for score in scores), 3)
 
 
 def _print_figures(out: Console, figures: dict[str, dict[str, dict[str, float]]]) -> None:
-    for what, rows in figures.items():
+    for group, rows in figures.items():
         columns = list(next(iter(rows.values())))
-        table = Table(f"{what}: nats a token, lower is better", *columns)
+        table = Table(f"{group}: nats per token, lower is better", *columns)
         for name, values in rows.items():
             best = min(values.values())
             cells = (Text(f"{v:.2f}", "bold" if v == best else "") for v in values.values())
@@ -240,13 +243,13 @@ def _sizes(cp: ControlPrefix) -> dict[str, tuple[int, int]]:
 
 
 class _timed:
-    """Adds the seconds inside to a record."""
+    """Records the seconds spent inside."""
 
-    def __init__(self, times: dict[str, float], what: str) -> None:
-        self._times, self._what = times, what
+    def __init__(self, times: dict[str, float], name: str) -> None:
+        self._times, self._name = times, name
 
     def __enter__(self) -> None:
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        self._times[self._what] = time.monotonic() - self._began
+        self._times[self._name] = time.monotonic() - self._started

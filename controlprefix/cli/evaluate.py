@@ -1,7 +1,7 @@
 """Commands that measure what prefixes do: eval, calibrate."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -10,129 +10,145 @@ from controlprefix.cli.common import (
     MODEL,
     STORE,
     TENANT,
+    AttributeFileOption,
+    EncryptionKeysOption,
     ModelOption,
-    SpaceOption,
     StoreOption,
     TaskOption,
     TenantOption,
     app,
-    listed,
-    number,
     open_engine,
     out,
-    pair,
 )
+from controlprefix.cli.options import parse_list, parse_number, parse_pair
+from controlprefix.errors import RequestError
 
-JudgeOption = Annotated[
+if TYPE_CHECKING:
+    from controlprefix.evaluation import AttributeClassifier
+
+LabelledTextsOption = Annotated[
     Path,
     typer.Option(
-        "--judge",
-        help='Texts that judges learn from, JSON Lines: {"text": "…", "attributes": {"tone": '
-        '"warm"}}. Other texts than the prefixes learned from.',
+        "--labelled-texts",
+        help='JSON Lines file to train attribute classifiers on: {"text": "…", "attributes": '
+        '{"tone": "warm"}}. Other texts than the prefixes were trained on.',
     ),
 ]
-NewTokensOption = Annotated[int, typer.Option(help="Tokens of each text, at most.")]
-SeedOption = Annotated[int, typer.Option(help="Of the sampling, and of the judges.")]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Maximum number of tokens per text.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of sampling and classifiers.")]
 
 
 @app.command("eval")
 def evaluate(
-    rows: Annotated[Path, typer.Argument(help="Test rows, JSON Lines, an example a line.")],
-    judge: JudgeOption,
+    rows: Annotated[Path, typer.Argument(help="JSON Lines file of test examples.")],
+    labelled_texts: LabelledTextsOption,
     folder: Annotated[
-        Path, typer.Option("--out", help="Where the report goes; a broken-off run goes on there.")
+        Path, typer.Option(help="Folder of the report; an interrupted run continues there.")
     ] = Path("report"),
     strengths: Annotated[
-        str, typer.Option(help="Of the curves, with commas; 0 and 1 among them.")
+        str, typer.Option(help="Strengths of the curves, with commas; 0 and 1 among them.")
     ] = "0,0.1,0.25,0.5,1,2,4",
-    curve_rows: Annotated[int, typer.Option(help="Rows at each strength of each label.")] = 32,
-    max_new_tokens: NewTokensOption = 48,
+    curve_rows: Annotated[int, typer.Option(help="Rows per strength of each label.")] = 32,
+    max_new_tokens: MaxNewTokensOption = 48,
     seed: SeedOption = 0,
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
-    attributes: SpaceOption = None,
+    encryption_keys: EncryptionKeysOption = None,
+    attribute_file: AttributeFileOption = None,
 ) -> None:
-    """Measure control, strength, cross-talk, fluency and variety; write a report as HTML."""
-    from controlprefix.evaluation import evaluate as measured
-    from controlprefix.interop.data_files import read_examples
+    """Measure attribute accuracy, strength, cross-talk, NLL and diversity; write an HTML report."""
+    from controlprefix import evaluation
+    from controlprefix.interop import read_examples
 
-    examples, judges = read_examples(rows), learn_judges(judge, seed)
-    report = measured(
-        open_engine(model, store, tenant, attributes),
+    examples, classifiers = read_examples(rows), train_classifiers(labelled_texts, seed)
+    cp = open_engine(
+        model, store, tenant, encryption_keys=encryption_keys, attributes=attribute_file
+    )
+    report = evaluation.evaluate(
+        cp,
         examples,
-        judges,
-        strengths=[number("--strengths", one) for one in listed(strengths)],
+        classifiers,
+        strengths=[parse_number("--strengths", item) for item in parse_list(strengths)],
         curve_rows=curve_rows,
         max_new_tokens=max_new_tokens,
         seed=seed,
         folder=folder,
     )
-    table = Table("label", "found by the judge", "without it", "rises with strength")
-    for name, found in report.control.items():
-        without = report.control_without[name]
+    table = Table("label", "accuracy", "without it", "monotonicity")
+    for name, estimate in report.attribute_accuracy.items():
         table.add_row(
             name,
-            f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})",
-            f"{without.mean:.2f}",
-            f"{report.monotonic[name]:.2f}",
+            f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f})",
+            f"{report.attribute_accuracy_without[name].mean:.2f}",
+            f"{report.monotonicity[name]:.2f}",
         )
     out.print(table)
-    if report.not_judged:
-        out.print(f"not judged: {', '.join(report.not_judged)}")
-    out.print(f"fluency {report.fluency.mean:.2f} nats a token under the plain model")
+    if report.not_classified:
+        out.print(f"not classified: {', '.join(report.not_classified)}")
+    out.print(f"base-model NLL {report.base_model_nll.mean:.2f} nats per token")
     out.print(f"the report is in {report.save(folder)}")
 
 
 @app.command()
 def calibrate(
-    label: Annotated[str, typer.Argument(help="Of a stored prefix: formality=formal.")],
-    judge: JudgeOption,
-    prompt: Annotated[str | None, typer.Option(help="What to ask; left out, any text.")] = None,
+    label: Annotated[str, typer.Argument(help="A stored label: formality=formal.")],
+    labelled_texts: LabelledTextsOption,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt to measure with; left out, any text.")
+    ] = None,
     task: TaskOption = None,
-    samples: Annotated[int, typer.Option(help="Texts at each strength.")] = 64,
-    max_new_tokens: NewTokensOption = 32,
+    num_samples: Annotated[int, typer.Option(help="Texts per strength.")] = 64,
+    max_new_tokens: MaxNewTokensOption = 32,
     seed: SeedOption = 0,
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
+    encryption_keys: EncryptionKeysOption = None,
 ) -> None:
-    """Give a label a dial: positions at which what the judge measures moves evenly."""
-    from controlprefix.errors import RequestError
-    from controlprefix.evaluation import calibrate as calibrated
+    """Give a label a dial: positions at which its measured probability moves evenly."""
+    from controlprefix import evaluation
     from controlprefix.request import Request
 
-    attribute, name = pair("the label", label)
-    judges = {one.attribute: one for one in learn_judges(judge, seed)}
-    if attribute not in judges:
+    attribute, name = parse_pair("the label", label)
+    classifiers = {c.attribute: c for c in train_classifiers(labelled_texts, seed)}
+    if attribute not in classifiers:
         raise RequestError(
-            f"{judge} has no texts labelled with {attribute!r}; it has: {', '.join(judges)}"
+            f"{labelled_texts} has no texts labelled with {attribute!r}; it has: "
+            f"{', '.join(classifiers)}"
         )
-    cp = open_engine(model, store, tenant)
+    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
     request = Request(
         prompt=prompt or "", raw=prompt is None, task=task, max_new_tokens=max_new_tokens
     )
-    found = calibrated(cp, request, attribute, name, judges[attribute], samples=samples, seed=seed)
-    table = Table("strength", "chance of the label", "fluency")
-    for one in found.responses:
-        chance = f"{one.chance.mean:.2f} ({one.chance.low:.2f} to {one.chance.high:.2f})"
-        table.add_row(f"{one.strength:g}", chance, f"{one.fluency:.2f}")
+    calibration = evaluation.calibrate(
+        cp, request, attribute, name, classifiers[attribute], num_samples=num_samples, seed=seed
+    )
+    table = Table("strength", "probability of the label", "base-model NLL")
+    for point in calibration.curve:
+        mean, low, high = point.probability
+        table.add_row(
+            f"{point.strength:g}",
+            f"{mean:.2f} ({low:.2f} to {high:.2f})",
+            f"{point.base_model_nll:.2f}",
+        )
     out.print(table)
-    shown = ", ".join(f"{position:g} → {strength:.3g}" for position, strength in found.dial)
-    out.print(f"dial of {label} (version {found.version}): {shown}")
+    points = ", ".join(f"{position:g} → {strength:.3g}" for position, strength in calibration.dial)
+    out.print(f"dial of {label} (version {calibration.version}): {points}")
 
 
-def learn_judges(path: Path, seed: int) -> list[Any]:
-    """Judges of all attributes in a file of labelled texts."""
-    from controlprefix.evaluation import Judge
-    from controlprefix.interop.data_files import read_labelled
+def train_classifiers(path: Path, seed: int) -> "list[AttributeClassifier]":
+    """Classifiers of all attributes in a file of labelled texts."""
+    from controlprefix.evaluation import AttributeClassifier
+    from controlprefix.interop import read_labelled
 
-    judges = []
+    classifiers = []
     for attribute, pairs in read_labelled(path).items():
         texts, labels = [text for text, _ in pairs], [label for _, label in pairs]
-        judges.append(Judge.learn(attribute, texts, labels, seed=seed))
+        classifier = AttributeClassifier.train(attribute, texts, labels, seed=seed)
+        classifiers.append(classifier)
         out.print(
-            f"judge of {attribute}: {judges[-1].accuracy:.0%} of held-out texts right, "
-            f"calibration error {judges[-1].calibration_error:.2f}"
+            f"classifier of {attribute}: accuracy {classifier.accuracy:.0%} on held-out texts, "
+            f"calibration error {classifier.calibration_error:.2f}"
         )
-    return judges
+    return classifiers

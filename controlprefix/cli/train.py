@@ -1,7 +1,7 @@
-"""Commands that learn: train, sweep, shorten, distill."""
+"""Commands that train: train, sweep, shorten, distill."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.table import Table
@@ -10,123 +10,91 @@ from controlprefix.cli.common import (
     MODEL,
     STORE,
     TENANT,
+    AttributeFileOption,
+    EncryptionKeysOption,
+    KindArgument,
     ModelOption,
-    SpaceOption,
+    NameArgument,
     StoreOption,
     TenantOption,
     app,
     is_main_process,
-    kind_of,
-    listed,
     make_accelerator,
-    number,
-    one_of,
     open_engine,
     out,
-    pair,
     run_folder,
 )
+from controlprefix.cli.options import parse_list, parse_number, parse_pair, training_options
 
-DataArgument = Annotated[Path, typer.Argument(help="JSON Lines, an example a line.")]
+DataArgument = Annotated[Path, typer.Argument(help="JSON Lines file, one example per line.")]
 LearnOption = Annotated[
-    str, typer.Option(help="What to learn: any of task, attributes, user, with commas.")
+    str, typer.Option(help="What to train: any of task, attributes, user, with commas.")
 ]
-DefaultTaskOption = Annotated[str | None, typer.Option(help="For examples that name no task.")]
-InitOption = Annotated[str, typer.Option(help="Start from: text, tokens, random, or stored.")]
-EpochsOption = Annotated[float, typer.Option(help="Passes over the examples.")]
-StepsOption = Annotated[int | None, typer.Option(help="Steps in all, in place of epochs.")]
-BatchOption = Annotated[int, typer.Option(help="Examples a step.")]
-RateOption = Annotated[
-    float | None,
-    typer.Option("--lr", help="Learning rate, at its highest; left out, the tested one."),
+DefaultTaskOption = Annotated[str | None, typer.Option(help="Task of examples that name none.")]
+InitOption = Annotated[
+    Literal["text", "tokens", "random", "stored"],
+    typer.Option(
+        help="What prefixes start from: their training text, random tokens of it, "
+        "random values, or the stored version."
+    ),
 ]
-ValidationOption = Annotated[float, typer.Option(help="Fraction held out to choose the best step.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the split and the order of examples.")]
+NumSlotsOption = Annotated[int, typer.Option(help="Slots of each trained prefix.")]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue from the checkpoint in --folder, by default DATA's name and '.run'.",
+    ),
+]
 
 
 @app.command()
+@training_options()
 def train(
     data: DataArgument,
+    training_fields: dict[str, Any],
     learn: LearnOption = "task,attributes",
     task: DefaultTaskOption = None,
-    slots: Annotated[int, typer.Option(help="Slots of each learned prefix.")] = 16,
+    num_slots: NumSlotsOption = 16,
     init: InitOption = "text",
-    parameterization: Annotated[
-        str | None,
-        typer.Option(
-            help="How slots are produced: shared, direct, mlp, or shared-kv; left out, "
-            "shared, and for users alone direct."
-        ),
-    ] = None,
-    epochs: EpochsOption = 3.0,
-    steps: StepsOption = None,
-    batch_size: BatchOption = 8,
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Examples at a time, where memory is short.")
-    ] = None,
-    learning_rate: RateOption = None,
-    contrast: Annotated[
-        float, typer.Option(help="Weight of making other labels' text unlikely: 0 to below 1.")
-    ] = 0.0,
-    validation: ValidationOption = 0.1,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after so many looks without a better one.")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
     folder: Annotated[
-        Path | None,
-        typer.Option(help="Where to write learning curves and the run's state."),
+        Path | None, typer.Option(help="Where to write checkpoints and learning curves.")
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on from the state in --folder, if there is one; without it, in DATA's "
-            "name and '.run'.",
-        ),
-    ] = False,
+    resume: ResumeOption = False,
     tracker: Annotated[
         str | None, typer.Option(help="Log to one of accelerate's trackers, such as tensorboard.")
     ] = None,
-    seed: SeedOption = 0,
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
-    attributes: SpaceOption = None,
+    encryption_keys: EncryptionKeysOption = None,
+    attribute_file: AttributeFileOption = None,
 ) -> None:
-    """Learn prefixes from examples and store them as new versions.
+    """Train prefixes on examples and store them as new versions.
 
-    Each line of the file is such as {"task": "email", "attributes": {"formality":
+    Each line of the file is an example, such as {"task": "email", "attributes": {"formality":
     "formal"}, "prompt": "Tell Sam I will be late.", "completion": "Dear Sam, …"}.
     `accelerate launch -m controlprefix.cli train …` shares the work between processes.
     """
-    from controlprefix.interop.data_files import read_examples
+    from controlprefix.interop import read_examples
 
     folder = run_folder(data, folder, resume)
     examples = read_examples(data, **({"task": task} if task else {}))
-    cp = open_engine(model, store, tenant, attributes)
-    usual: dict[str, Any] = {"parameterization": parameterization} if parameterization else {}
+    cp = open_engine(
+        model, store, tenant, encryption_keys=encryption_keys, attributes=attribute_file
+    )
+    kinds = parse_list(learn)
+    if kinds == ["user"] and training_fields["parameterization"] == "shared":
+        del training_fields["parameterization"]  # the default for users alone is another
     report = cp.train(
         examples,
-        learn=cast(Any, listed(learn)),
-        num_slots=slots,
-        init=one_of("--init", init, ("text", "tokens", "random", "stored")),
+        learn=cast(Any, kinds),
+        num_slots=num_slots,
+        init=init,
         folder=folder,
         resume=resume,
         accelerator=make_accelerator(tracker, folder) if tracker else None,
-        **usual,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        learning_rate=learning_rate,
-        contrast=contrast,
-        validation=validation,
-        patience=patience,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
+        **training_fields,
     )
     if not is_main_process():
         return
@@ -134,53 +102,46 @@ def train(
         out.print(f"stored {name} version {version}")
     out.print(
         f"{len(report.losses)} steps, {report.num_tokens} tokens, {report.seconds:.0f} s; "
-        f"best loss {report.best_loss:.3f} nats a token at step {report.best_step}"
+        f"best loss {report.best_loss:.3f} nats per token at step {report.best_step}"
     )
 
 
 @app.command()
+@training_options("epochs", "steps", "batch_size", "learning_rate", "validation", "seed")
 def sweep(
     data: DataArgument,
-    slots: Annotated[
+    training_fields: dict[str, Any],
+    num_slots: Annotated[
         str, typer.Option(help="Numbers of slots to try, with commas.")
     ] = "1,2,4,8,16,32",
-    parameterization: Annotated[
+    parameterizations: Annotated[
         str, typer.Option(help="Any of shared, direct, mlp, shared-kv, with commas.")
     ] = "shared",
     learn: LearnOption = "task,attributes",
     task: DefaultTaskOption = None,
     init: InitOption = "text",
-    epochs: EpochsOption = 3.0,
-    steps: StepsOption = None,
-    batch_size: BatchOption = 8,
-    learning_rate: RateOption = None,
-    validation: ValidationOption = 0.1,
     folder: Annotated[
         Path | None, typer.Option(help="Where to write sweep.json and sweep.png.")
     ] = None,
-    seed: SeedOption = 0,
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
+    encryption_keys: EncryptionKeysOption = None,
 ) -> None:
-    """Learn with different numbers of slots, and compare the held-out losses; stores nothing."""
-    from controlprefix.interop.data_files import read_examples
+    """Train with different numbers of slots, and compare validation losses; stores nothing."""
+    from controlprefix.interop import read_examples
 
     examples = read_examples(data, **({"task": task} if task else {}))
-    report = open_engine(model, store, tenant).sweep(
+    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
+    report = cp.sweep(
         examples,
-        slots=[int(number("--slots", one)) for one in listed(slots)],
-        parameterizations=cast(Any, listed(parameterization)),
-        learn=cast(Any, listed(learn)),
-        init=one_of("--init", init, ("text", "tokens", "random", "stored")),
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        validation=validation,
-        seed=seed,
+        num_slots=[int(parse_number("--num-slots", item)) for item in parse_list(num_slots)],
+        parameterizations=cast(Any, parse_list(parameterizations)),
+        learn=cast(Any, parse_list(learn)),
+        init=init,
+        **training_fields,
     )
-    table = Table("parameterization", "slots", "held-out nats a token", "seconds")
+    table = Table("parameterization", "slots", "validation loss, nats per token", "seconds")
     for point in report.points:
         table.add_row(
             point.parameterization,
@@ -198,20 +159,24 @@ def sweep(
 
 @app.command()
 def shorten(
-    kind: Annotated[str, typer.Argument(help="task, attribute or user.")],
-    name: Annotated[str, typer.Argument(help="Such as email, formality=formal, or ana.")],
-    data: Annotated[Path, typer.Argument(help="JSON Lines: examples of it, not trained on.")],
+    kind: KindArgument,
+    name: NameArgument,
+    data: Annotated[
+        Path, typer.Argument(help="JSON Lines file: examples of it that it was not trained on.")
+    ],
     keep: Annotated[float, typer.Option(help="Share of the prefix's gain that must stay.")] = 0.95,
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
+    encryption_keys: EncryptionKeysOption = None,
 ) -> None:
     """Drop the slots that attention uses least, and store the shorter prefix."""
-    from controlprefix.interop.data_files import read_examples
+    from controlprefix.interop import read_examples
 
     examples = read_examples(data)
-    report = open_engine(model, store, tenant).shorten(kind_of(kind), name, examples, keep=keep)
-    table = Table("slots", "nats a token")
+    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
+    report = cp.shorten(kind, name, examples, keep=keep)
+    table = Table("slots", "nats per token")
     for count, loss in report.curve:
         table.add_row(str(count), f"{loss:.4f}")
     out.print(table)
@@ -219,47 +184,40 @@ def shorten(
 
 
 @app.command()
+@training_options("epochs", "steps", "batch_size", "learning_rate", "validation", "seed")
 def distill(
     instruction: Annotated[str, typer.Argument(help="What the prefix should do.")],
-    prompts: Annotated[list[Path], typer.Argument(help="Text files, a prompt a line.")],
-    task: Annotated[str | None, typer.Option("--task", help="Learn this task.")] = None,
+    prompts: Annotated[list[Path], typer.Argument(help="Text files, one prompt per line.")],
+    training_fields: dict[str, Any],
+    task: Annotated[str | None, typer.Option("--task", help="Train this task.")] = None,
     attribute: Annotated[
-        str | None, typer.Option("--attribute", "-a", help="Learn this label: formality=formal.")
+        str | None, typer.Option("--attribute", "-a", help="Train this label: formality=formal.")
     ] = None,
-    user: Annotated[str | None, typer.Option("--user", help="Learn this user.")] = None,
-    slots: Annotated[int, typer.Option(help="Slots of the prefix.")] = 16,
-    epochs: EpochsOption = 3.0,
-    steps: StepsOption = None,
-    batch_size: BatchOption = 8,
-    learning_rate: RateOption = None,
-    validation: ValidationOption = 0.1,
-    seed: SeedOption = 0,
+    user: Annotated[str | None, typer.Option("--user", help="Train this user.")] = None,
+    num_slots: NumSlotsOption = 16,
     model: ModelOption = MODEL,
     store: StoreOption = STORE,
     tenant: TenantOption = TENANT,
+    encryption_keys: EncryptionKeysOption = None,
 ) -> None:
-    """Learn a prefix that does what an instruction does; needs prompts, no labelled data."""
-    from controlprefix.interop.data_files import read_texts
+    """Train a prefix that does what an instruction does; needs prompts, no labelled data."""
+    from controlprefix.interop import read_texts
 
-    named, label = pair("--attribute", attribute) if attribute else (None, None)
-    report = open_engine(model, store, tenant).distill(
+    name, label = parse_pair("--attribute", attribute) if attribute else (None, None)
+    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
+    report = cp.distill(
         instruction,
         read_texts(prompts),
         task=task,
-        attribute=named,
+        attribute=name,
         label=label,
         user=user,
-        num_slots=slots,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        validation=validation,
-        seed=seed,
+        num_slots=num_slots,
+        **training_fields,
     )
-    for name, version in report.saved.items():
-        out.print(f"stored {name} version {version}")
+    for saved, version in report.saved.items():
+        out.print(f"stored {saved} version {version}")
     out.print(
         f"{len(report.losses)} steps, {report.seconds:.0f} s; divergence from the instructed "
-        f"model {report.best_loss:.3f} nats a token at step {report.best_step}"
+        f"model {report.best_loss:.3f} nats per token at step {report.best_step}"
     )

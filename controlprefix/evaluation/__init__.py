@@ -1,16 +1,19 @@
-"""What prefixes do, measured: judges, dials, and a report of control, cross-talk and fluency."""
+"""What prefixes do, measured: attribute classifiers, calibrated dials, evaluation reports."""
 
-from controlprefix.evaluation.calibration import Calibration, calibrate, responses
-from controlprefix.evaluation.classifier import Judge, filled_in
-from controlprefix.evaluation.harness import CurvePoint, EvaluationReport, evaluate
+from controlprefix.evaluation.calibration import Calibration, calibrate, strength_curve
+from controlprefix.evaluation.classifier import AttributeClassifier, pseudo_label
+from controlprefix.evaluation.harness import evaluate
+from controlprefix.evaluation.metrics import Estimate
+from controlprefix.evaluation.report import CurvePoint, EvaluationReport
 
 __all__ = [
+    "AttributeClassifier",
     "Calibration",
     "CurvePoint",
+    "Estimate",
     "EvaluationReport",
-    "Judge",
     "calibrate",
     "evaluate",
-    "filled_in",
-    "responses",
+    "pseudo_label",
+    "strength_curve",
 ]

@@ -1,4 +1,4 @@
-"""Dials: strengths as positions at which the measured attribute moves evenly."""
+"""Calibration: dials on which the measured attribute moves evenly with the position."""
 
 import math
 import statistics
@@ -6,48 +6,51 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
-
-from controlprefix.attributes import attribute_name
+from controlprefix._io import requires_extra
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import RequestError, TrainingDataError
-from controlprefix.evaluation.classifier import Judge
-from controlprefix.evaluation.harness import CurvePoint, fluencies
-from controlprefix.evaluation.metrics import estimate
-from controlprefix.prefixes.container import PayloadDtype
+from controlprefix.evaluation.classifier import AttributeClassifier
+from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.evaluation.metrics import bootstrap_mean
+from controlprefix.evaluation.report import CurvePoint
+from controlprefix.prefixes import PrefixKey, StorageDtype
+from controlprefix.prefixes.prefix import Dial
 from controlprefix.request import Request
 
-GRID = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-_STEPS = 10  # points of a dial from 0 to 1
-_COARSE, _FAINT = 0.15, 1e-5  # share of the effect, and strength, below which none is tried
-_LEAST = 0.05  # of chance, that a label must move to be worth a dial
+STRENGTHS = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+_NUM_DIAL_POINTS = 10  # from 0 to 1
+_MAX_FIRST_STEP = 0.15  # share of the effect; if the smallest strength has more, try smaller ones
+_MIN_STRENGTH = 1e-5
+_MIN_EFFECT = 0.05  # probability that a label must add to get a dial
+_DEFAULT_TEMPERATURE = 0.8
+_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was measured and what came of it.
+    """The result of a calibration.
 
     Attributes:
-        responses: In the order of strengths.
-        dial: `(position, strength)`, from (0, 0).
-        version: Of the prefix that carries the dial.
+        curve: What was measured, in the order of strengths.
+        dial: `(position, strength)` points, from (0, 0).
+        version: The version of the prefix that has the dial.
     """
 
-    responses: tuple[CurvePoint, ...]
-    dial: tuple[tuple[float, float], ...]
+    curve: tuple[CurvePoint, ...]
+    dial: Dial
     version: int
 
 
-def responses(
+def strength_curve(
     cp: ControlPrefix,
     request: Request,
     attribute: str,
     label: str,
-    judge: Judge,
+    classifier: AttributeClassifier,
     *,
     prompts: Sequence[str] = (),
-    strengths: Sequence[float] = GRID,
-    samples: int = 64,
+    strengths: Sequence[float] = STRENGTHS,
+    num_samples: int = 64,
     calibrated: bool = False,
     seed: int = 0,
 ) -> tuple[CurvePoint, ...]:
@@ -55,48 +58,55 @@ def responses(
 
     Args:
         cp: With the label's prefix.
-        request: All else that is asked: a task, a user, settings of the sampling, and a
-            prompt, in place of which `prompts` are asked in turn, where there are some.
-        attribute, label: Whose strength.
-        judge: Of that attribute.
-        prompts: See `request`.
-        strengths: To try; at least two.
-        samples: Texts at each.
-        calibrated: They are positions of the label's dial.
-        seed: Of the sampling; the same draws at each strength.
+        request: Everything else: a task, a user, sampling settings, and a prompt, unless
+            `prompts` are given.
+        attribute, label: The label.
+        classifier: Of that attribute.
+        prompts: Prompts to use in turn instead of the request's.
+        strengths: At least two.
+        num_samples: Texts per strength.
+        calibrated: `strengths` are positions of the label's dial.
+        seed: Seed of the sampling; the same draws at each strength.
+
+    Raises:
+        TrainingDataError: If `num_samples` is below 1, or the classifier does not know the label.
+        RequestError: If the request has a strength or schedule of the attribute.
     """
-    if samples < 1:
-        raise TrainingDataError(f"samples is {samples}; it must be 1 or more")
-    if label not in judge.labels:
+    if num_samples < 1:
+        raise TrainingDataError(f"num_samples is {num_samples}; it must be 1 or more")
+    if label not in classifier.labels:
         raise TrainingDataError(
-            f"the judge tells {', '.join(judge.labels)}, not {label!r}; give another judge"
+            f"the classifier knows {', '.join(classifier.labels)}, not {label!r}; give another one"
         )
     for field in ("strengths", "schedules"):
         if attribute in getattr(request, field):
             raise RequestError(
-                f"the request's {field} name {attribute!r}, which is what is measured; leave it out"
+                f"the request's {field} name {attribute!r}, whose strength is measured; leave it "
+                "out"
             )
-    asks = [prompts[i % len(prompts)] if prompts else request.prompt for i in range(samples)]
-    groups = asks if prompts else None
-    found = []
+    sample_prompts = [
+        prompts[i % len(prompts)] if prompts else request.prompt for i in range(num_samples)
+    ]
+    points = []
     for strength in sorted(strengths):
-        asked = [
+        requests = [
             request.model_copy(
                 update={
-                    "prompt": asks[i],
+                    "prompt": prompt,
                     "attributes": {**request.attributes, attribute: {label: float(strength)}},
                     "calibrated": calibrated,
                     "seed": seed + i,
-                    "temperature": request.temperature or 0.8,
+                    "temperature": request.temperature or _DEFAULT_TEMPERATURE,
                 }
             )
-            for i in range(samples)
+            for i, prompt in enumerate(sample_prompts)
         ]
-        texts = [one.text for one in cp.generate(asked, batch_size=32)]
-        chances = judge.chances(texts)[:, judge.labels.index(label)].tolist()
-        fluency = statistics.fmean(fluencies(cp, texts))
-        found.append(CurvePoint(strength, estimate(chances, groups), fluency))
-    return tuple(found)
+        texts = [c.text for c in cp.generate(requests, batch_size=_BATCH_SIZE)]
+        column = classifier.labels.index(label)
+        probabilities = classifier.probabilities(texts)[:, column].tolist()
+        estimate = bootstrap_mean(probabilities, sample_prompts if prompts else None)
+        points.append(CurvePoint(strength, estimate, statistics.fmean(base_model_nlls(cp, texts))))
+    return tuple(points)
 
 
 def calibrate(
@@ -104,60 +114,74 @@ def calibrate(
     request: Request,
     attribute: str,
     label: str,
-    judge: Judge,
+    classifier: AttributeClassifier,
     *,
     prompts: Sequence[str] = (),
-    strengths: Sequence[float] = GRID,
-    samples: int = 64,
+    strengths: Sequence[float] = STRENGTHS,
+    num_samples: int = 64,
     seed: int = 0,
 ) -> Calibration:
-    """Measure a label's response, and store its prefix with a dial that makes it even.
+    """Measure a label's strength curve, and store its prefix with a dial that makes it even.
 
-    At position d of the dial the chance of the label, as the judge has it, has gone d of the
-    way from where it is without the label to where it is at strength 1; positions beyond 1 go
-    as far as was measured. Requests with `calibrated=True` then mean positions.
+    At position d of the dial, the label's probability has moved the share d of the way from
+    where it is without the label to where it is at strength 1; positions beyond 1 go as far as
+    was measured. Requests with `calibrated=True` then give positions.
 
     Args:
-        cp, request, attribute, label, judge, prompts, samples, seed: As in `responses`.
-        strengths: To try, none below 0; 0 and 1 must be among them. Smaller ones are tried
-            too while the smallest does much of what 1 does.
+        cp, request, attribute, label, classifier, prompts, num_samples, seed: As in
+            `strength_curve`.
+        strengths: None below 0; 0 and 1 must be among them. Smaller ones are added while the
+            smallest has much of the effect of 1.
 
     Raises:
-        TrainingDataError: If the label does nothing that the judge could see for sure.
+        TrainingDataError: If strengths are missing, or the label has no significant effect.
         VersionConflictError: If another version was published meanwhile.
     """
     if not {0.0, 1.0} <= set(strengths) or min(strengths) < 0:
         raise TrainingDataError(
-            "strengths must hold 0 and 1, between which a dial is even, and none below 0"
+            "strengths must contain 0 and 1, between which a dial is even, and none below 0"
         )
     if request.mixing != "attention":
-        raise TrainingDataError("a dial is one of attention; leave mixing out of the request")
-    name = attribute_name(attribute, label)
-    prefix = cp.get("attribute", name)
-    (current,) = (one for one in cp.versions("attribute", name) if one.current)
-
-    def measure(some: Sequence[float]) -> tuple[CurvePoint, ...]:
-        how: dict[str, Any] = {"prompts": prompts, "samples": samples, "seed": seed}
-        return responses(cp, request, attribute, label, judge, strengths=some, **how)
-
-    measured = measure(strengths)
-    # Slots that attract much attention do most of their work at strengths near 0.
-    while _first_step(measured) > _COARSE and measured[1].strength > _FAINT:
-        measured = (measured[0], *measure([measured[1].strength / 4]), *measured[1:])
-    at = {one.strength: one.chance for one in measured}
-    unsure = math.hypot(at[0.0].high - at[0.0].low, at[1.0].high - at[1.0].low) / 2
-    dial = even_dial([one.strength for one in measured], [one.chance.mean for one in measured])
-    if not dial or at[1.0].mean - at[0.0].mean <= unsure:
         raise TrainingDataError(
-            f"{name} moves the judge's chance from {at[0.0].mean:.2f} to {at[1.0].mean:.2f}, where "
-            f"{unsure:.2f} may be chance, so there is nothing to make even; train it longer, with "
-            "contrast, or give more samples"
+            "a dial is calibrated for mixing='attention'; leave mixing out of the request"
+        )
+    name = PrefixKey.for_label(attribute, label).name
+    prefix = cp.get("attribute", name)
+    (current,) = (info for info in cp.versions("attribute", name) if info.current)
+
+    def measure(values: Sequence[float]) -> tuple[CurvePoint, ...]:
+        return strength_curve(
+            cp,
+            request,
+            attribute,
+            label,
+            classifier,
+            prompts=prompts,
+            strengths=values,
+            num_samples=num_samples,
+            seed=seed,
+        )
+
+    curve = measure(strengths)
+    # Slots that attract much attention have most of their effect at strengths near 0.
+    while _first_step(curve) > _MAX_FIRST_STEP and curve[1].strength > _MIN_STRENGTH:
+        curve = (curve[0], *measure([curve[1].strength / 4]), *curve[1:])
+    at = {point.strength: point.probability for point in curve}
+    uncertainty = math.hypot(at[0.0].high - at[0.0].low, at[1.0].high - at[1.0].low) / 2
+    dial = even_dial(
+        [point.strength for point in curve], [point.probability.mean for point in curve]
+    )
+    if not dial or at[1.0].mean - at[0.0].mean <= uncertainty:
+        raise TrainingDataError(
+            f"{name} moves the classifier's probability from {at[0.0].mean:.2f} to "
+            f"{at[1.0].mean:.2f}, where {uncertainty:.2f} may be chance, so there is no effect to "
+            "make even; train it longer, with contrast, or give more samples"
         )
     details = {
         "calibrated": {
-            "judge": {"accuracy": judge.accuracy},
-            "responses": [(one.strength, round(one.chance.mean, 4)) for one in measured],
-            "samples": samples,
+            "classifier": {"accuracy": classifier.accuracy},
+            "curve": [(point.strength, round(point.probability.mean, 4)) for point in curve],
+            "num_samples": num_samples,
             "seed": seed,
         }
     }
@@ -166,56 +190,81 @@ def calibrate(
         name,
         replace(prefix, dial=dial),
         details=details,
-        dtype=cast(PayloadDtype, current.dtype),
+        dtype=cast(StorageDtype, current.dtype),
         replaces=current.version,
     )
-    return Calibration(measured, dial, version)
+    return Calibration(curve, dial, version)
 
 
-def _first_step(measured: Sequence[CurvePoint]) -> float:
-    """How much of what strength 1 does the smallest above 0 does."""
-    full = next(one.chance.mean for one in measured if one.strength == 1.0)
-    start, first = (one.chance.mean for one in measured[:2])
-    return (first - start) / (full - start) if full - start >= _LEAST else 0.0
+def _first_step(curve: Sequence[CurvePoint]) -> float:
+    """The share of the effect of strength 1 that the smallest strength above 0 has."""
+    at_one = next(point.probability.mean for point in curve if point.strength == 1.0)
+    at_zero, at_first = (point.probability.mean for point in curve[:2])
+    return (at_first - at_zero) / (at_one - at_zero) if at_one - at_zero >= _MIN_EFFECT else 0.0
 
 
-def even_dial(
-    strengths: Sequence[float], effects: Sequence[float]
-) -> tuple[tuple[float, float], ...]:
-    """Positions and strengths such that the effect is even in the position.
+def even_dial(strengths: Sequence[float], effects: Sequence[float]) -> Dial:
+    """Points of a dial on which the effect is even in the position.
 
-    Slots that attract `m` times as much attention as all else have the share `w m / (1 + w m)` of
-    it at strength `w`; heads differ in `m`, which stretches that. So the effect is taken to go as
-    `(1 + m) w^a / (1 + m w^a)` with the `m` and `a` that fit best: noise in single measurements
-    moves them little, and the dial cannot turn around.
+    Slots that attract `m` times as much attention as everything else have the share
+    `w m / (1 + w m)` of it at strength `w`; heads differ in `m`, which stretches the curve. So
+    the effect is fitted by a Hill curve `(1 + m) w^n / (1 + m w^n)`, normalized to 1 at
+    strength 1: noise in single measurements moves it little, and it is monotonic.
 
     Args:
-        strengths: In order, none below 0, 1 or more among them.
+        strengths: In order, none below 0, and 1 or more among them.
         effects: Measured at each.
 
     Returns:
-        `(position, strength)` from (0, 0) up; nothing where strength 1 has no effect.
+        `(position, strength)` points from (0, 0) up; none if strength 1 has no effect.
+
+    Raises:
+        MissingDependencyError: If scipy is not installed.
     """
-    pull, bend, effect = _fitted(strengths, effects)
-    if effect < _LEAST:
+    m, n, effect = _fit_hill_curve(strengths, effects)
+    if effect < _MIN_EFFECT:
         return ()
-    most = max(strengths)
-    last = (1 + pull) * most**bend / (1 + pull * most**bend)
-    positions = [i / _STEPS for i in range(1, math.floor(last * _STEPS + 1e-9) + 1)]
-    strength = {at: min(most, (at / (1 + pull - pull * at)) ** (1 / bend)) for at in positions}
-    return ((0.0, 0.0), *{**strength, 1.0: 1.0}.items())
+    max_strength = max(strengths)
+    last = _hill(max_strength, m, n)
+    num_points = math.floor(last * _NUM_DIAL_POINTS + 1e-9)
+    positions = [i / _NUM_DIAL_POINTS for i in range(1, num_points + 1)]
+    points = {
+        position: min(max_strength, (position / (1 + m - m * position)) ** (1 / n))
+        for position in positions
+    }
+    return ((0.0, 0.0), *{**points, 1.0: 1.0}.items())
 
 
-def _fitted(strengths: Sequence[float], effects: Sequence[float]) -> tuple[float, float, float]:
-    """`m`, `a`, and what strength 1 adds: least squares over a grid, the straight line first."""
-    w, found = (torch.tensor(one, dtype=torch.float64) for one in (strengths, effects))
-    pulls = torch.cat([torch.zeros(1), torch.logspace(-2, 4, 121)]).double()
-    bends = torch.tensor([1.0, *(i / 10 for i in range(3, 21) if i != 10)], dtype=torch.float64)
-    powers = w ** bends[:, None, None]
-    shares = (1 + pulls[:, None]) * powers / (1 + pulls[:, None] * powers)  # (bends, pulls, w)
-    apart, wanted = shares - shares.mean(dim=-1, keepdim=True), found - found.mean()
-    added = (apart * wanted).sum(dim=-1) / apart.square().sum(dim=-1)
-    errors = (added[..., None] * apart - wanted).square().sum(dim=-1)
-    best = int((errors <= errors.min() + 1e-12).flatten().nonzero()[0])
-    bend, pull = divmod(best, len(pulls))
-    return float(pulls[pull]), float(bends[bend]), float(added[bend, pull])
+def _hill(strength: float, m: float, n: float) -> float:
+    power = strength**n
+    return (1 + m) * power / (1 + m * power)
+
+
+def _fit_hill_curve(
+    strengths: Sequence[float], effects: Sequence[float]
+) -> tuple[float, float, float]:
+    """Least-squares `m`, `n`, and the effect of strength 1; a straight line if it fits as well."""
+    with requires_extra("eval", "a calibration"):
+        import numpy
+        from scipy.optimize import curve_fit
+
+    x, y = numpy.array(strengths, dtype=float), numpy.array(effects, dtype=float)
+
+    def curve(x: Any, /, log_m: float, n: float, effect: float, base: float) -> Any:
+        m, power = numpy.exp(log_m), x**n
+        return base + effect * (1 + m) * power / (1 + m * power)
+
+    slope, intercept = numpy.polyfit(x, y, 1)
+    best = (0.0, 1.0, float(slope))
+    best_error = float(((intercept + slope * x - y) ** 2).sum())
+    bounds = ([math.log(1e-2), 0.3, -1.0, -1.0], [math.log(1e4), 2.0, 1.0, 1.0])
+    for start_m in (0.1, 1.0, 10.0, 100.0, 1000.0):
+        start = (math.log(start_m), 1.0, min(1.0, max(-1.0, y[-1] - y[0])), y[0])
+        try:
+            (log_m, n, effect, base), _ = curve_fit(curve, x, y, p0=start, bounds=bounds)
+        except RuntimeError:  # no convergence from here
+            continue
+        error = float(((curve(x, log_m, n, effect, base) - y) ** 2).sum())
+        if error < best_error - 1e-9:
+            best, best_error = (float(numpy.exp(log_m)), float(n), float(effect)), error
+    return best

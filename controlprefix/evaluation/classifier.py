@@ -1,4 +1,4 @@
-"""Judges: which label a text shows, learned from labelled texts that no prefix saw."""
+"""AttributeClassifier: which label a text shows, trained on texts that no prefix was trained on."""
 
 import json
 from collections.abc import Sequence
@@ -9,25 +9,27 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from controlprefix.embeddings import DEFAULT, embeddings
+from controlprefix._io import atomic_path, requires_extra
+from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
 from controlprefix.errors import ControlPrefixError, StoreError, TrainingDataError
 from controlprefix.request import Example
 
-_HELD_OUT = 0.2
-_BINS = 10
+_HELD_OUT_FRACTION = 0.2
+_MIN_TEXTS_PER_LABEL = 5
+_NUM_BINS = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
-    """A linear classifier of sentence embeddings.
+class AttributeClassifier:
+    """Logistic regression on sentence embeddings.
 
     Attributes:
-        attribute: Whose labels it tells.
-        labels: In the order of the columns of `chances`.
-        weights, bias: `(size, labels)` and `(labels,)`, float32.
-        accuracy: On texts held out when it was learned.
-        calibration_error: There: how far its certainty is from how often it is right, in
-            the mean over ten bins of certainty (ECE, Guo et al., 2017).
+        attribute: The attribute whose labels it predicts.
+        labels: In the order of the columns of `probabilities`.
+        weights, bias: `(embedding_size, num_labels)` and `(num_labels,)`, float32.
+        accuracy: On held-out texts.
+        calibration_error: Expected calibration error on held-out texts, with ten bins (Guo et
+            al., 2017, https://arxiv.org/abs/1706.04599).
         embedder: See `controlprefix.embeddings`.
     """
 
@@ -37,77 +39,93 @@ class Judge:
     bias: Tensor
     accuracy: float
     calibration_error: float
-    embedder: str = DEFAULT
+    embedder: str = DEFAULT_EMBEDDER
 
     @classmethod
-    def learn(
+    def train(
         cls,
         attribute: str,
         texts: Sequence[str],
         labels: Sequence[str],
         *,
-        embedder: str = DEFAULT,
+        embedder: str = DEFAULT_EMBEDDER,
         seed: int = 0,
     ) -> Self:
-        """Learn from labelled texts; a fifth is held out to say how good it is.
+        """Train on labelled texts; a fifth is held out to measure accuracy.
+
+        Args:
+            attribute: Name of the attribute.
+            texts: At least five per label.
+            labels: One per text.
+            embedder: A sentence-transformers model, by name or folder.
+            seed: Seed of the split.
 
         Raises:
             TrainingDataError: If there are fewer than two labels, or five texts of one.
-            ControlPrefixError: If scikit-learn or sentence-transformers is not installed.
+            MissingDependencyError: If scikit-learn or sentence-transformers is not installed.
         """
-        try:
+        with requires_extra("eval", "an attribute classifier"):
             from sklearn.linear_model import LogisticRegression
             from sklearn.model_selection import train_test_split
-        except ModuleNotFoundError as error:
-            raise ControlPrefixError(
-                "judges need scikit-learn: pip install 'controlprefix[eval]'"
-            ) from error
-        if len(texts) != len(labels) or not all(isinstance(one, str) for one in labels):
+
+        if len(texts) != len(labels) or not all(isinstance(label, str) for label in labels):
             raise TrainingDataError(
-                f"{len(texts)} texts and {len(labels)} labels; give a label for each, a text too"
+                f"{len(texts)} texts and {len(labels)} labels; give one label (str) per text"
             )
-        known = tuple(sorted(set(labels)))
-        counts = {label: sum(one == label for one in labels) for label in known}
-        if len(known) < 2 or min(counts.values()) < 5:
+        names = tuple(sorted(set(labels)))
+        counts = {name: sum(label == name for label in labels) for name in names}
+        if len(names) < 2 or min(counts.values()) < _MIN_TEXTS_PER_LABEL:
+            listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
             raise TrainingDataError(
-                f"a judge of {attribute!r} needs two labels and five texts of each; there are: "
-                f"{', '.join(f'{count} of {label}' for label, count in counts.items()) or 'none'}"
+                f"a classifier of {attribute!r} needs two labels and {_MIN_TEXTS_PER_LABEL} texts "
+                f"of each; there are: {listed or 'none'}"
             )
-        embedded = embeddings(texts, embedder).numpy()
-        size = max(len(known), round(_HELD_OUT * len(texts)))  # one of each label at least
-        seen, unseen, its, theirs = train_test_split(
-            embedded, list(labels), test_size=size, stratify=list(labels), random_state=seed
+        embeddings = embed(texts, embedder).numpy()
+        num_held_out = max(len(names), round(_HELD_OUT_FRACTION * len(texts)))
+        train_x, test_x, train_y, test_y = train_test_split(
+            embeddings,
+            list(labels),
+            test_size=num_held_out,
+            stratify=list(labels),
+            random_state=seed,
         )
-        model = LogisticRegression(C=10, max_iter=2000, class_weight="balanced").fit(seen, its)
+        model = LogisticRegression(C=10, max_iter=2000, class_weight="balanced")
+        model.fit(train_x, train_y)
         weights = torch.tensor(model.coef_, dtype=torch.float32).T
         bias = torch.tensor(model.intercept_, dtype=torch.float32)
-        if len(known) == 2:  # it keeps the difference of the two alone
+        if len(names) == 2:  # scikit-learn keeps only the difference of two labels
             weights = torch.cat([torch.zeros_like(weights), weights], dim=1)
             bias = torch.cat([torch.zeros_like(bias), bias])
-        chances = torch.softmax(torch.tensor(unseen) @ weights + bias, dim=1)
-        right = torch.tensor([known.index(label) for label in theirs])
+        probabilities = torch.softmax(torch.tensor(test_x) @ weights + bias, dim=1)
+        expected = torch.tensor([names.index(label) for label in test_y])
         return cls(
             attribute,
-            known,
+            names,
             weights,
             bias,
-            accuracy=float((chances.argmax(1) == right).float().mean()),
-            calibration_error=_calibration_error(chances, right),
+            accuracy=float((probabilities.argmax(1) == expected).float().mean()),
+            calibration_error=_calibration_error(probabilities, expected),
             embedder=embedder,
         )
 
-    def chances(self, texts: Sequence[str]) -> Tensor:
-        """Of each label for each text, `(texts, labels)`; an empty text is read as a space."""
-        read = embeddings([text or " " for text in texts], self.embedder)
-        return torch.softmax(read @ self.weights + self.bias, dim=1)
+    def probabilities(self, texts: Sequence[str]) -> Tensor:
+        """The probability of each label per text, `(num_texts, num_labels)`.
 
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON.
+        An empty text counts as a space.
 
         Raises:
-            StoreError: If that cannot be written.
+            MissingDependencyError: If sentence-transformers is not installed.
         """
-        about = {
+        embeddings = embed([text or " " for text in texts], self.embedder)
+        return torch.softmax(embeddings @ self.weights + self.bias, dim=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write the classifier as JSON.
+
+        Raises:
+            StoreError: If the file cannot be written.
+        """
+        fields = {
             "attribute": self.attribute,
             "labels": self.labels,
             "embedder": self.embedder,
@@ -117,9 +135,10 @@ class Judge:
             "bias": self.bias.tolist(),
         }
         try:
-            Path(path).write_text(json.dumps(about) + "\n")
+            with atomic_path(Path(path)) as unfinished:
+                unfinished.write_text(json.dumps(fields) + "\n")
         except OSError as error:
-            raise StoreError(f"cannot write the judge to {path}: {error}") from error
+            raise StoreError(f"cannot write the classifier to {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -129,58 +148,71 @@ class Judge:
             ControlPrefixError: If it cannot be read.
         """
         try:
-            about = json.loads(Path(path).read_text())
-            weights, bias = torch.tensor(about.pop("weights")), torch.tensor(about.pop("bias"))
-            return cls(**{**about, "labels": tuple(about["labels"])}, weights=weights, bias=bias)
+            fields = json.loads(Path(path).read_text())
+            fields["labels"] = tuple(fields["labels"])
+            weights, bias = torch.tensor(fields.pop("weights")), torch.tensor(fields.pop("bias"))
+            return cls(**fields, weights=weights, bias=bias)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ControlPrefixError(f"cannot read the judge in {path}: {error}") from error
+            raise ControlPrefixError(f"cannot read the classifier in {path}: {error}") from error
 
 
-def filled_in(
-    examples: Sequence[Example], *, least: float = 0.5, embedder: str = DEFAULT, seed: int = 0
+def pseudo_label(
+    examples: Sequence[Example],
+    *,
+    min_probability: float = 0.5,
+    embedder: str = DEFAULT_EMBEDDER,
+    seed: int = 0,
 ) -> list[Example]:
-    """Examples in which the attributes that a row leaves open have their likeliest label.
+    """Fill in the attributes that rows leave open with their most likely label.
 
-    For rows from several sources, each labelled with another attribute: labels that are learned
-    from rows that have all of them get on better when asked for together. Each attribute's judge
-    learns from the rows that say it.
+    For rows from several sources, each labelled with another attribute: labels trained on rows
+    that have all attributes combine better. A classifier per attribute is trained on the rows
+    that have it.
 
     Args:
-        examples: Whose single labels (not mixtures) tell the judges.
-        least: Chance that a label must have; where none has, the attribute stays open.
-        embedder, seed: See `Judge.learn`.
+        examples: Rows; their single labels, not mixtures, train the classifiers.
+        min_probability: Probability that a label must have; otherwise the attribute stays open.
+        embedder, seed: See `AttributeClassifier.train`.
 
     Raises:
         TrainingDataError: If an attribute has fewer than two labels, or five rows of one.
-        ControlPrefixError: If scikit-learn or sentence-transformers is not installed.
+        MissingDependencyError: If scikit-learn or sentence-transformers is not installed.
+
+    Reference:
+        Lee, "Pseudo-Label", 2013.
     """
-    said: dict[str, list[tuple[str, str]]] = {}
+    labelled: dict[str, list[tuple[str, str]]] = {}
     for row in examples:
         for attribute, label in row.attributes.items():
             if isinstance(label, str):
-                said.setdefault(attribute, []).append((row.completion, label))
+                labelled.setdefault(attribute, []).append((row.completion, label))
     added: list[dict[str, str]] = [{} for _ in examples]
-    for attribute, known in said.items():
-        judge = Judge.learn(attribute, *zip(*known, strict=True), embedder=embedder, seed=seed)
+    for attribute, pairs in labelled.items():
+        texts, labels = zip(*pairs, strict=True)
+        classifier = AttributeClassifier.train(
+            attribute, texts, labels, embedder=embedder, seed=seed
+        )
         open_rows = [i for i, row in enumerate(examples) if attribute not in row.attributes]
         if not open_rows:
             continue
-        chances = judge.chances([examples[i].completion for i in open_rows])
-        for i, chance, best in zip(open_rows, *map(list, chances.max(dim=1)), strict=True):
-            if chance >= least:
-                added[i][attribute] = judge.labels[int(best)]
+        probabilities = classifier.probabilities([examples[i].completion for i in open_rows])
+        for i, row_probabilities in zip(open_rows, probabilities, strict=True):
+            best = int(row_probabilities.argmax())
+            if row_probabilities[best] >= min_probability:
+                added[i][attribute] = classifier.labels[best]
     return [
-        row.model_copy(update={"attributes": {**row.attributes, **more}})
-        for row, more in zip(examples, added, strict=True)
+        row.model_copy(update={"attributes": {**row.attributes, **labels}})
+        for row, labels in zip(examples, added, strict=True)
     ]
 
 
-def _calibration_error(chances: Tensor, right: Tensor) -> float:
-    certainty, found = chances.max(dim=1)
-    bins = (certainty * _BINS).long().clamp(max=_BINS - 1)
+def _calibration_error(probabilities: Tensor, expected: Tensor) -> float:
+    confidence, predicted = probabilities.max(dim=1)
+    bins = (confidence * _NUM_BINS).long().clamp(max=_NUM_BINS - 1)
     error = 0.0
-    for one in bins.unique():
-        inside = bins == one
-        gap = (found[inside] == right[inside]).float().mean() - certainty[inside].mean()
+    for index in bins.unique():
+        inside = bins == index
+        accuracy = (predicted[inside] == expected[inside]).float().mean()
+        gap = accuracy - confidence[inside].mean()
         error += float(inside.float().mean() * gap.abs())
     return error

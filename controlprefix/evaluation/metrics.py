@@ -1,4 +1,4 @@
-"""Figures of texts: how varied they are, what they keep, and how sure a mean is."""
+"""Metrics of texts (diversity, similarity), and estimates with confidence intervals."""
 
 import math
 import random
@@ -6,92 +6,98 @@ import statistics
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from controlprefix.embeddings import embeddings
-from controlprefix.errors import ControlPrefixError
+from controlprefix._io import requires_extra
+from controlprefix.embeddings import embed
 
-_DRAWS = 1000
-_MOST_COMPARED = 64  # texts, in self-BLEU
+_NUM_RESAMPLES = 1000
+_MAX_SELF_BLEU_TEXTS = 64
 
 
 class Estimate(NamedTuple):
-    """A mean, and its 95 % confidence interval."""
+    """A mean and its 95 % confidence interval."""
 
     mean: float
     low: float
     high: float
 
 
-def estimate(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Estimate:
-    """Of the mean of some values, at least one: what means of values drawn again are like.
+def bootstrap_mean(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of values with a 95 % bootstrap interval.
 
     Args:
-        values: What was found.
-        groups: What each belongs to, such as its prompt: the values of one are not
-            independent, so they are drawn together (cluster bootstrap).
+        values: At least one.
+        groups: What each value belongs to, such as its prompt. Values of one group are not
+            independent, so whole groups are resampled (cluster bootstrap).
 
     Example:
-        >>> estimate([0.5, 0.5])
+        >>> bootstrap_mean([0.5, 0.5])
         Estimate(mean=0.5, low=0.5, high=0.5)
     """
-    together: dict[Hashable, list[float]] = {}
+    clusters: dict[Hashable, list[float]] = {}
     for group, value in zip(groups or range(len(values)), values, strict=True):
-        together.setdefault(group, []).append(value)
-    sums = [(sum(some), len(some)) for some in together.values()]
+        clusters.setdefault(group, []).append(value)
+    sums = [(sum(cluster), len(cluster)) for cluster in clusters.values()]
     draw = random.Random(0)
     means = []
-    for _ in range(_DRAWS):
-        drawn = draw.choices(sums, k=len(sums))
-        means.append(sum(total for total, _ in drawn) / sum(count for _, count in drawn))
+    for _ in range(_NUM_RESAMPLES):
+        sample = draw.choices(sums, k=len(sums))
+        means.append(sum(total for total, _ in sample) / sum(count for _, count in sample))
     means.sort()
-    low, high = means[round(0.025 * _DRAWS)], means[round(0.975 * _DRAWS) - 1]
+    low, high = means[round(0.025 * _NUM_RESAMPLES)], means[round(0.975 * _NUM_RESAMPLES) - 1]
     return Estimate(statistics.fmean(values), low, high)
 
 
-def share(hits: Sequence[bool], groups: Sequence[Hashable] | None = None) -> Estimate:
-    """Of how often something is so, with the interval of Wilson (1927), which few hits have too.
+def wilson_proportion(hits: Sequence[bool], groups: Sequence[Hashable] | None = None) -> Estimate:
+    """A proportion with its Wilson interval (Wilson, 1927), which is valid for few hits too.
 
     Args:
         hits: At least one.
-        groups: As in `estimate`; only different ones count as evidence.
+        groups: As in `bootstrap_mean`; the number of groups counts as the sample size.
 
     Example:
-        >>> round(share([True, True, True, True]).low, 2)
+        >>> round(wilson_proportion([True, True, True, True]).low, 2)
         0.51
     """
-    mean, count = statistics.fmean(hits), len(hits if groups is None else set(groups))
+    # scipy's `proportion_ci` takes whole counts only, which a mean over groups need not be.
+    mean, size = statistics.fmean(hits), len(hits if groups is None else set(groups))
     z = statistics.NormalDist().inv_cdf(0.975)
-    middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + (z / count / 2) ** 2)
-    return Estimate(mean, max(0.0, middle - half), min(1.0, middle + half))
+    scale = 1 + z * z / size
+    center = (mean + z * z / (2 * size)) / scale
+    half_width = z / scale * math.sqrt(mean * (1 - mean) / size + (z / size / 2) ** 2)
+    return Estimate(mean, max(0.0, center - half_width), min(1.0, center + half_width))
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Share of different sequences of n words among all (Li et al., 2016).
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """The share of distinct n-grams of words among all (Li et al., 2016, distinct-n).
 
     Example:
-        >>> distinct(["a b a b"], 1), distinct(["a b a b"], 2)
+        >>> distinct_n(["a b a b"], 1), distinct_n(["a b a b"], 2)
         (0.5, 0.6666666666666666)
     """
     words = [text.split() for text in texts]
-    found = [tuple(one[i : i + n]) for one in words for i in range(len(one) - n + 1)]
-    return len(set(found)) / len(found) if found else 0.0
+    ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Mean BLEU of each text against the others, 0 to 100: lower is more varied (Zhu et al., 2018).
+    """Mean BLEU of each text against the others, 0 to 100: lower is more diverse.
 
-    Of many texts, some are drawn; of fewer than two there is none: NaN.
+    Of many texts, a sample is used; of fewer than two, the result is NaN.
 
     Raises:
-        ControlPrefixError: If sacrebleu is not installed.
+        MissingDependencyError: If sacrebleu is not installed.
+
+    Reference:
+        Zhu et al., "Texygen", 2018, https://arxiv.org/abs/1802.01886.
     """
-    some = [text for text in texts if text.strip()]
-    if len(some) < 2:
+    sample = [text for text in texts if text.strip()]
+    if len(sample) < 2:
         return math.nan
-    some = random.Random(0).sample(some, min(len(some), _MOST_COMPARED))
-    bleu = _sacrebleu().BLEU(effective_order=True)
+    sample = random.Random(0).sample(sample, min(len(sample), _MAX_SELF_BLEU_TEXTS))
+    bleu = _sacrebleu_metrics().BLEU(effective_order=True)
     return statistics.fmean(
-        bleu.sentence_score(text, [*some[:i], *some[i + 1 :]]).score for i, text in enumerate(some)
+        bleu.sentence_score(text, [*sample[:i], *sample[i + 1 :]]).score
+        for i, text in enumerate(sample)
     )
 
 
@@ -99,40 +105,42 @@ def chrf(texts: Sequence[str], references: Sequence[str]) -> list[float]:
     """chrF of each text against its reference, 0 to 100 (Popović, 2015).
 
     Raises:
-        ControlPrefixError: If sacrebleu is not installed.
+        MissingDependencyError: If sacrebleu is not installed.
     """
-    measure = _sacrebleu().CHRF()
+    metric = _sacrebleu_metrics().CHRF()
     pairs = zip(texts, references, strict=True)
-    return [measure.sentence_score(text, [reference]).score for text, reference in pairs]
+    return [metric.sentence_score(text, [reference]).score for text, reference in pairs]
 
 
 def similarity(texts: Sequence[str], references: Sequence[str]) -> list[float]:
-    """Cosine of each text's sentence embedding and its reference's."""
-    left, right = embeddings([text or " " for text in texts]), embeddings(references)
+    """Cosine of the sentence embeddings of each text and its reference.
+
+    Raises:
+        MissingDependencyError: If sentence-transformers is not installed.
+    """
+    left, right = embed([text or " " for text in texts]), embed(references)
     cosines: list[float] = (left * right).sum(dim=1).tolist()
     return cosines
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation; values that are equal share their rank.
+    """Spearman's rank correlation; 0 if all of `y` are equal.
+
+    Raises:
+        MissingDependencyError: If scipy is not installed.
 
     Example:
-        >>> spearman([1, 2, 3], [10, 20, 90])
+        >>> round(spearman([1, 2, 3], [10, 20, 90]), 6)
         1.0
     """
-    return statistics.correlation(_ranks(x), _ranks(y)) if len(set(y)) > 1 else 0.0
+    with requires_extra("eval", "a rank correlation"):
+        from scipy.stats import spearmanr
+
+    return float(spearmanr(x, y).statistic) if len(set(y)) > 1 else 0.0
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
-    return [statistics.fmean(i for i, one in enumerate(ordered) if one == v) for v in values]
-
-
-def _sacrebleu() -> Any:
-    try:
+def _sacrebleu_metrics() -> Any:
+    with requires_extra("eval", "BLEU or chrF"):
         import sacrebleu.metrics
-    except ModuleNotFoundError as error:
-        raise ControlPrefixError(
-            "BLEU and chrF need sacrebleu: pip install 'controlprefix[eval]'"
-        ) from error
+
     return sacrebleu.metrics

@@ -164,7 +164,7 @@ class Batcher(ABC):
                 f"{self._max_waiting} requests are waiting already; try again later"
             )
 
-    def check_health(self) -> None:
+    def check_health(self) -> None:  # noqa: B027 (nothing to check: the engine is this process)
         """Does nothing: the engine is this process."""
 
     def close(self, *, timeout_s: float | None = None) -> bool:

@@ -95,9 +95,7 @@ def generate_batch(
         request.report_in(
             completion_from_tokens(tokenizer, request.request, prompt, row[num_before:].tolist())
         )
-        for request, prompt, row in zip(
-            resolved, prompts, sequences[: len(resolved)], strict=True
-        )
+        for request, prompt, row in zip(resolved, prompts, sequences[: len(resolved)], strict=True)
     ]
 
 

@@ -146,9 +146,7 @@ class Generator:
         """A batcher for this model: continuous if the rows of its cache can be moved."""
         limits = {"max_sequences": max_sequences, "max_waiting": max_waiting}
         if rows_can_move(self._frozen.model):
-            return ContinuousBatcher(
-                self._frozen, max_prefill_tokens=max_prefill_tokens, **limits
-            )
+            return ContinuousBatcher(self._frozen, max_prefill_tokens=max_prefill_tokens, **limits)
         return StaticBatcher(self._frozen, **limits)
 
 

@@ -106,9 +106,7 @@ def partial_stop_length(text: str, stops: Sequence[str]) -> int:
     )
 
 
-def _num_tokens_to_stop(
-    tokenizer: RequestTokenizer, request: Request, new: Sequence[int]
-) -> int:
+def _num_tokens_to_stop(tokenizer: RequestTokenizer, request: Request, new: Sequence[int]) -> int:
     """How many tokens it took to complete the first stop text."""
 
     def has_stop(count: int) -> bool:

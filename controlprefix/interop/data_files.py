@@ -1,4 +1,4 @@
-"""Data files: JSON Lines, an Example a line."""
+"""Data files: JSON Lines of examples, users and labelled texts; plain text files."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,14 @@ from controlprefix.request import Example
 
 
 def read_examples(path: str | Path, **defaults: Any) -> list[Example]:
-    """Read the examples of a JSON Lines file; blank lines are passed over.
+    """Read the examples of a JSON Lines file; blank lines are skipped.
 
     Args:
-        path: Of the file.
+        path: The file.
         **defaults: Fields for lines that do not have them, such as `task="email"`.
 
     Raises:
-        TrainingDataError: If the file cannot be read, or naming the line that is no example.
+        TrainingDataError: If the file cannot be read, or with the line that is not an example.
     """
     examples = []
     for number, fields in _objects(path):
@@ -31,10 +31,10 @@ def read_examples(path: str | Path, **defaults: Any) -> list[Example]:
 
 
 def read_texts(paths: Sequence[str | Path]) -> list[str]:
-    """Read plain text files, a text a line.
+    """Read plain text files, one text per line.
 
     Raises:
-        TrainingDataError: If a file cannot be read or none has a text.
+        TrainingDataError: If a file cannot be read, or none has a text.
     """
     texts = [line.strip() for path in paths for line in _lines(path) if line.strip()]
     if not texts:
@@ -43,10 +43,13 @@ def read_texts(paths: Sequence[str | Path]) -> list[str]:
 
 
 def read_users(path: str | Path) -> dict[str, list[str]]:
-    """Read a JSON Lines file of `{"user": …, "text": …}`; gives each user's texts, in order.
+    """Read a JSON Lines file of `{"user": …, "text": …}`.
+
+    Returns:
+        Each user's texts, in order.
 
     Raises:
-        TrainingDataError: If the file cannot be read, or naming the line that is none.
+        TrainingDataError: If the file cannot be read, or with the line of another form.
     """
     users: dict[str, list[str]] = {}
     for number, fields in _objects(path):
@@ -65,12 +68,12 @@ def read_labelled(path: str | Path) -> dict[str, list[tuple[str, str]]]:
     """Read a JSON Lines file of `{"text": …, "attributes": {"formality": "formal"}}`.
 
     Returns:
-        For each attribute, texts with their label.
+        Per attribute, texts with their label.
 
     Raises:
-        TrainingDataError: If the file cannot be read, or naming the line that is none.
+        TrainingDataError: If the file cannot be read, or with the line of another form.
     """
-    found: dict[str, list[tuple[str, str]]] = {}
+    labelled: dict[str, list[tuple[str, str]]] = {}
     for number, fields in _objects(path):
         text, attributes = fields.get("text"), fields.get("attributes")
         if not (
@@ -83,28 +86,28 @@ def read_labelled(path: str | Path) -> dict[str, list[tuple[str, str]]]:
                 '{"formality": "formal"}}'
             )
         for attribute, label in attributes.items():
-            found.setdefault(attribute, []).append((text, label))
-    if not found:
+            labelled.setdefault(attribute, []).append((text, label))
+    if not labelled:
         raise TrainingDataError(f"{path} has no labelled texts")
-    return found
+    return labelled
 
 
 def _objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line's number and object; blank lines are passed over."""
+    """Each line's number and JSON object; blank lines are skipped."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            fields = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise TrainingDataError(f"{path} line {number}: not JSON: {error}") from error
-        if not isinstance(found, dict):
+        if not isinstance(fields, dict):
             raise TrainingDataError(f"{path} line {number}: not a JSON object")
-        yield number, found
+        yield number, fields
 
 
 def _lines(path: str | Path) -> list[str]:
-    """Lines end where JSON Lines end them; other separators may stand inside a text."""
+    """Lines end at \\n only, as in JSON Lines: other separators may occur inside a text."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

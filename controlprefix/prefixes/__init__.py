@@ -1,12 +1,38 @@
 """Prefixes as values: slots, their files, their union per request. Needs torch, no model."""
 
-from controlprefix.prefixes.assembly import Part, PrefixBatch, SlotBlock, assemble
-from controlprefix.prefixes.container import StorageDtype, content_hash
-from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
-from controlprefix.prefixes.key import KINDS, Kind, PrefixKey
-from controlprefix.prefixes.prefix import LayerSlots, Prefix
-from controlprefix.prefixes.schedule import Schedule
-from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
+from typing import TYPE_CHECKING
+
+from controlprefix._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from controlprefix.prefixes.assembly import Part, PrefixBatch, SlotBlock, assemble
+    from controlprefix.prefixes.container import StorageDtype, content_hash
+    from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
+    from controlprefix.prefixes.key import KINDS, Kind, PrefixKey
+    from controlprefix.prefixes.prefix import LayerSlots, Prefix
+    from controlprefix.prefixes.schedule import Schedule
+    from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
+
+_HOMES = {
+    "Geometry": "geometry",
+    "KINDS": "key",
+    "Kind": "key",
+    "LayerShape": "geometry",
+    "LayerSlots": "prefix",
+    "Part": "assembly",
+    "Prefix": "prefix",
+    "PrefixBatch": "assembly",
+    "PrefixDecoder": "user_code",
+    "PrefixKey": "key",
+    "SITES": "geometry",
+    "Schedule": "schedule",
+    "Site": "geometry",
+    "SlotBlock": "assembly",
+    "StorageDtype": "container",
+    "UserCode": "user_code",
+    "assemble": "assembly",
+    "content_hash": "container",
+}
 
 __all__ = [
     "KINDS",
@@ -28,3 +54,5 @@ __all__ = [
     "assemble",
     "content_hash",
 ]
+
+__getattr__ = lazy_exports(__name__, _HOMES)

@@ -70,7 +70,7 @@ class Geometry:
         return [size for layer in self.layers(site) for size in layer.sizes]
 
     def head_sizes(self, site: Site) -> list[int]:
-        """Sizes that split a slot per layer into each kv head's keys, then each kv head's values."""
+        """Sizes that split a slot into each kv head's keys, then its values, per layer."""
         return [
             size
             for layer in self.layers(site)
@@ -97,14 +97,12 @@ class Geometry:
             if layers == other_layers:
                 continue
             if len(layers) != len(other_layers):
-                difference = (
-                    f"{len(other_layers)} {site} layers but model {self.model_name!r} has {len(layers)}"
-                )
+                difference = f"{len(other_layers)} {site} layers but model {self.model_name!r} has {len(layers)}"
             else:
                 i = next(i for i in range(len(layers)) if layers[i] != other_layers[i])
                 difference = (
-                    f"{_describe(other_layers[i])} at {site} layer {i} but model {self.model_name!r} has "
-                    f"{_describe(layers[i])}"
+                    f"{_describe(other_layers[i])} at {site} layer {i} but model "
+                    f"{self.model_name!r} has {_describe(layers[i])}"
                 )
             raise GeometryMismatchError(
                 f"{what} has {difference}; train it on this model, or load the model it was made "

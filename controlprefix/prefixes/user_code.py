@@ -169,9 +169,9 @@ class PrefixDecoder(nn.Module):
         Raises:
             PrefixFormatError: If the code belongs to another decoder.
         """
-        if (
-            code.decoder_hash != self.content_hash
-            or code.values.shape != (self.num_slots, self.width)
+        if code.decoder_hash != self.content_hash or code.values.shape != (
+            self.num_slots,
+            self.width,
         ):
             raise PrefixFormatError(
                 f"a code of decoder {code.decoder_hash[:19]} with shape "

@@ -1,6 +1,7 @@
 """An OpenAI-compatible server of one frozen model and many tenants' prefixes."""
 
 from controlprefix.serving.app import create_app
-from controlprefix.serving.tenants import Gateway, Limits
+from controlprefix.serving.server import Server
+from controlprefix.serving.settings import ServerLimits
 
-__all__ = ["Gateway", "Limits", "create_app"]
+__all__ = ["Server", "ServerLimits", "create_app"]

@@ -175,9 +175,7 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _require_same_run(
-    folder: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]
-) -> None:
+def _require_same_run(folder: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     differences = [
         f"{name} was {saved['settings'].get(name)!r}, is {value!r}"
         for name, value in expected["settings"].items()

@@ -38,9 +38,7 @@ class InitSpec:
     given: Mapping[PrefixKey, str | Prefix]
 
     @classmethod
-    def parse(
-        cls, init: Initialization | Initializations, keys: Sequence[PrefixKey]
-    ) -> "InitSpec":
+    def parse(cls, init: Initialization | Initializations, keys: Sequence[PrefixKey]) -> "InitSpec":
         """Check the `init` argument of `train`.
 
         Args:

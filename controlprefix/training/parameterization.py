@@ -20,15 +20,14 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from controlprefix.prefixes import Geometry, Prefix, PrefixKey, Site, UserCode
 from controlprefix.prefixes.slot_network import SlotNetwork
-
-ParameterizationName = Literal["direct", "mlp", "shared", "shared-kv"]
+from controlprefix.training.settings import ParameterizationName
 
 
 class TrainablePrefixes(nn.Module, ABC):

@@ -2,15 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Annotated, Any, Self, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from controlprefix.errors import TrainingDataError, validation_message
-from controlprefix.prefixes import Prefix, PrefixKey, Site
-from controlprefix.training.parameterization import Parameterization, ParameterizationName
+
+if TYPE_CHECKING:  # so that the command line need not import torch for its options
+    from torch import Tensor
+
+    from controlprefix.prefixes import Prefix, PrefixKey, Site
+    from controlprefix.training.parameterization import Parameterization
+
+ParameterizationName = Literal["direct", "mlp", "shared", "shared-kv"]
 
 _PositiveInt = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -20,54 +25,66 @@ _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _DEFAULT_LEARNING_RATES = {"direct": 2e-2, "mlp": 5e-4, "shared": 5e-4, "shared-kv": 5e-4}
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+@dataclass(
+    frozen=True,
+    config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True),
+)
 class TrainingSettings:
-    """Hyperparameters of a training run. Make one with `from_options`.
-
-    Attributes:
-        epochs: Passes over the training rows, unless `steps` is given.
-        steps: Optimizer steps in total.
-        batch_size: Rows per step, over all processes.
-        micro_batch_size: Rows per forward pass on a device, if memory is short; gradients
-            are accumulated. None: up to 64.
-        learning_rate: Peak learning rate of AdamW, after a linear warm-up over the first
-            tenth of the steps and before a cosine decay to a tenth. Its unit is the size of
-            the model's own keys and values (root mean square per head). None: the default of
-            the parameterization.
-        weight_decay: Weight decay of AdamW, towards the initialization.
-        max_grad_norm: Gradients are clipped to this norm.
-        parameterization: How slots are produced during training: see
-            `controlprefix.training.parameterization`.
-        hidden_size: Size of the networks' hidden layers.
-        slot_dropout: Probability of leaving a slot out of a step.
-        contrast: Weight, from 0 to below 1, of making a label's text unlikely under the other
-            labels of its attribute.
-        validation: Fraction of the rows held out to choose the best step; 0 keeps the last.
-        num_evaluations: Validation passes per run.
-        patience: Early stopping after this many validation passes without improvement.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, the
-            same gradients.
-        save_steps: Steps between checkpoints.
-        seed: Seed of the split and of the order of rows.
-    """
+    """Hyperparameters of a training run. Make one with `from_options`."""
 
     epochs: _Positive = 3.0
+    """Passes over the training rows, unless `steps` is given."""
+
     steps: _PositiveInt | None = None
+    """Optimizer steps in total."""
+
     batch_size: _PositiveInt = 8
+    """Rows per step, over all processes."""
+
     micro_batch_size: _PositiveInt | None = None
+    """Rows per forward pass on a device, if memory is short; gradients are accumulated."""
+
     learning_rate: _Positive | None = None
+    """Peak learning rate of AdamW, after a linear warm-up over the first tenth of the steps and
+    before a cosine decay to a tenth, in units of the size of the model's own keys and values.
+    Left out, the tested default of the parameterization."""
+
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight decay of AdamW, towards the initialization."""
+
     max_grad_norm: _Positive = 1.0
+    """Norm to which gradients are clipped."""
+
     parameterization: ParameterizationName = "shared"
+    """How slots are produced during training: see `controlprefix.training.parameterization`."""
+
     hidden_size: _PositiveInt = 512
+    """Size of the networks' hidden layers."""
+
     slot_dropout: _Fraction = 0.0
+    """Probability of leaving a slot out of a step."""
+
     contrast: _Fraction = 0.0
+    """Weight, from 0 to below 1, of making a label's text unlikely under the other labels of its
+    attribute."""
+
     validation: _Fraction = 0.1
+    """Fraction of the rows held out to choose the best step; 0 keeps the last step."""
+
     num_evaluations: _PositiveInt = 5
+    """Validation passes per run."""
+
     patience: _PositiveInt | None = None
+    """Early stopping after this many validation passes without improvement."""
+
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, the same gradients."""
+
     save_steps: _PositiveInt = 50
+    """Steps between checkpoints."""
+
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """Seed of the split and of the order of rows."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -88,14 +105,16 @@ class TrainingSettings:
         return self.learning_rate or _DEFAULT_LEARNING_RATES[self.parameterization]
 
     def parameterize(
-        self, initial: Mapping[PrefixKey, Prefix], scale: Mapping[Site, Tensor]
-    ) -> Parameterization:
+        self, initial: "Mapping[PrefixKey, Prefix]", scale: "Mapping[Site, Tensor]"
+    ) -> "Parameterization":
         """Trainable prefixes at their initialization.
 
         Args:
             initial: The prefixes to start from.
             scale: Per site, the unit of change of a slot's values, `(slot_size,)`.
         """
+        from controlprefix.training.parameterization import Parameterization
+
         return Parameterization(
             self.parameterization,
             initial,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from controlprefix.errors import StoreError
-from controlprefix.training.parameterization import ParameterizationName
+from controlprefix.training.settings import ParameterizationName
 
 _TOLERANCE = 0.01  # nats per token
 

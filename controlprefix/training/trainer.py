@@ -19,10 +19,9 @@ from controlprefix.store import NewVersion, PrefixStore
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
-from controlprefix.training.parameterization import ParameterizationName
 from controlprefix.training.preparation import Learnable, Preparation, check_trainable, prepare
 from controlprefix.training.run import TrainingReport, batches_by_length, split
-from controlprefix.training.settings import TrainingSettings
+from controlprefix.training.settings import ParameterizationName, TrainingSettings
 from controlprefix.training.shortening import ShorteningReport, shorten
 from controlprefix.training.slot_attention import slot_masses
 from controlprefix.training.sweep import SweepPoint, SweepReport
@@ -109,7 +108,7 @@ class Trainer:
             settings,
             learn=cast(Learnable, "attributes" if key.kind == "attribute" else key.kind),
             num_slots=num_slots,
-            init={tuple(key): instruction},
+            init={key: instruction},
         )
         rows = []
         for row, example in zip(preparation.rows, examples, strict=True):
@@ -251,7 +250,7 @@ class Trainer:
         tokenizer = self._frozen.request_tokenizer
         for i, resolved in enumerate(self._resolver.resolve(examples), 1):
             parts = {(p.used.kind, p.used.name): p.part for p in resolved.parts}
-            part = parts.pop(tuple(key), None)
+            part = parts.pop((key.kind, key.name), None)
             if part is None:
                 raise TrainingDataError(f"row {i} does not name {key}; give examples of it")
             tokenized = tokenizer.example_ids(resolved.request)

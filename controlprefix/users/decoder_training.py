@@ -84,9 +84,7 @@ def train_decoder(
     first_texts = [text for own in texts.values() for text in own[:_NUM_INITIAL_TEXTS]]
     initial_texts = draw.sample(first_texts, min(_NUM_INITIAL_TEXTS, len(first_texts)))
     ids = frozen.request_tokenizer.text_ids("\n".join(initial_texts))
-    feature_rows = {
-        user: features.compute(own[:_MAX_FEATURE_TEXTS]) for user, own in texts.items()
-    }
+    feature_rows = {user: features.compute(own[:_MAX_FEATURE_TEXTS]) for user, own in texts.items()}
     decoder = PrefixDecoder(
         prefix_from_tokens(frozen, ids, num_slots=num_slots),
         typical_scale(frozen, ids),

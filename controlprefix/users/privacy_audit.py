@@ -127,9 +127,7 @@ class PrivacyAuditor:
         """Share of the texts, long enough, whose continuation is generated word for word."""
         num_tokens = _CONTEXT_TOKENS + _EXTRACTED_TOKENS
         examples = [self._first_chunk(text) for text in texts]
-        rows = [
-            (*prompt, *ids[:num_tokens]) for prompt, ids in examples if len(ids) >= num_tokens
-        ]
+        rows = [(*prompt, *ids[:num_tokens]) for prompt, ids in examples if len(ids) >= num_tokens]
         if not rows or self._frozen.is_encoder_decoder:
             return 0.0
         num_extracted = 0

@@ -9,7 +9,7 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -120,7 +120,7 @@ def train_users(
             return True
         return False
 
-    total = len(texts) if hasattr(texts, "__len__") else None
+    total = len(texts) if isinstance(texts, Sized) else None
     with progress_bar("users", total, visible=progress) as update:
         while True:
             while len(active) < concurrent_users and admit_next():

@@ -72,9 +72,7 @@ def compare_with_local_model(
         )
 
 
-def _local_log_probs(
-    frozen: FrozenModel, parts: list[Part], ids: Sequence[int]
-) -> torch.Tensor:
+def _local_log_probs(frozen: FrozenModel, parts: list[Part], ids: Sequence[int]) -> torch.Tensor:
     """Log-probabilities of the token after some ids, `(vocab_size,)`."""
     tokens = torch.tensor([list(ids)], device=frozen.device)
     with frozen.attached(frozen.assemble([parts])):

@@ -30,10 +30,10 @@ MAX_SLOTS = 1024
 
 
 class _Copies(NamedTuple):
-    """A prefix that is written several times, which is its strength."""
+    """A prefix that is written as many times as its strength."""
 
     digest: str
-    count: int
+    strength: int
     prefix: Prefix
 
 
@@ -87,7 +87,8 @@ def place(
             "strengths below 0, and mixing='logits', need the logits of other rows, which this "
             "server's engine (vLLM) does not provide; leave them out"
         )
-    task_copies, other_copies = [], []
+    task_copies: list[_Copies] = []
+    other_copies: list[_Copies] = []
     for part in resolved.parts:
         used, strength, prefix = part.used, part.part.strength, part.part.prefix
         if part.part.schedule:
@@ -121,7 +122,7 @@ def place(
     if num_shared and (not other_copies or bits_beyond >= _DIGEST_BITS):
         salt = _hash("salt", resolved.tenant, _hash("head", base, _contents(task_copies)))
         ids = (_FIRST_ID,) * num_shared + ids[: num_slots - num_shared]
-    prefixes = tuple(copies.prefix for copies in all_copies for _ in range(copies.count))
+    prefixes = tuple(copies.prefix for copies in all_copies for _ in range(copies.strength))
     return Placement(prefixes, num_slots, digest, ids, salt)
 
 

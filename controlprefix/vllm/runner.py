@@ -256,9 +256,7 @@ class VllmRunner:
                 ticket.tokens.clear()
                 tokens = await self._generate(remote)
             tokenizer = self._frozen.request_tokenizer
-            completion = completion_from_tokens(
-                tokenizer, resolved.request, remote.prompt, tokens
-            )
+            completion = completion_from_tokens(tokenizer, resolved.request, remote.prompt, tokens)
             ticket.put(resolved.report_in(completion))
         except asyncio.CancelledError:
             ticket.put(EngineError("the request was cancelled"))

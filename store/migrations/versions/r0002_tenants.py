@@ -1,4 +1,4 @@
-"""Revision 0002: a table of tenants, bytes in a table of their own, aliases, audit, row security."""
+"""Revision 0002: tables of tenants, payloads, aliases and audit; row security."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,0 +1,203 @@
+"""Command-line options generated from the fields of `Request` and `TrainingSettings`.
+
+So the fields are defined once, with their help, for Python, HTTP and the command line.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from controlprefix.errors import RequestError
+
+# Fields of a request that are one option per entry: the option, its short form, its help.
+_REPEATABLE = {
+    "attributes": ("--attribute", "-a", "formality=formal, or tone=warm:0.6 in a mixture"),
+    "strengths": ("--strength", "-w", "task=0.5, user=1.5 or tone=2"),
+    "schedules": ("--schedule", None, "tone=0:1,40:0 fades the tone out over 40 tokens"),
+    "stop": ("--stop", None, "a text that ends the completion"),
+}
+
+
+def request_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of `Request`, except the prompt.
+
+    The command gets them as the argument `request_fields`, as `Request` takes them.
+    """
+    from controlprefix.request import Request
+
+    fields = {
+        name: field
+        for name, field in Request.model_fields.items()
+        if name not in {"prompt", "messages"}
+    }
+    return _with_options(command, "request_fields", fields, _parse_request_fields)
+
+
+def training_options(
+    *names: str, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options of `TrainingSettings`.
+
+    The command gets those that were given as the argument `training_fields`.
+
+    Args:
+        *names: Fields; left out, all of them.
+        **defaults: Defaults that differ from those of `TrainingSettings`, for the help.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        from controlprefix.training.settings import TrainingSettings
+
+        all_fields: Mapping[str, FieldInfo] = vars(TrainingSettings)["__pydantic_fields__"]
+        fields = {name: all_fields[name] for name in names or all_fields}
+        return _with_options(command, "training_fields", fields, _given, defaults)
+
+    return decorate
+
+
+def _with_options(
+    command: Callable[..., None],
+    argument: str,
+    fields: Mapping[str, FieldInfo],
+    parse: Callable[[dict[str, Any]], dict[str, Any]],
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[..., None]:
+    """A command with an option per field, which passes them on as one argument."""
+    options = [_option(name, field, (defaults or {}).get(name)) for name, field in fields.items()]
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != argument]
+    required = [p for p in own if p.default is inspect.Parameter.empty]
+    optional = [p for p in own if p.default is not inspect.Parameter.empty]
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        values = {name: arguments.pop(name) for name in fields}
+        command(**arguments, **{argument: parse(values)})
+
+    parameters = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*required, *options, *optional)
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    del run.__wrapped__  # typer must see this signature
+    return run
+
+
+def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
+    text = " ".join((field.description or "").replace("`", "").split())
+    if name in _REPEATABLE:
+        long, short, example = _REPEATABLE[name]
+        flags = [long, *([short] if short else [])]
+        annotation: Any = list[str] | None
+        text = f"{text} Repeatable: {example}."
+        shown: Any = None
+    else:
+        flags = [f"--{name.replace('_', '-')}"]
+        annotation = _option_type(field.annotation)
+        shown = field.default
+    if default is not None:
+        text = f"{text} Default: {default}."
+        shown, annotation = None, annotation | None
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=shown,
+        annotation=Annotated[annotation, typer.Option(*flags, help=text)],
+    )
+
+
+def _option_type(annotation: Any) -> Any:
+    """A field's type as typer knows it: without constraints."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _option_type(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        (inner,) = (a for a in get_args(annotation) if a is not type(None))
+        return _option_type(inner) | None
+    if origin is Literal or annotation in (str, int, float, bool):
+        return annotation
+    raise TypeError(f"no command-line option for a field of type {annotation}")
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _parse_request_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The options' values as `Request` takes them."""
+    return {
+        **values,
+        "attributes": parse_attributes(values["attributes"] or ()),
+        "strengths": {
+            name: parse_number("--strength", number)
+            for name, number in (parse_pair("--strength", t) for t in values["strengths"] or ())
+        },
+        "schedules": dict(_parse_schedule(text) for text in values["schedules"] or ()),
+        "stop": values["stop"] or (),
+    }
+
+
+def parse_attributes(texts: Iterable[str]) -> dict[str, str | dict[str, float]]:
+    """`["formality=formal", "tone=warm:0.6", "tone=brief:0.4"]` as a request has it."""
+    attributes: dict[str, dict[str, float]] = {}
+    for text in texts:
+        attribute, label = parse_pair("--attribute", text)
+        name, _, weight = label.rpartition(":")
+        if name and _is_number(weight):
+            attributes.setdefault(attribute, {})[name] = float(weight)
+        else:  # a label may contain a colon
+            attributes.setdefault(attribute, {})[label] = 1.0
+    return {**attributes}
+
+
+def parse_pair(option: str, text: str) -> tuple[str, str]:
+    """`name=value` in two.
+
+    Raises:
+        RequestError: If the text has another form.
+    """
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise RequestError(f"{option} {text!r} is not of the form name=value")
+    return name, value
+
+
+def parse_number(option: str, text: str) -> float:
+    """A number.
+
+    Raises:
+        RequestError: If it is not one.
+    """
+    if not _is_number(text):
+        raise RequestError(f"{option} needs a number, got {text!r}")
+    return float(text)
+
+
+def parse_list(text: str) -> list[str]:
+    """`a, b` as a list."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _parse_schedule(text: str) -> tuple[str, tuple[tuple[int, float], ...]]:
+    """`tone=0:1,40:0` as a request has it."""
+    part, points = parse_pair("--schedule", text)
+    schedule = []
+    for point in parse_list(points):
+        token, _, multiplier = point.partition(":")
+        at = parse_number("--schedule", token)
+        if not at.is_integer():
+            raise RequestError(f"--schedule needs the number of a token, got {token!r}")
+        schedule.append((int(at), parse_number("--schedule", multiplier)))
+    return part, tuple(schedule)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

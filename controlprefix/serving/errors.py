@@ -1,0 +1,94 @@
+"""Errors as HTTP responses in OpenAI's form."""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from controlprefix.errors import (
+    ClientDisconnectedError,
+    ControlPrefixError,
+    EngineError,
+    InternalServerError,
+    ModelNotFoundError,
+    OverloadedError,
+    RateLimitError,
+    RequestTimeoutError,
+    StoreError,
+    UnauthorizedError,
+    UnknownNameError,
+)
+from controlprefix.serving.openai import ErrorBody, ErrorResponse
+
+_log = logging.getLogger(__name__)
+
+# The first that matches: status, OpenAI's error type, and a code.
+_RESPONSES: tuple[tuple[type[ControlPrefixError], int, str, str], ...] = (
+    (UnauthorizedError, 401, "authentication_error", "invalid_api_key"),
+    (RateLimitError, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (OverloadedError, 503, "server_error", "overloaded"),
+    (ClientDisconnectedError, 499, "server_error", "client_gone"),  # seen in metrics only
+    (RequestTimeoutError, 504, "server_error", "timeout"),
+    (InternalServerError, 500, "server_error", "internal_error"),
+    (ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (UnknownNameError, 404, "invalid_request_error", "not_found"),
+    (EngineError, 503, "server_error", "engine_unavailable"),
+    (StoreError, 503, "server_error", "store_unavailable"),
+    (ControlPrefixError, 400, "invalid_request_error", "invalid_request"),
+)
+# Their messages contain internal paths and URLs, which clients must not see.
+_PRIVATE = (StoreError, EngineError, InternalServerError)
+
+
+def error_body(error: ControlPrefixError) -> tuple[int, ErrorBody]:
+    """The status and the body of an error."""
+    message = str(error)
+    if isinstance(error, _PRIVATE):
+        _log.warning("%s", error)
+        message = "something is wrong on the server's side; try again later"
+    status, error_type, code = next(
+        response[1:] for response in _RESPONSES if isinstance(error, response[0])
+    )
+    return status, ErrorBody(message=message, type=error_type, code=code)
+
+
+def error_response(status: int, error: ErrorBody, **headers: str) -> JSONResponse:
+    """An error in OpenAI's form."""
+    return JSONResponse(ErrorResponse(error=error).model_dump(), status, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Let an application answer every error in OpenAI's form."""
+
+    @app.exception_handler(ControlPrefixError)
+    async def handle_known(_: Request, error: ControlPrefixError) -> JSONResponse:
+        status, body = error_body(error)
+        headers = {}
+        if isinstance(error, RateLimitError):
+            headers["Retry-After"] = str(max(1, round(error.wait_s)))
+        elif status == 503:
+            headers["Retry-After"] = "1"
+        elif status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return error_response(status, body, **headers)
+
+    @app.exception_handler(Exception)
+    async def handle_unknown(_: Request, error: Exception) -> JSONResponse:
+        return error_response(*error_body(InternalServerError(str(error))))
+
+    @app.exception_handler(RequestValidationError)
+    async def handle_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        message = "; ".join(
+            f"{'.'.join(map(str, finding['loc'][1:])) or 'body'}: {finding['msg']}"
+            for finding in error.errors()
+        )
+        body = ErrorBody(message=message, type="invalid_request_error", code="invalid_request")
+        return error_response(400, body)
+
+    @app.exception_handler(HTTPException)
+    async def handle_http(_: Request, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        body = ErrorBody(message=message, type="invalid_request_error", code="http")
+        return error_response(error.status_code, body)

@@ -1,0 +1,104 @@
+"""Routes of models, attributes and classification."""
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from controlprefix.attributes import Label
+from controlprefix.errors import ModelNotFoundError
+from controlprefix.prefixes import PrefixKey
+from controlprefix.serving.bodies import ClassifyBody
+from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.server import Server
+from controlprefix.serving.tenants import Client
+
+router = APIRouter(prefix="/v1", tags=["models"])
+
+
+class ModelEntry(BaseModel):
+    """The model, or the model with a task."""
+
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """The model, and the model with each task of the tenant."""
+
+    object: str = "list"
+    data: list[ModelEntry]
+
+
+class AttributeEntry(BaseModel):
+    """The labels of an attribute that have a prefix."""
+
+    labels: dict[str, Label]
+
+
+class AttributeList(BaseModel):
+    """Attributes by name."""
+
+    attributes: dict[str, AttributeEntry]
+
+
+class Classification(BaseModel):
+    """Per text, the probability of each label by attribute."""
+
+    results: list[dict[str, dict[str, float]]]
+
+
+@router.get("/models")
+async def list_models(client: ClientDependency, server: ServerDependency) -> ModelList:
+    """The model, and the model with each task of the tenant."""
+    return await run_in_threadpool(_models, client, server)
+
+
+@router.get("/models/{name:path}")
+async def get_model(name: str, client: ClientDependency, server: ServerDependency) -> ModelEntry:
+    """The model, or the model with a task, by name."""
+    models = (await run_in_threadpool(_models, client, server)).data
+    for model in models:
+        if model.id == name:
+            return model
+    names = ", ".join(model.id for model in models)
+    raise ModelNotFoundError(f"no model {name!r} here; there are: {names}")
+
+
+@router.get("/attributes")
+async def list_attributes(client: ClientDependency) -> AttributeList:
+    """The attributes and labels that have a prefix, with their descriptions."""
+    names = await run_in_threadpool(client.cp.names, "attribute")
+    attributes: dict[str, AttributeEntry] = {}
+    space = client.cp.attributes
+    described = space.keys() if space else set()
+    for name in names:
+        key = PrefixKey("attribute", name)
+        label = Label()
+        if space is not None and key in described:
+            label = space.attributes[key.attribute].labels[key.label]
+        attributes.setdefault(key.attribute, AttributeEntry(labels={})).labels[key.label] = label
+    return AttributeList(attributes=attributes)
+
+
+@router.post("/classify")
+async def classify(
+    body: ClassifyBody, client: ClientDependency, server: ServerDependency
+) -> Classification:
+    """The probabilities of labels for texts, by the server's attribute classifiers."""
+
+    def results() -> list[dict[str, dict[str, float]]]:
+        rows: list[dict[str, dict[str, float]]] = [{} for _ in body.texts]
+        for classifier in server.classifiers:
+            probabilities = classifier.probabilities(body.texts).tolist()
+            for row, values in zip(rows, probabilities, strict=True):
+                row[classifier.attribute] = dict(zip(classifier.labels, values, strict=True))
+        return rows
+
+    return Classification(results=await run_in_threadpool(results))
+
+
+def _models(client: Client, server: Server) -> ModelList:
+    names = [server.name, *(f"{server.name}/{task}" for task in client.cp.names("task"))]
+    return ModelList(data=[ModelEntry(id=name, owned_by=client.tenant) for name in names])
