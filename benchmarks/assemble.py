@@ -66,7 +66,7 @@ def copies(cp: ControlPrefix, rows: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--num-slots", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

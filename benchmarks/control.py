@@ -53,7 +53,7 @@ def judged(
             continue
         found[f"control, {attribute}"] = statistics.fmean(right[attribute])
         other = study.meanings[attribute]
-        best = other.chances(written).argmax(dim=1).tolist()
+        best = other.probabilities(written).argmax(dim=1).tolist()
         hits = [other.labels[best[i]] == wanted[i] for i in asked]
         found[f"other judge, {attribute}"] = statistics.fmean(hits)
     for name in ("control", "other judge"):
@@ -62,7 +62,7 @@ def judged(
     if len({len(one) for one in right.values()}) == 1:
         found["all right"] = statistics.fmean(map(all, zip(*right.values(), strict=True)))
     found["fluency"] = statistics.fmean(fluencies(cp, [text for text in written if text.strip()]))
-    found["distinct-2"] = distinct(written, 2)
+    found["distinct-2"] = distinct_n(written, 2)
     found["words"] = statistics.fmean(len(text.split()) for text in written)
     return found
 
@@ -76,7 +76,7 @@ def measure(way: Way, study: Study, options: argparse.Namespace) -> dict[str, fl
             way.coefficient = coefficient
             texts = drawn_texts(way, combinations, max(2, options.texts // 4), seed=1)
             tried[coefficient] = judged(study, texts, way.cp)
-        most = study.fluency
+        most = study.base_model_nll
         if way.as_plain_as is not None:
             other = WAYS[way.as_plain_as](study, options)
             texts = drawn_texts(other, combinations, max(2, options.texts // 4), seed=1)
@@ -146,7 +146,7 @@ def page(results: Mapping[str, Any]) -> str:
             "**control**: how often a judge (linear over words) finds the label that was asked "
             "for, in the mean over attributes; **all right**: all at once; **alone**: each label "
             "asked for without others. **other judge**: linear over sentence embeddings (right "
-            f"on held-out rows: {accuracy}). **fluency**: nats a token under the plain model, "
+            f"on held-out rows: {accuracy}). **fluency**: nats per token under the plain model, "
             f"lower is plainer; real texts have {results[name]['fluency']:.2f}. **coefficient**: "
             "chosen by control on other draws, of those no less fluent than real texts; *as "
             "plain*: than the instruction's.",
@@ -204,7 +204,7 @@ def page(results: Mapping[str, Any]) -> str:
     if "unseen categories" in results:
         lines = [f"| {name} | {nats:.3f} |" for name, nats in results["unseen categories"].items()]
         parts += [
-            "WebNLG's unseen categories: nats a token of the reference.",
+            "WebNLG's unseen categories: nats per token of the reference.",
             "\n".join(["| in their place | nats |", "| --- | --- |", *lines]),
         ]
     return "\n\n".join(parts) + "\n"
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the data sets")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--texts", type=int, default=16, help="a combination")
     parser.add_argument("--dial-texts", type=int, default=48, help="a setting elsewhere")
     parser.add_argument("--curve-texts", type=int, default=96, help="a position of a dial")
@@ -301,7 +301,7 @@ def main() -> None:
     for name in [part for part in options.part if part in SETS]:
         one = study(options.folder, name, options.steps * 8)
         accuracy = {attribute: judge.accuracy for attribute, judge in one.meanings.items()}
-        of_set = {"judges": accuracy, "fluency": round(one.fluency, 3)}
+        of_set = {"judges": accuracy, "fluency": round(one.base_model_nll, 3)}
         saved(lambda r, n=name, a=of_set: r.setdefault(n, {"ways": {}}).update(a))
         known: dict[str, Way] = {}
         for label in WAYS:

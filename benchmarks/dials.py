@@ -67,7 +67,7 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
         "share of the output": share,
         "between opposite keys and values": between,
     }
-    batcher = cp.batcher(max_rows=64)
+    batcher = cp.batcher(max_sequences=64)
 
     def steered(w: float, guidance: Guidance) -> list[str]:
         tickets = [
@@ -105,7 +105,7 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
         points = []
         for w in STRENGTHS:
             texts = [text or " " for text in texts_at(w)]
-            chance = judge.chances(texts)[:, judge.labels.index(label)].mean()
+            chance = judge.probabilities(texts)[:, judge.labels.index(label)].mean()
             points.append((w, float(chance), statistics.fmean(fluencies(cp, texts))))
         found[name] = curve(points)
         print(label, name, found[name], flush=True)
@@ -121,8 +121,8 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
     many = {"samples": options.curve_texts, "judge": judge}
     calibrate(cp, request, attribute, label, seed=10_000, **many)
     points = [
-        (one.strength, one.chance.mean, one.fluency)
-        for one in responses(
+        (one.strength, one.probability.mean, one.base_model_nll)
+        for one in strength_curve(
             cp,
             request,
             attribute,
@@ -200,7 +200,7 @@ def cross_talk(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
     chances = {
         f"{one.attribute}={label}": column
         for one in judges
-        for label, column in zip(one.labels, one.chances(texts).T, strict=True)
+        for label, column in zip(one.labels, one.probabilities(texts).T, strict=True)
     }
     found["real texts"] = {}
     for wanted in chances:
@@ -239,7 +239,7 @@ def conflicts(ours: Ours, options: argparse.Namespace) -> dict[str, Any]:
         }
         texts = ours.asked([asked] * options.dial_texts, 3)
         chance = float(
-            judge.chances([t or " " for t in texts])[:, judge.labels.index("formal")].mean()
+            judge.probabilities([t or " " for t in texts])[:, judge.labels.index("formal")].mean()
         )
         found[f"user {user:g}, formal {formal:g}"] = round(chance, 3)
         print(user, formal, chance, flush=True)

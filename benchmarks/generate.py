@@ -54,7 +54,7 @@ class Contender:
         return {"next token seconds": self._pass(self.given["input_ids"][:, -1:])}
 
     def _pass(self, ids: torch.Tensor) -> float:
-        steering = Steering.of(self.model)
+        steering = Steering.for_model(self.model)
         attached = steering.attached(self.batch) if self.batch else contextlib.nullcontext()
         mask = self.given["attention_mask"]
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -109,7 +109,7 @@ def memory(model: PreTrainedModel, rows: int, own: int, options: argparse.Namesp
         return peak_mib(work)
 
     used(0, 0)  # what the first run leaves in torch's own pools
-    geometry = Steering.of(model).geometry
+    geometry = Steering.for_model(model).geometry
     slot = geometry.slot_size("decoder") * model.dtype.itemsize / (1 << 20)
     plain = used(0, 0)
     return [
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--model", choices=NAMES, default="smollm2")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--slots", type=int, nargs="+", default=[16, 48, 128])
+    parser.add_argument("--num-slots", type=int, nargs="+", default=[16, 48, 128])
     parser.add_argument("--prompt", type=int, default=24, help="tokens of the longest prompt")
     parser.add_argument("--tokens", type=int, default=32, help="decoding steps measured")
     parser.add_argument("--rounds", type=int, default=5, help="of the pass over the prompt")

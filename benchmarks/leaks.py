@@ -50,7 +50,7 @@ def page(results: dict[str, Any]) -> str:
             f"Means over {results['authors']} bloggers, {results['texts']} posts each; "
             f"SmolLM2-135M in bfloat16, {SLOTS} slots. Written by `{results['command']}` with "
             "`leaks.json` beside it.",
-            "**gain**: nats a token taken off the author's newest posts. **membership**: how "
+            "**gain**: nats per token taken off the author's newest posts. **membership**: how "
             "often a post it was learned from is told from a newer one by its likelihood (0.5: "
             "never; the older posts of an author are a little more alike too). **word for word**: "
             "share of the posts continued exactly for 16 tokens. **exposure**: bits a planted "
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--store", default="sqlite:///personal.db", help="with the decoder")
     parser.add_argument("--authors", type=int, default=4)
     parser.add_argument("--texts", type=int, default=16, help="of each author")
-    parser.add_argument("--canaries", type=int, default=2, help="planted among each one's")
+    parser.add_argument("--num-canaries", type=int, default=2, help="planted among each one's")
     options = parser.parse_args()
     vars(options).update(users=160, posts=16, epochs=2.0, rows=8, words=40, work=None)
     personal = Personal(options)
@@ -80,7 +80,7 @@ def main() -> None:
                 cp.enroll(one, given, decoder=DECODER)
             else:
                 personal.trained({one: given}, **how)
-            audit = cp.audit_user(one, given, personal.test[one], canaries=options.canaries)
+            audit = cp.audit_user(one, given, personal.test[one], num_canaries=options.canaries)
             reports.append(asdict(audit))
             cp.forget_user(one)
         results["ways"][way] = {key: mean(r[key] for r in reports) for key, _, _ in COLUMNS}

@@ -60,7 +60,7 @@ def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
         shown = [(slots, nats) for slots, nats in points if slots]
         axes.plot(*zip(*shown, strict=True), "o-", label=name)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="slots", ylabel="held-out nats a token")
+    axes.set(xlabel="slots", ylabel="held-out nats per token")
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -10,7 +10,7 @@ import sys
 
 from side_by_side import Measures, compare, report
 
-from controlprefix.model.loading import converted
+from controlprefix.model.loading import packaged_model
 
 THEIRS = """
 import torch
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    folder = str(converted("smollm2"))
+    folder = str(packaged_model("smollm2"))
     found = compare(
         "import",
         {

@@ -1,4 +1,4 @@
-"""What smaller payloads cost: bytes of a prefix, and nats a token of held-out completions.
+"""What smaller payloads cost: bytes of a prefix, and nats per token of held-out completions.
 
 Prefixes are trained for a task and its labels, stored in each dtype, and read back.
 
@@ -14,9 +14,9 @@ from rich.table import Table
 from side_by_side import record
 
 from controlprefix import ControlPrefix
-from controlprefix.interop.data_files import read_examples
+from controlprefix.interop import read_examples
 
-DATA = Path(__file__).parent.parent / "examples" / "data"
+DATA = Path(__file__).parent.parent / "controlprefix" / "cli" / "demo_data"
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -38,12 +38,12 @@ def main() -> None:
         nats = -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
         (kind, name), *_ = trained
         size = cp.versions(kind, name)[-1].size_bytes
-        results[dtype] = {"bytes of 16 slots": size, "nats a token": round(nats, 4)}
-    table = Table("payload", "bytes of 16 slots", "nats a token, held out", "against bfloat16")
+        results[dtype] = {"bytes of 16 slots": size, "nats per token": round(nats, 4)}
+    table = Table("payload", "bytes of 16 slots", "nats per token, held out", "against bfloat16")
     for dtype, one in results.items():
-        change = one["nats a token"] - results["bfloat16"]["nats a token"]
+        change = one["nats per token"] - results["bfloat16"]["nats per token"]
         table.add_row(
-            dtype, f"{one['bytes of 16 slots']:,}", f"{one['nats a token']:.4f}", f"{change:+.4f}"
+            dtype, f"{one['bytes of 16 slots']:,}", f"{one['nats per token']:.4f}", f"{change:+.4f}"
         )
     Console().print(table)
     record("payloads", {"steps": options.steps, "seed": 0, "payloads": results})

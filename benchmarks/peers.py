@@ -67,7 +67,7 @@ def steered(model: PreTrainedModel, rows: int, tokens: int) -> Measures:
     given = prompts(rows, 24, str(model.device))
     prepared = mixed_batch(model, rows, PEOPLE_SLOTS)
     began = now()
-    with Steering.of(model).attached(prepared):
+    with Steering.for_model(model).attached(prepared):
         generate(
             model,
             given,
@@ -164,7 +164,7 @@ def main() -> None:
             for n in options.texts
         },
     )
-    slot = Steering.of(model).geometry.slot_size("decoder") * model.dtype.itemsize
+    slot = Steering.for_model(model).geometry.slot_size("decoder") * model.dtype.itemsize
     notes = [
         f"K/V of a person: {PEOPLE_SLOTS} slots {PEOPLE_SLOTS * slot:,} bytes; {n} tokens of texts "
         f"{n * slot:,} bytes, {n / PEOPLE_SLOTS:.1f} times as much"

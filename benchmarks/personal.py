@@ -33,7 +33,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.embeddings import embeddings
+from controlprefix.embeddings import embed
 from controlprefix.prefixes.user_code import Code
 from controlprefix.training import TrainingSettings
 from controlprefix.users.decoder_training import CODE_RATE
@@ -105,7 +105,7 @@ class Personal:
         )
         return {
             "users": report.num_users,
-            "told": report.told,
+            "told": report.r2,
             "best loss": report.training.best_loss,
             "tokens": report.training.num_tokens,
             "seconds": time.perf_counter() - began,
@@ -136,14 +136,14 @@ class Personal:
     def nearest(self, given: Posts) -> dict[str, str]:
         """The mean code of the eight most alike of those the decoder was learned from."""
         decoder = self.cp.store.decoder(DECODER, self.cp.geometry.fingerprint)
-        known = torch.stack([embeddings(texts).mean(0) for texts in self.learned_from.values()])
+        known = torch.stack([embed(texts).mean(0) for texts in self.learned_from.values()])
         state = load_file(self.options.work / "state.safetensors")
         changes = [state[f"best.changes.{i}"] for i in range(len(self.learned_from))]
         codes = CODE_RATE / TrainingSettings().rate * torch.stack(changes)
         for one, texts in given.items():
-            alike = torch.nn.functional.normalize(known, dim=1) @ embeddings(texts).mean(0)
+            alike = torch.nn.functional.normalize(known, dim=1) @ embed(texts).mean(0)
             numbers = codes[alike.topk(8).indices].mean(0)
-            self._put(one, decoder.decode(Code(decoder.content_hash, numbers)))
+            self._put(one, decoder.decode(UserCode(decoder.content_hash, numbers)))
         return {one: one for one in given}
 
     def trained(self, given: Posts, **how: Any) -> dict[str, str]:

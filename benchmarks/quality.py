@@ -608,7 +608,7 @@ def page(results: dict[str, Any]) -> str:
         "**nats**: a token of held-out texts, under the right label; **other label**: under the "
         "wrong one (higher is better there). **control**: how often a judge (linear, TF-IDF, "
         "learned from rows that no method saw) finds the label in texts written under it. "
-        "**fluency**: nats a token of the written texts under the plain model. **learned**, "
+        "**fluency**: nats per token of the written texts under the plain model. **learned**, "
         "**kept**: numbers, for all labels together, while learning and in use: a network of "
         "`shared` is dropped. Time and memory of a step stand in `speed.md`, where they were "
         "measured side by side.",
@@ -669,7 +669,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--rows", type=int, default=96, help="of the test split")
     parser.add_argument("--texts", type=int, default=96, help="written a label, or in all")
     parser.add_argument("--new-tokens", type=int, default=32)

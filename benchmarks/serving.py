@@ -31,7 +31,7 @@ from rich.table import Table
 from side_by_side import record
 
 from controlprefix import ControlPrefix, Prefix
-from controlprefix.model.loading import converted
+from controlprefix.model.loading import packaged_model
 from controlprefix.store import NewVersion, PrefixKey
 
 SLOTS = 16
@@ -112,7 +112,7 @@ async def one(client: httpx.AsyncClient, url: str, what: dict[str, Any], load: L
 
 
 def client() -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
+    return httpx.AsyncClient(timeout=600, limits=httpx.ServerLimits(max_connections=None))
 
 
 async def saturated(ask: Ask, options: argparse.Namespace, seed: int) -> Load:
@@ -184,7 +184,7 @@ def vllm(port: int, folder: Path, log: Path, rows: int) -> contextlib.AbstractCo
         "kv_connector_extra_config": {"folder": str(folder)},
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    command += [str(converted("smollm2")), "--served-model-name", "smollm2", "--port", str(port)]
+    command += [str(packaged_model("smollm2")), "--served-model-name", "smollm2", "--port", str(port)]
     command += ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", str(rows)]
     command += ["--block-size", "32", "--kv-transfer-config", json.dumps(transfer)]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -215,7 +215,7 @@ def peft_server(port: int) -> None:
 
     @app.post("/v1/completions")
     def complete(asked: dict[str, Any]) -> Any:
-        from fastapi.responses import PlainTextResponse
+        from fastapi.curve import PlainTextResponse
 
         ids = tokenizer(asked["prompt"], return_tensors="pt")
         with lock, torch.no_grad():

@@ -46,7 +46,7 @@ def build(name: str, device: str) -> PreTrainedModel:
 
 def prefix(model: PreTrainedModel, num_slots: int, seed: int) -> Prefix:
     """Random slots that attention notices but that do not derail the model's numbers."""
-    drawn = Prefix.random(Steering.of(model).geometry, num_slots=num_slots, scale=0.5, seed=seed)
+    drawn = Prefix.random(Steering.for_model(model).geometry, num_slots=num_slots, scale=0.5, seed=seed)
     return drawn.to(device=model.device, dtype=model.dtype)
 
 
@@ -60,7 +60,7 @@ def mixed_parts(
 
 def assembled(model: PreTrainedModel, parts: list[list[Part]]) -> PrefixBatch:
     """Put together for the model."""
-    geometry = Steering.of(model).geometry
+    geometry = Steering.for_model(model).geometry
     return assemble(parts, geometry, device=model.device, dtype=model.dtype)
 
 

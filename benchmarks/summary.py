@@ -176,12 +176,12 @@ def of_store(store: dict[str, Any], payloads: dict[str, Any]) -> list[str]:
         f"{payloads['seed']} on the demo's messages, stored in each dtype, read back, and scored "
         "on the held-out messages.",
         "",
-        "| payload | bytes of 16 slots | nats a token | against bfloat16 |",
+        "| payload | bytes of 16 slots | nats per token | against bfloat16 |",
         "| --- | --- | --- | --- |",
     ]
-    as_is = payloads["payloads"]["bfloat16"]["nats a token"]
+    as_is = payloads["payloads"]["bfloat16"]["nats per token"]
     for name, one in payloads["payloads"].items():
-        nats = one["nats a token"]
+        nats = one["nats per token"]
         size = one["bytes of 16 slots"]
         lines.append(f"| {name} | {size:,} | {nats:.4f} | {nats - as_is:+.4f} |")
     return lines

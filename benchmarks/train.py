@@ -20,15 +20,15 @@ from shapes import NAMES, build
 from side_by_side import Measures, compare, now, peak_mib, report
 from transformers import PreTrainedModel
 
-from controlprefix.interop.data_files import read_examples
+from controlprefix.interop import read_examples
 from controlprefix.model.loading import load
 from controlprefix.model.steering import Steering
-from controlprefix.model.tokenization import EncodedExample, RequestEncoder
+from controlprefix.model.tokenization import EncodedExample, RequestTokenizer
 from controlprefix.prefixes.prefix import Prefix
 from controlprefix.store import PrefixKey
-from controlprefix.training import TrainingRow, TrainingSettings, train, typical_size
+from controlprefix.training import TrainingRow, TrainingSettings, train, scale_of
 
-DATA = Path(__file__).parent.parent / "examples" / "data" / "messages.train.jsonl"
+DATA = Path(__file__).parent.parent / "controlprefix" / "cli" / "demo_data" / "messages.train.jsonl"
 END, PAD = 2, 0
 
 
@@ -41,7 +41,7 @@ def ours(
 ) -> None:
     """One epoch with `controlprefix`."""
     key = PrefixKey("task", "message")
-    start = Prefix.random(Steering.of(model).geometry, num_slots=slots, seed=0)
+    start = Prefix.random(Steering.for_model(model).geometry, num_slots=slots, seed=0)
     chosen = TrainingSettings(
         steps=-(-len(rows) // batch), batch_size=batch, validation=0, **settings
     )
@@ -49,7 +49,7 @@ def ours(
         model,
         [TrainingRow.of(row, END, (), ((key, 1.0),)) for row in rows],
         {key: start},
-        typical_size(start),
+        scale_of(start),
         pad_id=PAD,
         settings=chosen,
         progress=False,
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=NAMES, default="smollm2")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--num-slots", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -106,7 +106,7 @@ def main() -> None:
     # The other shapes read the same tokens: their vocabularies are larger.
     small, tokenizer = load("smollm2")
     examples = random.Random(0).sample(list(read_examples(DATA)), options.examples)
-    rows = [RequestEncoder(small, tokenizer).encode(example) for example in examples]
+    rows = [RequestTokenizer(small, tokenizer).encode(example) for example in examples]
     steps = -(-len(rows) // options.batch)
 
     # PEFT changes the model it is given, so each has its own copy.

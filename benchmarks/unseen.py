@@ -42,7 +42,7 @@ def held_back(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, one in asked.items():
             texts = ours.asked([{"task": "text", **one}] * options.dial_texts, 4)
-            best = judge.chances([text or " " for text in texts]).argmax(dim=1).tolist()
+            best = judge.probabilities([text or " " for text in texts]).argmax(dim=1).tolist()
             hits = statistics.fmean(judge.labels[i] == label for i in best)
             found.setdefault(name, {})[label] = round(hits, 3)
         print(label, {name: one[label] for name, one in found.items()}, flush=True)
@@ -50,7 +50,7 @@ def held_back(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def unseen_categories(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """WebNLG's categories that no training row has: nats a token of what is to be said."""
+    """WebNLG's categories that no training row has: nats per token of what is to be said."""
     data = load_data(folder, "webnlg", 0, options.steps * 8)
     cp = ControlPrefix.from_pretrained(model(), tokenizer=tokenizer(), store="sqlite://")
     rows = [

@@ -18,7 +18,7 @@ from sklearn.pipeline import Pipeline
 from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.evaluation import Judge, filled_in
+from controlprefix.evaluation import AttributeClassifier, pseudo_label
 from controlprefix.evaluation.harness import fluencies
 
 Combination = Mapping[str, str]  # attribute -> label
@@ -59,12 +59,12 @@ class Study:
     labels: dict[str, list[str]]
     rows: list[Row]
     words: dict[str, Pipeline]
-    meanings: dict[str, Judge]
+    meanings: dict[str, AttributeClassifier]
     unseen: list[Row]
 
     @cached_property
     def fluency(self) -> float:
-        """Of the unseen rows, nats a token under the plain model."""
+        """Of the unseen rows, nats per token under the plain model."""
         cp = ControlPrefix.from_pretrained(model(), tokenizer=tokenizer(), store="sqlite://")
         return statistics.fmean(fluencies(cp, [row.completion for row in self.unseen]))
 
@@ -91,7 +91,7 @@ def study(folder: Path, name: str, num: int) -> Study:
         test = shuffled(labelled(folder, file, attribute, "test"), 0)[:128]
         unseen += [replace(row, label=f"{attribute}={row.label}") for row in test]
         words[attribute] = judge(others)
-        meanings[attribute] = Judge.learn(
+        meanings[attribute] = AttributeClassifier.train(
             attribute, [row.completion for row in others], [str(row.label) for row in others]
         )
     return Study(name, labels, shuffled(rows, 0), words, meanings, unseen)
@@ -203,7 +203,7 @@ class Ours(Way):
         as_plain_as: str | None = None,
     ) -> None:
         super().__init__(*given)
-        self.apart, self.filled, self.told = apart, filled, told
+        self.apart, self.filled, self.r2 = apart, filled, told
         self.mixing, self.against = mixing, against
         self.coefficients, self.as_plain_as = coefficients, as_plain_as
 
@@ -222,7 +222,7 @@ class Ours(Way):
                 if str(row.label).partition("=")[0] in group
             ]
             self.cp.train(
-                filled_in(rows) if self.filled else rows,
+                pseudo_label(rows) if self.filled else rows,
                 learn=("attributes",) if self.apart else ("task", "attributes"),
                 num_slots=self.options.slots,
                 steps=math.ceil(self.options.steps * len(group) / len(attributes)),
@@ -249,7 +249,7 @@ class Ours(Way):
             "task": None if self.apart else "text",
             "attributes": weights,
             "mixing": self.mixing,
-            **(instruction(combination) if self.told else {}),
+            **(instruction(combination) if self.r2 else {}),
         }
 
     def write(self, combination: Combination, count: int, seed: int) -> list[str]:

@@ -210,7 +210,7 @@ def _add(
     )
     session.add(row)
     session.flush()
-    prefix_id, fingerprint = row.id, prefix["fingerprint"]
+    prefix_id = row.id
     for version in prefix["versions"]:
         _add_version(
             session, tenant, cipher, archive, key, prefix["fingerprint"], prefix_id, version

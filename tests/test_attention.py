@@ -28,7 +28,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def prefix(model: PreTrainedModel, num_slots: int, seed: int = 1) -> Prefix:
-    return Prefix.random(Steering.of(model).geometry, num_slots=num_slots, scale=1.0, seed=seed)
+    return Prefix.random(Steering.for_model(model).geometry, num_slots=num_slots, scale=1.0, seed=seed)
 
 
 def tokens(length: int, seed: int = 0) -> Tensor:
@@ -60,7 +60,7 @@ def prompt_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, T
 
 def run(model: PreTrainedModel, rows: Sequence[Tensor], parts: Sequence[Sequence[Part]]) -> Tensor:
     """Logits under the parts of each row."""
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     batch = assemble(parts, steering.geometry, dtype=model.dtype)
     with torch.no_grad(), steering.attached(batch):
         logits: Tensor = model(**inputs(model, rows)).logits
@@ -161,7 +161,7 @@ def test_models_with_ways_of_their_own_stay_exact(name: str, attention: str) -> 
     together = run(model, rows, parts)
     for row, its_parts, logits in zip(rows, parts, together, strict=True):
         assert torch.allclose(logits, run(model, [row], [its_parts])[0], atol=1e-4)
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     with torch.no_grad(), steering.attached(assemble(parts[:1], steering.geometry)):
         whole = model(rows[0]).logits[:, -4:]
         kept = model(rows[0], logits_to_keep=4).logits
@@ -270,7 +270,7 @@ def test_whole_number_strength_equals_writing_each_slot_that_often(name: str) ->
 @pytest.mark.parametrize("name", ROTARY)
 def test_slots_do_not_move_positions_or_fill_the_cache(name: str) -> None:
     model = build(name)
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     with (
         torch.no_grad(),
         steering.attached(assemble([[Part(prefix(model, 7))]], steering.geometry)),
@@ -300,7 +300,7 @@ def test_decoding_step_by_step_equals_one_pass(name: str, attention: str) -> Non
     model = build(name, attention=attention)
     rows = [tokens(n, seed=n) for n in LENGTHS]
     parts = mixed_parts(model)
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     with torch.no_grad(), steering.attached(assemble(parts, steering.geometry)):
         batch = {
             k: v for k, v in inputs(model, rows).items() if k in ("input_ids", "attention_mask")
@@ -327,7 +327,7 @@ def test_beams_and_returned_sequences_match_each_row_alone(name: str) -> None:
     model = build(name)
     rows = [tokens(n, seed=n) for n in LENGTHS[:3]]
     parts = mixed_parts(model)[:3]
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     wanted = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
 
     def search(which: Sequence[int]) -> Tensor:
@@ -347,7 +347,7 @@ def test_beams_and_returned_sequences_match_each_row_alone(name: str) -> None:
 def test_static_cache_gives_the_tokens_of_a_dynamic_one(name: str) -> None:
     model = build(name)
     rows = [tokens(n, seed=n) for n in LENGTHS]
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     batch = prompt_inputs(model, rows)
     wanted = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     with torch.no_grad(), steering.attached(assemble(mixed_parts(model), steering.geometry)):
@@ -366,7 +366,7 @@ def test_static_cache_gives_the_tokens_of_a_dynamic_one(name: str) -> None:
 def test_one_token_after_a_cache_equals_one_pass_to_rounding() -> None:
     """Logits, where greedy tokens could hide an error; strengths, shared slots, gaps, beams."""
     model = build("qwen3")
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     rows = [tokens(n, seed=n) for n in LENGTHS]
     given = inputs(model, rows)
     for copies in (1, 3):
@@ -383,7 +383,7 @@ def test_one_token_after_a_cache_equals_one_pass_to_rounding() -> None:
 def test_a_mask_written_to_between_passes_is_read_again() -> None:
     """What is remembered with a mask must not outlive its content, its slots or its shape."""
     model = build("llama")
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     ids = tokens(4)
     mask = torch.zeros(1, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf)
 
@@ -417,7 +417,7 @@ def test_bfloat16_stays_near_float32() -> None:
 def test_gradients_reach_every_slot_and_no_weight(name: str, checkpointing: bool) -> None:
     """PEFT's prefixes lose half of an encoder-decoder's slots, and all with checkpointing."""
     model = build(name)
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     slots = {site: rows.requires_grad_() for site, rows in prefix(model, 4).slots.items()}
     if checkpointing:
         model.train()
@@ -443,7 +443,7 @@ def test_gradients_reach_every_slot_and_no_weight(name: str, checkpointing: bool
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bart", "t5"])
 def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
     model = build(name, dtype=torch.float64)
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     start = prefix(model, 2).to(dtype=torch.float64)
     site = steering.geometry.sites[-1]
     batch = inputs(model, [tokens(5)])
@@ -471,7 +471,7 @@ def leave_with_an_error(model: PreTrainedModel) -> None:
 
 def test_nothing_is_left_on_the_model() -> None:
     model = build("bart")
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     before = [(m, dict(vars(m))) for m in model.modules()]
     registered = dict(AttentionInterface._global_mapping)
     with (
@@ -487,7 +487,7 @@ def test_nothing_is_left_on_the_model() -> None:
 def test_other_models_are_left_alone_while_one_is_steered() -> None:
     for attention in ("sdpa", "eager"):
         model, other = build("llama", attention=attention), build("opt", attention=attention)
-        steering = Steering.of(model)
+        steering = Steering.for_model(model)
         with torch.no_grad():
             plain = other(tokens(6)).logits
             with steering.attached(assemble([[Part(prefix(model, 3))]], steering.geometry)):
@@ -497,7 +497,7 @@ def test_other_models_are_left_alone_while_one_is_steered() -> None:
 def test_a_call_under_way_when_the_last_block_closes_still_finds_its_function() -> None:
     """Another thread's plain call may have looked our function up just before."""
     model = build("llama")
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with steering.attached(assemble([[Part(prefix(model, 3))]], steering.geometry)):
         ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -511,7 +511,7 @@ def test_a_call_under_way_when_the_last_block_closes_still_finds_its_function() 
 
 def test_an_implementation_changed_later_is_followed_or_refused() -> None:
     model = build("llama")
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     batch = assemble([[Part(prefix(model, 4))]], steering.geometry)
     with torch.no_grad(), steering.attached(batch):
         steered = model(tokens(6)).logits
@@ -525,7 +525,7 @@ def test_an_implementation_changed_later_is_followed_or_refused() -> None:
 
 def test_threads_and_nested_blocks_see_their_own_prefixes() -> None:
     model = build("llama")
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     ids = tokens(6)
     one, two = (assemble([[Part(prefix(model, 4, seed=s))]], steering.geometry) for s in (1, 2))
 
@@ -582,7 +582,7 @@ def test_threads_and_nested_blocks_see_their_own_prefixes() -> None:
 
 def test_a_call_with_the_wrong_number_of_rows_is_refused() -> None:
     model = build("llama")
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     parts = [[Part(prefix(model, 2, seed=s))] for s in (1, 2)]
     with steering.attached(assemble(parts, steering.geometry)):
         with pytest.raises(RequestError, match="3 rows inside a block assembled for 2 requests"):
@@ -590,7 +590,7 @@ def test_a_call_with_the_wrong_number_of_rows_is_refused() -> None:
 
 
 def test_geometry_is_read_off_the_model() -> None:
-    qwen, bart = Steering.of(build("qwen3")).geometry, Steering.of(build("bart")).geometry
+    qwen, bart = Steering.for_model(build("qwen3")).geometry, Steering.for_model(build("bart")).geometry
     assert [(s.num_kv_heads, s.key_dim, s.value_dim) for s in qwen.decoder] == [(2, 16, 16)] * 3
     assert qwen.sites == ("decoder",)
     assert [len(bart.encoder), len(bart.decoder), len(bart.cross)] == [2, 4, 4]
@@ -598,19 +598,19 @@ def test_geometry_is_read_off_the_model() -> None:
 
 
 def test_fingerprint_tells_weights_apart_but_not_precisions() -> None:
-    fingerprint = Steering.of(build("llama")).geometry.fingerprint
-    assert Steering.of(build("llama")).geometry.fingerprint == fingerprint
-    assert Steering.of(build("llama", seed=1)).geometry.fingerprint != fingerprint
+    fingerprint = Steering.for_model(build("llama")).geometry.fingerprint
+    assert Steering.for_model(build("llama")).geometry.fingerprint == fingerprint
+    assert Steering.for_model(build("llama", seed=1)).geometry.fingerprint != fingerprint
     half = build("llama", dtype=torch.bfloat16)
-    again = Steering.of(half.float()).geometry.fingerprint
-    assert Steering.of(build("llama", dtype=torch.bfloat16)).geometry.fingerprint == again
+    again = Steering.for_model(half.float()).geometry.fingerprint
+    assert Steering.for_model(build("llama", dtype=torch.bfloat16)).geometry.fingerprint == again
     assert again == fingerprint
 
 
 @pytest.mark.parametrize("name", DECODER_ONLY)
 def test_attention_weights_keep_the_shape_a_caller_expects(name: str) -> None:
     model = build(name, attention="eager")
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     with (
         torch.no_grad(),
         steering.attached(assemble([[Part(prefix(model, 4))]], steering.geometry)),
@@ -629,14 +629,14 @@ def test_unsupported_models_are_refused_with_a_reason() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2))
     for model in (mamba, bloom):
         with pytest.raises(UnsupportedModelError, match=type(model).__name__):
-            Steering.of(model)
+            Steering.for_model(model)
     for bad in (_whisper(), _long_t5()):
         with pytest.raises(UnsupportedModelError, match=type(bad).__name__):
-            Steering.of(bad)
+            Steering.for_model(bad)
     flex = build("llama")
     flex.config._attn_implementation = "flex_attention"
     with pytest.raises(UnsupportedModelError, match="attn_implementation='sdpa'"):
-        Steering.of(flex)
+        Steering.for_model(flex)
 
 
 def _whisper() -> PreTrainedModel:

@@ -69,7 +69,7 @@ def test_rows_that_come_and_go_write_what_they_write_alone(name: str) -> None:
     cp = engine(name)
     asked = requests(40)
     alone = [cp.generate(request) for request in asked]
-    batcher = cp.batcher(max_rows=5, read_tokens=40)
+    batcher = cp.batcher(max_sequences=5, max_prefill_tokens=40)
     draw = random.Random(1)
     tickets = []
     for request in asked:
@@ -83,7 +83,7 @@ def test_rows_that_come_and_go_write_what_they_write_alone(name: str) -> None:
 
 
 def test_pieces_are_the_text(cp: ControlPrefix) -> None:
-    batcher = cp.batcher(max_rows=8)
+    batcher = cp.batcher(max_sequences=8)
     asked = requests(12, seed=3)
     tickets = [batcher.submit(request) for request in asked]
     for ticket, request in zip(tickets, asked, strict=True):
@@ -93,7 +93,7 @@ def test_pieces_are_the_text(cp: ControlPrefix) -> None:
 
 
 def test_whoever_is_cancelled_leaves_and_the_others_stay(cp: ControlPrefix) -> None:
-    batcher = cp.batcher(max_rows=2)
+    batcher = cp.batcher(max_sequences=2)
     long = Request(prompt="x", raw=True, max_new_tokens=200, repetition_penalty=1.5)
     expected = cp.generate(long).text
     first, second, third = (batcher.submit(long) for _ in range(3))
@@ -110,7 +110,7 @@ def test_whoever_is_cancelled_leaves_and_the_others_stay(cp: ControlPrefix) -> N
 def test_what_cannot_be_carried_out_fails_alone(
     cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batcher = cp.batcher(max_rows=4)
+    batcher = cp.batcher(max_sequences=4)
     with pytest.raises(UnknownNameError, match="no user 'eve'"):
         batcher.submit(Request(prompt="x", user="eve"))
     with pytest.raises(RequestError, match="beam search cannot join"):
@@ -135,7 +135,7 @@ def test_what_cannot_be_carried_out_fails_alone(
 
 
 def test_a_full_queue_refuses_and_closing_finishes_what_there_is(cp: ControlPrefix) -> None:
-    batcher = cp.batcher(max_rows=1, max_waiting=2)
+    batcher = cp.batcher(max_sequences=1, max_waiting=2)
     long = Request(prompt="x", raw=True, max_new_tokens=60, repetition_penalty=1.5)
     tickets = [batcher.submit(long)]
     next(iter(tickets[0]))
@@ -146,7 +146,7 @@ def test_a_full_queue_refuses_and_closing_finishes_what_there_is(cp: ControlPref
     assert len({ticket.result().text for ticket in tickets}) == 1
     with pytest.raises(OverloadedError, match="shutting down"):
         batcher.submit(long)
-    hasty = cp.batcher(max_rows=1)
+    hasty = cp.batcher(max_sequences=1)
     tickets = [hasty.submit(long) for _ in range(3)]
     assert not hasty.close(wait=0.0)
     assert tickets[2].result().num_tokens < 60
@@ -172,7 +172,7 @@ def test_log_probabilities_are_those_of_the_model(cp: ControlPrefix) -> None:
 def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
     asked = requests(24, seed=5)
     expected = [cp.generate(request).text for request in asked]
-    batcher, found = cp.batcher(max_rows=6), [""] * len(asked)
+    batcher, found = cp.batcher(max_sequences=6), [""] * len(asked)
 
     def ask(i: int) -> None:
         found[i] = batcher.submit(asked[i]).result().text
@@ -187,7 +187,7 @@ def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
 
 
 def test_a_listener_that_fails_harms_nobody(cp: ControlPrefix) -> None:
-    batcher = cp.batcher(max_rows=2)
+    batcher = cp.batcher(max_sequences=2)
 
     def failing(event: object) -> None:
         raise ValueError("no one home")
@@ -203,7 +203,7 @@ def test_a_request_cannot_take_more_rows_than_there_are(cp: ControlPrefix) -> No
     away = Request(
         prompt="x", raw=True, task="note", user="ana", strengths={"task": -1, "user": -1}
     )
-    batcher = cp.batcher(max_rows=2)
+    batcher = cp.batcher(max_sequences=2)
     with pytest.raises(RequestError, match="needs 3 rows"):
         batcher.submit(away)
     batcher.close()
@@ -214,10 +214,10 @@ def test_a_request_cannot_take_more_rows_than_there_are(cp: ControlPrefix) -> No
 def test_a_failure_while_joining_ends_every_ticket(
     cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batcher = cp.batcher(max_rows=4)
+    batcher = cp.batcher(max_sequences=4)
     long = Request(prompt="x", raw=True, max_new_tokens=200, repetition_penalty=1.5)
     with monkeypatch.context() as patch:
-        patch.setattr("controlprefix.inference.continuous_batching.lay_out", lambda *_: 1 / 0)
+        patch.setattr("controlprefix.inference.continuous_batching.arrange_rows", lambda *_: 1 / 0)
         for ticket in [batcher.submit(long) for _ in range(3)]:
             with pytest.raises(RuntimeError, match="division by zero"):
                 ticket.result()
@@ -231,7 +231,7 @@ def test_models_with_another_cache_write_a_batch_at_a_time(name: str) -> None:
     cp = engine(name)
     asked = requests(12)
     alone = [cp.generate(request) for request in asked]
-    batcher = cp.batcher(max_rows=5)
+    batcher = cp.batcher(max_sequences=5)
     assert isinstance(batcher, StaticBatcher)
     tickets = [batcher.submit(request) for request in asked]
     with pytest.raises(RequestError, match="log-probabilities cannot be had"):

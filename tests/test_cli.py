@@ -87,15 +87,15 @@ def test_distill_sweep_shorten_and_a_run_that_goes_on(model_folder: Path, tmp_pa
     data.write_text("\n".join(json.dumps(row) for row in rows))
     prompts.write_text("\n".join(f"Hi {i}" for i in range(8)))
     model = ("--model", str(model_folder))
-    common = ("--task", "note", "--learn", "task", "--steps", "30", "--lr", "0.02", *model)
+    common = ("--task", "note", "--learn", "task", "--steps", "30", "--learning-rate", "0.02", *model)
 
-    swept = run(tmp_path, "sweep", str(data), "--slots", "1,2", *common, "--folder", str(tmp_path))
+    swept = run(tmp_path, "sweep", str(data), "--num-slots", "1,2", *common, "--folder", str(tmp_path))
     assert "fewest slots within 0.01 of the lowest:" in swept
     assert json.loads((tmp_path / "sweep.json").read_text())["points"][1]["num_slots"] == 2
     assert run(tmp_path, "prefixes", "list").strip() == "nothing is stored yet"
 
     again = ("--folder", str(tmp_path / "run"), "--resume")
-    train = ("train", str(data), "--slots", "4", *common, *again)
+    train = ("train", str(data), "--num-slots", "4", *common, *again)
     first, second = run(tmp_path, *train), run(tmp_path, *train)
     assert "stored task 'note' version 1" in first
     assert "stored task 'note' version 2" in second
@@ -113,7 +113,7 @@ def test_distill_sweep_shorten_and_a_run_that_goes_on(model_folder: Path, tmp_pa
     for wrong, message in (
         (("train", str(data), "--parameterization", "dirct", *model), "did you mean 'direct'"),
         (("train", str(data), "--tracker", "nosuch", *model), "--tracker 'nosuch'"),
-        (("sweep", str(data), "--slots", "a", *model), "--slots"),
+        (("sweep", str(data), "--num-slots", "a", *model), "--num-slots"),
         (("distill", "Be brief.", str(prompts), *model), "name one to learn"),
     ):
         with pytest.raises(ControlPrefixError, match=message):
@@ -136,7 +136,7 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
     assert "2 steps" in trained
     for slots, version in (("3", "1"), ("4", "2")):
         enrolled = run(
-            tmp_path, "enroll", "ana", str(tmp_path / "ana.txt"), "--slots", slots, *model
+            tmp_path, "enroll", "ana", str(tmp_path / "ana.txt"), "--num-slots", slots, *model
         )
         assert f"stored user 'ana' version {version}, from 2 texts" in enrolled
     generated = run(
@@ -156,7 +156,7 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
     ):
         with pytest.raises(ControlPrefixError, match=message):
             run(tmp_path, *wrong)
-    assert "nats a token" in run(tmp_path, "score", str(data), *model)
+    assert "nats per token" in run(tmp_path, "score", str(data), *model)
     listed = run(tmp_path, "prefixes", "list")
     assert all(name in listed for name in ("note", "tone=brief", "ana"))
     assert "tone=warm" not in run(tmp_path, "users", "list")
@@ -244,14 +244,14 @@ def test_users_are_learned_enrolled_and_audited(
     (tmp_path / "texts.txt").write_text("hello you\nhello me\n")
     (tmp_path / "others.txt").write_text("hello them\n")
     texts = str(tmp_path / "texts.txt")
-    learned = run(tmp_path, "users", "decoder", str(data), "--slots", "2", "--width", "4", *model)
+    learned = run(tmp_path, "users", "decoder", str(data), "--num-slots", "2", "--width", "4", *model)
     assert "stored decoder 'users' version 1, from 12 users" in learned
     trained = run(tmp_path, "users", "train", str(data), "--decoder", "users", *model)
     assert "stored 12 of 12 users" in trained
     assert "version 1" in run(tmp_path, "enroll", "ana", texts, "--decoder", "users", *model)
     refined = run(tmp_path, "enroll", "ana", texts, "--decoder", "users", "--refine", *model)
     assert "stored user 'ana' version 2, from 2 texts" in refined
-    held_out = ("--held-out", str(tmp_path / "others.txt"), "--canaries", "1")
+    held_out = ("--held-out", str(tmp_path / "others.txt"), "--num-canaries", "1")
     audit = run(tmp_path, "audit", "user", "ana", "--texts", texts, *held_out, *model)
     assert "membership told" in audit
     assert "exposure of planted numbers, bits" in audit
@@ -281,14 +281,14 @@ def test_prefixes_are_evaluated_and_calibrated(
             if i < 8:
                 row = {"prompt": "<s>", "raw": True, "completion": "x", "attributes": attributes}
                 rows.write(json.dumps({**row, "completion": f"x{i}"}) + "\n")
-    texts = ("--judge", str(tmp_path / "judge.jsonl"), "--max-new-tokens", "24")
-    how = ("--out", str(tmp_path / "report"), "--strengths", "0,1", "--curve-rows", "4")
+    texts = ("--labelled-texts", str(tmp_path / "judge.jsonl"), "--max-new-tokens", "24")
+    how = ("--folder", str(tmp_path / "report"), "--strengths", "0,1", "--curve-rows", "4")
     found = run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *how, *model)
     assert "judge of pitch" in found
     assert "pitch=high" in found
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
-    monkeypatch.setattr("controlprefix.evaluation.calibration._LEAST", -1.0)  # small effect
-    dial = run(tmp_path, "calibrate", "pitch=high", "--samples", "24", *texts, *model)
+    monkeypatch.setattr("controlprefix.evaluation.calibration._MIN_EFFECT", -1.0)  # small effect
+    dial = run(tmp_path, "calibrate", "pitch=high", "--num-samples", "24", *texts, *model)
     assert "dial of pitch=high (version 2): 0 → 0" in dial
     with pytest.raises(ControlPrefixError, match="no texts labelled with 'tone'; it has: pitch"):
         run(tmp_path, "calibrate", "tone=warm", *texts, *model)

@@ -10,7 +10,7 @@ from sqlalchemy.engine import make_url
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, UnknownNameError
 from controlprefix.prefixes.user_code import Code, CodedPrefix, PrefixDecoder
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, profiles, tenant_of
-from controlprefix.training import typical_size
+from controlprefix.training.initialization import scale_of
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 F = GEOMETRY.fingerprint
@@ -19,7 +19,7 @@ ANA, BO, USERS = PrefixKey("user", "ana"), PrefixKey("user", "bo"), PrefixKey("d
 
 def decoder(seed: int = 0) -> PrefixDecoder:
     start = Prefix.random(GEOMETRY, num_slots=3, scale=1.0, seed=seed)
-    made = PrefixDecoder(start, typical_size(start), width=8, hidden=16, features=5, seed=seed)
+    made = PrefixDecoder(start, scale_of(start), width=8, hidden=16, features=5, seed=seed)
     with torch.no_grad():
         for parameter in made.parameters():  # away from where it begins, at which codes say nothing
             parameter += 0.3 * torch.randn(
@@ -30,7 +30,7 @@ def decoder(seed: int = 0) -> PrefixDecoder:
 
 def coded(by: PrefixDecoder, seed: int = 1) -> CodedPrefix:
     numbers = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
-    return by.decode(Code(by.content_hash, numbers))
+    return by.decode(UserCode(by.content_hash, numbers))
 
 
 def put_both(store: PrefixStore, by: PrefixDecoder) -> None:
@@ -46,7 +46,7 @@ def store(url: str) -> Iterator[PrefixStore]:
 
 def test_a_code_begins_where_its_decoder_does() -> None:
     start = Prefix.random(GEOMETRY, num_slots=3, scale=1.0, seed=0)
-    fresh = PrefixDecoder(start, typical_size(start), width=8, hidden=16)
+    fresh = PrefixDecoder(start, scale_of(start), width=8, hidden=16)
     slots = fresh.slots(torch.randn(3, 8))
     assert torch.equal(slots["decoder"], start.slots["decoder"])
 
@@ -56,7 +56,7 @@ def test_a_code_survives_its_bytes(dtype: str | None) -> None:
     by = decoder()
     prefix = coded(by)
     data = prefix.to_bytes(dtype)  # type: ignore[arg-type]
-    back = by.decode(Code.from_bytes(data))
+    back = by.decode(UserCode.from_bytes(data))
     tolerance = {"float32": 0.0, "bfloat16": 0.02}.get(str(dtype), 0.05)
     assert torch.allclose(back.code.numbers, prefix.code.numbers, atol=tolerance)
     assert torch.allclose(back.slots["decoder"], prefix.slots["decoder"], atol=10 * tolerance)
@@ -72,11 +72,11 @@ def test_bytes_that_are_no_code_or_no_decoder_are_refused() -> None:
     with pytest.raises(PrefixFormatError, match="not a decoder"):
         PrefixDecoder.from_bytes(coded(by).to_bytes())
     with pytest.raises(PrefixFormatError, match="not a user code"):
-        Code.from_bytes(by.to_bytes())
+        UserCode.from_bytes(by.to_bytes())
     with pytest.raises(PrefixFormatError, match="not a prefix"):
         Prefix.from_bytes(coded(by).to_bytes())
     with pytest.raises(PrefixFormatError, match="NaN"):
-        Code(by.content_hash, torch.full((3, 8), math.nan)).to_bytes()
+        UserCode(by.content_hash, torch.full((3, 8), math.nan)).to_bytes()
     with pytest.raises(PrefixFormatError, match="cannot be read by decoder"):
         decoder(seed=2).decode(coded(by).code)
 
@@ -87,7 +87,7 @@ def test_what_is_read_of_a_code_is_the_prefix(store: PrefixStore) -> None:
     (info,) = store.versions(ANA, F)
     assert (info.dtype, info.num_slots) == ("int8", 3)
     assert info.size_bytes < 600
-    expected = by.decode(Code.from_bytes(coded(by).to_bytes())).slots["decoder"]
+    expected = by.decode(UserCode.from_bytes(coded(by).to_bytes())).slots["decoder"]
     with PrefixStore(store.url) as fresh:
         for found in (fresh.get(ANA, F).prefix, fresh.fetch([ANA], F)[ANA].prefix):
             assert found is not None

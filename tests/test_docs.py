@@ -9,7 +9,7 @@ import pytest
 from test_cli import COMMANDS
 
 from controlprefix import ControlPrefix
-from controlprefix.interop.data_files import read_examples
+from controlprefix.interop import read_examples
 
 from models import build, byte_tokenizer
 
@@ -100,7 +100,7 @@ def test_the_table_of_servers_is_that_of_the_results() -> None:
 
 
 def test_the_demo_data_is_whole() -> None:
-    data = ROOT / "examples" / "data"
+    data = ROOT / "controlprefix" / "cli" / "demo_data"
     files = {path.name: read_examples(path) for path in data.glob("*.jsonl")}
     messages, users = files["messages.train.jsonl"], files["users.train.jsonl"]
     assert sum(map(len, files.values())) >= 240

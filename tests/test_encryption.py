@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy
 
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, StoreKeyError
-from controlprefix.store import JsonKeys, NewVersion, PrefixKey, PrefixStore
+from controlprefix.store import JsonEncryptionKeys, NewVersion, PrefixKey, PrefixStore
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 F = GEOMETRY.fingerprint
@@ -21,7 +21,7 @@ def new(key: PrefixKey = ANA, seed: int = 0) -> NewVersion:
     return NewVersion(key, Prefix.random(GEOMETRY, num_slots=3, seed=seed))
 
 
-class Keys(JsonKeys):
+class Keys(JsonEncryptionKeys):
     """A file of keys for the tenant `mine`, changed by the tests."""
 
     def __init__(self, path: Path) -> None:
@@ -102,8 +102,8 @@ def test_keys_are_rotated_while_the_store_is_in_use(store: PrefixStore, keys: Ke
     store.put([new(seed=3)])
     for version in (1, 4):  # one of the old key, one of the new
         assert store.get(ANA, F, version=version).prefix.to_bytes()
-    assert store.encrypt_again() == 6
-    assert store.encrypt_again() == 0
+    assert store.rotate_keys() == 6
+    assert store.rotate_keys() == 0
     del keys.keys["k1"]
     keys.use("k2")
     assert all(whole for *_, whole in store.verify())
@@ -122,7 +122,7 @@ def test_kept_texts_are_encrypted_rotated_and_forgotten(
     store.put([new()])
     keys.use("k2")
     store.keep_samples("ana", ["third"])
-    assert store.encrypt_again() == 1
+    assert store.rotate_keys() == 1
     del keys.keys["k1"]
     keys.use("k2")
     assert store.samples("ana") == [secret, "second", "third"]

@@ -282,7 +282,7 @@ def test_a_text_is_read_from_zero_where_negative_positions_are_nonsense() -> Non
     for attention in ("sdpa", "eager"):
         model = build("ministral3", attention=attention)
         prefix = prefix_from_tokens(model, [5, 6, 7])
-        with torch.no_grad(), Steering.of(model).recorded() as calls:
+        with torch.no_grad(), Steering.for_model(model).recorded() as calls:
             model(torch.tensor([[5, 6, 7]]))
         assert torch.allclose(prefix.layer("decoder", 2)[1], calls[2].value[0], atol=1e-6)
 

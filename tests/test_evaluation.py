@@ -26,7 +26,7 @@ from controlprefix import (
     VersionConflictError,
     embeddings,
 )
-from controlprefix.evaluation import Judge, calibrate, evaluate, filled_in, responses
+from controlprefix.evaluation import AttributeClassifier, calibrate, evaluate, pseudo_label, responses
 from controlprefix.evaluation.calibration import GRID, even_dial
 from controlprefix.evaluation.harness import _users, _Writer, fluencies
 from controlprefix.evaluation.metrics import distinct, estimate, self_bleu, share, spearman
@@ -71,11 +71,11 @@ def asked(i: int, label: str, **more: Any) -> Request:
 
 
 @pytest.fixture
-def judge(cp: ControlPrefix) -> Judge:
+def judge(cp: ControlPrefix) -> AttributeClassifier:
     """Learned from what each label writes."""
     labels = [label for label in LABELS for _ in range(80)]
     requests = [asked(1000 + i, label) for i, label in enumerate(labels)]
-    return Judge.learn("pitch", [one.text for one in cp.generate(requests)], labels)
+    return AttributeClassifier.train("pitch", [one.text for one in cp.generate(requests)], labels)
 
 
 def examples(count: int = 4) -> list[Example]:
@@ -91,33 +91,33 @@ def test_a_judge_tells_labels_and_says_how_well(tmp_path: Path) -> None:
     kinds = (("low", "helo "), ("high", "AHOY "), ("none", "123 "))
     pairs = [("".join(draw.choices(some, k=12)), one) for one, some in kinds for _ in range(40)]
     texts, labels = zip(*pairs, strict=True)
-    judge = Judge.learn("pitch", texts, labels)
+    judge = AttributeClassifier.train("pitch", texts, labels)
     assert judge.labels == ("high", "low", "none")
     assert judge.accuracy == 1.0
     assert judge.calibration_error < 0.4
-    chances = judge.chances(["hello hello", "AHOY AHOY", ""])
+    chances = judge.probabilities(["hello hello", "AHOY AHOY", ""])
     assert chances.shape == (3, 3)
     assert torch.allclose(chances.sum(1), torch.ones(3))
     assert chances[:2].argmax(1).tolist() == [1, 0]
     judge.save(tmp_path / "judge.json")
-    again = Judge.load(tmp_path / "judge.json")
-    assert torch.equal(again.chances(["x", "AHOY"]), judge.chances(["x", "AHOY"]))
+    again = AttributeClassifier.load(tmp_path / "judge.json")
+    assert torch.equal(again.probabilities(["x", "AHOY"]), judge.probabilities(["x", "AHOY"]))
     (tmp_path / "judge.json").write_text("{}")
     with pytest.raises(ControlPrefixError, match="cannot read the judge"):
-        Judge.load(tmp_path / "judge.json")
+        AttributeClassifier.load(tmp_path / "judge.json")
 
 
 def test_a_judge_of_nothing_tells_nothing() -> None:
     draw = random.Random(1)
     texts = ["".join(draw.choices("helAHOY", k=30)) for _ in range(300)]
     labels = [draw.choice("abc") for _ in texts]
-    assert Judge.learn("mood", texts, labels).accuracy < 0.6
+    assert AttributeClassifier.train("mood", texts, labels).accuracy < 0.6
     with pytest.raises(TrainingDataError, match="two labels and five texts of each; .* 4 of b"):
-        Judge.learn("mood", texts[:13], [*"aaaaaaaaa", *"bbbb"])
+        AttributeClassifier.train("mood", texts[:13], [*"aaaaaaaaa", *"bbbb"])
 
 
 def test_the_harness_finds_control_where_there_is_some(
-    cp: ControlPrefix, judge: Judge, tmp_path: Path
+    cp: ControlPrefix, judge: AttributeClassifier, tmp_path: Path
 ) -> None:
     rows = examples(16)
     how: dict[str, Any] = {
@@ -126,13 +126,13 @@ def test_the_harness_finds_control_where_there_is_some(
     report = evaluate(cp, rows, [judge], folder=tmp_path, **how)
     assert report.num_rows == 32
     for name in ("pitch=low", "pitch=high"):
-        assert report.control[name].mean > 0.75
-        assert report.curves[name][-1].chance.mean > report.curves[name][0].chance.mean
+        assert report.attribute_accuracy[name].mean > 0.75
+        assert report.curves[name][-1].probability.mean > report.curves[name][0].probability.mean
         added = report.cross_talk[name]
         assert added[name].mean > 0.03
         assert sum(one.mean for one in added.values()) == pytest.approx(0, abs=1e-5)
         assert added[name].low <= added[name].mean <= added[name].high
-    without = report.control_without
+    without = report.attribute_accuracy_without
     assert without["pitch=low"].mean + without["pitch=high"].mean == pytest.approx(1, abs=0.05)
 
     page = report.save(tmp_path).read_text()
@@ -143,7 +143,7 @@ def test_the_harness_finds_control_where_there_is_some(
 
 
 def test_an_evaluation_goes_on_where_it_was_broken_off(
-    cp: ControlPrefix, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cp: ControlPrefix, judge: AttributeClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = examples(3)
     how: dict[str, Any] = {
@@ -175,7 +175,7 @@ def test_an_evaluation_goes_on_where_it_was_broken_off(
     assert sum(asked) == before  # another version, but the same prefix
 
 
-def test_texts_of_another_store_are_not_taken_for_ones_own(judge: Judge, tmp_path: Path) -> None:
+def test_texts_of_another_store_are_not_taken_for_ones_own(judge: AttributeClassifier, tmp_path: Path) -> None:
     how: dict[str, Any] = {
         "strengths": (0, 1), "curve_rows": 2, "max_new_tokens": 4, "progress": False,
     }  # fmt: skip
@@ -191,7 +191,7 @@ def test_texts_of_another_store_are_not_taken_for_ones_own(judge: Judge, tmp_pat
     assert reports[2] == reports[0] != reports[1]
 
 
-def test_plain_is_without_the_defaults_of_the_attribute_space(judge: Judge) -> None:
+def test_plain_is_without_the_defaults_of_the_attribute_space(judge: AttributeClassifier) -> None:
     space = AttributeSpace.parse(
         "attributes: {pitch: {labels: [low, high]}, tone: {labels: [warm], default: warm}}"
     )
@@ -209,10 +209,10 @@ def test_plain_is_without_the_defaults_of_the_attribute_space(judge: Judge) -> N
         reports.append(evaluate(cp, examples(3), [judge], **how))
         assert fluencies(cp, ["some text"]) == fluencies(cp.without_defaults(), ["some text"])
     bare, defaulted = reports
-    assert defaulted.control_without == bare.control_without
+    assert defaulted.attribute_accuracy_without == bare.attribute_accuracy_without
     assert defaulted.curves == bare.curves
     assert defaulted.content != bare.content  # rows are asked as requests would be
-    assert (bare.not_judged, defaulted.not_judged) == ((), ("tone=warm",))
+    assert (bare.not_classified, defaulted.not_classified) == ((), ("tone=warm",))
 
 
 def test_a_user_is_nearer_to_their_other_texts_only_if_the_prefix_does_it() -> None:
@@ -240,14 +240,14 @@ def test_a_user_is_nearer_to_their_other_texts_only_if_the_prefix_does_it() -> N
     }  # one row tells nothing
 
 
-def test_rows_that_cannot_be_judged_are_refused(cp: ControlPrefix, judge: Judge) -> None:
+def test_rows_that_cannot_be_judged_are_refused(cp: ControlPrefix, judge: AttributeClassifier) -> None:
     with pytest.raises(TrainingDataError, match="no row has a label of 'pitch'"):
         evaluate(cp, [Example(prompt="x", completion="y")], [judge])
     with pytest.raises(TrainingDataError, match="must hold 0 and 1"):
         evaluate(cp, examples(), [judge], strengths=(0.5, 1))
 
 
-def test_a_dial_moves_what_is_measured_more_evenly(cp: ControlPrefix, judge: Judge) -> None:
+def test_a_dial_moves_what_is_measured_more_evenly(cp: ControlPrefix, judge: AttributeClassifier) -> None:
     request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
     prompts = [f"p{i}" for i in range(96)]
     grid = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -259,7 +259,7 @@ def test_a_dial_moves_what_is_measured_more_evenly(cp: ControlPrefix, judge: Jud
     even = (0.0, 0.25, 0.5, 0.75, 1.0)
     how |= {"strengths": even, "seed": 1000}
     curves = [
-        [r.chance.mean for r in responses(cp, request, "pitch", "high", judge, **how, **one)]
+        [r.probability.mean for r in strength_curve(cp, request, "pitch", "high", judge, **how, **one)]
         for one in ({"calibrated": True}, {"calibrated": False})
     ]
 
@@ -276,19 +276,19 @@ def test_a_dial_moves_what_is_measured_more_evenly(cp: ControlPrefix, judge: Jud
         cp.generate("x", raw=True, attributes={"pitch": "low"}, calibrated=True)
     louder = request.model_copy(update={"strengths": {"pitch": 2.0}})
     with pytest.raises(RequestError, match="strengths name 'pitch', which is what is measured"):
-        responses(cp, louder, "pitch", "high", judge)
+        strength_curve(cp, louder, "pitch", "high", judge)
 
 
 def test_a_dial_is_of_the_prefix_that_was_measured(
-    cp: ControlPrefix, judge: Judge, monkeypatch: pytest.MonkeyPatch
+    cp: ControlPrefix, judge: AttributeClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("controlprefix.evaluation.calibration._LEAST", 0.01)  # small effect
+    monkeypatch.setattr("controlprefix.evaluation.calibration._MIN_EFFECT", 0.01)  # small effect
     request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
     how: dict[str, Any] = {"strengths": (0, 1), "samples": 48}
     prefix = cp.get("attribute", "pitch=low")
     cp.put("attribute", "pitch=low", prefix, dtype="int8")
     found = calibrate(cp, request, "pitch", "low", judge, **how)
-    version, tried = found.version, [one.strength for one in found.responses]
+    version, tried = found.version, [one.strength for one in found.curve]
     assert tried == sorted(tried)
     assert tried[0] == 0 < tried[1] < 1 == tried[-1]  # where 1 did it all, less is tried
     assert cp.versions("attribute", "pitch=low")[-1].dtype == "int8"
@@ -304,7 +304,7 @@ def test_a_dial_is_of_the_prefix_that_was_measured(
         calibrate(cp, request, "pitch", "low", judge, **how)
     assert cp.versions("attribute", "pitch=low")[-1].version == version + 1
     with pytest.raises(TrainingDataError, match="may be chance"):  # three texts tell nothing
-        calibrate(cp, request, "pitch", "low", judge, strengths=(0, 1), samples=3)
+        calibrate(cp, request, "pitch", "low", judge, strengths=(0, 1), num_samples=3)
 
 
 @given(
@@ -360,19 +360,19 @@ def test_a_dial_survives_its_bytes_and_a_wrong_one_is_refused() -> None:
 
 
 def test_figures_of_texts() -> None:
-    assert distinct(["a b c", "a b d"], 2) == 0.75
-    assert distinct([""], 1) == 0.0
+    assert distinct_n(["a b c", "a b d"], 2) == 0.75
+    assert distinct_n([""], 1) == 0.0
     assert self_bleu(["the cat sat on the mat"] * 3) == pytest.approx(100)
     assert self_bleu(["one two three four", "five six seven eight"]) < 5
     assert spearman([0, 1, 2, 3], [1, 1, 2, 2]) == pytest.approx(0.894, abs=1e-3)
-    found = estimate([0.0, 1.0] * 50)
+    found = bootstrap_mean([0.0, 1.0] * 50)
     assert found.mean == 0.5
     assert 0.38 < found.low < 0.45
     assert 0.55 < found.high < 0.62
-    twice = estimate([0.0, 1.0] * 50, [i % 10 for i in range(100)])  # each prompt ten times
+    twice = bootstrap_mean([0.0, 1.0] * 50, [i % 10 for i in range(100)])  # each prompt ten times
     assert (twice.mean, twice.low < 0.3, twice.high > 0.7) == (0.5, True, True)
-    assert share([True] * 5) == pytest.approx((1.0, 0.566, 1.0), abs=1e-3)
-    assert share([True, False] * 5, list("ab") * 5) == share([True, False])
+    assert wilson_proportion([True] * 5) == pytest.approx((1.0, 0.566, 1.0), abs=1e-3)
+    assert wilson_proportion([True, False] * 5, list("ab") * 5) == wilson_proportion([True, False])
     assert math.isnan(self_bleu(["one text", " "]))
 
 
@@ -383,7 +383,7 @@ def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:
     told = [row(text, pitch=label) for text, label in (("aaaa", "low"), ("zzzz", "high"))] * 10
     other = [row(text, mood=label) for text, label in (("aaaa!", "glad"), ("zzzz?", "sad"))] * 10
     both = row("aazz", pitch="low", mood={"glad": 0.5, "sad": 0.5})
-    filled = filled_in([*told, *other, both])
+    filled = pseudo_label([*told, *other, both])
     assert [one.attributes for one in filled[:2]] == [
         {"pitch": "low", "mood": "glad"},
         {"pitch": "high", "mood": "sad"},
@@ -394,6 +394,6 @@ def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:
     ]
     assert filled[-1] == both
     assert [one.completion for one in filled] == [one.completion for one in [*told, *other, both]]
-    assert filled_in([*told, *other], least=1.01) == [*told, *other]
+    assert pseudo_label([*told, *other], min_probability=1.01) == [*told, *other]
     with pytest.raises(TrainingDataError, match="two labels"):
-        filled_in([row("a", pitch="low")] * 9)
+        pseudo_label([row("a", pitch="low")] * 9)

@@ -193,7 +193,7 @@ def test_weights_of_0_are_absent_in_the_space_of_logits_too() -> None:
     request = Request(prompt="Hello", raw=True, max_new_tokens=6, **absent)
     plain = Request(prompt="Hello", raw=True, max_new_tokens=6)
     assert cp.generate(request).text == cp.generate(plain).text
-    assert len(cp.prepare(request).guidance.rows) == 1
+    assert len(cp.resolve(request).guidance.rows) == 1
 
 
 def test_defaults_of_the_space_count_where_rows_of_their_own_do() -> None:

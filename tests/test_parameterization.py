@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from controlprefix import Geometry, Prefix, TrainingDataError
 from controlprefix.model.steering import Steering
 from controlprefix.store import PrefixKey
-from controlprefix.training import TrainingRow, typical_size
+from controlprefix.training import TrainingRow, scale_of
 from controlprefix.training.objectives import Objective, Pair
 from controlprefix.training.parameterization import Parameterization, ParameterizationName
 from controlprefix.training.settings import PARAMETERIZATIONS
@@ -30,7 +30,7 @@ def starts(geometry: Geometry = GEOMETRY, num_slots: int = 3) -> dict[PrefixKey,
 
 
 def made(name: str, start: dict[PrefixKey, Prefix], **options: int | bool) -> Parameterization:
-    scale = typical_size(next(iter(start.values())))
+    scale = scale_of(next(iter(start.values())))
     return Parameterization(name, start, scale, width=8, **options)  # type: ignore[arg-type]
 
 
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_finite_differences(
 ) -> None:
     """Of the whole way: parameters, prefixes, assembly, attention, loss; all sites."""
     model = build(model_name).double()
-    slots = made(name, starts(Steering.of(model).geometry))
+    slots = made(name, starts(Steering.for_model(model).geometry))
     slots.double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # away from the start, where the last layers are zero
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_finite_differences(
     def loss() -> torch.Tensor:
         pairs = [Pair(row) for row in rows]
         batch = objective.assembled(pairs, slots.prefixes(slots.keys))
-        with Steering.of(model).attached(batch, everywhere=True):
+        with Steering.for_model(model).attached(batch, everywhere=True):
             return objective(pairs).sum()
 
     loss().backward()

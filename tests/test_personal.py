@@ -12,7 +12,7 @@ from controlprefix.prefixes.user_code import CodedPrefix, PrefixDecoder
 from controlprefix.store import NewVersion, PrefixKey
 from controlprefix.training import run
 from controlprefix.users.text_features import TextFeatures, style_of
-from controlprefix.users.user_codes import LearnedCodes, fit_generator
+from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
 
 from models import build, byte_tokenizer
 
@@ -57,7 +57,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> str:
         assert all(torch.equal(before[name], p) for name, p in cp.model.named_parameters())
     assert (report.num_users, report.version) == (12, 1)
     assert report.training.losses[-1] < report.training.losses[0] - 0.5
-    assert report.told > 0.2
+    assert report.r2 > 0.2
     return url
 
 
@@ -102,7 +102,7 @@ def test_one_text_says_less_than_many(cp: ControlPrefix) -> None:
 
 def test_codes_learned_together_are_those_learned_alone(cp: ControlPrefix) -> None:
     users = {"ana": written_by("hello", 9), "bo": written_by("Yes, no", 5), "cy": ["just one"]}
-    report = cp.train_users(users, decoder="users", together=2, epochs=3, **QUIET)
+    report = cp.train_users(users, decoder="users", concurrent_users=2, epochs=3, **QUIET)
     assert report.failed == {}
     together = {user: cp.get("user", user) for user in users}
     for user, texts in users.items():
@@ -172,7 +172,7 @@ def test_gradients_of_codes_and_decoder_are_those_of_finite_differences() -> Non
     scale = {"decoder": torch.ones(start.slots["decoder"].shape[1], dtype=torch.float64)}
     decoder = PrefixDecoder(start, scale, width=3, hidden=5).double()  # type: ignore[arg-type]
     keys = [PrefixKey("user", "a"), PrefixKey("user", "b")]
-    slots = LearnedCodes(
+    slots = TrainableCodes(
         decoder, {key: torch.zeros(4, 3) for key in keys}, unit=2.0, learn_decoder=True
     ).double()
     draw = torch.Generator().manual_seed(0)
@@ -216,7 +216,7 @@ def test_the_guess_is_fitted_where_texts_tell_and_silent_where_they_do_not() -> 
         ([torch.randn(4, 3, generator=draw) for _ in users], 0.0, 0.05),
     ):
         decoder = PrefixDecoder(start, scale, width=3, features=6)  # type: ignore[arg-type]
-        told = fit_generator(decoder, wanted, seen, seed=0)
+        told = fit_code_predictor(decoder, wanted, seen, seed=0)
         assert least <= told <= most
         errors = torch.stack(
             [decoder.guess(one).numbers - code for one, code in zip(seen, wanted, strict=True)]
@@ -227,7 +227,7 @@ def test_the_guess_is_fitted_where_texts_tell_and_silent_where_they_do_not() -> 
 
 def test_two_users_with_a_text_each_are_enough_to_begin_with() -> None:
     report = engine().learn_decoder({"ana": ["one"], "bo": ["two"]}, **{**LEARN, "steps": 2})
-    assert (report.num_users, report.told) == (2, 0.0)
+    assert (report.num_users, report.r2) == (2, 0.0)
 
 
 def test_what_cannot_be_learned_or_enrolled_says_why(cp: ControlPrefix) -> None:
@@ -265,22 +265,22 @@ def test_an_audit_finds_what_was_learned_by_heart_and_nothing_where_nothing_was(
     texts = ["Zebras quarrel with my vexed uncle 42 times a week"]
     held_out = ["some other words, entirely", "nothing of the kind was said 9"]
     cp.train_users({"ana": texts}, steps=200, num_slots=16, learning_rate=0.3, **QUIET)
-    report = cp.audit_user("ana", texts, held_out, canaries=1)
-    assert report.membership > 0.9
-    assert report.extracted > report.extracted_without == 0
-    assert report.exposure is not None
-    assert report.exposure > 5
+    report = cp.audit_user("ana", texts, held_out, num_canaries=1)
+    assert report.membership_auc > 0.9
+    assert report.extraction_rate > report.extraction_rate_without == 0
+    assert report.exposure_bits is not None
+    assert report.exposure_bits > 5
     versions = cp.versions("user", "ana")
     assert [one.version for one in versions] == [1]  # what was learned with canaries is not kept
 
     cp.enroll("bo", ["unrelated"], num_slots=2)
-    quiet = cp.audit_user("bo", texts, held_out, canaries=4)
-    assert quiet.extracted == 0
-    assert quiet.exposure is not None
-    assert quiet.exposure < 5
+    quiet = cp.audit_user("bo", texts, held_out, num_canaries=4)
+    assert quiet.extraction_rate == 0
+    assert quiet.exposure_bits is not None
+    assert quiet.exposure_bits < 5
     with pytest.raises(TrainingDataError, match="held-out texts of the same author|no text"):
         cp.audit_user("ana", texts, [])
     cp.put("user", "cy", cp.prefix_from_text("hello"))
     with pytest.raises(TrainingDataError, match="was not made by train_users or enroll"):
-        cp.audit_user("cy", texts, held_out, canaries=1)
-    assert 0 <= cp.audit_user("cy", texts, held_out).membership <= 1
+        cp.audit_user("cy", texts, held_out, num_canaries=1)
+    assert 0 <= cp.audit_user("cy", texts, held_out).membership_auc <= 1

@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.evaluation import Judge
-from controlprefix.interop.data_files import read_examples
-from controlprefix.model.loading import converted
-from controlprefix.model.steering import weights_fingerprint
+from controlprefix.evaluation import AttributeClassifier
+from controlprefix.interop import read_examples
+from controlprefix.model.loading import packaged_model
+from controlprefix.model.probing import weights_fingerprint
 
-DATA = Path(__file__).parent.parent / "examples" / "data"
+DATA = Path(__file__).parent.parent / "controlprefix" / "cli" / "demo_data"
 PIRATE = "You are a pirate. You talk like a pirate, matey, and you love the sea."
 
 
@@ -23,7 +23,7 @@ def cp(smollm2: PreTrainedModel) -> Iterator[ControlPrefix]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # this model is large enough to use them
-    tokenizer = AutoTokenizer.from_pretrained(converted("smollm2"))
+    tokenizer = AutoTokenizer.from_pretrained(packaged_model("smollm2"))
     yield ControlPrefix.from_pretrained(smollm2, tokenizer=tokenizer, store="sqlite://")
     torch.set_num_threads(threads)
 
@@ -138,8 +138,8 @@ def test_a_judge_of_real_embeddings_tells_formal_from_casual(cp: ControlPrefix) 
         read_examples(DATA / f"messages.{split}.jsonl") for split in ("train", "heldout")
     )
     texts, labels = zip(*((r.completion, r.attributes["formality"]) for r in train), strict=True)
-    judge = Judge.learn("formality", texts, labels)
-    chances = judge.chances([row.completion for row in test])
+    judge = AttributeClassifier.train("formality", texts, labels)
+    chances = judge.probabilities([row.completion for row in test])
     right = [
         judge.labels[int(best)] == row.attributes["formality"]
         for best, row in zip(chances.argmax(1), test, strict=True)

@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from controlprefix import Example, Request, RequestError, TrainingDataError
-from controlprefix.inference.generation import hold_back_stops
-from controlprefix.interop.data_files import read_examples, read_texts
+from controlprefix.inference.stopping import stream_until_stop
+from controlprefix.interop import read_examples, read_texts
 
 
 @pytest.mark.parametrize(
@@ -121,4 +121,4 @@ def test_data_files_name_the_line_that_is_wrong(tmp_path: Path) -> None:
 def test_a_stream_ends_before_a_stop_text(
     pieces: list[str], stops: list[str], expected: str
 ) -> None:
-    assert "".join(hold_back_stops(iter(pieces), stops)) == expected
+    assert "".join(stream_until_stop(iter(pieces), stops)) == expected

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from controlprefix import Geometry, Prefix, PrefixFormatError, UnknownNameError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.request import Request
-from controlprefix.store import NewVersion, PrefixCache, PrefixKey, PrefixStore, Together
+from controlprefix.store import NewVersion, PrefixCache, PrefixKey, PrefixStore, SingleFlight
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
@@ -197,7 +197,7 @@ def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url:
 
 def test_a_question_that_has_begun_is_not_joined() -> None:
     """Its answer may be older than what the one who comes later must see."""
-    together: Together[int] = Together()
+    together: SingleFlight[int] = SingleFlight()
     begun, go_on = threading.Event(), threading.Event()
     value, answers = [1], []
 

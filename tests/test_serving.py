@@ -24,8 +24,8 @@ import torch
 import uvicorn
 
 from controlprefix import ControlPrefix, Prefix, Request, StoreError
-from controlprefix.evaluation import Judge
-from controlprefix.serving import Gateway, Limits, create_app
+from controlprefix.evaluation import AttributeClassifier
+from controlprefix.serving import Server, ServerLimits, create_app
 from controlprefix.store import PrefixStore
 
 from databases import own_server, restart
@@ -57,7 +57,7 @@ class Served:
 
     def __init__(self, url: str, **options: Any) -> None:
         self.url = url
-        self.gateway = Gateway(MODEL, TOKENIZER, url, name="tiny", **options)
+        self.gateway = Server(MODEL, TOKENIZER, url, name="tiny", **options)
         self.server = uvicorn.Server(
             uvicorn.Config(create_app(self.gateway), port=0, log_level="error")
         )
@@ -270,7 +270,7 @@ def test_models_metrics_and_the_openapi_page(served: Served) -> None:
 
 
 def test_texts_are_judged(store: str) -> None:
-    judge = Judge("tone", ("cold", "warm"), torch.zeros(384, 2), torch.tensor([0.0, 1.0]), 1.0, 0.0)
+    judge = AttributeClassifier("tone", ("cold", "warm"), torch.zeros(384, 2), torch.tensor([0.0, 1.0]), 1.0, 0.0)
     judged = Served(store, open_tenant="mine", judges=[judge])
     try:
         found = httpx.post(f"{judged.base}/v1/judge", json={"texts": ["hi", ""]}, timeout=60).json()
@@ -375,7 +375,7 @@ def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:
 def test_rates_queues_and_times_are_limited(store: str) -> None:
     with PrefixStore(store, tenant="mine") as mine:
         key = mine.create_api_key("limited")
-    limits = Limits(requests_a_minute=3, rows=1, waiting=1, seconds=1.0)
+    limits = ServerLimits(requests_a_minute=3, rows=1, waiting=1, seconds=1.0)
     served = Served(store, limits=limits)
     try:
         client = served.client(key)
@@ -386,7 +386,7 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
         assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 20
     finally:
         served.close()
-    served = Served(store, open_tenant="mine", limits=Limits(rows=1, waiting=1, seconds=1.0))
+    served = Served(store, open_tenant="mine", limits=ServerLimits(rows=1, waiting=1, seconds=1.0))
     try:
         ask = served.client().completions.create
         slow = {"model": "tiny", "prompt": "x", "max_tokens": 200, "temperature": 0}
@@ -540,7 +540,7 @@ def test_a_soak_with_faults_loses_nothing(tmp_path: Path) -> None:
 
 
 def soak(server: Any, url: str) -> None:
-    served = Served(url, open_tenant="mine", limits=Limits(rows=8, waiting=64))
+    served = Served(url, open_tenant="mine", limits=ServerLimits(rows=8, waiting=64))
     users = [None, "ana"]
     wanted = {
         user: expected(url, prompt="soak", raw=True, max_new_tokens=12, user=user) for user in users

@@ -17,7 +17,7 @@ from controlprefix import (
     TrainingDataError,
 )
 from controlprefix.model.log_probs import token_log_probs
-from controlprefix.model.steering import weights_fingerprint
+from controlprefix.model.probing import weights_fingerprint
 from controlprefix.training import TrainingRow, TrainingSettings
 from controlprefix.training.run import split
 from controlprefix.training.selection import most_attended, slot_masses
@@ -241,7 +241,7 @@ def test_held_out_rows_have_no_part_in_the_start() -> None:
                 one.model_copy(update={"completion": other}) if i in held_out else one
                 for i, one in enumerate(greetings())
             ]
-            prepared = cp._trainer.prepare(
+            prepared = cp._trainer.resolve(
                 rows, learn="task", num_slots=4, init=init, settings=settings
             )
             (start,) = prepared.start.values()

@@ -84,7 +84,7 @@ def test_a_step_in_pieces_is_the_same_step() -> None:
     reports, prefixes = [], []
     for micro_batch in (None, 1, 3):
         cp = engine()
-        reports.append(cp.train(greetings(), micro_batch=micro_batch, **QUICK))
+        reports.append(cp.train(greetings(), micro_batch_size=micro_batch, **QUICK))
         prefixes.append(cp.get("task", "greet").slots["decoder"])
     for report, slots in zip(reports[1:], prefixes[1:], strict=True):
         assert report.losses == pytest.approx(reports[0].losses, abs=1e-4)
@@ -488,11 +488,11 @@ def test_every_token_counts_alike_however_rows_are_batched() -> None:
     settings = TrainingSettings.of({"batch_size": 2, "validation": 0, "parameterization": "direct"})
     found = []
     for batches in (((0, 1), (2, 3)), ((0, 2), (1, 3))):
-        prepared = cp._trainer.prepare(
+        prepared = cp._trainer.resolve(
             examples, learn="task", num_slots=3, init="text", settings=settings
         )
         slots = settings.parameterized(prepared.start, prepared.scale)
-        run = Run(prepared.rows, slots, settings, cp.model.device)
+        run = TrainingRun(prepared.rows, slots, settings, cp.model.device)
         loop = _Loop(cp.model, run, Accelerator(), pad_id=2)
         for batch in batches:
             rows = [prepared.rows[i] for i in batch]
@@ -506,7 +506,7 @@ def test_every_token_counts_alike_however_rows_are_batched() -> None:
 def test_slot_masses_are_the_models_own_attention_weights() -> None:
     """Against the same slots in a cache, with the weights that eager attention gives out."""
     model = build("llama")
-    prefix = Prefix.random(Steering.of(model).geometry, num_slots=5, scale=1.0, seed=1)
+    prefix = Prefix.random(Steering.for_model(model).geometry, num_slots=5, scale=1.0, seed=1)
     rows = [TrainingRow((5, 6, 7), (8, 9), (), ()), TrainingRow((5,), (10, 11, 12), (), ())]
     found = slot_masses(model, rows, prefix, pad_id=2)
     eager = build("llama")
@@ -536,7 +536,7 @@ def test_slot_masses_are_the_models_own_attention_weights() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
 def test_each_head_keeps_what_it_attends_to(name: str) -> None:
     model = build(name)
-    prefix = Prefix.random(Steering.of(model).geometry, num_slots=6, scale=1.0, seed=1)
+    prefix = Prefix.random(Steering.for_model(model).geometry, num_slots=6, scale=1.0, seed=1)
     rows = [TrainingRow((5, 6, 7), (8, 9), (), ())]
     masses = slot_masses(model, rows, prefix, pad_id=2)
     assert most_attended(prefix, masses, 6).digest == prefix.digest

@@ -39,7 +39,7 @@ def test_users_together_learn_what_each_learns_alone(name: str, settings: dict[s
     rate = 0.02 if settings else 0.2
     settings = {**QUICK, **settings, "learning_rate": rate, "width": 8}
     crowd = engine(name)
-    together = crowd.train_users(TEXTS, together=3, **settings)
+    together = crowd.train_users(TEXTS, concurrent_users=3, **settings)
     assert together.failed == {}
     for user, texts in TEXTS.items():
         lone = engine(name)
@@ -87,8 +87,8 @@ def test_a_bad_user_is_reported_and_harms_nobody(monkeypatch: pytest.MonkeyPatch
     mixed = {}
     for (name, texts), (user, good) in zip(bad.items(), [*TEXTS.items()] * 2, strict=False):
         mixed.update({name: texts, user: good})
-    report = cp.train_users(mixed, together=4, **QUICK)
-    expected = alone.train_users(TEXTS, together=4, **QUICK)
+    report = cp.train_users(mixed, concurrent_users=4, **QUICK)
+    expected = alone.train_users(TEXTS, concurrent_users=4, **QUICK)
     assert set(report.failed) == set(bad)
     assert report.failed["empty"] == "user 'empty' has no text to learn from"
     assert "the loss is nan at step" in report.failed["nan"]
@@ -121,7 +121,7 @@ def test_any_number_of_users_needs_the_memory_of_a_few() -> None:
             most = max(most, len(asked) - len(cp.names("user")))
             yield f"user{i}", [f"text {i} of this user"] * (1 + i % 3)
 
-    report = cp.train_users(users(), together=3, **{**QUICK, "steps": 3, "validation": 0})
+    report = cp.train_users(users(), concurrent_users=3, **{**QUICK, "steps": 3, "validation": 0})
     assert len(report.users) == len(cp.names("user")) == 12
     assert most <= 4
 
@@ -138,7 +138,7 @@ def test_a_run_that_is_broken_off_goes_on_with_those_who_are_left(tmp_path: Path
 
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        cp.train_users(broken_off(), together=1, folder=folder, **QUICK)
+        cp.train_users(broken_off(), concurrent_users=1, folder=folder, **QUICK)
     assert sorted(cp.names("user")) == ["ana", "bo", "cy"]
     with (folder / "finished.jsonl").open("a") as file:
         file.write('{"user": "cut sh')
@@ -152,7 +152,7 @@ def test_a_run_that_is_broken_off_goes_on_with_those_who_are_left(tmp_path: Path
 
 def test_an_early_end_is_each_users_own() -> None:
     settings = {**QUICK, "steps": 60, "evaluations": 30, "learning_rate": 500.0, "patience": 1}
-    report = engine().train_users(TEXTS, together=4, **settings)
+    report = engine().train_users(TEXTS, concurrent_users=4, **settings)
     lengths = {user: len(one.losses) for user, one in report.users.items()}
     assert min(lengths["ana"], lengths["bo"], lengths["di"]) < 60
     assert lengths["cy"] == 60  # one text: nothing to hold out
@@ -166,7 +166,7 @@ def test_what_cannot_be_stored_is_refused_before_and_settings_are_checked(
 ) -> None:
     cp = engine()
     with pytest.raises(TrainingDataError, match="together is 0"):
-        cp.train_users(TEXTS, together=0, **QUICK)
+        cp.train_users(TEXTS, concurrent_users=0, **QUICK)
     with pytest.raises(TrainingDataError, match="unknown setting 'lr'"):
         cp.train_users(TEXTS, lr=1)
 

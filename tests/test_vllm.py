@@ -25,7 +25,7 @@ from controlprefix import (
     RequestError,
 )
 from controlprefix.inference.continuous_batching import Prepared
-from controlprefix.serving import Gateway, create_app
+from controlprefix.serving import Server, create_app
 from controlprefix.vllm.placement import Placement
 from controlprefix.vllm.runner import VllmRunner
 
@@ -146,7 +146,7 @@ def test_without_the_salt_one_user_would_get_what_is_anothers(
     prompt = CHAT("leak")["input_ids"]
 
     def ask(user: str, **more: Any) -> str:
-        prepared = cp.prepare(Request(prompt="leak", user=user))
+        prepared = cp.resolve(Request(prompt="leak", user=user))
         placement = placed(runner, prepared)
         body = {
             "model": "tiny",
@@ -214,7 +214,7 @@ def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
     lost = Prefix.random(cp.geometry, num_slots=24, seed=97)
     cp.put("user", "lost", lost)
     request = Request(prompt="lost", user="lost", max_new_tokens=8)
-    path = folder / "prefixes" / f"{placed(runner, cp.prepare(request)).digest}.safetensors"
+    path = folder / "prefixes" / f"{placed(runner, cp.resolve(request)).digest}.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
     with monkeypatch.context() as patched:
@@ -289,7 +289,7 @@ def test_slots_count_against_the_context_there(cp: ControlPrefix, runner: VllmRu
 @pytest.fixture
 def gateway_url(cp: ControlPrefix, url: str, folder: Path) -> Iterator[str]:
     """Of a gateway before that server."""
-    gateway = Gateway(
+    gateway = Server(
         cp.model,
         cp.tokenizer,
         f"sqlite:///{folder}/store.db",
@@ -326,7 +326,7 @@ def test_the_gateway_serves_openais_client_and_takes_no_orders_from_it(
     answer = ask()
     assert answer.choices[0].message.content == wanted.text
     assert answer.usage.prompt_tokens == wanted.num_prompt_tokens  # slots are no tokens
-    other = placed(runner, cp.prepare(Request(prompt="x", user="cleo")))
+    other = placed(runner, cp.resolve(Request(prompt="x", user="cleo")))
     orders = {
         "kv_transfer_params": {"controlprefix": {"digest": other.digest, "num_slots": 32}},
         "cache_salt": other.salt,

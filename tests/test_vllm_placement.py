@@ -57,7 +57,7 @@ def slots(count: int, seed: int = 0) -> Prefix:
 @pytest.mark.parametrize("name", [*ROTARY, "gemma2", "gpt_oss", "ministral3"])
 def test_a_moved_prefix_in_the_cache_says_what_slots_say(name: str) -> None:
     model = build(name, attention="eager")
-    steering = Steering.of(model)
+    steering = Steering.for_model(model)
     geometry = steering.geometry
     few = 2  # with the text, within the windows of these small models
     prefix = Prefix.random(geometry, num_slots=few, scale=1.0, seed=1)
@@ -83,7 +83,7 @@ def llama() -> PreTrainedModel:
 
 def test_moving_there_and_back_changes_nothing_and_far_changes_much(llama: PreTrainedModel) -> None:
     rotation = Rotation.of(llama)
-    prefix = Prefix.random(Steering.of(llama).geometry, num_slots=3, seed=0)
+    prefix = Prefix.random(Steering.for_model(llama).geometry, num_slots=3, seed=0)
     moved = rotation.moved(prefix, 40)
     assert not torch.allclose(moved.slots["decoder"], prefix.slots["decoder"], atol=1e-3)
     back = rotation.moved(moved, -40)
@@ -124,7 +124,7 @@ def test_positions_that_also_matter_elsewhere_are_noticed(
 
 
 def test_a_strength_of_three_is_each_slot_three_times(llama: PreTrainedModel) -> None:
-    steering = Steering.of(llama)
+    steering = Steering.for_model(llama)
     prefix = Prefix.random(steering.geometry, num_slots=3, scale=1.0, seed=2)
     placement = place(prepared([("user", prefix, 3.0)]), "model", vocab_size=300)
     together = Prefix(

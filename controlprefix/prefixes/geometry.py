@@ -97,7 +97,10 @@ class Geometry:
             if layers == other_layers:
                 continue
             if len(layers) != len(other_layers):
-                difference = f"{len(other_layers)} {site} layers but model {self.model_name!r} has {len(layers)}"
+                counts = len(other_layers), len(layers)
+                difference = (
+                    f"{counts[0]} {site} layers but model {self.model_name!r} has {counts[1]}"
+                )
             else:
                 i = next(i for i in range(len(layers)) if layers[i] != other_layers[i])
                 difference = (
