@@ -39,12 +39,12 @@ bench: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
 	cd benchmarks && for one in generate peers train assemble load payloads store serving; do \
 		../$(BIN)/python $$one.py || exit 1; done
-	cd benchmarks && ../$(BIN)/python generate.py --prompt 400 --rows 8 32 --slots 16 48
+	cd benchmarks && ../$(BIN)/python generate.py --prompt 400 --rows 8 32 --num-slots 16 48
 	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
 	.venv-adapters/bin/python -m pip install -q torch==2.13.0
 	.venv-adapters/bin/python -m pip install -q adapters==1.3.0 rich
 	cd benchmarks && ../.venv-adapters/bin/python batch_split.py "$$(../$(BIN)/python -c \
-		'from controlprefix.model.loading import converted; print(converted("smollm2"))')"
+		'from controlprefix.model.loading import packaged_model; print(packaged_model("smollm2"))')"
 	cd benchmarks && ../$(BIN)/python summary.py
 
 # torch comes first and alone: an open range elsewhere could choose another build of it.

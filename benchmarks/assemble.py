@@ -72,11 +72,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = f"sqlite:///{Path(folder) / 'prefixes.db'}"
         cp = ControlPrefix.from_pretrained("smollm2", store=store)
-        cp.put("task", "note", prefix(cp.model, options.slots, 0))
+        cp.put("task", "note", prefix(cp.model, options.num_slots, 0))
         for i in range(3):
-            cp.put("attribute", f"tone=t{i}", prefix(cp.model, options.slots, 100 + i))
+            cp.put("attribute", f"tone=t{i}", prefix(cp.model, options.num_slots, 100 + i))
         for i in range(max(options.rows)):
-            cp.put("user", f"user{i}", prefix(cp.model, options.slots, 200 + i))
+            cp.put("user", f"user{i}", prefix(cp.model, options.num_slots, 200 + i))
         found, notes = [], []
         for rows in options.rows:
             contender = Contender(cp.model, assembled(cp, rows), rows, 24)

@@ -2,7 +2,7 @@
 
 adapters pins an older transformers, so this runs in an environment of its own, which
 `make bench` sets up in `.venv-adapters`: `python benchmarks/batch_split.py FOLDER`, where
-FOLDER holds the converted model (`controlprefix.model.loading.converted`).
+FOLDER holds the packaged model (`controlprefix.model.loading.packaged_model`).
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     adapters.init(model)
     names = [f"person{i}" for i in range(max(options.people))]
     for name in names:
-        config = PrefixTuningConfig(prefix_length=options.slots, bottleneck_size=512)
+        config = PrefixTuningConfig(prefix_length=options.num_slots, bottleneck_size=512)
         model.add_adapter(name, config=config)
     model.to(torch.bfloat16)
 

@@ -31,8 +31,8 @@ from unseen import held_back, unseen_categories
 from ways import SETS, WAYS, Combination, Ours, Study, Way, learned, study
 
 from controlprefix import ControlPrefix
-from controlprefix.evaluation.harness import fluencies
-from controlprefix.evaluation.metrics import distinct
+from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.evaluation.metrics import distinct_n
 
 FILE = RESULTS / "control.json"
 
@@ -61,7 +61,7 @@ def judged(
         found[f"{name}, mean"] = statistics.fmean(some)
     if len({len(one) for one in right.values()}) == 1:
         found["all right"] = statistics.fmean(map(all, zip(*right.values(), strict=True)))
-    found["fluency"] = statistics.fmean(fluencies(cp, [text for text in written if text.strip()]))
+    found["fluency"] = statistics.fmean(base_model_nlls(cp, written))
     found["distinct-2"] = distinct_n(written, 2)
     found["words"] = statistics.fmean(len(text.split()) for text in written)
     return found
@@ -273,8 +273,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--fresh", action="store_true", help="measure all again")
     options = parser.parse_args()
-    kept = ("steps", "slots", "texts", "dial_texts", "curve_texts", "new_tokens")
-    about: dict[str, Any] = {name: getattr(options, name) for name in kept}
+    kept = ("steps", "num_slots", "texts", "dial_texts", "curve_texts", "new_tokens")
+    about: dict[str, Any] = {name.removeprefix("num_"): getattr(options, name) for name in kept}
     about["coefficients"] = "by control, of the fluent"  # a file of another rule is not mixed in
     if FILE.exists() and not options.fresh:
         before = json.loads(FILE.read_text())
@@ -283,9 +283,13 @@ def main() -> None:
     elif options.fresh:
         FILE.unlink(missing_ok=True)
 
-    def saved(change: Callable[[dict[str, Any]], object]) -> None:
+    def save(found: Mapping[str, Any], *names: str) -> None:
+        """Add results under some names, one inside the other."""
         results = json.loads(FILE.read_text()) if FILE.exists() else {"options": about}
-        change(results)
+        inner = results
+        for name in names:
+            inner = inner.setdefault(name, {})
+        inner.update(found)
         path = record(
             "control", {k: v for k, v in results.items() if k not in {"machine", "command"}}
         )
@@ -302,19 +306,19 @@ def main() -> None:
         one = study(options.folder, name, options.steps * 8)
         accuracy = {attribute: judge.accuracy for attribute, judge in one.meanings.items()}
         of_set = {"judges": accuracy, "fluency": round(one.base_model_nll, 3)}
-        saved(lambda r, n=name, a=of_set: r.setdefault(n, {"ways": {}}).update(a))
+        save(of_set, name)
         known: dict[str, Way] = {}
         for label in WAYS:
             if is_done(name, "ways", label) or (label == "repeng" and not find_spec("repeng")):
                 continue
             figures = measure(learned(label, one, options, known), one, options)
             print(name, label, {k: round(v, 3) for k, v in figures.items()}, flush=True)
-            saved(lambda r, n=name, w=label, f=figures: r[n]["ways"].update({w: f}))
+            save({label: figures}, name, "ways")
     if "cross-talk" in options.part and not is_done("cross-talk"):
         ours = Ours(study(options.folder, "styles", options.steps * 8), options)
         ours.learn()
         result = cross_talk(ours, options)
-        saved(lambda r, f=result: r.update({"cross-talk": f}))
+        save({"cross-talk": result})
     on_styles: dict[str, Callable[[Ours, argparse.Namespace], dict[str, Any]]] = {
         "dials": dials,
         "conflicts": conflicts,
@@ -328,7 +332,7 @@ def main() -> None:
         ours.learn()
         for part in wanted:
             result = on_styles[part](ours, options)
-            saved(lambda r, p=part, f=result: r.update({p: f}))
+            save({part: result})
     of_data: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
         "held back": held_back,
         "unseen categories": unseen_categories,
@@ -336,7 +340,7 @@ def main() -> None:
     for part in [part for part in of_data if part in options.part and not is_done(part)]:
         result = of_data[part](options.folder, options)
         print(part, result, flush=True)
-        saved(lambda r, p=part, f=result: r.update({p: f}))
+        save({part: result})
 
 
 if __name__ == "__main__":

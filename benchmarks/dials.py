@@ -11,11 +11,12 @@ from quality import tokenizer
 from ways import SAMPLING, Ours
 
 from controlprefix import Example, Part, Prefix, Request
-from controlprefix.evaluation import calibrate, evaluate, responses
-from controlprefix.evaluation.harness import fluencies
+from controlprefix.evaluation import calibrate, evaluate
+from controlprefix.evaluation.calibration import strength_curve
+from controlprefix.evaluation.harness import base_model_nlls
 from controlprefix.evaluation.metrics import spearman
-from controlprefix.inference.continuous_batching import Prepared
-from controlprefix.inference.guidance import Guidance, Term
+from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
+from controlprefix.request import PartUsed
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
 ADVERBS = {0.0: "", 0.25: "a little ", 0.5: "somewhat ", 0.75: "rather ", 1.0: "", 2.0: "very "}
@@ -57,9 +58,9 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
 
         return [Part(task), Part(mixed(one, opposite, mean, mean))]
 
-    def guided(w: float) -> Guidance:
-        rows = [[Part(task)], [Part(task), Part(one)]]
-        return Guidance(rows, [0, 0], [[Term(1, w)]])
+    def guided(w: float) -> list[ResolvedPart]:
+        used = PartUsed(kind="attribute", name=f"{attribute}={label}", version=0, strength=w)
+        return [*in_attention([Part(task)]), ResolvedPart(used, Part(one), in_logit_space=True)]
 
     plain: dict[str, Callable[[float], list[Part]]] = {
         "attention mass": mass,
@@ -69,21 +70,19 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
     }
     batcher = cp.batcher(max_sequences=64)
 
-    def steered(w: float, guidance: Guidance) -> list[str]:
-        tickets = [
-            batcher.submit(
-                Request(
-                    prompt=tokenizer().bos_token,
-                    raw=True,
-                    max_new_tokens=options.new_tokens,
-                    stop=["\n"],
-                    seed=i,
-                    **SAMPLING,
-                ),
-                prepare=lambda _: Prepared(guidance, ""),
+    def steered(parts: Sequence[ResolvedPart]) -> list[str]:
+        requests = [
+            Request(
+                prompt=tokenizer().bos_token,
+                raw=True,
+                max_new_tokens=options.new_tokens,
+                stop=["\n"],
+                seed=i,
+                **SAMPLING,
             )
             for i in range(options.curve_texts)
         ]
+        tickets = [batcher.submit(ResolvedRequest(one, tuple(parts))) for one in requests]
         return [ticket.result().text.strip() for ticket in tickets]
 
     def adverb(w: float) -> list[str]:
@@ -92,12 +91,12 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
         asked = [{"prompt": prompt, "raw": False}] * options.curve_texts
         return ours.asked(asked, 0)
 
+    def attended(make: Callable[[float], list[Part]]) -> Callable[[float], list[str]]:
+        return lambda w: steered(in_attention(make(w)))
+
     kinds: dict[str, Callable[[float], list[str]]] = {
-        **{
-            name: lambda w, make=make: steered(w, Guidance([make(w)], [0], [[]]))
-            for name, make in plain.items()
-        },
-        "logit guidance": lambda w: steered(w, guided(w)),
+        **{name: attended(make) for name, make in plain.items()},
+        "logit guidance": lambda w: steered(guided(w)),
         "adverbs in an instruction": adverb,
     }
     found: dict[str, Any] = {}
@@ -106,7 +105,7 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
         for w in STRENGTHS:
             texts = [text or " " for text in texts_at(w)]
             chance = judge.probabilities(texts)[:, judge.labels.index(label)].mean()
-            points.append((w, float(chance), statistics.fmean(fluencies(cp, texts))))
+            points.append((w, float(chance), statistics.fmean(base_model_nlls(cp, texts))))
         found[name] = curve(points)
         print(label, name, found[name], flush=True)
     batcher.close()
@@ -118,7 +117,7 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
         stop=["\n"],
         temperature=0.8,
     )
-    many = {"samples": options.curve_texts, "judge": judge}
+    many: dict[str, Any] = {"num_samples": options.curve_texts, "classifier": judge}
     calibrate(cp, request, attribute, label, seed=10_000, **many)
     points = [
         (one.strength, one.probability.mean, one.base_model_nll)
@@ -135,6 +134,16 @@ def dials_of(ours: Ours, label: str, other: str, options: argparse.Namespace) ->
     ]
     found["attention mass, calibrated"] = curve(points)
     return found
+
+
+def in_attention(parts: Sequence[Part]) -> list[ResolvedPart]:
+    """Parts as a request has them, under names that do not matter here."""
+    return [
+        ResolvedPart(
+            PartUsed(kind="task", name=f"part{i}", version=0, strength=part.strength), part
+        )
+        for i, part in enumerate(parts)
+    ]
 
 
 def mixed(

@@ -132,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model = build(options.model, options.device)
-    run = partial(measure, model, slots=options.slots, options=options)
+    run = partial(measure, model, slots=options.num_slots, options=options)
     found = [one for rows in options.rows for one in run(rows)]
     notes = memory(model, max(r for r in options.rows if r <= 32), 48, options)
     name = f"generate-{options.model}-{options.device}"

@@ -31,9 +31,9 @@ WAYS: dict[str, dict[str, Any] | None] = {
 }
 COLUMNS = (
     ("gain", "gain", 3),
-    ("membership", "membership", 2),
-    ("extracted", "word for word", 2),
-    ("exposure", "exposure", 1),
+    ("membership_auc", "membership", 2),
+    ("extraction_rate", "word for word", 2),
+    ("exposure_bits", "exposure", 1),
 )
 
 
@@ -80,7 +80,7 @@ def main() -> None:
                 cp.enroll(one, given, decoder=DECODER)
             else:
                 personal.trained({one: given}, **how)
-            audit = cp.audit_user(one, given, personal.test[one], num_canaries=options.canaries)
+            audit = cp.audit_user(one, given, personal.test[one], num_canaries=options.num_canaries)
             reports.append(asdict(audit))
             cp.forget_user(one)
         results["ways"][way] = {key: mean(r[key] for r in reports) for key, _, _ in COLUMNS}

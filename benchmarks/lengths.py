@@ -15,7 +15,7 @@ from side_by_side import record
 
 from controlprefix import ControlPrefix, Example
 from controlprefix.store import PrefixKey
-from controlprefix.training.selection import most_attended, slot_masses
+from controlprefix.training.slot_attention import most_attended, slot_masses
 
 SLOTS = (1, 2, 4, 8, 16, 32)
 KEEP = 0.95
@@ -93,8 +93,8 @@ def main() -> None:
     looked_at = examples(list(data.dev[: options.rows]))
     report = cp.shorten("task", "sentence", looked_at, keep=KEEP)
     whole = cp.get("task", "sentence", version=1)
-    rows = cp._trainer._rows_with(PrefixKey("task", "sentence"), looked_at)
-    masses = slot_masses(cp.model, rows, whole, pad_id=cp._encoder.pad_id)
+    rows = cp._trainer._rows_naming(PrefixKey("task", "sentence"), looked_at)
+    masses = slot_masses(cp.frozen_model, rows, whole)
     for slots, _ in report.curve:
         if not slots:
             continue

@@ -15,9 +15,10 @@ from side_by_side import record
 
 from controlprefix import ControlPrefix
 from controlprefix.interop import read_examples
+from controlprefix.prefixes import Kind, StorageDtype
 
 DATA = Path(__file__).parent.parent / "controlprefix" / "cli" / "demo_data"
-DTYPES = ("float32", "bfloat16", "float16", "int8")
+DTYPES: tuple[StorageDtype, ...] = ("float32", "bfloat16", "float16", "int8")
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     cp = ControlPrefix.from_pretrained("smollm2", store="sqlite://")
     examples = read_examples(DATA / "messages.train.jsonl")
     cp.train(examples, steps=options.steps, num_slots=16, validation=0, seed=0)
-    kinds = ("task", "attribute")
+    kinds: tuple[Kind, ...] = ("task", "attribute")
     trained = {(kind, name): cp.get(kind, name) for kind in kinds for name in cp.names(kind)}
     held_out = read_examples(DATA / "messages.heldout.jsonl")
     results: dict[str, Any] = {}
@@ -40,10 +41,13 @@ def main() -> None:
         size = cp.versions(kind, name)[-1].size_bytes
         results[dtype] = {"bytes of 16 slots": size, "nats per token": round(nats, 4)}
     table = Table("payload", "bytes of 16 slots", "nats per token, held out", "against bfloat16")
-    for dtype, one in results.items():
+    for stored_as, one in results.items():
         change = one["nats per token"] - results["bfloat16"]["nats per token"]
         table.add_row(
-            dtype, f"{one['bytes of 16 slots']:,}", f"{one['nats per token']:.4f}", f"{change:+.4f}"
+            stored_as,
+            f"{one['bytes of 16 slots']:,}",
+            f"{one['nats per token']:.4f}",
+            f"{change:+.4f}",
         )
     Console().print(table)
     record("payloads", {"steps": options.steps, "seed": 0, "payloads": results})

@@ -51,7 +51,7 @@ def generate(
     model: PreTrainedModel, given: dict[str, torch.Tensor], tokens: int, **more: object
 ) -> torch.Tensor:
     """Greedy tokens, always as many."""
-    return model.generate(
+    return model.generate(  # type: ignore[operator]  # stubs: Tensor | Module
         **given,
         max_new_tokens=tokens,
         min_new_tokens=tokens,
@@ -160,7 +160,7 @@ def main() -> None:
     found += against(
         few,
         {
-            f"{n} tokens of texts in the prompt": (lambda n=n: in_the_prompt(model, few, tokens, n))
+            f"{n} tokens of texts in the prompt": partial(in_the_prompt, model, few, tokens, n)
             for n in options.texts
         },
     )

@@ -34,9 +34,9 @@ from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.embeddings import embed
-from controlprefix.prefixes.user_code import Code
-from controlprefix.training import TrainingSettings
-from controlprefix.users.decoder_training import CODE_RATE
+from controlprefix.prefixes import PrefixDecoder, PrefixKey, UserCode
+from controlprefix.training import TrainingSettings, checkpoint
+from controlprefix.users.decoder_training import CODE_LEARNING_RATE
 
 FILE = RESULTS / "personal.json"
 DECODER = "bloggers"
@@ -105,7 +105,7 @@ class Personal:
         )
         return {
             "users": report.num_users,
-            "told": report.r2,
+            "r2": report.r2,
             "best loss": report.training.best_loss,
             "tokens": report.training.num_tokens,
             "seconds": time.perf_counter() - began,
@@ -118,8 +118,8 @@ class Personal:
 
     def common(self, given: Posts) -> dict[str, str]:
         """What the decoder's users have in common, for everyone."""
-        decoder = self.cp.store.decoder(DECODER, self.cp.geometry.fingerprint)
-        return {one: self._put(one, decoder.decode(decoder.common)) for one in given}
+        decoder = self._decoder()
+        return {one: self._put(one, decoder.decode(decoder.mean_code)) for one in given}
 
     def in_the_prompt(self, given: Posts) -> dict[str, str]:
         """Exactly what prompting with the texts gives: their keys and values."""
@@ -135,11 +135,11 @@ class Personal:
 
     def nearest(self, given: Posts) -> dict[str, str]:
         """The mean code of the eight most alike of those the decoder was learned from."""
-        decoder = self.cp.store.decoder(DECODER, self.cp.geometry.fingerprint)
+        decoder = self._decoder()
         known = torch.stack([embed(texts).mean(0) for texts in self.learned_from.values()])
-        state = load_file(self.options.work / "state.safetensors")
+        state = load_file(self.options.work / checkpoint.FILE)
         changes = [state[f"best.changes.{i}"] for i in range(len(self.learned_from))]
-        codes = CODE_RATE / TrainingSettings().rate * torch.stack(changes)
+        codes = CODE_LEARNING_RATE / TrainingSettings().peak_learning_rate * torch.stack(changes)
         for one, texts in given.items():
             alike = torch.nn.functional.normalize(known, dim=1) @ embed(texts).mean(0)
             numbers = codes[alike.topk(8).indices].mean(0)
@@ -151,6 +151,12 @@ class Personal:
         report = self.cp.train_users(given, **{**usual, **how})
         assert not report.failed, report.failed
         return {one: one for one in given}
+
+    def _decoder(self) -> PrefixDecoder:
+        models = self.cp.store.for_model(self.cp.geometry.fingerprint)
+        decoder = models.get(PrefixKey("decoder", DECODER)).value
+        assert isinstance(decoder, PrefixDecoder)
+        return decoder
 
     def _put(self, user: str, prefix: Any) -> str:
         self.cp.put("user", user, prefix)
@@ -166,7 +172,8 @@ class Personal:
         began = time.perf_counter()
         users = way(given)
         seconds = time.perf_counter() - began
-        self.cp.prefetch([Request(prompt="x", user=user) for user in users.values()])
+        for user in users.values():  # so that no figure includes reading them
+            self.cp.resolve(Request(prompt="x", user=user))
         found = {"nats": self.nats(users)}
         if users:
             found["nats, shuffled"] = self.nats({o: users[self.wrong[o]] for o in self.authors})
@@ -235,7 +242,7 @@ class Personal:
         }[kind]
         own, wrong, count, seconds, size = 0.0, 0.0, 0, 0.0, 0
         texts: dict[str, list[str]] = {}
-        encode = self.cp._encoder.encode
+        encode = self.cp.frozen_model.request_tokenizer.example_ids
         for one in self.authors:
             rows = [
                 encode(Example(prompt="", raw=True, completion=text))

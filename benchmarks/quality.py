@@ -45,9 +45,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from train import END, PAD
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.model.tokenization import EncodedExample
+from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.training import TrainingSettings
-from controlprefix.training.run import share_of_rate
+from controlprefix.training.run import learning_rate_multiplier
 
 CAUSAL = TaskType.CAUSAL_LM
 FILE = RESULTS / "training.json"
@@ -276,7 +276,7 @@ class Ours(Way):
         report = self.cp.train(
             examples,
             learn=("task", "attributes") if self.labels else ("task",),
-            num_slots=self.options.slots,
+            num_slots=self.options.num_slots,
             steps=steps,
             batch_size=self.options.batch,
             validation=0,
@@ -307,19 +307,24 @@ class Peft(Way):
         self.config, self.rate, self.text = config, rate, text
         self.models: dict[str | None, PeftModel] = {}
 
+    def tokenized(self, example: Example) -> TokenizedExample:
+        return self.cp.frozen_model.request_tokenizer.example_ids(example)
+
     def learn(self, seed: int, steps: int) -> None:
-        labels = sorted({row.label for row in self.data.train}) if self.data.few_labels else [None]
+        labels: list[str | None] = [None]
+        if self.data.few_labels:
+            labels = [*sorted({str(row.label) for row in self.data.train})]
         self.models.clear()
         for label in labels:
             rows = [row for row in self.data.train if label in (None, row.label)]
             torch.manual_seed(seed)
             model = get_peft_model(copy.deepcopy(self.cp.model), self.config(self.options))
             if self.text:
-                text = "\n".join(row.completion for row in rows[: self.options.slots])
+                text = "\n".join(row.completion for row in rows[: self.options.num_slots])
                 initialize_kv_prefix_from_text(
                     model, self.cp.tokenizer, text=text, use_chat_template=False
                 )
-            encoded = [self.cp._encoder.encode(self.example(row, None)) for row in rows]
+            encoded = [self.tokenized(self.example(row, None)) for row in rows]
             share = math.ceil(steps / len(labels))
             peft_steps(model, encoded, self.options.batch, self.rate, share, seed)
             self.models[label] = model.eval()
@@ -330,7 +335,7 @@ class Peft(Way):
         total, count = 0.0, 0
         for label, model in self.models.items():
             mine = [
-                self.cp._encoder.encode(self.example(row, None))
+                self.tokenized(self.example(row, None))
                 for row, wanted in zip(rows, labels, strict=True)
                 if label in (None, wanted)
             ]
@@ -351,7 +356,7 @@ class Peft(Way):
         texts = [""] * len(rows)
         for label, model in self.models.items():
             mine = [i for i, wanted in enumerate(labels) if label in (None, wanted)]
-            prompts = {i: self.cp._encoder.encode(self.example(rows[i], None)).prompt for i in mine}
+            prompts = {i: self.tokenized(self.example(rows[i], None)).prompt for i in mine}
             mine.sort(key=lambda i: len(prompts[i]))
             for at in range(0, len(mine), 16):
                 chosen = mine[at : at + 16]
@@ -374,13 +379,13 @@ class Peft(Way):
                 )
                 new = written[:, longest:] if written.shape[1] > longest else written
                 for i, row in zip(chosen, new, strict=True):
-                    text = self.cp.tokenizer.decode(row, skip_special_tokens=True)
+                    text = str(self.cp.tokenizer.decode(row, skip_special_tokens=True))
                     texts[i] = text.split("\n")[0].strip()
         return texts
 
 
 def padded(
-    rows: Sequence[EncodedExample], *, end: bool
+    rows: Sequence[TokenizedExample], *, end: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, mask and labels, padded on the right as PEFT's documentation does."""
     full = [[*row.prompt, *row.completion, *([END] if end else [])] for row in rows]
@@ -394,8 +399,8 @@ def padded(
 
 
 def passes(
-    rows: Sequence[EncodedExample], batch: int, order: random.Random
-) -> Iterator[list[EncodedExample]]:
+    rows: Sequence[TokenizedExample], batch: int, order: random.Random
+) -> Iterator[list[TokenizedExample]]:
     """Over and over, in another order each time."""
     while True:
         mixed = order.sample(list(rows), len(rows))
@@ -404,7 +409,7 @@ def passes(
 
 def peft_steps(
     model: PeftModel,
-    rows: Sequence[EncodedExample],
+    rows: Sequence[TokenizedExample],
     batch: int,
     rate: float,
     steps: int,
@@ -418,7 +423,7 @@ def peft_steps(
     for step in range(1, steps + 1):
         ids, mask, labels = padded(next(stream), end=True)
         for group in optimizer.param_groups:
-            group["lr"] = rate * share_of_rate(step, steps)
+            group["lr"] = rate * learning_rate_multiplier(step, steps)
         optimizer.zero_grad()
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(wanted, 1.0)
@@ -429,23 +434,23 @@ PREFIX = partial(PrefixTuningConfig, task_type=CAUSAL)
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PEFT: dict[str, dict[str, Any]] = {
     "PEFT prefix tuning": {
-        "config": lambda o: PREFIX(num_virtual_tokens=o.slots),
+        "config": lambda o: PREFIX(num_virtual_tokens=o.num_slots),
         "rates": (1e-2, 3e-2, 1e-1),
     },
     "PEFT prefix tuning from text": {
-        "config": lambda o: PREFIX(num_virtual_tokens=o.slots),
+        "config": lambda o: PREFIX(num_virtual_tokens=o.num_slots),
         "text": True,
         "rates": (3e-3, 1e-2, 3e-2),
     },
     "PEFT cartridge": {
-        "config": lambda o: CartridgeConfig(task_type=CAUSAL, num_virtual_tokens=o.slots),
+        "config": lambda o: CartridgeConfig(task_type=CAUSAL, num_virtual_tokens=o.num_slots),
         "text": True,
         "rates": (1e-2, 3e-2, 1e-1),
     },
     "PEFT prompt tuning": {
         "config": lambda o: PromptTuningConfig(
             task_type=CAUSAL,
-            num_virtual_tokens=o.slots,
+            num_virtual_tokens=o.num_slots,
             prompt_tuning_init=PromptTuningInit.RANDOM,
         ),
         "rates": (3e-2, 1e-1, 3e-1),
@@ -469,23 +474,21 @@ def ways(
 ) -> dict[str, Callable[[], Way]]:
     """Name -> how to begin it, with a store of its own."""
 
-    def given() -> tuple[ControlPrefix, Data, argparse.Namespace]:
-        return (
-            ControlPrefix.from_pretrained(model(), tokenizer=tokenizer(), store="sqlite://"),
-            data,
-            options,
-        )
+    def begin(way: Callable[..., Way], **settings: Any) -> Callable[[], Way]:
+        def begun() -> Way:
+            cp = ControlPrefix.from_pretrained(model(), tokenizer=tokenizer(), store="sqlite://")
+            return way(cp, data, options, **settings)
 
-    found: dict[str, Callable[[], Way]] = {
-        name: lambda way=way: way(*given()) for name, way in PLAIN.items()
-    }
+        return begun
+
+    found = {name: begin(way) for name, way in PLAIN.items()}
     for name, made in OURS.items():
         wanted = {"labels": data.attribute is not None, "contrast": data.few_labels}
         if all(wanted.get(setting, True) for setting in made):
-            found[name] = lambda made=made: Ours(*given(), **made)
+            found[name] = begin(Ours, **made)
     for name, made in PEFT.items():
         kept = {key: value for key, value in made.items() if key != "rates"}
-        found[name] = lambda kept=kept, name=name: Peft(*given(), **kept, rate=rates[name])
+        found[name] = begin(Peft, **kept, rate=rates[name])
     return found
 
 
@@ -639,8 +642,8 @@ def page(results: dict[str, Any]) -> str:
         ]
         parts += [
             "## Our learning rate",
-            f"Nats a token on dev splits, `shared`; the default is {TrainingSettings().rate}, "
-            "everywhere.",
+            "Nats a token on dev splits, `shared`; the default is "
+            f"{TrainingSettings().peak_learning_rate}, everywhere.",
             "\n".join([f"| data | {header} |", "| --- |" + " --- |" * len(OUR_RATES), *ours]),
         ]
     parts += [
@@ -676,8 +679,8 @@ def main() -> None:
     parser.add_argument("--our-rates", action="store_true", help="try ours at five rates instead")
     parser.add_argument("--fresh", action="store_true", help="measure all again")
     options = parser.parse_args()
-    kept = ("steps", "batch", "slots", "rows", "texts", "new_tokens")
-    about = {name: getattr(options, name) for name in kept}
+    kept = ("steps", "batch", "num_slots", "rows", "texts", "new_tokens")
+    about = {name.removeprefix("num_"): getattr(options, name) for name in kept}
     results: dict[str, Any] = {"options": about, "rates": {}, "data": {}}
     if FILE.exists() and not options.fresh:
         before = json.loads(FILE.read_text())

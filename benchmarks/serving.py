@@ -112,7 +112,7 @@ async def one(client: httpx.AsyncClient, url: str, what: dict[str, Any], load: L
 
 
 def client() -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=600, limits=httpx.ServerLimits(max_connections=None))
+    return httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
 
 
 async def saturated(ask: Ask, options: argparse.Namespace, seed: int) -> Load:
@@ -172,7 +172,7 @@ def process(command: Sequence[str], url: str, log: Path, **more: str) -> Iterato
 
 def gateway(port: int, store: str, log: Path, *more: str) -> contextlib.AbstractContextManager[str]:
     command = [sys.executable, "-m", "controlprefix.cli", "serve", "--tenant", "default"]
-    command += ["--store", store, "--port", str(port), "--waiting", "4096", *more]
+    command += ["--store", store, "--port", str(port), "--max-waiting", "4096", *more]
     return process(command, f"http://127.0.0.1:{port}", log)
 
 
@@ -184,7 +184,8 @@ def vllm(port: int, folder: Path, log: Path, rows: int) -> contextlib.AbstractCo
         "kv_connector_extra_config": {"folder": str(folder)},
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    command += [str(packaged_model("smollm2")), "--served-model-name", "smollm2", "--port", str(port)]
+    command += [str(packaged_model("smollm2")), "--served-model-name", "smollm2"]
+    command += ["--port", str(port)]
     command += ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", str(rows)]
     command += ["--block-size", "32", "--kv-transfer-config", json.dumps(transfer)]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -215,7 +216,7 @@ def peft_server(port: int) -> None:
 
     @app.post("/v1/completions")
     def complete(asked: dict[str, Any]) -> Any:
-        from fastapi.curve import PlainTextResponse
+        from fastapi.responses import PlainTextResponse
 
         ids = tokenizer(asked["prompt"], return_tensors="pt")
         with lock, torch.no_grad():
@@ -348,7 +349,7 @@ def main() -> None:
             more = ["--engine", "vllm", "--vllm-url", served]
             more += ["--vllm-prefixes", str(folder / "prefixes")]
         else:
-            more = ["--rows", str(options.at_once)]
+            more = ["--max-sequences", str(options.at_once)]
             command = [sys.executable, __file__, "--peft-server", "8712"]
             other = stack.enter_context(
                 process(command, "http://127.0.0.1:8712", folder / "peft.log")

@@ -46,7 +46,8 @@ def build(name: str, device: str) -> PreTrainedModel:
 
 def prefix(model: PreTrainedModel, num_slots: int, seed: int) -> Prefix:
     """Random slots that attention notices but that do not derail the model's numbers."""
-    drawn = Prefix.random(Steering.for_model(model).geometry, num_slots=num_slots, scale=0.5, seed=seed)
+    geometry = Steering.for_model(model).geometry
+    drawn = Prefix.random(geometry, num_slots=num_slots, scale=0.5, seed=seed)
     return drawn.to(device=model.device, dtype=model.dtype)
 
 

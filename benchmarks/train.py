@@ -18,45 +18,42 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from shapes import NAMES, build
 from side_by_side import Measures, compare, now, peak_mib, report
-from transformers import PreTrainedModel
 
 from controlprefix.interop import read_examples
-from controlprefix.model.loading import load
-from controlprefix.model.steering import Steering
-from controlprefix.model.tokenization import EncodedExample, RequestTokenizer
+from controlprefix.model import FrozenModel
+from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes.prefix import Prefix
 from controlprefix.store import PrefixKey
-from controlprefix.training import TrainingRow, TrainingSettings, train, scale_of
+from controlprefix.training import TrainingRow, TrainingSettings, train
+from controlprefix.training.initialization import scale_of
 
 DATA = Path(__file__).parent.parent / "controlprefix" / "cli" / "demo_data" / "messages.train.jsonl"
 END, PAD = 2, 0
 
 
 def ours(
-    model: PreTrainedModel,
-    rows: Sequence[EncodedExample],
+    frozen: FrozenModel,
+    rows: Sequence[TokenizedExample],
     slots: int,
     batch: int,
     **settings: Any,
 ) -> None:
     """One epoch with `controlprefix`."""
     key = PrefixKey("task", "message")
-    start = Prefix.random(Steering.for_model(model).geometry, num_slots=slots, seed=0)
+    start = Prefix.random(frozen.geometry, num_slots=slots, seed=0)
     chosen = TrainingSettings(
         steps=-(-len(rows) // batch), batch_size=batch, validation=0, **settings
     )
     train(
-        model,
-        [TrainingRow.of(row, END, (), ((key, 1.0),)) for row in rows],
-        {key: start},
-        scale_of(start),
-        pad_id=PAD,
+        frozen,
+        [TrainingRow.from_example(row, END, (), ((key, 1.0),)) for row in rows],
+        chosen.parameterize({key: start}, scale_of(start)),
         settings=chosen,
         progress=False,
     )
 
 
-def peft(model: PeftModel, rows: Sequence[EncodedExample], batch: int) -> None:
+def peft(model: PeftModel, rows: Sequence[TokenizedExample], batch: int) -> None:
     """One epoch with PEFT."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(wanted, lr=1e-3)
@@ -104,30 +101,31 @@ def main() -> None:
 
     model = build(options.model, options.device)
     # The other shapes read the same tokens: their vocabularies are larger.
-    small, tokenizer = load("smollm2")
+    small = FrozenModel.from_pretrained("smollm2")
+    frozen = FrozenModel(model, small.tokenizer)
     examples = random.Random(0).sample(list(read_examples(DATA)), options.examples)
-    rows = [RequestTokenizer(small, tokenizer).encode(example) for example in examples]
+    rows = [small.request_tokenizer.example_ids(example) for example in examples]
     steps = -(-len(rows) // options.batch)
 
     # PEFT changes the model it is given, so each has its own copy.
     prefix = PrefixTuningConfig(
-        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=options.slots, init_weights=None
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=options.num_slots, init_weights=None
     )
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
     )
     run = partial(epoch, steps=steps)
-    given = (rows, options.slots, options.batch)
+    given = (rows, options.num_slots, options.batch)
     contenders = {
         "PEFT prefix tuning": partial(
             run, partial(peft, get_peft_model(copy.deepcopy(model), prefix), rows, options.batch)
         ),
-        "controlprefix": partial(run, partial(ours, model, *given, parameterization="direct")),
+        "controlprefix": partial(run, partial(ours, frozen, *given, parameterization="direct")),
         "controlprefix, checkpointing": partial(
             run,
-            partial(ours, model, *given, parameterization="direct", gradient_checkpointing=True),
+            partial(ours, frozen, *given, parameterization="direct", gradient_checkpointing=True),
         ),
-        "controlprefix, shared network": partial(run, partial(ours, model, *given)),
+        "controlprefix, shared network": partial(run, partial(ours, frozen, *given)),
         "PEFT LoRA r8": partial(
             run, partial(peft, get_peft_model(copy.deepcopy(model), lora), rows, options.batch)
         ),
@@ -135,7 +133,7 @@ def main() -> None:
     lengths = sorted(len(row.prompt) + len(row.completion) for row in rows)
     case = (
         f"{len(rows)} messages of {lengths[0]} to {lengths[-1]} tokens, batches of "
-        f"{options.batch}, {options.slots} slots"
+        f"{options.batch}, {options.num_slots} slots"
     )
     found = compare(case, contenders, rounds=options.rounds)
     report(f"train-{options.model}-{options.device}", found, reference="PEFT prefix tuning")

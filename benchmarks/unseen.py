@@ -29,7 +29,7 @@ def held_back(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             ["Write a sentence.", "Write something.", "Say something.", "What is new?"] * 6,
             attribute="topic",
             label="distilled",
-            num_slots=options.slots,
+            num_slots=options.num_slots,
             steps=30,
             max_new_tokens=options.new_tokens,
             progress=False,
@@ -62,7 +62,7 @@ def unseen_categories(folder: Path, options: argparse.Namespace) -> dict[str, An
         )
         for row in data.train
     ]
-    cp.train(rows, num_slots=options.slots, steps=options.steps, validation=0, progress=False)
+    cp.train(rows, num_slots=options.num_slots, steps=options.steps, validation=0, progress=False)
     wanted = [row for row in data.test if not row.seen][:96]
     asked: dict[str, Callable[[Row], dict[str, Any]]] = {
         "task alone": lambda _: {},

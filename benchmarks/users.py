@@ -8,8 +8,10 @@ Run it with `python benchmarks/users.py DATA`.
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from personal import DECODER, Personal
 from side_by_side import Measures, compare, report
@@ -31,14 +33,14 @@ def main() -> None:
     # Nobody need write anything here.
     personal.options.texts, num_texts = 0, options.texts
 
-    def ours(**how: object) -> Measures:
+    def ours(**how: Any) -> Measures:
         way = partial(personal.trained, **how)
         return _of_interest(personal.measure(way, num_texts, judged=False))
 
     def peft(kind: str) -> Measures:
         return _of_interest(personal.peft(kind, num_texts, judged=False))
 
-    contenders = {
+    contenders: dict[str, Callable[[], Measures]] = {
         "PEFT LoRA r8, 3 passes": partial(peft, "LoRA"),
         "PEFT prefix tuning, 3 passes": partial(peft, "prefix"),
         "ours, own text, 3 passes": ours,

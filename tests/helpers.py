@@ -1,8 +1,17 @@
 """What several test modules use."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy
+import torch
+import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from controlprefix import Geometry, Prefix
 from controlprefix.model import FrozenModel
+from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
+from controlprefix.training.initialization import scale_of
 
 from models import build, byte_tokenizer
 
@@ -13,3 +22,56 @@ def frozen(
     """A frozen model with the byte tokenizer; a tiny random one by name."""
     built = build(model) if isinstance(model, str) else model
     return FrozenModel(built, tokenizer or byte_tokenizer())
+
+
+def commands() -> list[tuple[str, ...]]:
+    """The path of every command of the command line, such as `("users", "train")`."""
+    from controlprefix.cli import app
+
+    def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        if not hasattr(command, "commands"):
+            yield path
+            return
+        for name, inner in command.commands.items():
+            yield from walk(inner, (*path, name))
+
+    return list(walk(typer.main.get_command(app), ()))
+
+
+def raw(url: str, statement: str, tenant: str = "default", **values: object) -> list[Any]:
+    """Run SQL without the library, in the role of a tenant."""
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            set_config = sqlalchemy.text("SELECT set_config(:setting, :value, true)")
+            name = {"setting": "controlprefix.tenant_name", "value": tenant}
+            connection.execute(set_config, name)
+            query = sqlalchemy.text("SELECT id FROM controlprefix_tenants")
+            number = connection.scalar(query) if tenant else None
+            tenant_id = {"setting": "controlprefix.tenant", "value": f"{number or ''}"}
+            connection.execute(set_config, tenant_id)
+        result = connection.execute(sqlalchemy.text(statement), values)
+        rows = list(result) if result.returns_rows else []
+    engine.dispose()
+    return rows
+
+
+def decoder(seed: int = 0) -> PrefixDecoder:
+    """A decoder of a two-layer geometry with random weights, under which codes differ."""
+    geometry = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
+    initial = Prefix.random(geometry, num_slots=3, scale=1.0, seed=seed)
+    made = PrefixDecoder(
+        initial, scale_of(initial), width=8, hidden_size=16, num_features=5, seed=seed
+    )
+    with torch.no_grad():
+        for parameter in made.parameters():  # at the initial ones every code decodes to `initial`
+            parameter += 0.3 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(seed)
+            )
+    return made.rounded()
+
+
+def coded(by: PrefixDecoder, seed: int = 1) -> UserCode:
+    """A random code of a decoder."""
+    values = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
+    return UserCode(by.content_hash, values)

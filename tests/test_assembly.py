@@ -1,4 +1,4 @@
-"""assemble: union, padding, log strengths, and what all rows share kept once."""
+"""assemble: union, padding, log strengths, and shared parts kept once."""
 
 import math
 
@@ -16,7 +16,7 @@ def prefix(num_slots: int, seed: int = 0) -> Prefix:
     return Prefix.random(GEOMETRY, num_slots=num_slots, seed=seed)
 
 
-def test_what_all_rows_have_is_kept_once() -> None:
+def test_parts_of_all_rows_are_kept_once() -> None:
     task, ana, bo = prefix(4), prefix(3, 1), prefix(5, 2)
     batch = assemble([[Part(task), Part(ana)], [Part(bo), Part(task)], [Part(task)]], GEOMETRY)
     shared, own = batch.blocks["decoder"]
@@ -38,7 +38,7 @@ def test_the_same_prefix_at_two_strengths_is_not_shared() -> None:
     assert own.log_strengths.tolist() == [[0.0] * 4, pytest.approx([math.log(0.5)] * 4)]
 
 
-def test_nothing_live_gives_no_blocks() -> None:
+def test_no_slots_give_no_blocks() -> None:
     assert assemble([[], [Part(prefix(3), 0.0)]], GEOMETRY).blocks == {}
     assert assemble([[Part(prefix(0))]], GEOMETRY).blocks == {}
     assert assemble([], GEOMETRY).num_rows == 0
@@ -72,7 +72,7 @@ def test_every_row_holds_exactly_its_parts(chosen: list[list[tuple[int, float]]]
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, -0.1])
-def test_strengths_that_mean_nothing_are_refused(strength: float) -> None:
+def test_negative_and_infinite_strengths_are_refused(strength: float) -> None:
     with pytest.raises(RequestError, match="is not a finite number >= 0"):
         Part(prefix(1), strength)
 

@@ -1,18 +1,26 @@
-"""Attention over slots, held against references that know nothing of our code."""
+"""Attention over slots, compared with independent reference implementations."""
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from controlprefix import Part, Prefix, RequestError, UnsupportedModelError, assemble
-from controlprefix.model.attention import _APART_FROM
+from controlprefix.model.attention import LAYER_ATTRIBUTE
+from controlprefix.model.decode_kernel import _MIN_SEGMENTED_VALUES
 from controlprefix.model.steering import Steering
 
 from models import ALL, DECODER_ONLY, ENCODER_DECODER, PARTICULAR, ROTARY, build
@@ -23,12 +31,16 @@ LENGTHS = (9, 5, 7, 2)  # tokens of the rows of a mixed batch
 @pytest.fixture(params=["joined", "apart"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of decoding, whatever the size at which one takes over from the other."""
-    monkeypatch.setitem(_APART_FROM, "cpu", {"joined": 1 << 62, "apart": 0}[request.param])
+    monkeypatch.setitem(
+        _MIN_SEGMENTED_VALUES, "cpu", {"joined": 1 << 62, "apart": 0}[request.param]
+    )
     return request.param
 
 
 def prefix(model: PreTrainedModel, num_slots: int, seed: int = 1) -> Prefix:
-    return Prefix.random(Steering.for_model(model).geometry, num_slots=num_slots, scale=1.0, seed=seed)
+    return Prefix.random(
+        Steering.for_model(model).geometry, num_slots=num_slots, scale=1.0, seed=seed
+    )
 
 
 def tokens(length: int, seed: int = 0) -> Tensor:
@@ -149,7 +161,7 @@ PARTICULAR_CASES = [
 
 
 @pytest.mark.parametrize(("name", "attention"), PARTICULAR_CASES)
-def test_models_with_ways_of_their_own_stay_exact(name: str, attention: str) -> None:
+def test_models_with_unusual_attention_stay_exact(name: str, attention: str) -> None:
     """Shared and sparse attention chosen by the implementation's name, soft caps, sinks."""
     model = build(name, attention=attention)
     # Without padding: ties in a sparse model's choice of keys are broken by where they stand.
@@ -222,8 +234,8 @@ def test_encoder_decoder_matches_attention_written_out(name: str) -> None:
     reference = build(name, attention="eager")
     reference.set_attn_implementation("written_out")
     for module in reference.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation_internal = "written_out"
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+            config._attn_implementation_internal = "written_out"
     encoder = set(reference.get_encoder().modules())
     rows = [tokens(7)]
     with torch.no_grad():
@@ -282,7 +294,8 @@ def test_slots_do_not_move_positions_or_fill_the_cache(name: str) -> None:
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_slots_stay_visible_past_a_sliding_window(name: str) -> None:
     """Every layer's slots still move the last of 40 tokens, with a window of 6."""
-    model = build(name, **({"layer_types": ["sliding_attention"] * 3} if name == "gemma3" else {}))
+    changes: dict[str, Any] = {"layer_types": ["sliding_attention"] * 3} if name == "gemma3" else {}
+    model = build(name, **changes)
     ours, rows = prefix(model, 3), [tokens(40)]
     with torch.no_grad():
         plain = model(**inputs(model, rows)).logits[0, -1]
@@ -297,7 +310,7 @@ def test_slots_stay_visible_past_a_sliding_window(name: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_decoding_step_by_step_equals_one_pass(name: str, attention: str) -> None:
     """Greedy tokens with a cache, from a mixed batch, against full passes without one."""
-    model = build(name, attention=attention)
+    model: Any = build(name, attention=attention)
     rows = [tokens(n, seed=n) for n in LENGTHS]
     parts = mixed_parts(model)
     steering = Steering.for_model(model)
@@ -324,7 +337,7 @@ def test_decoding_step_by_step_equals_one_pass(name: str, attention: str) -> Non
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", ALL)
 def test_beams_and_returned_sequences_match_each_row_alone(name: str) -> None:
-    model = build(name)
+    model: Any = build(name)
     rows = [tokens(n, seed=n) for n in LENGTHS[:3]]
     parts = mixed_parts(model)[:3]
     steering = Steering.for_model(model)
@@ -345,7 +358,7 @@ def test_beams_and_returned_sequences_match_each_row_alone(name: str) -> None:
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
 def test_static_cache_gives_the_tokens_of_a_dynamic_one(name: str) -> None:
-    model = build(name)
+    model: Any = build(name)
     rows = [tokens(n, seed=n) for n in LENGTHS]
     steering = Steering.for_model(model)
     batch = prompt_inputs(model, rows)
@@ -465,7 +478,7 @@ def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
 
 
 def leave_with_an_error(model: PreTrainedModel) -> None:
-    assert any("controlprefix_place" in vars(m) for m in model.modules())
+    assert any(LAYER_ATTRIBUTE in vars(m) for m in model.modules())
     raise ZeroDivisionError
 
 
@@ -590,7 +603,10 @@ def test_a_call_with_the_wrong_number_of_rows_is_refused() -> None:
 
 
 def test_geometry_is_read_off_the_model() -> None:
-    qwen, bart = Steering.for_model(build("qwen3")).geometry, Steering.for_model(build("bart")).geometry
+    qwen, bart = (
+        Steering.for_model(build("qwen3")).geometry,
+        Steering.for_model(build("bart")).geometry,
+    )
     assert [(s.num_kv_heads, s.key_dim, s.value_dim) for s in qwen.decoder] == [(2, 16, 16)] * 3
     assert qwen.sites == ("decoder",)
     assert [len(bart.encoder), len(bart.decoder), len(bart.cross)] == [2, 4, 4]
@@ -642,8 +658,17 @@ def test_unsupported_models_are_refused_with_a_reason() -> None:
 def _whisper() -> PreTrainedModel:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0}
+    sizes: dict[str, Any] = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "vocab_size": 50,
+    }
+    heads: dict[str, Any] = {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "pad_token_id": 0,
+    }
     return WhisperForConditionalGeneration(
         WhisperConfig(**sizes, **heads, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3)
     )

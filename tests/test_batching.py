@@ -1,4 +1,4 @@
-"""Continuous batching: a row writes the same, whoever joins or leaves beside it."""
+"""Continuous batching: a sequence's output does not depend on which others join or leave."""
 
 import random
 import threading
@@ -17,7 +17,8 @@ from controlprefix import (
     RequestError,
     UnknownNameError,
 )
-from controlprefix.inference.continuous_batching import Batcher, StaticBatcher
+from controlprefix.inference.continuous_batching import ContinuousBatcher
+from controlprefix.inference.static_batching import StaticBatcher
 
 from models import build, byte_tokenizer
 
@@ -38,7 +39,7 @@ def cp() -> Iterator[ControlPrefix]:
 
 
 def requests(count: int, seed: int = 0) -> list[Request]:
-    """Of every kind there is."""
+    """Requests with a random mix of parts, strengths, schedules and sampling settings."""
     draw = random.Random(seed)
     found = []
     for i in range(count):
@@ -65,7 +66,7 @@ def requests(count: int, seed: int = 0) -> list[Request]:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
-def test_rows_that_come_and_go_write_what_they_write_alone(name: str) -> None:
+def test_sequences_that_join_and_leave_generate_what_they_generate_alone(name: str) -> None:
     cp = engine(name)
     asked = requests(40)
     alone = [cp.generate(request) for request in asked]
@@ -73,7 +74,7 @@ def test_rows_that_come_and_go_write_what_they_write_alone(name: str) -> None:
     draw = random.Random(1)
     tickets = []
     for request in asked:
-        tickets.append(batcher.submit(request))
+        tickets.append(batcher.submit(cp.resolve(request)))
         if draw.random() < 0.3:
             time.sleep(0.01)
     found = [ticket.result() for ticket in tickets]
@@ -82,21 +83,21 @@ def test_rows_that_come_and_go_write_what_they_write_alone(name: str) -> None:
         assert one == expected
 
 
-def test_pieces_are_the_text(cp: ControlPrefix) -> None:
+def test_streamed_pieces_add_up_to_the_text(cp: ControlPrefix) -> None:
     batcher = cp.batcher(max_sequences=8)
     asked = requests(12, seed=3)
-    tickets = [batcher.submit(request) for request in asked]
+    tickets = [batcher.submit(cp.resolve(request)) for request in asked]
     for ticket, request in zip(tickets, asked, strict=True):
         pieces = list(ticket)
         assert "".join(pieces) == ticket.result().text == cp.generate(request).text
     batcher.close()
 
 
-def test_whoever_is_cancelled_leaves_and_the_others_stay(cp: ControlPrefix) -> None:
+def test_a_cancelled_sequence_leaves_and_the_others_stay(cp: ControlPrefix) -> None:
     batcher = cp.batcher(max_sequences=2)
     long = Request(prompt="x", raw=True, max_new_tokens=200, repetition_penalty=1.5)
     expected = cp.generate(long).text
-    first, second, third = (batcher.submit(long) for _ in range(3))
+    first, second, third = (batcher.submit(cp.resolve(long)) for _ in range(3))
     next(iter(first))
     first.cancel()
     third.cancel()  # which is still waiting
@@ -107,55 +108,55 @@ def test_whoever_is_cancelled_leaves_and_the_others_stay(cp: ControlPrefix) -> N
     assert batcher.load == (0, 0)
 
 
-def test_what_cannot_be_carried_out_fails_alone(
+def test_a_request_that_cannot_be_carried_out_fails_alone(
     cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batcher = cp.batcher(max_sequences=4)
     with pytest.raises(UnknownNameError, match="no user 'eve'"):
-        batcher.submit(Request(prompt="x", user="eve"))
+        batcher.submit(cp.resolve(Request(prompt="x", user="eve")))
     with pytest.raises(RequestError, match="beam search cannot join"):
-        batcher.submit(Request(prompt="x", num_beams=2))
-    forward = Batcher._forward
+        batcher.submit(cp.resolve(Request(prompt="x", num_beams=2)))
+    forward = ContinuousBatcher._forward
 
-    def failing(self: Batcher, ids: Any, *more: Any) -> Any:
+    def failing(self: ContinuousBatcher, ids: Any, *more: Any) -> Any:
         if (ids == 126).any():  # the byte of one prompt
             raise MemoryError("too long")
         return forward(self, ids, *more)
 
-    monkeypatch.setattr(Batcher, "_forward", failing)
+    monkeypatch.setattr(ContinuousBatcher, "_forward", failing)
     good = Request(prompt="abc", raw=True, max_new_tokens=40)
-    running = batcher.submit(good)
+    running = batcher.submit(cp.resolve(good))
     next(iter(running))
-    bad = batcher.submit(Request(prompt=cp.tokenizer.decode([126]) * 3, raw=True))
+    bad = batcher.submit(cp.resolve(Request(prompt=cp.tokenizer.decode([126]) * 3, raw=True)))
     with pytest.raises(MemoryError):
         bad.result()
     assert running.result().text == cp.generate(good).text
-    assert batcher.submit(good).result().text == cp.generate(good).text
+    assert batcher.submit(cp.resolve(good)).result().text == cp.generate(good).text
     batcher.close()
 
 
 def test_a_full_queue_refuses_and_closing_finishes_what_there_is(cp: ControlPrefix) -> None:
     batcher = cp.batcher(max_sequences=1, max_waiting=2)
     long = Request(prompt="x", raw=True, max_new_tokens=60, repetition_penalty=1.5)
-    tickets = [batcher.submit(long)]
+    tickets = [batcher.submit(cp.resolve(long))]
     next(iter(tickets[0]))
-    tickets += [batcher.submit(long) for _ in range(2)]
-    with pytest.raises(OverloadedError, match="2 requests wait already"):
-        batcher.submit(long)
+    tickets += [batcher.submit(cp.resolve(long)) for _ in range(2)]
+    with pytest.raises(OverloadedError, match="2 requests are waiting already"):
+        batcher.submit(cp.resolve(long))
     assert batcher.close()
     assert len({ticket.result().text for ticket in tickets}) == 1
     with pytest.raises(OverloadedError, match="shutting down"):
-        batcher.submit(long)
+        batcher.submit(cp.resolve(long))
     hasty = cp.batcher(max_sequences=1)
-    tickets = [hasty.submit(long) for _ in range(3)]
-    assert not hasty.close(wait=0.0)
+    tickets = [hasty.submit(cp.resolve(long)) for _ in range(3)]
+    assert not hasty.close(timeout_s=0.0)
     assert tickets[2].result().num_tokens < 60
 
 
 def test_log_probabilities_are_those_of_the_model(cp: ControlPrefix) -> None:
     batcher = cp.batcher()
     request = Request(prompt="abc", raw=True, max_new_tokens=6, user="ana")
-    ticket = batcher.submit(request, top_log_probs=3)
+    ticket = batcher.submit(cp.resolve(request), top_log_probs=3)
     done = ticket.result()
     batcher.close()
     ids = torch.tensor([[*cp.tokenizer("abc")["input_ids"], *(t.token for t in ticket.tokens)]])
@@ -175,7 +176,7 @@ def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
     batcher, found = cp.batcher(max_sequences=6), [""] * len(asked)
 
     def ask(i: int) -> None:
-        found[i] = batcher.submit(asked[i]).result().text
+        found[i] = batcher.submit(cp.resolve(asked[i])).result().text
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asked))]
     for thread in threads:
@@ -186,16 +187,16 @@ def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
     assert found == expected
 
 
-def test_a_listener_that_fails_harms_nobody(cp: ControlPrefix) -> None:
+def test_a_deliver_function_that_fails_cancels_only_its_own_request(cp: ControlPrefix) -> None:
     batcher = cp.batcher(max_sequences=2)
 
     def failing(event: object) -> None:
         raise ValueError("no one home")
 
     long = Request(prompt="x", raw=True, max_new_tokens=60, repetition_penalty=1.5)
-    with pytest.raises(RequestError, match="delivered elsewhere"):
-        batcher.submit(long, deliver=failing).result()
-    assert batcher.submit(long).result() == cp.generate(long)
+    with pytest.raises(RequestError, match="given to its deliver function"):
+        batcher.submit(cp.resolve(long), deliver=failing).result()
+    assert batcher.submit(cp.resolve(long)).result() == cp.generate(long)
     assert batcher.close()
 
 
@@ -205,7 +206,7 @@ def test_a_request_cannot_take_more_rows_than_there_are(cp: ControlPrefix) -> No
     )
     batcher = cp.batcher(max_sequences=2)
     with pytest.raises(RequestError, match="needs 3 rows"):
-        batcher.submit(away)
+        batcher.submit(cp.resolve(away))
     batcher.close()
     with pytest.raises(RequestError, match="65 labels; a request may name 64"):
         Request(prompt="x", attributes={"tone": {f"l{i}": 1.0 for i in range(65)}})
@@ -218,24 +219,24 @@ def test_a_failure_while_joining_ends_every_ticket(
     long = Request(prompt="x", raw=True, max_new_tokens=200, repetition_penalty=1.5)
     with monkeypatch.context() as patch:
         patch.setattr("controlprefix.inference.continuous_batching.arrange_rows", lambda *_: 1 / 0)
-        for ticket in [batcher.submit(long) for _ in range(3)]:
+        for ticket in [batcher.submit(cp.resolve(long)) for _ in range(3)]:
             with pytest.raises(RuntimeError, match="division by zero"):
                 ticket.result()
-    assert batcher.submit(long).result() == cp.generate(long)
+    assert batcher.submit(cp.resolve(long)).result() == cp.generate(long)
     assert batcher.close()
     assert batcher.load == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["bart", "mistral", "gemma3"])
-def test_models_with_another_cache_write_a_batch_at_a_time(name: str) -> None:
+def test_models_whose_cached_rows_cannot_move_run_one_batch_after_another(name: str) -> None:
     cp = engine(name)
     asked = requests(12)
     alone = [cp.generate(request) for request in asked]
     batcher = cp.batcher(max_sequences=5)
     assert isinstance(batcher, StaticBatcher)
-    tickets = [batcher.submit(request) for request in asked]
-    with pytest.raises(RequestError, match="log-probabilities cannot be had"):
-        batcher.submit(asked[0], top_log_probs=1)
+    tickets = [batcher.submit(cp.resolve(request)) for request in asked]
+    with pytest.raises(RequestError, match="log-probabilities are not supported"):
+        batcher.submit(cp.resolve(asked[0]), top_log_probs=1)
     for ticket, expected in zip(tickets, alone, strict=True):
         assert "".join(ticket) == ticket.result().text
         assert ticket.result() == expected

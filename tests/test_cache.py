@@ -1,17 +1,19 @@
-"""The cache that grows in place, held against transformers' own."""
+"""The cache that grows in place, compared with transformers' own."""
+
+from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from controlprefix.model.kv_cache import _ROOM, growing_cache
+from controlprefix.model.kv_cache import _MIN_SPARE_TOKENS, growing_cache
 
 from models import build
 
 _STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("update"), st.integers(1, _ROOM + 3)),
+        st.tuples(st.just("update"), st.integers(1, _MIN_SPARE_TOKENS + 3)),
         st.tuples(st.just("crop"), st.integers(1, 3)),
         st.tuples(st.just("reorder"), st.permutations(range(2))),
         st.tuples(st.just("repeat"), st.just(2)),
@@ -23,9 +25,9 @@ _STEPS = st.lists(
 
 @given(steps=_STEPS)
 @settings(max_examples=60, deadline=None)
-def test_it_holds_what_a_dynamic_cache_holds(steps: list[tuple[str, object]]) -> None:
+def test_it_holds_the_same_as_a_dynamic_cache(steps: list[tuple[str, Any]]) -> None:
     model = build("llama")
-    caches = growing_cache(model, 3), DynamicCache(config=model.config)
+    caches: list[Any] = [growing_cache(model, 3), DynamicCache(config=model.config)]
     rows, length = 2, 0
     generator = torch.Generator().manual_seed(0)
     for name, argument in [("update", 3), *steps, ("update", 1), ("update", 1)]:
@@ -54,21 +56,23 @@ def test_it_holds_what_a_dynamic_cache_holds(steps: list[tuple[str, object]]) ->
 
 def test_tokens_are_written_in_place_while_there_is_room() -> None:
     model = build("llama")
-    cache = growing_cache(model, 3)
+    cache: Any = growing_cache(model, 3)
     cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
     before = cache.layers[0].keys.data_ptr()
-    for _ in range(_ROOM):
+    for _ in range(_MIN_SPARE_TOKENS):
         cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), 0)
     assert cache.layers[0].keys.data_ptr() == before
 
 
-def test_it_is_left_to_transformers_where_it_would_not_do() -> None:
+def test_encoder_decoders_and_small_batches_keep_the_cache_of_transformers() -> None:
     assert growing_cache(build("t5"), 8) is None
     assert growing_cache(build("llama"), 2) is None
 
 
-def test_layers_that_do_not_grow_stay_as_they_are() -> None:
+def test_sliding_layers_stay_as_they_are() -> None:
     model = build("gemma3")
-    kinds = [type(layer) for layer in growing_cache(model, 3).layers]
+    cache = growing_cache(model, 3)
+    assert cache is not None
+    kinds = [type(layer) for layer in cache.layers]
     expected = [type(layer) for layer in DynamicCache(config=model.config).layers]
     assert [a is b for a, b in zip(kinds, expected, strict=True)] == [True, False, True]

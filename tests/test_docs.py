@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import COMMANDS
-
 from controlprefix import ControlPrefix
 from controlprefix.interop import read_examples
 
+from helpers import commands
 from models import build, byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -47,56 +46,86 @@ def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip()
 
 
-def test_every_command_and_target_is_in_the_readme() -> None:
-    for command in COMMANDS:
-        assert f"controlprefix {command}" in README, command
-    for target in ("demo", "test", "check", "bench", "test-vllm", "bench-vllm"):
+def test_every_target_is_in_the_readme() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(targets) > 5
+    for target in set(targets) - {"clean"}:
         assert f"make {target}" in README
 
 
-def test_links_of_the_documents_lead_somewhere() -> None:
+def test_the_page_of_the_command_line_lists_every_command_and_no_other() -> None:
+    page = (ROOT / "docs" / "guides" / "command-line.md").read_text()
+    listed = set(re.findall(r"^\| `controlprefix ([a-z -]+)`", page, re.MULTILINE))
+    assert listed == {" ".join(path) for path in commands()}
+
+
+def test_links_in_the_documents_lead_to_files() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), (page.name, target)
 
 
-def test_figures_of_the_readme_are_those_of_the_recorded_run() -> None:
+def test_figures_in_the_readme_are_those_of_the_recorded_demo() -> None:
     record = json.loads((ROOT / "docs" / "results" / "demo.json").read_text())
     rows = dict(re.findall(r"^\| (\w+) \| (.+?) \|$", README, re.MULTILINE))
-    for group in record["nats_a_token"].values():
+    compared = 0
+    for group in record["nats_per_token"].values():
         for name, figures in group.items():
             shown = [float(cell) for cell in rows[name].split(" | ")]
             assert shown == [round(value, 2) for value in figures.values()], name
+            compared += 1
+    assert compared == 5
 
 
-def test_the_speed_table_of_the_readme_is_that_of_the_results() -> None:
-    (table,) = re.findall(r"<!-- speed -->(.*)<!-- /speed -->", README, re.DOTALL)
-    rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(rows) > 10
-    assert "\n".join(rows) in (ROOT / "docs" / "results" / "speed.md").read_text()
+def test_the_speed_rows_in_the_readme_are_those_of_the_results() -> None:
+    measured = (ROOT / "docs" / "results" / "speed.md").read_text().splitlines()
+    (table,) = re.findall(r"\| what \| against \| ratio.*\n\| ---.*\n((?:\|.*\n)+)", README)
+    assert len(table.splitlines()) == 5
+    assert set(table.splitlines()) <= set(measured)
 
 
-@pytest.mark.parametrize("name", ["learned", "personal", "control"])
-def test_the_short_tables_of_the_readme_are_of_the_results(name: str) -> None:
-    (table,) = re.findall(f"<!-- {name} -->(.*)<!-- /{name} -->", README, re.DOTALL)
-    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
-    assert len(rows) > 8
-    file = {"learned": "training"}.get(name, name)
-    whole = (ROOT / "docs" / "results" / f"{file}.md").read_text()
-    for way, *cells in rows:
-        (line, *_) = [one for one in whole.splitlines()[::-1] if one.startswith(f"{way} |")]
-        if name == "personal":  # the last table of the page is that of 16 texts
-            assert cells[0] in line, way
-        first = next(one for one in whole.splitlines() if one.startswith(f"{way} |"))
-        assert cells[0] in line or cells[0] in first, way
-
-
-def test_the_table_of_servers_is_that_of_the_results() -> None:
-    (table,) = re.findall("<!-- serving -->(.*)<!-- /serving -->", README, re.DOTALL)
-    rows = [line for line in table.splitlines() if line.startswith("|")]
+@pytest.mark.parametrize("name", ["speed", "serving"])
+def test_tables_on_the_results_page_are_those_of_the_results(name: str) -> None:
+    rows = _table(name)
     assert len(rows) > 4
-    assert "\n".join(rows) in (ROOT / "docs" / "results" / "serving.md").read_text()
+    assert "\n".join(rows) in (ROOT / "docs" / "results" / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "columns"),
+    [
+        ("learned", "training", {0: ("formality", "nats"), 4: ("e2e", "nats")}),
+        ("control", "control", {0: ("aspects", "control"), 2: ("styles", "control")}),
+    ],
+)
+def test_short_tables_hold_the_cells_of_the_whole_ones(
+    name: str, file: str, columns: dict[int, tuple[str, str]]
+) -> None:
+    rows = [line.strip("| ").split(" | ") for line in _table(name)[2:]]
+    whole = (ROOT / "docs" / "results" / f"{file}.md").read_text()
+    for column, (section, measure) in columns.items():
+        expected = _column(whole, section, measure)
+        shown = {way: cells[column] for way, *cells in rows if column < len(cells)}
+        shared = {way: cell for way, cell in shown.items() if cell.strip() and way in expected}
+        assert len(shared) > 8
+        assert shared == {way: expected[way] for way in shared}
+
+
+def _table(name: str) -> list[str]:
+    """The lines of a marked table on the results page."""
+    page = (ROOT / "docs" / "results.md").read_text()
+    (table,) = re.findall(f"<!-- {name} -->(.*)<!-- /{name} -->", page, re.DOTALL)
+    return [line for line in table.splitlines() if line.startswith("|")]
+
+
+def _column(page: str, section: str, measure: str) -> dict[str, str]:
+    """Way → mean, in the first table of a section."""
+    (text,) = re.findall(rf"^## {section}\b.*?$(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    (first, *_) = re.findall(r"((?:^\|.*\n)+)", text, re.MULTILINE)
+    header, _, *lines = [line.strip("| \n").split(" | ") for line in first.splitlines()]
+    place = header.index(measure)
+    return {line[0]: line[place].split(" ± ")[0] for line in lines if place < len(line)}
 
 
 def test_the_demo_data_is_whole() -> None:

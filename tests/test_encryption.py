@@ -46,22 +46,22 @@ def keys(tmp_path: Path) -> Keys:
 
 @pytest.fixture
 def store(url: str, keys: Keys) -> Iterator[PrefixStore]:
-    with PrefixStore(url, tenant="mine", keys=keys) as opened:
+    with PrefixStore(url, tenant="mine", encryption_keys=keys) as opened:
         yield opened
 
 
 def test_stored_bytes_show_nothing_and_come_back(tmp_path: Path, keys: Keys) -> None:
     file = tmp_path / "prefixes.db"
-    payload = new().prefix.to_bytes()
-    numbers = new().prefix.slots["decoder"].numpy().tobytes()
+    payload = new().value.to_bytes()
+    numbers = new().value.slots["decoder"].numpy().tobytes()
     with PrefixStore(f"sqlite:///{file}", tenant="plain") as plain:
         plain.put([new()])
     assert numbers in file.read_bytes()  # what the next lines must not find
     file.unlink()
-    with PrefixStore(f"sqlite:///{file}", tenant="mine", keys=keys) as store:
+    with PrefixStore(f"sqlite:///{file}", tenant="mine", encryption_keys=keys) as store:
         store.put([new()])
-        assert store.get(ANA, F).prefix.to_bytes() == payload
-        fetched = store.fetch([ANA], F)[ANA].prefix
+        assert store.for_model(F).get(ANA).value.to_bytes() == payload
+        fetched = store.for_model(F).fetch([ANA])[ANA].value
         assert fetched is not None
         assert fetched.to_bytes() == payload
     assert numbers not in file.read_bytes()
@@ -71,16 +71,19 @@ def test_stored_bytes_show_nothing_and_come_back(tmp_path: Path, keys: Keys) -> 
 def test_without_the_key_or_with_another_it_says_so(store: PrefixStore, keys: Keys) -> None:
     store.put([new()])
     with PrefixStore(store.url, tenant="mine") as keyless:
-        for read in (lambda: keyless.get(ANA, F), lambda: keyless.fetch([ANA], F)):
+        for read in (
+            lambda: keyless.for_model(F).get(ANA),
+            lambda: keyless.for_model(F).fetch([ANA]),
+        ):
             with pytest.raises(
                 StoreKeyError, match="encrypted with the key 'k1'; open the store w"
             ):
                 read()
-        assert keyless.versions(ANA, F)[0].num_slots == 3
+        assert keyless.for_model(F).versions(ANA)[0].num_slots == 3
     keys.keys["k1"] = base64.b64encode(os.urandom(32)).decode()
     keys.use("k1")
     with pytest.raises(StoreKeyError, match="version 1 for model .* cannot be decrypted"):
-        store.get(ANA, F)
+        store.for_model(F).get(ANA)
     assert [whole for *_, whole in store.verify()] == [False]
     keys.keys["k1"] = base64.b64encode(b"short").decode()
     keys.use("k1")
@@ -89,9 +92,9 @@ def test_without_the_key_or_with_another_it_says_so(store: PrefixStore, keys: Ke
     keys.keys.clear()
     keys.use("k2")
     with pytest.raises(StoreKeyError, match="there is no key 'k1' for tenant 'mine'"):
-        store.get(ANA, F)
+        store.for_model(F).get(ANA)
     keys.path.write_text("{")
-    with pytest.raises(StoreError, match="cannot read the keys in"):
+    with pytest.raises(StoreError, match="cannot read the encryption keys in"):
         store.put([new()])
 
 
@@ -101,17 +104,17 @@ def test_keys_are_rotated_while_the_store_is_in_use(store: PrefixStore, keys: Ke
     keys.use("k2")
     store.put([new(seed=3)])
     for version in (1, 4):  # one of the old key, one of the new
-        assert store.get(ANA, F, version=version).prefix.to_bytes()
+        assert store.for_model(F).get(ANA, version=version).value.to_bytes()
     assert store.rotate_keys() == 6
     assert store.rotate_keys() == 0
     del keys.keys["k1"]
     keys.use("k2")
     assert all(whole for *_, whole in store.verify())
-    assert store.get(BO, F).prefix.to_bytes() == new(BO, 12).prefix.to_bytes()
+    assert store.for_model(F).get(BO).value.to_bytes() == new(BO, 12).value.to_bytes()
     keys.use(None)
     store.put([new(BO, seed=20)])
     with PrefixStore(store.url, tenant="mine") as keyless:
-        assert keyless.get(BO, F).prefix.to_bytes() == new(seed=20).prefix.to_bytes()
+        assert keyless.for_model(F).get(BO).value.to_bytes() == new(seed=20).value.to_bytes()
 
 
 def test_kept_texts_are_encrypted_rotated_and_forgotten(
@@ -158,8 +161,8 @@ def test_bytes_moved_to_another_place_do_not_open(store: PrefixStore) -> None:
     engine.dispose()
     for key in (ANA, BO):
         with pytest.raises((StoreKeyError, PrefixFormatError), match="cannot be decrypted"):
-            store.get(key, F)
-    assert store.get(ANA, F, version=1).prefix.to_bytes() == new(seed=1).prefix.to_bytes()
+            store.for_model(F).get(key)
+    assert store.for_model(F).get(ANA, version=1).value.to_bytes() == new(seed=1).value.to_bytes()
 
 
 def test_an_export_is_readable_and_is_encrypted_again_on_the_way_in(
@@ -169,10 +172,12 @@ def test_an_export_is_readable_and_is_encrypted_again_on_the_way_in(
     store.export_to(tmp_path / "one.zip")
     store.forget(ANA)
     store.import_from(tmp_path / "one.zip")
-    assert store.get(ANA, F).prefix.to_bytes() == new(seed=1).prefix.to_bytes()
+    assert store.for_model(F).get(ANA).value.to_bytes() == new(seed=1).value.to_bytes()
     with PrefixStore(store.url, tenant="mine") as keyless:
         with pytest.raises(StoreKeyError):
-            keyless.get(ANA, F)
-    with PrefixStore(store.url, tenant="theirs", keys=keys) as theirs:  # has no key: plain
+            keyless.for_model(F).get(ANA)
+    with PrefixStore(
+        store.url, tenant="theirs", encryption_keys=keys
+    ) as theirs:  # has no key: plain
         theirs.import_from(tmp_path / "one.zip")
-        assert theirs.get(ANA, F).prefix.to_bytes() == new(seed=1).prefix.to_bytes()
+        assert theirs.for_model(F).get(ANA).value.to_bytes() == new(seed=1).value.to_bytes()

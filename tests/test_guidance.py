@@ -1,4 +1,4 @@
-"""Strengths below 0 lead away from a part, exactly as the formula says, in any batch."""
+"""Strengths below 0 steer away from a part by the documented formula, in any batch."""
 
 import math
 from typing import Any
@@ -15,8 +15,8 @@ from controlprefix import (
     Request,
     RequestError,
     TrainingDataError,
-    guidance,
 )
+from controlprefix.inference.guidance import combined_logits, guided_logits
 
 from models import build, byte_tokenizer
 
@@ -50,10 +50,13 @@ PARTS: list[dict[str, Any]] = [
 ]
 
 
-def rows_of(parts: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[dict[str, Any], float]]]:
-    """The base, and each part that is led away from beside it: written out by hand."""
+Rows = tuple[dict[str, Any], list[tuple[dict[str, Any], float]]]
+
+
+def rows_of(parts: dict[str, Any]) -> Rows:
+    """The base row, and each part applied in logit space with its weight, written out by hand."""
     mild = {"user": "ana", "strengths": {"user": 0.5}}
-    return {
+    rows: dict[int, Rows] = {
         0: (
             {"task": "note"},
             [
@@ -74,7 +77,8 @@ def rows_of(parts: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[dict[str,
             [({"task": "note", "user": "ana", "strengths": {"task": 0.5}}, -1.5)],
         ),
         4: ({}, [({"attributes": {"tone": "warm"}}, -1.0), ({"user": "ana"}, -0.5)]),
-    }[PARTS.index(parts)]
+    }
+    return rows[PARTS.index(parts)]
 
 
 def logits_after(cp: ControlPrefix, prompt: str, new: list[int], **parts: Any) -> torch.Tensor:
@@ -134,7 +138,7 @@ def test_scores_are_those_of_the_formula(steered: ControlPrefix, parts: dict[str
 
 @given(weight=st.floats(-2, 2), seed=st.integers(0, 3))
 @settings(max_examples=15, deadline=None)
-def test_a_row_that_leads_away_gives_what_it_gives_alone(weight: float, seed: int) -> None:
+def test_negative_strengths_in_a_batch_give_what_they_give_alone(weight: float, seed: int) -> None:
     cp = _cp()
     request = Request(
         prompt="Hello",
@@ -158,7 +162,7 @@ def _cp() -> ControlPrefix:
     return _made[0]
 
 
-def test_where_it_cannot_be_had_it_is_refused() -> None:
+def test_guidance_is_refused_where_it_is_not_supported() -> None:
     cp = _cp()
     away = {"user": "ana", "strengths": {"user": -1.0}}
     with (
@@ -170,7 +174,7 @@ def test_where_it_cannot_be_had_it_is_refused() -> None:
         Request(prompt="x", num_beams=2, **away)
     with pytest.raises(RequestError, match="num_beams above 1 cannot be combined with mixing"):
         Request(prompt="x", num_beams=2, attributes={"tone": "warm"}, mixing="logits")
-    with pytest.raises(RequestError, match="dials are measured with attention"):
+    with pytest.raises(RequestError, match="dials are calibrated for mixing='attention'"):
         Request(prompt="x", attributes={"tone": "warm"}, mixing="logits", calibrated=True)
     both = {"task": "note", "attributes": {"tone": "warm"}, "mixing": "logits"}
     with pytest.raises(TrainingDataError, match="row 1 has mixing='logits'"):
@@ -182,21 +186,21 @@ def test_where_it_cannot_be_had_it_is_refused() -> None:
 def test_tokens_that_the_base_finds_implausible_are_not_chosen() -> None:
     base = torch.tensor([[5.0, 4.0, 0.0, -math.inf]])  # 1/100 of the likeliest is at 0.39
     away = torch.tensor([[5.0, 4.0, -90.0, 0.0]])
-    found = guidance.steered(base, [away], [-3.0])
+    found = guided_logits(base, [away], [-3.0])
     assert found[0].isfinite().tolist() == [True, True, False, False]
-    assert guidance.combined(base, [away], [-3.0])[0, 2] == 270.0
+    assert combined_logits(base, [away], [-3.0])[0, 2] == 270.0
 
 
-def test_weights_of_0_are_absent_in_the_space_of_logits_too() -> None:
+def test_a_weight_of_0_is_absent_with_logit_mixing_too() -> None:
     cp = _cp()
     absent = {"attributes": {"tone": {"warm": 0.0}}, "mixing": "logits"}
     request = Request(prompt="Hello", raw=True, max_new_tokens=6, **absent)
     plain = Request(prompt="Hello", raw=True, max_new_tokens=6)
     assert cp.generate(request).text == cp.generate(plain).text
-    assert len(cp.resolve(request).guidance.rows) == 1
+    assert cp.resolve(request).num_rows == 1
 
 
-def test_defaults_of_the_space_count_where_rows_of_their_own_do() -> None:
+def test_beams_and_schedules_cannot_be_combined_with_logit_mixing() -> None:
     for what in ({"num_beams": 2}, {"user": "ana", "schedules": {"user": [(0, 1.0)]}}):
         with pytest.raises(RequestError, match="cannot be combined with mixing"):
             Request(prompt="x", mixing="logits", **what)

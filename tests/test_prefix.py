@@ -1,4 +1,4 @@
-"""Prefix: an immutable value, and bytes that are refused unless they are whole."""
+"""Prefix: an immutable value, and damaged bytes are refused."""
 
 import json
 
@@ -113,10 +113,10 @@ def test_a_header_that_claims_terabytes_is_refused_before_anything_is_allocated(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_slots_that_are_not_numbers_are_refused(bad: float) -> None:
+def test_nan_and_infinite_slots_are_refused(bad: float) -> None:
     prefix = Prefix.random(SMALL, num_slots=3, seed=1)
     prefix.slots["decoder"][1, 5] = bad
-    with pytest.raises(PrefixFormatError, match="NaN or infinite numbers in 1 of its 3"):
+    with pytest.raises(PrefixFormatError, match="NaN or infinite values in 1 of its 3"):
         prefix.to_bytes()
     with pytest.raises(PrefixFormatError, match="NaN or infinite"):
         Prefix.from_layers(SMALL, decoder=[prefix.layer("decoder", i) for i in range(2)])
@@ -193,8 +193,8 @@ def test_int8_halves_the_bytes_and_keeps_zero_and_dtype() -> None:
     assert halved.dtype == torch.float16
 
 
-def test_numbers_too_large_for_the_file_are_refused() -> None:
+def test_values_too_large_for_the_storage_dtype_are_refused() -> None:
     prefix = Prefix.random(Geometry.uniform(num_layers=1, num_kv_heads=1, head_dim=4), num_slots=1)
     prefix.slots["decoder"][0, 0] = 1e6
-    with pytest.raises(PrefixFormatError, match="infinite numbers .* as torch.float16"):
+    with pytest.raises(PrefixFormatError, match="infinite values .* as torch.float16"):
         prefix.to_bytes("float16")

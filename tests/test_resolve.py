@@ -1,22 +1,23 @@
-"""From names to prefixes: one question for all who ask, nothing outdated, bounded memory."""
+"""From names to prefixes: shared queries, never stale results, bounded memory."""
 
 import threading
-import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import pytest
 import sqlalchemy
 import torch
+from helpers import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlprefix import Geometry, Prefix, PrefixFormatError, UnknownNameError
+from controlprefix import Prefix, PrefixFormatError, UnknownNameError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.request import Request
 from controlprefix.store import NewVersion, PrefixCache, PrefixKey, PrefixStore, SingleFlight
 
-GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
+FROZEN = frozen("llama")
+GEOMETRY = FROZEN.geometry
 ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
 
 
@@ -49,16 +50,10 @@ def count_queries(store: PrefixStore) -> list[str]:
 
 
 def resolver(store: PrefixStore, cache_bytes: int = 1 << 20) -> Resolver:
-    return Resolver(
-        store,
-        GEOMETRY,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        cache_bytes=cache_bytes,
-    )
+    return Resolver(FROZEN, store, cache_bytes=cache_bytes)
 
 
-def test_a_mixed_batch_is_one_question_cold_and_warm(
+def test_a_mixed_batch_takes_one_query_cold_and_warm(
     store: PrefixStore, queries: list[str]
 ) -> None:
     names = [f"u{i}" for i in range(20)]
@@ -73,12 +68,13 @@ def test_a_mixed_batch_is_one_question_cold_and_warm(
     # SQLite says that nothing changed; PostgreSQL is asked.
     assert len(queries) == (1 if store.url.startswith("sqlite") else 2)
     for i, (before, now) in enumerate(zip(cold, warm, strict=True)):
-        assert [one.part.prefix for one in before] == [one.part.prefix for one in now]
-        assert torch.equal(now[1].part.prefix.slots["decoder"], prefix(i).slots["decoder"])
-    assert len({id(row[0].part.prefix) for row in warm}) == 1  # so that assembly shares it
+        assert [one.part.prefix for one in before.parts] == [one.part.prefix for one in now.parts]
+        assert torch.equal(now.parts[1].part.prefix.slots["decoder"], prefix(i).slots["decoder"])
+    # All rows have the very same task prefix, so that assembly keeps it once.
+    assert len({id(resolved.parts[0].part.prefix) for resolved in warm}) == 1
 
 
-def test_many_threads_that_ask_for_a_cold_user_make_a_question_or_two(
+def test_many_threads_that_need_a_user_not_in_memory_share_a_few_queries(
     store: PrefixStore, queries: list[str]
 ) -> None:
     found, answers = resolver(store), []
@@ -86,7 +82,7 @@ def test_many_threads_that_ask_for_a_cold_user_make_a_question_or_two(
 
     def ask() -> None:
         start.wait()
-        answers.append(found.fetch({ANA})[ANA].prefix)
+        answers.append(found.current({ANA})[ANA].value)
 
     threads = [threading.Thread(target=ask) for _ in range(200)]
     queries.clear()
@@ -96,73 +92,26 @@ def test_many_threads_that_ask_for_a_cold_user_make_a_question_or_two(
         thread.join()
     assert len({id(answer) for answer in answers}) == 1
     assert len(answers) == 200
-    assert len(queries) < 20  # far fewer than threads; those that came later ask again
+    assert len(queries) < 20  # far fewer than threads; those that came later query again
 
 
-def test_what_no_longer_fits_the_device_comes_from_the_host_not_the_database(
-    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device, dtype = torch.device("cpu"), torch.float32
-    found = Resolver(store, GEOMETRY, device=device, dtype=dtype, cache_bytes=1, host_bytes=1 << 20)
-    for name in (ANA, BO):
-        found.fetch({name})
-    assert found._cache.size_bytes == 0
-    sent = []
-    fetch = store.fetch
-
-    def watched(*args: Any, **options: Any) -> Any:
-        answers = fetch(*args, **options)
-        sent.extend(key for key, one in answers.items() if one.prefix is not None)
-        return answers
-
-    monkeypatch.setattr(store, "fetch", watched)
-    again = found.fetch({ANA, BO})
-    assert sent == []
-    assert torch.equal(again[BO].prefix.slots["decoder"], prefix(2).slots["decoder"])
-    store.put([NewVersion(ANA, prefix(7))])
-    assert torch.equal(found.fetch({ANA})[ANA].prefix.slots["decoder"], prefix(7).slots["decoder"])
-    assert sent == [ANA]
-    found.forget(ANA)
-    assert found._host.size_bytes == prefix(2).size_bytes
-
-
-def test_what_another_handle_changes_is_seen_at_once(store: PrefixStore, url: str) -> None:
+def test_changes_of_another_store_handle_are_seen_at_once(store: PrefixStore, url: str) -> None:
     found = resolver(store)
     ask = [Request(prompt="-", user="ana")]
     with PrefixStore(url) as other:
         for seed in (5, 6):
             other.put([NewVersion(ANA, prefix(seed))])
-            (row,) = found.resolve(ask)
-            assert torch.equal(row[0].part.prefix.slots["decoder"], prefix(seed).slots["decoder"])
-            assert row[0].used.version == seed - 3
-        other.rollback(ANA, GEOMETRY.fingerprint, to=1)
-        assert found.resolve(ask)[0][0].used.version == 1
+            (resolved,) = found.resolve(ask)
+            assert torch.equal(
+                resolved.parts[0].part.prefix.slots["decoder"], prefix(seed).slots["decoder"]
+            )
+            assert resolved.parts[0].used.version == seed - 3
+        other.for_model(GEOMETRY.fingerprint).rollback(ANA, to=1)
+        assert found.resolve(ask)[0].parts[0].used.version == 1
         other.forget(ANA)
     with pytest.raises(UnknownNameError, match="no user 'ana'"):
         found.resolve(ask)
     assert found._cache.size_bytes == 0  # nor is it kept in memory
-
-
-def test_a_store_that_need_not_be_exact_hears_of_changes_in_a_moment(url: str) -> None:
-    """Without asking: PostgreSQL tells it, SQLite's file does."""
-    with PrefixStore(url, exact=False) as store, PrefixStore(url) as other:
-        other.put([NewVersion(ANA, prefix(1))])
-        found = resolver(store)
-        deadline = time.monotonic() + 20
-        while store.change_token() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for seed in range(2, 6):
-            found.fetch({ANA})
-            sent = count_queries(store)
-            for _ in range(20):
-                assert found.fetch({ANA})[ANA].version == seed - 1
-            assert len(sent) == 0
-            other.put([NewVersion(ANA, prefix(seed))])
-            while found.fetch({ANA})[ANA].version != seed:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-        store.put([NewVersion(ANA, prefix(9))])  # its own changes are seen at once
-        assert found.fetch({ANA})[ANA].version == 6
 
 
 def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url: str) -> None:
@@ -181,7 +130,7 @@ def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url:
     def ask(name: str) -> None:
         start.wait()
         try:
-            outcomes[name].append(found.fetch({PrefixKey("user", name)})[PrefixKey("user", name)])
+            outcomes[name].append(found.current({PrefixKey("user", name)})[PrefixKey("user", name)])
         except PrefixFormatError as error:
             outcomes[name].append(error)
 
@@ -195,20 +144,20 @@ def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url:
     assert [len(of) for of in outcomes.values()] == [20, 20]
 
 
-def test_a_question_that_has_begun_is_not_joined() -> None:
-    """Its answer may be older than what the one who comes later must see."""
-    together: SingleFlight[int] = SingleFlight()
+def test_a_query_that_is_already_running_is_not_joined() -> None:
+    """Its snapshot may predate the later caller."""
+    single_flight: SingleFlight[int] = SingleFlight()
     begun, go_on = threading.Event(), threading.Event()
     value, answers = [1], []
 
-    def question(keys: Collection[PrefixKey]) -> Mapping[PrefixKey, int]:
+    def query(keys: Collection[PrefixKey]) -> Mapping[PrefixKey, int]:
         seen = value[0]
         begun.set()
         go_on.wait(10)
         return dict.fromkeys(keys, seen)
 
     def ask() -> None:
-        answers.append(together.ask([ANA], question)[ANA])
+        answers.append(single_flight.fetch([ANA], query)[ANA])
 
     first = threading.Thread(target=ask)
     first.start()
@@ -224,7 +173,7 @@ def test_a_question_that_has_begun_is_not_joined() -> None:
 
 
 _MOVES = st.lists(
-    st.tuples(st.sampled_from(["put", "held", "forget"]), st.integers(0, 5), st.integers(1, 4)),
+    st.tuples(st.sampled_from(["put", "get", "forget"]), st.integers(0, 5), st.integers(1, 4)),
     max_size=40,
 )
 
@@ -241,18 +190,19 @@ def test_the_cache_stays_within_its_bytes_and_drops_the_least_recently_used(
         key = PrefixKey("user", f"u{who}")
         if move == "put":
             cache.put(key, f"{who}/{slots}", prefix(who, slots))
-            if kept.get(key) != (f"{who}/{slots}", slots):
-                kept.pop(key, None)
-                kept[key] = (f"{who}/{slots}", slots)
+            kept.pop(key, None)
+            kept[key] = (f"{who}/{slots}", slots)
             while sum(size for _, size in kept.values()) > 8:
                 del kept[next(iter(kept))]
-        elif move == "held":
+        elif move == "get":
             if key in kept:
                 kept[key] = kept.pop(key)
-            assert set(cache.held([key])) == ({kept[key][0]} if key in kept else set())
+            expected = {key: kept[key][0]} if key in kept else {}
+            assert {k: entry.content_hash for k, entry in cache.get([key]).items()} == expected
         else:
             cache.forget(key)
             kept.pop(key, None)
         assert cache.size_bytes == one * sum(size for _, size in kept.values()) <= 8 * one
     everyone = [PrefixKey("user", f"u{i}") for i in range(6)]
-    assert set(cache.held(everyone)) == {content for content, _ in kept.values()}
+    hashes = {key: entry.content_hash for key, entry in cache.get(everyone).items()}
+    assert hashes == {key: content for key, (content, _) in kept.items()}

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from controlprefix import Geometry, Prefix, StoreError
 from controlprefix.cli import app
+from controlprefix.prefixes import content_hash
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, revisions
-from controlprefix.store.store import _content_hash
 from controlprefix.store.tables import Base
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
@@ -47,7 +47,7 @@ def at_revision(url: str, revision: str) -> None:
                 {
                     "version": version,
                     "payload": prefix,
-                    "hash": _content_hash(prefix),
+                    "hash": content_hash(prefix),
                     "size": len(prefix),
                     "at": datetime(2026, 1, 2, tzinfo=UTC),
                     "details": json.dumps({"seed": version}),
@@ -67,11 +67,11 @@ def test_a_store_of_an_earlier_revision_is_upgraded_on_request(url: str, revisio
     assert done.exit_code == 0, done.output
     assert f"from schema {revision} to {revisions.HEAD}" in done.output
     with PrefixStore(url, tenant="mine") as store:
-        found = store.get(ANA, "f" * 64)
-        assert found.ref.version == 1
+        found = store.for_model("f" * 64).get(ANA)
+        assert found.version == 1
         expected = Prefix.random(GEOMETRY, num_slots=3, seed=1)
-        assert found.prefix.to_bytes() == expected.to_bytes()
-        assert [v.details["seed"] for v in store.versions(ANA, "f" * 64)] == [1, 2]
+        assert found.value.to_bytes() == expected.to_bytes()
+        assert [v.details["seed"] for v in store.for_model("f" * 64).versions(ANA)] == [1, 2]
         assert store.put([NewVersion(ANA, expected)]) == [3]
         assert store.put([NewVersion(PrefixKey("user", "bo"), expected)]) == [1]
     with PrefixStore(url, tenant="theirs") as store:

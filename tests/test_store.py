@@ -15,17 +15,18 @@ from typing import Any
 import pytest
 import sqlalchemy
 import torch
-from test_codes import coded, decoder
+from helpers import coded, decoder, raw
 
 from controlprefix import (
     Geometry,
     Prefix,
     PrefixFormatError,
+    RequestError,
     StoreError,
     UnknownNameError,
     VersionConflictError,
 )
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore, StoreStats, prefix_store
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile, StoreStats, versions
 from controlprefix.store.tables import Base
 
 from databases import own_server, restart
@@ -45,61 +46,45 @@ def store(url: str) -> Iterator[PrefixStore]:
         yield opened
 
 
-def raw(url: str, statement: str, tenant: str = "default", **values: object) -> list[Any]:
-    """Run SQL past the library, as its role and a tenant of its own."""
-    engine = sqlalchemy.create_engine(url)
-    with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":
-            say = sqlalchemy.text("SELECT set_config(:setting, :value, true)")
-            connection.execute(say, {"setting": "controlprefix.tenant_name", "value": tenant})
-            query = sqlalchemy.text("SELECT id FROM controlprefix_tenants")
-            number = connection.scalar(query) if tenant else None
-            connection.execute(say, {"setting": "controlprefix.tenant", "value": f"{number or ''}"})
-        result = connection.execute(sqlalchemy.text(statement), values)
-        rows = list(result) if result.returns_rows else []
-    engine.dispose()
-    return rows
-
-
 def test_put_then_get_returns_equal_tensors_after_reopening(url: str) -> None:
     with PrefixStore(url) as first:
         assert first.put([new(seed=1)]) == [1]
         assert first.put([new(seed=2)]) == [2]
     with PrefixStore(url) as again:
-        current, earlier = again.get(ANA, F), again.get(ANA, F, version=1)
-    assert (current.ref.version, earlier.ref.version) == (2, 1)
+        current, earlier = again.for_model(F).get(ANA), again.for_model(F).get(ANA, version=1)
+    assert (current.version, earlier.version) == (2, 1)
     for found, seed in ((current, 2), (earlier, 1)):
-        assert torch.equal(found.prefix.slots["decoder"], new(seed=seed).prefix.slots["decoder"])
-        assert found.prefix.geometry == GEOMETRY
+        assert torch.equal(found.value.slots["decoder"], new(seed=seed).value.slots["decoder"])
+        assert found.value.geometry == GEOMETRY
 
 
 def test_versions_say_what_is_current_and_rollback_moves_it(store: PrefixStore) -> None:
     for seed in (1, 2, 3):
         store.put([new(seed=seed)])
-    store.rollback(ANA, F, to=1)
-    found = store.versions(ANA, F)
+    store.for_model(F).rollback(ANA, to=1)
+    found = store.for_model(F).versions(ANA)
     assert [(v.version, v.current, v.details["seed"]) for v in found] == [
         (1, True, 1),
         (2, False, 2),
         (3, False, 3),
     ]
-    assert store.get(ANA, F).ref.version == 1
+    assert store.for_model(F).get(ANA).version == 1
     assert store.put([new(seed=4)]) == [4]  # numbers are never used twice
-    assert store.get(ANA, F).ref.version == 4
+    assert store.for_model(F).get(ANA).version == 4
     with pytest.raises(UnknownNameError, match="user 'ana' has no version 9; it has: 1, 2, 3, 4"):
-        store.rollback(ANA, F, to=9)
+        store.for_model(F).rollback(ANA, to=9)
 
 
 def test_forget_removes_every_version_for_every_model(store: PrefixStore) -> None:
     other = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="0" * 64)
     store.put([new(seed=1)])
     store.put([new(geometry=other)])
-    store.alias(ANA, F, "canary", to=1)
+    store.for_model(F).alias(ANA, "canary", to=1)
     store.put([new(PrefixKey("user", "bo"))])
     assert store.forget(ANA) == 2
-    assert store.names("user", F) == ["bo"]
+    assert store.for_model(F).names("user") == ["bo"]
     with pytest.raises(UnknownNameError, match="no user 'ana' in the store; known: bo"):
-        store.get(ANA, F)
+        store.for_model(F).get(ANA)
     with pytest.raises(UnknownNameError, match="known: bo"):
         store.forget(ANA)
     for table in ("prefixes", "versions", "payloads", "aliases"):
@@ -113,7 +98,7 @@ def test_forget_removes_every_version_for_every_model(store: PrefixStore) -> Non
 def test_what_is_forgotten_is_overwritten_in_a_file(tmp_path: Path) -> None:
     secret = b"ana-was-here-" * 3
     with PrefixStore(f"sqlite:///{tmp_path}/prefixes.db") as store:
-        store.put([NewVersion(ANA, new().prefix, {"note": secret.decode()})])
+        store.put([NewVersion(ANA, new().value, {"note": secret.decode()})])
         assert secret in (tmp_path / "prefixes.db").read_bytes()
         store.forget(ANA)
     assert secret not in (tmp_path / "prefixes.db").read_bytes()
@@ -122,24 +107,24 @@ def test_what_is_forgotten_is_overwritten_in_a_file(tmp_path: Path) -> None:
 def test_a_tenant_cannot_name_see_or_remove_anothers_rows(url: str) -> None:
     mine, theirs = PrefixStore(url, tenant="mine"), PrefixStore(url, tenant="theirs")
     mine.put([new(seed=1)])
-    assert theirs.names("user", F) == []
+    assert theirs.for_model(F).names("user") == []
     assert theirs.prefixes() == []
-    assert theirs.fetch([ANA], F) == {}
+    assert theirs.for_model(F).fetch([ANA]) == {}
     assert theirs.stats() == StoreStats({}, 0, 0)
     assert theirs.prune(keep=1) == 0
     assert list(theirs.verify()) == []
     for attempt in (
-        lambda: theirs.get(ANA, F),
-        lambda: theirs.versions(ANA, F),
-        lambda: theirs.rollback(ANA, F, to=1),
-        lambda: theirs.alias(ANA, F, "canary", to=1),
+        lambda: theirs.for_model(F).get(ANA),
+        lambda: theirs.for_model(F).versions(ANA),
+        lambda: theirs.for_model(F).rollback(ANA, to=1),
+        lambda: theirs.for_model(F).alias(ANA, "canary", to=1),
         lambda: theirs.forget(ANA),
     ):
         with pytest.raises(UnknownNameError, match="no user 'ana' in the store; known: none"):
             attempt()
     assert theirs.put([new(seed=2)]) == [1]
     theirs.forget(ANA)
-    assert mine.get(ANA, F).ref.version == 1
+    assert mine.for_model(F).get(ANA).version == 1
     assert mine.audit() == []
     mine.close()
     theirs.close()
@@ -152,11 +137,11 @@ def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> No
     with PrefixStore(url, tenant="mine") as mine, PrefixStore(url, tenant="theirs") as theirs:
         for store in (mine, theirs):
             store.put([new(seed=1)])
-            store.alias(ANA, F, "canary", to=1)
+            store.for_model(F).alias(ANA, "canary", to=1)
             store.put([new(PrefixKey("user", "bo"))])
             store.forget(PrefixKey("user", "bo"))
             store.keep_samples("ana", ["a text"])
-            store.keep_profile("ana", "e", [1.0], num_texts=1)
+            store.keep_profile("ana", Profile("e", [1.0], num_texts=1))
             store.create_api_key("main")
             by = decoder()
             store.put([NewVersion(PrefixKey("decoder", "users"), by, sources=["ana"])])
@@ -179,7 +164,7 @@ def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> No
 
 def test_publishing_several_is_all_or_nothing(store: PrefixStore) -> None:
     broken = new(PrefixKey("user", "bo"))
-    broken.prefix.slots["decoder"][0, 0] = float("nan")
+    broken.value.slots["decoder"][0, 0] = float("nan")
     with pytest.raises(PrefixFormatError):
         store.put([new(), broken])
     with pytest.raises(UnknownNameError, match="is not 1 to 255 printable"):
@@ -197,13 +182,13 @@ def test_names_that_could_confuse_are_refused(store: PrefixStore) -> None:
         store.put([new(PrefixKey("tone", "warm"))])  # type: ignore[arg-type]
     quote = PrefixKey("user", "o'brien; drop table prefixes --")
     store.put([new(quote)])
-    assert store.get(quote, F).ref.version == 1
+    assert store.for_model(F).get(quote).version == 1
 
 
 def test_another_models_prefix_is_refused_by_name(store: PrefixStore) -> None:
     store.put([new()])
     with pytest.raises(UnknownNameError, match="user 'ana' has no prefix for this model, only"):
-        store.get(ANA, "0" * 64)
+        store.for_model("0" * 64).get(ANA)
 
 
 def test_damaged_bytes_are_named_and_the_newest_whole_version_is_offered(
@@ -214,14 +199,14 @@ def test_damaged_bytes_are_named_and_the_newest_whole_version_is_offered(
     raw(store.url, "UPDATE controlprefix_payloads SET payload = :p WHERE version > 1", p=b"\0" * 9)
     expected = "user 'ana' version 3 is damaged .* wrong hash; roll back to version 1"
     with pytest.raises(PrefixFormatError, match=expected):
-        store.get(ANA, F)
+        store.for_model(F).get(ANA)
     with pytest.raises(PrefixFormatError, match=expected):
-        store.fetch([ANA], F)
+        store.for_model(F).fetch([ANA])
     assert list(store.verify()) == [(ANA, 1, True), (ANA, 2, False), (ANA, 3, False)]
-    store.rollback(ANA, F, to=1)
-    assert store.get(ANA, F).ref.version == 1
+    store.for_model(F).rollback(ANA, to=1)
+    assert store.for_model(F).get(ANA).version == 1
     raw(store.url, "DELETE FROM controlprefix_payloads")
-    for read in (lambda: store.get(ANA, F), lambda: store.fetch([ANA], F)):
+    for read in (lambda: store.for_model(F).get(ANA), lambda: store.for_model(F).fetch([ANA])):
         with pytest.raises(PrefixFormatError, match="its bytes are gone; train it again"):
             read()
 
@@ -229,72 +214,72 @@ def test_damaged_bytes_are_named_and_the_newest_whole_version_is_offered(
 def test_fetch_sends_what_the_caller_does_not_have(store: PrefixStore) -> None:
     keys = [PrefixKey("user", n) for n in ("ana", "bo")] + [PrefixKey("task", "note")]
     store.put([new(key, seed=i) for i, key in enumerate(keys)])
-    first = store.fetch([*keys, PrefixKey("user", "nobody")], F)
+    first = store.for_model(F).fetch([*keys, PrefixKey("user", "nobody")])
     assert first.keys() == set(keys)
-    have = [first[keys[0]].ref.content_hash]
-    again = store.fetch(keys, F, have=have)
-    assert [again[key].prefix is None for key in keys] == [True, False, False]
-    assert [again[key].ref for key in keys] == [first[key].ref for key in keys]
+    known_hashes = [first[keys[0]].content_hash]
+    again = store.for_model(F).fetch(keys, known_hashes=known_hashes)
+    assert [again[key].value is None for key in keys] == [True, False, False]
+    assert [again[key][:2] for key in keys] == [first[key][:2] for key in keys]
 
 
 def test_a_version_to_be_replaced_must_still_be_current(store: PrefixStore) -> None:
     def put(replaces: int) -> list[int]:
-        return store.put([NewVersion(ANA, new().prefix, replaces=replaces), new(BO)])
+        return store.put([NewVersion(ANA, new().value, replaces=replaces), new(BO)])
 
     assert put(0) == [1, 1]
     assert put(1) == [2, 2]
     for stale in (0, 1):
         with pytest.raises(VersionConflictError, match="'ana' is at version 2, not at"):
             put(stale)
-    assert [len(store.versions(key, F)) for key in (ANA, BO)] == [2, 2]  # all or nothing
-    assert [v.parent_version for v in store.versions(ANA, F)] == [None, 1]
+    assert [len(store.for_model(F).versions(key)) for key in (ANA, BO)] == [2, 2]  # all or nothing
+    assert [v.parent_version for v in store.for_model(F).versions(ANA)] == [None, 1]
 
 
 def test_aliases_name_versions_and_follow_moves(store: PrefixStore) -> None:
     for seed in (1, 2, 3):
         store.put([new(seed=seed)])
-    store.alias(ANA, F, "production", to=1)
-    store.alias(ANA, F, "canary", to=3)
-    store.alias(ANA, F, "stable", to="production")
-    assert store.get(ANA, F, version="stable").ref.version == 1
-    assert [v.aliases for v in store.versions(ANA, F)] == [
+    store.for_model(F).alias(ANA, "production", to=1)
+    store.for_model(F).alias(ANA, "canary", to=3)
+    store.for_model(F).alias(ANA, "stable", to="production")
+    assert store.for_model(F).get(ANA, version="stable").version == 1
+    assert [v.aliases for v in store.for_model(F).versions(ANA)] == [
         ("production", "stable"),
         (),
         ("canary",),
     ]
-    store.rollback(ANA, F, to="stable")
-    assert store.get(ANA, F).ref.version == 1
-    store.alias(ANA, F, "stable", to=None)
+    store.for_model(F).rollback(ANA, to="stable")
+    assert store.for_model(F).get(ANA).version == 1
+    store.for_model(F).alias(ANA, "stable", to=None)
     with pytest.raises(UnknownNameError, match="no version stable; it has: 1, 2, 3, canary, prod"):
-        store.get(ANA, F, version="stable")
+        store.for_model(F).get(ANA, version="stable")
     with pytest.raises(UnknownNameError, match="no version 9; it has"):
-        store.alias(ANA, F, "canary", to=9)
+        store.for_model(F).alias(ANA, "canary", to=9)
     with pytest.raises(UnknownNameError, match="alias '7' is a number"):
-        store.alias(ANA, F, "7", to=1)
+        store.for_model(F).alias(ANA, "7", to=1)
 
 
 def test_prune_keeps_the_newest_the_current_and_the_aliased(store: PrefixStore) -> None:
     for seed in range(1, 7):
         store.put([new(seed=seed)])
     store.put([new(BO)])
-    store.alias(ANA, F, "production", to=2)
-    store.rollback(ANA, F, to=3)
+    store.for_model(F).alias(ANA, "production", to=2)
+    store.for_model(F).rollback(ANA, to=3)
     assert store.prune(keep=2) == 2
-    assert [v.version for v in store.versions(ANA, F)] == [2, 3, 5, 6]
+    assert [v.version for v in store.for_model(F).versions(ANA)] == [2, 3, 5, 6]
     assert store.put([new(seed=7)]) == [7]
     assert store.stats().num_versions == 6
     assert store.stats().num_prefixes == {"user": 2}
-    assert store.stats().size_bytes == 6 * len(new().prefix.to_bytes())
-    with pytest.raises(ValueError, match="keep is 0"):
+    assert store.stats().size_bytes == 6 * len(new().value.to_bytes())
+    with pytest.raises(RequestError, match="keep is 0"):
         store.prune(keep=0)
 
 
 def test_export_and_import_round_trip_bit_for_bit(url: str, tmp_path: Path) -> None:
     with PrefixStore(url, tenant="mine") as mine:
         for seed in (1, 2, 3):
-            mine.put([new(seed=seed), NewVersion(BO, new(seed=seed).prefix, dtype="int8")])
-        mine.alias(ANA, F, "canary", to=2)
-        mine.rollback(BO, F, to=1)
+            mine.put([new(seed=seed), NewVersion(BO, new(seed=seed).value, dtype="int8")])
+        mine.for_model(F).alias(ANA, "canary", to=2)
+        mine.for_model(F).rollback(BO, to=1)
         mine.put([new(PrefixKey("task", "note"))])
         assert mine.export_to(tmp_path / "one.zip") == 7
         with pytest.raises(StoreError, match="task 'note' exists already|user .* exists already"):
@@ -303,8 +288,8 @@ def test_export_and_import_round_trip_bit_for_bit(url: str, tmp_path: Path) -> N
     with PrefixStore(url, tenant="theirs") as theirs:
         assert theirs.import_from(tmp_path / "one.zip") == 7
         theirs.export_to(tmp_path / "two.zip")
-        assert theirs.versions(ANA, F)[1].aliases == ("canary",)
-        assert theirs.get(BO, F).ref.version == 1
+        assert theirs.for_model(F).versions(ANA)[1].aliases == ("canary",)
+        assert theirs.for_model(F).get(BO).version == 1
         assert theirs.put([new()]) == [4]
     with PrefixStore(f"sqlite:///{tmp_path}/other.db") as other:
         other.import_from(tmp_path / "one.zip")
@@ -328,9 +313,9 @@ def test_a_damaged_export_imports_nothing(store: PrefixStore, tmp_path: Path) ->
                 assert fresh.prefixes() == []
             else:  # bytes that mean nothing, such as a time in the zip's own directory
                 for key in (ANA, BO):
-                    assert fresh.get(key, F).ref == store.get(key, F).ref
+                    assert fresh.for_model(F).get(key)[:2] == store.for_model(F).get(key)[:2]
     (tmp_path / "bad.zip").write_bytes(b"no zip")
-    with pytest.raises(PrefixFormatError, match="no export of controlprefix"):
+    with pytest.raises(PrefixFormatError, match="not an export of controlprefix"):
         store.import_from(tmp_path / "bad.zip")
     with pytest.raises(StoreError, match="No such file"):
         store.import_from(tmp_path / "missing.zip")
@@ -358,7 +343,7 @@ def test_a_store_that_cannot_be_written_keeps_what_it_has(tmp_path: Path) -> Non
     read_only = PrefixStore(f"sqlite:///file:{tmp_path}/prefixes.db?mode=ro&uri=true")
     with pytest.raises(StoreError, match="cannot write the store .* readonly"):
         read_only.put([new(seed=2)])
-    assert read_only.get(ANA, F).ref.version == 1
+    assert read_only.for_model(F).get(ANA).version == 1
 
 
 def test_concurrent_writers_lose_no_version(url: str) -> None:
@@ -367,7 +352,7 @@ def test_concurrent_writers_lose_no_version(url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         numbers = list(pool.map(lambda i: stores[i % 4].put([new(seed=i)])[0], range(24)))
     assert sorted(numbers) == list(range(1, 25))
-    details = [v.details["seed"] for v in stores[0].versions(ANA, F)]
+    details = [v.details["seed"] for v in stores[0].for_model(F).versions(ANA)]
     assert sorted(details) == list(range(24))
     for store in stores:
         store.close()
@@ -386,12 +371,12 @@ def test_many_readers_and_writers_at_once_see_whole_versions_that_only_grow(url:
         def read(_: int) -> None:
             last = dict.fromkeys(users, 0)
             for _ in range(2):
-                for user, one in store.fetch(users, F).items():
-                    assert one.prefix is not None
-                    assert one.ref.version >= last[user]
-                    last[user] = one.ref.version
-                    seed = store.get(user, F, version=one.ref.version)
-                    assert torch.equal(seed.prefix.slots["decoder"], one.prefix.slots["decoder"])
+                for user, one in store.for_model(F).fetch(users).items():
+                    assert one.value is not None
+                    assert one.version >= last[user]
+                    last[user] = one.version
+                    seed = store.for_model(F).get(user, version=one.version)
+                    assert torch.equal(seed.value.slots["decoder"], one.value.slots["decoder"])
 
         with ThreadPoolExecutor(100) as pool:
             work = [pool.submit(write, i) for i in range(12)]
@@ -399,22 +384,22 @@ def test_many_readers_and_writers_at_once_see_whole_versions_that_only_grow(url:
             for one in work:
                 one.result()
         for user in users:
-            versions = store.versions(user, F)
-            assert [v.version for v in versions] == list(range(1, 38))
-            for v in versions:
-                held = store.get(user, F, version=v.version).prefix
-                wanted = new(user, seed=v.details["seed"]).prefix
+            found = store.for_model(F).versions(user)
+            assert [v.version for v in found] == list(range(1, 38))
+            for v in found:
+                held = store.for_model(F).get(user, version=v.version).value
+                wanted = new(user, seed=v.details["seed"]).value
                 assert torch.equal(held.slots["decoder"], wanted.slots["decoder"])
 
 
 def test_an_unknown_name_among_very_many_is_told_without_reading_them_all(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix_store, "_MAX_LOOKED_THROUGH", 30)
+    monkeypatch.setattr(versions, "_MAX_NAMES_SEARCHED", 30)
     with PrefixStore(url) as store:
         store.put([new(PrefixKey("user", f"u{i:02}")) for i in range(50)])
         with pytest.raises(UnknownNameError, match=r"no user 'u0'.*u\d+, … \(more than 30\)"):
-            store.get(PrefixKey("user", "u0"), F)
+            store.for_model(F).get(PrefixKey("user", "u0"))
 
 
 def test_writers_of_the_same_names_in_other_orders_do_not_block_each_other(url: str) -> None:
@@ -426,7 +411,7 @@ def test_writers_of_the_same_names_in_other_orders_do_not_block_each_other(url: 
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write, range(2)))
-    assert [len(stores[0].versions(key, F)) for key in (ANA, BO)] == [20, 20]
+    assert [len(stores[0].for_model(F).versions(key)) for key in (ANA, BO)] == [20, 20]
     for store in stores:
         store.close()
 
@@ -473,12 +458,14 @@ def test_a_writer_killed_at_any_moment_leaves_whole_versions(url: str) -> None:
     a, b = PrefixKey("user", "a"), PrefixKey("user", "b")
     with PrefixStore(url) as store:
         assert all(whole for *_, whole in store.verify())
-        numbers = [[v.version for v in store.versions(key, F)] for key in (a, b)]
+        numbers = [[v.version for v in store.for_model(F).versions(key)] for key in (a, b)]
         assert numbers[0] == numbers[1] == list(range(1, len(numbers[0]) + 1))
         assert len(numbers[0]) > KILLS / 2  # they did get to write
-        hashes = [[v.content_hash for v in store.versions(key, F)] for key in (a, b)]
+        hashes = [[v.content_hash for v in store.for_model(F).versions(key)] for key in (a, b)]
         assert hashes[0] == hashes[1]
-        assert [store.fetch([a, b], F)[key].ref.version for key in (a, b)] == [len(numbers[0])] * 2
+        assert [store.for_model(F).fetch([a, b])[key].version for key in (a, b)] == [
+            len(numbers[0])
+        ] * 2
 
 
 def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
@@ -493,10 +480,10 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
 
         large = Prefix.random(GEOMETRY, num_slots=2000, seed=2)
         with pytest.raises(StoreError, match="full; nothing was changed"):
-            store.put([NewVersion(BO, new().prefix), NewVersion(ANA, large)])
+            store.put([NewVersion(BO, new().value), NewVersion(ANA, large)])
         sqlalchemy.event.remove(engine, "begin", limited)
-        assert store.names("user", F) == ["ana"]
-        assert store.get(ANA, F).ref.version == 1
+        assert store.for_model(F).names("user") == ["ana"]
+        assert store.for_model(F).get(ANA).version == 1
 
 
 def test_a_server_that_restarts_under_load_is_waited_for(tmp_path: Path) -> None:
@@ -507,7 +494,7 @@ def test_a_server_that_restarts_under_load_is_waited_for(tmp_path: Path) -> None
         def work() -> None:
             while not stop.is_set():
                 try:
-                    assert store.get(ANA, F).ref.version >= 1
+                    assert store.for_model(F).get(ANA).version >= 1
                     reads[0] += 1
                 except Exception as error:
                     errors.append(error)

