@@ -87,9 +87,21 @@ def test_distill_sweep_shorten_and_a_run_that_goes_on(model_folder: Path, tmp_pa
     data.write_text("\n".join(json.dumps(row) for row in rows))
     prompts.write_text("\n".join(f"Hi {i}" for i in range(8)))
     model = ("--model", str(model_folder))
-    common = ("--task", "note", "--learn", "task", "--steps", "30", "--learning-rate", "0.02", *model)
+    common = (
+        "--task",
+        "note",
+        "--learn",
+        "task",
+        "--steps",
+        "30",
+        "--learning-rate",
+        "0.02",
+        *model,
+    )
 
-    swept = run(tmp_path, "sweep", str(data), "--num-slots", "1,2", *common, "--folder", str(tmp_path))
+    swept = run(
+        tmp_path, "sweep", str(data), "--num-slots", "1,2", *common, "--folder", str(tmp_path)
+    )
     assert "fewest slots within 0.01 of the lowest:" in swept
     assert json.loads((tmp_path / "sweep.json").read_text())["points"][1]["num_slots"] == 2
     assert run(tmp_path, "prefixes", "list").strip() == "nothing is stored yet"
@@ -244,7 +256,9 @@ def test_users_are_learned_enrolled_and_audited(
     (tmp_path / "texts.txt").write_text("hello you\nhello me\n")
     (tmp_path / "others.txt").write_text("hello them\n")
     texts = str(tmp_path / "texts.txt")
-    learned = run(tmp_path, "users", "decoder", str(data), "--num-slots", "2", "--width", "4", *model)
+    learned = run(
+        tmp_path, "users", "decoder", str(data), "--num-slots", "2", "--width", "4", *model
+    )
     assert "stored decoder 'users' version 1, from 12 users" in learned
     trained = run(tmp_path, "users", "train", str(data), "--decoder", "users", *model)
     assert "stored 12 of 12 users" in trained

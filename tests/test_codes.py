@@ -5,13 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import coded, decoder
 from sqlalchemy.engine import make_url
 
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, UnknownNameError
 from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile, profiles, tenant_of
 from controlprefix.training.initialization import scale_of
+
+from helpers import coded, decoder
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 F = GEOMETRY.fingerprint

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from controlprefix import ControlPrefix
 from controlprefix.interop import read_examples
 

@@ -26,10 +26,15 @@ from controlprefix import (
     VersionConflictError,
     embeddings,
 )
-from controlprefix.evaluation import AttributeClassifier, calibrate, evaluate, pseudo_label, responses
+from controlprefix.evaluation import (
+    AttributeClassifier,
+    calibrate,
+    evaluate,
+    pseudo_label,
+)
 from controlprefix.evaluation.calibration import GRID, even_dial
 from controlprefix.evaluation.harness import _users, _Writer, fluencies
-from controlprefix.evaluation.metrics import distinct, estimate, self_bleu, share, spearman
+from controlprefix.evaluation.metrics import self_bleu, spearman
 
 from models import build, byte_tokenizer
 
@@ -175,7 +180,9 @@ def test_an_evaluation_goes_on_where_it_was_broken_off(
     assert sum(asked) == before  # another version, but the same prefix
 
 
-def test_texts_of_another_store_are_not_taken_for_ones_own(judge: AttributeClassifier, tmp_path: Path) -> None:
+def test_texts_of_another_store_are_not_taken_for_ones_own(
+    judge: AttributeClassifier, tmp_path: Path
+) -> None:
     how: dict[str, Any] = {
         "strengths": (0, 1), "curve_rows": 2, "max_new_tokens": 4, "progress": False,
     }  # fmt: skip
@@ -240,14 +247,18 @@ def test_a_user_is_nearer_to_their_other_texts_only_if_the_prefix_does_it() -> N
     }  # one row tells nothing
 
 
-def test_rows_that_cannot_be_judged_are_refused(cp: ControlPrefix, judge: AttributeClassifier) -> None:
+def test_rows_that_cannot_be_judged_are_refused(
+    cp: ControlPrefix, judge: AttributeClassifier
+) -> None:
     with pytest.raises(TrainingDataError, match="no row has a label of 'pitch'"):
         evaluate(cp, [Example(prompt="x", completion="y")], [judge])
     with pytest.raises(TrainingDataError, match="must hold 0 and 1"):
         evaluate(cp, examples(), [judge], strengths=(0.5, 1))
 
 
-def test_a_dial_moves_what_is_measured_more_evenly(cp: ControlPrefix, judge: AttributeClassifier) -> None:
+def test_a_dial_moves_what_is_measured_more_evenly(
+    cp: ControlPrefix, judge: AttributeClassifier
+) -> None:
     request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
     prompts = [f"p{i}" for i in range(96)]
     grid = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -259,7 +270,10 @@ def test_a_dial_moves_what_is_measured_more_evenly(cp: ControlPrefix, judge: Att
     even = (0.0, 0.25, 0.5, 0.75, 1.0)
     how |= {"strengths": even, "seed": 1000}
     curves = [
-        [r.probability.mean for r in strength_curve(cp, request, "pitch", "high", judge, **how, **one)]
+        [
+            r.probability.mean
+            for r in strength_curve(cp, request, "pitch", "high", judge, **how, **one)
+        ]
         for one in ({"calibrated": True}, {"calibrated": False})
     ]
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import sqlalchemy
 import torch
-from helpers import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,8 @@ from controlprefix import Prefix, PrefixFormatError, UnknownNameError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.request import Request
 from controlprefix.store import NewVersion, PrefixCache, PrefixKey, PrefixStore, SingleFlight
+
+from helpers import frozen
 
 FROZEN = frozen("llama")
 GEOMETRY = FROZEN.geometry

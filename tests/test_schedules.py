@@ -8,7 +8,6 @@ from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError, TrainingDataError
 from controlprefix.prefixes.assembly import Part, assemble
-from controlprefix.prefixes.schedule import multiplier_at
 
 from models import build, byte_tokenizer
 

@@ -270,7 +270,9 @@ def test_models_metrics_and_the_openapi_page(served: Served) -> None:
 
 
 def test_texts_are_judged(store: str) -> None:
-    judge = AttributeClassifier("tone", ("cold", "warm"), torch.zeros(384, 2), torch.tensor([0.0, 1.0]), 1.0, 0.0)
+    judge = AttributeClassifier(
+        "tone", ("cold", "warm"), torch.zeros(384, 2), torch.tensor([0.0, 1.0]), 1.0, 0.0
+    )
     judged = Served(store, open_tenant="mine", judges=[judge])
     try:
         found = httpx.post(f"{judged.base}/v1/judge", json={"texts": ["hi", ""]}, timeout=60).json()

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import sqlalchemy
 import torch
-from helpers import coded, decoder, raw
 
 from controlprefix import (
     Geometry,
@@ -30,6 +29,7 @@ from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile, Sto
 from controlprefix.store.tables import Base
 
 from databases import own_server, restart
+from helpers import coded, decoder, raw
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
