@@ -24,7 +24,7 @@ from controlprefix import (
     Request,
     RequestError,
 )
-from controlprefix.inference.continuous_batching import Prepared
+from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.serving import Server, create_app
 from controlprefix.vllm.placement import Placement
 from controlprefix.vllm.runner import VllmRunner
@@ -69,14 +69,15 @@ def requests(**more: Any) -> list[Request]:
     ]
 
 
-def at_once(runner: VllmRunner, asked: list[Request]) -> list[str]:
-    return [ticket.result().text for ticket in [runner.submit(one) for one in asked]]
+def texts_of(cp: ControlPrefix, runner: VllmRunner, asked: list[Request]) -> list[str]:
+    tickets = [runner.submit(cp.resolve(one)) for one in asked]
+    return [ticket.result().text for ticket in tickets]
 
 
-def placed(runner: VllmRunner, prepared: Prepared) -> Placement:
-    """Where a request goes; its file is there."""
-    placement = runner._place(prepared)
-    runner._keep(placement)
+def placed(runner: VllmRunner, resolved: ResolvedRequest[Request]) -> Placement:
+    """A request's placement, with its file written."""
+    placement = runner._place(resolved)
+    runner._write_slots(placement)
     return placement
 
 
@@ -117,7 +118,7 @@ def test_every_token_is_that_of_the_transformers_engine(
     wanted = [one.text for one in cp.generate(asked)]
     assert len(set(wanted)) > len(wanted) / 2  # the prefixes matter
     for _ in range(3):  # later ones find blocks in vLLM's cache
-        assert at_once(runner, asked) == wanted
+        assert texts_of(cp, runner, asked) == wanted
 
 
 def test_blocks_of_a_task_are_shared_and_those_of_users_are_not(
@@ -133,7 +134,7 @@ def test_blocks_of_a_task_are_shared_and_those_of_users_are_not(
     hits = []
     for request, text in zip(asked, wanted, strict=True):
         before = metric(url, "vllm:prefix_cache_hits_total")
-        assert runner.submit(request).result().text == text
+        assert runner.submit(cp.resolve(request)).result().text == text
         hits.append(metric(url, "vllm:prefix_cache_hits_total") - before)
     assert hits[1] >= 64  # all of bo's blocks
     assert hits[2] == 32  # of eve's 60 slots, the task's one full block
@@ -146,8 +147,7 @@ def test_without_the_salt_one_user_would_get_what_is_anothers(
     prompt = CHAT("leak")["input_ids"]
 
     def ask(user: str, **more: Any) -> str:
-        prepared = cp.resolve(Request(prompt="leak", user=user))
-        placement = placed(runner, prepared)
+        placement = placed(runner, cp.resolve(Request(prompt="leak", user=user)))
         body = {
             "model": "tiny",
             "prompt": [7] * placement.num_slots + prompt,
@@ -173,7 +173,7 @@ def test_log_probabilities_are_those_of_the_transformers_engine(
 ) -> None:
     batcher = cp.batcher()
     request = Request(prompt="how likely", task="email", user="bo", max_new_tokens=8)
-    ours, theirs = (one.submit(request, top_log_probs=3) for one in (batcher, runner))
+    ours, theirs = (one.submit(cp.resolve(request), top_log_probs=3) for one in (batcher, runner))
     ours.result()
     theirs.result()
     assert [one.token for one in theirs.tokens] == [one.token for one in ours.tokens]
@@ -183,14 +183,16 @@ def test_log_probabilities_are_those_of_the_transformers_engine(
     batcher.close()
 
 
-def test_what_is_drawn_has_the_same_seed_alone_and_in_company(runner: VllmRunner) -> None:
+def test_samples_with_a_seed_are_the_same_alone_and_in_a_batch(
+    cp: ControlPrefix, runner: VllmRunner
+) -> None:
     request = Request(prompt="draw", user="bo", temperature=1.5, seed=7, max_new_tokens=24)
-    alone = runner.submit(request).result().text
-    others = [runner.submit(one) for one in requests(temperature=1.0)]
-    assert runner.submit(request).result().text == alone
+    alone = runner.submit(cp.resolve(request)).result().text
+    others = [runner.submit(cp.resolve(one)) for one in requests(temperature=1.0)]
+    assert runner.submit(cp.resolve(request)).result().text == alone
     for one in others:
         one.result()
-    assert runner.submit(request.model_copy(update={"seed": 8})).result().text != alone
+    assert runner.submit(cp.resolve(request.model_copy(update={"seed": 8}))).result().text != alone
 
 
 def test_stop_texts_and_streams_are_cut_as_here(cp: ControlPrefix, runner: VllmRunner) -> None:
@@ -198,7 +200,7 @@ def test_stop_texts_and_streams_are_cut_as_here(cp: ControlPrefix, runner: VllmR
     whole = cp.generate(request)
     stop = whole.text[5:7]
     cut = request.model_copy(update={"stop": (stop,)})
-    ticket = runner.submit(cut)
+    ticket = runner.submit(cp.resolve(cut))
     pieces = list(ticket)
     assert "".join(pieces) == ticket.result().text == cp.generate(cut).text
     assert ticket.result().finish_reason == "stop"
@@ -219,13 +221,13 @@ def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
     path.write_bytes(whole[:-7])
     with monkeypatch.context() as patched:
         patched.setattr(runner, "_is_lost", lambda placement: False)
-        others = [runner.submit(one) for one in asked]
-        bad = runner.submit(request)
-        others += [runner.submit(one) for one in asked]
+        others = [runner.submit(cp.resolve(one)) for one in asked]
+        bad = runner.submit(cp.resolve(request))
+        others += [runner.submit(cp.resolve(one)) for one in asked]
         with pytest.raises(EngineError):
             bad.result()
         assert [one.result().text for one in others] == wanted * 2
-    assert runner.submit(request).result().text == cp.generate(request).text
+    assert runner.submit(cp.resolve(request)).result().text == cp.generate(request).text
     assert path.read_bytes() == whole  # written anew
 
 
@@ -249,11 +251,11 @@ def test_nonsense_ends_its_own_request_and_not_the_server(
     answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
     assert answer.status_code == 500
     request = Request(prompt="well?", user="bo", max_new_tokens=4)
-    assert runner.submit(request).result().text == cp.generate(request).text
+    assert runner.submit(cp.resolve(request)).result().text == cp.generate(request).text
 
 
-def test_who_goes_away_is_dropped(runner: VllmRunner, url: str) -> None:
-    ticket = runner.submit(Request(prompt="long", user="dan", max_new_tokens=150))
+def test_cancelled_requests_are_dropped(cp: ControlPrefix, runner: VllmRunner, url: str) -> None:
+    ticket = runner.submit(cp.resolve(Request(prompt="long", user="dan", max_new_tokens=150)))
     next(iter(ticket))
     ticket.cancel()
     until = time.monotonic() + 20
@@ -274,28 +276,29 @@ def test_who_goes_away_is_dropped(runner: VllmRunner, url: str) -> None:
         {"num_beams": 2},
     ],
 )
-def test_what_it_cannot_do_is_refused_by_name(fields: Any, runner: VllmRunner) -> None:
+def test_unsupported_settings_are_refused_by_name(
+    fields: Any, cp: ControlPrefix, runner: VllmRunner
+) -> None:
     with pytest.raises(RequestError, match="server"):
-        runner.submit(Request(prompt="no", max_new_tokens=4, **fields))
+        runner.submit(cp.resolve(Request(prompt="no", max_new_tokens=4, **fields)))
 
 
 def test_slots_count_against_the_context_there(cp: ControlPrefix, runner: VllmRunner) -> None:
     fits = Request(prompt="a" * 150, raw=True, user="dan", max_new_tokens=256 - 150 - 45)
-    assert runner.submit(fits).result().num_tokens == cp.generate(fits).num_tokens
+    assert runner.submit(cp.resolve(fits)).result().num_tokens == cp.generate(fits).num_tokens
     with pytest.raises(ContextLengthError, match="45 positions"):
-        runner.submit(fits.model_copy(update={"max_new_tokens": 256 - 150 - 44}))
+        runner.submit(cp.resolve(fits.model_copy(update={"max_new_tokens": 256 - 150 - 44})))
 
 
 @pytest.fixture
 def gateway_url(cp: ControlPrefix, url: str, folder: Path) -> Iterator[str]:
-    """Of a gateway before that server."""
+    """The URL of a gateway in front of that server."""
     gateway = Server(
-        cp.model,
-        cp.tokenizer,
+        cp.frozen_model,
         f"sqlite:///{folder}/store.db",
         name="tiny",
         open_tenant="default",
-        runner=lambda one: one.vllm_runner(url, folder / "prefixes"),
+        runner=cp.vllm_runner(url, folder / "prefixes"),
     )
     server = uvicorn.Server(uvicorn.Config(create_app(gateway), port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -350,7 +353,7 @@ def test_a_label_of_no_weight_is_absent_in_any_mixing(
 ) -> None:
     absent = {"attributes": {"tone": {"warm": 0.0}}, "mixing": "logits"}
     request = Request(prompt="tell me a story ", user="bo", max_new_tokens=8, **absent)
-    assert runner.submit(request).result().text == cp.generate(request).text
+    assert runner.submit(cp.resolve(request)).result().text == cp.generate(request).text
 
 
 def test_a_server_without_the_connector_is_noticed_in_bfloat16_too(tmp_path: Path) -> None:
@@ -381,7 +384,7 @@ def test_in_two_shards_and_with_too_few_blocks_for_all(
     log = tmp_path / "log"
     with served(folder / "model", folder / "prefixes", *options, log=log, threads="0|1") as url:
         runner = cp.vllm_runner(url, folder / "prefixes")
-        assert at_once(runner, asked) == wanted
+        assert texts_of(cp, runner, asked) == wanted
         assert metric(url, "vllm:num_preemptions_total") > 0
         runner.close()
 
@@ -393,7 +396,7 @@ def test_two_engines_behind_one_address(cp: ControlPrefix, folder: Path, tmp_pat
     log = tmp_path / "log"
     with served(folder / "model", folder / "prefixes", *options, log=log, threads="0|1") as url:
         runner = cp.vllm_runner(url, folder / "prefixes")
-        assert at_once(runner, asked) == at_once(runner, asked) == wanted
+        assert texts_of(cp, runner, asked) == texts_of(cp, runner, asked) == wanted
         runner.close()
 
 
@@ -407,7 +410,9 @@ def test_in_bfloat16_log_probabilities_are_within_a_tenth(tmp_path: Path) -> Non
         runner = cp.vllm_runner(url, tmp_path / "prefixes")
         apart = []
         for request in asked:
-            ours, theirs = (one.submit(request, top_log_probs=5) for one in (batcher, runner))
+            ours, theirs = (
+                one.submit(cp.resolve(request), top_log_probs=5) for one in (batcher, runner)
+            )
             ours.result()
             theirs.result()
             known = dict(ours.tokens[0].top)
@@ -425,14 +430,14 @@ def test_slots_leave_a_sliding_window_there_and_not_here(tmp_path: Path) -> None
     wanted = [one.text for one in cp.generate(asked)]
     with served(tmp_path / "model", tmp_path / "prefixes", log=tmp_path / "log") as url:
         runner = cp.vllm_runner(url, tmp_path / "prefixes")
-        assert at_once(runner, asked) == wanted
+        assert texts_of(cp, runner, asked) == wanted
         # A prefix that cannot be read fails its request alone here too, where layers differ.
         slots = {"digest": "0" * 64, "num_slots": 4}
         body = {"model": "tiny", "prompt": [7] * 20, "max_tokens": 4}
         body["kv_transfer_params"] = {"controlprefix": slots}
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 500
-        assert at_once(runner, asked) == wanted
+        assert texts_of(cp, runner, asked) == wanted
         # Beyond the window of 64 tokens, its layers no longer see the slots.
         far = Request(prompt=long, user="bo", max_new_tokens=24)
-        assert runner.submit(far).result().text != cp.generate(far).text
+        assert runner.submit(cp.resolve(far)).result().text != cp.generate(far).text
         runner.close()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from controlprefix import (
     Geometry,
@@ -19,35 +19,43 @@ from controlprefix import (
     UnsupportedModelError,
     assemble,
 )
-from controlprefix.inference.continuous_batching import Prepared
-from controlprefix.inference.guidance import Guidance
+from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
+from controlprefix.model import FrozenModel
 from controlprefix.model.steering import Steering
-from controlprefix.request import PartUsed
-from controlprefix.vllm.placement import MOST_SLOTS, Placement, place
+from controlprefix.prefixes.schedule import Schedule
+from controlprefix.request import PartUsed, Request
+from controlprefix.vllm.placement import MAX_SLOTS, Placement, place
 from controlprefix.vllm.prefix_folder import PrefixFolder
 from controlprefix.vllm.rotation import Rotation
 
+from helpers import frozen
 from models import ENCODER_DECODER, PARTICULAR, ROTARY, build
 
 GEOMETRY = Geometry.uniform(num_layers=1, num_kv_heads=1, head_dim=2)
 
 
-def prepared(
-    parts: list[tuple[str, Prefix, float]], *, tenant: str = "a", courses: bool = False
-) -> Prepared:
-    used = tuple(
-        PartUsed(kind=kind, name=str(i), version=1, strength=strength)
-        for i, (kind, _, strength) in enumerate(parts)
+def resolved(
+    parts: list[tuple[str, Prefix, float]],
+    *,
+    tenant: str = "a",
+    schedule: Schedule = (),
+    in_logit_space: bool = False,
+) -> ResolvedRequest[Request]:
+    resolved_parts = tuple(
+        ResolvedPart(
+            PartUsed(kind=kind, name=str(i), version=1, strength=strength),
+            Part(prefix, 1.0 if in_logit_space else strength, schedule),
+            in_logit_space,
+        )
+        for i, (kind, prefix, strength) in enumerate(parts)
     )
-    course = ((0, 1.0), (4, 0.0)) if courses else ()
-    rows = [[Part(prefix, strength, course) for _, prefix, strength in parts]]
-    return Prepared(Guidance(rows, [0], [[]]), tenant, used)
+    return ResolvedRequest(Request(prompt="-"), resolved_parts, tenant)
 
 
 def placed(parts: list[tuple[str, Prefix, float]], **more: object) -> Placement:
     tenant = str(more.pop("tenant", "a"))
     settings = {"vocab_size": 50_000, "block_size": 16, **more}
-    return place(prepared(parts, tenant=tenant), "model", **settings)  # type: ignore[arg-type]
+    return place(resolved(parts, tenant=tenant), "model", **settings)  # type: ignore[arg-type]
 
 
 def slots(count: int, seed: int = 0) -> Prefix:
@@ -64,7 +72,7 @@ def test_a_moved_prefix_in_the_cache_says_what_slots_say(name: str) -> None:
     text = torch.tensor([[7, 8, 9]])
     with torch.no_grad(), steering.attached(assemble([[Part(prefix)]], geometry)):
         wanted = model(input_ids=text).logits
-    moved = Rotation.of(model).moved(prefix, few)
+    moved = Rotation.of(frozen(model)).shifted(prefix, few)
     layers = [moved.layer("decoder", i) for i in range(len(geometry.decoder))]
     cache = DynamicCache(
         ddp_cache_data=[(keys[None], values[None]) for keys, values in layers], config=model.config
@@ -77,24 +85,24 @@ def test_a_moved_prefix_in_the_cache_says_what_slots_say(name: str) -> None:
 
 
 @pytest.fixture
-def llama() -> PreTrainedModel:
-    return build("llama")
+def llama() -> FrozenModel:
+    return frozen("llama")
 
 
-def test_moving_there_and_back_changes_nothing_and_far_changes_much(llama: PreTrainedModel) -> None:
+def test_moving_there_and_back_changes_nothing_and_far_changes_much(llama: FrozenModel) -> None:
     rotation = Rotation.of(llama)
-    prefix = Prefix.random(Steering.for_model(llama).geometry, num_slots=3, seed=0)
-    moved = rotation.moved(prefix, 40)
+    prefix = Prefix.random(llama.geometry, num_slots=3, seed=0)
+    moved = rotation.shifted(prefix, 40)
     assert not torch.allclose(moved.slots["decoder"], prefix.slots["decoder"], atol=1e-3)
-    back = rotation.moved(moved, -40)
+    back = rotation.shifted(moved, -40)
     torch.testing.assert_close(back.slots["decoder"], prefix.slots["decoder"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("gpt2", "no rotations"),
-        ("opt", "no rotations"),
+        ("gpt2", "not rotary"),
+        ("opt", "not rotary"),
         ("deepseek_v32", "MLA"),
         ("gemma4", "share keys"),
         *((name, "encoder") for name in ENCODER_DECODER),
@@ -103,14 +111,14 @@ def test_moving_there_and_back_changes_nothing_and_far_changes_much(llama: PreTr
 def test_what_vllm_cannot_serve_is_refused_by_name(name: str, why: str) -> None:
     assert name in {*PARTICULAR, "gpt2", "opt", *ENCODER_DECODER}
     with pytest.raises(UnsupportedModelError, match=why):
-        Rotation.of(build(name))
+        Rotation.of(frozen(name))
 
 
 def test_positions_that_also_matter_elsewhere_are_noticed(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    llama: FrozenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A rotary model whose logits know where a token stands, as ALiBi or learned positions would.
-    forward = type(llama).forward
+    forward = type(llama.model).forward
 
     def placed(self, *args, position_ids=None, **kwargs):  # type: ignore[no-untyped-def]
         found = forward(self, *args, position_ids=position_ids, **kwargs)
@@ -118,42 +126,44 @@ def test_positions_that_also_matter_elsewhere_are_noticed(
             found.logits = found.logits + position_ids[..., None]
         return found
 
-    monkeypatch.setattr(type(llama), "forward", placed)
-    with pytest.raises(UnsupportedModelError, match="all positions move together"):
+    monkeypatch.setattr(type(llama.model), "forward", placed)
+    with pytest.raises(UnsupportedModelError, match="all positions shift together"):
         Rotation.of(llama)
 
 
-def test_a_strength_of_three_is_each_slot_three_times(llama: PreTrainedModel) -> None:
-    steering = Steering.for_model(llama)
-    prefix = Prefix.random(steering.geometry, num_slots=3, scale=1.0, seed=2)
-    placement = place(prepared([("user", prefix, 3.0)]), "model", vocab_size=300)
+def test_a_strength_of_three_is_each_slot_three_times(llama: FrozenModel) -> None:
+    prefix = Prefix.random(llama.geometry, num_slots=3, scale=1.0, seed=2)
+    placement = place(resolved([("user", prefix, 3.0)]), "model", vocab_size=300)
     together = Prefix(
-        steering.geometry, {"decoder": torch.cat([p.slots["decoder"] for p in placement.pieces])}
+        llama.geometry, {"decoder": torch.cat([p.slots["decoder"] for p in placement.prefixes])}
     )
     text = torch.tensor([[7, 8, 9]])
     logits = []
     for parts in ([Part(prefix, 3.0)], [Part(together)]):
-        with torch.no_grad(), steering.attached(assemble([parts], steering.geometry)):
-            logits.append(llama(input_ids=text).logits)
+        with torch.no_grad(), llama.attached(llama.assemble([parts])):
+            logits.append(llama.model(input_ids=text).logits)
     torch.testing.assert_close(*logits)
-    assert placement.num_slots == len(placement.ids) == 9
+    assert placement.num_slots == len(placement.placeholder_ids) == 9
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.25, 2.0001])
 def test_strengths_between_whole_numbers_are_refused(strength: float) -> None:
-    with pytest.raises(RequestError, match="whole numbers"):
+    with pytest.raises(RequestError, match="whole number"):
         placed([("user", slots(4), strength)])
 
 
 def test_schedules_guidance_and_too_many_slots_are_refused() -> None:
     with pytest.raises(RequestError, match="schedules"):
-        place(prepared([("user", slots(4), 1.0)], courses=True), "model", vocab_size=300)
-    plain = prepared([("user", slots(4), 1.0)])
-    away = plain._replace(guidance=Guidance([*plain.guidance.rows, []], [0, 0], [[]]))
+        place(
+            resolved([("user", slots(4), 1.0)], schedule=((0, 1.0), (4, 0.0))),
+            "model",
+            vocab_size=300,
+        )
+    away = resolved([("attribute", slots(4), -1.0)], in_logit_space=True)
     with pytest.raises(RequestError, match="below 0"):
         place(away, "model", vocab_size=300)
     with pytest.raises(RequestError, match="slots"):
-        placed([("user", slots(4), float(MOST_SLOTS))])
+        placed([("user", slots(4), float(MAX_SLOTS))])
 
 
 def test_the_order_in_which_parts_are_named_does_not_matter() -> None:
@@ -163,12 +173,12 @@ def test_the_order_in_which_parts_are_named_does_not_matter() -> None:
 
 def test_what_is_absent_takes_no_place() -> None:
     assert placed([("user", slots(4), 0.0)]).num_slots == 0
-    assert placed([]).ids == ()
+    assert placed([]).placeholder_ids == ()
 
 
 def blocks_of(placement: Placement, text: list[int], size: int) -> list[tuple[object, ...]]:
     """The rule of vLLM: a full block is known by its tokens, all before it, and the salt."""
-    tokens = [*placement.ids, *text]
+    tokens = [*placement.placeholder_ids, *text]
     return [(placement.salt, *tokens[:end]) for end in range(size, len(tokens) + 1, size)]
 
 
@@ -176,7 +186,7 @@ def content_of(placement: Placement, text: list[int], size: int) -> list[tuple[o
     """What really stands in each full block, and all before it: slots as they are turned."""
     rows = [
         (placement.num_slots, *row.tolist())
-        for piece in placement.pieces
+        for piece in placement.prefixes
         for row in piece.slots["decoder"]
     ]
     whole = [*rows, *((tuple(rows), token) for token in text)]
@@ -244,10 +254,10 @@ def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     made: list[int] = []
 
     def keep(i: int, **more: bool) -> None:
-        folder.keep(names[i], lambda: made.append(i) or slots(4, i), **more)  # type: ignore[func-returns-value]
+        folder.write(names[i], lambda: made.append(i) or slots(4, i), **more)  # type: ignore[func-returns-value]
 
     size = len(slots(4).to_bytes())
-    folder = PrefixFolder(tmp_path / "new", most_bytes=3 * size + 1)
+    folder = PrefixFolder(tmp_path / "new", max_bytes=3 * size + 1)
     names = [f"{i:064x}" for i in range(5)]
     keep(0)
     keep(0)
@@ -256,7 +266,7 @@ def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     folder.file(names[0]).write_bytes(b"")
     with pytest.raises(StoreError, match="cannot be read"):
         folder.read(names[0])
-    keep(0, anew=True)
+    keep(0, overwrite=True)
     assert folder.read(names[0]).num_slots == 4
     keep(1)
     keep(2)
@@ -266,8 +276,8 @@ def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     keep(4)
     assert not folder.file(names[0]).exists()
     assert sum(one.stat().st_size for one in (tmp_path / "new").iterdir()) <= 3 * size
-    monkeypatch.setattr("controlprefix.vllm.prefix_folder._KEPT_S", -1.0)
-    monkeypatch.setattr("controlprefix.vllm.prefix_folder._SWEPT_EVERY_S", -1.0)
+    monkeypatch.setattr("controlprefix.vllm.prefix_folder._MAX_AGE_S", -1.0)
+    monkeypatch.setattr("controlprefix.vllm.prefix_folder._SWEEP_INTERVAL_S", -1.0)
     keep(0)
     assert [one.name for one in (tmp_path / "new").iterdir()] == [folder.file(names[0]).name]
 
@@ -282,5 +292,5 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_half_written(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StoreError, match="No space left"):
-        folder.keep("0" * 64, lambda: slots(4))
+        folder.write("0" * 64, lambda: slots(4))
     assert list(tmp_path.iterdir()) == []
