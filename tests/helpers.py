@@ -1,6 +1,6 @@
 """What several test modules use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sqlalchemy
@@ -75,3 +75,21 @@ def coded(by: PrefixDecoder, seed: int = 1) -> UserCode:
     """A random code of a decoder."""
     values = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
     return UserCode(by.content_hash, values)
+
+
+class Histogram:
+    """In place of a sentence embedding model: how often each character is in a text."""
+
+    def encode(self, texts: Sequence[str], **_: object) -> torch.Tensor:
+        counts = torch.zeros(len(texts), 64)
+        for i, text in enumerate(texts):
+            for character in text:
+                counts[i, ord(character) % 64] += 1 / len(text)
+        return counts
+
+
+class Letters:
+    """In place of a sentence embedding model: how often seven letters are in a text."""
+
+    def encode(self, texts: Sequence[str], **_: object) -> torch.Tensor:
+        return torch.tensor([[text.count(letter) / 10 for letter in "helAHOY"] for text in texts])

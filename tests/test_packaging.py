@@ -76,7 +76,7 @@ geometry = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4)
 with PrefixStore("sqlite:///prefixes.db") as store:
     prefix = Prefix.random(geometry, num_slots=3)
     store.put([NewVersion(PrefixKey("user", "ana"), prefix)])
-    assert store.get(PrefixKey("user", "ana"), "").prefix.num_slots == 3
+    assert store.for_model("").get(PrefixKey("user", "ana")).value.num_slots == 3
 assert importlib.util.find_spec("store") is None and importlib.util.find_spec("attributes") is None
 print(controlprefix.__file__)
 """

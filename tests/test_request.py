@@ -21,7 +21,7 @@ from controlprefix.interop import read_examples, read_texts
         ({"prompt": "  "}, "the prompt is empty"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages are empty"),
         ({"prompt": "x", "max_tokens": 3}, "unknown field 'max_tokens'.*mean 'max_new_tokens'"),
-        ({"prompt": "x", "attributes": {"tone": {"warm": math.nan}}}, "of tone=warm is nan"),
+        ({"prompt": "x", "attributes": {"tone": {"warm": math.nan}}}, "of 'tone=warm' is nan"),
         ({"prompt": "x", "attributes": {"tone": {}}}, "attribute 'tone' names no label"),
         ({"prompt": "x", "attributes": {"tone": ["warm"]}}, "attributes.tone"),
         ({"prompt": "x", "attributes": {"q=r": "s"}}, "'q=r' cannot be the name of an attribute"),
