@@ -19,6 +19,7 @@ from controlprefix.errors import ControlPrefixError
 from helpers import Histogram, Letters, commands
 from models import build, byte_tokenizer
 
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -97,7 +98,10 @@ def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) ->
     told = ("distill", "Be brief.", str(prompts), "-a", "tone=brief", "--steps", "2", *model)
     assert "stored attribute 'tone=brief' version 1" in run(tmp_path, *told)
     for wrong, message in (
-        (("train", str(data), "--parameterization", "dirct", *model), "'dirct' is not one of 'direct'"),
+        (
+            ("train", str(data), "--parameterization", "dirct", *model),
+            "'dirct' is not one of 'direct'",
+        ),
         (("train", str(data), "--tracker", "nosuch", *model), "--tracker 'nosuch'"),
         (("sweep", str(data), "--num-slots", "a", *model), "--num-slots"),
         (("distill", "Be brief.", str(prompts), *model), "name one to learn"),
@@ -169,7 +173,10 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
         (("prefixes", "show", "user", "ana"), "no user 'ana' in the store"),
         (("users", "forget", "ana"), "no user 'ana' in the store"),
         (("prefixes", "show", "tone", "warm"), "'tone' is not one of 'task'"),
-        (("prefixes", "list", "--store", "sqlite:////no/such/folder/p.db"), "unable to open database"),
+        (
+            ("prefixes", "list", "--store", "sqlite:////no/such/folder/p.db"),
+            "unable to open database",
+        ),
     ],
 )
 def test_mistakes_are_typed_errors(

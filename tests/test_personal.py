@@ -1,4 +1,4 @@
-"""Decoders of user codes: learned from many, good for those they have never seen."""
+"""Decoders of user codes, enrolment and the privacy audit."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,16 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from controlprefix import ControlPrefix, ControlPrefixError, Example, TrainingDataError, embeddings
-from controlprefix.prefixes.user_code import CodedPrefix, PrefixDecoder
+from controlprefix import (
+    ControlPrefix,
+    ControlPrefixError,
+    Example,
+    TrainingDataError,
+    embeddings,
+)
+from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
 from controlprefix.store import NewVersion, PrefixKey
 from controlprefix.training import run
-from controlprefix.users.text_features import TextFeatures, style_of
+from controlprefix.users.text_features import TextFeatures, style_features
 from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
 
 from models import build, byte_tokenizer
 
-QUIET = {"progress": False, "validation": 0.0, "seed": 0}
+QUIET: dict[str, Any] = {"progress": False, "validation": 0.0, "seed": 0}
 LEARN: dict[str, Any] = {
     **QUIET, "num_slots": 4, "width": 8, "steps": 120, "learning_rate": 0.01, "batch_size": 8,
 }  # fmt: skip
@@ -30,7 +36,7 @@ USERS = {f"{style}{i}": written_by(style) for style in ("hello", "AHOY!") for i 
 
 
 class Letters:
-    """In place of a sentence embedding model, which tests of the real model use."""
+    """A stand-in for a sentence embedding model; tests of the real model use a real one."""
 
     def encode(self, texts: Sequence[str], **_: object) -> torch.Tensor:
         return torch.tensor([[text.count(letter) / 10 for letter in "helAHOY"] for text in texts])
@@ -47,7 +53,7 @@ def engine(store: str = "sqlite://") -> ControlPrefix:
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The store that a decoder was learned into."""
+    """URL of a store with a trained decoder."""
     url = f"sqlite:///{tmp_path_factory.mktemp('learned')}/prefixes.db"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "load_embedder", lambda embedder: Letters())
@@ -63,13 +69,24 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def cp(learned: str) -> Iterator[ControlPrefix]:
-    """The decoder, in a store of one's own."""
+    """An engine with a copy of the trained decoder in a store of its own."""
     made = engine()
     source = engine(learned)
-    made.store.put([as_learned(source.store.decoder("users", source.geometry.fingerprint))])
+    made.store.put([as_learned(stored_decoder(source))])
     yield made
     made.store.close()
     source.store.close()
+
+
+def stored_decoder(cp: ControlPrefix) -> PrefixDecoder:
+    value = cp.store.for_model(cp.geometry.fingerprint).get(PrefixKey("decoder", "users")).value
+    assert isinstance(value, PrefixDecoder)
+    return value
+
+
+def stored_user(cp: ControlPrefix, user: str) -> object:
+    """A user's stored value; `cp.get` returns the decoded prefix."""
+    return cp.store.for_model(cp.geometry.fingerprint).get(PrefixKey("user", user)).value
 
 
 def as_learned(decoder: PrefixDecoder) -> NewVersion:
@@ -81,61 +98,69 @@ def nats(cp: ControlPrefix, text: str, user: str) -> float:
     return -score.log_likelihood / score.num_tokens
 
 
-def test_whoever_is_enrolled_gets_the_voice_of_those_who_write_alike(cp: ControlPrefix) -> None:
+def test_an_enrolled_user_gets_the_style_of_similar_users(cp: ControlPrefix) -> None:
     for style in ("hello", "AHOY!"):
         assert cp.enroll(style, written_by(style, 3), decoder="users") == 1
-        assert isinstance(cp.get("user", style), CodedPrefix)
+        assert isinstance(stored_user(cp, style), UserCode)
         assert cp.versions("user", style)[0].size_bytes < 1000
     assert nats(cp, "hello hello", "hello") < nats(cp, "hello hello", "AHOY!") - 0.2
     assert nats(cp, "AHOY! AHOY!", "AHOY!") < nats(cp, "AHOY! AHOY!", "hello") - 0.2
 
 
-def test_one_text_says_less_than_many(cp: ControlPrefix) -> None:
-    decoder = cp.store.decoder("users", cp.geometry.fingerprint)
+def test_more_texts_move_the_predicted_code_further(cp: ControlPrefix) -> None:
+    decoder = stored_decoder(cp)
     text = written_by("AHOY!", 1)
     far = [
-        (decoder.guess(TextFeatures().of(text * count)).numbers - decoder.common.numbers).norm()
+        (
+            decoder.predict_code(TextFeatures().compute(text * count)).values
+            - decoder.mean_code.values
+        ).norm()
         for count in (1, 4, 64)
     ]
     assert far[0] < far[1] < far[2]
 
 
-def test_codes_learned_together_are_those_learned_alone(cp: ControlPrefix) -> None:
+def test_codes_trained_together_equal_codes_trained_alone(cp: ControlPrefix) -> None:
     users = {"ana": written_by("hello", 9), "bo": written_by("Yes, no", 5), "cy": ["just one"]}
     report = cp.train_users(users, decoder="users", concurrent_users=2, epochs=3, **QUIET)
     assert report.failed == {}
-    together = {user: cp.get("user", user) for user in users}
+    together = {user: stored_user(cp, user) for user in users}
     for user, texts in users.items():
         alone = cp.train_users({user: texts}, decoder="users", epochs=3, **QUIET)
         assert alone.users[user].losses == pytest.approx(report.users[user].losses, abs=1e-4)
-        code, known = cp.get("user", user), together[user]
-        assert isinstance(code, CodedPrefix)
-        assert isinstance(known, CodedPrefix)
-        assert torch.allclose(code.code.numbers, known.code.numbers, atol=0.02)
+        code, known = stored_user(cp, user), together[user]
+        assert isinstance(code, UserCode)
+        assert isinstance(known, UserCode)
+        assert torch.allclose(code.values, known.values, atol=0.02)
 
 
-def test_training_a_code_or_all_slots_begins_at_the_guess_and_betters_it(
+def test_training_a_code_or_all_slots_improves_on_the_predicted_code(
     cp: ControlPrefix,
 ) -> None:
     texts = written_by("Oh hello", 8)
     cp.enroll("ana", texts, decoder="users")
     found = [nats(cp, texts[0], "ana")]
     for as_codes in (True, False):
-        how = {"decoder": "users", "as_codes": as_codes, "learning_rate": 0.1, **QUIET}
-        report = cp.train_users({"ana": texts}, steps=20, **how)
+        options = {
+            "decoder": "users",
+            "as_codes": as_codes,
+            "learning_rate": 0.1,
+            **QUIET,
+        }
+        report = cp.train_users({"ana": texts}, steps=20, **options)
         assert report.users["ana"].losses[0] == pytest.approx(found[0], abs=0.3)
-        assert isinstance(cp.get("user", "ana"), CodedPrefix) is as_codes
+        assert isinstance(stored_user(cp, "ana"), UserCode) is as_codes
         found.append(nats(cp, texts[0], "ana"))
     assert found[1] < found[0] - 0.1
     assert found[2] < found[1]
     assert cp.enroll("ana", texts, decoder="users", refine=True) == 4
 
 
-def test_a_decoder_that_nothing_is_told_needs_no_embeddings(
+def test_a_decoder_that_uses_no_features_needs_no_embeddings(
     cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = cp.store.decoder("users", cp.geometry.fingerprint)
-    decoder.generator.weights.zero_()
+    decoder = stored_decoder(cp)
+    decoder.predictor.weights.zero_()
     cp.store.put([as_learned(PrefixDecoder.from_bytes(decoder.to_bytes()))])
     monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: pytest.fail("loaded"))
     cp.enroll("ana", ["some text"], decoder="users")
@@ -144,13 +169,13 @@ def test_a_decoder_that_nothing_is_told_needs_no_embeddings(
     assert torch.equal(ana.slots["decoder"], bo.slots["decoder"])
 
 
-def test_a_decoder_goes_on_where_its_learning_was_broken_off(
+def test_interrupted_decoder_training_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = {**LEARN, "steps": 12, "save_every": 5}
+    short = {**LEARN, "steps": 12, "save_steps": 5}
     whole = engine().learn_decoder(USERS, **short)
     cp = engine()
-    begin, calls = run.Run.begin, []
+    begin, calls = run.TrainingRun.begin_step, []
 
     def broken(self: Any) -> Any:
         calls.append(1)
@@ -158,7 +183,7 @@ def test_a_decoder_goes_on_where_its_learning_was_broken_off(
             raise KeyboardInterrupt
         return begin(self)
 
-    monkeypatch.setattr(run.Run, "begin", broken)
+    monkeypatch.setattr(run.TrainingRun, "begin_step", broken)
     with pytest.raises(KeyboardInterrupt):
         cp.learn_decoder(USERS, folder=tmp_path, **short)
     assert cp.names("decoder") == []
@@ -166,19 +191,19 @@ def test_a_decoder_goes_on_where_its_learning_was_broken_off(
     assert resumed.training.losses == pytest.approx(whole.training.losses, abs=1e-6)
 
 
-def test_gradients_of_codes_and_decoder_are_those_of_finite_differences() -> None:
+def test_gradients_of_codes_and_decoder_match_finite_differences() -> None:
     cp = engine()
     start = cp.prefix_from_text("abcd").to(dtype=torch.float64)
     scale = {"decoder": torch.ones(start.slots["decoder"].shape[1], dtype=torch.float64)}
-    decoder = PrefixDecoder(start, scale, width=3, hidden=5).double()  # type: ignore[arg-type]
+    decoder = PrefixDecoder(start, scale, width=3, hidden_size=5).double()  # type: ignore[arg-type]
     keys = [PrefixKey("user", "a"), PrefixKey("user", "b")]
     slots = TrainableCodes(
-        decoder, {key: torch.zeros(4, 3) for key in keys}, unit=2.0, learn_decoder=True
+        decoder, {key: torch.zeros(4, 3) for key in keys}, unit=2.0, train_decoder=True
     ).double()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in slots.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=draw, dtype=torch.float64)
+            p.add_(0.3 * torch.randn(p.shape, generator=draw, dtype=torch.float64))
     weights = torch.randn(start.slots["decoder"].shape, generator=draw, dtype=torch.float64)
 
     def value() -> torch.Tensor:
@@ -194,16 +219,16 @@ def test_gradients_of_codes_and_decoder_are_those_of_finite_differences() -> Non
         sides = []
         for sign in (1, -1):
             with torch.no_grad():
-                parameter += sign * 1e-6 * way
+                parameter.add_(sign * 1e-6 * way)
                 sides.append(float(value()))
-                parameter -= sign * 1e-6 * way
+                parameter.sub_(sign * 1e-6 * way)
         assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(
             float((parameter.grad * way).sum()), rel=1e-4, abs=1e-6
         )
     assert all(change.grad is not None and change.grad.any() for change in slots.changes)
 
 
-def test_the_guess_is_fitted_where_texts_tell_and_silent_where_they_do_not() -> None:
+def test_the_predictor_is_fitted_only_if_features_predict_codes() -> None:
     draw = torch.Generator().manual_seed(0)
     start = engine().prefix_from_text("abcd")
     scale = {"decoder": torch.ones(start.slots["decoder"].shape[1])}
@@ -215,22 +240,25 @@ def test_the_guess_is_fitted_where_texts_tell_and_silent_where_they_do_not() -> 
         (codes, 0.6, 1.0),
         ([torch.randn(4, 3, generator=draw) for _ in users], 0.0, 0.05),
     ):
-        decoder = PrefixDecoder(start, scale, width=3, features=6)  # type: ignore[arg-type]
-        told = fit_code_predictor(decoder, wanted, seen, seed=0)
-        assert least <= told <= most
+        decoder = PrefixDecoder(start, scale, width=3, num_features=6)  # type: ignore[arg-type]
+        r2 = fit_code_predictor(decoder.predictor, wanted, seen, seed=0)
+        assert least <= r2 <= most
         errors = torch.stack(
-            [decoder.guess(one).numbers - code for one, code in zip(seen, wanted, strict=True)]
+            [
+                decoder.predict_code(one).values - code
+                for one, code in zip(seen, wanted, strict=True)
+            ]
         )
         spread = torch.stack(wanted) - torch.stack(wanted).mean(0)
-        assert errors.square().sum() <= (1 - 0.9 * told) * spread.square().sum() + 1e-3
+        assert errors.square().sum() <= (1 - 0.9 * r2) * spread.square().sum() + 1e-3
 
 
-def test_two_users_with_a_text_each_are_enough_to_begin_with() -> None:
+def test_two_users_with_one_text_each_are_enough_for_a_decoder() -> None:
     report = engine().learn_decoder({"ana": ["one"], "bo": ["two"]}, **{**LEARN, "steps": 2})
     assert (report.num_users, report.r2) == (2, 0.0)
 
 
-def test_what_cannot_be_learned_or_enrolled_says_why(cp: ControlPrefix) -> None:
+def test_errors_of_decoder_training_and_enrolment_say_why(cp: ControlPrefix) -> None:
     for users, match in (
         ({"ana": ["one"]}, "many users; 1 are given"),
         ({"ana": ["one"], "bo": [" "]}, "user 'bo' has no text"),
@@ -239,13 +267,13 @@ def test_what_cannot_be_learned_or_enrolled_says_why(cp: ControlPrefix) -> None:
             cp.learn_decoder(users, progress=False)
     with pytest.raises(ControlPrefixError, match="no decoder 'user' in the store; known: users"):
         cp.enroll("ana", ["x"], decoder="user")
-    with pytest.raises(TrainingDataError, match="no text to learn from"):
+    with pytest.raises(TrainingDataError, match="no text to train on"):
         cp.enroll("ana", [], decoder="users")
     with pytest.raises(ControlPrefixError, match="which this version does not compute"):
-        TextFeatures.named("all-MiniLM-L6-v2+style-0")
+        TextFeatures.by_name("all-MiniLM-L6-v2+style-0")
 
 
-def test_a_forgotten_user_leaves_nothing_and_marks_the_decoder(cp: ControlPrefix) -> None:
+def test_forgetting_a_user_removes_their_data_and_marks_the_decoder(cp: ControlPrefix) -> None:
     user = next(iter(USERS))
     cp.enroll(user, USERS[user], decoder="users", keep_profile=True, keep_texts=True)
     assert [one.user for one in cp.similar_users(USERS[user])] == [user]
@@ -255,12 +283,14 @@ def test_a_forgotten_user_leaves_nothing_and_marks_the_decoder(cp: ControlPrefix
     assert cp.versions("decoder", "users")[0].num_forgotten == 1
 
 
-def test_style_is_as_long_for_any_text() -> None:
-    lengths = {len(style_of(text)) for text in ("", "\0", "Ok... i said NO!!!\n", "日本語。" * 300)}
+def test_style_features_have_one_length_for_any_text() -> None:
+    lengths = {
+        len(style_features(text)) for text in ("", "\0", "Ok... i said NO!!!\n", "日本語。" * 300)
+    }
     assert len(lengths) == 1
 
 
-def test_an_audit_finds_what_was_learned_by_heart_and_nothing_where_nothing_was() -> None:
+def test_the_privacy_audit_finds_memorized_texts_only() -> None:
     cp = engine()
     texts = ["Zebras quarrel with my vexed uncle 42 times a week"]
     held_out = ["some other words, entirely", "nothing of the kind was said 9"]
@@ -271,7 +301,7 @@ def test_an_audit_finds_what_was_learned_by_heart_and_nothing_where_nothing_was(
     assert report.exposure_bits is not None
     assert report.exposure_bits > 5
     versions = cp.versions("user", "ana")
-    assert [one.version for one in versions] == [1]  # what was learned with canaries is not kept
+    assert [one.version for one in versions] == [1]  # what was trained with canaries is not stored
 
     cp.enroll("bo", ["unrelated"], num_slots=2)
     quiet = cp.audit_user("bo", texts, held_out, num_canaries=4)

@@ -1,4 +1,4 @@
-"""Many users in one run: each as it would be alone, and nobody harmed by another."""
+"""Training many users in one run: each as they would be alone, none affected by another."""
 
 import math
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from controlprefix import ControlPrefix, Example, StoreError, TrainingDataError
+from controlprefix.model import log_probs
 from controlprefix.training import objectives
 
 from models import build, byte_tokenizer
@@ -37,7 +38,7 @@ def engine(name: str = "llama", store: str = "sqlite://") -> ControlPrefix:
 @pytest.mark.parametrize("settings", [{}, {"parameterization": "mlp", "slot_dropout": 0.3}])
 def test_users_together_learn_what_each_learns_alone(name: str, settings: dict[str, Any]) -> None:
     rate = 0.02 if settings else 0.2
-    settings = {**QUICK, **settings, "learning_rate": rate, "width": 8}
+    settings = {**QUICK, **settings, "learning_rate": rate, "hidden_size": 8}
     crowd = engine(name)
     together = crowd.train_users(TEXTS, concurrent_users=3, **settings)
     assert together.failed == {}
@@ -55,7 +56,7 @@ def test_users_together_learn_what_each_learns_alone(name: str, settings: dict[s
             assert torch.allclose(slots, lone.get("user", user).slots[site], atol=2e-3)
 
 
-def test_users_learn_their_own_voice() -> None:
+def test_each_user_learns_their_own_texts() -> None:
     cp = engine()
     cp.train_users(TEXTS, **{**QUICK, "steps": 40, "validation": 0})
     text = Example(prompt="", raw=True, completion="hello there 3")
@@ -65,7 +66,9 @@ def test_users_learn_their_own_voice() -> None:
     assert likely["ana"] > max(likely[user] for user in ("bo", "di")) + 5
 
 
-def test_a_bad_user_is_reported_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untrainable_users_are_reported_and_affect_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bad: dict[str, Any] = {
         "empty": [],
         "blank": ["  ", "\n"],
@@ -74,13 +77,13 @@ def test_a_bad_user_is_reported_and_harms_nobody(monkeypatch: pytest.MonkeyPatch
         "bad\nname": ["text"],
         "nan": ["makes the loss no number"],
     }
-    honest = objectives.token_log_probs
+    original = log_probs.token_log_probs
 
     def poisoned(model: Any, prompts: Any, targets: Any, **options: Any) -> Any:
-        log_probs, live = honest(model, prompts, targets, **options)
+        values, mask = original(model, prompts, targets, **options)
         words = byte_tokenizer()("makes")["input_ids"]
         poison = torch.tensor([list(row[: len(words)]) == words for row in targets])
-        return log_probs + torch.where(poison, math.nan, 0.0)[:, None], live
+        return values + torch.where(poison, math.nan, 0.0)[:, None], mask
 
     monkeypatch.setattr(objectives, "token_log_probs", poisoned)
     cp, alone = engine(), engine()
@@ -90,9 +93,9 @@ def test_a_bad_user_is_reported_and_harms_nobody(monkeypatch: pytest.MonkeyPatch
     report = cp.train_users(mixed, concurrent_users=4, **QUICK)
     expected = alone.train_users(TEXTS, concurrent_users=4, **QUICK)
     assert set(report.failed) == set(bad)
-    assert report.failed["empty"] == "user 'empty' has no text to learn from"
+    assert report.failed["empty"] == "user 'empty' has no text to train on"
     assert "the loss is nan at step" in report.failed["nan"]
-    assert "is a int, no text" in report.failed["number"]
+    assert "must be a str, got int" in report.failed["number"]
     assert "printable characters" in report.failed["bad\nname"]
     assert set(report.users) == set(TEXTS)
     for user, mine in report.users.items():
@@ -100,7 +103,7 @@ def test_a_bad_user_is_reported_and_harms_nobody(monkeypatch: pytest.MonkeyPatch
     assert sorted(cp.names("user")) == sorted(TEXTS)
 
 
-def test_a_user_of_a_million_lines_is_learned_from_a_draw_of_them() -> None:
+def test_a_user_with_a_million_texts_is_trained_on_a_sample() -> None:
     cp = engine()
     texts = {"much": ["line"] * 1_000_000, "long": ["word " * 100_000], "ana": TEXTS["ana"]}
     report = cp.train_users(texts, **{**QUICK, "steps": 2})
@@ -108,8 +111,8 @@ def test_a_user_of_a_million_lines_is_learned_from_a_draw_of_them() -> None:
     assert report.users["long"].num_tokens < 10_000
 
 
-def test_any_number_of_users_needs_the_memory_of_a_few() -> None:
-    """They are asked for as there is room, and given to the store as they are done."""
+def test_memory_depends_on_the_number_of_concurrent_users() -> None:
+    """Users are consumed as there is room, and stored as they are finished."""
     cp = engine()
     asked: list[int] = []
     most = 0
@@ -126,11 +129,11 @@ def test_any_number_of_users_needs_the_memory_of_a_few() -> None:
     assert most <= 4
 
 
-def test_a_run_that_is_broken_off_goes_on_with_those_who_are_left(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_with_the_users_who_are_left(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/prefixes.db"
     cp = engine(store=url)
 
-    def broken_off() -> Iterator[tuple[str, list[str]]]:
+    def interrupted() -> Iterator[tuple[str, list[str]]]:
         for user, texts in TEXTS.items():
             if user == "di":
                 raise KeyboardInterrupt
@@ -138,7 +141,7 @@ def test_a_run_that_is_broken_off_goes_on_with_those_who_are_left(tmp_path: Path
 
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        cp.train_users(broken_off(), concurrent_users=1, folder=folder, **QUICK)
+        cp.train_users(interrupted(), concurrent_users=1, folder=folder, **QUICK)
     assert sorted(cp.names("user")) == ["ana", "bo", "cy"]
     with (folder / "finished.jsonl").open("a") as file:
         file.write('{"user": "cut sh')
@@ -150,8 +153,8 @@ def test_a_run_that_is_broken_off_goes_on_with_those_who_are_left(tmp_path: Path
     assert [v.version for v in again.versions("user", "bo")] == [1, 2]
 
 
-def test_an_early_end_is_each_users_own() -> None:
-    settings = {**QUICK, "steps": 60, "evaluations": 30, "learning_rate": 500.0, "patience": 1}
+def test_early_stopping_is_per_user() -> None:
+    settings = {**QUICK, "steps": 60, "num_evaluations": 30, "learning_rate": 500.0, "patience": 1}
     report = engine().train_users(TEXTS, concurrent_users=4, **settings)
     lengths = {user: len(one.losses) for user, one in report.users.items()}
     assert min(lengths["ana"], lengths["bo"], lengths["di"]) < 60
@@ -161,14 +164,14 @@ def test_an_early_end_is_each_users_own() -> None:
         assert report.users[user].best_loss == min(looks)
 
 
-def test_what_cannot_be_stored_is_refused_before_and_settings_are_checked(
+def test_invalid_settings_and_read_only_stores_are_refused_before_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cp = engine()
-    with pytest.raises(TrainingDataError, match="together is 0"):
+    with pytest.raises(TrainingDataError, match="concurrent_users is 0"):
         cp.train_users(TEXTS, concurrent_users=0, **QUICK)
-    with pytest.raises(TrainingDataError, match="unknown setting 'lr'"):
-        cp.train_users(TEXTS, lr=1)
+    with pytest.raises(TrainingDataError, match="unknown field 'lr'"):
+        cp.train_users(TEXTS, lr=1)  # type: ignore[call-arg]
 
     def refuse(*_: object) -> None:
         raise StoreError("read only")
