@@ -31,10 +31,17 @@ from controlprefix.evaluation import (
     calibrate,
     evaluate,
     pseudo_label,
+    strength_curve,
 )
-from controlprefix.evaluation.calibration import GRID, even_dial
-from controlprefix.evaluation.harness import _users, _Writer, fluencies
-from controlprefix.evaluation.metrics import self_bleu, spearman
+from controlprefix.evaluation.calibration import STRENGTHS, even_dial
+from controlprefix.evaluation.harness import _users, _Writer, base_model_nlls
+from controlprefix.evaluation.metrics import (
+    bootstrap_mean,
+    distinct_n,
+    self_bleu,
+    spearman,
+    wilson_proportion,
+)
 
 from models import build, byte_tokenizer
 
@@ -214,7 +221,7 @@ def test_plain_is_without_the_defaults_of_the_attribute_space(judge: AttributeCl
             prefix = Prefix.random(cp.geometry, num_slots=8, scale=2.0, seed=seed)
             cp.put("attribute", name, prefix)
         reports.append(evaluate(cp, examples(3), [judge], **how))
-        assert fluencies(cp, ["some text"]) == fluencies(cp.without_defaults(), ["some text"])
+        assert base_model_nlls(cp, ["some text"]) == base_model_nlls(cp.without_defaults(), ["some text"])
     bare, defaulted = reports
     assert defaulted.attribute_accuracy_without == bare.attribute_accuracy_without
     assert defaulted.curves == bare.curves
@@ -262,7 +269,7 @@ def test_a_dial_moves_what_is_measured_more_evenly(
     request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
     prompts = [f"p{i}" for i in range(96)]
     grid = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    how: dict[str, Any] = {"prompts": prompts, "samples": 96}
+    how: dict[str, Any] = {"prompts": prompts, "num_samples": 96}
     found = calibrate(cp, request, "pitch", "high", judge, strengths=grid, **how)
     assert found.dial[0] == (0.0, 0.0)
     assert (1.0, 1.0) in found.dial
@@ -345,7 +352,7 @@ def test_an_even_response_has_an_even_dial() -> None:
 @given(st.floats(0.5, 20), st.floats(0.5, 1.2), st.integers(0, 1000))
 def test_a_dial_finds_the_response_behind_noise(pull: float, bend: float, seed: int) -> None:
     draw = random.Random(seed)
-    strengths = [0.0, *(GRID[1] / 4**i for i in (5, 4, 3, 2, 1)), *GRID[1:]]
+    strengths = [0.0, *(STRENGTHS[1] / 4**i for i in (5, 4, 3, 2, 1)), *STRENGTHS[1:]]
 
     def effect(w: float) -> float:
         return 0.3 + 0.5 * (1 + pull) * w**bend / (1 + pull * w**bend)

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError, TrainingDataError
 from controlprefix.prefixes.assembly import Part, assemble
+from controlprefix.prefixes.schedule import multiplier_at
 
 from models import build, byte_tokenizer
 
@@ -25,20 +26,20 @@ def steered() -> ControlPrefix:
     return cp
 
 
-def by_hand(cp: ControlPrefix, prompt: str, course: Any, count: int) -> str:
+def by_hand(cp: ControlPrefix, prompt: str, schedule: Any, count: int) -> str:
     """A token at a time, with another batch assembled for each."""
     prefix = cp.get("attribute", "tone=warm")
     ids = torch.tensor([cp.tokenizer(prompt)["input_ids"]])
     cache, new, read = DynamicCache(), [], ids
     for token in range(count):
-        batch = assemble([[Part(prefix, at(course, token))]], cp.geometry)
-        with torch.no_grad(), cp._steering.attached(batch):
+        batch = assemble([[Part(prefix, multiplier_at(schedule, token))]], cp.geometry)
+        with torch.no_grad(), cp.frozen_model.attached(batch):
             logits = cp.model(read, past_key_values=cache).logits[0, -1]
         new.append(int(logits.argmax()))
-        if new[-1] in cp._encoder.end_ids:
+        if new[-1] in cp.frozen_model.request_tokenizer.end_ids:
             break
         read = torch.tensor([new[-1:]])
-    return cp._encoder.decode(new)
+    return cp.frozen_model.request_tokenizer.decode(new)
 
 
 def asked(prompt: str, **more: Any) -> Request:
