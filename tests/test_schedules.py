@@ -83,9 +83,9 @@ def test_beams_follow_a_schedule_too(steered: ControlPrefix) -> None:
     ("schedules", "message"),
     [
         ({"user": []}, "the schedule of 'user' has no points"),
-        ({"tone": [(3, 1.0), (2, 1.0)]}, "points that do not rise from token 0"),
+        ({"tone": [(3, 1.0), (2, 1.0)]}, "tokens in rising order, from 0"),
         ({"tone": [(0, -1.0)]}, "must be a finite number >= 0"),
-        ({"tone": [(0, 1.0), (10**400, 0.0)]}, "points that do not rise"),
+        ({"tone": [(0, 1.0), (10**400, 0.0)]}, "tokens in rising order"),
         ({"mood": [(0, 1.0)]}, "schedules names 'mood'; this request has"),
     ],
 )
