@@ -1,21 +1,21 @@
 """Every way to produce slots begins where it should and has the right gradient."""
 
-import random
+from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from controlprefix import Geometry, Prefix, TrainingDataError
-from controlprefix.model.steering import Steering
 from controlprefix.store import PrefixKey
-from controlprefix.training import TrainingRow, scale_of
-from controlprefix.training.objectives import Objective, Pair
-from controlprefix.training.parameterization import Parameterization, ParameterizationName
-from controlprefix.training.settings import PARAMETERIZATIONS
+from controlprefix.training import ParameterizationName, TrainingRow
+from controlprefix.training.initialization import scale_of
+from controlprefix.training.objectives import ContrastPair, Objective
+from controlprefix.training.parameterization import Parameterization
 
+from helpers import frozen
 from models import build
+
+PARAMETERIZATIONS: tuple[ParameterizationName, ...] = get_args(ParameterizationName)
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 TASK, FORMAL = PrefixKey("task", "note"), PrefixKey("attribute", "formality=formal")
@@ -31,13 +31,13 @@ def starts(geometry: Geometry = GEOMETRY, num_slots: int = 3) -> dict[PrefixKey,
 
 def made(name: str, start: dict[PrefixKey, Prefix], **options: int | bool) -> Parameterization:
     scale = scale_of(next(iter(start.values())))
-    return Parameterization(name, start, scale, width=8, **options)  # type: ignore[arg-type]
+    return Parameterization(name, start, scale, hidden_size=8, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_each_begins_exactly_at_its_start(name: str) -> None:
     start = starts()
-    for prefixes in (made(name, start).prefixes(start), made(name, start).materialized()):
+    for prefixes in (made(name, start).prefixes(start), made(name, start).materialize()):
         assert prefixes.keys() == start.keys()
         for key, prefix in prefixes.items():
             assert torch.equal(prefix.slots["decoder"], start[key].slots["decoder"])
@@ -48,9 +48,10 @@ def test_each_begins_exactly_at_its_start(name: str) -> None:
 def test_gradients_are_those_of_finite_differences(
     name: ParameterizationName, model_name: str
 ) -> None:
-    """Of the whole way: parameters, prefixes, assembly, attention, loss; all sites."""
+    """Through parameters, prefixes, assembly, attention and loss, at all sites."""
     model = build(model_name).double()
-    slots = made(name, starts(Steering.for_model(model).geometry))
+    steered = frozen(model)
+    slots = made(name, starts(steered.geometry))
     slots.double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # away from the start, where the last layers are zero
@@ -62,12 +63,12 @@ def test_gradients_are_those_of_finite_differences(
         TrainingRow((5, 6, 7), (8, 9), (), ((TASK, 1.0), (FORMAL, 0.5))),
         TrainingRow((5,), (10, 11, 12), (), ((TASK, 1.0), (INFORMAL, 1.0))),
     ]
-    objective = Objective(model, pad_id=2)
+    objective = Objective(steered)
 
     def loss() -> torch.Tensor:
-        pairs = [Pair(row) for row in rows]
-        batch = objective.assembled(pairs, slots.prefixes(slots.keys))
-        with Steering.for_model(model).attached(batch, everywhere=True):
+        pairs = [ContrastPair(row) for row in rows]
+        batch = objective.assemble(pairs, slots.prefixes(slots.keys))
+        with steered.attached(batch, everywhere=True):
             return objective(pairs).sum()
 
     loss().backward()
@@ -109,21 +110,6 @@ def test_only_what_a_batch_needs_is_computed(name: str) -> None:
     assert reached
 
 
-@given(num_slots=st.integers(1, 4), freeze=st.booleans(), name=st.sampled_from(PARAMETERIZATIONS))
-@settings(max_examples=30, deadline=None)
-def test_a_frozen_first_slot_stays_while_the_others_change(
-    num_slots: int, freeze: bool, name: str
-) -> None:
-    start = starts(num_slots=num_slots)
-    slots = made(name, start, freeze_first_slot=freeze)
-    with torch.no_grad():
-        for parameter in slots.parameters():
-            parameter += random.Random(1).random()
-    for key, prefix in slots.materialized().items():
-        same = (prefix.slots["decoder"] == start[key].slots["decoder"]).all(dim=1).tolist()
-        assert same == [freeze] + [False] * (prefix.num_slots - 1)
-
-
 def test_slots_that_are_all_frozen_are_refused() -> None:
     one = {FORMAL: Prefix.random(GEOMETRY, num_slots=1, seed=0)}
     with pytest.raises(TrainingDataError, match="2 slots"):
@@ -153,7 +139,7 @@ def test_the_networks_keys_and_values_land_where_they_belong() -> None:
         network = slots.changes["decoder"]
         network.last[0].bias.fill_(1.0)  # keys
         network.last[1].bias.fill_(-1.0)  # values
-    changed = slots.materialized()[TASK]
+    changed = slots.materialize()[TASK]
     for layer in range(2):
         keys, values = changed.layer("decoder", layer)
         first_keys, first_values = starts()[TASK].layer("decoder", layer)

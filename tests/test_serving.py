@@ -27,8 +27,10 @@ from controlprefix import ControlPrefix, Prefix, Request, StoreError
 from controlprefix.evaluation import AttributeClassifier
 from controlprefix.serving import Server, ServerLimits, create_app
 from controlprefix.store import PrefixStore
+from controlprefix.store.model_store import ModelStore
 
 from databases import own_server, restart
+from helpers import frozen
 from models import build, byte_tokenizer
 
 MODEL = build("llama")
@@ -36,7 +38,7 @@ TOKENIZER = byte_tokenizer(chat=True)
 
 
 def fill(url: str, tenant: str, scale: float) -> None:
-    cp = ControlPrefix(MODEL, TOKENIZER, PrefixStore(url, tenant=tenant))
+    cp = ControlPrefix(frozen(MODEL, TOKENIZER), PrefixStore(url, tenant=tenant))
     for seed, (kind, part) in enumerate(
         (("task", "email"), ("attribute", "tone=warm"), ("user", "ana"))
     ):
@@ -57,7 +59,7 @@ class Served:
 
     def __init__(self, url: str, **options: Any) -> None:
         self.url = url
-        self.gateway = Server(MODEL, TOKENIZER, url, name="tiny", **options)
+        self.gateway = Server(frozen(MODEL, TOKENIZER), url, name="tiny", **options)
         self.server = uvicorn.Server(
             uvicorn.Config(create_app(self.gateway), port=0, log_level="error")
         )
@@ -92,7 +94,7 @@ def served(store: str) -> Iterator[Served]:
 
 
 def expected(store: str, tenant: str = "mine", **fields: Any) -> str:
-    cp = ControlPrefix(MODEL, TOKENIZER, PrefixStore(store, tenant=tenant))
+    cp = ControlPrefix(frozen(MODEL, TOKENIZER), PrefixStore(store, tenant=tenant))
     try:
         return cp.generate(Request(**fields)).text
     finally:
@@ -246,7 +248,7 @@ def test_users_are_enrolled_seen_and_forgotten(served: Served) -> None:
     assert httpx.get(at).json()["versions"][0]["current"] is True
     client = served.client()
     client.chat.completions.create(model="tiny", messages=MESSAGES, user="zoe", max_tokens=2)
-    assert httpx.delete(at).json() == {"user": "zoe", "removed": 1}
+    assert httpx.delete(at).json() == {"user": "zoe", "num_versions": 1}
     assert httpx.get(at).status_code == 404
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="tiny", messages=MESSAGES, user="zoe", max_tokens=2)
@@ -273,12 +275,14 @@ def test_texts_are_judged(store: str) -> None:
     judge = AttributeClassifier(
         "tone", ("cold", "warm"), torch.zeros(384, 2), torch.tensor([0.0, 1.0]), 1.0, 0.0
     )
-    judged = Served(store, open_tenant="mine", judges=[judge])
+    judged = Served(store, open_tenant="mine", classifiers=[judge])
     try:
-        found = httpx.post(f"{judged.base}/v1/judge", json={"texts": ["hi", ""]}, timeout=60).json()
+        found = httpx.post(
+            f"{judged.base}/v1/classify", json={"texts": ["hi", ""]}, timeout=60
+        ).json()
         assert [sum(one["tone"].values()) for one in found["results"]] == pytest.approx([1, 1])
         assert found["results"][0]["tone"]["warm"] > 0.7
-        assert httpx.post(f"{judged.base}/v1/judge", json={"texts": []}).status_code == 400
+        assert httpx.post(f"{judged.base}/v1/classify", json={"texts": []}).status_code == 400
     finally:
         judged.close()
 
@@ -367,7 +371,9 @@ def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:
                 )
                 assert answer.status_code == 401, wrong
             assert httpx.get(f"{served.base}/v1/models").status_code == 401
-            assert "nobody" not in served.gateway._engines  # a wrong key leaves nothing behind
+            assert (
+                "nobody" not in served.gateway._tenants._engines
+            )  # a wrong key leaves nothing behind
         finally:
             served.close()
             mine.revoke_api_key("k")
@@ -377,7 +383,7 @@ def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:
 def test_rates_queues_and_times_are_limited(store: str) -> None:
     with PrefixStore(store, tenant="mine") as mine:
         key = mine.create_api_key("limited")
-    limits = ServerLimits(requests_a_minute=3, rows=1, waiting=1, seconds=1.0)
+    limits = ServerLimits(requests_per_minute=3, max_sequences=1, max_waiting=1, timeout_s=1.0)
     served = Served(store, limits=limits)
     try:
         client = served.client(key)
@@ -388,7 +394,11 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
         assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 20
     finally:
         served.close()
-    served = Served(store, open_tenant="mine", limits=ServerLimits(rows=1, waiting=1, seconds=1.0))
+    served = Served(
+        store,
+        open_tenant="mine",
+        limits=ServerLimits(max_sequences=1, max_waiting=1, timeout_s=1.0),
+    )
     try:
         ask = served.client().completions.create
         slow = {"model": "tiny", "prompt": "x", "max_tokens": 200, "temperature": 0}
@@ -409,7 +419,7 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
                 )
         assert 503 in statuses
         assert 504 in statuses
-        wait_for(lambda: served.gateway.load == (0, 0))  # who timed out has left the batch
+        wait_for(lambda: served.gateway._runner.load == (0, 0))  # who timed out has left the batch
     finally:
         served.close()
 
@@ -424,7 +434,7 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
         raise StoreError(f"cannot read the store {secret!r}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PrefixStore, "fetch", broken)
+        patch.setattr(ModelStore, "fetch", broken)
         with pytest.raises(openai.APIStatusError) as caught:
             ask(model="tiny/email", prompt="x", max_tokens=2)
     assert caught.value.status_code == 503
@@ -459,7 +469,7 @@ def test_whoever_hangs_up_leaves_the_batch(served: Served) -> None:
                         pass
 
             reading = asyncio.create_task(read())
-            await asyncio.to_thread(wait_for, lambda: served.gateway.load[0] > 0)
+            await asyncio.to_thread(wait_for, lambda: served.gateway._runner.load[0] > 0)
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
@@ -474,7 +484,7 @@ def test_whoever_hangs_up_leaves_the_batch(served: Served) -> None:
     try:
         for stream in (True, False):
             asyncio.run(hang_up(stream=stream))
-            wait_for(lambda: served.gateway.load == (0, 0))
+            wait_for(lambda: served.gateway._runner.load == (0, 0))
     finally:
         served.gateway._runner._forward = forward  # type: ignore[method-assign]
 
@@ -505,7 +515,7 @@ def test_a_server_told_to_stop_finishes_what_it_has(store: str, tmp_path: Path) 
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "controlprefix.cli", "serve", "--model", str(folder),
-        "--store", store, "--tenant", "mine", "--port", str(port), "--name", "tiny",
+        "--store", store, "--tenant", "mine", "--port", str(port), "--served-model-name", "tiny",
     ]  # fmt: skip
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ}
@@ -542,7 +552,7 @@ def test_a_soak_with_faults_loses_nothing(tmp_path: Path) -> None:
 
 
 def soak(server: Any, url: str) -> None:
-    served = Served(url, open_tenant="mine", limits=ServerLimits(rows=8, waiting=64))
+    served = Served(url, open_tenant="mine", limits=ServerLimits(max_sequences=8, max_waiting=64))
     users = [None, "ana"]
     wanted = {
         user: expected(url, prompt="soak", raw=True, max_new_tokens=12, user=user) for user in users
@@ -607,7 +617,7 @@ def soak(server: Any, url: str) -> None:
     assert statuses[200] > 50
     assert set(statuses) <= {200, 400, 422, 503}, statuses
     assert all(right for _, right in answers)
-    wait_for(lambda: served.gateway.load == (0, 0))
+    wait_for(lambda: served.gateway._runner.load == (0, 0))
     ask(1)
     assert answers[-1] == (200, True)
     known = set(httpx.get(f"{served.base}/v1/users").json()["users"])
