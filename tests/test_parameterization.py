@@ -110,12 +110,6 @@ def test_only_what_a_batch_needs_is_computed(name: str) -> None:
     assert reached
 
 
-def test_slots_that_are_all_frozen_are_refused() -> None:
-    one = {FORMAL: Prefix.random(GEOMETRY, num_slots=1, seed=0)}
-    with pytest.raises(TrainingDataError, match="2 slots"):
-        made("shared", one, freeze_first_slot=True)
-
-
 def test_what_is_shared_between_prefixes_and_between_keys_and_values() -> None:
     """`mlp` ties nothing across prefixes; `shared` does; `shared-kv` has two networks."""
     sizes = {

@@ -196,7 +196,7 @@ def test_log_probabilities_stop_texts_and_limits(served: Served) -> None:
         ({"model": "tiny/emial"}, 404, "no task 'emial' in the store; known: email"),
         ({"user": "eve"}, 404, "no user 'eve'"),
         ({"extra_body": {"attributes": {"tone": "wram"}}}, 404, "did you mean 'warm'"),
-        ({"max_tokens": 10**6}, 400, "this server gives 2048 at most"),
+        ({"max_tokens": 10**6}, 400, "this server generates 2048 at most"),
         ({"n": 10**9}, 400, "n: "),
         ({"extra_body": {"attributes": {"tone": {"warm": 1e200}}}}, 400, "up to 1e+06"),
         ({"stop": "a" * 1000}, 400, "of up to 256 characters"),
