@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from controlprefix import Geometry, Prefix, TrainingDataError
+from controlprefix import Geometry, Prefix
 from controlprefix.store import PrefixKey
 from controlprefix.training import ParameterizationName, TrainingRow
 from controlprefix.training.initialization import scale_of
@@ -130,9 +130,9 @@ def test_the_networks_keys_and_values_land_where_they_belong() -> None:
     """`shared-kv` puts its two networks' numbers back into a slot's order."""
     slots = made("shared-kv", starts())
     with torch.no_grad():
-        network = slots.changes["decoder"]
-        network.last[0].bias.fill_(1.0)  # keys
-        network.last[1].bias.fill_(-1.0)  # values
+        network = slots.changes["decoder"].networks[0]
+        network.output[0].bias.fill_(1.0)  # keys
+        network.output[1].bias.fill_(-1.0)  # values
     changed = slots.materialize()[TASK]
     for layer in range(2):
         keys, values = changed.layer("decoder", layer)

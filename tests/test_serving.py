@@ -391,7 +391,7 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
             client.models.list()
         with pytest.raises(openai.RateLimitError) as caught:
             client.models.list()
-        assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 20
+        assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 60
     finally:
         served.close()
     served = Served(
