@@ -29,7 +29,7 @@ attributes:
     description: How formal the wording is.
     exclusive: true
     default: neutral
-    slots: 5
+    num_slots: 5
     labels:
       formal: {description: Courteous., opposite: casual}
       casual: {opposite: formal}
@@ -44,7 +44,7 @@ def test_a_file_says_attributes_labels_and_what_they_mean() -> None:
     formality = space.attributes["formality"]
     assert list(formality.labels) == ["formal", "casual", "neutral"]
     assert formality.labels["formal"].opposite == "casual"
-    assert (formality.default, formality.exclusive, formality.slots) == ("neutral", True, 5)
+    assert (formality.default, formality.exclusive, formality.num_slots) == ("neutral", True, 5)
     assert list(space.attributes["tone"].labels) == ["warm", "brief"]
 
 
@@ -54,16 +54,16 @@ def test_a_file_says_attributes_labels_and_what_they_mean() -> None:
         ("default: neutral", "default: netral", "line 5: .*did you mean 'neutral'"),
         ("opposite: casual", "opposite: formal", "line 8: .*the opposite of 'formal'"),
         ("exclusive: true", "exlusive: true", "line 4: .*there is no 'exlusive' here"),
-        ("slots: 5", "slots: none", "line 6: .*valid integer"),
-        ("slots: 5", "slots: 0", "line 6: .*greater than or equal to 1"),
+        ("num_slots: 5", "slots: none", "line 6: .*valid integer"),
+        ("num_slots: 5", "slots: 0", "line 6: .*greater than or equal to 1"),
         ("description: Courteous.", "text: x", "line 8: .*there is no 'text' here"),
         ("labels: [warm, brief]", "labels: []", "line 12: .*at least 1 item"),
         ("labels: [warm, brief]", "labels: [warm, brief", "line 1[23]: "),
-        ("casual: {", "formal: {", "line 9: 'formal' stands in line 8 already"),
-        ("[warm, brief]", "[warm, warm]", "line 12: .*'warm' stands there twice"),
+        ("casual: {", "formal: {", "line 9: found duplicate key .formal."),
+        ("[warm, brief]", "[warm, warm]", "line 12: .*'warm' is listed twice"),
         ("[warm, brief]", "[warm, no]", "line 12: .*False is no text, .*in quotes"),
         ("[warm, brief]", "[warm: {}]", "line 12: .*write labels as `name"),
-        ("[warm, brief]", "{1: {}, brief: {}}", "line 12: .*1 is no text, .*in quotes"),
+        ("[warm, brief]", "{1: {}, brief: {}}", "line 12: .*1 is not a text, .*in quotes"),
         ("[warm, brief]", "{' ': {}}", "line 12: .*' ' cannot be the name of a label"),
         ("  tone:", "  2:", "line 11: .*a name must be a text; put it in quotes"),
         ("  tone:", "  {{x}}:", "line 11: a name must be a plain text"),
