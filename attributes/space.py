@@ -220,25 +220,33 @@ def _explain(finding: ErrorDetails, data: Any, name: str) -> str:
     """One validation error with the line it is on."""
     path = (*finding["loc"], *finding.get("ctx", {}).get("path", ()))
     message = finding["msg"]
-    if path[-1:] == ("[key]",):
-        path = tuple(map(str, path[:-1]))
-        message = "a name must be a text; put it in quotes"
+    line = _line_of(data, path)
+    if path[-1:] == ("[key]",):  # pydantic's mark for the name in front of it
+        path = path[:-2]
+        message = "a name must be a plain text; put it in quotes"
     if finding["type"] == "extra_forbidden":
         models: dict[int, type[BaseModel]] = {1: AttributeSpace, 3: Attribute}
         fields = models.get(len(path), Label).model_fields
         unknown = str(path[-1])
         message = f"there is no {unknown!r} here; known: {known_names(unknown, fields)}"
     where = ".".join(map(str, path))
-    return f"{name} line {_line_of(data, path)}: {where + ': ' if where else ''}{message}"
+    return f"{name} line {line}: {where + ': ' if where else ''}{message}"
 
 
 def _line_of(data: Any, path: tuple[str | int, ...]) -> int:
     """The line, from 1, of the deepest value on a path that the file has."""
     line = 1
     for step in path:
-        try:
-            row, _ = data.lc.item(step) if isinstance(step, int) else data.lc.key(step)
-            line, data = row + 1, data[step]
-        except (AttributeError, KeyError, IndexError, TypeError):
+        if isinstance(data, list) and isinstance(step, int):
+            key: Any = step
+            row, _ = data.lc.item(key)
+        elif isinstance(data, dict):
+            # pydantic reports a name that is no text as a text.
+            key = next((key for key in data if str(key) == str(step)), None)
+            if key is None:
+                break
+            row, _ = data.lc.key(key)
+        else:
             break
+        line, data = row + 1, data[key]
     return line

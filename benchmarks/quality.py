@@ -47,7 +47,7 @@ from train import END, PAD
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.training import TrainingSettings
-from controlprefix.training.run import learning_rate_multiplier
+from controlprefix.training.run import learning_rate_schedule
 
 CAUSAL = TaskType.CAUSAL_LM
 FILE = RESULTS / "training.json"
@@ -420,10 +420,11 @@ def peft_steps(
     optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=0.0)
     model.train()
     stream = passes(rows, batch, random.Random(seed))
+    multiplier = learning_rate_schedule(steps)
     for step in range(1, steps + 1):
         ids, mask, labels = padded(next(stream), end=True)
         for group in optimizer.param_groups:
-            group["lr"] = rate * learning_rate_multiplier(step, steps)
+            group["lr"] = rate * multiplier(step)
         optimizer.zero_grad()
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(wanted, 1.0)

@@ -155,20 +155,24 @@ def known_names(name: str, existing: Iterable[str], *, truncated: bool = False) 
     return (listed or "none") + (f"; did you mean {nearest[0]!r}?" if nearest else "")
 
 
-def validation_message(error: "ValidationError", fields: Iterable[str], owner: str) -> str:
-    """pydantic's findings in one line, without echoing any input value.
+def validation_message(
+    error: "ValidationError", fields: Iterable[str], owner: str, *, show_values: bool = False
+) -> str:
+    """pydantic's findings in one line.
 
     Args:
         error: From a model or dataclass of ours.
         fields: Names of its fields.
         owner: What has those fields, such as `a request`.
+        show_values: Show the refused values; not where they may be private, as prompts are.
     """
     lines = []
-    for finding in error.errors(include_url=False, include_input=False):
+    for finding in error.errors(include_url=False):
         path = ".".join(str(step) for step in finding["loc"])
         if finding["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             lines.append(f"unknown field {path!r}; {owner} has: {known_names(path, fields)}")
         else:
             message = finding["msg"].removeprefix("Value error, ")
-            lines.append(f"{path}: {message}" if path else message)
+            value = f" is {finding['input']!r}" if show_values else ""
+            lines.append(f"{path}{value}: {message}" if path else message)
     return "; ".join(lines)

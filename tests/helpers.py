@@ -8,12 +8,50 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from controlprefix import Geometry, Prefix
+from controlprefix import ControlPrefix, Example, Geometry, Prefix
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
 from controlprefix.training.initialization import scale_of
 
 from models import build, byte_tokenizer
+
+# A random model responds less to its slots than a trained one, so the learning rate is high.
+QUICK: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 4,
+    "num_slots": 4,
+    "learning_rate": 0.1,
+    "parameterization": "direct",
+    "hidden_size": 8,
+    "progress": False,
+    "seed": 1,
+}
+
+
+def engine(name: str = "llama", store: str = "sqlite://", **changes: Any) -> ControlPrefix:
+    """A tiny random model, with changes to its config, and a store."""
+    model = build(name, **changes)
+    return ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store=store)
+
+
+def greetings(num_each: int = 8) -> list[Example]:
+    """Greetings of one task, formal and informal."""
+    return [
+        Example(
+            prompt=f"Greet {i}",
+            task="greet",
+            attributes={"formality": label},
+            completion=f"{text}{'!' * (i % 3)}",
+        )
+        for i in range(num_each)
+        for label, text in {"formal": "Good day.", "informal": "hey you"}.items()
+    ]
+
+
+def nats_per_token(cp: ControlPrefix, examples: Sequence[Example]) -> float:
+    """The negative log-likelihood of the examples' completions."""
+    scores = cp.score(examples)
+    return -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
 
 
 def frozen(

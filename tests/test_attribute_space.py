@@ -19,7 +19,8 @@ from controlprefix import (
 )
 from controlprefix.attributes.scaffold import scaffold
 from controlprefix.cli import app
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore
+from controlprefix.prefixes import PrefixKey
+from controlprefix.store import NewVersion, PrefixStore
 
 from models import build, byte_tokenizer
 
@@ -48,25 +49,30 @@ def test_a_file_says_attributes_labels_and_what_they_mean() -> None:
     assert list(space.attributes["tone"].labels) == ["warm", "brief"]
 
 
+def test_words_that_older_yaml_takes_for_truth_values_are_labels() -> None:
+    space = AttributeSpace.parse("attributes: {answer: {labels: [yes, no, on, off]}}")
+    assert list(space.attributes["answer"].labels) == ["yes", "no", "on", "off"]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
         ("default: neutral", "default: netral", "line 5: .*did you mean 'neutral'"),
         ("opposite: casual", "opposite: formal", "line 8: .*the opposite of 'formal'"),
         ("exclusive: true", "exlusive: true", "line 4: .*there is no 'exlusive' here"),
-        ("num_slots: 5", "slots: none", "line 6: .*valid integer"),
-        ("num_slots: 5", "slots: 0", "line 6: .*greater than or equal to 1"),
+        ("num_slots: 5", "num_slots: none", "line 6: .*valid integer"),
+        ("num_slots: 5", "num_slots: 0", "line 6: .*greater than or equal to 1"),
         ("description: Courteous.", "text: x", "line 8: .*there is no 'text' here"),
         ("labels: [warm, brief]", "labels: []", "line 12: .*at least 1 item"),
         ("labels: [warm, brief]", "labels: [warm, brief", "line 1[23]: "),
         ("casual: {", "formal: {", "line 9: found duplicate key .formal."),
         ("[warm, brief]", "[warm, warm]", "line 12: .*'warm' is listed twice"),
-        ("[warm, brief]", "[warm, no]", "line 12: .*False is no text, .*in quotes"),
+        ("[warm, brief]", "[warm, false]", "line 12: .*False is not a text, .*in quotes"),
         ("[warm, brief]", "[warm: {}]", "line 12: .*write labels as `name"),
         ("[warm, brief]", "{1: {}, brief: {}}", "line 12: .*1 is not a text, .*in quotes"),
         ("[warm, brief]", "{' ': {}}", "line 12: .*' ' cannot be the name of a label"),
-        ("  tone:", "  2:", "line 11: .*a name must be a text; put it in quotes"),
-        ("  tone:", "  {{x}}:", "line 11: a name must be a plain text"),
+        ("  tone:", "  2:", "line 11: attributes: a name must be a plain text; put it in quotes"),
+        ("  tone:", "  {{x}}:", "line 11: attributes: a name must be a plain text"),
         ("  tone:", "  task:", "line 11: .*'task' cannot be the name of an attribute"),
         ("attributes:", "attribute:", "line 1: attributes: Field required\n.*no 'attribute' here"),
     ],
@@ -87,10 +93,10 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
 
 @given(st.sets(st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1)))
 def test_a_scaffold_is_read_back_whatever_the_labels_are_called(labels: set[str]) -> None:
-    names = {f"a={label}" for label in labels if label.strip() and "=" not in label}
-    space = AttributeSpace.parse(scaffold(names))
-    if names:
-        assert {f"a={label}" for label in space.attributes["a"].labels} == names
+    keys = {PrefixKey.for_label("a", name) for name in labels if name.strip() and "=" not in name}
+    space = AttributeSpace.parse(scaffold(keys))
+    if keys:
+        assert space.keys() == keys
     else:
         assert set(space.attributes) == {"formality", "tone"}
 

@@ -32,9 +32,10 @@ from controlprefix.evaluation import (
     evaluate,
     pseudo_label,
     strength_curve,
+    text_cache,
 )
 from controlprefix.evaluation.calibration import STRENGTHS, even_dial
-from controlprefix.evaluation.harness import _users, _Writer, base_model_nlls
+from controlprefix.evaluation.harness import _user_similarity, base_model_nlls
 from controlprefix.evaluation.metrics import (
     bootstrap_mean,
     distinct_n,
@@ -43,20 +44,10 @@ from controlprefix.evaluation.metrics import (
     wilson_proportion,
 )
 
+from helpers import Histogram
 from models import build, byte_tokenizer
 
 LABELS = ("low", "high")
-
-
-class Histogram:
-    """In place of a sentence embedding model: how often each character stands in a text."""
-
-    def encode(self, texts: Sequence[str], **_: object) -> torch.Tensor:
-        counts = torch.zeros(len(texts), 64)
-        for i, text in enumerate(texts):
-            for character in text:
-                counts[i, ord(character) % 64] += 1 / len(text)
-        return counts
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +106,7 @@ def test_a_judge_tells_labels_and_says_how_well(tmp_path: Path) -> None:
     again = AttributeClassifier.load(tmp_path / "judge.json")
     assert torch.equal(again.probabilities(["x", "AHOY"]), judge.probabilities(["x", "AHOY"]))
     (tmp_path / "judge.json").write_text("{}")
-    with pytest.raises(ControlPrefixError, match="cannot read the judge"):
+    with pytest.raises(ControlPrefixError, match="cannot read the classifier"):
         AttributeClassifier.load(tmp_path / "judge.json")
 
 
@@ -124,7 +115,7 @@ def test_a_judge_of_nothing_tells_nothing() -> None:
     texts = ["".join(draw.choices("helAHOY", k=30)) for _ in range(300)]
     labels = [draw.choice("abc") for _ in texts]
     assert AttributeClassifier.train("mood", texts, labels).accuracy < 0.6
-    with pytest.raises(TrainingDataError, match="two labels and five texts of each; .* 4 of b"):
+    with pytest.raises(TrainingDataError, match="two labels and 5 texts of each; .* 4 of b"):
         AttributeClassifier.train("mood", texts[:13], [*"aaaaaaaaa", *"bbbb"])
 
 
@@ -171,10 +162,10 @@ def test_an_evaluation_goes_on_where_it_was_broken_off(
         return generate(requests, **more)
 
     monkeypatch.setattr(cp, "generate", counted)
-    monkeypatch.setattr("controlprefix.evaluation.harness._AT_A_TIME", 8)
+    monkeypatch.setattr("controlprefix.evaluation.text_cache._BATCH_SIZE", 8)
     with pytest.raises(KeyboardInterrupt):
         evaluate(cp, rows, [judge], folder=tmp_path, **how)
-    with (tmp_path / _Writer.FILE).open("a") as file:
+    with (tmp_path / text_cache._FILE).open("a") as file:
         file.write('\n{"key": "cut sho')
     resumed = evaluate(cp, rows, [judge], folder=tmp_path, **how)
     assert resumed == whole
@@ -237,22 +228,22 @@ def test_a_user_is_nearer_to_their_other_texts_only_if_the_prefix_does_it() -> N
     ]
     prompts = [row.prompt for row in rows]
     own_topic = [row.completion for row in rows]  # of the prompt alone: with the user or without
-    same = _users(rows, own_topic, dict(enumerate(own_topic)), prompts)
+    same = _user_similarity(rows, own_topic, dict(enumerate(own_topic)), prompts)
     assert {user: one.mean for user, one in same.items()} == pytest.approx({"ana": 0, "bo": 0})
     like_ana = ["aaaa" if row.user == "ana" else "zz" for row in rows]
-    found = _users(rows, like_ana, dict.fromkeys(range(len(rows)), "qqqq"), prompts)
+    found = _user_similarity(rows, like_ana, dict.fromkeys(range(len(rows)), "qqqq"), prompts)
     assert found["ana"].low > 0.5
     other_words = [
         row.model_copy(update={"completion": text})
         for row, text in zip(rows, ("aa", "bb", "cc", "dd", "ee", "ff"), strict=True)
     ]  # a text that is its own row's reference is not therefore the user's
-    found = _users(
+    found = _user_similarity(
         other_words, [row.completion for row in other_words], dict.fromkeys(range(6), "qq"), prompts
     )
     assert {user: one.mean for user, one in found.items()} == pytest.approx({"ana": 0, "bo": 0})
-    assert _users(rows[:3], like_ana[:3], dict.fromkeys(range(3), "q"), prompts[:3]).keys() == {
-        "ana"
-    }  # one row tells nothing
+    assert _user_similarity(
+        rows[:3], like_ana[:3], dict.fromkeys(range(3), "q"), prompts[:3]
+    ).keys() == {"ana"}  # one row tells nothing
 
 
 def test_rows_that_cannot_be_judged_are_refused(
@@ -260,7 +251,7 @@ def test_rows_that_cannot_be_judged_are_refused(
 ) -> None:
     with pytest.raises(TrainingDataError, match="no row has a label of 'pitch'"):
         evaluate(cp, [Example(prompt="x", completion="y")], [judge])
-    with pytest.raises(TrainingDataError, match="must hold 0 and 1"):
+    with pytest.raises(TrainingDataError, match="must contain 0 and 1"):
         evaluate(cp, examples(), [judge], strengths=(0.5, 1))
 
 
@@ -290,14 +281,16 @@ def test_a_dial_moves_what_is_measured_more_evenly(
         return max(abs(y - start - x * (full - start)) for x, y in zip(even, curve, strict=True))
 
     assert bend(curves[0]) < bend(curves[1])
-    used = cp.parts_of(
+    resolved = cp.resolve(
         request.model_copy(update={"attributes": {"pitch": {"high": 0.5}}, "calibrated": True})
     )
-    assert used[0].strength == pytest.approx(cp.get("attribute", "pitch=high").strength_at(0.5))
+    assert resolved.parts[0].part.strength == pytest.approx(
+        cp.get("attribute", "pitch=high").strength_at(0.5)
+    )
     with pytest.raises(RequestError, match="'pitch=low' version . has no dial; calibrate it"):
         cp.generate("x", raw=True, attributes={"pitch": "low"}, calibrated=True)
     louder = request.model_copy(update={"strengths": {"pitch": 2.0}})
-    with pytest.raises(RequestError, match="strengths name 'pitch', which is what is measured"):
+    with pytest.raises(RequestError, match="strengths name 'pitch', whose strength is measured"):
         strength_curve(cp, louder, "pitch", "high", judge)
 
 
@@ -306,7 +299,7 @@ def test_a_dial_is_of_the_prefix_that_was_measured(
 ) -> None:
     monkeypatch.setattr("controlprefix.evaluation.calibration._MIN_EFFECT", 0.01)  # small effect
     request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
-    how: dict[str, Any] = {"strengths": (0, 1), "samples": 48}
+    how: dict[str, Any] = {"strengths": (0, 1), "num_samples": 48}
     prefix = cp.get("attribute", "pitch=low")
     cp.put("attribute", "pitch=low", prefix, dtype="int8")
     found = calibrate(cp, request, "pitch", "low", judge, **how)

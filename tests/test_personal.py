@@ -1,6 +1,6 @@
 """Decoders of user codes, enrolment and the privacy audit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from controlprefix.training import run
 from controlprefix.users.text_features import TextFeatures, style_features
 from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
 
+from helpers import Letters
 from models import build, byte_tokenizer
 
 QUIET: dict[str, Any] = {"progress": False, "validation": 0.0, "seed": 0}
@@ -33,13 +34,6 @@ def written_by(style: str, count: int = 6) -> list[str]:
 
 
 USERS = {f"{style}{i}": written_by(style) for style in ("hello", "AHOY!") for i in range(6)}
-
-
-class Letters:
-    """A stand-in for a sentence embedding model; tests of the real model use a real one."""
-
-    def encode(self, texts: Sequence[str], **_: object) -> torch.Tensor:
-        return torch.tensor([[text.count(letter) / 10 for letter in "helAHOY"] for text in texts])
 
 
 @pytest.fixture(autouse=True)

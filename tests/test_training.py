@@ -9,27 +9,24 @@ import pytest
 import torch
 
 from controlprefix import (
-    ControlPrefix,
     ControlPrefixError,
     Example,
     Prefix,
     StoreError,
     TrainingDataError,
 )
+from controlprefix.model.attention import LAYER_ATTRIBUTE
 from controlprefix.model.log_probs import token_log_probs
 from controlprefix.model.probing import weights_fingerprint
 from controlprefix.training import TrainingRow, TrainingSettings
+from controlprefix.training.preparation import prepare
 from controlprefix.training.run import split
-from controlprefix.training.selection import most_attended, slot_masses
+from controlprefix.training.slot_attention import most_attended, slot_masses
 
-from models import ALL, build, byte_tokenizer
+from helpers import QUICK, engine, nats_per_token
+from models import ALL
 
 LABELS = {"formal": "Good day.", "informal": "hey you"}
-
-
-def engine(name: str = "llama", store: str = "sqlite://", **changes: object) -> ControlPrefix:
-    model = build(name, **changes)  # type: ignore[arg-type]
-    return ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store=store)
 
 
 def greetings(num_each: int = 8) -> list[Example]:
@@ -46,11 +43,6 @@ def greetings(num_each: int = 8) -> list[Example]:
     ]
 
 
-def nats(cp: ControlPrefix, examples: list[Example]) -> float:
-    scores = cp.score(examples)
-    return -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
-
-
 def relabelled(examples: list[Example]) -> list[Example]:
     other = {"formal": "informal", "informal": "formal"}
     return [
@@ -59,16 +51,7 @@ def relabelled(examples: list[Example]) -> list[Example]:
     ]
 
 
-# A random model bends less to its slots than a trained one: a higher rate than the default.
-QUICK = {
-    "steps": 40,
-    "batch_size": 8,
-    "num_slots": 4,
-    "learning_rate": 0.2,
-    "parameterization": "direct",
-    "progress": False,
-    "seed": 1,
-}
+SETTINGS = {**QUICK, "steps": 40, "batch_size": 8, "learning_rate": 0.2}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -76,7 +59,7 @@ def test_joint_training_learns_each_label_and_leaves_the_model_alone(name: str) 
     cp = engine(name)
     before = {n: p.clone() for n, p in cp.model.state_dict().items()}
     examples = greetings()
-    report = cp.train(examples, learn=("task", "attributes"), **QUICK)
+    report = cp.train(examples, learn=("task", "attributes"), **SETTINGS)
     assert all(torch.equal(p, before[n]) for n, p in cp.model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in cp.model.parameters())
     assert report.saved == {
@@ -86,8 +69,8 @@ def test_joint_training_learns_each_label_and_leaves_the_model_alone(name: str) 
     }
     without_user = [e.model_copy(update={"user": None}) for e in examples]
     bare = [e.model_copy(update={"attributes": {}, "task": None}) for e in without_user]
-    right, wrong = nats(cp, without_user), nats(cp, relabelled(without_user))
-    assert right < nats(cp, bare) - 0.2
+    right, wrong = nats_per_token(cp, without_user), nats_per_token(cp, relabelled(without_user))
+    assert right < nats_per_token(cp, bare) - 0.2
     assert right < wrong - 0.2
     for key in report.saved:
         kind, quoted = key.split(" ", 1)
@@ -101,7 +84,7 @@ def test_joint_training_learns_each_label_and_leaves_the_model_alone(name: str) 
 def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
     cp = engine(store=f"sqlite:///{tmp_path}/prefixes.db")
     examples = greetings()
-    cp.train(examples, learn=("task", "attributes"), **QUICK)
+    cp.train(examples, learn=("task", "attributes"), **SETTINGS)
     kept = {
         (kind, name): cp.get(kind, name).to_bytes()  # type: ignore[arg-type]
         for kind in ("task", "attribute")
@@ -111,7 +94,7 @@ def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
     texts = [
         e.model_copy(update={"completion": voices[str(e.user)], "attributes": {}}) for e in examples
     ]
-    report = cp.train(texts, learn=("user",), **QUICK)
+    report = cp.train(texts, learn=("user",), **SETTINGS)
     assert report.saved == {"user 'bo'": 1, "user 'ana'": 1}
     for (kind, name), data in kept.items():
         assert cp.get(kind, name).to_bytes() == data  # type: ignore[arg-type]
@@ -120,7 +103,10 @@ def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
         own = [e for e in texts if e.user == user]
         swapped = [e.model_copy(update={"user": other}) for e in own]
         nobody = [e.model_copy(update={"user": None}) for e in own]
-        assert nats(cp, own) < min(nats(cp, swapped), nats(cp, nobody)) - 0.2
+        assert (
+            nats_per_token(cp, own)
+            < min(nats_per_token(cp, swapped), nats_per_token(cp, nobody)) - 0.2
+        )
 
 
 def test_a_users_prefix_moves_only_with_rows_of_that_user() -> None:
@@ -128,11 +114,11 @@ def test_a_users_prefix_moves_only_with_rows_of_that_user() -> None:
     cp = engine()
     rows = [Example(prompt="Hi", user="ana", completion="hello")] * 9
     both = [*rows, Example(prompt="Hi", user="bo", completion="HELLO")]
-    start = cp.train(both, learn=("user",), **{**QUICK, "steps": 1, "validation": 0, "seed": 0})
+    start = cp.train(both, learn=("user",), **{**SETTINGS, "steps": 1, "validation": 0, "seed": 0})
     assert start.losses
     cp.put("user", "bo", cp.get("user", "bo"))
     untouched = cp.get("user", "bo").to_bytes()
-    cp.train(rows, learn=("user",), init="stored", **{**QUICK, "steps": 3})
+    cp.train(rows, learn=("user",), init="stored", **{**SETTINGS, "steps": 3})
     assert cp.get("user", "bo").to_bytes() == untouched
 
 
@@ -143,7 +129,7 @@ def test_gradient_checkpointing_learns_the_same(name: str) -> None:
     reports, prefixes, states = [], [], []
     for checkpointing in (False, True):
         cp = engine(name, **dropout.get(name, {}))
-        settings = {**QUICK, "steps": 4, "gradient_checkpointing": checkpointing}
+        settings = {**SETTINGS, "steps": 4, "gradient_checkpointing": checkpointing}
         reports.append(cp.train(greetings(), **settings))
         prefixes.append(cp.get("task", "greet").slots)
         modules = list(cp.model.modules())
@@ -163,7 +149,7 @@ def test_gradient_checkpointing_learns_the_same(name: str) -> None:
 def test_the_same_seed_learns_the_same_prefixes() -> None:
     runs = [engine() for _ in range(3)]
     for cp, seed in zip(runs, (1, 1, 2), strict=True):
-        cp.train(greetings(), **{**QUICK, "steps": 5, "seed": seed})
+        cp.train(greetings(), **{**SETTINGS, "steps": 5, "seed": seed})
     first, again, other = (cp.get("task", "greet").to_bytes() for cp in runs)
     assert first == again
     assert first != other
@@ -177,31 +163,30 @@ def test_the_best_step_is_kept() -> None:
         Example(prompt=f"{i}", task="noise", completion="".join(draw.choices("abcdefgh", k=9)))
         for i in range(12)
     ]
-    settings = {**QUICK, "num_slots": 32, "learning_rate": 10.0, "validation": 0.25}
-    settings["evaluations"] = 20
+    settings = {**SETTINGS, "num_slots": 32, "learning_rate": 10.0, "validation": 0.25}
+    settings["num_evaluations"] = 20
     report = cp.train(examples, learn="task", init="random", **settings)
     looks = dict(report.validation)
     assert report.best_loss == min(looks.values()) == looks[report.best_step]
     assert 0 < report.best_step < max(looks) == 40
     # What is stored has the loss of that step, on the rows that were held out.
-    held_out = random.Random(QUICK["seed"]).sample(examples, 12)[:3]
+    held_out = random.Random(SETTINGS["seed"]).sample(examples, 12)[:3]
     with torch.no_grad(), cp.assembled(held_out):
         log_probs, live = token_log_probs(
-            cp.model,
+            cp.frozen_model,
             [cp.tokenizer(one.prompt)["input_ids"] for one in held_out],
             [[*cp.tokenizer(one.completion)["input_ids"], 1] for one in held_out],
-            pad_id=2,
         )
     assert -float(log_probs.sum() / live.sum()) == pytest.approx(report.best_loss, rel=1e-5)
 
 
 def test_a_random_start_and_a_stored_start_are_what_they_say() -> None:
     cp = engine()
-    cp.train(greetings(), init="random", **{**QUICK, "steps": 1, "learning_rate": 1e-9})
+    cp.train(greetings(), init="random", **{**SETTINGS, "steps": 1, "learning_rate": 1e-9})
     random_start = cp.get("task", "greet")
     expected = Prefix.random(cp.geometry, num_slots=4, seed=1)
     assert torch.allclose(random_start.slots["decoder"], expected.slots["decoder"], atol=1e-6)
-    cp.train(greetings(), init="stored", **{**QUICK, "steps": 1, "learning_rate": 1e-9})
+    cp.train(greetings(), init="stored", **{**SETTINGS, "steps": 1, "learning_rate": 1e-9})
     again = cp.get("task", "greet")
     assert torch.allclose(again.slots["decoder"], random_start.slots["decoder"], atol=1e-6)
     assert len(cp.versions("task", "greet")) == 2
@@ -209,7 +194,7 @@ def test_a_random_start_and_a_stored_start_are_what_they_say() -> None:
 
 def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
     cp = engine()
-    barely = {**QUICK, "steps": 1, "learning_rate": 1e-9, "validation": 0}
+    barely = {**SETTINGS, "steps": 1, "learning_rate": 1e-9, "validation": 0}
     for texts in (["hey!"], ["hey, bud"], ["hey, bud", "cu soon"], ["hey, bud, all good?"] * 12):
         rows = [Example(prompt="Hi", user="ana", completion=text) for text in texts]
         report = cp.train(rows, learn=("user",), **barely)
@@ -219,10 +204,11 @@ def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
         expected = cp.prefix_from_text("\n".join(texts), max_slots=None if looking else 4)
         if looking:  # in each head what rows attend to most
             encoded = [
-                cp._encoder.encode(Example(prompt="Hi", completion=text)) for text in looking
+                cp.frozen_model.request_tokenizer.example_ids(Example(prompt="Hi", completion=text))
+                for text in looking
             ]
-            seen = [TrainingRow.of(one, 1, (), ()) for one in encoded]
-            masses = slot_masses(cp.model, seen, expected, pad_id=2)
+            seen = [TrainingRow.from_example(one, 1, (), ()) for one in encoded]
+            masses = slot_masses(cp.frozen_model, seen, expected)
             expected = most_attended(expected, masses, 4)
         stored = cp.get("user", "ana")
         assert stored.num_slots == 4
@@ -241,10 +227,16 @@ def test_held_out_rows_have_no_part_in_the_start() -> None:
                 one.model_copy(update={"completion": other}) if i in held_out else one
                 for i, one in enumerate(greetings())
             ]
-            prepared = cp._trainer.resolve(
-                rows, learn="task", num_slots=4, init=init, settings=settings
+            prepared = prepare(
+                rows,
+                cp.frozen_model,
+                cp._resolver,
+                settings,
+                learn="task",
+                num_slots=4,
+                init=init,
             )
-            (start,) = prepared.start.values()
+            (start,) = prepared.initial.values()
             starts.append((start.digest, prepared.scale["decoder"].tolist()))
         assert starts[0] == starts[1]
 
@@ -259,7 +251,7 @@ def test_training_ends_each_completion_with_the_end_token() -> None:
             return float(cp.model(text).logits[0, -1].softmax(-1)[1])
 
     before = chance_of_ending()
-    cp.train([one] * 8, learn=("task",), **{**QUICK, "validation": 0})
+    cp.train([one] * 8, learn=("task",), **{**SETTINGS, "validation": 0})
     with cp.assembled(one):
         assert chance_of_ending() > 3 * before
 
@@ -267,14 +259,14 @@ def test_training_ends_each_completion_with_the_end_token() -> None:
 def test_what_is_neither_learned_nor_stored_is_left_out_and_said() -> None:
     """So the same examples can teach the task first and the users afterwards."""
     cp = engine()
-    first = cp.train(greetings(2), learn=("task",), **{**QUICK, "steps": 1})
+    first = cp.train(greetings(2), learn=("task",), **{**SETTINGS, "steps": 1})
     assert first.left_out == (
         "attribute 'formality=formal'",
         "attribute 'formality=informal'",
         "user 'ana'",
         "user 'bo'",
     )
-    second = cp.train(greetings(2), learn=("attributes", "user"), **{**QUICK, "steps": 1})
+    second = cp.train(greetings(2), learn=("attributes", "user"), **{**SETTINGS, "steps": 1})
     assert second.left_out == ()
 
 
@@ -288,7 +280,7 @@ def test_strengths_of_examples_count_as_in_a_request() -> None:
             completion="so warm",
         )
     ] * 8
-    report = cp.train(mixed, learn=("attributes",), **{**QUICK, "validation": 0})
+    report = cp.train(mixed, learn=("attributes",), **{**SETTINGS, "validation": 0})
     assert set(report.saved) == {"attribute 'tone=warm'", "attribute 'tone=brief'"}
     assert -cp.score(mixed[:1])[0].log_likelihood / 7 < report.losses[0]
 
@@ -303,16 +295,16 @@ def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored(
         (no_task, {"learn": ("task",)}, "learn names 'task' but no example has one"),
         ([*rows, no_task[0]], {"learn": ("task",)}, "row 5 has none of what is to be learned"),
         (rows, {"num_slots": 0}, "num_slots is 0"),
-        (rows, {"num_slots": {"task": 3}}, "num_slots says nothing of 'attribute'"),
+        (rows, {"num_slots": {"task": 3}}, "num_slots has no entry for 'attribute'"),
         (rows, {"learning_rate": math.nan}, "learning_rate is nan"),
-        (rows, {"lr": 1.0}, "unknown setting 'lr'; there are: .*learning_rate"),
+        (rows, {"lr": 1.0}, "unknown field 'lr'; a training run has: .*learning_rate"),
         (rows, {"validation": 1.0}, "validation is 1.0"),
         (rows, {"init": "words"}, "init is 'words'"),
         ([{"prompt": "x"}], {}, "row 1 is a dict"),
-        (None, {}, "NoneType is no list of Example rows"),
-        (rows, {"validation": 0.9}, "validation 0.9 of 4 examples leaves none to learn from"),
+        (None, {}, "expected a list of Example rows, got NoneType"),
+        (rows, {"validation": 0.9}, "validation 0.9 of 4 examples leaves none to train on"),
         (rows, {"epochs": math.inf}, "epochs is inf"),
-        (rows, {"steps": "2"}, "steps is '2'; it must be a whole number"),
+        (rows, {"steps": "2"}, "steps is '2': Input should be a valid integer"),
         (rows, {"seed": -1}, "seed is -1"),
         (rows, {"num_slots": 1.5}, "num_slots is 1.5; it must be a whole number"),
         (rows, {"learn": ()}, "learn is empty; learn any of: task, attributes, user"),
@@ -328,7 +320,7 @@ def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored(
 
 def test_a_loss_that_is_no_number_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cp = engine()
-    cp.train(greetings(2), **{**QUICK, "steps": 1})
+    cp.train(greetings(2), **{**SETTINGS, "steps": 1})
     from controlprefix.training import objectives
 
     def broken(*args: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -338,7 +330,7 @@ def test_a_loss_that_is_no_number_stores_nothing(monkeypatch: pytest.MonkeyPatch
     honest = objectives.token_log_probs
     monkeypatch.setattr(objectives, "token_log_probs", broken)
     with pytest.raises(TrainingDataError, match="the loss is nan at step 1; nothing was stored"):
-        cp.train(greetings(2), **QUICK)
+        cp.train(greetings(2), **SETTINGS)
     assert [v.version for v in cp.versions("task", "greet")] == [1]
     assert weights_fingerprint(cp.model) == cp.geometry.fingerprint
 
@@ -355,10 +347,10 @@ def test_an_interrupted_run_stores_nothing_and_leaves_nothing_attached() -> None
 
     handle = cp.model.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        cp.train(greetings(2), **{**QUICK, "validation": 0, "gradient_checkpointing": True})
+        cp.train(greetings(2), **{**SETTINGS, "validation": 0, "gradient_checkpointing": True})
     handle.remove()
     assert cp.store.prefixes() == []
-    assert not any("controlprefix_place" in vars(m) for m in cp.model.modules())
+    assert not any(LAYER_ATTRIBUTE in vars(m) for m in cp.model.modules())
     assert not cp.model.training
 
 
@@ -373,23 +365,23 @@ def test_what_cannot_be_stored_is_refused_before_training(monkeypatch: pytest.Mo
     cp.model.register_forward_hook(count)
     bad = [Example(prompt="Hi", user="ana\n", completion="hello")] * 2
     with pytest.raises(ControlPrefixError, match="is not 1 to 255 printable characters"):
-        cp.train(bad, learn=("user",), **QUICK)
+        cp.train(bad, learn=("user",), **SETTINGS)
 
     def refuse(*_: object) -> None:
         raise StoreError("read only")
 
     monkeypatch.setattr(cp.store, "require_writable", refuse)
     with pytest.raises(StoreError):
-        cp.train(greetings(1), init="random", **QUICK)
+        cp.train(greetings(1), init="random", **SETTINGS)
     assert steps == 0
     monkeypatch.undo()
-    cp.train(greetings(1), init="random", **QUICK)
+    cp.train(greetings(1), init="random", **SETTINGS)
     assert steps > 0
 
 
 def test_two_runs_with_checkpointing_leave_the_model_as_it_was() -> None:
     cp = engine("gpt2", resid_pdrop=0.3)
-    settings = {**QUICK, "steps": 3, "gradient_checkpointing": True, "validation": 0}
+    settings = {**SETTINGS, "steps": 3, "gradient_checkpointing": True, "validation": 0}
     threads = [
         threading.Thread(target=cp.train, args=(greetings(2),), kwargs=settings) for _ in range(2)
     ]

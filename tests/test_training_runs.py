@@ -2,12 +2,13 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,50 +24,19 @@ from controlprefix import (
     StoreError,
     TrainingDataError,
 )
-from controlprefix.model.steering import Steering
-from controlprefix.training import TrainingRow
-from controlprefix.training.loop import _Loop
-from controlprefix.training.objectives import Pair, pair_up
-from controlprefix.training.run import Run
-from controlprefix.training.selection import mean_masses, most_attended, slot_masses
-from controlprefix.training.settings import PARAMETERIZATIONS, TrainingSettings
+from controlprefix.prefixes import PrefixKey
+from controlprefix.training import ParameterizationName, TrainingRow, TrainingSettings
+from controlprefix.training.loop import TrainingLoop
+from controlprefix.training.objectives import ContrastPair, add_contrast
+from controlprefix.training.preparation import prepare
+from controlprefix.training.run import TrainingRun
 from controlprefix.training.shortening import shorten
+from controlprefix.training.slot_attention import mean_masses, most_attended, slot_masses
 
+from helpers import QUICK, engine, frozen, greetings, nats_per_token
 from models import build, byte_tokenizer
 
-LABELS = {"formal": "Good day.", "informal": "hey you"}
-QUICK: dict[str, Any] = {
-    "steps": 12,
-    "batch_size": 4,
-    "num_slots": 4,
-    "learning_rate": 0.1,
-    "parameterization": "direct",
-    "width": 8,
-    "progress": False,
-    "seed": 1,
-}
-
-
-def greetings(num_each: int = 8) -> list[Example]:
-    return [
-        Example(
-            prompt=f"Greet {i}",
-            task="greet",
-            attributes={"formality": label},
-            completion=f"{text}{'!' * (i % 3)}",
-        )
-        for i in range(num_each)
-        for label, text in LABELS.items()
-    ]
-
-
-def engine(store: str = "sqlite://") -> ControlPrefix:
-    return ControlPrefix.from_pretrained(build("llama"), tokenizer=byte_tokenizer(), store=store)
-
-
-def nats(cp: ControlPrefix, examples: list[Example]) -> float:
-    scores = cp.score(examples)
-    return -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
+PARAMETERIZATIONS: tuple[ParameterizationName, ...] = get_args(ParameterizationName)
 
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
@@ -97,7 +67,7 @@ sys.path.insert(0, {tests!r})
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 torch.set_num_threads(1)
-from test_training_runs import QUICK, engine, greetings
+from helpers import QUICK, engine, greetings
 """
 
 
@@ -122,7 +92,7 @@ def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(
         "parameterization": name,
         "slot_dropout": 0.3,
         "contrast": 0.3,
-        "save_every": 3,
+        "save_steps": 3,
     }
     whole = engine()
     expected = whole.train(greetings(), **settings)
@@ -171,7 +141,7 @@ def test_a_run_that_is_to_end_sooner_keeps_what_it_has_learned(
     validation: float, tmp_path: Path
 ) -> None:
     cp = engine()
-    settings = {**QUICK, "validation": validation, "evaluations": 1, "save_every": 1}
+    settings = {**QUICK, "validation": validation, "num_evaluations": 1, "save_steps": 1}
     whole = cp.train(greetings(), folder=tmp_path, **settings)
     for steps in (12, 7):  # the state is at step 12
         report = cp.train(greetings(), folder=tmp_path, resume=True, **{**settings, "steps": steps})
@@ -180,15 +150,15 @@ def test_a_run_that_is_to_end_sooner_keeps_what_it_has_learned(
     found = [cp.get("task", "greet", version=i).to_bytes() for i in (1, 2, 3)]
     assert found[0] == found[1] == found[2]
 
-    save = Run.save
+    save = TrainingRun.save
 
-    def killed(self: Run, folder: Path) -> None:
+    def killed(self: TrainingRun, folder: Path) -> None:
         save(self, folder)
-        if self.done.step == 3:  # nobody has looked since the start
+        if self.progress.step == 3:  # without a validation pass since step 0
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "save", killed)
+        patch.setattr(TrainingRun, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             cp.train(greetings(), folder=tmp_path / "cut", **settings)
     ended = cp.train(greetings(), folder=tmp_path / "cut", resume=True, **{**settings, "steps": 2})
@@ -199,11 +169,11 @@ def test_a_run_that_is_to_end_sooner_keeps_what_it_has_learned(
 
 def test_what_cannot_be_done_is_refused_not_left_out(caplog: pytest.LogCaptureFixture) -> None:
     cp = engine()
-    with pytest.raises(TrainingDataError, match="resume goes on from the state in a folder"):
+    with pytest.raises(TrainingDataError, match="resume continues from a checkpoint"):
         cp.train(greetings(), resume=True, **QUICK)
-    with pytest.raises(TrainingDataError, match="resume goes on from the state in a folder"):
+    with pytest.raises(TrainingDataError, match="resume continues from a checkpoint"):
         cp.train_users({"ana": ["hey"]}, resume=True, progress=False)
-    with pytest.raises(TrainingDataError, match="patience counts looks at held-out examples"):
+    with pytest.raises(TrainingDataError, match="patience counts validations of held-out examples"):
         cp.train(greetings(), patience=2, validation=0, **QUICK)
     cp.train(greetings(), **QUICK)
     for change, message in (
@@ -238,17 +208,17 @@ def test_another_run_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
     for examples, changes, message in (
         (greetings(), {"seed": 2}, "seed was 1, is 2"),
         (greetings(), {"learning_rate": 0.3}, "learning_rate was 0.1, is 0.3"),
-        (greetings(7), {}, "other examples, starts or stored prefixes"),
+        (greetings(7), {}, "other examples, initializations or stored prefixes"),
     ):
         with pytest.raises(TrainingDataError, match=f"holds another run .*{message}"):
             cp.train(examples, folder=tmp_path, resume=True, **{**QUICK, **changes})
-    state = tmp_path / "state.safetensors"
+    state = tmp_path / "checkpoint.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(StoreError, match="cannot be read: .*; remove it to begin anew"):
+    with pytest.raises(StoreError, match="cannot be read: .*; remove it to start from step 0"):
         cp.train(greetings(), folder=tmp_path, resume=True, **QUICK)
     assert len(cp.versions("task", "greet")) == 1
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match="cannot make the run's folder"):
+    with pytest.raises(StoreError, match="cannot create the run's folder"):
         cp.train(greetings(), folder=tmp_path / "file" / "below", **QUICK)
 
 
@@ -269,7 +239,7 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
     alone = engine()
     expected = alone.train(greetings(), **settings)
     script = f"""
-        cp = engine("sqlite:///{tmp_path}/prefixes.db")
+        cp = engine(store="sqlite:///{tmp_path}/prefixes.db")
         report = cp.train(greetings(), **{settings!r})
         print(json.dumps([report.losses, report.validation, dict(report.saved)]))
         """
@@ -297,7 +267,9 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
         [loss for _, loss in expected.validation], abs=1e-4
     )
     assert saved == expected.saved  # stored once
-    together = engine(f"sqlite:///{tmp_path}/prefixes.db").get("task", "greet").slots["decoder"]
+    together = (
+        engine(store=f"sqlite:///{tmp_path}/prefixes.db").get("task", "greet").slots["decoder"]
+    )
     assert torch.allclose(together, alone.get("task", "greet").slots["decoder"], atol=1e-2)
 
 
@@ -347,7 +319,7 @@ def test_learning_curves_are_written_as_numbers_and_as_a_picture(tmp_path: Path)
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better() -> None:
-    settings = {**QUICK, "steps": 40, "learning_rate": 1000.0, "evaluations": 20, "patience": 2}
+    settings = {**QUICK, "steps": 40, "learning_rate": 1000.0, "num_evaluations": 20, "patience": 2}
     report = engine().train(greetings(), **settings)
     assert len(report.losses) < 40
     looks = [loss for _, loss in report.validation]
@@ -387,14 +359,14 @@ def test_starts_of_ones_own(tmp_path: Path) -> None:
         build("gpt2"), tokenizer=byte_tokenizer(), store="sqlite://"
     )
     for init, message in (
-        ({("task", "great"): "x"}, r"init names \('task', 'great'\), which is not learned"),
-        ({"greet": "x"}, "init names 'greet', which is not learned"),
+        ({("task", "great"): "x"}, r"init names \('task', 'great'\), which is not trained"),
+        ({"greet": "x"}, "init names 'greet', which is not trained"),
         ({("task", "greet"): " "}, "init of task 'greet' is ' '; give a text or a Prefix"),
     ):
         with pytest.raises(TrainingDataError, match=message):
             cp.train(greetings(), init=init, **QUICK)  # type: ignore[arg-type]
     foreign = Prefix.random(other.geometry, num_slots=2)
-    with pytest.raises(ValueError, match="the start of task 'greet' has"):
+    with pytest.raises(ValueError, match="the initialization of task 'greet' has"):
         cp.train(greetings(), init={("task", "greet"): foreign}, **QUICK)
 
 
@@ -416,25 +388,21 @@ def test_contrast_drives_labels_apart() -> None:
     for contrast in (0.0, 0.7):
         cp = engine()
         cp.train(examples, contrast=contrast, **{**QUICK, "steps": 30})
-        margins.append(nats(cp, swapped) - nats(cp, examples))
+        margins.append(nats_per_token(cp, swapped) - nats_per_token(cp, examples))
     assert margins[1] > margins[0] + 0.1
 
 
 def test_a_row_is_contrasted_with_another_label_of_its_attribute_only() -> None:
-    import random
-
-    from controlprefix.store import PrefixKey
-
     keys = [PrefixKey("attribute", name) for name in ("f=a", "f=b", "f=c", "ff=a", "t=x")] + [
         PrefixKey("task", "f=z")
     ]
     row = TrainingRow((1,), (2,), (), ((keys[0], 0.5), (keys[5], 1.0)))
-    found = [pair_up([row], keys, random.Random(i))[0].other for i in range(50)]
+    found = [add_contrast([row], keys, random.Random(i))[0].other for i in range(50)]
     swapped = {one.learned[0] for one in found if one is not None}
     assert swapped == {(keys[1], 0.5), (keys[2], 0.5)}
     assert {one.learned[1] for one in found if one is not None} == {(keys[5], 1.0)}
     lone = TrainingRow((1,), (2,), (), ((keys[4], 1.0),))
-    assert pair_up([lone], keys, random.Random(0))[0].other is None
+    assert add_contrast([lone], keys, random.Random(0))[0].other is None
 
 
 def test_a_prefix_distilled_from_an_instruction_replaces_it() -> None:
@@ -485,18 +453,26 @@ def test_every_token_counts_alike_however_rows_are_batched() -> None:
     cp = engine()
     texts = ("a", "bc", "de, at length, and more", "fg, at some length too")
     examples = [Example(prompt="Hi", task="greet", completion=text) for text in texts]
-    settings = TrainingSettings.of({"batch_size": 2, "validation": 0, "parameterization": "direct"})
+    settings = TrainingSettings.from_options(
+        {"batch_size": 2, "validation": 0, "parameterization": "direct"}
+    )
     found = []
     for batches in (((0, 1), (2, 3)), ((0, 2), (1, 3))):
-        prepared = cp._trainer.resolve(
-            examples, learn="task", num_slots=3, init="text", settings=settings
+        prepared = prepare(
+            examples,
+            cp.frozen_model,
+            cp._resolver,
+            settings,
+            learn="task",
+            num_slots=3,
+            init="text",
         )
-        slots = settings.parameterized(prepared.start, prepared.scale)
+        slots = settings.parameterize(prepared.initial, prepared.scale)
         run = TrainingRun(prepared.rows, slots, settings, cp.model.device)
-        loop = _Loop(cp.model, run, Accelerator(), pad_id=2)
+        loop = TrainingLoop(cp.frozen_model, settings, Accelerator())
         for batch in batches:
             rows = [prepared.rows[i] for i in batch]
-            loop.nats_a_token([Pair(row) for row in rows])
+            loop._losses([(run, ContrastPair(row)) for row in rows], {})
         (learned,) = (p.grad for p in slots.parameters())
         assert learned is not None
         found.append(learned.clone())
@@ -505,10 +481,10 @@ def test_every_token_counts_alike_however_rows_are_batched() -> None:
 
 def test_slot_masses_are_the_models_own_attention_weights() -> None:
     """Against the same slots in a cache, with the weights that eager attention gives out."""
-    model = build("llama")
-    prefix = Prefix.random(Steering.for_model(model).geometry, num_slots=5, scale=1.0, seed=1)
+    model = frozen("llama")
+    prefix = Prefix.random(model.geometry, num_slots=5, scale=1.0, seed=1)
     rows = [TrainingRow((5, 6, 7), (8, 9), (), ()), TrainingRow((5,), (10, 11, 12), (), ())]
-    found = slot_masses(model, rows, prefix, pad_id=2)
+    found = slot_masses(model, rows, prefix)
     eager = build("llama")
     eager.set_attn_implementation("eager")
     expected = torch.zeros(len(prefix.geometry.decoder), 4, 5)  # layers, heads, slots
@@ -535,10 +511,10 @@ def test_slot_masses_are_the_models_own_attention_weights() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
 def test_each_head_keeps_what_it_attends_to(name: str) -> None:
-    model = build(name)
-    prefix = Prefix.random(Steering.for_model(model).geometry, num_slots=6, scale=1.0, seed=1)
+    model = frozen(name)
+    prefix = Prefix.random(model.geometry, num_slots=6, scale=1.0, seed=1)
     rows = [TrainingRow((5, 6, 7), (8, 9), (), ())]
-    masses = slot_masses(model, rows, prefix, pad_id=2)
+    masses = slot_masses(model, rows, prefix)
     assert most_attended(prefix, masses, 6).digest == prefix.digest
     kept = most_attended(prefix, masses, 2)
     assert kept.num_slots == 2
@@ -561,7 +537,7 @@ def test_shortening_keeps_the_slots_that_matter_and_most_of_the_gain() -> None:
     dead = Prefix(cp.geometry, {"decoder": torch.zeros(6, cp.geometry.slot_size("decoder"))})
     joined = torch.cat([trained.slots["decoder"], dead.slots["decoder"]])
     cp.put("task", "greet", Prefix(cp.geometry, {"decoder": joined}))
-    whole = nats(cp, examples)
+    whole = nats_per_token(cp, examples)
     report = cp.shorten("task", "greet", examples, keep=0.9)
     shorter = cp.get("task", "greet")
     assert report.version == 3
@@ -570,8 +546,8 @@ def test_shortening_keeps_the_slots_that_matter_and_most_of_the_gain() -> None:
     assert set(curve) >= {0, 10, report.num_slots}
     assert curve[report.num_slots] <= curve[0] - 0.9 * (curve[0] - curve[10])
     assert len(report.masses) == 10
-    bare = nats(cp, [e.model_copy(update={"task": None}) for e in examples])
-    assert nats(cp, examples) <= bare - 0.85 * (bare - whole)
+    bare = nats_per_token(cp, [e.model_copy(update={"task": None}) for e in examples])
+    assert nats_per_token(cp, examples) <= bare - 0.85 * (bare - whole)
     with pytest.raises(TrainingDataError, match="row 1 does not name task 'greet'"):
         cp.shorten("task", "greet", [examples[0].model_copy(update={"task": None})])
 
@@ -610,7 +586,7 @@ def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
     cp = engine()
     report = cp.sweep(
         greetings(),
-        slots=(1, 4),
+        num_slots=(1, 4),
         parameterizations=("direct", "shared"),
         **{k: v for k, v in QUICK.items() if k not in ("num_slots", "parameterization")},
     )
@@ -621,6 +597,6 @@ def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
     report.save(tmp_path)
     assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 4
     assert cp.store.prefixes() == []
-    for rows, validation in ((greetings(), 0), (greetings()[:4], 0.1)):
+    for rows, validation in ((greetings(), 0.0), (greetings()[:4], 0.1)):
         with pytest.raises(TrainingDataError, match=f"validation {validation} of .* is none"):
             cp.sweep(rows, validation=validation, progress=False)

@@ -116,10 +116,11 @@ def test_a_label_can_be_made_of_its_text(cp: ControlPrefix) -> None:
 
 
 def test_the_attribute_space_says_what_a_label_means(cp: ControlPrefix) -> None:
-    cp.attributes = AttributeSpace.parse(
+    space = AttributeSpace.parse(
         "attributes: {tone: {labels: {warm: {description: Like a friend.}, "
         "stern: {}, cosy: {description: As to a friend.}}}}"
     )
+    cp = ControlPrefix(cp.frozen_model, cp.store, space)
     done = cp.generate(asked("cosy", "nearest"))
     assert done.stand_ins[0].used == {"tone=warm": 1.0}
     assert cp.generate(asked("cosy", "text")).stand_ins[0].used == {"As to a friend.": 1.0}
@@ -132,7 +133,8 @@ def test_one_label_stands_in_where_there_can_be_one(cp: ControlPrefix) -> None:
     file = "attributes: {{tone: {{exclusive: {}, labels: [strict, firm, warm]}}}}"
     used = []
     for exclusive in ("false", "true"):
-        cp.attributes = AttributeSpace.parse(file.format(exclusive))
+        space = AttributeSpace.parse(file.format(exclusive))
+        cp = ControlPrefix(cp.frozen_model, cp.store, space)
         used.append(cp.generate(asked("stern", "nearest")).stand_ins[0].used)
     assert set(used[0]) == {"tone=strict", "tone=firm"}
     assert used[1] == {"tone=strict": 1.0}

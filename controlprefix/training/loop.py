@@ -80,7 +80,8 @@ def train(
         activation_checkpointing(frozen.model, settings.gradient_checkpointing),
         progress_bar("training", run.num_steps, visible=progress and is_main) as update,
     ):
-        while not run.is_finished:
+        # A checkpoint may lie beyond the end, if the run resumes with fewer steps than before.
+        while not run.is_finished or run.validation_due:
             failures = loop.step([run])
             if failures:
                 raise TrainingDataError(failures[run])
@@ -120,14 +121,14 @@ class TrainingLoop:
         self._prepared_optimizers: dict[TrainingRun, Any] = {}
 
     def step(self, runs: Sequence[TrainingRun]) -> dict[TrainingRun, str]:
-        """Take one step of each run, with the validation passes that are due.
+        """Take one step of each run that is not finished, with validation passes that are due.
 
         Returns:
             The runs that failed, and why; the others are not affected.
         """
         failures: dict[TrainingRun, str] = {}
         self._validate(runs, failures)
-        active = [run for run in runs if run not in failures]
+        active = [run for run in runs if run not in failures and not run.is_finished]
         steps = {run: run.begin_step() for run in active}
         losses = self._losses(
             [(run, pair) for run, (pairs, _) in steps.items() for pair in pairs],

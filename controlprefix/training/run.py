@@ -3,7 +3,7 @@
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -115,6 +115,7 @@ class TrainingRun:
         }
         # Batches have rows of similar length, so a mean per batch would weight tokens unequally.
         self.targets_per_step = settings.batch_size * mean(len(row.targets) for row in training)
+        self._learning_rate_at = learning_rate_schedule(self.num_steps)
         self._batches = _endless_batches(training, settings.batch_size, order)
         self.prefixes = prefixes.to_device(device)
         self.optimizer = torch.optim.AdamW(
@@ -175,9 +176,9 @@ class TrainingRun:
         pairs = [ContrastPair(row) for row in rows]
         if settings.contrast:
             pairs = add_contrast(rows, self.prefixes.keys, draw)
+        rate = settings.peak_learning_rate * self._learning_rate_at(self.progress.step)
         for group in self.optimizer.param_groups:
-            rate = learning_rate_multiplier(self.progress.step, self.num_steps)
-            group["lr"] = settings.peak_learning_rate * rate
+            group["lr"] = rate
         self.optimizer.zero_grad()
         return pairs, draw.randrange(1 << 62)
 
@@ -258,19 +259,19 @@ def batches_by_length(rows: Sequence[TrainingRow], size: int) -> Iterator[list[T
     yield from (by_length[at : at + size] for at in range(0, len(by_length), size))
 
 
-def learning_rate_multiplier(step: int, num_steps: int) -> float:
+def learning_rate_schedule(num_steps: int) -> Callable[[int], float]:
     """The learning rate at a step, counted from 1, relative to its peak.
 
     It rises linearly over the first tenth of the steps, then falls as a cosine to a tenth.
     """
-    optimizer = torch.optim.SGD([torch.zeros(1)])
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer,
+        torch.optim.SGD([torch.zeros(1)]),  # transformers keeps the function in a scheduler
         num_warmup_steps=max(1, round(_WARM_UP_FRACTION * num_steps)),
         num_training_steps=num_steps,
         min_lr_rate=_MIN_LEARNING_RATE,
     )
-    return float(scheduler.lr_lambdas[0](step))
+    multiplier: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return multiplier
 
 
 def _endless_batches(

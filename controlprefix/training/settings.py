@@ -97,7 +97,8 @@ class TrainingSettings:
             return cls(**options)
         except ValidationError as error:
             names = [field.name for field in fields(cls)]
-            raise TrainingDataError(validation_message(error, names, "a training run")) from None
+            message = validation_message(error, names, "a training run", show_values=True)
+            raise TrainingDataError(message) from None
 
     @property
     def peak_learning_rate(self) -> float:
