@@ -21,6 +21,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from controlprefix.attributes.labels import require_known
@@ -237,10 +238,10 @@ def _line_of(data: Any, path: tuple[str | int, ...]) -> int:
     """The line, from 1, of the deepest value on a path that the file has."""
     line = 1
     for step in path:
-        if isinstance(data, list) and isinstance(step, int):
-            key: Any = step
+        key: Any = step
+        if isinstance(data, CommentedSeq) and isinstance(step, int):
             row, _ = data.lc.item(key)
-        elif isinstance(data, dict):
+        elif isinstance(data, CommentedMap):
             # pydantic reports a name that is no text as a text.
             key = next((key for key in data if str(key) == str(step)), None)
             if key is None:

@@ -295,7 +295,7 @@ class ControlPrefix:
         """Run requests on a vLLM server of the same model, instead of a `batcher`.
 
         Args:
-            url: Of the server, such as `http://localhost:8001`.
+            url: URL of the server, such as `http://localhost:8001`.
             folder: Where its workers read prefixes (see `controlprefix.vllm.connector`).
             api_key: The server's own API key, if it has one.
             max_requests: Concurrent requests; more are refused.

@@ -237,8 +237,8 @@ def test_users_are_learned_enrolled_and_audited(
     assert "stored user 'ana' version 2, from 2 texts" in refined
     held_out = ("--held-out", str(tmp_path / "others.txt"), "--num-canaries", "1")
     audit = run(tmp_path, "audit", "user", "ana", "--texts", texts, *held_out, *model)
-    assert "membership" in audit
-    assert "exposure" in audit
+    assert "membership inference, AUC" in audit
+    assert "exposure of planted numbers, bits" in audit
     data.write_text('{"user": "ana"}')
     with pytest.raises(ControlPrefixError, match='users.jsonl line 1: not of the form {"user"'):
         run(tmp_path, "users", "train", str(data), *model)

@@ -473,3 +473,27 @@ def test_tokens_are_counted_to_the_stop_text_in_any_batch(cp: ControlPrefix) -> 
     short = long.model_copy(update={"stop": (text[4:6],)})
     assert cp.generate([short, long])[0] == cp.generate(short)
     assert cp.generate(short).num_tokens < 40
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_slow", "expected"),
+    [
+        ("auto", True, torch.float32),
+        ("auto", False, torch.bfloat16),
+        (torch.bfloat16, True, torch.bfloat16),
+    ],
+)
+def test_a_dtype_that_the_cpu_lacks_is_loaded_in_float32_unless_asked_for(
+    dtype: torch.dtype | str,
+    is_slow: bool,
+    expected: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("controlprefix.model.loading._is_slow_on_cpu", lambda dtype: is_slow)
+    cp = ControlPrefix.from_pretrained(tmp_path, store="sqlite://", dtype=dtype)
+    assert {p.dtype for p in cp.model.parameters()} == {expected}
+    exact = ControlPrefix.from_pretrained(tmp_path, store="sqlite://", dtype=torch.float32)
+    assert cp.geometry.fingerprint == exact.geometry.fingerprint

@@ -61,7 +61,7 @@ def strength_curve(
         request: Everything else: a task, a user, sampling settings, and a prompt, unless
             `prompts` are given.
         attribute, label: The label.
-        classifier: Of that attribute.
+        classifier: The classifier of that attribute.
         prompts: Prompts to use in turn instead of the request's.
         strengths: At least two.
         num_samples: Texts per strength.

@@ -49,10 +49,10 @@ def evaluate(
     Args:
         cp: With the prefixes that the rows name.
         rows: Requests with a completion each; none that was trained on.
-        classifiers: Of the attributes to measure, trained on other texts than the prefixes.
-        strengths: Of the curves; 0 and 1 are needed for the cross-talk.
+        classifiers: One per attribute to measure, trained on other texts than the prefixes.
+        strengths: The curves' strengths; 0 and 1 are needed for the cross-talk.
         curve_rows: Rows that the curves use, at each strength of each label.
-        max_new_tokens, temperature: Of every text.
+        max_new_tokens, temperature: Settings of every request.
         seed: Seed of the sampling.
         folder: Where texts are kept as they are generated: an interrupted run continues there.
         progress: Show a progress bar.

@@ -20,7 +20,7 @@ class TextCache:
     Args:
         cp: Generates the texts.
         folder: Where to keep them; None: in memory only.
-        max_new_tokens, temperature: Of every text.
+        max_new_tokens, temperature: Settings of every request.
         seed: Seed of the sampling.
     """
 

@@ -142,7 +142,7 @@ class Trainer:
             examples: With default labels.
             num_slots, parameterizations: What to try.
             learn, init, progress: As in `ControlPrefix.train`.
-            options: Of `TrainingSettings`.
+            options: Fields of `TrainingSettings`.
 
         Raises:
             TrainingDataError: If there is nothing to try, or nothing is held out.

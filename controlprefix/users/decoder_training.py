@@ -31,7 +31,7 @@ class DecoderReport:
     """The result of training a decoder.
 
     Attributes:
-        training: Of the decoder and all codes.
+        training: Report of the one run that trained the decoder and all codes.
         num_users: Users that it was trained on.
         r2: Cross-validated R² of user codes predicted from text features; 0: features predict
             nothing, and enrolled users get the mean code.

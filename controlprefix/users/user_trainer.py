@@ -107,7 +107,7 @@ class UserTrainer:
         Args:
             texts: None: the texts that are kept in the store.
             num_slots, decoder, as_codes, concurrent_users, folder, resume, progress: As there.
-            options: Of `TrainingSettings`.
+            options: Fields of `TrainingSettings`.
             extras: Per user, further fields of the `NewVersion`.
         """
         defaults: dict[str, Any] = dict(_DEFAULT_OPTIONS)

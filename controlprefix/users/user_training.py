@@ -82,7 +82,7 @@ def train_users(
         frozen: The model.
         texts: Users with their texts; consumed as there is room.
         publish: Called for each user that is finished; returns the version.
-        settings: Of each user's run; `batch_size` is a user's rows per step.
+        settings: Hyperparameters of each user's run; `batch_size` is a user's rows per step.
         initialize: Given a user's key and texts, what to train.
         concurrent_users: Users at a time; memory grows with it.
         folder: Where finished users are recorded.

@@ -16,7 +16,7 @@ class VllmClient:
     """Talks to one vLLM server, or to a load balancer in front of identical ones.
 
     Args:
-        url: Of the server, such as `http://localhost:8001`.
+        url: URL of the server, such as `http://localhost:8001`.
         api_key: The server's own API key, if it has one.
     """
 

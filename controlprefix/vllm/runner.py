@@ -69,7 +69,7 @@ class VllmRunner:
 
     Args:
         frozen: The same weights, for tokenization, rotation and that comparison.
-        url: Of the server, such as `http://localhost:8001`.
+        url: URL of the server, such as `http://localhost:8001`.
         folder: Where its workers read prefixes.
         api_key: The server's own API key, if it has one.
         max_requests: Concurrent requests; more are refused.
