@@ -77,7 +77,7 @@ class ControlPrefix:
         self._resolver = Resolver(frozen, store, attributes)
         self._generator = Generator(frozen)
         self._trainer = Trainer(frozen, store, self._resolver)
-        self._user_trainer = UserTrainer(frozen, store)
+        self._user_trainer = UserTrainer(frozen, store, self._resolver)
 
     @classmethod
     def from_pretrained(
@@ -204,7 +204,7 @@ class ControlPrefix:
         """
         yield from self._generator.stream(self.resolve(_as_request(request, fields)))
 
-    def score(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[Score]:
+    def score(self, examples: Iterable[Example], *, batch_size: int = 16) -> list[Score]:
         """Log-likelihoods of examples' completions under the steered model.
 
         The end token is not counted.

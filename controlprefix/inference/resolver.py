@@ -145,7 +145,22 @@ class Resolver:
             PrefixFormatError: If the stored bytes are damaged.
         """
         stored = self._store.get(key, version=version)
-        return self._decoded(key, stored)
+        return self.decoded(key, stored)
+
+    def decoded(self, key: PrefixKey, stored: StoredVersion) -> Prefix:
+        """A stored version's prefix; a user code is decoded.
+
+        Raises:
+            PrefixFormatError: If it is a code and its decoder is not in the store.
+            RequestError: If it is a decoder.
+        """
+        value = stored.value
+        if isinstance(value, UserCode):
+            name = f"{key} version {stored.version}"
+            return self._decoder(value.decoder_hash, name).decode(value)
+        if not isinstance(value, Prefix):
+            raise RequestError(f"{key} is a decoder of user codes, not a prefix")
+        return value
 
     def forget(self, key: PrefixKey) -> None:
         """Drop a name from memory."""
@@ -167,19 +182,14 @@ class Resolver:
 
     def _query(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, StoredVersion]:
         token = self._store.change_token()  # before the query: a later change is not missed
-        cached = self._cache.get(keys)
-        known_hashes = {entry.content_hash for entry in cached.values()}
-        fetched = self._store.fetch(keys, known_hashes=known_hashes)
+        cached = {entry.content_hash: entry.prefix for entry in self._cache.get(keys).values()}
+        fetched = self._store.fetch(keys, known_hashes=cached.keys())
         result: dict[PrefixKey, StoredVersion] = {}
         for key, stored in fetched.items():
             if stored.value is None:
-                prefix = next(
-                    entry.prefix
-                    for entry in cached.values()
-                    if entry.content_hash == stored.content_hash
-                )
+                prefix = cached[stored.content_hash]
             else:
-                decoded = self._decoded(key, stored).to(dtype=self._frozen.dtype)
+                decoded = self.decoded(key, stored).to(dtype=self._frozen.dtype)
                 prefix = self._placed(decoded.require_finite(str(key)))
             self._cache.put(key, stored.content_hash, prefix)
             result[key] = stored._replace(value=prefix)
@@ -193,15 +203,6 @@ class Resolver:
 
     def _placed(self, prefix: Prefix) -> Prefix:
         return prefix.to(device=self._frozen.device, dtype=self._frozen.dtype)
-
-    def _decoded(self, key: PrefixKey, stored: StoredVersion) -> Prefix:
-        value = stored.value
-        if isinstance(value, UserCode):
-            name = f"{key} version {stored.version}"
-            return self._decoder(value.decoder_hash, name).decode(value)
-        if not isinstance(value, Prefix):
-            raise RequestError(f"{key} is a decoder of user codes, not a prefix")
-        return value
 
     def _decoder(self, decoder_hash: str, name: str) -> PrefixDecoder:
         decoder = self._decoders.get(decoder_hash)

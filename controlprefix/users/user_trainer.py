@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from controlprefix.errors import RequestError, TrainingDataError
+from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
-from controlprefix.store import NewVersion, PrefixStore, SimilarUser
+from controlprefix.store import NewVersion, PrefixStore, SimilarUser, StoredVersion
 from controlprefix.training.initialization import typical_scale
 from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.run import TrainingReport
@@ -32,10 +33,12 @@ class UserTrainer:
     Args:
         frozen: The model.
         store: Where to publish.
+        resolver: Decodes stored user codes.
     """
 
-    def __init__(self, frozen: FrozenModel, store: PrefixStore) -> None:
+    def __init__(self, frozen: FrozenModel, store: PrefixStore, resolver: Resolver) -> None:
         self._frozen = frozen
+        self._resolver = resolver
         self._store = store
         self._model_store = store.for_model(frozen.fingerprint)
 
@@ -217,13 +220,16 @@ class UserTrainer:
                 "cannot be made again with canaries among its texts; leave them out"
             )
         is_code = isinstance(stored.value, UserCode)
-        decoder_name = (details.get("training") or details.get("enrolled") or {}).get("decoder")
-        decoder = self._decoder_of(stored.value, decoder_name)
-        prefix = self._decoded(stored.value, decoder)
+
+        def decoded(version: StoredVersion) -> Prefix:
+            prefix = self._resolver.decoded(key, version)
+            return prefix.to(device=self._frozen.device, dtype=self._frozen.dtype)
+
+        prefix = decoded(stored)
 
         def retrain(planted: list[str]) -> Prefix:
             value = self._make_again(key, planted, details, is_code, prefix.num_slots)
-            return self._decoded(value, decoder)
+            return decoded(stored._replace(value=value))
 
         return PrivacyAuditor(self._frozen).audit(
             prefix,
@@ -233,21 +239,6 @@ class UserTrainer:
             retrain=retrain,
             seed=seed,
         )
-
-    def _decoder_of(self, value: object, name: str | None) -> PrefixDecoder | None:
-        if not isinstance(value, UserCode):
-            return None
-        decoder = self._model_store.decoder_by_hash(value.decoder_hash)
-        if decoder is None:
-            raise TrainingDataError(f"decoder {name!r} of this user code is not in the store")
-        return decoder.to(self._frozen.device)
-
-    def _decoded(self, value: object, decoder: PrefixDecoder | None) -> Prefix:
-        if isinstance(value, UserCode):
-            assert decoder is not None
-            value = decoder.decode(value)
-        assert isinstance(value, Prefix)
-        return value.to(device=self._frozen.device, dtype=self._frozen.dtype)
 
     def _make_again(
         self,
