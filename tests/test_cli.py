@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -43,12 +43,12 @@ def run(folder: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_command_and_every_option_is_explained(command: tuple[str, ...]) -> None:
-    found = get_command(app)
+    current: Any = get_command(app)
     for name in command:
-        found = found.commands[name]  # type: ignore[attr-defined]
-    assert (found.help or "").strip().splitlines()[0].endswith(".")
-    for parameter in found.params:
-        if isinstance(parameter, click.Option):
+        current = current.commands[name]
+    assert (current.help or "").strip().splitlines()[0].endswith(".")
+    for parameter in current.params:
+        if parameter.param_type_name == "option":
             assert parameter.help, parameter.name
 
 

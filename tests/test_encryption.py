@@ -12,6 +12,8 @@ import sqlalchemy
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, StoreKeyError
 from controlprefix.store import JsonEncryptionKeys, NewVersion, PrefixKey, PrefixStore
 
+from helpers import payload_of, prefix_of
+
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 F = GEOMETRY.fingerprint
 ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
@@ -52,15 +54,15 @@ def store(url: str, keys: Keys) -> Iterator[PrefixStore]:
 
 def test_stored_bytes_show_nothing_and_come_back(tmp_path: Path, keys: Keys) -> None:
     file = tmp_path / "prefixes.db"
-    payload = new().value.to_bytes()
-    numbers = new().value.slots["decoder"].numpy().tobytes()
+    payload = payload_of(new())
+    numbers = prefix_of(new()).slots["decoder"].numpy().tobytes()
     with PrefixStore(f"sqlite:///{file}", tenant="plain") as plain:
         plain.put([new()])
     assert numbers in file.read_bytes()  # what the next lines must not find
     file.unlink()
     with PrefixStore(f"sqlite:///{file}", tenant="mine", encryption_keys=keys) as store:
         store.put([new()])
-        assert store.for_model(F).get(ANA).value.to_bytes() == payload
+        assert payload_of(store.for_model(F).get(ANA)) == payload
         fetched = store.for_model(F).fetch([ANA])[ANA].value
         assert fetched is not None
         assert fetched.to_bytes() == payload
@@ -104,17 +106,17 @@ def test_keys_are_rotated_while_the_store_is_in_use(store: PrefixStore, keys: Ke
     keys.use("k2")
     store.put([new(seed=3)])
     for version in (1, 4):  # one of the old key, one of the new
-        assert store.for_model(F).get(ANA, version=version).value.to_bytes()
+        assert payload_of(store.for_model(F).get(ANA, version=version))
     assert store.rotate_keys() == 6
     assert store.rotate_keys() == 0
     del keys.keys["k1"]
     keys.use("k2")
     assert all(whole for *_, whole in store.verify())
-    assert store.for_model(F).get(BO).value.to_bytes() == new(BO, 12).value.to_bytes()
+    assert payload_of(store.for_model(F).get(BO)) == payload_of(new(BO, 12))
     keys.use(None)
     store.put([new(BO, seed=20)])
     with PrefixStore(store.url, tenant="mine") as keyless:
-        assert keyless.for_model(F).get(BO).value.to_bytes() == new(seed=20).value.to_bytes()
+        assert payload_of(keyless.for_model(F).get(BO)) == payload_of(new(seed=20))
 
 
 def test_kept_texts_are_encrypted_rotated_and_forgotten(
@@ -162,7 +164,7 @@ def test_bytes_moved_to_another_place_do_not_open(store: PrefixStore) -> None:
     for key in (ANA, BO):
         with pytest.raises((StoreKeyError, PrefixFormatError), match="cannot be decrypted"):
             store.for_model(F).get(key)
-    assert store.for_model(F).get(ANA, version=1).value.to_bytes() == new(seed=1).value.to_bytes()
+    assert payload_of(store.for_model(F).get(ANA, version=1)) == payload_of(new(seed=1))
 
 
 def test_an_export_is_readable_and_is_encrypted_again_on_the_way_in(
@@ -172,7 +174,7 @@ def test_an_export_is_readable_and_is_encrypted_again_on_the_way_in(
     store.export_to(tmp_path / "one.zip")
     store.forget(ANA)
     store.import_from(tmp_path / "one.zip")
-    assert store.for_model(F).get(ANA).value.to_bytes() == new(seed=1).value.to_bytes()
+    assert payload_of(store.for_model(F).get(ANA)) == payload_of(new(seed=1))
     with PrefixStore(store.url, tenant="mine") as keyless:
         with pytest.raises(StoreKeyError):
             keyless.for_model(F).get(ANA)
@@ -180,4 +182,4 @@ def test_an_export_is_readable_and_is_encrypted_again_on_the_way_in(
         store.url, tenant="theirs", encryption_keys=keys
     ) as theirs:  # has no key: plain
         theirs.import_from(tmp_path / "one.zip")
-        assert theirs.for_model(F).get(ANA).value.to_bytes() == new(seed=1).value.to_bytes()
+        assert payload_of(theirs.for_model(F).get(ANA)) == payload_of(new(seed=1))

@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from controlprefix import (
 from controlprefix.inference.sampling import RowSampling
 from controlprefix.model.steering import Steering
 from controlprefix.model.text_prefix import prefix_from_tokens
+from controlprefix.request import RequestFields
 
 from helpers import frozen
 from models import ALL, build, byte_tokenizer
@@ -81,7 +83,7 @@ def test_a_request_gives_the_same_in_a_mixed_batch_as_alone(name: str) -> None:
 
 def test_settings_beside_a_prompt_are_those_of_a_request(cp: ControlPrefix) -> None:
     stocked(cp)
-    fields = {"task": "email", "user": "ana", "max_new_tokens": 8}
+    fields: RequestFields = {"task": "email", "user": "ana", "max_new_tokens": 8}
     assert cp.generate("Hi", **fields) == cp.generate(Request(prompt="Hi", **fields))
     assert cp.generate(["Hi", "Ho"], **fields)[0] == cp.generate("Hi", **fields)
     with pytest.raises(RequestError, match="user: fields beside a Request"):
@@ -248,16 +250,17 @@ def test_a_penalty_leaves_the_padding_of_a_row_out() -> None:
 def test_any_transformers_call_is_steered_inside_assembled(cp: ControlPrefix) -> None:
     stocked(cp)
     ids = torch.tensor([cp.tokenizer("Hello")["input_ids"]])
-    wanted = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
+    generate: Any = cp.model.generate
     with cp.assembled([Request(prompt="-", user="ana"), Request(prompt="-", user="bo")]) as batch:
         assert batch.num_rows == 2
-        together = cp.model.generate(torch.cat([ids, ids]), **wanted, num_beams=2)
+        together = generate(torch.cat([ids, ids]), **options, num_beams=2)
     for i, user in enumerate(("ana", "bo")):
         with cp.assembled(Request(prompt="-", user=user)):
-            alone = cp.model.generate(ids, **wanted, num_beams=2)
+            alone = generate(ids, **options, num_beams=2)
         assert together[i, : alone.shape[1]].tolist() == alone[0].tolist()
     with cp.assembled(Request(prompt="-", user="ana")):
-        greedy = cp.model.generate(ids, **wanted)
+        greedy = generate(ids, **options)
     text = cp.generate("Hello", raw=True, user="ana", max_new_tokens=8).text
     assert cp.tokenizer.decode(greedy[0, ids.shape[1] :], skip_special_tokens=True) == text
 
@@ -369,7 +372,7 @@ def test_unknown_names_say_what_exists(cp: ControlPrefix) -> None:
         ),
     ):
         with pytest.raises(UnknownNameError) as caught:
-            cp.generate(["fine", Request(prompt="Hi", **fields)])  # type: ignore[arg-type]
+            cp.generate(["fine", Request(prompt="Hi", **fields)])
         assert str(caught.value) == message
 
 
@@ -412,9 +415,10 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused(cp: ControlPrefix) ->
 
 
 def test_what_is_no_request_or_text_is_refused(cp: ControlPrefix) -> None:
-    for wrong in (None, 3, [None], [{"prompt": "Hi"}]):
+    not_requests: tuple[Any, ...] = (None, 3, [None], [{"prompt": "Hi"}])
+    for wrong in not_requests:
         with pytest.raises(RequestError, match="expected a prompt .str. or a Request"):
-            cp.generate(wrong)  # type: ignore[call-overload]
+            cp.generate(wrong)
     with pytest.raises(RequestError, match="expected a"), cp.assembled(3):  # type: ignore[arg-type]
         pass
     with pytest.raises(TrainingDataError, match="row 1 is a Request; give Example rows"):

@@ -43,6 +43,7 @@ from controlprefix.evaluation.metrics import (
     spearman,
     wilson_proportion,
 )
+from controlprefix.prefixes import StorageDtype
 
 from helpers import Histogram
 from models import build, byte_tokenizer
@@ -271,9 +272,11 @@ def test_a_dial_moves_what_is_measured_more_evenly(
     curves = [
         [
             r.probability.mean
-            for r in strength_curve(cp, request, "pitch", "high", judge, **how, **one)
+            for r in strength_curve(
+                cp, request, "pitch", "high", judge, calibrated=calibrated, **how
+            )
         ]
-        for one in ({"calibrated": True}, {"calibrated": False})
+        for calibrated in (True, False)
     ]
 
     def bend(curve: Sequence[float]) -> float:
@@ -362,8 +365,9 @@ def test_a_dial_survives_its_bytes_and_a_wrong_one_is_refused() -> None:
     )
     prefix = Prefix.random(cp.geometry, num_slots=2, seed=0)
     dialled = Prefix(cp.geometry, prefix.slots, dial=((0.0, 0.0), (0.5, 0.1), (1.0, 1.0)))
-    for dtype in (None, "int8", "bfloat16"):
-        back = Prefix.from_bytes(dialled.to_bytes(dtype))  # type: ignore[arg-type]
+    dtypes: tuple[StorageDtype | None, ...] = (None, "int8", "bfloat16")
+    for dtype in dtypes:
+        back = Prefix.from_bytes(dialled.to_bytes(dtype))
         assert back.dial == dialled.dial
         assert back.to(dtype=torch.float32).dial == dialled.dial
     assert dialled.strength_at(0.75) == pytest.approx(0.55)

@@ -1,6 +1,6 @@
 """Every way to produce slots begins where it should and has the right gradient."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -56,9 +56,8 @@ def test_gradients_are_those_of_finite_differences(
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # away from the start, where the last layers are zero
         for parameter in slots.parameters():
-            parameter += 0.3 * torch.randn(
-                parameter.shape, generator=generator, dtype=torch.float64
-            )
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise, alpha=0.3)
     rows = [
         TrainingRow((5, 6, 7), (8, 9), (), ((TASK, 1.0), (FORMAL, 0.5))),
         TrainingRow((5,), (10, 11, 12), (), ((TASK, 1.0), (INFORMAL, 1.0))),
@@ -73,19 +72,23 @@ def test_gradients_are_those_of_finite_differences(
 
     loss().backward()
     parameters = list(slots.parameters())
-    assert all(p.grad is not None for p in parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    assert len(gradients) == len(parameters)
     for seed in range(3):
         generator.manual_seed(seed)
-        way = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
-        expected = sum(float((p.grad * w).sum()) for p, w in zip(parameters, way, strict=True))
+        direction = [
+            torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters
+        ]
+        products = [float((g * d).sum()) for g, d in zip(gradients, direction, strict=True)]
+        expected = sum(products)
         found = 0.0
         for sign in (1, -1):
             with torch.no_grad():
-                for p, w in zip(parameters, way, strict=True):
-                    p += sign * 1e-4 * w
+                for p, d in zip(parameters, direction, strict=True):
+                    p.add_(d, alpha=sign * 1e-4)
                 found += sign * float(loss()) / 2e-4
-                for p, w in zip(parameters, way, strict=True):
-                    p -= sign * 1e-4 * w
+                for p, d in zip(parameters, direction, strict=True):
+                    p.sub_(d, alpha=sign * 1e-4)
         # Losses are computed in float32: differences of 1e-7 over steps of 1e-4.
         assert found == pytest.approx(expected, rel=0.02, abs=0.02)
 
@@ -95,7 +98,7 @@ def test_only_what_a_batch_needs_is_computed(name: str) -> None:
     slots = made(name, starts())
     with torch.no_grad():
         for parameter in slots.parameters():
-            parameter += 0.1
+            parameter.add_(0.1)
     found = slots.prefixes({FORMAL})
     assert found.keys() == {FORMAL}
     found[FORMAL].slots["decoder"].square().sum().backward()
@@ -130,7 +133,8 @@ def test_the_networks_keys_and_values_land_where_they_belong() -> None:
     """`shared-kv` puts its two networks' numbers back into a slot's order."""
     slots = made("shared-kv", starts())
     with torch.no_grad():
-        network = slots.changes["decoder"].networks[0]
+        change: Any = slots.changes["decoder"]
+        network = change.networks[0]
         network.output[0].bias.fill_(1.0)  # keys
         network.output[1].bias.fill_(-1.0)  # values
     changed = slots.materialize()[TASK]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_a_user_is_enrolled_from_a_decoder_in_a_kilobyte(cp: ControlPrefix) -> N
     names = sorted(texts)
     # Twelve who write like the three of them.
     many = {f"{name}{i}": texts[name][4 * i : 4 * i + 2] for i in range(4) for name in names}
-    quick = {"steps": 4, "batch_size": 8, "validation": 0, "progress": False}
+    quick: dict[str, Any] = {"steps": 4, "batch_size": 8, "validation": 0, "progress": False}
     report = cp.learn_decoder(many, num_slots=8, width=32, **quick)
     assert report.num_users == len(many)
     for name in names:

@@ -17,6 +17,8 @@ from controlprefix.prefixes import content_hash
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, revisions
 from controlprefix.store.tables import Base
 
+from helpers import payload_of
+
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 ANA = PrefixKey("user", "ana")
 
@@ -70,7 +72,7 @@ def test_a_store_of_an_earlier_revision_is_upgraded_on_request(url: str, revisio
         found = store.for_model("f" * 64).get(ANA)
         assert found.version == 1
         expected = Prefix.random(GEOMETRY, num_slots=3, seed=1)
-        assert found.value.to_bytes() == expected.to_bytes()
+        assert payload_of(found) == expected.to_bytes()
         assert [v.details["seed"] for v in store.for_model("f" * 64).versions(ANA)] == [1, 2]
         assert store.put([NewVersion(ANA, expected)]) == [3]
         assert store.put([NewVersion(PrefixKey("user", "bo"), expected)]) == [1]

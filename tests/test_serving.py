@@ -60,6 +60,7 @@ class Served:
     def __init__(self, url: str, **options: Any) -> None:
         self.url = url
         self.gateway = Server(frozen(MODEL, TOKENIZER), url, name="tiny", **options)
+        self.batcher: Any = self.gateway._runner
         self.server = uvicorn.Server(
             uvicorn.Config(create_app(self.gateway), port=0, log_level="error")
         )
@@ -218,7 +219,7 @@ def test_mistakes_are_told_in_openais_form(
         with pytest.raises(openai.APIStatusError) as caught:
             served.client().chat.completions.create(stream=stream, **fields)
         assert caught.value.status_code == status
-        assert message in str(caught.value.body["message"])  # type: ignore[index, call-overload]
+        assert message in str(caught.value.body["message"])  # type: ignore[index]
 
 
 def test_malformed_and_oversized_bodies_are_refused(served: Served) -> None:
@@ -400,15 +401,15 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
         limits=ServerLimits(max_sequences=1, max_waiting=1, timeout_s=1.0),
     )
     try:
-        ask = served.client().completions.create
+        ask: Any = served.client().completions.create
         slow = {"model": "tiny", "prompt": "x", "max_tokens": 200, "temperature": 0}
-        forward = served.gateway._runner._forward
+        forward = served.batcher._forward
 
         def slowly(*given: Any) -> Any:
             time.sleep(0.05)
             return forward(*given)
 
-        served.gateway._runner._forward = slowly  # type: ignore[method-assign]
+        served.batcher._forward = slowly
         with ThreadPoolExecutor(6) as pool:
             done = [pool.submit(ask, **slow) for _ in range(6)]
             statuses = []
@@ -419,7 +420,7 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
                 )
         assert 503 in statuses
         assert 504 in statuses
-        wait_for(lambda: served.gateway._runner.load == (0, 0))  # who timed out has left the batch
+        wait_for(lambda: served.batcher.load == (0, 0))  # who timed out has left the batch
     finally:
         served.close()
 
@@ -443,8 +444,8 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
     def failing(*_: Any) -> Any:
         raise ZeroDivisionError(secret)
 
-    forward = served.gateway._runner._forward
-    served.gateway._runner._forward = failing  # type: ignore[method-assign]
+    forward = served.batcher._forward
+    served.batcher._forward = failing
     try:
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError) as wrong:
@@ -452,7 +453,7 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
             assert wrong.value.status_code == 500
             assert secret not in str(wrong.value)
     finally:
-        served.gateway._runner._forward = forward  # type: ignore[method-assign]
+        served.batcher._forward = forward
     assert ask(model="tiny", prompt="x", max_tokens=2).choices[0].text is not None
 
 
@@ -469,24 +470,24 @@ def test_whoever_hangs_up_leaves_the_batch(served: Served) -> None:
                         pass
 
             reading = asyncio.create_task(read())
-            await asyncio.to_thread(wait_for, lambda: served.gateway._runner.load[0] > 0)
+            await asyncio.to_thread(wait_for, lambda: served.batcher.load[0] > 0)
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
 
-    forward = served.gateway._runner._forward
+    forward = served.batcher._forward
 
     def slowly(*given: Any) -> Any:
         time.sleep(0.1)  # all of it would take 22 s
         return forward(*given)
 
-    served.gateway._runner._forward = slowly  # type: ignore[method-assign]
+    served.batcher._forward = slowly
     try:
         for stream in (True, False):
             asyncio.run(hang_up(stream=stream))
-            wait_for(lambda: served.gateway._runner.load == (0, 0))
+            wait_for(lambda: served.batcher.load == (0, 0))
     finally:
-        served.gateway._runner._forward = forward  # type: ignore[method-assign]
+        served.batcher._forward = forward
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
@@ -617,7 +618,7 @@ def soak(server: Any, url: str) -> None:
     assert statuses[200] > 50
     assert set(statuses) <= {200, 400, 422, 503}, statuses
     assert all(right for _, right in answers)
-    wait_for(lambda: served.gateway._runner.load == (0, 0))
+    wait_for(lambda: served.batcher.load == (0, 0))
     ask(1)
     assert answers[-1] == (200, True)
     known = set(httpx.get(f"{served.base}/v1/users").json()["users"])

@@ -29,7 +29,7 @@ from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile, Sto
 from controlprefix.store.tables import Base
 
 from databases import own_server, restart
-from helpers import coded, decoder, raw
+from helpers import coded, decoder, payload_of, prefix_of, raw
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
@@ -54,8 +54,8 @@ def test_put_then_get_returns_equal_tensors_after_reopening(url: str) -> None:
         current, earlier = again.for_model(F).get(ANA), again.for_model(F).get(ANA, version=1)
     assert (current.version, earlier.version) == (2, 1)
     for found, seed in ((current, 2), (earlier, 1)):
-        assert torch.equal(found.value.slots["decoder"], new(seed=seed).value.slots["decoder"])
-        assert found.value.geometry == GEOMETRY
+        assert payload_of(found) == payload_of(new(seed=seed))
+        assert prefix_of(found).geometry == GEOMETRY
 
 
 def test_versions_say_what_is_current_and_rollback_moves_it(store: PrefixStore) -> None:
@@ -164,7 +164,7 @@ def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> No
 
 def test_publishing_several_is_all_or_nothing(store: PrefixStore) -> None:
     broken = new(PrefixKey("user", "bo"))
-    broken.value.slots["decoder"][0, 0] = float("nan")
+    prefix_of(broken).slots["decoder"][0, 0] = float("nan")
     with pytest.raises(PrefixFormatError):
         store.put([new(), broken])
     with pytest.raises(UnknownNameError, match="is not 1 to 255 printable"):
@@ -269,7 +269,7 @@ def test_prune_keeps_the_newest_the_current_and_the_aliased(store: PrefixStore) 
     assert store.put([new(seed=7)]) == [7]
     assert store.stats().num_versions == 6
     assert store.stats().num_prefixes == {"user": 2}
-    assert store.stats().size_bytes == 6 * len(new().value.to_bytes())
+    assert store.stats().size_bytes == 6 * len(payload_of(new()))
     with pytest.raises(RequestError, match="keep is 0"):
         store.prune(keep=0)
 
@@ -376,7 +376,7 @@ def test_many_readers_and_writers_at_once_see_whole_versions_that_only_grow(url:
                     assert one.version >= last[user]
                     last[user] = one.version
                     seed = store.for_model(F).get(user, version=one.version)
-                    assert torch.equal(seed.value.slots["decoder"], one.value.slots["decoder"])
+                    assert payload_of(seed) == payload_of(one)
 
         with ThreadPoolExecutor(100) as pool:
             work = [pool.submit(write, i) for i in range(12)]
@@ -387,8 +387,8 @@ def test_many_readers_and_writers_at_once_see_whole_versions_that_only_grow(url:
             found = store.for_model(F).versions(user)
             assert [v.version for v in found] == list(range(1, 38))
             for v in found:
-                held = store.for_model(F).get(user, version=v.version).value
-                wanted = new(user, seed=v.details["seed"]).value
+                held = prefix_of(store.for_model(F).get(user, version=v.version))
+                wanted = prefix_of(new(user, seed=v.details["seed"]))
                 assert torch.equal(held.slots["decoder"], wanted.slots["decoder"])
 
 

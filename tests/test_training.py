@@ -4,6 +4,7 @@ import math
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from controlprefix import (
 from controlprefix.model.attention import LAYER_ATTRIBUTE
 from controlprefix.model.log_probs import token_log_probs
 from controlprefix.model.probing import weights_fingerprint
+from controlprefix.prefixes import Kind
 from controlprefix.training import TrainingRow, TrainingSettings
 from controlprefix.training.preparation import prepare
 from controlprefix.training.run import split
@@ -85,10 +87,9 @@ def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
     cp = engine(store=f"sqlite:///{tmp_path}/prefixes.db")
     examples = greetings()
     cp.train(examples, learn=("task", "attributes"), **SETTINGS)
+    kinds: tuple[Kind, ...] = ("task", "attribute")
     kept = {
-        (kind, name): cp.get(kind, name).to_bytes()  # type: ignore[arg-type]
-        for kind in ("task", "attribute")
-        for name in cp.names(kind)  # type: ignore[arg-type]
+        (kind, name): cp.get(kind, name).to_bytes() for kind in kinds for name in cp.names(kind)
     }
     voices = {"ana": "hello from ana", "bo": "BO SAYS HI"}
     texts = [
@@ -97,8 +98,8 @@ def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
     report = cp.train(texts, learn=("user",), **SETTINGS)
     assert report.saved == {"user 'bo'": 1, "user 'ana'": 1}
     for (kind, name), data in kept.items():
-        assert cp.get(kind, name).to_bytes() == data  # type: ignore[arg-type]
-        assert len(cp.versions(kind, name)) == 1  # type: ignore[arg-type]
+        assert cp.get(kind, name).to_bytes() == data
+        assert len(cp.versions(kind, name)) == 1
     for user, other in (("ana", "bo"), ("bo", "ana")):
         own = [e for e in texts if e.user == user]
         swapped = [e.model_copy(update={"user": other}) for e in own]
@@ -125,7 +126,10 @@ def test_a_users_prefix_moves_only_with_rows_of_that_user() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bart", "t5"])
 def test_gradient_checkpointing_learns_the_same(name: str) -> None:
     """Also where the model has dropout, which must stay off."""
-    dropout = {"gpt2": {"resid_pdrop": 0.3}, "bart": {"dropout": 0.3, "encoder_layerdrop": 0.3}}
+    dropout: dict[str, Any] = {
+        "gpt2": {"resid_pdrop": 0.3},
+        "bart": {"dropout": 0.3, "encoder_layerdrop": 0.3},
+    }
     reports, prefixes, states = [], [], []
     for checkpointing in (False, True):
         cp = engine(name, **dropout.get(name, {}))
@@ -327,7 +331,7 @@ def test_a_loss_that_is_no_number_stores_nothing(monkeypatch: pytest.MonkeyPatch
         log_probs, mask = honest(*args, **options)  # type: ignore[arg-type]
         return log_probs * math.nan, mask
 
-    honest = objectives.token_log_probs
+    honest = objectives.token_log_probs  # type: ignore[attr-defined]  # imported there
     monkeypatch.setattr(objectives, "token_log_probs", broken)
     with pytest.raises(TrainingDataError, match="the loss is nan at step 1; nothing was stored"):
         cp.train(greetings(2), **SETTINGS)

@@ -24,7 +24,8 @@ from controlprefix import (
     StoreError,
     TrainingDataError,
 )
-from controlprefix.prefixes import PrefixKey
+from controlprefix.prefixes import Kind, PrefixKey
+from controlprefix.prefixes.geometry import Site
 from controlprefix.training import ParameterizationName, TrainingRow, TrainingSettings
 from controlprefix.training.loop import TrainingLoop
 from controlprefix.training.objectives import ContrastPair, add_contrast
@@ -195,11 +196,11 @@ def test_the_teacher_of_a_distilled_prefix_has_no_default_labels() -> None:
     cp = ControlPrefix.from_pretrained(
         build("llama"), tokenizer=byte_tokenizer(), store="sqlite://", attributes=space
     )
-    how = {**QUICK, "steps": 1, "learning_rate": 1e-9, "max_new_tokens": 4}
-    asked = {"attribute": "tone", "label": "warm", "prompts": ["a", "b", "c", "d"]}
-    first = cp.distill("Be warm.", **asked, **how)  # the default itself, not there yet
+    options = {**QUICK, "steps": 1, "learning_rate": 1e-9, "max_new_tokens": 4}
+    target: dict[str, Any] = {"attribute": "tone", "label": "warm", "prompts": ["a", "b", "c", "d"]}
+    first = cp.distill("Be warm.", **target, **options)  # the default itself, not there yet
     cp.put("attribute", "tone=warm", Prefix.random(cp.geometry, num_slots=4, scale=3.0, seed=1))
-    assert cp.distill("Be warm.", **asked, **how).losses == first.losses
+    assert cp.distill("Be warm.", **target, **options).losses == first.losses
 
 
 def test_another_run_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
@@ -273,7 +274,7 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
     assert torch.allclose(together, alone.get("task", "greet").slots["decoder"], atol=1e-2)
 
 
-class _Noted(GeneralTracker):
+class _Noted(GeneralTracker):  # type: ignore[misc]  # accelerate is untyped
     name = "noted"
     requires_logging_directory = False
 
@@ -344,13 +345,14 @@ def test_weight_decay_pulls_to_the_start_and_slot_dropout_is_for_training_only()
 def test_starts_of_ones_own(tmp_path: Path) -> None:
     cp = engine()
     cp.train(greetings(), **{**QUICK, "steps": 1, "learning_rate": 1e-9})
-    label = ("attribute", "formality=formal")
+    label: tuple[Kind, str] = ("attribute", "formality=formal")
+    task: tuple[Kind, str] = ("task", "greet")
     own = Prefix.random(cp.geometry, num_slots=7, seed=5)
     settings = {**QUICK, "steps": 1, "learning_rate": 1e-9}
-    cp.train(greetings(), init={("task", "greet"): "Hail", label: own}, **settings)
+    cp.train(greetings(), init={task: "Hail", label: own}, **settings)
     text = cp.prefix_from_text("Hail")
-    for kind, name, expected in (("task", "greet", text), (*label, own)):
-        found = cp.get(kind, name)  # type: ignore[arg-type]
+    for (kind, name), expected in ((task, text), (label, own)):
+        found = cp.get(kind, name)
         assert torch.allclose(found.slots["decoder"], expected.slots["decoder"], atol=1e-6)
     cp.train(greetings(), init="tokens", **settings)
     tokens = cp.get("task", "greet")
@@ -566,7 +568,9 @@ def test_the_fewest_slots_are_chosen_from_which_on_all_are_good_enough(
     geometry = engine().geometry
     prefix = Prefix.random(geometry, num_slots=4, seed=0)
     masses = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    everywhere = {"decoder": [masses.expand(layer.num_kv_heads, -1) for layer in geometry.decoder]}
+    everywhere: dict[Site, list[torch.Tensor]] = {
+        "decoder": [masses.expand(layer.num_kv_heads, -1) for layer in geometry.decoder]
+    }
 
     def nats_with(candidate: Prefix | None) -> float:
         return losses[0 if candidate is None else candidate.num_slots]

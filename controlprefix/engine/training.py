@@ -1,0 +1,223 @@
+"""The methods of `ControlPrefix` that train task and attribute prefixes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Unpack
+
+from accelerate import Accelerator
+
+from controlprefix.engine.generation import GenerationMethods
+from controlprefix.errors import TrainingDataError
+from controlprefix.prefixes import Kind, PrefixKey
+from controlprefix.request import Example, Request
+from controlprefix.training import (
+    Initialization,
+    Initializations,
+    Learnable,
+    ParameterizationName,
+    ShorteningReport,
+    SweepReport,
+    TrainingOptions,
+    TrainingReport,
+    TrainingSettings,
+    require_examples,
+)
+from controlprefix.training.trainer import distillation_target, with_instruction
+
+_DISTILL_BATCH_SIZE = 32
+
+
+class TrainingMethods(GenerationMethods):
+    """Examples -> new versions of prefixes."""
+
+    def train(
+        self,
+        examples: Iterable[Example],
+        *,
+        learn: Learnable | Sequence[Learnable] = ("task", "attributes"),
+        num_slots: int | Mapping[Learnable, int] = 16,
+        init: Initialization | Initializations = "text",
+        folder: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        accelerator: Accelerator | None = None,
+        **options: Unpack[TrainingOptions],
+    ) -> TrainingReport:
+        """Train prefixes on examples, jointly, and store them as new versions.
+
+        What an example names and `learn` leaves out is taken from the store and not changed,
+        or is absent if nothing is stored for it yet (the report says so); the model's weights
+        never change. All trained prefixes are published together, or none.
+
+        Args:
+            examples: At least one; their strengths apply as in a request.
+            learn: Any of `task`, `attributes`, `user`.
+            num_slots: Slots of each trained prefix, or per entry of `learn`.
+            init: `text`: start from the keys and values of the prefix's own training text (of
+                its first 256 tokens, per kv head those that examples attend to most);
+                `tokens`: from random tokens of it; `random`; or `stored`: from the stored
+                version if there is one. Or a text or a `Prefix` for some prefixes, such as
+                `{("task", "email"): "Write an email."}`; the others start from `text`.
+            folder: Where to write checkpoints and learning curves.
+            resume: Continue from the checkpoint in that folder, if there is one.
+            progress: Show a progress bar.
+            accelerator: For a precision or trackers of your own. Processes that accelerate
+                started share the work either way; the first one stores.
+            **options: Fields of `TrainingSettings`. `parameterization` is `shared`, or
+                `direct` if only users are trained.
+
+        Raises:
+            TrainingDataError: If the examples cannot be trained on, or an option is invalid.
+            StoreError: If the store or the folder cannot be written.
+
+        Reference:
+            Clive et al., "Control Prefixes for Parameter-Efficient Text Generation", 2021,
+            https://arxiv.org/abs/2110.08329.
+        """
+        rows = self.complete(require_examples(examples))
+        only_users = learn == "user" or list(learn) == ["user"]
+        defaults = {"parameterization": "direct"} if only_users else {}
+        return self._trainer.train(
+            rows,
+            TrainingSettings.from_options({**defaults, **options}),
+            learn=learn,
+            num_slots=num_slots,
+            init=init,
+            num_slots_of=self._num_slots_of,
+            folder=folder,
+            resume=resume,
+            progress=progress,
+            accelerator=accelerator,
+        )
+
+    def distill(
+        self,
+        instruction: str,
+        prompts: Sequence[str],
+        *,
+        task: str | None = None,
+        attribute: str | None = None,
+        label: str | None = None,
+        user: str | None = None,
+        completions: Sequence[str] | None = None,
+        max_new_tokens: int = 48,
+        num_slots: int = 16,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        accelerator: Accelerator | None = None,
+        **options: Unpack[TrainingOptions],
+    ) -> TrainingReport:
+        """Train a prefix that does what an instruction does, without labelled data.
+
+        The teacher is the same frozen model with the instruction in front of each prompt; the
+        prefix learns to make the same predictions without it. It is initialized with the
+        instruction's own keys and values.
+
+        Args:
+            instruction: An instruction, or any other context.
+            prompts: What it is to be followed for.
+            task, attribute, label, user: The one prefix to train: a task, a label of an
+                attribute, or a user.
+            completions: One per prompt; left out, the teacher generates them with `seed`.
+            max_new_tokens: Maximum length of those.
+            num_slots, folder, resume, progress, accelerator, **options: As in `train`.
+
+        Raises:
+            TrainingDataError: If not exactly one prefix is named, there is no prompt, or there
+                is not one completion per prompt.
+
+        Reference:
+            Context distillation: Askell et al., 2021, https://arxiv.org/abs/2112.00861,
+            and Snell et al., 2022, https://arxiv.org/abs/2209.15189.
+        """
+        settings = TrainingSettings.from_options(options)
+        key, fields = distillation_target(task=task, attribute=attribute, label=label, user=user)
+        if isinstance(prompts, str) or not prompts:
+            raise TrainingDataError("there are no prompts to distill on; give a list of texts")
+        if completions is None:
+            requests = [
+                Request(
+                    prompt=with_instruction(instruction, prompt),
+                    max_new_tokens=max_new_tokens,
+                    temperature=1.0,
+                    seed=settings.seed + i,
+                )
+                for i, prompt in enumerate(prompts)
+            ]
+            teacher = self.without_defaults()
+            generated = teacher.generate(requests, batch_size=_DISTILL_BATCH_SIZE)
+            completions = [completion.text for completion in generated]
+        if len(completions) != len(prompts):
+            raise TrainingDataError(
+                f"{len(completions)} completions for {len(prompts)} prompts; give one each"
+            )
+        examples = [
+            Example(prompt=prompt, completion=completion, **fields)
+            for prompt, completion in zip(prompts, completions, strict=True)
+            if completion.strip()
+        ]
+        return self._trainer.distill(
+            instruction,
+            key,
+            examples,
+            settings,
+            num_slots=num_slots,
+            folder=folder,
+            resume=resume,
+            progress=progress,
+            accelerator=accelerator,
+        )
+
+    def sweep(
+        self,
+        examples: Iterable[Example],
+        *,
+        num_slots: Sequence[int] = (1, 2, 4, 8, 16, 32),
+        parameterizations: Sequence[ParameterizationName] = ("shared",),
+        learn: Learnable | Sequence[Learnable] = ("task", "attributes"),
+        init: Initialization | Initializations = "text",
+        progress: bool = True,
+        **options: Unpack[TrainingOptions],
+    ) -> SweepReport:
+        """Train with different numbers of slots, store nothing, and compare validation losses.
+
+        Args:
+            examples, learn, init, progress, **options: As in `train`.
+            num_slots: Slots of each trained prefix; each number is tried.
+            parameterizations: Each is tried with each number of slots.
+
+        Raises:
+            TrainingDataError: If the examples cannot be trained on, or none are held out.
+        """
+        return self._trainer.sweep(
+            self.complete(require_examples(examples)),
+            num_slots=num_slots,
+            parameterizations=parameterizations,
+            learn=learn,
+            init=init,
+            options=options,
+            progress=progress,
+        )
+
+    def shorten(
+        self, kind: Kind, name: str, examples: Iterable[Example], *, keep: float = 0.95
+    ) -> ShorteningReport:
+        """Keep the slots that attention uses most, per kv head, and store the shorter prefix.
+
+        Args:
+            kind, name: A stored prefix.
+            examples: That name it, and that it was not trained on.
+            keep: Share of its gain on them, over no prefix, that must stay.
+
+        Raises:
+            UnknownNameError: If there is no such prefix, or none for another part.
+            TrainingDataError: If the examples do not name it, or it gains nothing on them.
+        """
+        rows = self.complete(require_examples(examples))
+        return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
+
+    def _num_slots_of(self, key: PrefixKey) -> int | None:
+        """The attribute space's number of slots for a label."""
+        space = self.attributes
+        return space.attributes[key.attribute].num_slots if space and key.attribute else None

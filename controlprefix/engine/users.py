@@ -1,0 +1,213 @@
+"""The methods of `ControlPrefix` for users and their prefixes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Unpack
+
+from controlprefix.embeddings import DEFAULT_EMBEDDER
+from controlprefix.engine.prefixes import PrefixMethods
+from controlprefix.store import SimilarUser
+from controlprefix.training import TrainingOptions
+from controlprefix.users import DecoderReport, PrivacyReport, UsersReport
+
+
+class UserMethods(PrefixMethods):
+    """Texts of users -> their prefixes."""
+
+    def train_users(
+        self,
+        texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]] | None = None,
+        *,
+        num_slots: int = 16,
+        decoder: str | None = None,
+        as_codes: bool = True,
+        concurrent_users: int = 16,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        **options: Unpack[TrainingOptions],
+    ) -> UsersReport:
+        """Train a prefix for each user on texts they wrote, many users in one run.
+
+        Each user trains as they would alone: on their own texts in their own order, with an
+        own optimizer, validation and end. A finished user is stored at once. A user that cannot
+        be trained (no text, a loss that is not finite) is reported, and affects nobody.
+
+        Args:
+            texts: Texts per user; pairs are consumed as there is room, so there may be any
+                number of users. Left out: the texts that `enroll` kept in the store.
+            num_slots: Slots of each prefix, without a decoder.
+            decoder: Start from what this decoder (see `learn_decoder`) predicts for the user:
+                better, the fewer texts there are. Left out, from the user's own text.
+            as_codes: With a decoder, train and store a user's code only; else all slots.
+            concurrent_users: Users at a time.
+            folder: Where finished users are recorded.
+            resume: Skip users recorded there with the same texts and settings.
+            progress: Show a progress bar.
+            **options: Fields of `TrainingSettings`, for each user. Defaults differ:
+                `parameterization` is `direct`, `batch_size` 4, `patience` 2.
+
+        Raises:
+            TrainingDataError: If an option is invalid, or no texts are kept.
+            UnknownNameError: If there is no such decoder.
+            StoreError: If a prefix cannot be stored.
+        """
+        return self._user_trainer.train_users(
+            texts,
+            num_slots=num_slots,
+            decoder=decoder,
+            as_codes=as_codes,
+            concurrent_users=concurrent_users,
+            folder=folder,
+            resume=resume,
+            progress=progress,
+            options=options,
+        )
+
+    def learn_decoder(
+        self,
+        texts: Mapping[str, Sequence[str]],
+        *,
+        name: str = "users",
+        num_slots: int = 16,
+        width: int = 64,
+        embedder: str = DEFAULT_EMBEDDER,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        **options: Unpack[TrainingOptions],
+    ) -> DecoderReport:
+        """Train a decoder of user codes on many users, and store it under a name.
+
+        It turns a code of `num_slots` times `width` values into a prefix. With it, a user is
+        enrolled at once (`enroll(decoder=)`), or trained better from few texts and stored in
+        a kilobyte (`train_users(decoder=)`). The users it is trained on get no prefix of their
+        own; if one is forgotten later, the decoder's versions count them.
+
+        Args:
+            texts: Texts per user; some dozens of users at least.
+            name: Name of the decoder.
+            num_slots: Slots of the prefixes.
+            width: Values of a code per slot.
+            embedder: A sentence-transformers model, by name or folder, for text features.
+            folder, resume, progress: As in `train`.
+            **options: Fields of `TrainingSettings`; `batch_size` is 16 by default.
+
+        Raises:
+            TrainingDataError: If there are fewer than two users, or one without a text.
+            MissingDependencyError: If sentence-transformers is not installed.
+
+        Reference:
+            The shared reparameterization of Control Prefixes (Clive et al., 2021) over users,
+            as in Tan et al., "Personalized Pieces", 2024, https://arxiv.org/abs/2406.10471;
+            codes predicted from texts as in PPlug (Liu et al., 2024,
+            https://arxiv.org/abs/2409.11901).
+        """
+        return self._user_trainer.learn_decoder(
+            texts,
+            name,
+            num_slots=num_slots,
+            width=width,
+            embedder=embedder,
+            folder=folder,
+            resume=resume,
+            progress=progress,
+            options=options,
+        )
+
+    def enroll(
+        self,
+        user: str,
+        texts: Sequence[str],
+        *,
+        decoder: str | None = None,
+        refine: bool = False,
+        num_slots: int = 64,
+        keep_texts: bool = False,
+        keep_profile: bool = False,
+    ) -> int:
+        """Store a usable prefix for a user at once, from texts they wrote, without training.
+
+        With a decoder it is the code predicted from the texts; without, the exact keys and
+        values of the texts, as far as `num_slots` tokens go.
+
+        Args:
+            user: Name of the user.
+            texts: What they wrote.
+            decoder: A stored decoder, by name (see `learn_decoder`).
+            refine: Train from there, as `train_users` does: some seconds.
+            num_slots: Slots at most, without a decoder; 16 at most if refined.
+            keep_texts: Store the texts too, so that `train_users()` can train on them later.
+            keep_profile: Store their mean sentence embedding, to find `similar_users`.
+
+        Returns:
+            The number of the new version.
+
+        Raises:
+            TrainingDataError: If there is no text.
+            UnknownNameError: If there is no such decoder.
+        """
+        return self._user_trainer.enroll(
+            user,
+            texts,
+            decoder=decoder,
+            refine=refine,
+            num_slots=num_slots,
+            keep_texts=keep_texts,
+            keep_profile=keep_profile,
+        )
+
+    def audit_user(
+        self,
+        user: str,
+        texts: Sequence[str],
+        held_out: Sequence[str],
+        *,
+        num_canaries: int = 0,
+        seed: int = 0,
+    ) -> PrivacyReport:
+        """Measure what a user's current prefix reveals of the texts it was trained on.
+
+        Fewer `epochs`, early stopping, or a code instead of all slots reveal less; see
+        docs/results/leaks.md for what each costs.
+
+        Args:
+            user: Name of the user.
+            texts: Texts that the prefix was trained on.
+            held_out: Other texts of the same author.
+            num_canaries: Plant so many secret numbers among the texts, make the prefix again
+                in the same way (it is not stored), and measure their exposure.
+            seed: Seed of those numbers.
+
+        Raises:
+            UnknownNameError: If there is no such user.
+            TrainingDataError: If there are no texts, or the prefix was not made here.
+        """
+        return self._user_trainer.audit(user, texts, held_out, num_canaries=num_canaries, seed=seed)
+
+    def similar_users(self, texts: Sequence[str], *, limit: int = 10) -> list[SimilarUser]:
+        """The users with a kept profile that is most similar to texts, the most similar first.
+
+        Args:
+            texts: Texts to compare with.
+            limit: Users at most.
+
+        Raises:
+            TrainingDataError: If there is no text.
+            MissingDependencyError: If sentence-transformers is not installed.
+        """
+        return self._user_trainer.similar_users(texts, limit)
+
+    def forget_user(self, user: str) -> int:
+        """Remove every version of a user's prefix, kept texts and profile, also from memory.
+
+        Args:
+            user: Name of the user.
+
+        Returns:
+            How many versions were removed.
+
+        Raises:
+            UnknownNameError: If nothing is stored for the user.
+        """
+        return self.remove("user", user)
