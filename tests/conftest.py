@@ -66,6 +66,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     server.psql(f"CREATE DATABASE {name} OWNER app")
     parsed = make_url(server.get_uri(database=name))
-    found = parsed.set(drivername="postgresql+psycopg", username="app", password="secret")
-    yield found.render_as_string(hide_password=False)
+    result = parsed.set(drivername="postgresql+psycopg", username="app", password="secret")
+    yield result.render_as_string(hide_password=False)
     server.psql(f"DROP DATABASE {name} WITH (FORCE)")

@@ -18,9 +18,9 @@ def own_server(folder: Path) -> Iterator[tuple[Any, str]]:
     try:
         server.psql("CREATE ROLE app LOGIN PASSWORD 'secret' NOSUPERUSER NOBYPASSRLS")
         server.psql("CREATE DATABASE store OWNER app")
-        found = make_url(server.get_uri(database="store"))
-        found = found.set(drivername="postgresql+psycopg", username="app", password="secret")
-        yield server, found.render_as_string(hide_password=False)
+        result = make_url(server.get_uri(database="store"))
+        result = result.set(drivername="postgresql+psycopg", username="app", password="secret")
+        yield server, result.render_as_string(hide_password=False)
     finally:
         server.cleanup()
 

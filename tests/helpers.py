@@ -100,14 +100,14 @@ def decoder(seed: int = 0) -> PrefixDecoder:
     """A decoder of a two-layer geometry with random weights, under which codes differ."""
     geometry = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
     initial = Prefix.random(geometry, num_slots=3, scale=1.0, seed=seed)
-    made = PrefixDecoder(
+    built = PrefixDecoder(
         initial, scale_of(initial), width=8, hidden_size=16, num_features=5, seed=seed
     )
     with torch.no_grad():
-        for parameter in made.parameters():  # at the initial ones every code decodes to `initial`
+        for parameter in built.parameters():  # at the initial ones every code decodes to `initial`
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
             parameter.add_(noise, alpha=0.3)
-    return made.rounded()
+    return built.rounded()
 
 
 def coded(by: PrefixDecoder, seed: int = 1) -> UserCode:

@@ -19,23 +19,23 @@ def prefix(num_slots: int, seed: int = 0) -> Prefix:
 def test_parts_of_all_rows_are_kept_once() -> None:
     task, ana, bo = prefix(4), prefix(3, 1), prefix(5, 2)
     batch = assemble([[Part(task), Part(ana)], [Part(bo), Part(task)], [Part(task)]], GEOMETRY)
-    shared, own = batch.blocks["decoder"]
+    shared, custom = batch.blocks["decoder"]
     assert shared.keys[0].shape == (1, 2, 4, 4)
-    assert own.keys[0].shape == (3, 2, 5, 4)
-    assert own.log_strengths.tolist() == [
+    assert custom.keys[0].shape == (3, 2, 5, 4)
+    assert custom.log_strengths.tolist() == [
         [0, 0, 0, -math.inf, -math.inf],
         [0] * 5,
         [-math.inf] * 5,
     ]
     assert batch.num_slots == 9
     assert torch.equal(shared.keys[1][0], task.layer("decoder", 1)[0])
-    assert torch.equal(own.values[0][1], bo.layer("decoder", 0)[1])
+    assert torch.equal(custom.values[0][1], bo.layer("decoder", 0)[1])
 
 
 def test_the_same_prefix_at_two_strengths_is_not_shared() -> None:
     task = prefix(4)
-    (own,) = assemble([[Part(task)], [Part(task, 0.5)]], GEOMETRY).blocks["decoder"]
-    assert own.log_strengths.tolist() == [[0.0] * 4, pytest.approx([math.log(0.5)] * 4)]
+    (custom,) = assemble([[Part(task)], [Part(task, 0.5)]], GEOMETRY).blocks["decoder"]
+    assert custom.log_strengths.tolist() == [[0.0] * 4, pytest.approx([math.log(0.5)] * 4)]
 
 
 def test_no_slots_give_no_blocks() -> None:
@@ -61,14 +61,14 @@ def test_every_row_holds_exactly_its_parts(chosen: list[list[tuple[int, float]]]
             for key in prefixes[i].layer("decoder", 0)[0][0, :, 0].tolist():
                 if strength:
                     expected[key] = expected.get(key, 0.0) + strength
-        found: dict[float, float] = {}
+        result: dict[float, float] = {}
         for block in batch.blocks.get("decoder", ()):
             at = r if len(block.log_strengths) > 1 else 0
             pairs = zip(block.keys[0][at, 0, :, 0], block.log_strengths[at].exp(), strict=True)
             for key, mass in pairs:
                 if mass > 0:
-                    found[float(key)] = found.get(float(key), 0.0) + float(mass)
-        assert found == pytest.approx(expected)
+                    result[float(key)] = result.get(float(key), 0.0) + float(mass)
+        assert result == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, -0.1])

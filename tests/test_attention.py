@@ -176,8 +176,8 @@ def test_models_with_unusual_attention_stay_exact(name: str, attention: str) -> 
     steering = Steering.for_model(model)
     with torch.no_grad(), steering.attached(assemble(parts[:1], steering.geometry)):
         whole = model(rows[0]).logits[:, -4:]
-        kept = model(rows[0], logits_to_keep=4).logits
-    assert torch.allclose(kept, whole, atol=1e-4)
+        saved = model(rows[0], logits_to_keep=4).logits
+    assert torch.allclose(saved, whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -266,14 +266,14 @@ def test_part_order_does_not_change_logits(
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_whole_number_strength_equals_writing_each_slot_that_often(name: str) -> None:
     model = build(name)
-    one = prefix(model, 4)
-    thrice = Prefix(one.geometry, {site: rows.repeat(3, 1) for site, rows in one.slots.items()})
+    item = prefix(model, 4)
+    thrice = Prefix(item.geometry, {site: rows.repeat(3, 1) for site, rows in item.slots.items()})
     rows = [tokens(6)]
     assert torch.allclose(
-        run(model, rows, [[Part(one, 3.0)]]), run(model, rows, [[Part(thrice)]]), atol=1e-5
+        run(model, rows, [[Part(item, 3.0)]]), run(model, rows, [[Part(thrice)]]), atol=1e-5
     )
     assert torch.allclose(
-        run(model, rows, [[Part(one), Part(one, 2.0)]]),
+        run(model, rows, [[Part(item), Part(item, 2.0)]]),
         run(model, rows, [[Part(thrice)]]),
         atol=1e-5,
     )
@@ -341,14 +341,14 @@ def test_beams_and_returned_sequences_match_each_row_alone(name: str) -> None:
     rows = [tokens(n, seed=n) for n in LENGTHS[:3]]
     parts = mixed_parts(model)[:3]
     steering = Steering.for_model(model)
-    wanted = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    expected = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
 
     def search(which: Sequence[int]) -> Tensor:
         batch = prompt_inputs(model, [rows[i] for i in which])
-        chosen = assemble([parts[i] for i in which], steering.geometry)
-        with torch.no_grad(), steering.attached(chosen):
-            found: Tensor = model.generate(**batch, **wanted, eos_token_id=None)
-        return found[:, -6:]
+        selected = assemble([parts[i] for i in which], steering.geometry)
+        with torch.no_grad(), steering.attached(selected):
+            result: Tensor = model.generate(**batch, **expected, eos_token_id=None)
+        return result[:, -6:]
 
     together = search(range(3))
     for i in range(3):
@@ -388,9 +388,9 @@ def test_one_token_after_a_cache_equals_one_pass_to_rounding() -> None:
             expected = model(**batch).logits[:, -1]
             cache = DynamicCache()
             model(**{k: v[:, :-1] for k, v in batch.items()}, past_key_values=cache)
-            one = {**batch, **{k: batch[k][:, -1:] for k in ("input_ids", "position_ids")}}
-            found = model(**one, past_key_values=cache).logits[:, -1]
-        assert torch.allclose(found, expected, atol=1e-5)
+            item = {**batch, **{k: batch[k][:, -1:] for k in ("input_ids", "position_ids")}}
+            result = model(**item, past_key_values=cache).logits[:, -1]
+        assert torch.allclose(result, expected, atol=1e-5)
 
 
 def test_a_mask_written_to_between_passes_is_read_again() -> None:
@@ -402,16 +402,16 @@ def test_a_mask_written_to_between_passes_is_read_again() -> None:
 
     def logits(parts: list[Part]) -> Tensor:
         with torch.no_grad(), steering.attached(assemble([parts], steering.geometry)):
-            found: Tensor = model(ids, attention_mask=mask).logits
-        return found
+            result: Tensor = model(ids, attention_mask=mask).logits
+        return result
 
-    seen = [logits([Part(prefix(model, 3))]), logits([Part(prefix(model, 3, seed=2), 0.5)])]
+    calls = [logits([Part(prefix(model, 3))]), logits([Part(prefix(model, 3, seed=2), 0.5)])]
     mask[..., 0] = -torch.inf
-    seen.append(logits([Part(prefix(model, 3, seed=2), 0.5)]))
+    calls.append(logits([Part(prefix(model, 3, seed=2), 0.5)]))
     mask = mask.clone()
-    assert torch.equal(seen[-1], logits([Part(prefix(model, 3, seed=2), 0.5)]))
-    assert not torch.allclose(seen[0], seen[1])
-    assert not torch.allclose(seen[1], seen[2])
+    assert torch.equal(calls[-1], logits([Part(prefix(model, 3, seed=2), 0.5)]))
+    assert not torch.allclose(calls[0], calls[1])
+    assert not torch.allclose(calls[1], calls[2])
 
 
 def test_bfloat16_stays_near_float32() -> None:
@@ -462,8 +462,8 @@ def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
     batch = inputs(model, [tokens(5)])
 
     def loss(rows: Tensor) -> Tensor:
-        one = Prefix(steering.geometry, {**start.slots, site: rows})
-        with steering.attached(assemble([[Part(one, 0.7)]], steering.geometry)):
+        item = Prefix(steering.geometry, {**start.slots, site: rows})
+        with steering.attached(assemble([[Part(item, 0.7)]], steering.geometry)):
             return model(**batch, use_cache=False).logits.log_softmax(-1)[..., 7].sum()
 
     rows = start.slots[site].clone().requires_grad_()
@@ -540,7 +540,7 @@ def test_threads_and_nested_blocks_see_their_own_prefixes() -> None:
     model = build("llama")
     steering = Steering.for_model(model)
     ids = tokens(6)
-    one, two = (assemble([[Part(prefix(model, 4, seed=s))]], steering.geometry) for s in (1, 2))
+    item, two = (assemble([[Part(prefix(model, 4, seed=s))]], steering.geometry) for s in (1, 2))
 
     def logits() -> Tensor:
         with torch.no_grad():
@@ -548,37 +548,37 @@ def test_threads_and_nested_blocks_see_their_own_prefixes() -> None:
         return result
 
     plain = logits()
-    with steering.attached(one):
+    with steering.attached(item):
         first = logits()
     with steering.attached(two):
         second = logits()
-        with steering.attached(one):
+        with steering.attached(item):
             assert torch.equal(logits(), first)
         assert torch.equal(logits(), second)
-    seen: dict[str, object] = {}
+    calls: dict[str, object] = {}
 
     def elsewhere(name: str) -> None:
         def work() -> None:
             try:
-                seen[name] = logits()
+                calls[name] = logits()
             except RequestError as error:
-                seen[name] = error
+                calls[name] = error
 
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
 
-    with steering.attached(one):
+    with steering.attached(item):
         elsewhere("private")
     with steering.attached(two, everywhere=True):
         elsewhere("everywhere")
-    assert torch.equal(seen["private"], plain)  # type: ignore[arg-type]
-    assert torch.equal(seen["everywhere"], second)  # type: ignore[arg-type]
+    assert torch.equal(calls["private"], plain)  # type: ignore[arg-type]
+    assert torch.equal(calls["everywhere"], second)  # type: ignore[arg-type]
 
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with steering.attached(one, everywhere=True):
+        with steering.attached(item, everywhere=True):
             entered.set()
             leave.wait(10)
 
@@ -590,7 +590,7 @@ def test_threads_and_nested_blocks_see_their_own_prefixes() -> None:
         elsewhere("ambiguous")
     leave.set()
     holder.join()
-    assert isinstance(seen["ambiguous"], RequestError)
+    assert isinstance(calls["ambiguous"], RequestError)
 
 
 def test_a_call_with_the_wrong_number_of_rows_is_refused() -> None:

@@ -161,9 +161,9 @@ def test_the_command_line_writes_shows_and_checks(tmp_path: Path) -> None:
         store.put([NewVersion(PrefixKey("attribute", "mood=glad"), prefix)])
     assert "written" in run("init", str(file))
     assert "1 attributes with 1 labels" in run("check", str(file))
-    shown = run("show", str(file))
-    assert "glad" in shown
-    assert "none yet" not in shown
+    shown_text = run("show", str(file))
+    assert "glad" in shown_text
+    assert "none yet" not in shown_text
     with pytest.raises(RequestError, match="exists already"):
         run("init", str(file))
     file.write_text(file.read_text().replace("exclusive", "exklusive"))

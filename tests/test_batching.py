@@ -33,15 +33,15 @@ def engine(name: str = "llama") -> ControlPrefix:
 
 @pytest.fixture(scope="module")
 def cp() -> Iterator[ControlPrefix]:
-    made = engine()
-    yield made
-    made.store.close()
+    built = engine()
+    yield built
+    built.store.close()
 
 
 def requests(count: int, seed: int = 0) -> list[Request]:
     """Requests with a random mix of parts, strengths, schedules and sampling settings."""
     draw = random.Random(seed)
-    found = []
+    result = []
     for i in range(count):
         fields: dict[str, Any] = {
             "prompt": "x" * draw.randrange(1, 60),
@@ -61,8 +61,8 @@ def requests(count: int, seed: int = 0) -> list[Request]:
             fields["stop"] = ["a", "xx"]
         if fields["user"] and min(fields["strengths"].values()) > 0 and draw.random() < 0.5:
             fields["schedules"] = {"user": [(0, 1.0), (6, 0.0)]}
-        found.append(Request(**fields))
-    return found
+        result.append(Request(**fields))
+    return result
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
@@ -77,10 +77,10 @@ def test_sequences_that_join_and_leave_generate_what_they_generate_alone(name: s
         tickets.append(batcher.submit(cp.resolve(request)))
         if draw.random() < 0.3:
             time.sleep(0.01)
-    found = [ticket.result() for ticket in tickets]
+    result = [ticket.result() for ticket in tickets]
     assert batcher.close()
-    for one, expected in zip(found, alone, strict=True):
-        assert one == expected
+    for item, expected in zip(result, alone, strict=True):
+        assert item == expected
 
 
 def test_streamed_pieces_add_up_to_the_text(cp: ControlPrefix) -> None:
@@ -157,26 +157,26 @@ def test_log_probabilities_are_those_of_the_model(cp: ControlPrefix) -> None:
     batcher = cp.batcher()
     request = Request(prompt="abc", raw=True, max_new_tokens=6, user="ana")
     ticket = batcher.submit(cp.resolve(request), top_log_probs=3)
-    done = ticket.result()
+    outcome = ticket.result()
     batcher.close()
     ids = torch.tensor([[*cp.tokenizer("abc")["input_ids"], *(t.token for t in ticket.tokens)]])
     with torch.no_grad(), cp.assembled(request):
         expected = cp.model(ids).logits[0].log_softmax(-1)
     start = ids.shape[1] - len(ticket.tokens)
-    assert len(ticket.tokens) >= done.num_tokens
-    for i, one in enumerate(ticket.tokens):
+    assert len(ticket.tokens) >= outcome.num_tokens
+    for i, item in enumerate(ticket.tokens):
         row = expected[start + i - 1]
-        assert one.log_prob == pytest.approx(float(row[one.token]), abs=1e-3)
-        assert [token for token, _ in one.top] == row.topk(3).indices.tolist()
+        assert item.log_prob == pytest.approx(float(row[item.token]), abs=1e-3)
+        assert [token for token, _ in item.top] == row.topk(3).indices.tolist()
 
 
 def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
     asked = requests(24, seed=5)
     expected = [cp.generate(request).text for request in asked]
-    batcher, found = cp.batcher(max_sequences=6), [""] * len(asked)
+    batcher, result = cp.batcher(max_sequences=6), [""] * len(asked)
 
     def ask(i: int) -> None:
-        found[i] = batcher.submit(cp.resolve(asked[i])).result().text
+        result[i] = batcher.submit(cp.resolve(asked[i])).result().text
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asked))]
     for thread in threads:
@@ -184,7 +184,7 @@ def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
     for thread in threads:
         thread.join()
     batcher.close()
-    assert found == expected
+    assert result == expected
 
 
 def test_a_deliver_function_that_fails_cancels_only_its_own_request(cp: ControlPrefix) -> None:

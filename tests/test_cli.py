@@ -95,9 +95,9 @@ def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) ->
     shorter = run(tmp_path, "shorten", "task", "note", str(data), "--keep", "0.5", *model)
     assert "stored task 'note' version 3:" in shorter
 
-    told = ("distill", "Be brief.", str(prompts), "-a", "tone=brief", "--steps", "2", *model)
-    assert "stored attribute 'tone=brief' version 1" in run(tmp_path, *told)
-    for wrong, message in (
+    text = ("distill", "Be brief.", str(prompts), "-a", "tone=brief", "--steps", "2", *model)
+    assert "stored attribute 'tone=brief' version 1" in run(tmp_path, *text)
+    for invalid, message in (
         (
             ("train", str(data), "--parameterization", "dirct", *model),
             "'dirct' is not one of 'direct'",
@@ -107,7 +107,7 @@ def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) ->
         (("distill", "Be brief.", str(prompts), *model), "name one to learn"),
     ):
         with pytest.raises(ControlPrefixError, match=message):
-            run(tmp_path, *wrong)
+            run(tmp_path, *invalid)
 
 
 def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Path) -> None:
@@ -135,17 +135,17 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
         *("-a", "tone=warm:0.6", "-a", "tone=brief:0.4", "--max-new-tokens", "5", *model),
     )
     assert generated.strip()
-    asked = ("generate", "Hello", "-a", "tone=odd", "--max-new-tokens", "5", *model)
-    told = run(tmp_path, *asked, "--unseen", "text", "--schedule", "tone=0:1,4:0")
-    assert "for tone=odd, text: The tone is odd. (1.00)" in told
-    for wrong, message in (
-        (asked, "no label 'odd'"),
-        ((*asked[:2], "-a", "tone=warm", "--calibrated", *model), "has no dial; calibrate it"),
-        ((*asked, "--schedule", "tone=0.5:1"), "needs the number of a token, got '0.5'"),
-        ((*asked, "--schedule", "tone=0"), "needs a number, got ''"),
+    request = ("generate", "Hello", "-a", "tone=odd", "--max-new-tokens", "5", *model)
+    text = run(tmp_path, *request, "--unseen", "text", "--schedule", "tone=0:1,4:0")
+    assert "for tone=odd, text: The tone is odd. (1.00)" in text
+    for invalid, message in (
+        (request, "no label 'odd'"),
+        ((*request[:2], "-a", "tone=warm", "--calibrated", *model), "has no dial; calibrate it"),
+        ((*request, "--schedule", "tone=0.5:1"), "needs the number of a token, got '0.5'"),
+        ((*request, "--schedule", "tone=0"), "needs a number, got ''"),
     ):
         with pytest.raises(ControlPrefixError, match=message):
-            run(tmp_path, *wrong)
+            run(tmp_path, *invalid)
     assert "nats per token" in run(tmp_path, "score", str(data), *model)
     listed = run(tmp_path, "prefixes", "list")
     assert all(name in listed for name in ("note", "tone=brief", "ana"))
@@ -267,9 +267,9 @@ def test_prefixes_are_evaluated_and_calibrated(
                 rows.write(json.dumps({**row, "completion": f"x{i}"}) + "\n")
     texts = ("--labelled-texts", str(tmp_path / "judge.jsonl"), "--max-new-tokens", "24")
     how = ("--folder", str(tmp_path / "report"), "--strengths", "0,1", "--curve-rows", "4")
-    found = run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *how, *model)
-    assert "classifier of pitch: accuracy" in found
-    assert "pitch=high" in found
+    result = run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *how, *model)
+    assert "classifier of pitch: accuracy" in result
+    assert "pitch=high" in result
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
     monkeypatch.setattr("controlprefix.evaluation.calibration._MIN_EFFECT", -1.0)  # small effect
     dial = run(tmp_path, "calibrate", "pitch=high", "--num-samples", "24", *texts, *model)
@@ -310,14 +310,14 @@ def test_a_store_is_encrypted_and_its_keys_rotated(model_folder: Path, tmp_path:
     enroll = ("enroll", "ana", str(tmp_path / "texts.txt"), *model)
     key_file.write_text(json.dumps({"default": {"current": "k1", "keys": keys}}))
     run(tmp_path, *enroll, *encrypted)
-    asked = ("generate", "Hi", "--user", "ana", "--max-new-tokens", "3", *model)
+    request = ("generate", "Hi", "--user", "ana", "--max-new-tokens", "3", *model)
     with pytest.raises(ControlPrefixError, match="encryption"):
-        run(tmp_path, *asked)
+        run(tmp_path, *request)
     key_file.write_text(json.dumps({"default": {"current": "k2", "keys": keys}}))
     assert "1 versions re-encrypted" in run(tmp_path, "store", "rotate-keys", *encrypted)
     only = {"default": {"current": "k2", "keys": {"k2": keys["k2"]}}}
     key_file.write_text(json.dumps(only))
-    assert run(tmp_path, *asked, *encrypted).strip()
+    assert run(tmp_path, *request, *encrypted).strip()
 
 
 def test_kept_texts_are_printed_and_trained_on(model_folder: Path, tmp_path: Path) -> None:

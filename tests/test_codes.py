@@ -120,16 +120,16 @@ def test_a_code_without_its_decoder_is_not_stored(store: PrefixStore) -> None:
 
 
 def test_another_tenant_has_no_use_of_a_decoder(url: str) -> None:
-    with PrefixStore(url, tenant="mine") as mine, PrefixStore(url, tenant="theirs") as theirs:
+    with PrefixStore(url, tenant="mine") as own_store, PrefixStore(url, tenant="theirs") as other:
         by = decoder()
-        put_both(mine, by)
+        put_both(own_store, by)
         with pytest.raises(StoreError, match="no decoder"):
-            theirs.put([NewVersion(ANA, coded(by))])
-        theirs.put([NewVersion(USERS, by)])
-        put_both(theirs, by)
-        mine.forget(ANA)
-        assert theirs.for_model(F).get(ANA).version == 1
-        assert [one.num_forgotten for one in theirs.for_model(F).versions(USERS)] == [0, 0]
+            other.put([NewVersion(ANA, coded(by))])
+        other.put([NewVersion(USERS, by)])
+        put_both(other, by)
+        own_store.forget(ANA)
+        assert other.for_model(F).get(ANA).version == 1
+        assert [version.num_forgotten for version in other.for_model(F).versions(USERS)] == [0, 0]
 
 
 def test_forgetting_a_user_marks_what_was_learned_from_them(store: PrefixStore) -> None:
@@ -168,26 +168,26 @@ def test_similar_users_come_first(
     keys = OneKey() if how == "encrypted" else None
     with (
         PrefixStore(url, encryption_keys=keys) as store,
-        PrefixStore(url, tenant="theirs") as theirs,
+        PrefixStore(url, tenant="theirs") as other,
     ):
-        theirs.keep_profile("spy", Profile("e", [1.0, 0.0], num_texts=1))
+        other.keep_profile("spy", Profile("e", [1.0, 0.0], num_texts=1))
         for i, user in enumerate("abcdefg"):
             store.keep_profile(user, Profile("e", [math.cos(i / 3), math.sin(i / 3)], num_texts=1))
         store.keep_profile("a", Profile("other", [0.0, 1.0], num_texts=1))
         store.keep_profile("g", Profile("e", [math.cos(0.1), math.sin(0.1)], num_texts=1))
-        found = store.similar_users("e", [2.0, 0.0], limit=3, exclude=["b"])
-        assert [one.user for one in found] == ["a", "g", "c"]
+        result = store.similar_users("e", [2.0, 0.0], limit=3, exclude=["b"])
+        assert [item.user for item in result] == ["a", "g", "c"]
         cosines = [1.0, math.cos(0.1), math.cos(2 / 3)]
-        assert [one.similarity for one in found] == pytest.approx(cosines, abs=1e-5)
+        assert [item.similarity for item in result] == pytest.approx(cosines, abs=1e-5)
 
 
 def test_an_export_carries_codes_and_decoders(url: str, tmp_path: object) -> None:
     path = f"{tmp_path}/tenant.zip"
-    with PrefixStore(url, tenant="mine") as mine, PrefixStore(url, tenant="copy") as copy:
-        put_both(mine, decoder())
-        mine.put([NewVersion(BO, coded(decoder(), seed=4))])
-        before = prefix_of(mine, ANA).slots["decoder"]
-        mine.export_to(path)
+    with PrefixStore(url, tenant="mine") as own_store, PrefixStore(url, tenant="copy") as copy:
+        put_both(own_store, decoder())
+        own_store.put([NewVersion(BO, coded(decoder(), seed=4))])
+        before = prefix_of(own_store, ANA).slots["decoder"]
+        own_store.export_to(path)
         copy.import_from(path)
         assert torch.equal(prefix_of(copy, ANA).slots["decoder"], before)
         with pytest.raises(StoreError, match="2 stored user codes need it"):
@@ -197,20 +197,20 @@ def test_an_export_carries_codes_and_decoders(url: str, tmp_path: object) -> Non
 
 
 def test_api_keys_open_their_own_tenant_alone(url: str) -> None:
-    with PrefixStore(url, tenant="mine/ü") as mine, PrefixStore(url, tenant="theirs") as theirs:
-        key = mine.create_api_key("web")
+    with PrefixStore(url, tenant="mine/ü") as own_store, PrefixStore(url, tenant="theirs") as other:
+        key = own_store.create_api_key("web")
         assert tenant_of(key) == "mine/ü"
-        assert mine.name_of_api_key(key) == "web"
-        assert theirs.name_of_api_key(key) is None
-        assert mine.name_of_api_key(key + "x") is None
-        forged = theirs.create_api_key("web").replace(key.split(".")[1], "x")
-        assert mine.name_of_api_key(forged) is None
+        assert own_store.name_of_api_key(key) == "web"
+        assert other.name_of_api_key(key) is None
+        assert own_store.name_of_api_key(key + "x") is None
+        forged = other.create_api_key("web").replace(key.split(".")[1], "x")
+        assert own_store.name_of_api_key(forged) is None
         with pytest.raises(StoreError, match="an API key 'web' already"):
-            mine.create_api_key("web")
-        assert [one.name for one in mine.api_keys()] == ["web"]
-        mine.revoke_api_key("web")
-        assert mine.name_of_api_key(key) is None
+            own_store.create_api_key("web")
+        assert [api_key.name for api_key in own_store.api_keys()] == ["web"]
+        own_store.revoke_api_key("web")
+        assert own_store.name_of_api_key(key) is None
         with pytest.raises(UnknownNameError, match="no API key 'web'; known: none"):
-            mine.revoke_api_key("web")
+            own_store.revoke_api_key("web")
     for no_key in ("", "cp", "cp.x", "sk-123", "cp.%%%.secret", "cp..", "cp.gA.x"):
         assert tenant_of(no_key) is None

@@ -16,8 +16,8 @@ DEPLOY = Path(__file__).parent.parent / "deploy"
 
 
 def compose() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-    return found
+    result: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    return result
 
 
 def test_the_gateways_command_is_one_that_serve_takes() -> None:
@@ -28,21 +28,21 @@ def test_the_gateways_command_is_one_that_serve_takes() -> None:
     assert context.params["engine"] == "vllm"
     assert context.params["vllm_url"] == "http://vllm:8001"
     assert str(context.params["vllm_prefixes"]) == "/prefixes"
-    named = {one.envvar for one in serve.params if one.envvar}
+    named = {param.envvar for param in serve.params if param.envvar}
     assert set(compose()["services"]["gateway"]["environment"]) <= named
 
 
 def test_vllm_has_the_connector_that_the_tests_have() -> None:
     command = compose()["services"]["vllm"]["command"]
-    given = json.loads(command[command.index("--kv-transfer-config") + 1])
-    assert given == transfer("/prefixes")
+    inputs = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert inputs == transfer("/prefixes")
 
 
 def test_both_see_the_same_prefixes_and_only_the_gateway_is_open() -> None:
     services = compose()["services"]
-    shared = [set(services[one]["volumes"]) for one in ("gateway", "vllm")]
+    shared = [set(services[item]["volumes"]) for item in ("gateway", "vllm")]
     assert {"prefixes:/prefixes", "${MODEL:?}:/model:ro"} <= shared[0] & shared[1]
-    assert [name for name, one in services.items() if "ports" in one] == ["gateway"]
+    assert [name for name, item in services.items() if "ports" in item] == ["gateway"]
 
 
 def test_the_vllm_of_the_image_is_the_one_that_is_tested() -> None:

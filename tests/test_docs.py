@@ -25,9 +25,9 @@ def test_readme_quickstart_runs_as_printed(
     assert sum(bool(line.strip()) for line in quickstart.splitlines()) <= 23
     exec(compile(quickstart, "README.md", "exec"), {"__name__": "quickstart"})
     printed = capsys.readouterr().out
-    (shown,) = re.findall(r"It prints:\n\n```text\n(.*?)```", README, re.DOTALL)
+    (shown_text,) = re.findall(r"It prints:\n\n```text\n(.*?)```", README, re.DOTALL)
     # Words of a model differ between machines; what the library says does not.
-    for line in shown.splitlines():
+    for line in shown_text.splitlines():
         label = line.split("->")[0].rstrip()
         assert label in printed
 
@@ -73,8 +73,8 @@ def test_figures_in_the_readme_are_those_of_the_recorded_demo() -> None:
     compared = 0
     for group in record["nats_per_token"].values():
         for name, figures in group.items():
-            shown = [float(cell) for cell in rows[name].split(" | ")]
-            assert shown == [round(value, 2) for value in figures.values()], name
+            shown_text = [float(cell) for cell in rows[name].split(" | ")]
+            assert shown_text == [round(value, 2) for value in figures.values()], name
             compared += 1
     assert compared == 5
 
@@ -107,8 +107,8 @@ def test_short_tables_hold_the_cells_of_the_whole_ones(
     whole = (ROOT / "docs" / "results" / f"{file}.md").read_text()
     for column, (section, measure) in columns.items():
         expected = _column(whole, section, measure)
-        shown = {way: cells[column] for way, *cells in rows if column < len(cells)}
-        shared = {way: cell for way, cell in shown.items() if cell.strip() and way in expected}
+        shown_text = {way: cells[column] for way, *cells in rows if column < len(cells)}
+        shared = {way: cell for way, cell in shown_text.items() if cell.strip() and way in expected}
         assert len(shared) > 8
         assert shared == {way: expected[way] for way in shared}
 

@@ -35,15 +35,15 @@ class Keys(JsonEncryptionKeys):
         """Write with this key from now on, made if it is new."""
         if name is not None:
             self.keys.setdefault(name, base64.b64encode(os.urandom(32)).decode())
-        written = {"mine": {"current": name, "keys": self.keys}} if name else {}
-        self.path.write_text(json.dumps(written))
+        output = {"mine": {"current": name, "keys": self.keys}} if name else {}
+        self.path.write_text(json.dumps(output))
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Keys:
-    made = Keys(tmp_path / "keys.json")
-    made.use("k1")
-    return made
+    built = Keys(tmp_path / "keys.json")
+    built.use("k1")
+    return built
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def test_kept_texts_are_encrypted_rotated_and_forgotten(
     if url.startswith("sqlite"):
         file = Path(url.removeprefix("sqlite:///"))
         assert secret.encode() not in file.read_bytes()
-    with PrefixStore(url, tenant="theirs") as theirs:
-        assert theirs.samples("ana") == []
+    with PrefixStore(url, tenant="theirs") as other:
+        assert other.samples("ana") == []
     store.forget(ANA)
     assert store.samples("ana") == []
     store.keep_samples("bo", ["only a text"])
@@ -180,6 +180,6 @@ def test_an_export_is_readable_and_is_encrypted_again_on_the_way_in(
             keyless.for_model(F).get(ANA)
     with PrefixStore(
         store.url, tenant="theirs", encryption_keys=keys
-    ) as theirs:  # has no key: plain
-        theirs.import_from(tmp_path / "one.zip")
-        assert payload_of(theirs.for_model(F).get(ANA)) == payload_of(new(seed=1))
+    ) as other:  # has no key: plain
+        other.import_from(tmp_path / "one.zip")
+        assert payload_of(other.for_model(F).get(ANA)) == payload_of(new(seed=1))

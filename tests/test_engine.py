@@ -219,22 +219,22 @@ def test_scores_are_the_same_while_other_threads_use_the_model(cp: ControlPrefix
     batches = [[Example(prompt="Hi", completion=t, user="ana")] * n for n, t in enumerate(texts, 1)]
     alone = [cp.score(batch) for batch in batches]
     text = cp.generate("Hi", task="email", max_new_tokens=12).text
-    found: dict[int, list[object]] = {i: [] for i in range(4)}
+    result: dict[int, list[object]] = {i: [] for i in range(4)}
 
     def work(i: int) -> None:
         for _ in range(8):
             if i < 3:
-                found[i].append(cp.score(batches[i]))
+                result[i].append(cp.score(batches[i]))
             else:
-                found[i].append(cp.generate("Hi", task="email", max_new_tokens=12).text)
+                result[i].append(cp.generate("Hi", task="email", max_new_tokens=12).text)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[i] for i in range(3)] == [[scores] * 8 for scores in alone]
-    assert found[3] == [text] * 8
+    assert [result[i] for i in range(3)] == [[scores] * 8 for scores in alone]
+    assert result[3] == [text] * 8
 
 
 def test_a_penalty_leaves_the_padding_of_a_row_out() -> None:
@@ -298,8 +298,8 @@ def test_enrolling_makes_a_usable_prefix_at_once(name: str) -> None:
     assert cp.enroll("ana", ["Another text."], num_slots=5) == 2
     assert cp.get("user", "ana", version=2).num_slots == 5
     assert cp.enroll("ana", "One text.") == 3
-    told = [version.details["enrolled"]["texts"] for version in cp.versions("user", "ana")]
-    assert told == [2, 1, 1]
+    text = [version.details["enrolled"]["texts"] for version in cp.versions("user", "ana")]
+    assert text == [2, 1, 1]
     plain = cp.generate("Hello", max_new_tokens=12)
     assert cp.generate("Hello", user="ana", max_new_tokens=12).text != plain.text
     with pytest.raises(ControlPrefixError, match="user 'bo' has no text"):
@@ -347,13 +347,13 @@ def test_a_forgotten_and_enrolled_again_user_has_nothing_of_the_old(cp: ControlP
 
 def test_tenants_do_not_see_each_others_users(tmp_path: Path) -> None:
     url, model = f"sqlite:///{tmp_path}/prefixes.db", build("llama")
-    mine, theirs = (
+    own_store, other = (
         ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store=url, tenant=t)
         for t in ("mine", "theirs")
     )
-    mine.put("user", "ana", Prefix.random(mine.geometry, num_slots=2))
+    own_store.put("user", "ana", Prefix.random(own_store.geometry, num_slots=2))
     with pytest.raises(UnknownNameError, match="known: none"):
-        theirs.generate("Hello", user="ana")
+        other.generate("Hello", user="ana")
 
 
 def test_unknown_names_say_what_exists(cp: ControlPrefix) -> None:
@@ -378,30 +378,30 @@ def test_unknown_names_say_what_exists(cp: ControlPrefix) -> None:
 
 def test_prefixes_of_other_models_are_refused(tmp_path: Path) -> None:
     url, tokenizer = f"sqlite:///{tmp_path}/prefixes.db", byte_tokenizer()
-    one = ControlPrefix.from_pretrained(build("llama"), tokenizer=tokenizer, store=url)
+    item = ControlPrefix.from_pretrained(build("llama"), tokenizer=tokenizer, store=url)
     other_weights, other_shape = (
         ControlPrefix.from_pretrained(model, tokenizer=tokenizer, store=url)
         for model in (build("llama", seed=1), build("qwen3"))
     )
-    prefix = Prefix.random(one.geometry, num_slots=2)
-    one.put("user", "ana", prefix)
+    prefix = Prefix.random(item.geometry, num_slots=2)
+    item.put("user", "ana", prefix)
     with pytest.raises(GeometryMismatchError, match="was made for the weights"):
         other_weights.put("user", "ana", prefix)
     with pytest.raises(GeometryMismatchError, match="kv heads"):
         other_shape.put("user", "ana", prefix)
     with pytest.raises(UnknownNameError, match="has no prefix for this model, only for other"):
         other_weights.generate("Hi", user="ana")
-    broken = Prefix.random(one.geometry, num_slots=2)
+    broken = Prefix.random(item.geometry, num_slots=2)
     broken.slots["decoder"][0, 0] = float("nan")
     with pytest.raises(PrefixFormatError, match="NaN"):
-        one.put("user", "ana", broken)
+        item.put("user", "ana", broken)
     half = ControlPrefix.from_pretrained(
         build("llama", dtype=torch.float16), tokenizer=tokenizer, store=url
     )
     too_large = Prefix.random(half.geometry, num_slots=2, scale=1e9)
     with pytest.raises(PrefixFormatError, match="infinite values .* as torch.float16"):
         half.put("user", "ana", too_large)
-    assert one.versions("user", "ana")[-1].version == 1
+    assert item.versions("user", "ana")[-1].version == 1
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_refused(cp: ControlPrefix) -> None:
@@ -416,9 +416,9 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused(cp: ControlPrefix) ->
 
 def test_what_is_no_request_or_text_is_refused(cp: ControlPrefix) -> None:
     not_requests: tuple[Any, ...] = (None, 3, [None], [{"prompt": "Hi"}])
-    for wrong in not_requests:
+    for not_request in not_requests:
         with pytest.raises(RequestError, match="expected a prompt .str. or a Request"):
-            cp.generate(wrong)
+            cp.generate(not_request)
     with pytest.raises(RequestError, match="expected a"), cp.assembled(3):  # type: ignore[arg-type]
         pass
     with pytest.raises(TrainingDataError, match="row 1 is a Request; give Example rows"):

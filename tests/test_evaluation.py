@@ -59,14 +59,14 @@ def letters_for_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def cp() -> Iterator[ControlPrefix]:
     """Two labels that are heard: random, and large."""
-    made = ControlPrefix.from_pretrained(
+    built = ControlPrefix.from_pretrained(
         build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
     )
     for seed, label in enumerate(LABELS):
-        prefix = Prefix.random(made.geometry, num_slots=8, scale=2.0, seed=seed)
-        made.put("attribute", f"pitch={label}", prefix)
-    yield made
-    made.store.close()
+        prefix = Prefix.random(built.geometry, num_slots=8, scale=2.0, seed=seed)
+        built.put("attribute", f"pitch={label}", prefix)
+    yield built
+    built.store.close()
 
 
 def asked(i: int, label: str, **more: Any) -> Request:
@@ -79,7 +79,7 @@ def judge(cp: ControlPrefix) -> AttributeClassifier:
     """Learned from what each label writes."""
     labels = [label for label in LABELS for _ in range(80)]
     requests = [asked(1000 + i, label) for i, label in enumerate(labels)]
-    return AttributeClassifier.train("pitch", [one.text for one in cp.generate(requests)], labels)
+    return AttributeClassifier.train("pitch", [item.text for item in cp.generate(requests)], labels)
 
 
 def examples(count: int = 4) -> list[Example]:
@@ -93,7 +93,9 @@ def examples(count: int = 4) -> list[Example]:
 def test_a_judge_tells_labels_and_says_how_well(tmp_path: Path) -> None:
     draw = random.Random(0)
     kinds = (("low", "helo "), ("high", "AHOY "), ("none", "123 "))
-    pairs = [("".join(draw.choices(some, k=12)), one) for one, some in kinds for _ in range(40)]
+    pairs = [
+        ("".join(draw.choices(subset, k=12)), item) for item, subset in kinds for _ in range(40)
+    ]
     texts, labels = zip(*pairs, strict=True)
     judge = AttributeClassifier.train("pitch", texts, labels)
     assert judge.labels == ("high", "low", "none")
@@ -134,7 +136,7 @@ def test_the_harness_finds_control_where_there_is_some(
         assert report.curves[name][-1].probability.mean > report.curves[name][0].probability.mean
         added = report.cross_talk[name]
         assert added[name].mean > 0.03
-        assert sum(one.mean for one in added.values()) == pytest.approx(0, abs=1e-5)
+        assert sum(item.mean for item in added.values()) == pytest.approx(0, abs=1e-5)
         assert added[name].low <= added[name].mean <= added[name].high
     without = report.attribute_accuracy_without
     assert without["pitch=low"].mean + without["pitch=high"].mean == pytest.approx(1, abs=0.05)
@@ -154,11 +156,11 @@ def test_an_evaluation_goes_on_where_it_was_broken_off(
         "strengths": (0, 1), "curve_rows": 4, "max_new_tokens": 4, "progress": False,
     }  # fmt: skip
     whole = evaluate(cp, rows, [judge], **how)
-    generate, asked = cp.generate, []
+    generate, request = cp.generate, []
 
     def counted(requests: Any, **more: Any) -> Any:
-        asked.append(len(requests))
-        if len(asked) == 2:
+        request.append(len(requests))
+        if len(request) == 2:
             raise KeyboardInterrupt
         return generate(requests, **more)
 
@@ -170,13 +172,13 @@ def test_an_evaluation_goes_on_where_it_was_broken_off(
         file.write('\n{"key": "cut sho')
     resumed = evaluate(cp, rows, [judge], folder=tmp_path, **how)
     assert resumed == whole
-    before = sum(asked)
+    before = sum(request)
     assert evaluate(cp, rows, [judge], folder=tmp_path, **how) == whole
-    assert sum(asked) == before  # nothing is asked again
+    assert sum(request) == before  # nothing is asked again
     prefix = cp.get("attribute", "pitch=low")
     cp.put("attribute", "pitch=low", prefix)
     assert evaluate(cp, rows, [judge], folder=tmp_path, **how) == whole
-    assert sum(asked) == before  # another version, but the same prefix
+    assert sum(request) == before  # another version, but the same prefix
 
 
 def test_texts_of_another_store_are_not_taken_for_ones_own(
@@ -230,18 +232,18 @@ def test_a_user_is_nearer_to_their_other_texts_only_if_the_prefix_does_it() -> N
     prompts = [row.prompt for row in rows]
     own_topic = [row.completion for row in rows]  # of the prompt alone: with the user or without
     same = _user_similarity(rows, own_topic, dict(enumerate(own_topic)), prompts)
-    assert {user: one.mean for user, one in same.items()} == pytest.approx({"ana": 0, "bo": 0})
+    assert {user: item.mean for user, item in same.items()} == pytest.approx({"ana": 0, "bo": 0})
     like_ana = ["aaaa" if row.user == "ana" else "zz" for row in rows]
-    found = _user_similarity(rows, like_ana, dict.fromkeys(range(len(rows)), "qqqq"), prompts)
-    assert found["ana"].low > 0.5
+    result = _user_similarity(rows, like_ana, dict.fromkeys(range(len(rows)), "qqqq"), prompts)
+    assert result["ana"].low > 0.5
     other_words = [
         row.model_copy(update={"completion": text})
         for row, text in zip(rows, ("aa", "bb", "cc", "dd", "ee", "ff"), strict=True)
     ]  # a text that is its own row's reference is not therefore the user's
-    found = _user_similarity(
+    result = _user_similarity(
         other_words, [row.completion for row in other_words], dict.fromkeys(range(6), "qq"), prompts
     )
-    assert {user: one.mean for user, one in found.items()} == pytest.approx({"ana": 0, "bo": 0})
+    assert {user: item.mean for user, item in result.items()} == pytest.approx({"ana": 0, "bo": 0})
     assert _user_similarity(
         rows[:3], like_ana[:3], dict.fromkeys(range(3), "q"), prompts[:3]
     ).keys() == {"ana"}  # one row tells nothing
@@ -263,10 +265,10 @@ def test_a_dial_moves_what_is_measured_more_evenly(
     prompts = [f"p{i}" for i in range(96)]
     grid = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     how: dict[str, Any] = {"prompts": prompts, "num_samples": 96}
-    found = calibrate(cp, request, "pitch", "high", judge, strengths=grid, **how)
-    assert found.dial[0] == (0.0, 0.0)
-    assert (1.0, 1.0) in found.dial
-    assert cp.get("attribute", "pitch=high").dial == found.dial
+    result = calibrate(cp, request, "pitch", "high", judge, strengths=grid, **how)
+    assert result.dial[0] == (0.0, 0.0)
+    assert (1.0, 1.0) in result.dial
+    assert cp.get("attribute", "pitch=high").dial == result.dial
     even = (0.0, 0.25, 0.5, 0.75, 1.0)
     how |= {"strengths": even, "seed": 1000}
     curves = [
@@ -305,17 +307,17 @@ def test_a_dial_is_of_the_prefix_that_was_measured(
     how: dict[str, Any] = {"strengths": (0, 1), "num_samples": 48}
     prefix = cp.get("attribute", "pitch=low")
     cp.put("attribute", "pitch=low", prefix, dtype="int8")
-    found = calibrate(cp, request, "pitch", "low", judge, **how)
-    version, tried = found.version, [one.strength for one in found.curve]
+    result = calibrate(cp, request, "pitch", "low", judge, **how)
+    version, tried = result.version, [item.strength for item in result.curve]
     assert tried == sorted(tried)
     assert tried[0] == 0 < tried[1] < 1 == tried[-1]  # where 1 did it all, less is tried
     assert cp.versions("attribute", "pitch=low")[-1].dtype == "int8"
     generate = cp.generate
 
-    def meanwhile(*given: Any, **more: Any) -> Any:
+    def meanwhile(*inputs: Any, **more: Any) -> Any:
         if cp.versions("attribute", "pitch=low")[-1].version == version:
             cp.put("attribute", "pitch=low", prefix)
-        return generate(*given, **more)
+        return generate(*inputs, **more)
 
     monkeypatch.setattr(cp, "generate", meanwhile)
     with pytest.raises(VersionConflictError):
@@ -373,9 +375,9 @@ def test_a_dial_survives_its_bytes_and_a_wrong_one_is_refused() -> None:
     assert dialled.strength_at(0.75) == pytest.approx(0.55)
     assert dialled.strength_at(2.0) == pytest.approx(2.0)
     assert dialled.strength_at(-0.5) == -0.5
-    wrong = Prefix(cp.geometry, prefix.slots, dial=((0.0, 0.0), (0.5, 2.0), (1.0, 1.0)))
+    invalid = Prefix(cp.geometry, prefix.slots, dial=((0.0, 0.0), (0.5, 2.0), (1.0, 1.0)))
     with pytest.raises(PrefixFormatError, match="a dial that does not rise"):
-        Prefix.from_bytes(wrong.to_bytes())
+        Prefix.from_bytes(invalid.to_bytes())
 
 
 def test_figures_of_texts() -> None:
@@ -384,10 +386,10 @@ def test_figures_of_texts() -> None:
     assert self_bleu(["the cat sat on the mat"] * 3) == pytest.approx(100)
     assert self_bleu(["one two three four", "five six seven eight"]) < 5
     assert spearman([0, 1, 2, 3], [1, 1, 2, 2]) == pytest.approx(0.894, abs=1e-3)
-    found = bootstrap_mean([0.0, 1.0] * 50)
-    assert found.mean == 0.5
-    assert 0.38 < found.low < 0.45
-    assert 0.55 < found.high < 0.62
+    result = bootstrap_mean([0.0, 1.0] * 50)
+    assert result.mean == 0.5
+    assert 0.38 < result.low < 0.45
+    assert 0.55 < result.high < 0.62
     twice = bootstrap_mean([0.0, 1.0] * 50, [i % 10 for i in range(100)])  # each prompt ten times
     assert (twice.mean, twice.low < 0.3, twice.high > 0.7) == (0.5, True, True)
     assert wilson_proportion([True] * 5) == pytest.approx((1.0, 0.566, 1.0), abs=1e-3)
@@ -401,18 +403,20 @@ def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:
 
     told = [row(text, pitch=label) for text, label in (("aaaa", "low"), ("zzzz", "high"))] * 10
     other = [row(text, mood=label) for text, label in (("aaaa!", "glad"), ("zzzz?", "sad"))] * 10
-    both = row("aazz", pitch="low", mood={"glad": 0.5, "sad": 0.5})
-    filled = pseudo_label([*told, *other, both])
-    assert [one.attributes for one in filled[:2]] == [
+    pair = row("aazz", pitch="low", mood={"glad": 0.5, "sad": 0.5})
+    filled = pseudo_label([*told, *other, pair])
+    assert [item.attributes for item in filled[:2]] == [
         {"pitch": "low", "mood": "glad"},
         {"pitch": "high", "mood": "sad"},
     ]
-    assert [one.attributes for one in filled[20:22]] == [
+    assert [item.attributes for item in filled[20:22]] == [
         {"mood": "glad", "pitch": "low"},
         {"mood": "sad", "pitch": "high"},
     ]
-    assert filled[-1] == both
-    assert [one.completion for one in filled] == [one.completion for one in [*told, *other, both]]
+    assert filled[-1] == pair
+    assert [item.completion for item in filled] == [
+        item.completion for item in [*told, *other, pair]
+    ]
     assert pseudo_label([*told, *other], min_probability=1.01) == [*told, *other]
     with pytest.raises(TrainingDataError, match="two labels"):
         pseudo_label([row("a", pitch="low")] * 9)

@@ -106,15 +106,15 @@ def test_greedy_tokens_are_those_of_the_formula(
         base_parts, _ = rows_of(parts)
         base = logits_after(steered, "Hello", new, **base_parts)
         likely = base >= base.max() + math.log(0.01)  # others are ruled out
-        found = reference(steered, "Hello", new, parts)
-        new.append(int(torch.where(likely, found, -math.inf).argmax()))
+        result = reference(steered, "Hello", new, parts)
+        new.append(int(torch.where(likely, result, -math.inf).argmax()))
     request = Request(prompt="Hello", raw=True, max_new_tokens=8, **parts)
     plain = Request(prompt="Bye", raw=True, max_new_tokens=8)
     (_, mixed, _) = steered.generate([plain, request, plain])
-    written = [token for token in new if token != 1]
-    expected = steered.tokenizer.decode(written, skip_special_tokens=True)
+    output = [token for token in new if token != 1]
+    expected = steered.tokenizer.decode(output, skip_special_tokens=True)
     assert steered.generate(request).text == mixed.text == expected
-    named = {one.name: one.strength for one in mixed.parts}
+    named = {part.name: part.strength for part in mixed.parts}
     assert "tone=warm" in named or "ana" in named
     assert "".join(steered.stream(request)) == expected
 
@@ -176,9 +176,9 @@ def test_guidance_is_refused_where_it_is_not_supported() -> None:
         Request(prompt="x", num_beams=2, attributes={"tone": "warm"}, mixing="logits")
     with pytest.raises(RequestError, match="dials are calibrated for mixing='attention'"):
         Request(prompt="x", attributes={"tone": "warm"}, mixing="logits", calibrated=True)
-    both = {"task": "note", "attributes": {"tone": "warm"}, "mixing": "logits"}
+    pair = {"task": "note", "attributes": {"tone": "warm"}, "mixing": "logits"}
     with pytest.raises(TrainingDataError, match="row 1 has mixing='logits'"):
-        cp.train([Example(prompt="x", completion="y", **both)], learn="task")
+        cp.train([Example(prompt="x", completion="y", **pair)], learn="task")
     with pytest.raises(TrainingDataError, match="row 1 has a strength below 0"):
         cp.train([Example(prompt="x", completion="y", task="note", **away)], learn="task")
 
@@ -186,8 +186,8 @@ def test_guidance_is_refused_where_it_is_not_supported() -> None:
 def test_tokens_that_the_base_finds_implausible_are_not_chosen() -> None:
     base = torch.tensor([[5.0, 4.0, 0.0, -math.inf]])  # 1/100 of the likeliest is at 0.39
     away = torch.tensor([[5.0, 4.0, -90.0, 0.0]])
-    found = guided_logits(base, [away], [-3.0])
-    assert found[0].isfinite().tolist() == [True, True, False, False]
+    result = guided_logits(base, [away], [-3.0])
+    assert result[0].isfinite().tolist() == [True, True, False, False]
     assert combined_logits(base, [away], [-3.0])[0, 2] == 270.0
 
 

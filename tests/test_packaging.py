@@ -29,13 +29,13 @@ def run(code: str, *, cwd: Path, path: Path | None = None) -> str:
 
 def test_every_package_folder_is_listed_for_the_wheel() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {"controlprefix"}
+    result = {"controlprefix"}
     for folder in ("controlprefix", "attributes", "store"):
         base = "controlprefix" if folder == "controlprefix" else f"controlprefix.{folder}"
         for init in (ROOT / folder).rglob("__init__.py"):
             inner = init.parent.relative_to(ROOT / folder).parts
-            found.add(".".join([base, *inner]))
-    assert sorted(listed) == sorted(found)
+            result.add(".".join([base, *inner]))
+    assert sorted(listed) == sorted(result)
 
 
 def test_the_links_lead_to_the_folders_at_the_root() -> None:

@@ -81,16 +81,16 @@ def test_gradients_are_those_of_finite_differences(
         ]
         products = [float((g * d).sum()) for g, d in zip(gradients, direction, strict=True)]
         expected = sum(products)
-        found = 0.0
+        result = 0.0
         for sign in (1, -1):
             with torch.no_grad():
                 for p, d in zip(parameters, direction, strict=True):
                     p.add_(d, alpha=sign * 1e-4)
-                found += sign * float(loss()) / 2e-4
+                result += sign * float(loss()) / 2e-4
                 for p, d in zip(parameters, direction, strict=True):
                     p.sub_(d, alpha=sign * 1e-4)
         # Losses are computed in float32: differences of 1e-7 over steps of 1e-4.
-        assert found == pytest.approx(expected, rel=0.02, abs=0.02)
+        assert result == pytest.approx(expected, rel=0.02, abs=0.02)
 
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
@@ -99,9 +99,9 @@ def test_only_what_a_batch_needs_is_computed(name: str) -> None:
     with torch.no_grad():
         for parameter in slots.parameters():
             parameter.add_(0.1)
-    found = slots.prefixes({FORMAL})
-    assert found.keys() == {FORMAL}
-    found[FORMAL].slots["decoder"].square().sum().backward()
+    result = slots.prefixes({FORMAL})
+    assert result.keys() == {FORMAL}
+    result[FORMAL].slots["decoder"].square().sum().backward()
     reached = {n for n, p in slots.named_parameters() if p.grad is not None}
     per_prefix = {"direct": ".slots.", "mlp": ".networks."}.get(name, ".embeddings.")
     of_a_prefix = {n for n, _ in slots.named_parameters() if per_prefix in n}

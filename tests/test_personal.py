@@ -64,11 +64,11 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def cp(learned: str) -> Iterator[ControlPrefix]:
     """An engine with a copy of the trained decoder in a store of its own."""
-    made = engine()
+    built = engine()
     source = engine(learned)
-    made.store.put([as_learned(stored_decoder(source))])
-    yield made
-    made.store.close()
+    built.store.put([as_learned(stored_decoder(source))])
+    yield built
+    built.store.close()
     source.store.close()
 
 
@@ -122,10 +122,10 @@ def test_codes_trained_together_equal_codes_trained_alone(cp: ControlPrefix) -> 
     for user, texts in users.items():
         alone = cp.train_users({user: texts}, decoder="users", epochs=3, **QUIET)
         assert alone.users[user].losses == pytest.approx(report.users[user].losses, abs=1e-4)
-        code, known = stored_user(cp, user), together[user]
+        code, names = stored_user(cp, user), together[user]
         assert isinstance(code, UserCode)
-        assert isinstance(known, UserCode)
-        assert torch.allclose(code.values, known.values, atol=0.02)
+        assert isinstance(names, UserCode)
+        assert torch.allclose(code.values, names.values, atol=0.02)
 
 
 def test_training_a_code_or_all_slots_improves_on_the_predicted_code(
@@ -133,7 +133,7 @@ def test_training_a_code_or_all_slots_improves_on_the_predicted_code(
 ) -> None:
     texts = written_by("Oh hello", 8)
     cp.enroll("ana", texts, decoder="users")
-    found = [nats(cp, texts[0], "ana")]
+    result = [nats(cp, texts[0], "ana")]
     for as_codes in (True, False):
         options = {
             "decoder": "users",
@@ -142,11 +142,11 @@ def test_training_a_code_or_all_slots_improves_on_the_predicted_code(
             **QUIET,
         }
         report = cp.train_users({"ana": texts}, steps=20, **options)
-        assert report.users["ana"].losses[0] == pytest.approx(found[0], abs=0.3)
+        assert report.users["ana"].losses[0] == pytest.approx(result[0], abs=0.3)
         assert isinstance(stored_user(cp, "ana"), UserCode) is as_codes
-        found.append(nats(cp, texts[0], "ana"))
-    assert found[1] < found[0] - 0.1
-    assert found[2] < found[1]
+        result.append(nats(cp, texts[0], "ana"))
+    assert result[1] < result[0] - 0.1
+    assert result[2] < result[1]
     assert cp.enroll("ana", texts, decoder="users", refine=True) == 4
 
 
@@ -201,8 +201,8 @@ def test_gradients_of_codes_and_decoder_match_finite_differences() -> None:
     weights = torch.randn(start.slots["decoder"].shape, generator=draw, dtype=torch.float64)
 
     def value() -> torch.Tensor:
-        found = slots.prefixes(keys)
-        a, b = (found[key].slots["decoder"] for key in keys)
+        result = slots.prefixes(keys)
+        a, b = (result[key].slots["decoder"] for key in keys)
         return (a * weights).sum() + (b * b * weights).sum()
 
     value().backward()
@@ -227,23 +227,23 @@ def test_the_predictor_is_fitted_only_if_features_predict_codes() -> None:
     start = engine().prefix_from_text("abcd")
     scale = {"decoder": torch.ones(start.slots["decoder"].shape[1])}
     users = [torch.randn(1, 6, generator=draw).expand(20, 6) for _ in range(40)]
-    seen = [one + 0.3 * torch.randn(one.shape, generator=draw) for one in users]
+    calls = [user + 0.3 * torch.randn(user.shape, generator=draw) for user in users]
     weights = torch.randn(6, 12, generator=draw)
-    codes = [(one[0] @ weights).view(4, 3) for one in users]
-    for wanted, least, most in (
+    codes = [(user[0] @ weights).view(4, 3) for user in users]
+    for expected, least, most in (
         (codes, 0.6, 1.0),
         ([torch.randn(4, 3, generator=draw) for _ in users], 0.0, 0.05),
     ):
         decoder = PrefixDecoder(start, scale, width=3, num_features=6)  # type: ignore[arg-type]
-        r2 = fit_code_predictor(decoder.predictor, wanted, seen, seed=0)
+        r2 = fit_code_predictor(decoder.predictor, expected, calls, seed=0)
         assert least <= r2 <= most
         errors = torch.stack(
             [
-                decoder.predict_code(one).values - code
-                for one, code in zip(seen, wanted, strict=True)
+                decoder.predict_code(user).values - code
+                for user, code in zip(calls, expected, strict=True)
             ]
         )
-        spread = torch.stack(wanted) - torch.stack(wanted).mean(0)
+        spread = torch.stack(expected) - torch.stack(expected).mean(0)
         assert errors.square().sum() <= (1 - 0.9 * r2) * spread.square().sum() + 1e-3
 
 
@@ -270,7 +270,7 @@ def test_errors_of_decoder_training_and_enrolment_say_why(cp: ControlPrefix) -> 
 def test_forgetting_a_user_removes_their_data_and_marks_the_decoder(cp: ControlPrefix) -> None:
     user = next(iter(USERS))
     cp.enroll(user, USERS[user], decoder="users", keep_profile=True, keep_texts=True)
-    assert [one.user for one in cp.similar_users(USERS[user])] == [user]
+    assert [similar_user.user for similar_user in cp.similar_users(USERS[user])] == [user]
     cp.forget_user(user)
     assert cp.similar_users(USERS[user]) == []
     assert cp.store.samples(user) == []
@@ -295,7 +295,9 @@ def test_the_privacy_audit_finds_memorized_texts_only() -> None:
     assert report.exposure_bits is not None
     assert report.exposure_bits > 5
     versions = cp.versions("user", "ana")
-    assert [one.version for one in versions] == [1]  # what was trained with canaries is not stored
+    assert [version.version for version in versions] == [
+        1
+    ]  # what was trained with canaries is not stored
 
     cp.enroll("bo", ["unrelated"], num_slots=2)
     quiet = cp.audit_user("bo", texts, held_out, num_canaries=4)

@@ -88,9 +88,9 @@ def test_a_few_steps_teach_two_labels_and_leave_the_model_alone(cp: ControlPrefi
         for e, other in zip(examples, ("rude", "polite"), strict=True)
     ]
     crossed = [s.log_likelihood for s in cp.score(swapped)]
-    for plain, right, wrong in zip(before, after, crossed, strict=True):
+    for plain, right, invalid in zip(before, after, crossed, strict=True):
         assert right > plain + 5
-        assert right > wrong + 5
+        assert right > invalid + 5
     assert weights_fingerprint(cp.model) == cp.geometry.fingerprint
 
 
@@ -100,14 +100,14 @@ def _plain(example: Example) -> Example:
 
 def test_an_instruction_distills_into_a_prefix_without_labelled_data(cp: ControlPrefix) -> None:
     instruction = "Answer like an old pirate. Say arr and matey."
-    asked = ["Where do you live?", "What is for dinner?", "How is the weather?", "Who are you?"]
+    request = ["Where do you live?", "What is for dinner?", "How is the weather?", "Who are you?"]
     new = ["What do you like to drink?", "Where is the captain?"]
-    told = [Request(prompt=f"{instruction}\n\n{one}", max_new_tokens=20) for one in new]
-    answers = [one.text for one in cp.generate(told)]
+    text = [Request(prompt=f"{instruction}\n\n{item}", max_new_tokens=20) for item in new]
+    answers = [item.text for item in cp.generate(text)]
     before = cp.model.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
     report = cp.distill(
         instruction,
-        asked,
+        request,
         attribute="tone",
         label="distilled",
         max_new_tokens=16,

@@ -61,15 +61,17 @@ def test_a_mixed_batch_takes_one_query_cold_and_warm(
     store.put([NewVersion(PrefixKey("user", name), prefix(i)) for i, name in enumerate(names)])
     store.put([NewVersion(PrefixKey("task", "note"), prefix(99))])
     requests = [Request(prompt="-", task="note", user=name) for name in names]
-    found = resolver(store)
+    result = resolver(store)
     queries.clear()
-    cold = found.resolve(requests)
+    cold = result.resolve(requests)
     assert len(queries) == 1
-    warm = found.resolve(requests)
+    warm = result.resolve(requests)
     # SQLite says that nothing changed; PostgreSQL is asked.
     assert len(queries) == (1 if store.url.startswith("sqlite") else 2)
     for i, (before, now) in enumerate(zip(cold, warm, strict=True)):
-        assert [one.part.prefix for one in before.parts] == [one.part.prefix for one in now.parts]
+        assert [part.part.prefix for part in before.parts] == [
+            part.part.prefix for part in now.parts
+        ]
         assert torch.equal(now.parts[1].part.prefix.slots["decoder"], prefix(i).slots["decoder"])
     # All rows have the very same task prefix, so that assembly keeps it once.
     assert len({id(resolved.parts[0].part.prefix) for resolved in warm}) == 1
@@ -78,12 +80,12 @@ def test_a_mixed_batch_takes_one_query_cold_and_warm(
 def test_many_threads_that_need_a_user_not_in_memory_share_a_few_queries(
     store: PrefixStore, queries: list[str]
 ) -> None:
-    found, answers = resolver(store), []
+    result, answers = resolver(store), []
     start = threading.Barrier(200)
 
     def ask() -> None:
         start.wait()
-        answers.append(found.current({ANA})[ANA].value)
+        answers.append(result.current({ANA})[ANA].value)
 
     threads = [threading.Thread(target=ask) for _ in range(200)]
     queries.clear()
@@ -97,22 +99,22 @@ def test_many_threads_that_need_a_user_not_in_memory_share_a_few_queries(
 
 
 def test_changes_of_another_store_handle_are_seen_at_once(store: PrefixStore, url: str) -> None:
-    found = resolver(store)
+    result = resolver(store)
     ask = [Request(prompt="-", user="ana")]
     with PrefixStore(url) as other:
         for seed in (5, 6):
             other.put([NewVersion(ANA, prefix(seed))])
-            (resolved,) = found.resolve(ask)
+            (resolved,) = result.resolve(ask)
             assert torch.equal(
                 resolved.parts[0].part.prefix.slots["decoder"], prefix(seed).slots["decoder"]
             )
             assert resolved.parts[0].used.version == seed - 3
         other.for_model(GEOMETRY.fingerprint).rollback(ANA, to=1)
-        assert found.resolve(ask)[0].parts[0].used.version == 1
+        assert result.resolve(ask)[0].parts[0].used.version == 1
         other.forget(ANA)
     with pytest.raises(UnknownNameError, match="no user 'ana'"):
-        found.resolve(ask)
-    assert found._cache.size_bytes == 0  # nor is it kept in memory
+        result.resolve(ask)
+    assert result._cache.size_bytes == 0  # nor is it kept in memory
 
 
 def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url: str) -> None:
@@ -124,14 +126,16 @@ def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url:
             sqlalchemy.text("UPDATE controlprefix_payloads SET payload = 'x' WHERE prefix_id = 1")
         )
     engine.dispose()
-    found = resolver(store)
+    result = resolver(store)
     outcomes: dict[str, list[object]] = {"ana": [], "bo": []}
     start = threading.Barrier(40)
 
     def ask(name: str) -> None:
         start.wait()
         try:
-            outcomes[name].append(found.current({PrefixKey("user", name)})[PrefixKey("user", name)])
+            outcomes[name].append(
+                result.current({PrefixKey("user", name)})[PrefixKey("user", name)]
+            )
         except PrefixFormatError as error:
             outcomes[name].append(error)
 
@@ -140,8 +144,8 @@ def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(isinstance(one, PrefixFormatError) for one in outcomes["ana"])
-    assert all(not isinstance(one, Exception) for one in outcomes["bo"])
+    assert all(isinstance(outcome, PrefixFormatError) for outcome in outcomes["ana"])
+    assert all(not isinstance(outcome, Exception) for outcome in outcomes["bo"])
     assert [len(of) for of in outcomes.values()] == [20, 20]
 
 
@@ -152,10 +156,10 @@ def test_a_query_that_is_already_running_is_not_joined() -> None:
     value, answers = [1], []
 
     def query(keys: Collection[PrefixKey]) -> Mapping[PrefixKey, int]:
-        seen = value[0]
+        calls = value[0]
         begun.set()
         go_on.wait(10)
-        return dict.fromkeys(keys, seen)
+        return dict.fromkeys(keys, calls)
 
     def ask() -> None:
         answers.append(single_flight.fetch([ANA], query)[ANA])
@@ -184,26 +188,26 @@ _MOVES = st.lists(
 def test_the_cache_stays_within_its_bytes_and_drops_the_least_recently_used(
     moves: list[tuple[str, int, int]],
 ) -> None:
-    one = prefix(0, 1).size_bytes
-    cache = PrefixCache(8 * one)
-    kept: dict[PrefixKey, tuple[str, int]] = {}  # by name, least recently used first
+    item = prefix(0, 1).size_bytes
+    cache = PrefixCache(8 * item)
+    saved: dict[PrefixKey, tuple[str, int]] = {}  # by name, least recently used first
     for move, who, slots in moves:
         key = PrefixKey("user", f"u{who}")
         if move == "put":
             cache.put(key, f"{who}/{slots}", prefix(who, slots))
-            kept.pop(key, None)
-            kept[key] = (f"{who}/{slots}", slots)
-            while sum(size for _, size in kept.values()) > 8:
-                del kept[next(iter(kept))]
+            saved.pop(key, None)
+            saved[key] = (f"{who}/{slots}", slots)
+            while sum(size for _, size in saved.values()) > 8:
+                del saved[next(iter(saved))]
         elif move == "get":
-            if key in kept:
-                kept[key] = kept.pop(key)
-            expected = {key: kept[key][0]} if key in kept else {}
+            if key in saved:
+                saved[key] = saved.pop(key)
+            expected = {key: saved[key][0]} if key in saved else {}
             assert {k: entry.content_hash for k, entry in cache.get([key]).items()} == expected
         else:
             cache.forget(key)
-            kept.pop(key, None)
-        assert cache.size_bytes == one * sum(size for _, size in kept.values()) <= 8 * one
+            saved.pop(key, None)
+        assert cache.size_bytes == item * sum(size for _, size in saved.values()) <= 8 * item
     everyone = [PrefixKey("user", f"u{i}") for i in range(6)]
     hashes = {key: entry.content_hash for key, entry in cache.get(everyone).items()}
-    assert hashes == {key: content for key, (content, _) in kept.items()}
+    assert hashes == {key: content for key, (content, _) in saved.items()}

@@ -65,14 +65,14 @@ def test_a_store_of_an_earlier_revision_is_upgraded_on_request(url: str, revisio
     at_revision(url, revision)
     with pytest.raises(StoreError, match=f"has schema {revision}; .* run: controlprefix store up"):
         PrefixStore(url)
-    done = CliRunner().invoke(app, ["store", "upgrade", "--store", url])
-    assert done.exit_code == 0, done.output
-    assert f"from schema {revision} to {revisions.HEAD}" in done.output
+    outcome = CliRunner().invoke(app, ["store", "upgrade", "--store", url])
+    assert outcome.exit_code == 0, outcome.output
+    assert f"from schema {revision} to {revisions.HEAD}" in outcome.output
     with PrefixStore(url, tenant="mine") as store:
-        found = store.for_model("f" * 64).get(ANA)
-        assert found.version == 1
+        result = store.for_model("f" * 64).get(ANA)
+        assert result.version == 1
         expected = Prefix.random(GEOMETRY, num_slots=3, seed=1)
-        assert payload_of(found) == expected.to_bytes()
+        assert payload_of(result) == expected.to_bytes()
         assert [v.details["seed"] for v in store.for_model("f" * 64).versions(ANA)] == [1, 2]
         assert store.put([NewVersion(ANA, expected)]) == [3]
         assert store.put([NewVersion(PrefixKey("user", "bo"), expected)]) == [1]
@@ -116,9 +116,9 @@ def test_a_failing_upgrade_changes_nothing(url: str, monkeypatch: pytest.MonkeyP
         connection.execute(sa.text("CREATE TABLE controlprefix_audit (x INTEGER)"))
     tables = set(sa.inspect(engine).get_table_names())
     engine.dispose()
-    done = CliRunner().invoke(app, ["store", "upgrade", "--store", url])
-    assert isinstance(done.exception, StoreError)
-    assert "nothing was changed" in str(done.exception)
+    outcome = CliRunner().invoke(app, ["store", "upgrade", "--store", url])
+    assert isinstance(outcome.exception, StoreError)
+    assert "nothing was changed" in str(outcome.exception)
     assert set(sa.inspect(engine).get_table_names()) == tables
     engine.dispose()
 

@@ -67,7 +67,7 @@ def test_a_row_with_a_schedule_is_the_same_in_any_batch(steered: ControlPrefix) 
         asked("ab", temperature=1.0, seed=3),
     ]
     alone = [steered.generate(row).text for row in rows]
-    assert [one.text for one in steered.generate(rows)] == alone
+    assert [item.text for item in steered.generate(rows)] == alone
     assert steered.generate(asked("abc", schedules={"tone": [(4, 3.0)]})).text == (
         steered.generate(asked("abc", schedules={}, strengths={"tone": 3.0})).text
     )

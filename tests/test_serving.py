@@ -89,9 +89,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def served(store: str) -> Iterator[Served]:
-    made = Served(store, open_tenant="mine")
-    yield made
-    made.close()
+    built = Served(store, open_tenant="mine")
+    yield built
+    built.close()
 
 
 def expected(store: str, tenant: str = "mine", **fields: Any) -> str:
@@ -107,7 +107,7 @@ MESSAGES: Any = [{"role": "user", "content": "Tell Sam I am late."}]
 
 def test_the_openai_client_gets_what_generate_gives(served: Served, store: str) -> None:
     client = served.client()
-    done = client.chat.completions.create(
+    outcome = client.chat.completions.create(
         model="tiny/email",
         messages=MESSAGES,
         user="ana",
@@ -119,10 +119,10 @@ def test_the_openai_client_gets_what_generate_gives(served: Served, store: str) 
         store, prompt="Tell Sam I am late.", task="email", user="ana", max_new_tokens=16,
         attributes={"tone": "warm"}, strengths={"user": 0.5},
     )  # fmt: skip
-    assert done.choices[0].message.content == text
-    assert done.model == "tiny/email"
-    assert done.usage is not None
-    assert done.usage.completion_tokens <= 16
+    assert outcome.choices[0].message.content == text
+    assert outcome.model == "tiny/email"
+    assert outcome.usage is not None
+    assert outcome.usage.completion_tokens <= 16
     plain = client.chat.completions.create(
         model="tiny", messages=MESSAGES, max_tokens=16, temperature=0
     )
@@ -134,22 +134,22 @@ def test_the_openai_client_gets_what_generate_gives(served: Served, store: str) 
     )  # fmt: skip
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
-    assert chunks[-1].usage == done.usage
+    assert chunks[-1].usage == outcome.usage
     assert {c.choices[0].finish_reason for c in chunks if c.choices} >= {
-        done.choices[0].finish_reason
+        outcome.choices[0].finish_reason
     }
 
 
 def test_an_answer_says_what_stood_in_for_a_label(served: Served) -> None:
-    asked: dict[str, Any] = {
+    request: dict[str, Any] = {
         "model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0, "n": 2,
         "extra_body": {"attributes": {"tone": "odd"}, "unseen": "text"},
     }  # fmt: skip
     ask = served.client().completions.create
-    told = ask(**asked).model_dump()["stand_ins"]
-    assert [one["used"] for one in told] == [{"The tone is odd.": 1.0}] * 2
-    chunks = [chunk.model_dump() for chunk in ask(stream=True, **asked)]
-    assert [one for chunk in chunks for one in chunk.get("stand_ins", ())] == told
+    text = ask(**request).model_dump()["stand_ins"]
+    assert [item["used"] for item in text] == [{"The tone is odd.": 1.0}] * 2
+    chunks = [chunk.model_dump() for chunk in ask(stream=True, **request)]
+    assert [item for chunk in chunks for item in chunk.get("stand_ins", ())] == text
 
 
 def test_sampling_is_seeded_and_n_gives_different_choices(served: Served) -> None:
@@ -168,19 +168,22 @@ def test_sampling_is_seeded_and_n_gives_different_choices(served: Served) -> Non
 
 def test_log_probabilities_stop_texts_and_limits(served: Served) -> None:
     client = served.client()
-    found = client.completions.create(
+    result = client.completions.create(
         model="tiny", prompt="abc", max_tokens=5, temperature=0, logprobs=2
     ).choices[0]
-    assert found.logprobs is not None
-    assert found.logprobs.token_logprobs is not None
-    assert len(found.logprobs.token_logprobs) <= 5
-    assert all(one is not None and one <= 0 for one in found.logprobs.token_logprobs)
+    assert result.logprobs is not None
+    assert result.logprobs.token_logprobs is not None
+    assert len(result.logprobs.token_logprobs) <= 5
+    assert all(
+        token_logprob is not None and token_logprob <= 0
+        for token_logprob in result.logprobs.token_logprobs
+    )
     chat = client.chat.completions.create(
         model="tiny", messages=MESSAGES, max_tokens=3, temperature=0, logprobs=True, top_logprobs=4
     ).choices[0]
     assert chat.logprobs is not None
     assert chat.logprobs.content is not None
-    assert all(len(one.top_logprobs) == 4 for one in chat.logprobs.content)
+    assert all(len(token_logprob.top_logprobs) == 4 for token_logprob in chat.logprobs.content)
     whole = client.completions.create(model="tiny", prompt="abc", max_tokens=20, temperature=0)
     text = whole.choices[0].text
     cut = client.completions.create(
@@ -260,7 +263,7 @@ def test_users_are_enrolled_seen_and_forgotten(served: Served) -> None:
 
 
 def test_models_metrics_and_the_openapi_page(served: Served) -> None:
-    assert {one.id for one in served.client().models.list()} == {"tiny", "tiny/email"}
+    assert {item.id for item in served.client().models.list()} == {"tiny", "tiny/email"}
     assert served.client().models.retrieve("tiny/email").id == "tiny/email"
     assert httpx.get(f"{served.base}/ready").status_code == 200
     served.client().completions.create(model="tiny", prompt="x", max_tokens=3)
@@ -278,11 +281,11 @@ def test_texts_are_judged(store: str) -> None:
     )
     judged = Served(store, open_tenant="mine", classifiers=[judge])
     try:
-        found = httpx.post(
+        result = httpx.post(
             f"{judged.base}/v1/classify", json={"texts": ["hi", ""]}, timeout=60
         ).json()
-        assert [sum(one["tone"].values()) for one in found["results"]] == pytest.approx([1, 1])
-        assert found["results"][0]["tone"]["warm"] > 0.7
+        assert [sum(item["tone"].values()) for item in result["results"]] == pytest.approx([1, 1])
+        assert result["results"][0]["tone"]["warm"] > 0.7
         assert httpx.post(f"{judged.base}/v1/classify", json={"texts": []}).status_code == 400
     finally:
         judged.close()
@@ -301,18 +304,18 @@ def test_the_playground_writes_both_sides_and_enrols(served: Served, tmp_path: P
     selenium = pytest.importorskip("selenium.webdriver")
     options = selenium.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
-    for one in (
+    for item in (
         *("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "window-size=1100,900"),
         *("disable-background-networking", f"user-data-dir={tmp_path}"),
     ):
-        options.add_argument(f"--{one}")
+        options.add_argument(f"--{item}")
     service = selenium.ChromeService(str(shutil.which("chromedriver")))
     browser = selenium.Chrome(options=options, service=service)
 
     def wait(condition: str) -> Any:
         for _ in range(200):
-            if found := browser.execute_script(f"return {condition}"):
-                return found
+            if result := browser.execute_script(f"return {condition}"):
+                return result
             time.sleep(0.05)
         raise AssertionError(condition + ": " + str(browser.get_log("browser")))
 
@@ -346,18 +349,21 @@ def test_the_playground_writes_both_sides_and_enrols(served: Served, tmp_path: P
 
 
 def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:
-    with PrefixStore(store, tenant="mine") as mine, PrefixStore(store, tenant="theirs") as theirs:
-        keys = {"mine": mine.create_api_key("k"), "theirs": theirs.create_api_key("k")}
+    with (
+        PrefixStore(store, tenant="mine") as own_store,
+        PrefixStore(store, tenant="theirs") as other,
+    ):
+        keys = {"mine": own_store.create_api_key("k"), "theirs": other.create_api_key("k")}
         served = Served(store)
         try:
             for tenant, key in keys.items():
-                done = served.client(key).chat.completions.create(
+                outcome = served.client(key).chat.completions.create(
                     model="tiny", messages=MESSAGES, user="ana", max_tokens=12, temperature=0
                 )
-                assert done.choices[0].message.content == expected(
+                assert outcome.choices[0].message.content == expected(
                     store, tenant, prompt=MESSAGES[0]["content"], user="ana", max_new_tokens=12
                 )
-            theirs.put([])
+            other.put([])
             enrolled = {"headers": {"Authorization": f"Bearer {keys['mine']}"}}
             at = f"{served.base}/v1/users/only-mine"
             httpx.put(at, json={"texts": ["x"]}, **enrolled)  # type: ignore[arg-type]
@@ -366,24 +372,24 @@ def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:
                     model="tiny", messages=MESSAGES, user="only-mine", max_tokens=2
                 )
             swapped = ".".join([*keys["theirs"].split(".")[:2], keys["mine"].split(".")[2]])
-            for wrong in ("none", swapped, keys["mine"] + "x", "cp.bm9ib2R5.x"):
+            for invalid in ("none", swapped, keys["mine"] + "x", "cp.bm9ib2R5.x"):
                 answer = httpx.get(
-                    f"{served.base}/v1/models", headers={"Authorization": f"Bearer {wrong}"}
+                    f"{served.base}/v1/models", headers={"Authorization": f"Bearer {invalid}"}
                 )
-                assert answer.status_code == 401, wrong
+                assert answer.status_code == 401, invalid
             assert httpx.get(f"{served.base}/v1/models").status_code == 401
             assert (
                 "nobody" not in served.gateway._tenants._engines
             )  # a wrong key leaves nothing behind
         finally:
             served.close()
-            mine.revoke_api_key("k")
-            theirs.revoke_api_key("k")
+            own_store.revoke_api_key("k")
+            other.revoke_api_key("k")
 
 
 def test_rates_queues_and_times_are_limited(store: str) -> None:
-    with PrefixStore(store, tenant="mine") as mine:
-        key = mine.create_api_key("limited")
+    with PrefixStore(store, tenant="mine") as own_store:
+        key = own_store.create_api_key("limited")
     limits = ServerLimits(requests_per_minute=3, max_sequences=1, max_waiting=1, timeout_s=1.0)
     served = Served(store, limits=limits)
     try:
@@ -405,16 +411,16 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
         slow = {"model": "tiny", "prompt": "x", "max_tokens": 200, "temperature": 0}
         forward = served.batcher._forward
 
-        def slowly(*given: Any) -> Any:
+        def slowly(*inputs: Any) -> Any:
             time.sleep(0.05)
-            return forward(*given)
+            return forward(*inputs)
 
         served.batcher._forward = slowly
         with ThreadPoolExecutor(6) as pool:
-            done = [pool.submit(ask, **slow) for _ in range(6)]
+            outcome = [pool.submit(ask, **slow) for _ in range(6)]
             statuses = []
-            for one in done:
-                error = one.exception()
+            for item in outcome:
+                error = item.exception()
                 statuses.append(
                     error.status_code if isinstance(error, openai.APIStatusError) else 0
                 )
@@ -448,10 +454,10 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
     served.batcher._forward = failing
     try:
         for stream in (False, True):
-            with pytest.raises(openai.InternalServerError) as wrong:
+            with pytest.raises(openai.InternalServerError) as invalid:
                 ask(model="tiny", prompt="x", max_tokens=2, stream=stream)
-            assert wrong.value.status_code == 500
-            assert secret not in str(wrong.value)
+            assert invalid.value.status_code == 500
+            assert secret not in str(invalid.value)
     finally:
         served.batcher._forward = forward
     assert ask(model="tiny", prompt="x", max_tokens=2).choices[0].text is not None
@@ -477,9 +483,9 @@ def test_whoever_hangs_up_leaves_the_batch(served: Served) -> None:
 
     forward = served.batcher._forward
 
-    def slowly(*given: Any) -> Any:
+    def slowly(*inputs: Any) -> Any:
         time.sleep(0.1)  # all of it would take 22 s
-        return forward(*given)
+        return forward(*inputs)
 
     served.batcher._forward = slowly
     try:
@@ -493,14 +499,14 @@ def test_whoever_hangs_up_leaves_the_batch(served: Served) -> None:
 def test_many_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
     def ask(i: int) -> str:
         parts: dict[str, Any] = {"user": "ana"} if i % 2 else {}
-        done = served.client().completions.create(
+        outcome = served.client().completions.create(
             model="tiny/email" if i % 3 else "tiny",
             prompt="y" * (1 + i % 7),
             max_tokens=8 + i % 9,
             seed=i,
             **parts,
         )
-        return done.choices[0].text
+        return outcome.choices[0].text
 
     alone = [ask(i) for i in range(24)]
     with ThreadPoolExecutor(12) as pool:
@@ -560,7 +566,7 @@ def soak(server: Any, url: str) -> None:
     }
     stop = threading.Event()
     answers: list[tuple[int, Any]] = []
-    kept: list[str] = []
+    saved: list[str] = []
     lock = threading.Lock()
 
     def ask(i: int) -> None:
@@ -590,7 +596,7 @@ def soak(server: Any, url: str) -> None:
         with lock:
             answers.append((answer.status_code, True))
             if answer.status_code == 200:
-                kept.append(user)
+                saved.append(user)
 
     def client(what: Callable[[int], None], pause: float) -> None:
         i = 0
@@ -621,6 +627,6 @@ def soak(server: Any, url: str) -> None:
     wait_for(lambda: served.batcher.load == (0, 0))
     ask(1)
     assert answers[-1] == (200, True)
-    known = set(httpx.get(f"{served.base}/v1/users").json()["users"])
-    assert set(kept) <= known  # whoever was told that they are enrolled, is
+    names = set(httpx.get(f"{served.base}/v1/users").json()["users"])
+    assert set(saved) <= names  # whoever was told that they are enrolled, is
     served.close()

@@ -53,17 +53,17 @@ def test_put_then_get_returns_equal_tensors_after_reopening(url: str) -> None:
     with PrefixStore(url) as again:
         current, earlier = again.for_model(F).get(ANA), again.for_model(F).get(ANA, version=1)
     assert (current.version, earlier.version) == (2, 1)
-    for found, seed in ((current, 2), (earlier, 1)):
-        assert payload_of(found) == payload_of(new(seed=seed))
-        assert prefix_of(found).geometry == GEOMETRY
+    for result, seed in ((current, 2), (earlier, 1)):
+        assert payload_of(result) == payload_of(new(seed=seed))
+        assert prefix_of(result).geometry == GEOMETRY
 
 
 def test_versions_say_what_is_current_and_rollback_moves_it(store: PrefixStore) -> None:
     for seed in (1, 2, 3):
         store.put([new(seed=seed)])
     store.for_model(F).rollback(ANA, to=1)
-    found = store.for_model(F).versions(ANA)
-    assert [(v.version, v.current, v.details["seed"]) for v in found] == [
+    result = store.for_model(F).versions(ANA)
+    assert [(v.version, v.current, v.details["seed"]) for v in result] == [
         (1, True, 1),
         (2, False, 2),
         (3, False, 3),
@@ -105,37 +105,37 @@ def test_what_is_forgotten_is_overwritten_in_a_file(tmp_path: Path) -> None:
 
 
 def test_a_tenant_cannot_name_see_or_remove_anothers_rows(url: str) -> None:
-    mine, theirs = PrefixStore(url, tenant="mine"), PrefixStore(url, tenant="theirs")
-    mine.put([new(seed=1)])
-    assert theirs.for_model(F).names("user") == []
-    assert theirs.prefixes() == []
-    assert theirs.for_model(F).fetch([ANA]) == {}
-    assert theirs.stats() == StoreStats({}, 0, 0)
-    assert theirs.prune(keep=1) == 0
-    assert list(theirs.verify()) == []
+    own_store, other = PrefixStore(url, tenant="mine"), PrefixStore(url, tenant="theirs")
+    own_store.put([new(seed=1)])
+    assert other.for_model(F).names("user") == []
+    assert other.prefixes() == []
+    assert other.for_model(F).fetch([ANA]) == {}
+    assert other.stats() == StoreStats({}, 0, 0)
+    assert other.prune(keep=1) == 0
+    assert list(other.verify()) == []
     for attempt in (
-        lambda: theirs.for_model(F).get(ANA),
-        lambda: theirs.for_model(F).versions(ANA),
-        lambda: theirs.for_model(F).rollback(ANA, to=1),
-        lambda: theirs.for_model(F).alias(ANA, "canary", to=1),
-        lambda: theirs.forget(ANA),
+        lambda: other.for_model(F).get(ANA),
+        lambda: other.for_model(F).versions(ANA),
+        lambda: other.for_model(F).rollback(ANA, to=1),
+        lambda: other.for_model(F).alias(ANA, "canary", to=1),
+        lambda: other.forget(ANA),
     ):
         with pytest.raises(UnknownNameError, match="no user 'ana' in the store; known: none"):
             attempt()
-    assert theirs.put([new(seed=2)]) == [1]
-    theirs.forget(ANA)
-    assert mine.for_model(F).get(ANA).version == 1
-    assert mine.audit() == []
-    mine.close()
-    theirs.close()
+    assert other.put([new(seed=2)]) == [1]
+    other.forget(ANA)
+    assert own_store.for_model(F).get(ANA).version == 1
+    assert own_store.audit() == []
+    own_store.close()
+    other.close()
 
 
 def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> None:
     """Even SQL that forgets to say whose rows it wants."""
     if url.startswith("sqlite"):
         pytest.skip("SQLite has no row security")
-    with PrefixStore(url, tenant="mine") as mine, PrefixStore(url, tenant="theirs") as theirs:
-        for store in (mine, theirs):
+    with PrefixStore(url, tenant="mine") as own_store, PrefixStore(url, tenant="theirs") as other:
+        for store in (own_store, other):
             store.put([new(seed=1)])
             store.for_model(F).alias(ANA, "canary", to=1)
             store.put([new(PrefixKey("user", "bo"))])
@@ -149,9 +149,9 @@ def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> No
     several = {"prefixes": 3, "versions": 3, "payloads": 3}
     for table in Base.metadata.tables:
         for tenant, rows in (("mine", 1), ("theirs", 1), ("nobody", 0), ("", 0)):
-            (found,) = raw(url, f"SELECT count(*) FROM {table}", tenant)
+            (result,) = raw(url, f"SELECT count(*) FROM {table}", tenant)
             rows *= several.get(table.removeprefix("controlprefix_"), 1)
-            assert found[0] == rows, (table, tenant)
+            assert result[0] == rows, (table, tenant)
     assert raw(url, "UPDATE controlprefix_versions SET size_bytes = 0 RETURNING 1", "nobody") == []
     with pytest.raises(sqlalchemy.exc.ProgrammingError, match="row-level security"):
         raw(
@@ -275,16 +275,16 @@ def test_prune_keeps_the_newest_the_current_and_the_aliased(store: PrefixStore) 
 
 
 def test_export_and_import_round_trip_bit_for_bit(url: str, tmp_path: Path) -> None:
-    with PrefixStore(url, tenant="mine") as mine:
+    with PrefixStore(url, tenant="mine") as own_store:
         for seed in (1, 2, 3):
-            mine.put([new(seed=seed), NewVersion(BO, new(seed=seed).value, dtype="int8")])
-        mine.for_model(F).alias(ANA, "canary", to=2)
-        mine.for_model(F).rollback(BO, to=1)
-        mine.put([new(PrefixKey("task", "note"))])
-        assert mine.export_to(tmp_path / "one.zip") == 7
+            own_store.put([new(seed=seed), NewVersion(BO, new(seed=seed).value, dtype="int8")])
+        own_store.for_model(F).alias(ANA, "canary", to=2)
+        own_store.for_model(F).rollback(BO, to=1)
+        own_store.put([new(PrefixKey("task", "note"))])
+        assert own_store.export_to(tmp_path / "one.zip") == 7
         with pytest.raises(StoreError, match="task 'note' exists already|user .* exists already"):
-            mine.import_from(tmp_path / "one.zip")
-        assert mine.stats().num_versions == 7
+            own_store.import_from(tmp_path / "one.zip")
+        assert own_store.stats().num_versions == 7
     with PrefixStore(url, tenant="theirs") as theirs:
         assert theirs.import_from(tmp_path / "one.zip") == 7
         theirs.export_to(tmp_path / "two.zip")
@@ -294,8 +294,8 @@ def test_export_and_import_round_trip_bit_for_bit(url: str, tmp_path: Path) -> N
     with PrefixStore(f"sqlite:///{tmp_path}/other.db") as other:
         other.import_from(tmp_path / "one.zip")
         other.export_to(tmp_path / "three.zip")
-    one, two, three = ((tmp_path / f"{n}.zip").read_bytes() for n in ("one", "two", "three"))
-    assert one == two == three
+    item, two, three = ((tmp_path / f"{n}.zip").read_bytes() for n in ("one", "two", "three"))
+    assert item == two == three
 
 
 def test_a_damaged_export_imports_nothing(store: PrefixStore, tmp_path: Path) -> None:
@@ -371,25 +371,25 @@ def test_many_readers_and_writers_at_once_see_whole_versions_that_only_grow(url:
         def read(_: int) -> None:
             last = dict.fromkeys(users, 0)
             for _ in range(2):
-                for user, one in store.for_model(F).fetch(users).items():
-                    assert one.value is not None
-                    assert one.version >= last[user]
-                    last[user] = one.version
-                    seed = store.for_model(F).get(user, version=one.version)
-                    assert payload_of(seed) == payload_of(one)
+                for user, item in store.for_model(F).fetch(users).items():
+                    assert item.value is not None
+                    assert item.version >= last[user]
+                    last[user] = item.version
+                    seed = store.for_model(F).get(user, version=item.version)
+                    assert payload_of(seed) == payload_of(item)
 
         with ThreadPoolExecutor(100) as pool:
             work = [pool.submit(write, i) for i in range(12)]
             work += [pool.submit(read, i) for i in range(188)]
-            for one in work:
-                one.result()
+            for item in work:
+                item.result()
         for user in users:
-            found = store.for_model(F).versions(user)
-            assert [v.version for v in found] == list(range(1, 38))
-            for v in found:
-                held = prefix_of(store.for_model(F).get(user, version=v.version))
-                wanted = prefix_of(new(user, seed=v.details["seed"]))
-                assert torch.equal(held.slots["decoder"], wanted.slots["decoder"])
+            result = store.for_model(F).versions(user)
+            assert [v.version for v in result] == list(range(1, 38))
+            for v in result:
+                stored = prefix_of(store.for_model(F).get(user, version=v.version))
+                expected = prefix_of(new(user, seed=v.details["seed"]))
+                assert torch.equal(stored.slots["decoder"], expected.slots["decoder"])
 
 
 def test_an_unknown_name_among_very_many_is_told_without_reading_them_all(

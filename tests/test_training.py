@@ -71,9 +71,9 @@ def test_joint_training_learns_each_label_and_leaves_the_model_alone(name: str) 
     }
     without_user = [e.model_copy(update={"user": None}) for e in examples]
     bare = [e.model_copy(update={"attributes": {}, "task": None}) for e in without_user]
-    right, wrong = nats_per_token(cp, without_user), nats_per_token(cp, relabelled(without_user))
+    right, invalid = nats_per_token(cp, without_user), nats_per_token(cp, relabelled(without_user))
     assert right < nats_per_token(cp, bare) - 0.2
-    assert right < wrong - 0.2
+    assert right < invalid - 0.2
     for key in report.saved:
         kind, quoted = key.split(" ", 1)
         saved = cp.get(kind, quoted.strip("'"))  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
     examples = greetings()
     cp.train(examples, learn=("task", "attributes"), **SETTINGS)
     kinds: tuple[Kind, ...] = ("task", "attribute")
-    kept = {
+    saved = {
         (kind, name): cp.get(kind, name).to_bytes() for kind in kinds for name in cp.names(kind)
     }
     voices = {"ana": "hello from ana", "bo": "BO SAYS HI"}
@@ -97,15 +97,15 @@ def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
     ]
     report = cp.train(texts, learn=("user",), **SETTINGS)
     assert report.saved == {"user 'bo'": 1, "user 'ana'": 1}
-    for (kind, name), data in kept.items():
+    for (kind, name), data in saved.items():
         assert cp.get(kind, name).to_bytes() == data
         assert len(cp.versions(kind, name)) == 1
     for user, other in (("ana", "bo"), ("bo", "ana")):
-        own = [e for e in texts if e.user == user]
-        swapped = [e.model_copy(update={"user": other}) for e in own]
-        nobody = [e.model_copy(update={"user": None}) for e in own]
+        custom = [e for e in texts if e.user == user]
+        swapped = [e.model_copy(update={"user": other}) for e in custom]
+        nobody = [e.model_copy(update={"user": None}) for e in custom]
         assert (
-            nats_per_token(cp, own)
+            nats_per_token(cp, custom)
             < min(nats_per_token(cp, swapped), nats_per_token(cp, nobody)) - 0.2
         )
 
@@ -114,8 +114,8 @@ def test_a_users_prefix_moves_only_with_rows_of_that_user() -> None:
     """With one row a step, a step on ana's row must leave bo's slots where they are."""
     cp = engine()
     rows = [Example(prompt="Hi", user="ana", completion="hello")] * 9
-    both = [*rows, Example(prompt="Hi", user="bo", completion="HELLO")]
-    start = cp.train(both, learn=("user",), **{**SETTINGS, "steps": 1, "validation": 0, "seed": 0})
+    pair = [*rows, Example(prompt="Hi", user="bo", completion="HELLO")]
+    start = cp.train(pair, learn=("user",), **{**SETTINGS, "steps": 1, "validation": 0, "seed": 0})
     assert start.losses
     cp.put("user", "bo", cp.get("user", "bo"))
     untouched = cp.get("user", "bo").to_bytes()
@@ -178,8 +178,8 @@ def test_the_best_step_is_kept() -> None:
     with torch.no_grad(), cp.assembled(held_out):
         log_probs, live = token_log_probs(
             cp.frozen_model,
-            [cp.tokenizer(one.prompt)["input_ids"] for one in held_out],
-            [[*cp.tokenizer(one.completion)["input_ids"], 1] for one in held_out],
+            [cp.tokenizer(item.prompt)["input_ids"] for item in held_out],
+            [[*cp.tokenizer(item.completion)["input_ids"], 1] for item in held_out],
         )
     assert -float(log_probs.sum() / live.sum()) == pytest.approx(report.best_loss, rel=1e-5)
 
@@ -211,8 +211,8 @@ def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
                 cp.frozen_model.request_tokenizer.example_ids(Example(prompt="Hi", completion=text))
                 for text in looking
             ]
-            seen = [TrainingRow.from_example(one, 1, (), ()) for one in encoded]
-            masses = slot_masses(cp.frozen_model, seen, expected)
+            calls = [TrainingRow.from_example(item, 1, (), ()) for item in encoded]
+            masses = slot_masses(cp.frozen_model, calls, expected)
             expected = most_attended(expected, masses, 4)
         stored = cp.get("user", "ana")
         assert stored.num_slots == 4
@@ -228,8 +228,8 @@ def test_held_out_rows_have_no_part_in_the_start() -> None:
         starts = []
         for other in ("Good day.", "completely different"):
             rows = [
-                one.model_copy(update={"completion": other}) if i in held_out else one
-                for i, one in enumerate(greetings())
+                item.model_copy(update={"completion": other}) if i in held_out else item
+                for i, item in enumerate(greetings())
             ]
             prepared = prepare(
                 rows,
@@ -247,7 +247,7 @@ def test_held_out_rows_have_no_part_in_the_start() -> None:
 
 def test_training_ends_each_completion_with_the_end_token() -> None:
     cp = engine()
-    one = Example(prompt="Hi", task="greet", completion="Good day.")
+    item = Example(prompt="Hi", task="greet", completion="Good day.")
     text = torch.tensor([cp.tokenizer("HiGood day.")["input_ids"]])
 
     def chance_of_ending() -> float:
@@ -255,8 +255,8 @@ def test_training_ends_each_completion_with_the_end_token() -> None:
             return float(cp.model(text).logits[0, -1].softmax(-1)[1])
 
     before = chance_of_ending()
-    cp.train([one] * 8, learn=("task",), **{**SETTINGS, "validation": 0})
-    with cp.assembled(one):
+    cp.train([item] * 8, learn=("task",), **{**SETTINGS, "validation": 0})
+    with cp.assembled(item):
         assert chance_of_ending() > 3 * before
 
 

@@ -148,8 +148,8 @@ def test_a_run_that_is_to_end_sooner_keeps_what_it_has_learned(
         report = cp.train(greetings(), folder=tmp_path, resume=True, **{**settings, "steps": steps})
         assert (len(report.losses), report.best_step) == (12, 12)
         assert report.validation == whole.validation
-    found = [cp.get("task", "greet", version=i).to_bytes() for i in (1, 2, 3)]
-    assert found[0] == found[1] == found[2]
+    result = [cp.get("task", "greet", version=i).to_bytes() for i in (1, 2, 3)]
+    assert result[0] == result[1] == result[2]
 
     save = TrainingRun.save
 
@@ -227,9 +227,9 @@ def test_another_run_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
 def port() -> str:
     import socket
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        number = found.getsockname()[1]
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        number = result.getsockname()[1]
     return str(number)
 
 
@@ -244,7 +244,7 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
         report = cp.train(greetings(), **{settings!r})
         print(json.dumps([report.losses, report.validation, dict(report.saved)]))
         """
-    both = [
+    pair = [
         python(
             script,
             RANK=str(rank),
@@ -256,13 +256,13 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=240) for process in both]
-    found = []
-    for process, (printed, errors) in zip(both, outputs, strict=True):
+    outputs = [process.communicate(timeout=240) for process in pair]
+    result = []
+    for process, (printed, errors) in zip(pair, outputs, strict=True):
         assert process.returncode == 0, errors
-        found.append(json.loads(printed.splitlines()[-1]))
-    assert found[0] == found[1]
-    losses, validation, saved = found[0]
+        result.append(json.loads(printed.splitlines()[-1]))
+    assert result[0] == result[1]
+    losses, validation, saved = result[0]
     assert losses == pytest.approx(expected.losses, abs=1e-4)
     assert [loss for _, loss in validation] == pytest.approx(
         [loss for _, loss in expected.validation], abs=1e-4
@@ -312,9 +312,9 @@ def test_a_precision_and_a_tracker_of_the_callers_own() -> None:
 
 def test_learning_curves_are_written_as_numbers_and_as_a_picture(tmp_path: Path) -> None:
     report = engine().train(greetings(), folder=tmp_path, **QUICK)
-    written = json.loads((tmp_path / "report.json").read_text())
-    assert written["losses"] == list(report.losses)
-    assert [tuple(one) for one in written["validation"]] == list(report.validation)
+    output = json.loads((tmp_path / "report.json").read_text())
+    assert output["losses"] == list(report.losses)
+    assert [tuple(item) for item in output["validation"]] == list(report.validation)
     pytest.importorskip("matplotlib")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -333,9 +333,9 @@ def test_weight_decay_pulls_to_the_start_and_slot_dropout_is_for_training_only()
         cp = engine()
         cp.train(greetings(), **{**QUICK, "init": {("task", "greet"): "Say "}, **settings})
         start = cp.prefix_from_text("Say ").slots["decoder"]
-        learned = cp.get("task", "greet")
-        assert learned.num_slots == 4
-        return float((learned.slots["decoder"] - start).norm())
+        trained = cp.get("task", "greet")
+        assert trained.num_slots == 4
+        return float((trained.slots["decoder"] - start).norm())
 
     free = distance()
     assert distance(weight_decay=5.0) < 0.7 * free
@@ -347,13 +347,13 @@ def test_starts_of_ones_own(tmp_path: Path) -> None:
     cp.train(greetings(), **{**QUICK, "steps": 1, "learning_rate": 1e-9})
     label: tuple[Kind, str] = ("attribute", "formality=formal")
     task: tuple[Kind, str] = ("task", "greet")
-    own = Prefix.random(cp.geometry, num_slots=7, seed=5)
+    custom = Prefix.random(cp.geometry, num_slots=7, seed=5)
     settings = {**QUICK, "steps": 1, "learning_rate": 1e-9}
-    cp.train(greetings(), init={task: "Hail", label: own}, **settings)
+    cp.train(greetings(), init={task: "Hail", label: custom}, **settings)
     text = cp.prefix_from_text("Hail")
-    for (kind, name), expected in ((task, text), (label, own)):
-        found = cp.get(kind, name)
-        assert torch.allclose(found.slots["decoder"], expected.slots["decoder"], atol=1e-6)
+    for (kind, name), expected in ((task, text), (label, custom)):
+        result = cp.get(kind, name)
+        assert torch.allclose(result.slots["decoder"], expected.slots["decoder"], atol=1e-6)
     cp.train(greetings(), init="tokens", **settings)
     tokens = cp.get("task", "greet")
     assert not torch.allclose(tokens.slots["decoder"], text.slots["decoder"], atol=1e-2)
@@ -399,10 +399,10 @@ def test_a_row_is_contrasted_with_another_label_of_its_attribute_only() -> None:
         PrefixKey("task", "f=z")
     ]
     row = TrainingRow((1,), (2,), (), ((keys[0], 0.5), (keys[5], 1.0)))
-    found = [add_contrast([row], keys, random.Random(i))[0].other for i in range(50)]
-    swapped = {one.learned[0] for one in found if one is not None}
+    result = [add_contrast([row], keys, random.Random(i))[0].other for i in range(50)]
+    swapped = {item.learned[0] for item in result if item is not None}
     assert swapped == {(keys[1], 0.5), (keys[2], 0.5)}
-    assert {one.learned[1] for one in found if one is not None} == {(keys[5], 1.0)}
+    assert {item.learned[1] for item in result if item is not None} == {(keys[5], 1.0)}
     lone = TrainingRow((1,), (2,), (), ((keys[4], 1.0),))
     assert add_contrast([lone], keys, random.Random(0))[0].other is None
 
@@ -431,23 +431,23 @@ def test_a_prefix_distilled_from_an_instruction_replaces_it() -> None:
             with torch.no_grad():
                 return cp.model(ids).logits[0, -1].log_softmax(-1)
 
-        wanted = after(f"{instruction}\n\n{prompt}")
+        expected = after(f"{instruction}\n\n{prompt}")
         with cp.assembled(Request(prompt=prompt, raw=True, **parts)):
-            found = after(prompt)
-        return float((wanted.exp() * (wanted - found)).sum())
+            result = after(prompt)
+        return float((expected.exp() * (expected - result)).sum())
 
     new = [f"Greet {i}" for i in range(50, 60)]
     bare = sum(divergence(p) for p in new)
     steered = sum(divergence(p, attributes={"formality": "formal"}) for p in new)
     assert steered < 0.8 * bare
-    for wrong, message in (
+    for invalid, message in (
         ({"prompts": [], "task": "a"}, "there are no prompts"),
         ({"prompts": prompts, "task": "a", "user": "b"}, "name one to learn"),
         ({"prompts": prompts, "attribute": "a"}, "give an attribute and its label"),
         ({"prompts": prompts, "task": "a", "completions": ["x"]}, "1 completions for 12 prompts"),
     ):
         with pytest.raises(TrainingDataError, match=message):
-            cp.distill(instruction, progress=False, **wrong)  # type: ignore[arg-type]
+            cp.distill(instruction, progress=False, **invalid)  # type: ignore[arg-type]
 
 
 def test_every_token_counts_alike_however_rows_are_batched() -> None:
@@ -458,7 +458,7 @@ def test_every_token_counts_alike_however_rows_are_batched() -> None:
     settings = TrainingSettings.from_options(
         {"batch_size": 2, "validation": 0, "parameterization": "direct"}
     )
-    found = []
+    result = []
     for batches in (((0, 1), (2, 3)), ((0, 2), (1, 3))):
         prepared = prepare(
             examples,
@@ -475,10 +475,10 @@ def test_every_token_counts_alike_however_rows_are_batched() -> None:
         for batch in batches:
             rows = [prepared.rows[i] for i in batch]
             loop._losses([(run, ContrastPair(row)) for row in rows], {})
-        (learned,) = (p.grad for p in slots.parameters())
-        assert learned is not None
-        found.append(learned.clone())
-    torch.testing.assert_close(*found)
+        (trained,) = (p.grad for p in slots.parameters())
+        assert trained is not None
+        result.append(trained.clone())
+    torch.testing.assert_close(*result)
 
 
 def test_slot_masses_are_the_models_own_attention_weights() -> None:
@@ -486,7 +486,7 @@ def test_slot_masses_are_the_models_own_attention_weights() -> None:
     model = frozen("llama")
     prefix = Prefix.random(model.geometry, num_slots=5, scale=1.0, seed=1)
     rows = [TrainingRow((5, 6, 7), (8, 9), (), ()), TrainingRow((5,), (10, 11, 12), (), ())]
-    found = slot_masses(model, rows, prefix)
+    result = slot_masses(model, rows, prefix)
     eager = build("llama")
     eager.set_attn_implementation("eager")
     expected = torch.zeros(len(prefix.geometry.decoder), 4, 5)  # layers, heads, slots
@@ -505,10 +505,10 @@ def test_slot_masses_are_the_models_own_attention_weights() -> None:
                 output_attentions=True,
             ).attentions
         expected += torch.stack(weights)[:, 0, :, :, :5].mean(dim=2) / len(rows)
-    for layer, mass in zip(expected, found["decoder"], strict=True):
+    for layer, mass in zip(expected, result["decoder"], strict=True):
         groups = layer.chunk(len(mass))  # heads that read one kv head
-        assert torch.allclose(mass, torch.stack([one.mean(dim=0) for one in groups]), atol=1e-6)
-    assert torch.allclose(mean_masses(found), expected.mean(dim=(0, 1)), atol=1e-6)
+        assert torch.allclose(mass, torch.stack([group.mean(dim=0) for group in groups]), atol=1e-6)
+    assert torch.allclose(mean_masses(result), expected.mean(dim=(0, 1)), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
@@ -518,16 +518,16 @@ def test_each_head_keeps_what_it_attends_to(name: str) -> None:
     rows = [TrainingRow((5, 6, 7), (8, 9), (), ())]
     masses = slot_masses(model, rows, prefix)
     assert most_attended(prefix, masses, 6).digest == prefix.digest
-    kept = most_attended(prefix, masses, 2)
-    assert kept.num_slots == 2
-    chosen = set()
+    saved = most_attended(prefix, masses, 2)
+    assert saved.num_slots == 2
+    selected = set()
     for site in prefix.geometry.sites:
         for i, mass in enumerate(masses[site]):
-            for whole, some in zip(prefix.layer(site, i), kept.layer(site, i), strict=True):
+            for whole, subset in zip(prefix.layer(site, i), saved.layer(site, i), strict=True):
                 for head, best in enumerate(mass.argsort(descending=True)[:, :2].sort().values):
-                    assert torch.equal(some[head], whole[head][best])
-                    chosen.add(tuple(best.tolist()))
-    assert len(chosen) > 1  # not all heads look at the same
+                    assert torch.equal(subset[head], whole[head][best])
+                    selected.add(tuple(best.tolist()))
+    assert len(selected) > 1  # not all heads look at the same
 
 
 def test_shortening_keeps_the_slots_that_matter_and_most_of_the_gain() -> None:
@@ -581,7 +581,7 @@ def test_the_fewest_slots_are_chosen_from_which_on_all_are_good_enough(
     largest = masses.argsort(descending=True)[:chosen].sort().values
     assert torch.equal(shorter.slots["decoder"], prefix.slots["decoder"][largest])
     with pytest.raises(TrainingDataError, match="gains nothing on these examples"):
-        shorten(prefix, everywhere, lambda one: 2.0 if one else 1.0, keep=keep)
+        shorten(prefix, everywhere, lambda item: 2.0 if item else 1.0, keep=keep)
     with pytest.raises(TrainingDataError, match="keep is 0"):
         shorten(prefix, everywhere, nats_with, keep=0)
 

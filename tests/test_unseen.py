@@ -45,14 +45,14 @@ def meanings_for_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cp() -> Iterator[ControlPrefix]:
-    made = ControlPrefix.from_pretrained(
+    built = ControlPrefix.from_pretrained(
         build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
     )
     for seed, label in enumerate(("strict", "firm", "warm")):
-        prefix = Prefix.random(made.geometry, num_slots=4, scale=2.0, seed=seed)
-        made.put("attribute", f"tone={label}", prefix)
-    yield made
-    made.store.close()
+        prefix = Prefix.random(built.geometry, num_slots=4, scale=2.0, seed=seed)
+        built.put("attribute", f"tone={label}", prefix)
+    yield built
+    built.store.close()
 
 
 def asked(label: str, unseen: str, **more: object) -> Request:
@@ -66,8 +66,8 @@ def test_an_unseen_label_is_refused_unless_asked_otherwise(cp: ControlPrefix) ->
 
 
 def test_the_nearest_labels_stand_in_by_their_shares(cp: ControlPrefix) -> None:
-    done = cp.generate(asked("stern", "nearest", strengths={"tone": 1.5}))
-    (instead,) = done.stand_ins
+    outcome = cp.generate(asked("stern", "nearest", strengths={"tone": 1.5}))
+    (instead,) = outcome.stand_ins
     assert (instead.label, instead.how) == ("tone=stern", "nearest")
     assert instead.used.keys() == {"tone=strict", "tone=firm"}
     assert sum(instead.used.values()) == pytest.approx(1)
@@ -80,8 +80,8 @@ def test_the_nearest_labels_stand_in_by_their_shares(cp: ControlPrefix) -> None:
             strengths={"tone": 1.5},
         )
     )  # fmt: skip
-    assert done.text == same.text
-    assert done.parts == same.parts
+    assert outcome.text == same.text
+    assert outcome.parts == same.parts
     assert same.stand_ins == ()
 
 
@@ -99,16 +99,16 @@ def test_what_nothing_is_near_to_is_left_out(cp: ControlPrefix) -> None:
 
 
 def test_a_label_can_be_made_of_its_text(cp: ControlPrefix) -> None:
-    done = cp.generate(asked("banana", "text"))
-    assert done.stand_ins[0].used == {"The tone is banana.": 1.0}
-    assert [(part.name, part.version) for part in done.parts] == [
+    outcome = cp.generate(asked("banana", "text"))
+    assert outcome.stand_ins[0].used == {"The tone is banana.": 1.0}
+    assert [(part.name, part.version) for part in outcome.parts] == [
         ("tone=banana (from its text)", 0)
     ]
     cp.put("attribute", "tone=same", cp.prefix_from_text("The tone is banana."))
-    assert done.text == cp.generate(asked("same", "refuse")).text
+    assert outcome.text == cp.generate(asked("same", "refuse")).text
     with pytest.raises(UnknownNameError):  # it stands in for those who ask for it only
         cp.generate(asked("banana", "refuse"))
-    assert "".join(cp.stream(asked("banana", "text"))) == done.text
+    assert "".join(cp.stream(asked("banana", "text"))) == outcome.text
     example = Example(prompt="ab", raw=True, completion="cd", attributes={"tone": "banana"})
     with_text = cp.score([example.model_copy(update={"unseen": "text"})])
     by_name = cp.score([example.model_copy(update={"attributes": {"tone": "same"}})])
@@ -121,8 +121,8 @@ def test_the_attribute_space_says_what_a_label_means(cp: ControlPrefix) -> None:
         "stern: {}, cosy: {description: As to a friend.}}}}"
     )
     cp = ControlPrefix(cp.frozen_model, cp.store, space)
-    done = cp.generate(asked("cosy", "nearest"))
-    assert done.stand_ins[0].used == {"tone=warm": 1.0}
+    outcome = cp.generate(asked("cosy", "nearest"))
+    assert outcome.stand_ins[0].used == {"tone=warm": 1.0}
     assert cp.generate(asked("cosy", "text")).stand_ins[0].used == {"As to a friend.": 1.0}
     assert cp.generate(asked("strict", "nearest")).stand_ins[0].how == "left out"
     with pytest.raises(UnknownNameError, match="no label 'strict'"):
@@ -131,21 +131,21 @@ def test_the_attribute_space_says_what_a_label_means(cp: ControlPrefix) -> None:
 
 def test_one_label_stands_in_where_there_can_be_one(cp: ControlPrefix) -> None:
     file = "attributes: {{tone: {{exclusive: {}, labels: [strict, firm, warm]}}}}"
-    used = []
+    parts_used = []
     for exclusive in ("false", "true"):
         space = AttributeSpace.parse(file.format(exclusive))
         cp = ControlPrefix(cp.frozen_model, cp.store, space)
-        used.append(cp.generate(asked("stern", "nearest")).stand_ins[0].used)
-    assert set(used[0]) == {"tone=strict", "tone=firm"}
-    assert used[1] == {"tone=strict": 1.0}
+        parts_used.append(cp.generate(asked("stern", "nearest")).stand_ins[0].used)
+    assert set(parts_used[0]) == {"tone=strict", "tone=firm"}
+    assert parts_used[1] == {"tone=strict": 1.0}
 
 
 def test_texts_of_many_at_once_do_not_displace_each_other(cp: ControlPrefix) -> None:
     def ask(i: int) -> tuple[str, ...]:
         labels = {f"l{i}-{j}": 1.0 for j in range(12)}
         request = asked("x", "text", attributes={"tone": labels})
-        return tuple(one.label for one in cp.generate(request).stand_ins)
+        return tuple(stand_in.label for stand_in in cp.generate(request).stand_ins)
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(ask, range(16)))
-    assert found == [tuple(f"tone=l{i}-{j}" for j in range(12)) for i in range(16)]
+        result = list(pool.map(ask, range(16)))
+    assert result == [tuple(f"tone=l{i}-{j}" for j in range(12)) for i in range(16)]

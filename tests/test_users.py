@@ -45,12 +45,12 @@ def test_users_together_learn_what_each_learns_alone(name: str, settings: dict[s
     for user, texts in TEXTS.items():
         lone = engine(name)
         alone = lone.train_users({user: texts}, **settings).users[user]
-        mine = together.users[user]
-        assert mine.saved == alone.saved == {f"user {user!r}": 1}
-        assert mine.losses == pytest.approx(alone.losses, abs=1e-4)
-        assert mine.best_step == alone.best_step
-        assert [one for _, one in mine.validation] == pytest.approx(
-            [one for _, one in alone.validation], abs=1e-4
+        own_store = together.users[user]
+        assert own_store.saved == alone.saved == {f"user {user!r}": 1}
+        assert own_store.losses == pytest.approx(alone.losses, abs=1e-4)
+        assert own_store.best_step == alone.best_step
+        assert [item for _, item in own_store.validation] == pytest.approx(
+            [item for _, item in alone.validation], abs=1e-4
         )
         for site, slots in crowd.get("user", user).slots.items():
             assert torch.allclose(slots, lone.get("user", user).slots[site], atol=2e-3)
@@ -98,8 +98,8 @@ def test_untrainable_users_are_reported_and_affect_nobody(
     assert "must be a str, got int" in report.failed["number"]
     assert "printable characters" in report.failed["bad\nname"]
     assert set(report.users) == set(TEXTS)
-    for user, mine in report.users.items():
-        assert mine.losses == pytest.approx(expected.users[user].losses, abs=1e-4)
+    for user, own_store in report.users.items():
+        assert own_store.losses == pytest.approx(expected.users[user].losses, abs=1e-4)
     assert sorted(cp.names("user")) == sorted(TEXTS)
 
 
@@ -114,14 +114,14 @@ def test_a_user_with_a_million_texts_is_trained_on_a_sample() -> None:
 def test_memory_depends_on_the_number_of_concurrent_users() -> None:
     """Users are consumed as there is room, and stored as they are finished."""
     cp = engine()
-    asked: list[int] = []
+    request: list[int] = []
     most = 0
 
     def users() -> Iterator[tuple[str, list[str]]]:
         nonlocal most
         for i in range(12):
-            asked.append(i)
-            most = max(most, len(asked) - len(cp.names("user")))
+            request.append(i)
+            most = max(most, len(request) - len(cp.names("user")))
             yield f"user{i}", [f"text {i} of this user"] * (1 + i % 3)
 
     report = cp.train_users(users(), concurrent_users=3, **{**QUICK, "steps": 3, "validation": 0})
@@ -156,7 +156,7 @@ def test_an_interrupted_run_resumes_with_the_users_who_are_left(tmp_path: Path) 
 def test_early_stopping_is_per_user() -> None:
     settings = {**QUICK, "steps": 60, "num_evaluations": 30, "learning_rate": 500.0, "patience": 1}
     report = engine().train_users(TEXTS, concurrent_users=4, **settings)
-    lengths = {user: len(one.losses) for user, one in report.users.items()}
+    lengths = {user: len(item.losses) for user, item in report.users.items()}
     assert min(lengths["ana"], lengths["bo"], lengths["di"]) < 60
     assert lengths["cy"] == 60  # one text: nothing to hold out
     for user in ("ana", "bo", "di"):

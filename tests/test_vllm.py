@@ -64,13 +64,13 @@ def requests(**more: Any) -> list[Request]:
         {"user": "ana", "strengths": {"user": 0.0}},
     ]
     return [
-        Request(prompt="tell me a story " * (1 + i % 3), **one, **{"max_new_tokens": 24, **more})
-        for i, one in enumerate(fields)
+        Request(prompt="tell me a story " * (1 + i % 3), **item, **{"max_new_tokens": 24, **more})
+        for i, item in enumerate(fields)
     ]
 
 
 def texts_of(cp: ControlPrefix, runner: VllmRunner, asked: list[Request]) -> list[str]:
-    tickets = [runner.submit(cp.resolve(one)) for one in asked]
+    tickets = [runner.submit(cp.resolve(item)) for item in asked]
     return [ticket.result().text for ticket in tickets]
 
 
@@ -100,25 +100,25 @@ def cp(folder: Path) -> ControlPrefix:
 def url(folder: Path, cp: ControlPrefix) -> Iterator[str]:
     """Prompts are read 64 tokens a step, so they are cut in the midst of a prefix."""
     options = ("--max-num-batched-tokens", "64", "--max-num-seqs", "8")
-    with served(folder / "model", folder / "prefixes", *options, log=folder / "log") as found:
-        yield found
+    with served(folder / "model", folder / "prefixes", *options, log=folder / "log") as result:
+        yield result
 
 
 @pytest.fixture
 def runner(cp: ControlPrefix, url: str, folder: Path) -> Iterator[VllmRunner]:
-    found = cp.vllm_runner(url, folder / "prefixes")
-    yield found
-    found.close()
+    result = cp.vllm_runner(url, folder / "prefixes")
+    yield result
+    result.close()
 
 
 def test_every_token_is_that_of_the_transformers_engine(
     cp: ControlPrefix, runner: VllmRunner
 ) -> None:
-    asked = requests()
-    wanted = [one.text for one in cp.generate(asked)]
-    assert len(set(wanted)) > len(wanted) / 2  # the prefixes matter
+    request = requests()
+    expected = [item.text for item in cp.generate(request)]
+    assert len(set(expected)) > len(expected) / 2  # the prefixes matter
     for _ in range(3):  # later ones find blocks in vLLM's cache
-        assert texts_of(cp, runner, asked) == wanted
+        assert texts_of(cp, runner, request) == expected
 
 
 def test_blocks_of_a_task_are_shared_and_those_of_users_are_not(
@@ -129,10 +129,10 @@ def test_blocks_of_a_task_are_shared_and_those_of_users_are_not(
         Request(prompt="tell me a story ", task="poem", user=user, max_new_tokens=8)
         for user in ("bo", "bo", "eve")
     ]
-    wanted = [one.text for one in cp.generate(asked)]
-    assert wanted[0] != wanted[2]
+    expected = [item.text for item in cp.generate(asked)]
+    assert expected[0] != expected[2]
     hits = []
-    for request, text in zip(asked, wanted, strict=True):
+    for request, text in zip(asked, expected, strict=True):
         before = metric(url, "vllm:prefix_cache_hits_total")
         assert runner.submit(cp.resolve(request)).result().text == text
         hits.append(metric(url, "vllm:prefix_cache_hits_total") - before)
@@ -162,10 +162,10 @@ def test_without_the_salt_one_user_would_get_what_is_anothers(
         return str(answer["choices"][0]["text"])
 
     cp.put("user", "eve", Prefix.random(cp.geometry, num_slots=32, scale=1.0, seed=98))
-    own = ask("eve", cache_salt="eve")
-    assert ask("cleo", cache_salt="cleo") != own
-    assert ask("cleo") != own
-    assert ask("eve") != own  # it has cleo's block
+    custom = ask("eve", cache_salt="eve")
+    assert ask("cleo", cache_salt="cleo") != custom
+    assert ask("cleo") != custom
+    assert ask("eve") != custom  # it has cleo's block
 
 
 def test_log_probabilities_are_those_of_the_transformers_engine(
@@ -173,13 +173,13 @@ def test_log_probabilities_are_those_of_the_transformers_engine(
 ) -> None:
     batcher = cp.batcher()
     request = Request(prompt="how likely", task="email", user="bo", max_new_tokens=8)
-    ours, theirs = (one.submit(cp.resolve(request), top_log_probs=3) for one in (batcher, runner))
+    ours, theirs = (item.submit(cp.resolve(request), top_log_probs=3) for item in (batcher, runner))
     ours.result()
     theirs.result()
-    assert [one.token for one in theirs.tokens] == [one.token for one in ours.tokens]
-    for one, other in zip(ours.tokens, theirs.tokens, strict=True):
-        assert other.log_prob == pytest.approx(one.log_prob, abs=1e-3)
-        assert [token for token, _ in other.top] == [token for token, _ in one.top]
+    assert [item.token for item in theirs.tokens] == [item.token for item in ours.tokens]
+    for item, other in zip(ours.tokens, theirs.tokens, strict=True):
+        assert other.log_prob == pytest.approx(item.log_prob, abs=1e-3)
+        assert [token for token, _ in other.top] == [token for token, _ in item.top]
     batcher.close()
 
 
@@ -188,10 +188,10 @@ def test_samples_with_a_seed_are_the_same_alone_and_in_a_batch(
 ) -> None:
     request = Request(prompt="draw", user="bo", temperature=1.5, seed=7, max_new_tokens=24)
     alone = runner.submit(cp.resolve(request)).result().text
-    others = [runner.submit(cp.resolve(one)) for one in requests(temperature=1.0)]
+    others = [runner.submit(cp.resolve(other)) for other in requests(temperature=1.0)]
     assert runner.submit(cp.resolve(request)).result().text == alone
-    for one in others:
-        one.result()
+    for other in others:
+        other.result()
     assert runner.submit(cp.resolve(request.model_copy(update={"seed": 8}))).result().text != alone
 
 
@@ -212,7 +212,7 @@ def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
     cp: ControlPrefix, runner: VllmRunner, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = requests()
-    wanted = [one.text for one in cp.generate(asked)]
+    expected = [other.text for other in cp.generate(asked)]
     lost = Prefix.random(cp.geometry, num_slots=24, seed=97)
     cp.put("user", "lost", lost)
     request = Request(prompt="lost", user="lost", max_new_tokens=8)
@@ -221,12 +221,12 @@ def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
     path.write_bytes(whole[:-7])
     with monkeypatch.context() as patched:
         patched.setattr(runner, "_is_lost", lambda placement: False)
-        others = [runner.submit(cp.resolve(one)) for one in asked]
+        others = [runner.submit(cp.resolve(other)) for other in asked]
         bad = runner.submit(cp.resolve(request))
-        others += [runner.submit(cp.resolve(one)) for one in asked]
+        others += [runner.submit(cp.resolve(other)) for other in asked]
         with pytest.raises(EngineError):
             bad.result()
-        assert [one.result().text for one in others] == wanted * 2
+        assert [other.result().text for other in others] == expected * 2
     assert runner.submit(cp.resolve(request)).result().text == cp.generate(request).text
     assert path.read_bytes() == whole  # written anew
 
@@ -314,7 +314,7 @@ def test_the_gateway_serves_openais_client_and_takes_no_orders_from_it(
     cp: ControlPrefix, gateway_url: str, runner: VllmRunner
 ) -> None:
     client = openai.OpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0)
-    wanted = cp.generate(Request(prompt="hello", user="bo", task="email", max_new_tokens=12))
+    expected = cp.generate(Request(prompt="hello", user="bo", task="email", max_new_tokens=12))
 
     def ask(**more: Any) -> Any:
         return client.chat.completions.create(
@@ -327,8 +327,8 @@ def test_the_gateway_serves_openais_client_and_takes_no_orders_from_it(
         )
 
     answer = ask()
-    assert answer.choices[0].message.content == wanted.text
-    assert answer.usage.prompt_tokens == wanted.num_prompt_tokens  # slots are no tokens
+    assert answer.choices[0].message.content == expected.text
+    assert answer.usage.prompt_tokens == expected.num_prompt_tokens  # slots are no tokens
     other = placed(runner, cp.resolve(Request(prompt="x", user="cleo")))
     orders = {
         "kv_transfer_params": {"controlprefix": {"digest": other.digest, "num_slots": 32}},
@@ -336,15 +336,15 @@ def test_the_gateway_serves_openais_client_and_takes_no_orders_from_it(
         "prompt_token_ids": [1, 2, 3],
         "vllm_xargs": {"kv_transfer_params": "x"},
     }
-    assert ask(extra_body=orders).choices[0].message.content == wanted.text
+    assert ask(extra_body=orders).choices[0].message.content == expected.text
     for refused in ({"prompt_logprobs": 0}, {"echo": True}):
         with pytest.raises(openai.BadRequestError):
             ask(extra_body=refused)
     pieces = [c.choices[0].delta.content or "" for c in ask(stream=True) if c.choices]
-    assert "".join(pieces) == wanted.text
+    assert "".join(pieces) == expected.text
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        texts = [one.choices[0].message.content for one in pool.map(lambda _: ask(), range(8))]
-    assert texts == [wanted.text] * 8
+        texts = [item.choices[0].message.content for item in pool.map(lambda _: ask(), range(8))]
+    assert texts == [expected.text] * 8
     assert httpx.get(f"{gateway_url}/ready").status_code == 200
 
 
@@ -379,24 +379,24 @@ def test_in_two_shards_and_with_too_few_blocks_for_all(
     cp: ControlPrefix, folder: Path, tmp_path: Path
 ) -> None:
     options = ("--tensor-parallel-size", "2", "--num-gpu-blocks-override", "12")
-    asked = requests(max_new_tokens=100)
-    wanted = [one.text for one in cp.generate(asked)]
+    request = requests(max_new_tokens=100)
+    expected = [item.text for item in cp.generate(request)]
     log = tmp_path / "log"
     with served(folder / "model", folder / "prefixes", *options, log=log, threads="0|1") as url:
         runner = cp.vllm_runner(url, folder / "prefixes")
-        assert texts_of(cp, runner, asked) == wanted
+        assert texts_of(cp, runner, request) == expected
         assert metric(url, "vllm:num_preemptions_total") > 0
         runner.close()
 
 
 def test_two_engines_behind_one_address(cp: ControlPrefix, folder: Path, tmp_path: Path) -> None:
     options = ("--data-parallel-size", "2")
-    asked = requests()
-    wanted = [one.text for one in cp.generate(asked)]
+    request = requests()
+    expected = [item.text for item in cp.generate(request)]
     log = tmp_path / "log"
     with served(folder / "model", folder / "prefixes", *options, log=log, threads="0|1") as url:
         runner = cp.vllm_runner(url, folder / "prefixes")
-        assert texts_of(cp, runner, asked) == texts_of(cp, runner, asked) == wanted
+        assert texts_of(cp, runner, request) == texts_of(cp, runner, request) == expected
         runner.close()
 
 
@@ -410,13 +410,13 @@ def test_in_bfloat16_log_probabilities_are_within_a_tenth(tmp_path: Path) -> Non
         runner = cp.vllm_runner(url, tmp_path / "prefixes")
         apart = []
         for request in asked:
-            ours, theirs = (
-                one.submit(cp.resolve(request), top_log_probs=5) for one in (batcher, runner)
+            ours, other = (
+                item.submit(cp.resolve(request), top_log_probs=5) for item in (batcher, runner)
             )
             ours.result()
-            theirs.result()
-            known = dict(ours.tokens[0].top)
-            apart += [abs(known[t] - p) for t, p in theirs.tokens[0].top if t in known]
+            other.result()
+            names = dict(ours.tokens[0].top)
+            apart += [abs(names[t] - p) for t, p in other.tokens[0].top if t in names]
         assert len(apart) > 3 * len(asked)
         assert max(apart) < 0.1
         runner.close()
@@ -426,17 +426,17 @@ def test_in_bfloat16_log_probabilities_are_within_a_tenth(tmp_path: Path) -> Non
 def test_slots_leave_a_sliding_window_there_and_not_here(tmp_path: Path) -> None:
     cp = engine(tmp_path, "gemma3")
     short, long = "tell me", "tell me a very long story of " * 3
-    asked = [Request(prompt=short, user=user, max_new_tokens=8) for user in ("ana", "bo")]
-    wanted = [one.text for one in cp.generate(asked)]
+    request = [Request(prompt=short, user=user, max_new_tokens=8) for user in ("ana", "bo")]
+    expected = [item.text for item in cp.generate(request)]
     with served(tmp_path / "model", tmp_path / "prefixes", log=tmp_path / "log") as url:
         runner = cp.vllm_runner(url, tmp_path / "prefixes")
-        assert texts_of(cp, runner, asked) == wanted
+        assert texts_of(cp, runner, request) == expected
         # A prefix that cannot be read fails its request alone here too, where layers differ.
         slots = {"digest": "0" * 64, "num_slots": 4}
         body = {"model": "tiny", "prompt": [7] * 20, "max_tokens": 4}
         body["kv_transfer_params"] = {"controlprefix": slots}
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 500
-        assert texts_of(cp, runner, asked) == wanted
+        assert texts_of(cp, runner, request) == expected
         # Beyond the window of 64 tokens, its layers no longer see the slots.
         far = Request(prompt=long, user="bo", max_new_tokens=24)
         assert runner.submit(cp.resolve(far)).result().text != cp.generate(far).text

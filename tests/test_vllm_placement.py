@@ -71,17 +71,17 @@ def test_a_moved_prefix_in_the_cache_says_what_slots_say(name: str) -> None:
     prefix = Prefix.random(geometry, num_slots=few, scale=1.0, seed=1)
     text = torch.tensor([[7, 8, 9]])
     with torch.no_grad(), steering.attached(assemble([[Part(prefix)]], geometry)):
-        wanted = model(input_ids=text).logits
+        expected = model(input_ids=text).logits
     moved = Rotation.of(frozen(model)).shifted(prefix, few)
     layers = [moved.layer("decoder", i) for i in range(len(geometry.decoder))]
     cache = DynamicCache(
         ddp_cache_data=[(keys[None], values[None]) for keys, values in layers], config=model.config
     )
     with torch.no_grad():
-        found = model(
+        result = model(
             input_ids=text, past_key_values=cache, position_ids=torch.tensor([[2, 3, 4]])
         ).logits
-    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(result, expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.fixture
@@ -121,10 +121,10 @@ def test_positions_that_also_matter_elsewhere_are_noticed(
     forward = type(llama.model).forward
 
     def placed(self, *args, position_ids=None, **kwargs):  # type: ignore[no-untyped-def]
-        found = forward(self, *args, position_ids=position_ids, **kwargs)
+        result = forward(self, *args, position_ids=position_ids, **kwargs)
         if position_ids is not None:
-            found.logits = found.logits + position_ids[..., None]
-        return found
+            result.logits = result.logits + position_ids[..., None]
+        return result
 
     monkeypatch.setattr(type(llama.model), "forward", placed)
     with pytest.raises(UnsupportedModelError, match="all positions shift together"):
@@ -167,8 +167,8 @@ def test_schedules_guidance_and_too_many_slots_are_refused() -> None:
 
 
 def test_the_order_in_which_parts_are_named_does_not_matter() -> None:
-    one, other = ("attribute", slots(4, 1), 1.0), ("user", slots(4, 2), 1.0)
-    assert placed([one, other]).digest == placed([other, one]).digest
+    item, other = ("attribute", slots(4, 1), 1.0), ("user", slots(4, 2), 1.0)
+    assert placed([item, other]).digest == placed([other, item]).digest
 
 
 def test_what_is_absent_takes_no_place() -> None:
@@ -213,7 +213,7 @@ def test_vllm_shares_no_block_between_requests_with_other_slots(
     vocab: int,
     tenants: tuple[str, str],
 ) -> None:
-    found = [
+    result = [
         placed(
             [(kind, slots(count, seed), float(strength)) for kind, count, seed, strength in parts],
             vocab_size=vocab,
@@ -223,8 +223,8 @@ def test_vllm_shares_no_block_between_requests_with_other_slots(
         for parts, tenant in zip((one, other), tenants, strict=True)
     ]
     text = [9] * 70
-    names = [blocks_of(placement, text, size) for placement in found]
-    contents = [content_of(placement, text, size) for placement in found]
+    names = [blocks_of(placement, text, size) for placement in result]
+    contents = [content_of(placement, text, size) for placement in result]
     for i, (name, content) in enumerate(zip(names[0], contents[0], strict=True)):
         if i < len(names[1]) and name == names[1][i]:
             assert content == contents[1][i]
@@ -251,17 +251,17 @@ def test_digests_that_do_not_fit_a_block_are_not_relied_on() -> None:
 def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[int] = []
+    built: list[int] = []
 
     def keep(i: int, **more: bool) -> None:
-        folder.write(names[i], lambda: made.append(i) or slots(4, i), **more)  # type: ignore[func-returns-value]
+        folder.write(names[i], lambda: built.append(i) or slots(4, i), **more)  # type: ignore[func-returns-value]
 
     size = len(slots(4).to_bytes())
     folder = PrefixFolder(tmp_path / "new", max_bytes=3 * size + 1)
     names = [f"{i:064x}" for i in range(5)]
     keep(0)
     keep(0)
-    assert made == [0]
+    assert built == [0]
     torch.testing.assert_close(folder.read(names[0]).slots["decoder"], slots(4).slots["decoder"])
     folder.file(names[0]).write_bytes(b"")
     with pytest.raises(StoreError, match="cannot be read"):
@@ -275,11 +275,11 @@ def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     monkeypatch.setattr("controlprefix.vllm.prefix_folder._IN_USE_S", -1.0)
     keep(4)
     assert not folder.file(names[0]).exists()
-    assert sum(one.stat().st_size for one in (tmp_path / "new").iterdir()) <= 3 * size
+    assert sum(item.stat().st_size for item in (tmp_path / "new").iterdir()) <= 3 * size
     monkeypatch.setattr("controlprefix.vllm.prefix_folder._MAX_AGE_S", -1.0)
     monkeypatch.setattr("controlprefix.vllm.prefix_folder._SWEEP_INTERVAL_S", -1.0)
     keep(0)
-    assert [one.name for one in (tmp_path / "new").iterdir()] == [folder.file(names[0]).name]
+    assert [item.name for item in (tmp_path / "new").iterdir()] == [folder.file(names[0]).name]
 
 
 def test_a_folder_that_cannot_be_written_leaves_nothing_half_written(
