@@ -93,8 +93,8 @@ class Attribute(BaseModel):
             if not name.strip():
                 raise _error_at(f"{name!r} cannot be the name of a label", "labels", name)
         if self.default is not None and self.default not in self.labels:
-            known = known_names(self.default, self.labels)
-            raise _error_at(f"default is {self.default!r}; the labels are: {known}", "default")
+            hint = known_names(self.default, self.labels)
+            raise _error_at(f"default is {self.default!r}; the labels are: {hint}", "default")
         for name, label in self.labels.items():
             others = self.labels.keys() - {name}
             if label.opposite is not None and label.opposite not in others:

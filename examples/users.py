@@ -17,15 +17,15 @@ def main(cp: ControlPrefix, *, steps: int = 12) -> None:
         cp.enroll(user, texts)
     cp.train_users(TEXTS, steps=steps, batch_size=4, num_slots=8, validation=0)
     prompt = "Write a short note about dinner."
-    asked = [Request(prompt=prompt, user=user, max_new_tokens=30) for user in TEXTS]
-    for request, completion in zip(asked, cp.generate(asked), strict=True):
+    requests = [Request(prompt=prompt, user=user, max_new_tokens=30) for user in TEXTS]
+    for request, completion in zip(requests, cp.generate(requests), strict=True):
         print(f"{request.user} (version {completion.parts[0].version}): {completion.text}")
 
     cp.rollback("user", "ana", to=1)
-    print("ana, rolled back:", cp.generate(asked[0]).text)
+    print("ana, rolled back:", cp.generate(requests[0]).text)
     cp.forget_user("bo")
     try:
-        cp.generate(asked[1])
+        cp.generate(requests[1])
     except UnknownNameError as error:
         print("bo, forgotten:", error)
 

@@ -76,8 +76,8 @@ def revoke(session: Session, tenant_id: int, name: str) -> None:
         UnknownNameError: If there is none of that name.
     """
     if session.scalar(_named(tenant_id, name)) is None:
-        known = known_names(name, [info.name for info in list_all(session, tenant_id)])
-        raise UnknownNameError(f"there is no API key {name!r}; known: {known}")
+        hint = known_names(name, [info.name for info in list_all(session, tenant_id)])
+        raise UnknownNameError(f"there is no API key {name!r}; known: {hint}")
     session.execute(
         delete(ApiKeyRow).where(ApiKeyRow.tenant_id == tenant_id, ApiKeyRow.name == name)
     )

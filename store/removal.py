@@ -46,10 +46,10 @@ def prune(session: Session, tenant: int, keep: int) -> int:
     for row in session.scalars(query.with_for_update()):
         numbers = version_numbers(session, row)
         aliased = select(AliasRow.version).where(AliasRow.prefix_id == row.id)
-        kept = {*numbers[-keep:], row.current_version, *session.scalars(aliased)}
+        versions_to_keep = {*numbers[-keep:], row.current_version, *session.scalars(aliased)}
         if row.kind == "decoder":
-            kept |= codes.versions_in_use(session, row.id)
-        old = [number for number in numbers if number not in kept]
+            versions_to_keep |= codes.versions_in_use(session, row.id)
+        old = [number for number in numbers if number not in versions_to_keep]
         if not old:
             continue
         for table in (*codes.LINK_TABLES, PayloadRow, VersionRow):

@@ -198,8 +198,8 @@ def unknown_name(
     query = of_kind.with_only_columns(PrefixRow.name).limit(_MAX_NAMES_SEARCHED)
     names = set(session.scalars(query))
     way_out = "" if names else "; train or enroll one, or check the store and the tenant"
-    known = known_names(key.name, names, truncated=len(names) == _MAX_NAMES_SEARCHED)
-    return UnknownNameError(f"no {key.kind} {key.name!r} in the store; known: {known}{way_out}")
+    hint = known_names(key.name, names, truncated=len(names) == _MAX_NAMES_SEARCHED)
+    return UnknownNameError(f"no {key.kind} {key.name!r} in the store; known: {hint}{way_out}")
 
 
 def unknown_version(session: Session, row: PrefixRow, version: int | str) -> UnknownNameError:

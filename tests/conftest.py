@@ -58,7 +58,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Of an empty database: a SQLite file, and one on a PostgreSQL server."""
+    """URL of an empty database: a SQLite file, and one on a PostgreSQL server."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/prefixes.db"
         return

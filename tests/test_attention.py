@@ -362,10 +362,10 @@ def test_static_cache_gives_the_tokens_of_a_dynamic_one(name: str) -> None:
     rows = [tokens(n, seed=n) for n in LENGTHS]
     steering = Steering.for_model(model)
     batch = prompt_inputs(model, rows)
-    wanted = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     with torch.no_grad(), steering.attached(assemble(mixed_parts(model), steering.geometry)):
-        dynamic = model.generate(**batch, **wanted)
-        static = model.generate(**batch, **wanted, cache_implementation="static")
+        dynamic = model.generate(**batch, **options)
+        static = model.generate(**batch, **options, cache_implementation="static")
         alone = inputs(model, rows[:1])["input_ids"]
     assert dynamic.tolist() == static.tolist()
     with torch.no_grad(), steering.attached(assemble(mixed_parts(model)[:1], steering.geometry)):
@@ -381,9 +381,9 @@ def test_one_token_after_a_cache_equals_one_pass_to_rounding() -> None:
     model = build("qwen3")
     steering = Steering.for_model(model)
     rows = [tokens(n, seed=n) for n in LENGTHS]
-    given = inputs(model, rows)
+    batch = inputs(model, rows)
     for copies in (1, 3):
-        batch = {name: value.repeat_interleave(copies, 0) for name, value in given.items()}
+        batch = {name: value.repeat_interleave(copies, 0) for name, value in batch.items()}
         with torch.no_grad(), steering.attached(assemble(mixed_parts(model), steering.geometry)):
             expected = model(**batch).logits[:, -1]
             cache = DynamicCache()

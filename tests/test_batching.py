@@ -68,12 +68,12 @@ def requests(count: int, seed: int = 0) -> list[Request]:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_sequences_that_join_and_leave_generate_what_they_generate_alone(name: str) -> None:
     cp = engine(name)
-    asked = requests(40)
-    alone = [cp.generate(request) for request in asked]
+    request_list = requests(40)
+    alone = [cp.generate(request) for request in request_list]
     batcher = cp.batcher(max_sequences=5, max_prefill_tokens=40)
     draw = random.Random(1)
     tickets = []
-    for request in asked:
+    for request in request_list:
         tickets.append(batcher.submit(cp.resolve(request)))
         if draw.random() < 0.3:
             time.sleep(0.01)
@@ -85,9 +85,9 @@ def test_sequences_that_join_and_leave_generate_what_they_generate_alone(name: s
 
 def test_streamed_pieces_add_up_to_the_text(cp: ControlPrefix) -> None:
     batcher = cp.batcher(max_sequences=8)
-    asked = requests(12, seed=3)
-    tickets = [batcher.submit(cp.resolve(request)) for request in asked]
-    for ticket, request in zip(tickets, asked, strict=True):
+    request_list = requests(12, seed=3)
+    tickets = [batcher.submit(cp.resolve(request)) for request in request_list]
+    for ticket, request in zip(tickets, request_list, strict=True):
         pieces = list(ticket)
         assert "".join(pieces) == ticket.result().text == cp.generate(request).text
     batcher.close()
@@ -171,14 +171,14 @@ def test_log_probabilities_are_those_of_the_model(cp: ControlPrefix) -> None:
 
 
 def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
-    asked = requests(24, seed=5)
-    expected = [cp.generate(request).text for request in asked]
-    batcher, result = cp.batcher(max_sequences=6), [""] * len(asked)
+    request_list = requests(24, seed=5)
+    expected = [cp.generate(request).text for request in request_list]
+    batcher, result = cp.batcher(max_sequences=6), [""] * len(request_list)
 
     def ask(i: int) -> None:
-        result[i] = batcher.submit(cp.resolve(asked[i])).result().text
+        result[i] = batcher.submit(cp.resolve(request_list[i])).result().text
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asked))]
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(request_list))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -230,13 +230,13 @@ def test_a_failure_while_joining_ends_every_ticket(
 @pytest.mark.parametrize("name", ["bart", "mistral", "gemma3"])
 def test_models_whose_cached_rows_cannot_move_run_one_batch_after_another(name: str) -> None:
     cp = engine(name)
-    asked = requests(12)
-    alone = [cp.generate(request) for request in asked]
+    request_list = requests(12)
+    alone = [cp.generate(request) for request in request_list]
     batcher = cp.batcher(max_sequences=5)
     assert isinstance(batcher, StaticBatcher)
-    tickets = [batcher.submit(cp.resolve(request)) for request in asked]
+    tickets = [batcher.submit(cp.resolve(request)) for request in request_list]
     with pytest.raises(RequestError, match="log-probabilities are not supported"):
-        batcher.submit(cp.resolve(asked[0]), top_log_probs=1)
+        batcher.submit(cp.resolve(request_list[0]), top_log_probs=1)
     for ticket, expected in zip(tickets, alone, strict=True):
         assert "".join(ticket) == ticket.result().text
         assert ticket.result() == expected

@@ -226,10 +226,10 @@ def test_users_are_learned_enrolled_and_audited(
     (tmp_path / "texts.txt").write_text("hello you\nhello me\n")
     (tmp_path / "others.txt").write_text("hello them\n")
     texts = str(tmp_path / "texts.txt")
-    learned = run(
+    output = run(
         tmp_path, "users", "decoder", str(data), "--num-slots", "2", "--width", "4", *model
     )
-    assert "stored decoder 'users' version 1, from 12 users" in learned
+    assert "stored decoder 'users' version 1, from 12 users" in output
     trained = run(tmp_path, "users", "train", str(data), "--decoder", "users", *model)
     assert "stored 12 of 12 users" in trained
     assert "version 1" in run(tmp_path, "enroll", "ana", texts, "--decoder", "users", *model)
@@ -253,7 +253,10 @@ def test_prefixes_are_evaluated_and_calibrated(
     for seed, label in enumerate(("low", "high")):
         prefix = Prefix.random(cp.geometry, num_slots=8, scale=2.0, seed=seed)
         cp.put("attribute", f"pitch={label}", prefix)
-    with (tmp_path / "judge.jsonl").open("w") as judge, (tmp_path / "rows.jsonl").open("w") as rows:
+    with (
+        (tmp_path / "classifier.jsonl").open("w") as classifier,
+        (tmp_path / "rows.jsonl").open("w") as rows,
+    ):
         for i in range(80):
             label = ("low", "high")[i % 2]
             text = cp.generate(
@@ -261,11 +264,11 @@ def test_prefixes_are_evaluated_and_calibrated(
                 max_new_tokens=24,
             ).text  # fmt: skip
             attributes = {"pitch": label}
-            judge.write(json.dumps({"text": text, "attributes": attributes}) + "\n")
+            classifier.write(json.dumps({"text": text, "attributes": attributes}) + "\n")
             if i < 8:
                 row = {"prompt": "<s>", "raw": True, "completion": "x", "attributes": attributes}
                 rows.write(json.dumps({**row, "completion": f"x{i}"}) + "\n")
-    texts = ("--labelled-texts", str(tmp_path / "judge.jsonl"), "--max-new-tokens", "24")
+    texts = ("--labelled-texts", str(tmp_path / "classifier.jsonl"), "--max-new-tokens", "24")
     how = ("--folder", str(tmp_path / "report"), "--strengths", "0,1", "--curve-rows", "4")
     result = run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *how, *model)
     assert "classifier of pitch: accuracy" in result
@@ -276,8 +279,8 @@ def test_prefixes_are_evaluated_and_calibrated(
     assert "dial of pitch=high (version 2): 0 → 0" in dial
     with pytest.raises(ControlPrefixError, match="no texts labelled with 'tone'; it has: pitch"):
         run(tmp_path, "calibrate", "tone=warm", *texts, *model)
-    (tmp_path / "judge.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(ControlPrefixError, match="judge.jsonl line 1: not of the form"):
+    (tmp_path / "classifier.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(ControlPrefixError, match="classifier.jsonl line 1: not of the form"):
         run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *model)
 
 

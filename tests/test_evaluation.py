@@ -1,4 +1,4 @@
-"""Judges, dials and the harness: figures that mean what they say."""
+"""Attribute classifiers, dials and the harness: figures that mean what they say."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def asked(i: int, label: str, **more: Any) -> Request:
 
 
 @pytest.fixture
-def judge(cp: ControlPrefix) -> AttributeClassifier:
+def classifier(cp: ControlPrefix) -> AttributeClassifier:
     """Learned from what each label writes."""
     labels = [label for label in LABELS for _ in range(80)]
     requests = [asked(1000 + i, label) for i, label in enumerate(labels)]
@@ -90,30 +90,30 @@ def examples(count: int = 4) -> list[Example]:
     ]
 
 
-def test_a_judge_tells_labels_and_says_how_well(tmp_path: Path) -> None:
+def test_a_classifier_tells_labels_and_says_how_well(tmp_path: Path) -> None:
     draw = random.Random(0)
     kinds = (("low", "helo "), ("high", "AHOY "), ("none", "123 "))
     pairs = [
         ("".join(draw.choices(subset, k=12)), item) for item, subset in kinds for _ in range(40)
     ]
     texts, labels = zip(*pairs, strict=True)
-    judge = AttributeClassifier.train("pitch", texts, labels)
-    assert judge.labels == ("high", "low", "none")
-    assert judge.accuracy == 1.0
-    assert judge.calibration_error < 0.4
-    chances = judge.probabilities(["hello hello", "AHOY AHOY", ""])
+    classifier = AttributeClassifier.train("pitch", texts, labels)
+    assert classifier.labels == ("high", "low", "none")
+    assert classifier.accuracy == 1.0
+    assert classifier.calibration_error < 0.4
+    chances = classifier.probabilities(["hello hello", "AHOY AHOY", ""])
     assert chances.shape == (3, 3)
     assert torch.allclose(chances.sum(1), torch.ones(3))
     assert chances[:2].argmax(1).tolist() == [1, 0]
-    judge.save(tmp_path / "judge.json")
-    again = AttributeClassifier.load(tmp_path / "judge.json")
-    assert torch.equal(again.probabilities(["x", "AHOY"]), judge.probabilities(["x", "AHOY"]))
-    (tmp_path / "judge.json").write_text("{}")
+    classifier.save(tmp_path / "classifier.json")
+    again = AttributeClassifier.load(tmp_path / "classifier.json")
+    assert torch.equal(again.probabilities(["x", "AHOY"]), classifier.probabilities(["x", "AHOY"]))
+    (tmp_path / "classifier.json").write_text("{}")
     with pytest.raises(ControlPrefixError, match="cannot read the classifier"):
-        AttributeClassifier.load(tmp_path / "judge.json")
+        AttributeClassifier.load(tmp_path / "classifier.json")
 
 
-def test_a_judge_of_nothing_tells_nothing() -> None:
+def test_a_classifier_of_nothing_tells_nothing() -> None:
     draw = random.Random(1)
     texts = ["".join(draw.choices("helAHOY", k=30)) for _ in range(300)]
     labels = [draw.choice("abc") for _ in texts]
@@ -123,13 +123,13 @@ def test_a_judge_of_nothing_tells_nothing() -> None:
 
 
 def test_the_harness_finds_control_where_there_is_some(
-    cp: ControlPrefix, judge: AttributeClassifier, tmp_path: Path
+    cp: ControlPrefix, classifier: AttributeClassifier, tmp_path: Path
 ) -> None:
     rows = examples(16)
     how: dict[str, Any] = {
         "strengths": (0, 0.1, 1.0), "curve_rows": 16, "max_new_tokens": 24, "progress": False,
     }  # fmt: skip
-    report = evaluate(cp, rows, [judge], folder=tmp_path, **how)
+    report = evaluate(cp, rows, [classifier], folder=tmp_path, **how)
     assert report.num_rows == 32
     for name in ("pitch=low", "pitch=high"):
         assert report.attribute_accuracy[name].mean > 0.75
@@ -149,13 +149,16 @@ def test_the_harness_finds_control_where_there_is_some(
 
 
 def test_an_evaluation_goes_on_where_it_was_broken_off(
-    cp: ControlPrefix, judge: AttributeClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cp: ControlPrefix,
+    classifier: AttributeClassifier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = examples(3)
     how: dict[str, Any] = {
         "strengths": (0, 1), "curve_rows": 4, "max_new_tokens": 4, "progress": False,
     }  # fmt: skip
-    whole = evaluate(cp, rows, [judge], **how)
+    whole = evaluate(cp, rows, [classifier], **how)
     generate, request = cp.generate, []
 
     def counted(requests: Any, **more: Any) -> Any:
@@ -167,22 +170,22 @@ def test_an_evaluation_goes_on_where_it_was_broken_off(
     monkeypatch.setattr(cp, "generate", counted)
     monkeypatch.setattr("controlprefix.evaluation.text_cache._BATCH_SIZE", 8)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(cp, rows, [judge], folder=tmp_path, **how)
+        evaluate(cp, rows, [classifier], folder=tmp_path, **how)
     with (tmp_path / text_cache._FILE).open("a") as file:
         file.write('\n{"key": "cut sho')
-    resumed = evaluate(cp, rows, [judge], folder=tmp_path, **how)
+    resumed = evaluate(cp, rows, [classifier], folder=tmp_path, **how)
     assert resumed == whole
     before = sum(request)
-    assert evaluate(cp, rows, [judge], folder=tmp_path, **how) == whole
+    assert evaluate(cp, rows, [classifier], folder=tmp_path, **how) == whole
     assert sum(request) == before  # nothing is asked again
     prefix = cp.get("attribute", "pitch=low")
     cp.put("attribute", "pitch=low", prefix)
-    assert evaluate(cp, rows, [judge], folder=tmp_path, **how) == whole
+    assert evaluate(cp, rows, [classifier], folder=tmp_path, **how) == whole
     assert sum(request) == before  # another version, but the same prefix
 
 
 def test_texts_of_another_store_are_not_taken_for_ones_own(
-    judge: AttributeClassifier, tmp_path: Path
+    classifier: AttributeClassifier, tmp_path: Path
 ) -> None:
     how: dict[str, Any] = {
         "strengths": (0, 1), "curve_rows": 2, "max_new_tokens": 4, "progress": False,
@@ -195,11 +198,13 @@ def test_texts_of_another_store_are_not_taken_for_ones_own(
         for i, label in enumerate(LABELS):  # the same names and versions
             prefix = Prefix.random(cp.geometry, num_slots=8, scale=2.0, seed=seed + 2 * i)
             cp.put("attribute", f"pitch={label}", prefix)
-        reports.append(evaluate(cp, examples(3), [judge], folder=folder, **how))
+        reports.append(evaluate(cp, examples(3), [classifier], folder=folder, **how))
     assert reports[2] == reports[0] != reports[1]
 
 
-def test_plain_is_without_the_defaults_of_the_attribute_space(judge: AttributeClassifier) -> None:
+def test_plain_is_without_the_defaults_of_the_attribute_space(
+    classifier: AttributeClassifier,
+) -> None:
     space = AttributeSpace.parse(
         "attributes: {pitch: {labels: [low, high]}, tone: {labels: [warm], default: warm}}"
     )
@@ -214,7 +219,7 @@ def test_plain_is_without_the_defaults_of_the_attribute_space(judge: AttributeCl
         for seed, name in enumerate(("pitch=low", "pitch=high", "tone=warm")):
             prefix = Prefix.random(cp.geometry, num_slots=8, scale=2.0, seed=seed)
             cp.put("attribute", name, prefix)
-        reports.append(evaluate(cp, examples(3), [judge], **how))
+        reports.append(evaluate(cp, examples(3), [classifier], **how))
         bare_nlls = base_model_nlls(cp.without_defaults(), ["some text"])
         assert base_model_nlls(cp, ["some text"]) == bare_nlls
     bare, defaulted = reports
@@ -249,23 +254,23 @@ def test_a_user_is_nearer_to_their_other_texts_only_if_the_prefix_does_it() -> N
     ).keys() == {"ana"}  # one row tells nothing
 
 
-def test_rows_that_cannot_be_judged_are_refused(
-    cp: ControlPrefix, judge: AttributeClassifier
+def test_rows_that_have_no_attributes_are_refused(
+    cp: ControlPrefix, classifier: AttributeClassifier
 ) -> None:
     with pytest.raises(TrainingDataError, match="no row has a label of 'pitch'"):
-        evaluate(cp, [Example(prompt="x", completion="y")], [judge])
+        evaluate(cp, [Example(prompt="x", completion="y")], [classifier])
     with pytest.raises(TrainingDataError, match="must contain 0 and 1"):
-        evaluate(cp, examples(), [judge], strengths=(0.5, 1))
+        evaluate(cp, examples(), [classifier], strengths=(0.5, 1))
 
 
 def test_a_dial_moves_what_is_measured_more_evenly(
-    cp: ControlPrefix, judge: AttributeClassifier
+    cp: ControlPrefix, classifier: AttributeClassifier
 ) -> None:
     request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
     prompts = [f"p{i}" for i in range(96)]
     grid = (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     how: dict[str, Any] = {"prompts": prompts, "num_samples": 96}
-    result = calibrate(cp, request, "pitch", "high", judge, strengths=grid, **how)
+    result = calibrate(cp, request, "pitch", "high", classifier, strengths=grid, **how)
     assert result.dial[0] == (0.0, 0.0)
     assert (1.0, 1.0) in result.dial
     assert cp.get("attribute", "pitch=high").dial == result.dial
@@ -275,7 +280,7 @@ def test_a_dial_moves_what_is_measured_more_evenly(
         [
             r.probability.mean
             for r in strength_curve(
-                cp, request, "pitch", "high", judge, calibrated=calibrated, **how
+                cp, request, "pitch", "high", classifier, calibrated=calibrated, **how
             )
         ]
         for calibrated in (True, False)
@@ -296,18 +301,18 @@ def test_a_dial_moves_what_is_measured_more_evenly(
         cp.generate("x", raw=True, attributes={"pitch": "low"}, calibrated=True)
     louder = request.model_copy(update={"strengths": {"pitch": 2.0}})
     with pytest.raises(RequestError, match="strengths name 'pitch', whose strength is measured"):
-        strength_curve(cp, louder, "pitch", "high", judge)
+        strength_curve(cp, louder, "pitch", "high", classifier)
 
 
 def test_a_dial_is_of_the_prefix_that_was_measured(
-    cp: ControlPrefix, judge: AttributeClassifier, monkeypatch: pytest.MonkeyPatch
+    cp: ControlPrefix, classifier: AttributeClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("controlprefix.evaluation.calibration._MIN_EFFECT", 0.01)  # small effect
     request = Request(prompt="x", raw=True, max_new_tokens=24, temperature=0.5)
     how: dict[str, Any] = {"strengths": (0, 1), "num_samples": 48}
     prefix = cp.get("attribute", "pitch=low")
     cp.put("attribute", "pitch=low", prefix, dtype="int8")
-    result = calibrate(cp, request, "pitch", "low", judge, **how)
+    result = calibrate(cp, request, "pitch", "low", classifier, **how)
     version, tried = result.version, [item.strength for item in result.curve]
     assert tried == sorted(tried)
     assert tried[0] == 0 < tried[1] < 1 == tried[-1]  # where 1 did it all, less is tried
@@ -321,10 +326,10 @@ def test_a_dial_is_of_the_prefix_that_was_measured(
 
     monkeypatch.setattr(cp, "generate", meanwhile)
     with pytest.raises(VersionConflictError):
-        calibrate(cp, request, "pitch", "low", judge, **how)
+        calibrate(cp, request, "pitch", "low", classifier, **how)
     assert cp.versions("attribute", "pitch=low")[-1].version == version + 1
     with pytest.raises(TrainingDataError, match="may be chance"):  # three texts tell nothing
-        calibrate(cp, request, "pitch", "low", judge, strengths=(0, 1), num_samples=3)
+        calibrate(cp, request, "pitch", "low", classifier, strengths=(0, 1), num_samples=3)
 
 
 @given(
@@ -401,10 +406,10 @@ def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:
     def row(text: str, **attributes: Any) -> Example:
         return Example(prompt="", raw=True, completion=text, attributes=attributes)
 
-    told = [row(text, pitch=label) for text, label in (("aaaa", "low"), ("zzzz", "high"))] * 10
+    labelled = [row(text, pitch=label) for text, label in (("aaaa", "low"), ("zzzz", "high"))] * 10
     other = [row(text, mood=label) for text, label in (("aaaa!", "glad"), ("zzzz?", "sad"))] * 10
     pair = row("aazz", pitch="low", mood={"glad": 0.5, "sad": 0.5})
-    filled = pseudo_label([*told, *other, pair])
+    filled = pseudo_label([*labelled, *other, pair])
     assert [item.attributes for item in filled[:2]] == [
         {"pitch": "low", "mood": "glad"},
         {"pitch": "high", "mood": "sad"},
@@ -415,8 +420,8 @@ def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:
     ]
     assert filled[-1] == pair
     assert [item.completion for item in filled] == [
-        item.completion for item in [*told, *other, pair]
+        item.completion for item in [*labelled, *other, pair]
     ]
-    assert pseudo_label([*told, *other], min_probability=1.01) == [*told, *other]
+    assert pseudo_label([*labelled, *other], min_probability=1.01) == [*labelled, *other]
     with pytest.raises(TrainingDataError, match="two labels"):
         pseudo_label([row("a", pitch="low")] * 9)

@@ -134,15 +134,15 @@ def test_an_instruction_distills_into_a_prefix_without_labelled_data(cp: Control
     assert torch.equal(cp.model.state_dict()["model.layers.0.self_attn.q_proj.weight"], before)
 
 
-def test_a_judge_of_real_embeddings_tells_formal_from_casual(cp: ControlPrefix) -> None:
+def test_a_classifier_of_real_embeddings_tells_formal_from_casual(cp: ControlPrefix) -> None:
     train, test = (
         read_examples(DATA / f"messages.{split}.jsonl") for split in ("train", "heldout")
     )
     texts, labels = zip(*((r.completion, r.attributes["formality"]) for r in train), strict=True)
-    judge = AttributeClassifier.train("formality", texts, labels)
-    chances = judge.probabilities([row.completion for row in test])
+    classifier = AttributeClassifier.train("formality", texts, labels)
+    chances = classifier.probabilities([row.completion for row in test])
     right = [
-        judge.labels[int(best)] == row.attributes["formality"]
+        classifier.labels[int(best)] == row.attributes["formality"]
         for best, row in zip(chances.argmax(1), test, strict=True)
     ]
     assert sum(right) / len(right) > 0.8

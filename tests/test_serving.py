@@ -275,20 +275,20 @@ def test_models_metrics_and_the_openapi_page(served: Served) -> None:
     assert httpx.get(f"{served.base}/nowhere").status_code == 404
 
 
-def test_texts_are_judged(store: str) -> None:
-    judge = AttributeClassifier(
+def test_texts_are_classified(store: str) -> None:
+    classifier = AttributeClassifier(
         "tone", ("cold", "warm"), torch.zeros(384, 2), torch.tensor([0.0, 1.0]), 1.0, 0.0
     )
-    judged = Served(store, open_tenant="mine", classifiers=[judge])
+    classifying = Served(store, open_tenant="mine", classifiers=[classifier])
     try:
         result = httpx.post(
-            f"{judged.base}/v1/classify", json={"texts": ["hi", ""]}, timeout=60
+            f"{classifying.base}/v1/classify", json={"texts": ["hi", ""]}, timeout=60
         ).json()
         assert [sum(item["tone"].values()) for item in result["results"]] == pytest.approx([1, 1])
         assert result["results"][0]["tone"]["warm"] > 0.7
-        assert httpx.post(f"{judged.base}/v1/classify", json={"texts": []}).status_code == 400
+        assert httpx.post(f"{classifying.base}/v1/classify", json={"texts": []}).status_code == 400
     finally:
-        judged.close()
+        classifying.close()
 
 
 def test_the_playground_needs_nothing_from_elsewhere(served: Served) -> None:
@@ -463,7 +463,7 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
     assert ask(model="tiny", prompt="x", max_tokens=2).choices[0].text is not None
 
 
-def test_whoever_hangs_up_leaves_the_batch(served: Served) -> None:
+def test_a_closed_connection_leaves_the_batch(served: Served) -> None:
     async def hang_up(*, stream: bool) -> None:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 220, "temperature": 1, "n": 4,
                 "stream": stream, "repetition_penalty": 1.2}  # fmt: skip
@@ -561,7 +561,7 @@ def test_a_soak_with_faults_loses_nothing(tmp_path: Path) -> None:
 def soak(server: Any, url: str) -> None:
     served = Served(url, open_tenant="mine", limits=ServerLimits(max_sequences=8, max_waiting=64))
     users = [None, "ana"]
-    wanted = {
+    texts_alone = {
         user: expected(url, prompt="soak", raw=True, max_new_tokens=12, user=user) for user in users
     }
     stop = threading.Event()
@@ -575,7 +575,7 @@ def soak(server: Any, url: str) -> None:
         answer = httpx.post(f"{served.base}/v1/completions", json=body, timeout=60)
         text = answer.json()["choices"][0]["text"] if answer.status_code == 200 else None
         with lock:
-            answers.append((answer.status_code, text is None or text == wanted[user]))
+            answers.append((answer.status_code, text is None or text == texts_alone[user]))
 
     def hang_up(i: int) -> None:
         body = {"model": "tiny", "prompt": "soak", "max_tokens": 200, "stream": True}
@@ -628,5 +628,5 @@ def soak(server: Any, url: str) -> None:
     ask(1)
     assert answers[-1] == (200, True)
     names = set(httpx.get(f"{served.base}/v1/users").json()["users"])
-    assert set(saved) <= names  # whoever was told that they are enrolled, is
+    assert set(saved) <= names  # an acknowledged enrolment is stored
     served.close()

@@ -285,12 +285,12 @@ def test_export_and_import_round_trip_bit_for_bit(url: str, tmp_path: Path) -> N
         with pytest.raises(StoreError, match="task 'note' exists already|user .* exists already"):
             own_store.import_from(tmp_path / "one.zip")
         assert own_store.stats().num_versions == 7
-    with PrefixStore(url, tenant="theirs") as theirs:
-        assert theirs.import_from(tmp_path / "one.zip") == 7
-        theirs.export_to(tmp_path / "two.zip")
-        assert theirs.for_model(F).versions(ANA)[1].aliases == ("canary",)
-        assert theirs.for_model(F).get(BO).version == 1
-        assert theirs.put([new()]) == [4]
+    with PrefixStore(url, tenant="theirs") as other_tenant:
+        assert other_tenant.import_from(tmp_path / "one.zip") == 7
+        other_tenant.export_to(tmp_path / "two.zip")
+        assert other_tenant.for_model(F).versions(ANA)[1].aliases == ("canary",)
+        assert other_tenant.for_model(F).get(BO).version == 1
+        assert other_tenant.put([new()]) == [4]
     with PrefixStore(f"sqlite:///{tmp_path}/other.db") as other:
         other.import_from(tmp_path / "one.zip")
         other.export_to(tmp_path / "three.zip")

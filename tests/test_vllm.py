@@ -69,8 +69,8 @@ def requests(**more: Any) -> list[Request]:
     ]
 
 
-def texts_of(cp: ControlPrefix, runner: VllmRunner, asked: list[Request]) -> list[str]:
-    tickets = [runner.submit(cp.resolve(item)) for item in asked]
+def texts_of(cp: ControlPrefix, runner: VllmRunner, request_list: list[Request]) -> list[str]:
+    tickets = [runner.submit(cp.resolve(item)) for item in request_list]
     return [ticket.result().text for ticket in tickets]
 
 
@@ -125,14 +125,14 @@ def test_blocks_of_a_task_are_shared_and_those_of_users_are_not(
     cp: ControlPrefix, runner: VllmRunner, url: str
 ) -> None:
     cp.put("user", "eve", Prefix.random(cp.geometry, num_slots=20, scale=1.0, seed=99))
-    asked = [
+    request_list = [
         Request(prompt="tell me a story ", task="poem", user=user, max_new_tokens=8)
         for user in ("bo", "bo", "eve")
     ]
-    expected = [item.text for item in cp.generate(asked)]
+    expected = [item.text for item in cp.generate(request_list)]
     assert expected[0] != expected[2]
     hits = []
-    for request, text in zip(asked, expected, strict=True):
+    for request, text in zip(request_list, expected, strict=True):
         before = metric(url, "vllm:prefix_cache_hits_total")
         assert runner.submit(cp.resolve(request)).result().text == text
         hits.append(metric(url, "vllm:prefix_cache_hits_total") - before)
@@ -173,11 +173,13 @@ def test_log_probabilities_are_those_of_the_transformers_engine(
 ) -> None:
     batcher = cp.batcher()
     request = Request(prompt="how likely", task="email", user="bo", max_new_tokens=8)
-    ours, theirs = (item.submit(cp.resolve(request), top_log_probs=3) for item in (batcher, runner))
+    ours, through_vllm = (
+        item.submit(cp.resolve(request), top_log_probs=3) for item in (batcher, runner)
+    )
     ours.result()
-    theirs.result()
-    assert [item.token for item in theirs.tokens] == [item.token for item in ours.tokens]
-    for item, other in zip(ours.tokens, theirs.tokens, strict=True):
+    through_vllm.result()
+    assert [item.token for item in through_vllm.tokens] == [item.token for item in ours.tokens]
+    for item, other in zip(ours.tokens, through_vllm.tokens, strict=True):
         assert other.log_prob == pytest.approx(item.log_prob, abs=1e-3)
         assert [token for token, _ in other.top] == [token for token, _ in item.top]
     batcher.close()
@@ -211,8 +213,8 @@ def test_stop_texts_and_streams_are_cut_as_here(cp: ControlPrefix, runner: VllmR
 def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
     cp: ControlPrefix, runner: VllmRunner, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = requests()
-    expected = [other.text for other in cp.generate(asked)]
+    request_list = requests()
+    expected = [other.text for other in cp.generate(request_list)]
     lost = Prefix.random(cp.geometry, num_slots=24, seed=97)
     cp.put("user", "lost", lost)
     request = Request(prompt="lost", user="lost", max_new_tokens=8)
@@ -221,9 +223,9 @@ def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
     path.write_bytes(whole[:-7])
     with monkeypatch.context() as patched:
         patched.setattr(runner, "_is_lost", lambda placement: False)
-        others = [runner.submit(cp.resolve(other)) for other in asked]
+        others = [runner.submit(cp.resolve(other)) for other in request_list]
         bad = runner.submit(cp.resolve(request))
-        others += [runner.submit(cp.resolve(other)) for other in asked]
+        others += [runner.submit(cp.resolve(other)) for other in request_list]
         with pytest.raises(EngineError):
             bad.result()
         assert [other.result().text for other in others] == expected * 2
@@ -247,8 +249,8 @@ def test_nonsense_ends_its_own_request_and_not_the_server(
     told: object, url: str, runner: VllmRunner, cp: ControlPrefix
 ) -> None:
     body = {"model": "tiny", "prompt": [7] * 20, "max_tokens": 4}
-    asked = {**body, "kv_transfer_params": {"controlprefix": told}}
-    answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
+    request_list = {**body, "kv_transfer_params": {"controlprefix": told}}
+    answer = httpx.post(f"{url}/v1/completions", json=request_list, timeout=60)
     assert answer.status_code == 500
     request = Request(prompt="well?", user="bo", max_new_tokens=4)
     assert runner.submit(cp.resolve(request)).result().text == cp.generate(request).text
@@ -401,15 +403,15 @@ def test_two_engines_behind_one_address(cp: ControlPrefix, folder: Path, tmp_pat
 
 
 def test_in_bfloat16_log_probabilities_are_within_a_tenth(tmp_path: Path) -> None:
-    """Of a nat, where transformers in bfloat16 and float32 differ by as much."""
+    """A tenth of a nat; transformers in bfloat16 and float32 differ by as much."""
     cp = engine(tmp_path, dtype=torch.bfloat16)
-    asked = requests(max_new_tokens=1)
+    request_list = requests(max_new_tokens=1)
     batcher = cp.batcher()
     options = {"log": tmp_path / "log", "dtype": "bfloat16"}
     with served(tmp_path / "model", tmp_path / "prefixes", **options) as url:  # type: ignore[arg-type]
         runner = cp.vllm_runner(url, tmp_path / "prefixes")
         apart = []
-        for request in asked:
+        for request in request_list:
             ours, other = (
                 item.submit(cp.resolve(request), top_log_probs=5) for item in (batcher, runner)
             )
@@ -417,7 +419,7 @@ def test_in_bfloat16_log_probabilities_are_within_a_tenth(tmp_path: Path) -> Non
             other.result()
             names = dict(ours.tokens[0].top)
             apart += [abs(names[t] - p) for t, p in other.tokens[0].top if t in names]
-        assert len(apart) > 3 * len(asked)
+        assert len(apart) > 3 * len(request_list)
         assert max(apart) < 0.1
         runner.close()
     batcher.close()

@@ -160,10 +160,10 @@ def _describe(request: Request) -> str:
     if request.task is None:
         return "no prefix"
     words = [f"user {request.user}"] if request.user else []
-    for attribute, chosen in request.attributes.items():
+    for attribute, label in request.attributes.items():
         strength = request.strengths.get(attribute)
         label = (
-            chosen if isinstance(chosen, str) else " + ".join(f"{w} {n}" for n, w in chosen.items())
+            label if isinstance(label, str) else " + ".join(f"{w} {n}" for n, w in label.items())
         )
         words.append(label if strength is None else f"{label}, strength {strength}")
     return ", ".join(words) or "task only"

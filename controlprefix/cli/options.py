@@ -94,18 +94,18 @@ def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
         flags = [long, *([short] if short else [])]
         annotation: Any = list[str] | None
         text = f"{text} Repeatable: {example}."
-        shown: Any = None
+        default = None
     else:
         flags = [f"--{name.replace('_', '-')}"]
         annotation = _option_type(field.annotation)
-        shown = field.default
+        default = field.default
     if default is not None:
         text = f"{text} Default: {default}."
-        shown, annotation = None, annotation | None
+        default, annotation = None, annotation | None
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=shown,
+        default=default,
         annotation=Annotated[annotation, typer.Option(*flags, help=text)],
     )
 

@@ -265,12 +265,12 @@ def _with_label(row: Example, key: PrefixKey, strength: float) -> Example:
 
 def _without(row: Example, parts: Collection[str]) -> Example:
     """A row without some of its attributes or its user."""
-    kept = {
+    names = {
         "attributes": {name: v for name, v in row.attributes.items() if name not in parts},
         "user": None if "user" in parts else row.user,
         "strengths": {name: v for name, v in row.strengths.items() if name not in parts},
     }
-    return row.model_copy(update=kept)
+    return row.model_copy(update=names)
 
 
 def _rows_by_user(rows: Sequence[Example]) -> dict[str, list[int]]:

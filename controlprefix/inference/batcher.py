@@ -188,8 +188,8 @@ class Batcher(ABC):
             except BaseException as error:  # whatever runs cannot go on
                 running = self._running()
                 self._reset()
-                known = isinstance(error, ControlPrefixError)
-                event = error if known else RuntimeError(str(error))
+                is_own_error = isinstance(error, ControlPrefixError)
+                event = error if is_own_error else RuntimeError(str(error))
                 for sequence in running:
                     sequence.ticket.put(event)
 

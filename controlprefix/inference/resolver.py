@@ -196,9 +196,9 @@ class Resolver:
         for key in set(keys) - fetched.keys():  # forgotten since, maybe by another process
             self.forget(key)
         previous_token, current = self._current
-        kept = current if token == previous_token and len(current) < _MAX_CURRENT else {}
+        entries = current if token == previous_token and len(current) < _MAX_CURRENT else {}
         references = {key: stored._replace(value=None) for key, stored in fetched.items()}
-        self._current = (token, {**kept, **references})
+        self._current = (token, {**entries, **references})
         return result
 
     def _placed(self, prefix: Prefix) -> Prefix:

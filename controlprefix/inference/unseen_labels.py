@@ -107,11 +107,11 @@ def replace_unseen(
         for name, share in shares.items():
             labels = attributes.setdefault(label.attribute, {})
             labels[name] = labels.get(name, 0.0) + share * label.weight
-    kept = {*RESERVED_PARTS, *attributes}
+    names = {*RESERVED_PARTS, *attributes}
     changes = {
         "attributes": attributes,
-        "strengths": {part: value for part, value in request.strengths.items() if part in kept},
-        "schedules": {part: value for part, value in request.schedules.items() if part in kept},
+        "strengths": {part: value for part, value in request.strengths.items() if part in names},
+        "schedules": {part: value for part, value in request.schedules.items() if part in names},
     }
     return request.model_copy(update=changes), tuple(stand_ins)
 

@@ -55,7 +55,7 @@ class _Attachment:
 class Steering:
     """Attaches prefix batches to one model.
 
-    A model has one `Steering`, whoever wraps it, since attaching marks its modules.
+    A model has one `Steering`, since attaching marks its modules.
 
     Attributes:
         geometry: Attention shapes and weights fingerprint, read off a forward pass.

@@ -30,12 +30,12 @@ class InitSpec:
     """What training prefixes start from.
 
     Attributes:
-        default: For prefixes that are not in `given`.
-        given: Per key, a text or a prefix.
+        default: For prefixes that are not in `values`.
+        values: Per key, a text or a prefix.
     """
 
     default: Initialization
-    given: Mapping[PrefixKey, str | Prefix]
+    values: Mapping[PrefixKey, str | Prefix]
 
     @classmethod
     def parse(cls, init: Initialization | Initializations, keys: Sequence[PrefixKey]) -> "InitSpec":
@@ -54,7 +54,7 @@ class InitSpec:
                     f"init is {init!r}; it must be one of: {', '.join(INITIALIZATIONS)}"
                 )
             return cls(init, {})
-        given = {}
+        values = {}
         for name, value in init.items():
             key = PrefixKey(*name) if isinstance(name, tuple) and len(name) == 2 else None
             if key not in keys:
@@ -64,8 +64,8 @@ class InitSpec:
                 )
             if not isinstance(value, Prefix) and not (isinstance(value, str) and value.strip()):
                 raise TrainingDataError(f"init of {key} is {value!r}; give a text or a Prefix")
-            given[key] = value
-        return cls("text", given)
+            values[key] = value
+        return cls("text", values)
 
 
 def make_slots(
@@ -97,28 +97,28 @@ def make_slots(
     Raises:
         GeometryMismatchError: If a given prefix was made for another model.
     """
-    given = spec.given.get(key)
-    if isinstance(given, Prefix):
-        frozen.geometry.require(given.geometry, f"the initialization of {key}")
-        return given
-    if given is None and spec.default == "stored" and stored is not None:
+    start = spec.values.get(key)
+    if isinstance(start, Prefix):
+        frozen.geometry.require(start.geometry, f"the initialization of {key}")
+        return start
+    if start is None and spec.default == "stored" and stored is not None:
         return stored
-    if given is None and spec.default == "random":
+    if start is None and spec.default == "random":
         return Prefix.random(frozen.geometry, num_slots=num_slots, seed=seed + index)
-    if given is None and spec.default == "tokens":
+    if start is None and spec.default == "tokens":
         vocabulary = sorted({token for ids in completions for token in ids})
         ids = random.Random(f"{seed}:{index}").choices(vocabulary, k=num_slots)
         return prefix_from_tokens(frozen, ids)
     # The last rows choose the slots: a row attends above all to its own copy, which is at the
     # start of the text. A single row has no other to choose by.
-    attending = rows[-_MAX_ATTENDING_ROWS:] if given or len(rows) > 1 else ()
-    return slots_from_text(frozen, given or text, attending, num_slots)
+    attending = rows[-_MAX_ATTENDING_ROWS:] if start or len(rows) > 1 else ()
+    return slots_from_text(frozen, start or text, attending, num_slots)
 
 
 def slots_from_text(
     frozen: FrozenModel, text: str, rows: Sequence[TrainingRow], num_slots: int
 ) -> Prefix:
-    """The keys and values of a text; of a longer text, per head those that rows attend to most.
+    """The keys and start of a text; of a longer text, per head those that rows attend to most.
 
     Args:
         frozen: The model.
@@ -137,12 +137,12 @@ def slots_from_text(
 
 
 def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]:
-    """The scale of the model's own keys and values of some tokens: see `scale_of`."""
+    """The scale of the model's own keys and start of some tokens: see `scale_of`."""
     return scale_of(prefix_from_tokens(frozen, ids[:_MAX_SCALE_TOKENS]))
 
 
 def scale_of(prefix: Prefix) -> dict[Site, Tensor]:
-    """Per site `(slot_size,)`: the root mean square of each head's keys, and of its values."""
+    """Per site `(slot_size,)`: the root mean square of each head's keys, and of its start."""
     scales = {}
     for site, rows in prefix.slots.items():
         head_sizes = prefix.geometry.head_sizes(site)

@@ -142,11 +142,11 @@ class Parameterization(TrainablePrefixes):
         """Leave some slots out; a pure function of seed and key, so equal in every process."""
         own_seed = random.Random(f"{seed}:{key.kind}:{key.name}").randrange(1 << 62)
         draws = torch.rand(prefix.num_slots, generator=torch.Generator().manual_seed(own_seed))
-        kept = draws >= self._slot_dropout
-        kept[draws.argmax()] = True  # at least one
+        keep_mask = draws >= self._slot_dropout
+        keep_mask[draws.argmax()] = True  # at least one
         return Prefix(
             prefix.geometry,
-            {site: rows[kept[: len(rows)]] for site, rows in prefix.slots.items()},
+            {site: rows[keep_mask[: len(rows)]] for site, rows in prefix.slots.items()},
         )
 
 

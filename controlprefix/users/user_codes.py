@@ -161,7 +161,7 @@ def _views(
     rows, owners = [], []
     for owner, texts in enumerate(features):
         for size in _VIEW_SIZES:
-            chosen = draw.sample(range(len(texts)), min(size, len(texts)))
-            rows.append(predictor.shrunk_features(texts[chosen]).double())
+            indices = draw.sample(range(len(texts)), min(size, len(texts)))
+            rows.append(predictor.shrunk_features(texts[indices]).double())
             owners.append(owner)
     return torch.stack(rows), torch.tensor(owners)

@@ -9,7 +9,7 @@ It runs inside vLLM, in an environment that has both packages:
 A request with `kv_transfer_params={"controlprefix": {"digest": …, "num_slots": P}}` starts with P
 placeholder tokens; before it runs, their keys and values are written by the attention backend's
 own function, so no layout is assumed. A prefix that cannot be read fails its own request; it is
-never ignored. Whoever sets these parameters is trusted: expose vLLM to the server only.
+never ignored. A client that sets these parameters is trusted: expose vLLM to the server only.
 """
 
 import logging
@@ -187,11 +187,11 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
             size = group.kv_cache_spec.block_size
             block = torch.tensor(blocks)[positions // size]
             # Block 0 is the null block of tokens that have left a sliding window.
-            kept = block != 0
-            cache_slots = (block * size + positions % size)[kept]
+            is_real = block != 0
+            cache_slots = (block * size + positions % size)[is_real]
             for name in group.layer_names:
                 if name in layers and len(cache_slots):
-                    self._write_layer(name, layers[name], prefix, positions[kept], cache_slots)
+                    self._write_layer(name, layers[name], prefix, positions[is_real], cache_slots)
 
     @staticmethod
     def _write_layer(
