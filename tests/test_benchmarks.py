@@ -1,0 +1,141 @@
+"""Every benchmark runs for one round on a tiny model and writes its results."""
+
+import gzip
+import importlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from controlprefix import embeddings
+
+from helpers import Histogram
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+TINY = ("--model", "tiny")
+ONCE = (*TINY, "--rounds", "1")
+WORDS = {"a": "kindly regards sincerely".split(), "b": "lol hey gonna".split()}
+LABELS = {
+    "formality_pavlick": {"formality": ("formal", "informal")},
+    "formality_squinky": {"formality": ("formal", "informal")},
+    "sentiment_yelp": {"sentiment": ("negative", "positive")},
+    "politeness_stanford": {"politeness": ("impolite", "polite")},
+    "aspects_sentiment_topic_toxicity": {
+        "sentiment": ("negative", "positive"),
+        "topic": ("business", "sports"),
+        "toxicity": ("nontoxic", "toxic"),
+    },
+}
+# Script -> its arguments; DATA stands for the folder of `data`.
+RUNS: dict[str, tuple[str, ...]] = {
+    "decoding": (*ONCE, "--rows", "1", "2", "--num-slots", "2", "--tokens", "2"),
+    "peers": (*ONCE, "--users", "2", "--prompt-users", "2", "--texts", "30", "--tokens", "2"),
+    "training_speed": (*ONCE, "--examples", "4", "--batch-size", "2", "--num-slots", "2"),
+    "assembly": (*ONCE, "--rows", "2", "--num-slots", "2"),
+    "loading": ("--rounds", "1"),
+    "storage_dtypes": (*TINY, "--steps", "1"),
+    "store": ("--small", "40", "--large", "40", "--times", "2"),
+    "quality": (*TINY, "DATA", "--seeds", "0", "--steps", "1", "--batch-size", "4")
+    + ("--num-slots", "2", "--rows", "4", "--texts", "2", "--new-tokens", "2"),
+    "num_slots": (*TINY, "DATA", "--num-slots", "2", "3", "--steps", "6", "--rows", "8")
+    + ("--learning-rate", "0.3"),
+    "attributes": (*TINY, "DATA", "--studies", "styles", "--steps", "6", "--num-slots", "2")
+    + ("--texts", "2", "--new-tokens", "2"),
+    "strengths": (*TINY, "DATA", "--steps", "6", "--user-steps", "1", "--num-slots", "2")
+    + ("--texts", "24", "--curve-texts", "4", "--new-tokens", "2"),
+    "unseen_labels": (*TINY, "DATA", "--topics", "business", "--steps", "3", "--rows", "4")
+    + ("--distill-steps", "1", "--num-slots", "2", "--texts", "2", "--new-tokens", "2"),
+    "authors": (*TINY, "DATA", "--users", "4", "--posts", "2", "--epochs", "1", "--rows", "2")
+    + ("--authors", "2", "--texts", "2", "--counts", "2"),
+    "user_training_speed": (*ONCE, "DATA", "--users", "4", "--posts", "2", "--epochs", "1")
+    + ("--rows", "2", "--authors", "2", "--texts", "2"),
+    "privacy": (*TINY, "DATA", "--users", "4", "--posts", "2", "--epochs", "1", "--rows", "2")
+    + ("--authors", "2", "--texts", "4", "--num-canaries", "1")
+    + ("--ways", "enrolled", "all slots, 1 epoch"),
+}
+SKIPPED = {
+    "adapters_batch_split": "needs an environment with an older transformers",
+    "serving": "tested with real servers, below",
+    "tables": "tested in test_docs.py",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like that of the public data sets, with a few invented rows per file."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+
+    def write(name: str, split: str, rows: list[dict[str, object]]) -> None:
+        with gzip.open(folder / f"{name}.{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def text(label: int, count: int = 5) -> str:
+        return " ".join(rng.choices(list(WORDS.values())[label], k=count))
+
+    for split, size in (("train", 64), ("dev", 8), ("test", 8)):
+        for name, attributes in LABELS.items():
+            rows: list[dict[str, object]] = [
+                {"text": text(i % 2), "attrs": {attribute: labels[i % 2]}}
+                for attribute, labels in attributes.items()
+                for i in range(size)
+            ]
+            write(name, split, rows)
+        facts = [{"mr": f"name[{i}]", "refs": [text(0), text(1)]} for i in range(size)]
+        write("e2e", split, facts)
+        triples: list[dict[str, object]] = [
+            {
+                "triples": [[f"x_{i}", "is", "y"]],
+                "refs": [text(i % 2)],
+                "category": "ABCD"[i % (4 if split == "test" else 2)],
+                "seen_category": split != "test" or i % 4 < 2,
+                "size": 1,
+            }
+            for i in range(size)
+        ]
+        write("webnlg", split, triples)
+        posts: list[dict[str, object]] = [
+            {"author": f"author{a}", "text": text(a % 2, 12)}
+            for a in range(8)
+            for _ in range(24 if split == "train" else 4)
+        ]
+        write("authors_blogs", split, posts)
+    return folder
+
+
+def test_every_benchmark_is_tested() -> None:
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert scripts == RUNS.keys() | SKIPPED.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_benchmark_runs_for_one_round(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Histogram())
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(data) if argument == "DATA" else argument for argument in RUNS[name]]
+    results = tmp_path / "results"
+    importlib.import_module(name).main([*arguments, "--results", str(results)])
+    (file,) = results.glob("*.json")
+    recorded = json.loads(file.read_text())
+    assert {"command", "commit", "date", "machine"} < recorded.keys()
+    if page := next(results.glob("*.md"), None):
+        assert page.read_text().startswith("# ")
+        assert "nan" not in page.read_text()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_servers_runs_for_one_round(tmp_path: Path) -> None:
+    arguments = ("--users", "3", "--seconds", "1", "--rounds", "1", "--concurrency", "2")
+    command = [sys.executable, BENCHMARKS / "serving.py", *arguments, "--new-tokens", "2"]
+    subprocess.run([*command, "--results", tmp_path], check=True, capture_output=True)
+    recorded = json.loads((tmp_path / "serving-transformers.json").read_text())
+    assert all(figures["failed"] == 0 for figures in recorded["contenders"].values())
+    assert len(recorded["contenders"]) == 3
