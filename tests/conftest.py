@@ -16,9 +16,18 @@ from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix
 
-from models import build, byte_tokenizer
+from models import CONFIGS, PARTICULAR, build, byte_tokenizer
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave all architectures but one, and the database server, to the slow tests."""
+    expensive = {*CONFIGS, *PARTICULAR, "postgresql"} - {"llama"}
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if expensive & {str(value) for value in parameters.values()}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         AttributeSpace.read(tmp_path / "missing.yaml")
 
 
+@pytest.mark.slow
 @given(st.sets(st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1)))
 def test_a_scaffold_is_read_back_whatever_the_labels_are_called(labels: set[str]) -> None:
     keys = {PrefixKey.for_label("a", name) for name in labels if name.strip() and "=" not in name}

@@ -65,6 +65,7 @@ def requests(count: int, seed: int = 0) -> list[Request]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_sequences_that_join_and_leave_generate_what_they_generate_alone(name: str) -> None:
     cp = engine(name)
@@ -83,6 +84,7 @@ def test_sequences_that_join_and_leave_generate_what_they_generate_alone(name: s
         assert item == expected
 
 
+@pytest.mark.slow
 def test_streamed_pieces_add_up_to_the_text(cp: ControlPrefix) -> None:
     batcher = cp.batcher(max_sequences=8)
     request_list = requests(12, seed=3)
@@ -93,6 +95,7 @@ def test_streamed_pieces_add_up_to_the_text(cp: ControlPrefix) -> None:
     batcher.close()
 
 
+@pytest.mark.slow
 def test_a_cancelled_sequence_leaves_and_the_others_stay(cp: ControlPrefix) -> None:
     batcher = cp.batcher(max_sequences=2)
     long = Request(prompt="x", raw=True, max_new_tokens=200, repetition_penalty=1.5)
@@ -170,6 +173,7 @@ def test_log_probabilities_are_those_of_the_model(cp: ControlPrefix) -> None:
         assert [token for token, _ in item.top] == row.topk(3).indices.tolist()
 
 
+@pytest.mark.slow
 def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
     request_list = requests(24, seed=5)
     expected = [cp.generate(request).text for request in request_list]
@@ -212,6 +216,7 @@ def test_a_request_cannot_take_more_rows_than_there_are(cp: ControlPrefix) -> No
         Request(prompt="x", attributes={"tone": {f"l{i}": 1.0 for i in range(65)}})
 
 
+@pytest.mark.slow
 def test_a_failure_while_joining_ends_every_ticket(
     cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +232,7 @@ def test_a_failure_while_joining_ends_every_ticket(
     assert batcher.load == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bart", "mistral", "gemma3"])
 def test_models_whose_cached_rows_cannot_move_run_one_batch_after_another(name: str) -> None:
     cp = engine(name)

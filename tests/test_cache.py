@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ _STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(steps=_STEPS)
 @settings(max_examples=60, deadline=None)
 def test_it_holds_the_same_as_a_dynamic_cache(steps: list[tuple[str, Any]]) -> None:

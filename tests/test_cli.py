@@ -56,6 +56,7 @@ def test_the_version_is_printed(tmp_path: Path) -> None:
     assert run(tmp_path, "--version").strip().endswith(__version__)
 
 
+@pytest.mark.slow
 def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) -> None:
     data, prompts = tmp_path / "data.jsonl", tmp_path / "prompts.txt"
     rows = [{"prompt": f"Hi {i}", "completion": "Good day to you."} for i in range(8)]
@@ -110,6 +111,7 @@ def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) ->
             run(tmp_path, *invalid)
 
 
+@pytest.mark.slow
 def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     rows = [
@@ -188,6 +190,7 @@ def test_mistakes_are_typed_errors(
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_mistake_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "controlprefix.cli", "prefixes", "show", "user", "ana"],
@@ -215,6 +218,7 @@ def test_names_are_printed_as_they_are(model_folder: Path, tmp_path: Path) -> No
     assert "'[red]x'" in run(tmp_path, "users", "forget", "[red]x")
 
 
+@pytest.mark.slow
 def test_users_are_learned_enrolled_and_audited(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +248,7 @@ def test_users_are_learned_enrolled_and_audited(
         run(tmp_path, "users", "train", str(data), *model)
 
 
+@pytest.mark.slow
 def test_prefixes_are_evaluated_and_calibrated(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

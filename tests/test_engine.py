@@ -69,6 +69,7 @@ def mixed_requests() -> list[Request]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_request_gives_the_same_in_a_mixed_batch_as_alone(name: str) -> None:
     cp = stocked(
@@ -130,6 +131,7 @@ def test_limits_and_stops_hold_for_each_row(cp: ControlPrefix) -> None:
     assert "".join(cp.stream(requests[2])) == stopped.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_a_stream_gives_the_text_of_generate(name: str) -> None:
     cp = stocked(
@@ -151,6 +153,7 @@ def test_leaving_a_stream_early_ends_its_generation(cp: ControlPrefix) -> None:
     assert not any("controlprefix_place" in vars(m) for m in cp.model.modules())
 
 
+@pytest.mark.slow
 def test_streams_of_different_users_at_once_stay_apart(cp: ControlPrefix) -> None:
     stocked(cp)
     requests = [

@@ -122,6 +122,7 @@ def test_a_classifier_of_nothing_tells_nothing() -> None:
         AttributeClassifier.train("mood", texts[:13], [*"aaaaaaaaa", *"bbbb"])
 
 
+@pytest.mark.slow
 def test_the_harness_finds_control_where_there_is_some(
     cp: ControlPrefix, classifier: AttributeClassifier, tmp_path: Path
 ) -> None:
@@ -263,6 +264,7 @@ def test_rows_that_have_no_attributes_are_refused(
         evaluate(cp, examples(), [classifier], strengths=(0.5, 1))
 
 
+@pytest.mark.slow
 def test_a_dial_moves_what_is_measured_more_evenly(
     cp: ControlPrefix, classifier: AttributeClassifier
 ) -> None:
@@ -304,6 +306,7 @@ def test_a_dial_moves_what_is_measured_more_evenly(
         strength_curve(cp, louder, "pitch", "high", classifier)
 
 
+@pytest.mark.slow
 def test_a_dial_is_of_the_prefix_that_was_measured(
     cp: ControlPrefix, classifier: AttributeClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +335,7 @@ def test_a_dial_is_of_the_prefix_that_was_measured(
         calibrate(cp, request, "pitch", "low", classifier, strengths=(0, 1), num_samples=3)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.floats(0, 1), min_size=6, max_size=6),
 )
@@ -353,6 +357,7 @@ def test_an_even_response_has_an_even_dial() -> None:
     assert dial[2.0] == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 @given(st.floats(0.5, 20), st.floats(0.5, 1.2), st.integers(0, 1000))
 def test_a_dial_finds_the_response_behind_noise(pull: float, bend: float, seed: int) -> None:
     draw = random.Random(seed)

@@ -136,6 +136,7 @@ def test_scores_are_those_of_the_formula(steered: ControlPrefix, parts: dict[str
     assert alone.num_tokens == len(ids)
 
 
+@pytest.mark.slow
 @given(weight=st.floats(-2, 2), seed=st.integers(0, 3))
 @settings(max_examples=15, deadline=None)
 def test_negative_strengths_in_a_batch_give_what_they_give_alone(weight: float, seed: int) -> None:

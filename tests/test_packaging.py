@@ -46,6 +46,7 @@ def test_the_links_lead_to_the_folders_at_the_root() -> None:
         assert link.resolve() == ROOT / name
 
 
+@pytest.mark.slow
 def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     source = tmp_path / "source"
     left_behind = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "*.db")
@@ -94,6 +95,7 @@ print(sorted(heavy & set(sys.modules)))
     assert run(code, cwd=tmp_path) == "[]"
 
 
+@pytest.mark.slow
 def test_using_the_engine_does_not_load_sentence_transformers(tmp_path: Path) -> None:
     code = "import sys, controlprefix.engine; print('sentence_transformers' in sys.modules)"
     assert run(code, cwd=tmp_path) == "False"

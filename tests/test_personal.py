@@ -163,6 +163,7 @@ def test_a_decoder_that_uses_no_features_needs_no_embeddings(
     assert torch.equal(ana.slots["decoder"], bo.slots["decoder"])
 
 
+@pytest.mark.slow
 def test_interrupted_decoder_training_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +285,7 @@ def test_style_features_have_one_length_for_any_text() -> None:
     assert len(lengths) == 1
 
 
+@pytest.mark.slow
 def test_the_privacy_audit_finds_memorized_texts_only() -> None:
     cp = engine()
     texts = ["Zebras quarrel with my vexed uncle 42 times a week"]

@@ -14,6 +14,8 @@ from controlprefix.interop import read_examples
 from controlprefix.model.loading import packaged_model
 from controlprefix.model.probing import weights_fingerprint
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parent.parent / "controlprefix" / "cli" / "demo_data"
 PIRATE = "You are a pirate. You talk like a pirate, matey, and you love the sea."
 

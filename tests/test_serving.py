@@ -387,6 +387,7 @@ def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:
             other.revoke_api_key("k")
 
 
+@pytest.mark.slow
 def test_rates_queues_and_times_are_limited(store: str) -> None:
     with PrefixStore(store, tenant="mine") as own_store:
         key = own_store.create_api_key("limited")
@@ -496,6 +497,7 @@ def test_a_closed_connection_leaves_the_batch(served: Served) -> None:
         served.batcher._forward = forward
 
 
+@pytest.mark.slow
 def test_many_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
     def ask(i: int) -> str:
         parts: dict[str, Any] = {"user": "ana"} if i % 2 else {}
@@ -513,6 +515,7 @@ def test_many_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
         assert list(pool.map(ask, range(24))) == alone
 
 
+@pytest.mark.slow
 def test_a_server_told_to_stop_finishes_what_it_has(store: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     MODEL.save_pretrained(folder)
@@ -551,6 +554,7 @@ def test_a_server_told_to_stop_finishes_what_it_has(store: str, tmp_path: Path) 
     assert text == whole
 
 
+@pytest.mark.slow
 def test_a_soak_with_faults_loses_nothing(tmp_path: Path) -> None:
     """The database restarts twice while clients ask, enrol, hang up and send nonsense."""
     with own_server(tmp_path / "data") as (server, url):

@@ -298,6 +298,7 @@ def test_export_and_import_round_trip_bit_for_bit(url: str, tmp_path: Path) -> N
     assert item == two == three
 
 
+@pytest.mark.slow
 def test_a_damaged_export_imports_nothing(store: PrefixStore, tmp_path: Path) -> None:
     store.put([new(), new(BO, seed=2)])
     store.export_to(tmp_path / "good.zip")
@@ -358,6 +359,7 @@ def test_concurrent_writers_lose_no_version(url: str) -> None:
         store.close()
 
 
+@pytest.mark.slow
 def test_many_readers_and_writers_at_once_see_whole_versions_that_only_grow(url: str) -> None:
     """Each version's numbers say its seed, so a torn or mixed one would show."""
     users = [PrefixKey("user", f"u{i}") for i in range(4)]
@@ -419,6 +421,7 @@ def test_writers_of_the_same_names_in_other_orders_do_not_block_each_other(url: 
 KILLS = int(os.environ.get("CONTROLPREFIX_KILLS", "30"))
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment_leaves_whole_versions(url: str) -> None:
     """Processes publish pairs in a loop and are killed; both or neither of a pair are there.
 
@@ -486,6 +489,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
         assert store.for_model(F).get(ANA).version == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_restarts_under_load_is_waited_for(tmp_path: Path) -> None:
     with own_server(tmp_path / "data") as (server, url), PrefixStore(url) as store:
         store.put([new(seed=1)])

@@ -56,6 +56,7 @@ def relabelled(examples: list[Example]) -> list[Example]:
 SETTINGS = {**QUICK, "steps": 40, "batch_size": 8, "learning_rate": 0.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_joint_training_learns_each_label_and_leaves_the_model_alone(name: str) -> None:
     cp = engine(name)
@@ -83,6 +84,7 @@ def test_joint_training_learns_each_label_and_leaves_the_model_alone(name: str) 
         )
 
 
+@pytest.mark.slow
 def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
     cp = engine(store=f"sqlite:///{tmp_path}/prefixes.db")
     examples = greetings()
@@ -123,6 +125,7 @@ def test_a_users_prefix_moves_only_with_rows_of_that_user() -> None:
     assert cp.get("user", "bo").to_bytes() == untouched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bart", "t5"])
 def test_gradient_checkpointing_learns_the_same(name: str) -> None:
     """Also where the model has dropout, which must stay off."""

@@ -51,6 +51,7 @@ def test_every_parameterization_learns(name: str) -> None:
     assert cp.versions("task", "greet")[-1].details["training"]["parameterization"] == name
 
 
+@pytest.mark.slow
 def test_a_step_in_pieces_is_the_same_step() -> None:
     reports, prefixes = [], []
     for micro_batch in (None, 1, 3):
@@ -83,6 +84,7 @@ def python(script: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["direct", "shared"])
 def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(
     name: str, tmp_path: Path
@@ -120,6 +122,7 @@ def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(
         assert again.get(kind, name_).to_bytes() == whole.get(kind, name_).to_bytes()  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_stored_again_or_go_on_longer(tmp_path: Path) -> None:
     cp = engine()
     settings = {**QUICK, "parameterization": "mlp"}
@@ -137,6 +140,7 @@ def test_a_finished_run_can_be_stored_again_or_go_on_longer(tmp_path: Path) -> N
     assert len(report.losses) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validation", [0, 0.25])
 def test_a_run_that_is_to_end_sooner_keeps_what_it_has_learned(
     validation: float, tmp_path: Path
@@ -203,6 +207,7 @@ def test_the_teacher_of_a_distilled_prefix_has_no_default_labels() -> None:
     assert cp.distill("Be warm.", **target, **options).losses == first.losses
 
 
+@pytest.mark.slow
 def test_another_run_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
     cp = engine()
     cp.train(greetings(), folder=tmp_path, **QUICK)
@@ -233,6 +238,7 @@ def port() -> str:
     return str(number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["direct", "shared"])
 def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Path) -> None:
     """Also where one has no row left in a step, and a label stands in the other's rows only."""
@@ -328,6 +334,7 @@ def test_patience_ends_a_run_that_no_longer_gets_better() -> None:
     assert report.best_loss == min(looks)
 
 
+@pytest.mark.slow
 def test_weight_decay_pulls_to_the_start_and_slot_dropout_is_for_training_only() -> None:
     def distance(**settings: float) -> float:
         cp = engine()
@@ -372,6 +379,7 @@ def test_starts_of_ones_own(tmp_path: Path) -> None:
         cp.train(greetings(), init={("task", "greet"): foreign}, **QUICK)
 
 
+@pytest.mark.slow
 def test_contrast_drives_labels_apart() -> None:
     examples = greetings()
     swapped = [
@@ -407,6 +415,7 @@ def test_a_row_is_contrasted_with_another_label_of_its_attribute_only() -> None:
     assert add_contrast([lone], keys, random.Random(0))[0].other is None
 
 
+@pytest.mark.slow
 def test_a_prefix_distilled_from_an_instruction_replaces_it() -> None:
     cp = engine()
     instruction = "Answer in a very formal way, please."
@@ -586,6 +595,7 @@ def test_the_fewest_slots_are_chosen_from_which_on_all_are_good_enough(
         shorten(prefix, everywhere, nats_with, keep=0)
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
     cp = engine()
     report = cp.sweep(

@@ -140,6 +140,7 @@ def test_one_label_stands_in_where_there_can_be_one(cp: ControlPrefix) -> None:
     assert parts_used[1] == {"tone=strict": 1.0}
 
 
+@pytest.mark.slow
 def test_texts_of_many_at_once_do_not_displace_each_other(cp: ControlPrefix) -> None:
     def ask(i: int) -> tuple[str, ...]:
         labels = {f"l{i}-{j}": 1.0 for j in range(12)}

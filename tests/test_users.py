@@ -34,6 +34,7 @@ def engine(name: str = "llama", store: str = "sqlite://") -> ControlPrefix:
     return ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store=store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "bart"])
 @pytest.mark.parametrize("settings", [{}, {"parameterization": "mlp", "slot_dropout": 0.3}])
 def test_users_together_learn_what_each_learns_alone(name: str, settings: dict[str, Any]) -> None:
@@ -56,6 +57,7 @@ def test_users_together_learn_what_each_learns_alone(name: str, settings: dict[s
             assert torch.allclose(slots, lone.get("user", user).slots[site], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_each_user_learns_their_own_texts() -> None:
     cp = engine()
     cp.train_users(TEXTS, **{**QUICK, "steps": 40, "validation": 0})
@@ -103,6 +105,7 @@ def test_untrainable_users_are_reported_and_affect_nobody(
     assert sorted(cp.names("user")) == sorted(TEXTS)
 
 
+@pytest.mark.slow
 def test_a_user_with_a_million_texts_is_trained_on_a_sample() -> None:
     cp = engine()
     texts = {"much": ["line"] * 1_000_000, "long": ["word " * 100_000], "ana": TEXTS["ana"]}
@@ -153,6 +156,7 @@ def test_an_interrupted_run_resumes_with_the_users_who_are_left(tmp_path: Path) 
     assert [v.version for v in again.versions("user", "bo")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_early_stopping_is_per_user() -> None:
     settings = {**QUICK, "steps": 60, "num_evaluations": 30, "learning_rate": 500.0, "patience": 1}
     report = engine().train_users(TEXTS, concurrent_users=4, **settings)

@@ -160,12 +160,11 @@ def _describe(request: Request) -> str:
     if request.task is None:
         return "no prefix"
     words = [f"user {request.user}"] if request.user else []
-    for attribute, label in request.attributes.items():
+    for attribute, labels in request.attributes.items():
+        weights = {} if isinstance(labels, str) else labels
+        text = " + ".join(f"{w} {n}" for n, w in weights.items()) or str(labels)
         strength = request.strengths.get(attribute)
-        label = (
-            label if isinstance(label, str) else " + ".join(f"{w} {n}" for n, w in label.items())
-        )
-        words.append(label if strength is None else f"{label}, strength {strength}")
+        words.append(text if strength is None else f"{text}, strength {strength}")
     return ", ".join(words) or "task only"
 
 

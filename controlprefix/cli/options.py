@@ -88,24 +88,25 @@ def _with_options(
 
 
 def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
+    """The option of a field; its help names a default that the command sets later."""
     text = " ".join((field.description or "").replace("`", "").split())
     if name in _REPEATABLE:
         long, short, example = _REPEATABLE[name]
         flags = [long, *([short] if short else [])]
         annotation: Any = list[str] | None
         text = f"{text} Repeatable: {example}."
-        default = None
+        value: Any = None
     else:
         flags = [f"--{name.replace('_', '-')}"]
         annotation = _option_type(field.annotation)
-        default = field.default
+        value = field.default
     if default is not None:
         text = f"{text} Default: {default}."
-        default, annotation = None, annotation | None
+        value, annotation = None, annotation | None
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=default,
+        default=value,
         annotation=Annotated[annotation, typer.Option(*flags, help=text)],
     )
 

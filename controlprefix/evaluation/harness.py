@@ -265,12 +265,12 @@ def _with_label(row: Example, key: PrefixKey, strength: float) -> Example:
 
 def _without(row: Example, parts: Collection[str]) -> Example:
     """A row without some of its attributes or its user."""
-    names = {
+    fields = {
         "attributes": {name: v for name, v in row.attributes.items() if name not in parts},
         "user": None if "user" in parts else row.user,
         "strengths": {name: v for name, v in row.strengths.items() if name not in parts},
     }
-    return row.model_copy(update=names)
+    return row.model_copy(update=fields)
 
 
 def _rows_by_user(rows: Sequence[Example]) -> dict[str, list[int]]:
