@@ -2,6 +2,7 @@
 # make test        set up, then run the tests
 # make test-vllm   set up an environment of its own with vLLM, and compare the two engines
 # make check       set up, then lint, types and the import contract
+# make docs        set up, then build the documentation site in docs/_build; warnings are errors
 # make bench-vllm  set up that environment, and measure servers through vLLM
 # make bench       set up, then measure speed against the plain model and against others
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 BENCHMARKS := decoding peers training_speed assembly loading storage_dtypes store serving
 READY := $(VENV)/ready
 
-.PHONY: demo test test-vllm check bench bench-vllm clean
+.PHONY: demo test test-vllm check docs bench bench-vllm clean
 
 demo: $(READY)
 	$(BIN)/controlprefix demo
@@ -28,6 +29,9 @@ bench-vllm: .venv-vllm/ready
 	cd benchmarks && ../.venv-vllm/bin/python serving.py --engine vllm
 	cd benchmarks && ../$(BIN)/python tables.py
 
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +41,6 @@ check: $(READY)
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 bench: $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,bench]'
 	cd benchmarks && for name in $(BENCHMARKS); do ../$(BIN)/python $$name.py || exit 1; done
 	cd benchmarks && ../$(BIN)/python decoding.py --prompt 400 --rows 8 32 --num-slots 16 48
 	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
@@ -65,4 +68,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-adapters .venv-vllm build dist *.egg-info
+	rm -rf docs/_build $(VENV) .venv-adapters .venv-vllm build dist *.egg-info

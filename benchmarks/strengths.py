@@ -22,6 +22,7 @@ from controlprefix.evaluation.metrics import spearman
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.request import PartUsed
 
+from lib import plots
 from lib.attribute_methods import (
     BATCH_SIZE,
     ControlPrefixMethod,
@@ -316,6 +317,7 @@ def page(results: Mapping[str, Any]) -> str:
                 for name, kind in curves.items()
             }
             parts += [f"### {label}", table("kind", rows, columns)]
+        parts.append("![Probability of a label over its strength](strengths.png)")
     if "conflict" in results:
         lines = [line(name, f"{p:.2f}") for name, p in results["conflict"].items()]
         parts += [
@@ -379,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             file.set("dials", label, value=dials(method, label, options))
     if file.get("conflict") is None:
         file.set("conflict", value=conflict(method, options))
+    plots.dials(file.path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write the pages and tables of all results from the JSON files in `docs/results/`.
 
 It measures nothing. The pages `speed.md`, `store.md` and `serving.md` are written whole, and the
-tables of docs/results.md between their markers (`<!-- name -->` … `<!-- /name -->`).
+tables of the README and docs/results.md between their markers (`<!-- name -->` … `<!-- /name -->`).
 """
 
 import json
@@ -15,6 +15,17 @@ from lib.results import ROOT, arguments
 from lib.tables import header, line
 
 ENGINES = ("transformers", "vllm")
+README_ROWS = (  # beginnings of rows of the speed table
+    "a decode step of 8 rows, 48 own slots each",
+    "32 users, 32 tokens each",
+    "8 users, 32 tokens each, 1000 tokens",
+    "a training step",
+)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """All result files by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def speed(files: Mapping[str, Any]) -> list[tuple[str, str, Comparison]]:
@@ -55,6 +66,16 @@ def comparisons(
 
 def speed_table(files: Mapping[str, Any]) -> str:
     lines = [line(what, against, str(row)) for what, against, row in speed(files)]
+    return "\n".join([header("what", "against", "ratio (quartiles)"), *lines])
+
+
+def peers_table(files: Mapping[str, Any]) -> str:
+    """The rows of the speed table that the README has."""
+    lines = [
+        line(what, against, str(row))
+        for what, against, row in speed(files)
+        if f"{what}, {against}".startswith(README_ROWS)
+    ]
     return "\n".join([header("what", "against", "ratio (quartiles)"), *lines])
 
 
@@ -224,11 +245,16 @@ def authors_table(files: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "peers": peers_table,
     "speed": speed_table,
     "serving": serving_table,
     "quality": quality_table,
     "attributes": attributes_table,
     "authors": authors_table,
+}
+DOCUMENTS = {
+    "README.md": ("peers",),
+    "docs/results.md": ("speed", "serving", "quality", "attributes", "authors"),
 }
 PAGES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speed": speed_page,
@@ -249,12 +275,13 @@ def fill_markers(text: str, tables: Mapping[str, str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(__doc__).parse_args(argv)
     folder: Path = options.results
-    files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    files = read_results(folder)
     for name, page in PAGES.items():
         (folder / f"{name}.md").write_text(page(files) + "\n")
-    document = ROOT / "docs" / "results.md"
-    tables = {name: table(files) for name, table in TABLES.items()}
-    document.write_text(fill_markers(document.read_text(), tables))
+    for document, names in DOCUMENTS.items():
+        tables = {name: TABLES[name](files) for name in names}
+        path = ROOT / document
+        path.write_text(fill_markers(path.read_text(), tables))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Every error that this library raises on purpose.
 
+::
+
     ControlPrefixError
     ├── RequestError              a request that cannot be carried out as written
     │   ├── ContextLengthError    prompt and completion do not fit the model's context

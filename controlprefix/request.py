@@ -89,25 +89,25 @@ class SteeringFields(BaseModel):
     """Per attribute its label, or a mixture as a dict of labels and weights."""
 
     strengths: dict[str, float] = Field(default_factory=dict)
-    """Strength per part: keys are `task`, `user` or an attribute. 0 is absent, 1 as trained,
-    below 0 steers away from the part (which costs an extra row of the batch)."""
+    """Strength per part, by `task`, `user` or the attribute. 0 is absent, 1 as trained, below 0
+    steers away from the part (which costs an extra row of the batch)."""
 
     mixing: Mixing = "attention"
-    """How several labels are combined. `attention`: their slots share one attention. `logits`:
-    one extra row per label, whose change of the logits is added up, which gives firmer control
-    of several attributes; negative weights for unwanted labels make it firmer still."""
+    """How several labels are combined. With `attention` their slots share one attention. With
+    `logits` each label has an extra row, and the changes of the logits are added up: firmer
+    control of several attributes, and firmer still with negative weights for unwanted labels."""
 
     calibrated: bool = False
     """Read weights and strengths of attributes as positions of their labels' calibrated dials
     (see `controlprefix.evaluation.calibrate`)."""
 
     unseen: Unseen = "refuse"
-    """What to do with a label that has no prefix: `refuse` it, mix the `nearest` trained labels
+    """What to do with a label that has no prefix. `refuse` it, mix the `nearest` trained labels
     by sentence embedding, or make a prefix from its `text` (the description in the attribute
     file, or a sentence that names the label)."""
 
     schedules: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
-    """Strength schedule per part: `(token, multiplier)` points joined by straight lines.
+    """Strength schedule per part, as `(token, multiplier)` points joined by straight lines.
     `{"tone": [(0, 1), (40, 0)]}` fades the tone out over the first 40 new tokens."""
 
     top_k: int | None = Field(default=None, ge=1)

@@ -1,16 +1,18 @@
 """The README and the examples do what they say."""
 
+import importlib
 import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from controlprefix import ControlPrefix
+from controlprefix import ControlPrefix, embeddings
 from controlprefix.interop import read_examples
 
-from helpers import commands
+from helpers import Letters
 from models import build, byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -55,10 +57,44 @@ def test_every_target_is_in_the_readme() -> None:
         assert f"make {target}" in README
 
 
-def test_the_page_of_the_command_line_lists_every_command_and_no_other() -> None:
-    page = (ROOT / "docs" / "guides" / "command-line.md").read_text()
-    listed = set(re.findall(r"^\| `controlprefix ([a-z -]+)`", page, re.MULTILINE))
-    assert listed == {" ".join(path) for path in commands()}
+GUIDES = (
+    "getting-started",
+    "guides/train",
+    "guides/users",
+    "guides/strengths",
+    "guides/store",
+    "guides/evaluate",
+)
+WITH_A_SERVER = {"guides/serve"}  # its code needs a running server
+
+
+def _python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_every_page_with_code_is_executed() -> None:
+    docs = ROOT / "docs"
+    pages = {str(p.relative_to(docs).with_suffix("")) for p in docs.rglob("*.md")}
+    assert {name for name in pages if _python_blocks(docs / f"{name}.md")} == {
+        *GUIDES,
+        *WITH_A_SERVER,
+    }
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_code_of_a_guide_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiny(model: str, **options: Any) -> ControlPrefix:
+        assert model == "smollm2"
+        return from_pretrained(build("llama"), tokenizer=byte_tokenizer(chat=True), **options)
+
+    from_pretrained = ControlPrefix.from_pretrained
+    monkeypatch.setattr(ControlPrefix, "from_pretrained", tiny)
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Letters())
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(_python_blocks(ROOT / "docs" / f"{name}.md"))
+    exec(compile(code, name, "exec"), {"__name__": name})
 
 
 def test_links_in_the_documents_lead_to_files() -> None:
@@ -80,54 +116,38 @@ def test_figures_in_the_readme_are_those_of_the_recorded_demo() -> None:
     assert compared == 5
 
 
-def test_the_speed_rows_in_the_readme_are_those_of_the_results() -> None:
-    measured = (ROOT / "docs" / "results" / "speed.md").read_text().splitlines()
-    (table,) = re.findall(r"\| what \| against \| ratio.*\n\| ---.*\n((?:\|.*\n)+)", README)
-    assert len(table.splitlines()) == 5
-    assert set(table.splitlines()) <= set(measured)
-
-
-@pytest.mark.parametrize("name", ["speed", "serving"])
-def test_tables_on_the_results_page_are_those_of_the_results(name: str) -> None:
-    rows = _table(name)
-    assert len(rows) > 4
-    assert "\n".join(rows) in (ROOT / "docs" / "results" / f"{name}.md").read_text()
+def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running `benchmarks/tables.py` again changes nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("tables")
+    folder = ROOT / "docs" / "results"
+    files = tables.read_results(folder)
+    for name, page in tables.PAGES.items():
+        assert (folder / f"{name}.md").read_text() == page(files) + "\n", name
+    for document, names in tables.DOCUMENTS.items():
+        text = (ROOT / document).read_text()
+        for name in names:
+            table = tables.TABLES[name](files)
+            assert table.count("\n") > 4
+            assert f"<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->" in text, name
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "columns"),
-    [
-        ("learned", "training", {0: ("formality", "nats"), 4: ("e2e", "nats")}),
-        ("control", "control", {0: ("aspects", "control"), 2: ("styles", "control")}),
-    ],
+    "name",
+    ["attributes", "authors", "num_slots", "privacy", "quality", "strengths", "unseen_labels"],
 )
-def test_short_tables_hold_the_cells_of_the_whole_ones(
-    name: str, file: str, columns: dict[int, tuple[str, str]]
-) -> None:
-    rows = [line.strip("| ").split(" | ") for line in _table(name)[2:]]
-    whole = (ROOT / "docs" / "results" / f"{file}.md").read_text()
-    for column, (section, measure) in columns.items():
-        expected = _column(whole, section, measure)
-        shown_text = {way: cells[column] for way, *cells in rows if column < len(cells)}
-        shared = {way: cell for way, cell in shown_text.items() if cell.strip() and way in expected}
-        assert len(shared) > 8
-        assert shared == {way: expected[way] for way in shared}
+def test_pages_are_those_of_the_result_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module(name)
+    path = ROOT / "docs" / "results" / f"{name.replace('_', '-')}.json"
+    page = script.page(json.loads(path.read_text()))
+    assert path.with_suffix(".md").read_text() == page.rstrip("\n") + "\n"
 
 
-def _table(name: str) -> list[str]:
-    """The lines of a marked table on the results page."""
-    page = (ROOT / "docs" / "results.md").read_text()
-    (table,) = re.findall(f"<!-- {name} -->(.*)<!-- /{name} -->", page, re.DOTALL)
-    return [line for line in table.splitlines() if line.startswith("|")]
-
-
-def _column(page: str, section: str, measure: str) -> dict[str, str]:
-    """Way → mean, in the first table of a section."""
-    (text,) = re.findall(rf"^## {section}\b.*?$(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
-    (first, *_) = re.findall(r"((?:^\|.*\n)+)", text, re.MULTILINE)
-    header, _, *lines = [line.strip("| \n").split(" | ") for line in first.splitlines()]
-    place = header.index(measure)
-    return {line[0]: line[place].split(" ± ")[0] for line in lines if place < len(line)}
+def test_results_say_when_and_how_they_were_measured() -> None:
+    for path in (ROOT / "docs" / "results").glob("*.json"):
+        if path.stem != "demo":
+            assert {"command", "commit", "date", "machine"} < json.loads(path.read_text()).keys()
 
 
 def test_the_demo_data_is_whole() -> None:

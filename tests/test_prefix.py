@@ -1,6 +1,7 @@
 """Prefix: an immutable value, and damaged bytes are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from controlprefix import Geometry, GeometryMismatchError, Prefix, PrefixFormatError
+from controlprefix import Geometry, GeometryMismatchError, Prefix, PrefixFormatError, StoreError
 from controlprefix.prefixes.geometry import LayerShape
 
 SMALL = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
@@ -57,6 +58,20 @@ def test_layers_come_back_as_they_were_given() -> None:
             read_keys, read_values = prefix.layer(site, i)
             assert torch.equal(read_keys, keys)
             assert torch.equal(read_values, values)
+
+
+def test_a_saved_file_is_loaded_and_a_missing_one_named(tmp_path: Path) -> None:
+    prefix = Prefix.random(UNEVEN, num_slots=3, seed=1)
+    prefix.save(tmp_path / "p.safetensors")
+    assert same(Prefix.load(tmp_path / "p.safetensors"), prefix)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+    with pytest.raises(StoreError, match="cannot read the prefix file '.*q.safetensors'"):
+        Prefix.load(tmp_path / "q.safetensors")
+    with pytest.raises(StoreError, match="cannot write the prefix file"):
+        prefix.save(tmp_path / "none" / "p.safetensors")
+    (tmp_path / "p.safetensors").write_bytes(b"x")
+    with pytest.raises(PrefixFormatError, match="the file '.*p.safetensors'"):
+        Prefix.load(tmp_path / "p.safetensors")
 
 
 def test_a_site_left_out_has_no_slots() -> None:

@@ -1,5 +1,6 @@
 """Requests and data files: what is refused, and what the message says."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 from controlprefix import Example, Request, RequestError, TrainingDataError
 from controlprefix.inference.stopping import stream_until_stop
 from controlprefix.interop import read_examples, read_texts
+from controlprefix.request import RequestFields
+from controlprefix.training import TrainingOptions, TrainingSettings
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,18 @@ def test_requests_that_cannot_be_carried_out(fields: dict[str, Any], message: st
         Request(**fields)
     with pytest.raises(ValidationError):  # as pydantic users, such as web frameworks, expect it
         Request.model_validate(fields)
+
+
+def test_the_options_of_generate_are_the_fields_of_a_request() -> None:
+    assert RequestFields.__annotations__.keys() == Request.model_fields.keys() - {
+        "prompt",
+        "messages",
+    }
+
+
+def test_the_options_of_train_are_the_fields_of_its_settings() -> None:
+    names = {field.name for field in dataclasses.fields(TrainingSettings)}
+    assert TrainingOptions.__annotations__.keys() == names
 
 
 def test_a_message_never_repeats_a_prompts_text() -> None:

@@ -74,6 +74,24 @@ def peers(path: Path) -> None:
         figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
+def dials(path: Path) -> None:
+    """The probability of each label over the strength, plain and calibrated."""
+    results = json.loads(path.read_text())["dials"]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6, 2.6), layout="constrained")
+        axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+        for label, kinds in results.items():
+            panel: Axes = axes[list(results).index(label)]
+            for name in ("attention mass", "attention mass, calibrated"):
+                points = [(w, p) for w, p, _ in kinds.get(name, {}).get("points", ()) if w <= 1]
+                if points:
+                    panel.plot([w for w, _ in points], [p for _, p in points], "o-", label=name)
+            panel.set(xlabel=f"strength of {label}", ylim=(0, 1))
+        axes[0].set_ylabel("probability of the label")
+        axes[0].legend(frameon=False, fontsize=7)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
 def curves(
     path: Path,
     points: Mapping[str, Sequence[tuple[float, float]]],

@@ -121,7 +121,8 @@ class TrainingMethods(GenerationMethods):
                 attribute, or a user.
             completions: One per prompt; left out, the teacher generates them with `seed`.
             max_new_tokens: Maximum length of those.
-            num_slots, folder, resume, progress, accelerator, **options: As in `train`.
+            num_slots, folder, resume, progress, accelerator: As in `train`.
+            **options: As in `train`.
 
         Raises:
             TrainingDataError: If not exactly one prefix is named, there is no prompt, or there
@@ -183,7 +184,8 @@ class TrainingMethods(GenerationMethods):
         """Train with different numbers of slots, store nothing, and compare validation losses.
 
         Args:
-            examples, learn, init, progress, **options: As in `train`.
+            examples, learn, init, progress: As in `train`.
+            **options: As in `train`.
             num_slots: Slots of each trained prefix; each number is tried.
             parameterizations: Each is tried with each number of slots.
 

@@ -168,8 +168,8 @@ class UserMethods(PrefixMethods):
     ) -> PrivacyReport:
         """Measure what a user's current prefix reveals of the texts it was trained on.
 
-        Fewer `epochs`, early stopping, or a code instead of all slots reveal less; see
-        docs/results/leaks.md for what each costs.
+        Fewer `epochs`, early stopping, or a code instead of all slots reveal less, each at some
+        cost in likelihood.
 
         Args:
             user: Name of the user.

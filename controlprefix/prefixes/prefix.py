@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from controlprefix.errors import GeometryMismatchError, PrefixFormatError
+from controlprefix._io import atomic_path
+from controlprefix.errors import GeometryMismatchError, PrefixFormatError, StoreError
 from controlprefix.prefixes import container
 from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype
 from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
@@ -226,6 +228,39 @@ class Prefix:
             return prefix.require_finite(name)
         except GeometryMismatchError as error:
             raise PrefixFormatError(f"{name} contradicts its own geometry: {error}") from error
+
+    def save(self, path: str | Path, dtype: StorageDtype | None = None) -> None:
+        """Write the prefix to a safetensors file, in one step.
+
+        Args:
+            path: The file; an existing one is replaced.
+            dtype: As in `to_bytes`.
+
+        Raises:
+            StoreError: If the file cannot be written.
+        """
+        try:
+            with atomic_path(Path(path)) as temporary:
+                temporary.write_bytes(self.to_bytes(dtype))
+        except OSError as error:
+            raise StoreError(f"cannot write the prefix file '{path}': {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Raises:
+            StoreError: If the file cannot be read.
+            PrefixFormatError: As `from_bytes`.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise StoreError(f"cannot read the prefix file '{path}': {error}") from error
+        return cls.from_bytes(data, name=f"the file '{path}'")
 
     def require_finite(self, name: str = "prefix") -> Self:
         """Return this prefix if all its values are finite floats.

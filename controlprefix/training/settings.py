@@ -56,7 +56,7 @@ class TrainingSettings:
     """Norm to which gradients are clipped."""
 
     parameterization: ParameterizationName = "shared"
-    """How slots are produced during training: see `controlprefix.training.parameterization`."""
+    """How slots are produced during training (see `controlprefix.training.parameterization`)."""
 
     hidden_size: _PositiveInt = 512
     """Size of the networks' hidden layers."""
