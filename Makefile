@@ -4,7 +4,7 @@
 # make check       set up, then lint, types and the import contract
 # make docs        set up, then build the documentation site in docs/_build; warnings are errors
 # make bench-vllm  set up that environment, and measure servers through vLLM
-# make bench       set up, then measure speed against the plain model and against others
+# make bench       set up, then measure speed against the plain model and against others: one to three hours
 
 PYTHON ?= python3
 VENV := .venv

@@ -116,7 +116,7 @@ def with_adapters(model: PreTrainedModel, config: PeftConfig, num_users: int) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__, rounds=5)
+    parser = arguments(__doc__, rounds=3)
     add_model_options(parser)
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--prompt-users", type=int, default=8, help="users with texts in prompts")

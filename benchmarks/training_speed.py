@@ -18,6 +18,7 @@ from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import PrefixKey
 from controlprefix.training import TrainingRow, TrainingSettings, train
 from controlprefix.training.initialization import scale_of
+from controlprefix.training.parameterization import parameterize
 
 from lib import peft_training
 from lib.comparison import Measures, compare, now, peak_mib
@@ -43,7 +44,7 @@ def controlprefix_epoch(
     train(
         frozen,
         [TrainingRow.from_example(row, peft_training.END, (), ((key, 1.0),)) for row in rows],
-        settings.parameterize({key: start}, scale_of(start)),
+        parameterize(settings, {key: start}, scale_of(start)),
         settings=settings,
         progress=False,
     )
@@ -63,7 +64,7 @@ def measure(work: Callable[[], None], steps: int) -> Measures:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__, rounds=5)
+    parser = arguments(__doc__, rounds=3)
     add_model_options(parser)
     parser.add_argument("--num-slots", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)

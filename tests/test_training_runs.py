@@ -29,6 +29,7 @@ from controlprefix.prefixes.geometry import Site
 from controlprefix.training import ParameterizationName, TrainingRow, TrainingSettings
 from controlprefix.training.loop import TrainingLoop
 from controlprefix.training.objectives import ContrastPair, add_contrast
+from controlprefix.training.parameterization import parameterize
 from controlprefix.training.preparation import prepare
 from controlprefix.training.run import TrainingRun
 from controlprefix.training.shortening import shorten
@@ -478,7 +479,7 @@ def test_every_token_counts_alike_however_rows_are_batched() -> None:
             num_slots=3,
             init="text",
         )
-        slots = settings.parameterize(prepared.initial, prepared.scale)
+        slots = parameterize(settings, prepared.initial, prepared.scale)
         run = TrainingRun(prepared.rows, slots, settings, cp.model.device)
         loop = TrainingLoop(cp.frozen_model, settings, Accelerator())
         for batch in batches:

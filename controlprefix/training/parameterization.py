@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from controlprefix.prefixes import Geometry, Prefix, PrefixKey, Site, UserCode
 from controlprefix.prefixes.slot_network import SlotNetwork
-from controlprefix.training.settings import ParameterizationName
+from controlprefix.training.settings import ParameterizationName, TrainingSettings
 
 
 class TrainablePrefixes(nn.Module, ABC):
@@ -148,6 +148,26 @@ class Parameterization(TrainablePrefixes):
             prefix.geometry,
             {site: rows[keep_mask[: len(rows)]] for site, rows in prefix.slots.items()},
         )
+
+
+def parameterize(
+    settings: TrainingSettings, initial: Mapping[PrefixKey, Prefix], scale: Mapping[Site, Tensor]
+) -> Parameterization:
+    """Trainable prefixes at their initialization.
+
+    Args:
+        settings: Names the parameterization and its sizes.
+        initial: The prefixes to start from.
+        scale: Per site, the unit of change of a slot's values, `(slot_size,)`.
+    """
+    return Parameterization(
+        settings.parameterization,
+        initial,
+        scale,
+        hidden_size=settings.hidden_size,
+        slot_dropout=settings.slot_dropout,
+        seed=settings.seed,
+    )
 
 
 class _DirectChange(nn.Module):

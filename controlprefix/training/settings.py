@@ -2,18 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from controlprefix.errors import TrainingDataError, validation_message
-
-if TYPE_CHECKING:  # so that the command line need not import torch for its options
-    from torch import Tensor
-
-    from controlprefix.prefixes import Prefix, PrefixKey, Site
-    from controlprefix.training.parameterization import Parameterization
 
 ParameterizationName = Literal["direct", "mlp", "shared", "shared-kv"]
 
@@ -104,26 +98,6 @@ class TrainingSettings:
     def peak_learning_rate(self) -> float:
         """The learning rate asked for, or the default of the parameterization."""
         return self.learning_rate or _DEFAULT_LEARNING_RATES[self.parameterization]
-
-    def parameterize(
-        self, initial: "Mapping[PrefixKey, Prefix]", scale: "Mapping[Site, Tensor]"
-    ) -> "Parameterization":
-        """Trainable prefixes at their initialization.
-
-        Args:
-            initial: The prefixes to start from.
-            scale: Per site, the unit of change of a slot's values, `(slot_size,)`.
-        """
-        from controlprefix.training.parameterization import Parameterization
-
-        return Parameterization(
-            self.parameterization,
-            initial,
-            scale,
-            hidden_size=self.hidden_size,
-            slot_dropout=self.slot_dropout,
-            seed=self.seed,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, with the learning rate that is used."""

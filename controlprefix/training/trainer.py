@@ -19,6 +19,7 @@ from controlprefix.store import NewVersion, PrefixStore
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
+from controlprefix.training.parameterization import parameterize
 from controlprefix.training.preparation import Learnable, Preparation, check_trainable, prepare
 from controlprefix.training.run import TrainingReport, batches_by_length, split
 from controlprefix.training.settings import ParameterizationName, TrainingSettings
@@ -166,7 +167,7 @@ class Trainer:
                 run = train(
                     self._frozen,
                     preparation.rows,
-                    settings.parameterize(preparation.initial, preparation.scale),
+                    parameterize(settings, preparation.initial, preparation.scale),
                     settings=settings,
                     progress=progress,
                 )
@@ -208,7 +209,7 @@ class Trainer:
         run = train(
             self._frozen,
             preparation.rows,
-            settings.parameterize(preparation.initial, preparation.scale),
+            parameterize(settings, preparation.initial, preparation.scale),
             settings=settings,
             progress=progress,
             folder=folder,

@@ -11,7 +11,7 @@ from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import NewVersion, PrefixStore, SimilarUser, StoredVersion
 from controlprefix.training.initialization import typical_scale
-from controlprefix.training.parameterization import TrainablePrefixes
+from controlprefix.training.parameterization import TrainablePrefixes, parameterize
 from controlprefix.training.run import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
@@ -302,7 +302,7 @@ class UserTrainer:
         def initialize(key: PrefixKey, texts: list[str]) -> TrainablePrefixes:
             ids = self._frozen.request_tokenizer.text_ids("\n".join(texts[:num_slots]))
             initial = prefix_from_tokens(self._frozen, ids, num_slots=num_slots)
-            return settings.parameterize({key: initial}, typical_scale(self._frozen, ids))
+            return parameterize(settings, {key: initial}, typical_scale(self._frozen, ids))
 
         return initialize
 
@@ -313,6 +313,6 @@ class UserTrainer:
             code = predict_code(decoder, texts)
             if as_codes:
                 return TrainableCodes(decoder, {key: code.values})
-            return settings.parameterize({key: decoder.decode(code)}, decoder.scales)
+            return parameterize(settings, {key: decoder.decode(code)}, decoder.scales)
 
         return initialize
