@@ -179,7 +179,7 @@ class AttributeSpace(BaseModel):
         }
         return self.model_copy(update={"attributes": bare})
 
-    def complete(
+    def with_default_labels(
         self, attributes: Attributes, *, strict: bool = True
     ) -> dict[str, str | Mapping[str, float]]:
         """A request's attributes, with the default labels of those it leaves out.

@@ -39,7 +39,6 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
 CALIBRATED = (0.0, 0.25, 0.5, 0.75, 1.0)
 ADVERBS = {0.25: "a little ", 0.5: "somewhat ", 0.75: "rather ", 2.0: "very ", 4.0: "extremely "}
 CONFLICTS = ((1, 0), (1, 1), (1, 2), (1, 4), (0.5, 1), (0.25, 1), (0.1, 1), (0, 1))
-SOURCES = {"attention": "attention", "logits": "logits", "real texts": "real texts"}
 
 
 def dials(method: ControlPrefixMethod, label: str, options: argparse.Namespace) -> dict[str, Any]:

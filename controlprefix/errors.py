@@ -135,7 +135,7 @@ class InternalServerError(ServerError):
 
 
 def known_names(name: str, existing: Iterable[str], *, truncated: bool = False) -> str:
-    """The end of a message about an unknown name: what exists, and the nearest match.
+    """List the names that exist and the nearest match, for a message about an unknown name.
 
     Args:
         name: The name that was asked for.

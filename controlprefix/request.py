@@ -102,9 +102,9 @@ class SteeringFields(BaseModel):
     (see `controlprefix.evaluation.calibrate`)."""
 
     unseen: Unseen = "refuse"
-    """What to do with a label that has no prefix. `refuse` it, mix the `nearest` trained labels
-    by sentence embedding, or make a prefix from its `text` (the description in the attribute
-    file, or a sentence that names the label)."""
+    """What to do with a label that has no prefix. `refuse` refuses it, `nearest` mixes the trained
+    labels nearest by sentence embedding, `text` makes a prefix from a text (the description in
+    the attribute file, or a sentence that names the label)."""
 
     schedules: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
     """Strength schedule per part, as `(token, multiplier)` points joined by straight lines.
@@ -142,7 +142,8 @@ class Request(SteeringFields):
     """A conversation, instead of `prompt`."""
 
     raw: bool = False
-    """Continue `prompt` as it is, without a chat template; an empty prompt starts any text."""
+    """Continue `prompt` as it is, without a chat template; with an empty prompt the
+    model writes unconditionally."""
 
     task: str | None = None
     """Task whose prefix to use."""

@@ -171,7 +171,7 @@ class Database:
             if tenant_id is None and write:
                 session.execute(self.insert_if_absent(TenantRow, name=self.tenant))
                 tenant_id = session.scalar(query)
-            elif tenant_id is not None:  # one just inserted may yet be rolled back
+            elif tenant_id is not None:  # a new id may be rolled back
                 self._tenant_id = tenant_id
         else:
             tenant_id = self._tenant_id
@@ -277,7 +277,7 @@ def _create_engine(url: str, pool_size: int) -> Engine:
     if make_url(url).get_backend_name() != "sqlite":
         # No ping before each use: work on a connection that turns out dead is repeated.
         return create_engine(url, pool_size=pool_size, pool_timeout=30.0)
-    # An in-memory database lives in its connection: there is one, which threads take in turn.
+    # An in-memory database exists only in one connection, which all threads share.
     one_connection = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
     engine = create_engine(
         url,
@@ -294,7 +294,8 @@ def _create_engine(url: str, pool_size: int) -> Engine:
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Any) -> None:
         writes = connection.get_execution_options().get("controlprefix_write")
-        # A writer takes its lock at once: one that read first could not wait for another's end.
+        # A writer takes its lock at once: a transaction that began with a read could not wait
+        # for the write lock.
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine

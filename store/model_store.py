@@ -209,7 +209,7 @@ class ModelStore:
         self._database.run(write, write=True)
 
     def unknown_name(self, key: PrefixKey) -> UnknownNameError:
-        """The error for a key that is not stored: what exists, and for which models it does."""
+        """Make the error for a key that is not stored; it lists what exists."""
         return self._database.run(
             lambda session, tenant: unknown_name(session, tenant, key, self._fingerprint)
         )

@@ -181,10 +181,10 @@ def check_key(key: PrefixKey) -> None:
 
 
 def check_alias(alias: str) -> None:
-    """Check that an alias cannot be taken for a version number, and can be read back.
+    """Check an alias: printable, at most 64 characters, and not a number.
 
     Raises:
-        UnknownNameError: If it can, or cannot.
+        UnknownNameError: If it is not such a name.
     """
     check_name("alias", alias)
     if alias.isdecimal() or len(alias) > _MAX_ALIAS_CHARACTERS:

@@ -142,7 +142,7 @@ class PrefixStore:
         return self._database.run(read)
 
     def unknown_name(self, key: PrefixKey) -> UnknownNameError:
-        """The error for a key that is not stored for any model: what exists."""
+        """Make the error for a key that is not stored for any model; it lists what exists."""
         return self._database.run(
             lambda session, tenant: versions.unknown_name(session, tenant, key, None)
         )

@@ -184,7 +184,7 @@ def version_info(row: PrefixRow, version: VersionRow, aliases: Collection[str]) 
 def unknown_name(
     session: Session, tenant: int, key: PrefixKey, fingerprint: str | None
 ) -> UnknownNameError:
-    """The error for a key that is not stored: what exists, and for which models it does."""
+    """Make the error for a key that is not stored; it lists what exists, and for which models."""
     of_kind = select_prefixes(tenant, None).where(PrefixRow.kind == key.kind)
     same_name = of_kind.where(PrefixRow.name == key.name).order_by(PrefixRow.model_name)
     other_models = session.scalars(same_name.with_only_columns(PrefixRow.model_name)).all()
@@ -197,13 +197,13 @@ def unknown_name(
         of_kind = of_kind.where(PrefixRow.fingerprint == fingerprint)
     query = of_kind.with_only_columns(PrefixRow.name).limit(_MAX_NAMES_SEARCHED)
     names = set(session.scalars(query))
-    way_out = "" if names else "; train or enroll one, or check the store and the tenant"
+    advice = "" if names else "; train or enroll one, or check the store and the tenant"
     hint = known_names(key.name, names, truncated=len(names) == _MAX_NAMES_SEARCHED)
-    return UnknownNameError(f"no {key.kind} {key.name!r} in the store; known: {hint}{way_out}")
+    return UnknownNameError(f"no {key.kind} {key.name!r} in the store; known: {hint}{advice}")
 
 
 def unknown_version(session: Session, row: PrefixRow, version: int | str) -> UnknownNameError:
-    """The error for a version that does not exist: which do."""
+    """Make the error for an unknown version; it lists the existing ones."""
     aliases = select(AliasRow.alias).where(AliasRow.prefix_id == row.id)
     numbers = [str(number) for number in version_numbers(session, row)]
     listed = ", ".join([*numbers, *sorted(session.scalars(aliases))])

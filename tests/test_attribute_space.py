@@ -104,17 +104,17 @@ def test_a_scaffold_is_read_back_whatever_the_labels_are_called(labels: set[str]
 
 def test_defaults_are_filled_in_and_others_are_refused() -> None:
     space = AttributeSpace.parse(FILE)
-    assert space.complete({}) == {"formality": "neutral"}
-    assert space.complete({"formality": "formal"}) == {"formality": "formal"}
+    assert space.with_default_labels({}) == {"formality": "neutral"}
+    assert space.with_default_labels({"formality": "formal"}) == {"formality": "formal"}
     mixture = {"tone": {"warm": 0.5, "brief": 0.5}}
-    assert space.complete(mixture) == {**mixture, "formality": "neutral"}
-    assert space.complete({"formality": {"formal": 1.0, "casual": 0.0}})
+    assert space.with_default_labels(mixture) == {**mixture, "formality": "neutral"}
+    assert space.with_default_labels({"formality": {"formal": 1.0, "casual": 0.0}})
     with pytest.raises(RequestError, match="'formality' is exclusive, and casual, formal were"):
-        space.complete({"formality": {"formal": 0.5, "casual": 0.5}})
+        space.with_default_labels({"formality": {"formal": 0.5, "casual": 0.5}})
     with pytest.raises(UnknownNameError, match="no label 'warmm'.*did you mean 'warm'"):
-        space.complete({"tone": "warmm"})
+        space.with_default_labels({"tone": "warmm"})
     with pytest.raises(UnknownNameError, match="unknown attribute 'mood'"):
-        space.complete({"mood": "x"})
+        space.with_default_labels({"mood": "x"})
 
 
 def test_requests_and_training_follow_the_space(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Names, docstrings and comments use the words of the glossary (docs/glossary.md)."""
+"""Names, docstrings and comments use the words of the glossary (docs/reference/glossary.md)."""
 
 import ast
 import io

@@ -330,9 +330,9 @@ def test_patience_ends_a_run_that_no_longer_gets_better() -> None:
     settings = {**QUICK, "steps": 40, "learning_rate": 1000.0, "num_evaluations": 20, "patience": 2}
     report = engine().train(greetings(), **settings)
     assert len(report.losses) < 40
-    looks = [loss for _, loss in report.validation]
-    assert min(looks[-2:]) >= min(looks[:-2])
-    assert report.best_loss == min(looks)
+    losses = [loss for _, loss in report.validation]
+    assert min(losses[-2:]) >= min(losses[:-2])
+    assert report.best_loss == min(losses)
 
 
 @pytest.mark.slow
@@ -350,7 +350,7 @@ def test_weight_decay_pulls_to_the_start_and_slot_dropout_is_for_training_only()
     assert distance(slot_dropout=0.5) != free
 
 
-def test_starts_of_ones_own(tmp_path: Path) -> None:
+def test_prefixes_start_from_a_text_a_prefix_or_tokens(tmp_path: Path) -> None:
     cp = engine()
     cp.train(greetings(), **{**QUICK, "steps": 1, "learning_rate": 1e-9})
     label: tuple[Kind, str] = ("attribute", "formality=formal")

@@ -117,14 +117,14 @@ def test_a_user_with_a_million_texts_is_trained_on_a_sample() -> None:
 def test_memory_depends_on_the_number_of_concurrent_users() -> None:
     """Users are consumed as there is room, and stored as they are finished."""
     cp = engine()
-    request: list[int] = []
+    consumed: list[int] = []
     most = 0
 
     def users() -> Iterator[tuple[str, list[str]]]:
         nonlocal most
         for i in range(12):
-            request.append(i)
-            most = max(most, len(request) - len(cp.names("user")))
+            consumed.append(i)
+            most = max(most, len(consumed) - len(cp.names("user")))
             yield f"user{i}", [f"text {i} of this user"] * (1 + i % 3)
 
     report = cp.train_users(users(), concurrent_users=3, **{**QUICK, "steps": 3, "validation": 0})
@@ -183,3 +183,13 @@ def test_invalid_settings_and_read_only_stores_are_refused_before_training(
     monkeypatch.setattr(cp.store, "require_writable", refuse)
     with pytest.raises(StoreError, match="read only"):
         cp.train_users(TEXTS, **QUICK)
+
+
+def test_options_without_effect_are_refused() -> None:
+    cp = engine()
+    for name, value in (("contrast", 0.3), ("gradient_checkpointing", True), ("save_steps", 5)):
+        options: dict[str, Any] = {name: value}
+        with pytest.raises(TrainingDataError, match=f"{name} has no effect when training users"):
+            cp.train_users({"ana": ["hello"]}, **options)
+    with pytest.raises(TrainingDataError, match="slot_dropout has no effect .* a decoder"):
+        cp.learn_decoder({"ana": ["hello"], "bo": ["ho"]}, slot_dropout=0.1)

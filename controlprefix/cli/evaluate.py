@@ -31,7 +31,7 @@ LabelledTextsOption = Annotated[
     typer.Option(
         "--labelled-texts",
         help='JSON Lines file to train attribute classifiers on: {"text": "…", "attributes": '
-        '{"tone": "warm"}}. Other texts than the prefixes were trained on.',
+        '{"tone": "warm"}}. They must not contain texts that prefixes were trained on.',
     ),
 ]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Maximum number of tokens per text.")]
@@ -95,7 +95,8 @@ def calibrate(
     label: Annotated[str, typer.Argument(help="A stored label: formality=formal.")],
     labelled_texts: LabelledTextsOption,
     prompt: Annotated[
-        str | None, typer.Option(help="Prompt to measure with; left out, any text.")
+        str | None,
+        typer.Option(help="Prompt to measure with; left out, an empty one."),
     ] = None,
     task: TaskOption = None,
     num_samples: Annotated[int, typer.Option(help="Texts per strength.")] = 64,

@@ -16,10 +16,23 @@ from controlprefix.errors import RequestError
 
 # Fields of a request that are one option per entry: the option, its short form, its help.
 _REPEATABLE = {
-    "attributes": ("--attribute", "-a", "formality=formal, or tone=warm:0.6 in a mixture"),
-    "strengths": ("--strength", "-w", "task=0.5, user=1.5 or tone=2"),
-    "schedules": ("--schedule", None, "tone=0:1,40:0 fades the tone out over 40 tokens"),
-    "stop": ("--stop", None, "a text that ends the completion"),
+    "attributes": (
+        "--attribute",
+        "-a",
+        "Label of an attribute, such as formality=formal; tone=warm:0.6 in a mixture.",
+    ),
+    "strengths": (
+        "--strength",
+        "-w",
+        "Strength of a part, such as task=0.5, user=1.5 or tone=2. 0 is absent, 1 as trained, "
+        "below 0 steers away from it.",
+    ),
+    "schedules": (
+        "--schedule",
+        None,
+        "Strength schedule of a part: tone=0:1,40:0 fades the tone out over 40 tokens.",
+    ),
+    "stop": ("--stop", None, "Text that ends the completion; it is cut off."),
 }
 
 
@@ -91,10 +104,10 @@ def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
     """The option of a field; its help names a default that the command sets later."""
     text = " ".join((field.description or "").replace("`", "").split())
     if name in _REPEATABLE:
-        long, short, example = _REPEATABLE[name]
+        long, short, help_text = _REPEATABLE[name]
         flags = [long, *([short] if short else [])]
         annotation: Any = list[str] | None
-        text = f"{text} Repeatable: {example}."
+        text = f"{help_text} Repeatable."
         value: Any = None
     else:
         flags = [f"--{name.replace('_', '-')}"]

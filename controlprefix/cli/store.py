@@ -181,7 +181,7 @@ def export_store(
     tenant: TenantOption = TENANT,
     encryption_keys: EncryptionKeysOption = None,
 ) -> None:
-    """Write everything a tenant has stored to one file, decrypted."""
+    """Write all prefixes, versions and aliases of a tenant to one file, decrypted."""
     with open_store(store, tenant, encryption_keys) as opened:
         out.print(f"{opened.export_to(file)} versions written to {file}")
 

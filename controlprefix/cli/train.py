@@ -49,7 +49,7 @@ ResumeOption = Annotated[
 
 
 @app.command()
-@training_options()
+@training_options(parameterization="shared; direct if only users are trained")
 def train(
     data: DataArgument,
     training_fields: dict[str, Any],
@@ -84,8 +84,6 @@ def train(
         model, store, tenant, encryption_keys=encryption_keys, attributes=attribute_file
     )
     kinds = parse_list(learn)
-    if kinds == ["user"] and training_fields["parameterization"] == "shared":
-        del training_fields["parameterization"]  # the default for users alone is another
     report = cp.train(
         examples,
         learn=cast(Any, kinds),

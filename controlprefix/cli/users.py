@@ -37,7 +37,9 @@ def enroll(
     user: UserArgument,
     texts: Annotated[list[Path], typer.Argument(help="Text files, one text per line.")],
     decoder: DecoderOption = None,
-    refine: Annotated[bool, typer.Option("--refine", help="Train from there.")] = False,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Then train the prefix on the texts, for some seconds.")
+    ] = False,
     num_slots: Annotated[
         int, typer.Option(help="Without a decoder: slots at most, one per token of text.")
     ] = 64,
@@ -87,7 +89,9 @@ def train_users(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Skip users recorded in --folder, by default DATA's name."),
+        typer.Option(
+            "--resume", help="Skip users recorded in --folder, by default DATA's name and '.run'."
+        ),
     ] = False,
     model: ModelOption = MODEL,
     store: StoreOption = STORE,

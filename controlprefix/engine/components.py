@@ -33,10 +33,13 @@ class Components:
         self.store = store
         self._frozen = frozen
         self._model_store = store.for_model(frozen.fingerprint)
-        self._resolver = Resolver(frozen, store, attributes)
         self._generator = Generator(frozen)
-        self._trainer = Trainer(frozen, store, self._resolver)
-        self._user_trainer = UserTrainer(frozen, store, self._resolver)
+        self._use_resolver(Resolver(frozen, store, attributes))
+
+    def _use_resolver(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+        self._trainer = Trainer(self._frozen, self.store, resolver)
+        self._user_trainer = UserTrainer(self._frozen, self.store, resolver)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -48,12 +48,19 @@ class GenerationMethods(Components):
         Args:
             request: A prompt or a `Request`, or a list of them. Rows may differ in
                 everything; a row gives the same as it would alone.
-            batch_size: Rows at a time, for a long list.
+            batch_size: Requests at a time, for a long list.
             **fields: Fields of `Request`, for prompts given as text.
+
+        Returns:
+            A completion, or a list of them in the order of the requests.
 
         Raises:
             RequestError: If a request cannot be carried out as written.
+            ContextLengthError: If prompt and completion do not fit the model's context.
             UnknownNameError: If it names a task, label or user that does not exist.
+            PrefixFormatError: If a stored prefix is damaged.
+            StoreError: If the store cannot be read.
+            MissingDependencyError: If `unseen="nearest"` needs sentence-transformers.
         """
         resolved = self._resolver.resolve([_as_request(row, fields) for row in _as_rows(request)])
         completions = self._generator.generate(resolved, batch_size=batch_size)
@@ -103,15 +110,15 @@ class GenerationMethods(Components):
             requests: One per row, or one for all rows; prompts are ignored.
 
         Raises:
-            RequestError: If a strength is below 0, or has a schedule: these need logits and
-                new tokens, which only the caller has.
+            RequestError: If a strength is below 0 or has a schedule, or `mixing` is `logits`:
+                these need logits and new tokens, which only the caller has.
         """
         rows = [_as_request(request, {}) for request in _as_rows(requests)]
         with self._generator.assembled(self._resolver.resolve(rows)) as batch:
             yield batch
 
     def resolve(self, request: Request) -> ResolvedRequest[Request]:
-        """Find the prefixes of a request, as a runner takes it.
+        """Find the prefixes of a request, for `Batcher.submit`.
 
         Args:
             request: Any request.
@@ -121,18 +128,18 @@ class GenerationMethods(Components):
         """
         return self._resolver.resolve([_as_request(request, {})])[0]
 
-    def complete(self, requests: Sequence[AnyRequest]) -> list[AnyRequest]:
-        """Requests with the default labels of the attributes that they leave out.
+    def with_default_labels(self, requests: Sequence[AnyRequest]) -> list[AnyRequest]:
+        """Add the default labels of the attributes that requests leave out.
 
         Raises:
             UnknownNameError, RequestError: If the attribute space does not allow one.
         """
-        return self._resolver.complete(requests)
+        return self._resolver.with_default_labels(requests)
 
     def without_defaults(self) -> Self:
         """The same model and store, without the attribute space's default labels."""
         bare = copy.copy(self)
-        bare._resolver = self._resolver.without_defaults()
+        bare._use_resolver(self._resolver.without_defaults())
         return bare
 
     def batcher(
@@ -173,7 +180,8 @@ class GenerationMethods(Components):
             max_folder_bytes: Limit of the files in the folder.
 
         Raises:
-            UnsupportedModelError: If an engine that counts slots cannot serve it exactly.
+            UnsupportedModelError: If vLLM, where slots take positions, cannot serve the model
+                exactly.
             EngineError: If the server does not answer, or not as expected.
             MissingDependencyError: If httpx is not installed.
         """

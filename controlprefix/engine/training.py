@@ -61,8 +61,8 @@ class TrainingMethods(GenerationMethods):
             folder: Where to write checkpoints and learning curves.
             resume: Continue from the checkpoint in that folder, if there is one.
             progress: Show a progress bar.
-            accelerator: For a precision or trackers of your own. Processes that accelerate
-                started share the work either way; the first one stores.
+            accelerator: Your own `Accelerator`, to set mixed precision or trackers. Processes that
+                accelerate started share the work either way; the first one stores.
             **options: Fields of `TrainingSettings`. `parameterization` is `shared`, or
                 `direct` if only users are trained.
 
@@ -74,7 +74,7 @@ class TrainingMethods(GenerationMethods):
             Clive et al., "Control Prefixes for Parameter-Efficient Text Generation", 2021,
             https://arxiv.org/abs/2110.08329.
         """
-        rows = self.complete(require_examples(examples))
+        rows = self.with_default_labels(require_examples(examples))
         only_users = learn == "user" or list(learn) == ["user"]
         defaults = {"parameterization": "direct"} if only_users else {}
         return self._trainer.train(
@@ -116,7 +116,7 @@ class TrainingMethods(GenerationMethods):
 
         Args:
             instruction: An instruction, or any other context.
-            prompts: What it is to be followed for.
+            prompts: Prompts on which to imitate the instruction.
             task, attribute, label, user: The one prefix to train: a task, a label of an
                 attribute, or a user.
             completions: One per prompt; left out, the teacher generates them with `seed`.
@@ -193,7 +193,7 @@ class TrainingMethods(GenerationMethods):
             TrainingDataError: If the examples cannot be trained on, or none are held out.
         """
         return self._trainer.sweep(
-            self.complete(require_examples(examples)),
+            self.with_default_labels(require_examples(examples)),
             num_slots=num_slots,
             parameterizations=parameterizations,
             learn=learn,
@@ -209,14 +209,14 @@ class TrainingMethods(GenerationMethods):
 
         Args:
             kind, name: A stored prefix.
-            examples: That name it, and that it was not trained on.
-            keep: Share of its gain on them, over no prefix, that must stay.
+            examples: Held-out examples that name the prefix.
+            keep: Fraction of its gain on them, over no prefix, that must stay.
 
         Raises:
             UnknownNameError: If there is no such prefix, or none for another part.
             TrainingDataError: If the examples do not name it, or it gains nothing on them.
         """
-        rows = self.complete(require_examples(examples))
+        rows = self.with_default_labels(require_examples(examples))
         return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
 
     def _num_slots_of(self, key: PrefixKey) -> int | None:

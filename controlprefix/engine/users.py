@@ -81,8 +81,8 @@ class UserMethods(PrefixMethods):
 
         It turns a code of `num_slots` times `width` values into a prefix. With it, a user is
         enrolled at once (`enroll(decoder=)`), or trained better from few texts and stored in
-        a kilobyte (`train_users(decoder=)`). The users it is trained on get no prefix of their
-        own; if one is forgotten later, the decoder's versions count them.
+        a kilobyte (`train_users(decoder=)`). The users it is trained on get no prefix. If one
+        of them is forgotten later, `num_forgotten` of the decoder's versions counts it.
 
         Args:
             texts: Texts per user; some dozens of users at least.
@@ -175,13 +175,14 @@ class UserMethods(PrefixMethods):
             user: Name of the user.
             texts: Texts that the prefix was trained on.
             held_out: Other texts of the same author.
-            num_canaries: Plant so many secret numbers among the texts, make the prefix again
-                in the same way (it is not stored), and measure their exposure.
+            num_canaries: Secret numbers to plant among the texts. The prefix is made again with
+                them, in the same way (it is not stored), and their exposure is measured.
             seed: Seed of those numbers.
 
         Raises:
             UnknownNameError: If there is no such user.
-            TrainingDataError: If there are no texts, or the prefix was not made here.
+            TrainingDataError: If there are no texts, or canaries are wanted and the prefix was not
+                made by `enroll` or `train_users`.
         """
         return self._user_trainer.audit(user, texts, held_out, num_canaries=num_canaries, seed=seed)
 

@@ -61,7 +61,7 @@ class AttributeClassifier:
             seed: Seed of the split.
 
         Raises:
-            TrainingDataError: If there are fewer than two labels, or five texts of one.
+            TrainingDataError: If there are fewer than two labels, or fewer than five texts for one.
             MissingDependencyError: If scikit-learn or sentence-transformers is not installed.
         """
         with requires_extra("eval", "an attribute classifier"):

@@ -62,7 +62,7 @@ def evaluate(
         StoreError: If the folder cannot be written.
         MissingDependencyError: If a package of the extra `eval` is not installed.
     """
-    rows, cp = cp.complete(list(rows)), cp.without_defaults()
+    rows, cp = cp.with_default_labels(list(rows)), cp.without_defaults()
     row_ids = _rows_by_label(rows, classifiers)
     if not row_ids:
         attributes = ", ".join(repr(classifier.attribute) for classifier in classifiers)

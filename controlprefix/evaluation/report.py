@@ -44,7 +44,7 @@ no classifier knows them, or they occurred in mixtures only.</p>{% endif %}
 <h2>Strength</h2>
 <img alt="Probability of each label, and base-model NLL, over strength" src="{{ images.curves }}">
 <h2>Cross-talk</h2>
-<p>How much a label at strength 1, against 0, adds to the probability of each label. Pale: the
+<p>How much a label at strength 1, against 0, adds to the probability of each label. Grey: the
 95 % confidence interval contains 0.</p>
 <img alt="A matrix of labels set and labels measured" src="{{ images.cross_talk }}">
 <h2>Texts</h2>
@@ -229,7 +229,7 @@ def _plot_cross_talk(report: EvaluationReport) -> bytes:
     axes.set_xticks(range(len(columns)), map(_escape, columns), rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), map(_escape, rows))
     axes.set_xlabel("measured")
-    axes.set_ylabel("set")
+    axes.set_ylabel("requested")
     for i, row in enumerate(estimates):
         for j, estimate in enumerate(row):
             color = "#999" if estimate.low <= 0 <= estimate.high else "#000"

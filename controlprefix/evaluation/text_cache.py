@@ -15,7 +15,7 @@ _FILE = "texts.jsonl"
 
 
 class TextCache:
-    """Generates a text once per request, and keeps it by the content it depends on.
+    """Generates a text once per request, and caches it under a hash of request and prefixes.
 
     Args:
         cp: Generates the texts.

@@ -90,7 +90,7 @@ class Batcher(ABC):
 
     @abstractmethod
     def _step(self) -> None:
-        """Advance what runs by one step, and start what waits."""
+        """Run one step of the active sequences, and admit waiting ones."""
 
     @abstractmethod
     def _running(self) -> list[Sequence]:
@@ -185,7 +185,7 @@ class Batcher(ABC):
             try:
                 with torch.no_grad():
                     self._step()
-            except BaseException as error:  # whatever runs cannot go on
+            except BaseException as error:  # running sequences cannot continue
                 running = self._running()
                 self._reset()
                 is_own_error = isinstance(error, ControlPrefixError)

@@ -253,7 +253,7 @@ class ContinuousBatcher(Batcher):
         sequences: list[Sequence],
         prefilled: Mapping[int, list[CacheRow]] | None = None,
     ) -> None:
-        """Arrange all rows anew, beside each other and without columns that nobody needs."""
+        """Rebuild the batch without vacant rows and without columns of padding alone."""
         sources: list[CacheRow] = []
         rows: list[Sequence | None] = []
         first_rows: dict[int, int] = {}

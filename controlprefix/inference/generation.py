@@ -30,7 +30,7 @@ from controlprefix.model.tokenization import RequestTokenizer, pad_rows
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import Completion, Request
 
-_TAIL_TOKENS = 8  # tokens beyond one per character, in which a stop text is searched
+_TAIL_TOKENS = 8  # decoded beyond one token per character to find a stop text
 
 
 def generate_batch(

@@ -62,8 +62,8 @@ class Resolver:
             bare.attributes = self.attributes.without_defaults()
         return bare
 
-    def complete(self, requests: Sequence[AnyRequest]) -> list[AnyRequest]:
-        """Requests with the default labels of the attributes that they leave out.
+    def with_default_labels(self, requests: Sequence[AnyRequest]) -> list[AnyRequest]:
+        """Add the default labels of the attributes that requests leave out.
 
         Raises:
             UnknownNameError, RequestError: If the attribute space does not allow one.
@@ -74,7 +74,7 @@ class Resolver:
         return [
             request.model_copy(
                 update={
-                    "attributes": self.attributes.complete(
+                    "attributes": self.attributes.with_default_labels(
                         request.attributes, strict=request.unseen == "refuse"
                     )
                 }
@@ -89,7 +89,7 @@ class Resolver:
             UnknownNameError: With what exists and the nearest match.
             RequestError: If a request cannot be carried out as written.
         """
-        requests = self.complete(requests)
+        requests = self.with_default_labels(requests)
         stand_ins: list[tuple[StandIn, ...]] = [()] * len(requests)
         text_prefixes: dict[PrefixKey, Prefix] = {}
         if any(request.unseen != "refuse" for request in requests):

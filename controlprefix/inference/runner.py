@@ -124,7 +124,8 @@ class Ticket:
         """Wait for the completion.
 
         Raises:
-            ControlPrefixError: If the request failed or was cancelled.
+            ControlPrefixError, RuntimeError: If the request failed. A cancelled one may also
+                return what it has so far.
         """
         for _ in self:
             pass

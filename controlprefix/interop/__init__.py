@@ -1,4 +1,4 @@
-"""Other people's formats: files of examples and texts."""
+"""Data files: files of examples and texts."""
 
 from controlprefix.interop.data_files import (
     read_examples,

@@ -139,7 +139,7 @@ def _attend(
         The output `(batch, num_queries, num_heads, value_dim)` and, in eager mode, the
         attention weights on the tokens.
     """
-    # The original comes with the call: another thread may close the last block meanwhile.
+    # `original` is an argument, since another thread may unregister it during this call.
     base = original or _eager_function(type(module))  # type: ignore[arg-type]  # a class
     if _recordings and (calls := _recordings.get(threading.get_ident())) is not None:
         calls.append(AttentionCall(module, query, key, value))

@@ -10,8 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from controlprefix.model.masks import joined_keys_and_values, mask_with_slots, token_bias
 from controlprefix.prefixes import SlotBlock
 
-# From so many key values in a one-token call on, copying them costs more than the operations
-# that keep slots and tokens in segments. Measured on CPU; an estimate elsewhere.
+# With at least so many elements of keys in a one-token call, copying them costs more than
+# attending in segments. Measured on CPU; an estimate elsewhere.
 _MIN_SEGMENTED_VALUES = {"cpu": 3 << 17}
 _MIN_SEGMENTED_VALUES_ELSEWHERE = 1 << 26
 

@@ -78,7 +78,7 @@ def arrange_rows(cache: DynamicCache, rows: Sequence[CacheRow], length: int) -> 
 
 
 def overwrite_row(cache: DynamicCache, row: int, source: CacheRow) -> None:
-    """Replace a row by one that is no longer, ending at the same column."""
+    """Overwrite a row with one of at most its length, ending at the same column."""
     for layer, other in zip(_layers(cache), _layers(source.cache), strict=True):
         for tensor, new in ((layer.keys, other.keys), (layer.values, other.values)):
             tensor[row, :, -source.num_tokens :] = new[source.row, :, -source.num_tokens :]

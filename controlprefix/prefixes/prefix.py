@@ -161,7 +161,7 @@ class Prefix:
         return replace(self, slots=slots)
 
     def strength_at(self, position: float) -> float:
-        """The strength at a dial position, extrapolated with the last slope beyond the last point.
+        """The strength at a dial position, proportional to it beyond the last point.
 
         A position below 0 is that negative strength.
 

@@ -118,7 +118,9 @@ def make_slots(
 def slots_from_text(
     frozen: FrozenModel, text: str, rows: Sequence[TrainingRow], num_slots: int
 ) -> Prefix:
-    """The keys and start of a text; of a longer text, per head those that rows attend to most.
+    """The keys and values of a text.
+
+    If it has more tokens than slots, each kv head keeps those that the rows attend to most.
 
     Args:
         frozen: The model.
@@ -137,12 +139,12 @@ def slots_from_text(
 
 
 def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]:
-    """The scale of the model's own keys and start of some tokens: see `scale_of`."""
+    """The scale of the model's own keys and values of some tokens: see `scale_of`."""
     return scale_of(prefix_from_tokens(frozen, ids[:_MAX_SCALE_TOKENS]))
 
 
 def scale_of(prefix: Prefix) -> dict[Site, Tensor]:
-    """Per site `(slot_size,)`: the root mean square of each head's keys, and of its start."""
+    """Per site `(slot_size,)`: the root mean square of each head's keys and values."""
     scales = {}
     for site, rows in prefix.slots.items():
         head_sizes = prefix.geometry.head_sizes(site)

@@ -55,7 +55,7 @@ class TrainablePrefixes(nn.Module, ABC):
         """A hash of the initialization, so that a run is resumed only where it was started."""
 
     def materialize(self) -> dict[PrefixKey, Prefix]:
-        """All prefixes as values of their own."""
+        """All prefixes as detached copies."""
         with torch.no_grad():
             return {
                 key: Prefix(prefix.geometry, {s: t.clone() for s, t in prefix.slots.items()})
@@ -67,7 +67,7 @@ class TrainablePrefixes(nn.Module, ABC):
         return {**self.materialize()}
 
     def to_device(self, device: torch.device) -> Self:
-        """Move the parameters, and whatever they change."""
+        """Move the parameters and the initial prefixes."""
         return self.to(device)
 
 

@@ -154,7 +154,7 @@ class Trainer:
         for name in parameterizations:
             for count in num_slots:
                 settings = TrainingSettings.from_options({**options, "parameterization": name})
-                _require_held_out(len(examples), settings, "a sweep compares losses of")
+                _require_held_out(len(examples), settings, "a sweep")
                 preparation = prepare(
                     examples,
                     self._frozen,
@@ -204,7 +204,7 @@ class Trainer:
         """Train, and publish all trained prefixes together, or none."""
         self._store.require_writable(preparation.initial)
         if settings.patience is not None:
-            _require_held_out(len(preparation.rows), settings, "patience counts validations of")
+            _require_held_out(len(preparation.rows), settings, "patience")
         folder = None if folder is None else Path(folder)
         run = train(
             self._frozen,
@@ -308,9 +308,9 @@ def with_instruction(instruction: str, prompt: str) -> str:
     return f"{instruction}\n\n{prompt}" if prompt else instruction
 
 
-def _require_held_out(num_rows: int, settings: TrainingSettings, reason: str) -> None:
+def _require_held_out(num_rows: int, settings: TrainingSettings, what: str) -> None:
     if not split(num_rows, settings, random.Random(settings.seed))[1]:
         raise TrainingDataError(
-            f"{reason} held-out examples, and validation {settings.validation} of {num_rows} is "
-            "none; raise it, or give more examples"
+            f"{what} needs held-out examples, but validation {settings.validation} of {num_rows} "
+            "examples is none; raise it, or give more examples"
         )

@@ -124,7 +124,7 @@ class PrivacyAuditor:
         return [losses[id(row)] for row in rows]
 
     def extraction_rate(self, texts: Sequence[str], prefix: Prefix | None) -> float:
-        """Share of the texts, long enough, whose continuation is generated word for word."""
+        """Share of the texts that are long enough whose continuation is generated exactly."""
         num_tokens = _CONTEXT_TOKENS + _EXTRACTED_TOKENS
         examples = [self._first_chunk(text) for text in texts]
         rows = [(*prompt, *ids[:num_tokens]) for prompt, ids in examples if len(ids) >= num_tokens]

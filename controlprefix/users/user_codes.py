@@ -15,7 +15,7 @@ _MIN_USERS = 10  # for predicting anything but the mean code
 _NUM_FOLDS = 5
 _PSEUDO_COUNTS = (1.0, 4.0, 16.0)
 _RIDGE_PENALTIES = (1e1, 1e2, 1e3, 1e4)
-_VIEW_SIZES = (1, 4, 16)  # each user is seen by so many texts
+_VIEW_SIZES = (1, 4, 16)  # numbers of texts in the samples of a user's texts
 
 
 class TrainableCodes(TrainablePrefixes):
@@ -106,7 +106,7 @@ def fit_code_predictor(
         predictor: Fitted in place.
         codes: Codes of users, `(num_slots, width)` each.
         features: Features of each user's texts, `(num_texts, num_features)`.
-        seed: Seed of the texts that each user is seen by.
+        seed: Seed of the samples of each user's texts.
 
     Returns:
         r2: cross-validated R² of user codes predicted from text features, 0 at least.

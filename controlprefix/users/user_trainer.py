@@ -22,9 +22,13 @@ from controlprefix.users.user_codes import TrainableCodes
 from controlprefix.users.user_training import Initialize, UsersReport, train_users, usable_texts
 
 _DEFAULT_OPTIONS = {"parameterization": "direct", "batch_size": 4, "patience": 2}
-# From an initialization that many users shaped, small steps do: see docs/decisions.md.
+# A decoder's initialization is good, so small steps are enough: see docs/decisions.md.
 _LEARNING_RATE_FROM_DECODER = 1e-2
 _MAX_REFINED_SLOTS = 16
+# Training options that have no effect here.
+_NOT_FOR_USERS = ("contrast", "gradient_checkpointing", "save_steps")
+_NOT_FOR_CODES = ("hidden_size", "parameterization", "slot_dropout")
+_NOT_FOR_DECODERS = ("contrast", "slot_dropout")
 
 
 class UserTrainer:
@@ -68,6 +72,7 @@ class UserTrainer:
         """Train and store a decoder: see `ControlPrefix.learn_decoder`."""
         key = PrefixKey("decoder", name)
         self._store.require_writable([key])
+        _refuse(options, _NOT_FOR_DECODERS, "a decoder")
         settings = TrainingSettings.from_options({"batch_size": 16, **options})
         decoder, codes, report = train_decoder(
             self._frozen,
@@ -113,6 +118,9 @@ class UserTrainer:
             options: Fields of `TrainingSettings`.
             extras: Per user, further fields of the `NewVersion`.
         """
+        _refuse(options, _NOT_FOR_USERS, "users")
+        if decoder is not None and as_codes:
+            _refuse(options, _NOT_FOR_CODES, "user codes")
         defaults: dict[str, Any] = dict(_DEFAULT_OPTIONS)
         if decoder is not None:
             rate = CODE_LEARNING_RATE if as_codes else _LEARNING_RATE_FROM_DECODER
@@ -316,3 +324,9 @@ class UserTrainer:
             return parameterize(settings, {key: decoder.decode(code)}, decoder.scales)
 
         return initialize
+
+
+def _refuse(options: Mapping[str, Any], names: Sequence[str], what: str) -> None:
+    for name in names:
+        if name in options:
+            raise TrainingDataError(f"{name} has no effect when training {what}; leave it out")

@@ -93,7 +93,7 @@ class Rotation:
         return rotation
 
     def shifted(self, prefix: Prefix, shift: int) -> Prefix:
-        """A prefix some positions further: keys rotated in float32, values unchanged."""
+        """The prefix with its keys rotated by `shift` positions, in float32; values unchanged."""
         layers = []
         for i, rotation in enumerate(self._layers):
             keys, values = prefix.layer("decoder", i)

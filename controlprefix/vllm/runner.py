@@ -58,7 +58,7 @@ class _RemoteRequest:
     def wait(self, timeout_s: float | None) -> None:
         try:
             self.job.result(timeout_s)
-        except BaseException as error:  # whatever it was, the ticket has it
+        except BaseException as error:  # the ticket already has this error
             _log.debug("while closing: %r", error)
 
 
