@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/controlprefix demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py

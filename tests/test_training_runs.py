@@ -179,7 +179,7 @@ def test_what_cannot_be_done_is_refused_not_left_out(caplog: pytest.LogCaptureFi
         cp.train(greetings(), resume=True, **QUICK)
     with pytest.raises(TrainingDataError, match="resume continues from a checkpoint"):
         cp.train_users({"ana": ["hey"]}, resume=True, progress=False)
-    with pytest.raises(TrainingDataError, match="patience counts validations of held-out examples"):
+    with pytest.raises(TrainingDataError, match="patience needs held-out examples"):
         cp.train(greetings(), patience=2, validation=0, **QUICK)
     cp.train(greetings(), **QUICK)
     for change, message in (
