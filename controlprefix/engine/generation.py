@@ -91,6 +91,9 @@ class GenerationMethods(Components):
             examples: Requests with their completions.
             batch_size: Rows at a time.
 
+        Returns:
+            A score per example: the sum of log-probabilities in nats, and the number of tokens.
+
         Raises:
             TrainingDataError: If a row is not an Example.
             RequestError, UnknownNameError: As `generate`.

@@ -66,7 +66,13 @@ class TrainingMethods(GenerationMethods):
             **options: Fields of `TrainingSettings`. `parameterization` is `shared`, or
                 `direct` if only users are trained.
 
+        Returns:
+            Losses, the best step, and the versions that were stored.
+
         Raises:
+            UnknownNameError: If the attribute space does not have a label.
+            ContextLengthError: If an example does not fit the model's context.
+            GeometryMismatchError: If a prefix in `init` was made for another model.
             TrainingDataError: If the examples cannot be trained on, or an option is invalid.
             StoreError: If the store or the folder cannot be written.
 
@@ -123,6 +129,9 @@ class TrainingMethods(GenerationMethods):
             max_new_tokens: Maximum length of those.
             num_slots, folder, resume, progress, accelerator: As in `train`.
             **options: As in `train`.
+
+        Returns:
+            As `train`.
 
         Raises:
             TrainingDataError: If not exactly one prefix is named, there is no prompt, or there
@@ -189,6 +198,9 @@ class TrainingMethods(GenerationMethods):
             num_slots: Slots of each trained prefix; each number is tried.
             parameterizations: Each is tried with each number of slots.
 
+        Returns:
+            The validation loss of each combination, and the best one.
+
         Raises:
             TrainingDataError: If the examples cannot be trained on, or none are held out.
         """
@@ -211,6 +223,9 @@ class TrainingMethods(GenerationMethods):
             kind, name: A stored prefix.
             examples: Held-out examples that name the prefix.
             keep: Fraction of its gain on them, over no prefix, that must stay.
+
+        Returns:
+            The number of slots that were kept, and the loss by number of slots.
 
         Raises:
             UnknownNameError: If there is no such prefix, or none for another part.

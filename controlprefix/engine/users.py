@@ -47,6 +47,9 @@ class UserMethods(PrefixMethods):
             **options: Fields of `TrainingSettings`, for each user. Defaults differ:
                 `parameterization` is `direct`, `batch_size` 4, `patience` 2.
 
+        Returns:
+            A report per user with losses and version; why others failed; who was skipped.
+
         Raises:
             TrainingDataError: If an option is invalid, or no texts are kept.
             UnknownNameError: If there is no such decoder.
@@ -92,6 +95,9 @@ class UserMethods(PrefixMethods):
             embedder: A sentence-transformers model, by name or folder, for text features.
             folder, resume, progress: As in `train`.
             **options: Fields of `TrainingSettings`; `batch_size` is 16 by default.
+
+        Returns:
+            The number of users, the cross-validated R² of predicted codes, and the training report.
 
         Raises:
             TrainingDataError: If there are fewer than two users, or one without a text.
@@ -178,6 +184,9 @@ class UserMethods(PrefixMethods):
             num_canaries: Secret numbers to plant among the texts. The prefix is made again with
                 them, in the same way (it is not stored), and their exposure is measured.
             seed: Seed of those numbers.
+
+        Returns:
+            Membership AUC, extraction rate, exposure in bits, and the gain in nats per token.
 
         Raises:
             UnknownNameError: If there is no such user.
