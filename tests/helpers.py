@@ -6,10 +6,12 @@ from typing import Any
 import sqlalchemy
 import torch
 import typer
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from controlprefix import ControlPrefix, Example, Geometry, Prefix
+from controlprefix import ControlPrefix, Example, Geometry, Part, Prefix, assemble
 from controlprefix.model import FrozenModel
+from controlprefix.model.steering import Steering
 from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
 from controlprefix.store import NewVersion
 from controlprefix.store.records import StoredVersion
@@ -125,6 +127,44 @@ def prefix_of(version: NewVersion | StoredVersion) -> Prefix:
 def payload_of(version: NewVersion | StoredVersion) -> bytes:
     """The bytes of the prefix that a version holds."""
     return prefix_of(version).to_bytes()
+
+
+def random_prefix(model: PreTrainedModel, num_slots: int, seed: int = 1) -> Prefix:
+    """Random slots for a model."""
+    return Prefix.random(
+        Steering.for_model(model).geometry, num_slots=num_slots, scale=1.0, seed=seed
+    )
+
+
+def tokens(length: int, seed: int = 0) -> Tensor:
+    """Random token ids, `(1, length)`."""
+    return torch.randint(3, 259, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Rows of different lengths in one batch: left-padded, or right-padded for an encoder."""
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.full((len(rows), longest), 2)
+    mask = torch.zeros_like(ids)
+    left = not model.config.is_encoder_decoder
+    for i, row in enumerate(rows):
+        where = slice(longest - row.shape[1], longest) if left else slice(row.shape[1])
+        ids[i, where], mask[i, where] = row[0], 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if left:
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    else:
+        batch["decoder_input_ids"] = torch.cat([tokens(4, seed=9)] * len(rows))
+    return batch
+
+
+def run(model: PreTrainedModel, rows: Sequence[Tensor], parts: Sequence[Sequence[Part]]) -> Tensor:
+    """Logits under the parts of each row."""
+    steering = Steering.for_model(model)
+    batch = assemble(parts, steering.geometry, dtype=model.dtype)
+    with torch.no_grad(), steering.attached(batch):
+        logits: Tensor = model(**inputs(model, rows)).logits
+    return logits
 
 
 class Histogram:

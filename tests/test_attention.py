@@ -1,6 +1,5 @@
 """Attention over slots, compared with independent reference implementations."""
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +15,13 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from controlprefix import Part, Prefix, RequestError, UnsupportedModelError, assemble
-from controlprefix.model.attention import LAYER_ATTRIBUTE
+from controlprefix import Part, Prefix, assemble
 from controlprefix.model.decode_kernel import _MIN_SEGMENTED_VALUES
 from controlprefix.model.steering import Steering
 
-from models import ALL, DECODER_ONLY, ENCODER_DECODER, PARTICULAR, ROTARY, build
+from helpers import inputs, random_prefix, run, tokens
+from models import ALL, ENCODER_DECODER, PARTICULAR, ROTARY, build
 
 LENGTHS = (9, 5, 7, 2)  # tokens of the rows of a mixed batch
 
@@ -37,46 +35,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-def prefix(model: PreTrainedModel, num_slots: int, seed: int = 1) -> Prefix:
-    return Prefix.random(
-        Steering.for_model(model).geometry, num_slots=num_slots, scale=1.0, seed=seed
-    )
-
-
-def tokens(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 259, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Rows of different lengths in one batch: left-padded, or right-padded for an encoder."""
-    longest = max(row.shape[1] for row in rows)
-    ids = torch.full((len(rows), longest), 2)
-    mask = torch.zeros_like(ids)
-    left = not model.config.is_encoder_decoder
-    for i, row in enumerate(rows):
-        where = slice(longest - row.shape[1], longest) if left else slice(row.shape[1])
-        ids[i, where], mask[i, where] = row[0], 1
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if left:
-        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    else:
-        batch["decoder_input_ids"] = torch.cat([tokens(4, seed=9)] * len(rows))
-    return batch
-
-
 def prompt_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
     """What `generate` takes."""
     batch = inputs(model, rows)
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
-def run(model: PreTrainedModel, rows: Sequence[Tensor], parts: Sequence[Sequence[Part]]) -> Tensor:
-    """Logits under the parts of each row."""
-    steering = Steering.for_model(model)
-    batch = assemble(parts, steering.geometry, dtype=model.dtype)
-    with torch.no_grad(), steering.attached(batch):
-        logits: Tensor = model(**inputs(model, rows)).logits
-    return logits
 
 
 def last(model: PreTrainedModel, logits: Tensor, row: int, length: int) -> Tensor:
@@ -85,7 +47,7 @@ def last(model: PreTrainedModel, logits: Tensor, row: int, length: int) -> Tenso
 
 
 def mixed_parts(model: PreTrainedModel) -> list[list[Part]]:
-    task, warm, brief, user = (prefix(model, n, seed=n) for n in (4, 3, 6, 11))
+    task, warm, brief, user = (random_prefix(model, n, seed=n) for n in (4, 3, 6, 11))
     return [
         [Part(task), Part(warm, 0.6), Part(brief, 0.4)],
         [Part(task), Part(user)],
@@ -100,7 +62,7 @@ def test_slots_equal_the_same_keys_and_values_in_a_cache(name: str, attention: s
     """The reference: K/V put into transformers' own cache, the text at positions from 0."""
     model = build(name, attention=attention)
     # Shorter than the sliding windows: a cache's entries leave them, slots do not.
-    ids, ours = tokens(3), prefix(model, 3)
+    ids, ours = tokens(3), random_prefix(model, 3)
     steps = []
     for slots in (ours, None):
         cache = DynamicCache()
@@ -127,7 +89,7 @@ def test_no_parts_and_strength_zero_leave_logits_bit_identical(name: str, attent
     with torch.no_grad():
         plain = model(**inputs(model, rows)).logits
     assert torch.equal(run(model, rows, [[]] * 4), plain)
-    absent = [[Part(prefix(model, 5), 0.0)]] * 4
+    absent = [[Part(random_prefix(model, 5), 0.0)]] * 4
     assert torch.equal(run(model, rows, absent), plain)
     with torch.no_grad():
         assert torch.equal(model(**inputs(model, rows)).logits, plain)
@@ -185,7 +147,7 @@ def test_every_site_and_layer_is_attended_to(name: str) -> None:
     """Changing the values of one layer's slots changes the logits, for each layer of each site."""
     model = build(name)
     rows = [tokens(6)]
-    base = prefix(model, 3)
+    base = random_prefix(model, 3)
     for site in base.geometry.sites:
         sizes = base.geometry.split_sizes(site)
         for layer in range(len(sizes) // 2):
@@ -201,7 +163,7 @@ def test_every_site_and_layer_is_attended_to(name: str) -> None:
 def test_encoder_decoder_matches_attention_written_out(name: str) -> None:
     """The reference: softmax over slots and tokens, written out, in place of the model's own."""
     model = build(name, attention="eager")
-    ours = prefix(model, 5)
+    ours = random_prefix(model, 5)
     order: list[tuple[str, int]] = []
     for site in ours.geometry.sites:
         order += [(site, i) for i in range(len(ours.geometry.layers(site)))]
@@ -256,7 +218,9 @@ def test_part_order_does_not_change_logits(
     strengths: list[float], order: list[int], lengths: list[int]
 ) -> None:
     model = build("llama")
-    parts = [Part(prefix(model, n, seed=n), w) for n, w in zip((2, 5, 3), strengths, strict=True)]
+    parts = [
+        Part(random_prefix(model, n, seed=n), w) for n, w in zip((2, 5, 3), strengths, strict=True)
+    ]
     rows = [tokens(n, seed=n) for n in lengths]
     straight = run(model, rows, [parts] * len(rows))
     shuffled = run(model, rows, [[parts[i] for i in order]] * len(rows))
@@ -266,7 +230,7 @@ def test_part_order_does_not_change_logits(
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_whole_number_strength_equals_writing_each_slot_that_often(name: str) -> None:
     model = build(name)
-    item = prefix(model, 4)
+    item = random_prefix(model, 4)
     thrice = Prefix(item.geometry, {site: rows.repeat(3, 1) for site, rows in item.slots.items()})
     rows = [tokens(6)]
     assert torch.allclose(
@@ -285,7 +249,7 @@ def test_slots_do_not_move_positions_or_fill_the_cache(name: str) -> None:
     steering = Steering.for_model(model)
     with (
         torch.no_grad(),
-        steering.attached(assemble([[Part(prefix(model, 7))]], steering.geometry)),
+        steering.attached(assemble([[Part(random_prefix(model, 7))]], steering.geometry)),
     ):
         cache = model(tokens(5), use_cache=True).past_key_values
     assert cache.get_seq_length() == 5
@@ -296,7 +260,7 @@ def test_slots_stay_visible_past_a_sliding_window(name: str) -> None:
     """Every layer's slots still move the last of 40 tokens, with a window of 6."""
     changes: dict[str, Any] = {"layer_types": ["sliding_attention"] * 3} if name == "gemma3" else {}
     model = build(name, **changes)
-    ours, rows = prefix(model, 3), [tokens(40)]
+    ours, rows = random_prefix(model, 3), [tokens(40)]
     with torch.no_grad():
         plain = model(**inputs(model, rows)).logits[0, -1]
     last_layer = ours.slots["decoder"].clone()
@@ -405,11 +369,14 @@ def test_a_mask_written_to_between_passes_is_read_again() -> None:
             result: Tensor = model(ids, attention_mask=mask).logits
         return result
 
-    calls = [logits([Part(prefix(model, 3))]), logits([Part(prefix(model, 3, seed=2), 0.5)])]
+    calls = [
+        logits([Part(random_prefix(model, 3))]),
+        logits([Part(random_prefix(model, 3, seed=2), 0.5)]),
+    ]
     mask[..., 0] = -torch.inf
-    calls.append(logits([Part(prefix(model, 3, seed=2), 0.5)]))
+    calls.append(logits([Part(random_prefix(model, 3, seed=2), 0.5)]))
     mask = mask.clone()
-    assert torch.equal(calls[-1], logits([Part(prefix(model, 3, seed=2), 0.5)]))
+    assert torch.equal(calls[-1], logits([Part(random_prefix(model, 3, seed=2), 0.5)]))
     assert not torch.allclose(calls[0], calls[1])
     assert not torch.allclose(calls[1], calls[2])
 
@@ -419,8 +386,8 @@ def test_bfloat16_stays_near_float32() -> None:
     exact, rounded = build("llama"), build("llama", dtype=torch.bfloat16)
     rows = [tokens(n, seed=n) for n in LENGTHS]
     plain_error = (run(exact, rows, [[]] * 4) - run(rounded, rows, [[]] * 4).float()).abs().max()
-    parts = [[Part(prefix(exact, 6), 0.7)]] * 4
-    rounded_parts = [[Part(prefix(rounded, 6), 0.7)]] * 4
+    parts = [[Part(random_prefix(exact, 6), 0.7)]] * 4
+    rounded_parts = [[Part(random_prefix(rounded, 6), 0.7)]] * 4
     error = (run(exact, rows, parts) - run(rounded, rows, rounded_parts).float()).abs().max()
     assert error < 2 * plain_error
 
@@ -431,7 +398,7 @@ def test_gradients_reach_every_slot_and_no_weight(name: str, checkpointing: bool
     """PEFT's prefixes lose half of an encoder-decoder's slots, and all with checkpointing."""
     model = build(name)
     steering = Steering.for_model(model)
-    slots = {site: rows.requires_grad_() for site, rows in prefix(model, 4).slots.items()}
+    slots = {site: rows.requires_grad_() for site, rows in random_prefix(model, 4).slots.items()}
     if checkpointing:
         model.train()
         for module in model.modules():
@@ -457,7 +424,7 @@ def test_gradients_reach_every_slot_and_no_weight(name: str, checkpointing: bool
 def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
     model = build(name, dtype=torch.float64)
     steering = Steering.for_model(model)
-    start = prefix(model, 2).to(dtype=torch.float64)
+    start = random_prefix(model, 2).to(dtype=torch.float64)
     site = steering.geometry.sites[-1]
     batch = inputs(model, [tokens(5)])
 
@@ -475,209 +442,3 @@ def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
     with torch.no_grad():
         numeric = (loss(rows + step * direction) - loss(rows - step * direction)) / (2 * step)
     assert torch.isclose((gradient * direction).sum(), numeric, rtol=5e-3)
-
-
-def leave_with_an_error(model: PreTrainedModel) -> None:
-    assert any(LAYER_ATTRIBUTE in vars(m) for m in model.modules())
-    raise ZeroDivisionError
-
-
-def test_nothing_is_left_on_the_model() -> None:
-    model = build("bart")
-    steering = Steering.for_model(model)
-    before = [(m, dict(vars(m))) for m in model.modules()]
-    registered = dict(AttentionInterface._global_mapping)
-    with (
-        pytest.raises(ZeroDivisionError),
-        steering.attached(assemble([[Part(prefix(model, 2))]], steering.geometry)),
-    ):
-        leave_with_an_error(model)
-    for module, attributes in before:
-        assert vars(module).keys() == attributes.keys()
-    assert dict(AttentionInterface._global_mapping) == registered
-
-
-def test_other_models_are_left_alone_while_one_is_steered() -> None:
-    for attention in ("sdpa", "eager"):
-        model, other = build("llama", attention=attention), build("opt", attention=attention)
-        steering = Steering.for_model(model)
-        with torch.no_grad():
-            plain = other(tokens(6)).logits
-            with steering.attached(assemble([[Part(prefix(model, 3))]], steering.geometry)):
-                assert torch.equal(other(tokens(6)).logits, plain)
-
-
-def test_a_call_under_way_when_the_last_block_closes_still_finds_its_function() -> None:
-    """Another thread's plain call may have looked our function up just before."""
-    model = build("llama")
-    steering = Steering.for_model(model)
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with steering.attached(assemble([[Part(prefix(model, 3))]], steering.geometry)):
-        ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    assert ours is not original
-    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
-    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
-    module = model.model.layers[0].self_attn
-    expected = original(module, query, key, key, mask)[0]
-    assert torch.equal(ours(module, query, key, key, mask)[0], expected)
-
-
-def test_an_implementation_changed_later_is_followed_or_refused() -> None:
-    model = build("llama")
-    steering = Steering.for_model(model)
-    batch = assemble([[Part(prefix(model, 4))]], steering.geometry)
-    with torch.no_grad(), steering.attached(batch):
-        steered = model(tokens(6)).logits
-        model.set_attn_implementation("eager")
-        assert torch.allclose(model(tokens(6)).logits, steered, atol=1e-5)
-    assert model.config._attn_implementation == "eager"
-    model.config._attn_implementation = "flex_attention"
-    with pytest.raises(UnsupportedModelError, match="flex_attention"), steering.attached(batch):
-        pass
-
-
-def test_threads_and_nested_blocks_see_their_own_prefixes() -> None:
-    model = build("llama")
-    steering = Steering.for_model(model)
-    ids = tokens(6)
-    item, two = (assemble([[Part(prefix(model, 4, seed=s))]], steering.geometry) for s in (1, 2))
-
-    def logits() -> Tensor:
-        with torch.no_grad():
-            result: Tensor = model(ids).logits
-        return result
-
-    plain = logits()
-    with steering.attached(item):
-        first = logits()
-    with steering.attached(two):
-        second = logits()
-        with steering.attached(item):
-            assert torch.equal(logits(), first)
-        assert torch.equal(logits(), second)
-    calls: dict[str, object] = {}
-
-    def elsewhere(name: str) -> None:
-        def work() -> None:
-            try:
-                calls[name] = logits()
-            except RequestError as error:
-                calls[name] = error
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-
-    with steering.attached(item):
-        elsewhere("private")
-    with steering.attached(two, everywhere=True):
-        elsewhere("everywhere")
-    assert torch.equal(calls["private"], plain)  # type: ignore[arg-type]
-    assert torch.equal(calls["everywhere"], second)  # type: ignore[arg-type]
-
-    entered, leave = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with steering.attached(item, everywhere=True):
-            entered.set()
-            leave.wait(10)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    entered.wait(10)
-    with steering.attached(two, everywhere=True):
-        assert torch.equal(logits(), second)
-        elsewhere("ambiguous")
-    leave.set()
-    holder.join()
-    assert isinstance(calls["ambiguous"], RequestError)
-
-
-def test_a_call_with_the_wrong_number_of_rows_is_refused() -> None:
-    model = build("llama")
-    steering = Steering.for_model(model)
-    parts = [[Part(prefix(model, 2, seed=s))] for s in (1, 2)]
-    with steering.attached(assemble(parts, steering.geometry)):
-        with pytest.raises(RequestError, match="3 rows inside a block assembled for 2 requests"):
-            model(torch.cat([tokens(4)] * 3))
-
-
-def test_geometry_is_read_off_the_model() -> None:
-    qwen, bart = (
-        Steering.for_model(build("qwen3")).geometry,
-        Steering.for_model(build("bart")).geometry,
-    )
-    assert [(s.num_kv_heads, s.key_dim, s.value_dim) for s in qwen.decoder] == [(2, 16, 16)] * 3
-    assert qwen.sites == ("decoder",)
-    assert [len(bart.encoder), len(bart.decoder), len(bart.cross)] == [2, 4, 4]
-    assert [bart.encoder[0].num_kv_heads, bart.decoder[0].num_kv_heads] == [4, 2]
-
-
-def test_fingerprint_tells_weights_apart_but_not_precisions() -> None:
-    fingerprint = Steering.for_model(build("llama")).geometry.fingerprint
-    assert Steering.for_model(build("llama")).geometry.fingerprint == fingerprint
-    assert Steering.for_model(build("llama", seed=1)).geometry.fingerprint != fingerprint
-    half = build("llama", dtype=torch.bfloat16)
-    again = Steering.for_model(half.float()).geometry.fingerprint
-    assert Steering.for_model(build("llama", dtype=torch.bfloat16)).geometry.fingerprint == again
-    assert again == fingerprint
-
-
-@pytest.mark.parametrize("name", DECODER_ONLY)
-def test_attention_weights_keep_the_shape_a_caller_expects(name: str) -> None:
-    model = build(name, attention="eager")
-    steering = Steering.for_model(model)
-    with (
-        torch.no_grad(),
-        steering.attached(assemble([[Part(prefix(model, 4))]], steering.geometry)),
-    ):
-        attentions = model(tokens(5), output_attentions=True).attentions
-    assert {tuple(a.shape) for a in attentions} == {(1, 4, 5, 5)}
-    assert all((a.sum(-1) < 1).all() for a in attentions)  # the rest of the mass is on slots
-
-
-def test_unsupported_models_are_refused_with_a_reason() -> None:
-    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
-
-    mamba = MambaForCausalLM(
-        MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)
-    )
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2))
-    for model in (mamba, bloom):
-        with pytest.raises(UnsupportedModelError, match=type(model).__name__):
-            Steering.for_model(model)
-    for bad in (_whisper(), _long_t5()):
-        with pytest.raises(UnsupportedModelError, match=type(bad).__name__):
-            Steering.for_model(bad)
-    flex = build("llama")
-    flex.config._attn_implementation = "flex_attention"
-    with pytest.raises(UnsupportedModelError, match="attn_implementation='sdpa'"):
-        Steering.for_model(flex)
-
-
-def _whisper() -> PreTrainedModel:
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    sizes: dict[str, Any] = {
-        "d_model": 16,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "vocab_size": 50,
-    }
-    heads: dict[str, Any] = {
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "pad_token_id": 0,
-    }
-    return WhisperForConditionalGeneration(
-        WhisperConfig(**sizes, **heads, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3)
-    )
-
-
-def _long_t5() -> PreTrainedModel:
-    """Its encoder has an attention of its own."""
-    from transformers import LongT5Config, LongT5ForConditionalGeneration
-
-    return LongT5ForConditionalGeneration(
-        LongT5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )

@@ -1,0 +1,322 @@
+"""Options of training: initialization, contrast, distillation, shortening and sweeps."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import DynamicCache
+
+from controlprefix import (
+    ControlPrefix,
+    Example,
+    Prefix,
+    TrainingDataError,
+)
+from controlprefix.prefixes import Kind, PrefixKey
+from controlprefix.prefixes.geometry import Site
+from controlprefix.training import TrainingRow, TrainingSettings
+from controlprefix.training.loop import TrainingLoop
+from controlprefix.training.objectives import ContrastPair, add_contrast
+from controlprefix.training.parameterization import parameterize
+from controlprefix.training.preparation import prepare
+from controlprefix.training.run import TrainingRun
+from controlprefix.training.shortening import shorten
+from controlprefix.training.slot_attention import mean_masses, most_attended, slot_masses
+
+from helpers import QUICK, engine, frozen, greetings, nats_per_token
+from models import build, byte_tokenizer
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better() -> None:
+    settings = {**QUICK, "steps": 40, "learning_rate": 1000.0, "num_evaluations": 20, "patience": 2}
+    report = engine().train(greetings(), **settings)
+    assert len(report.losses) < 40
+    losses = [loss for _, loss in report.validation]
+    assert min(losses[-2:]) >= min(losses[:-2])
+    assert report.best_loss == min(losses)
+
+
+@pytest.mark.slow
+def test_weight_decay_pulls_to_the_start_and_slot_dropout_is_for_training_only() -> None:
+    def distance(**settings: float) -> float:
+        cp = engine()
+        cp.train(greetings(), **{**QUICK, "init": {("task", "greet"): "Say "}, **settings})
+        start = cp.prefix_from_text("Say ").slots["decoder"]
+        trained = cp.get("task", "greet")
+        assert trained.num_slots == 4
+        return float((trained.slots["decoder"] - start).norm())
+
+    free = distance()
+    assert distance(weight_decay=5.0) < 0.7 * free
+    assert distance(slot_dropout=0.5) != free
+
+
+def test_prefixes_start_from_a_text_a_prefix_or_tokens(tmp_path: Path) -> None:
+    cp = engine()
+    cp.train(greetings(), **{**QUICK, "steps": 1, "learning_rate": 1e-9})
+    label: tuple[Kind, str] = ("attribute", "formality=formal")
+    task: tuple[Kind, str] = ("task", "greet")
+    custom = Prefix.random(cp.geometry, num_slots=7, seed=5)
+    settings = {**QUICK, "steps": 1, "learning_rate": 1e-9}
+    cp.train(greetings(), init={task: "Hail", label: custom}, **settings)
+    text = cp.prefix_from_text("Hail")
+    for (kind, name), expected in ((task, text), (label, custom)):
+        result = cp.get(kind, name)
+        assert torch.allclose(result.slots["decoder"], expected.slots["decoder"], atol=1e-6)
+    cp.train(greetings(), init="tokens", **settings)
+    tokens = cp.get("task", "greet")
+    assert not torch.allclose(tokens.slots["decoder"], text.slots["decoder"], atol=1e-2)
+    other = ControlPrefix.from_pretrained(
+        build("gpt2"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    for init, message in (
+        ({("task", "great"): "x"}, r"init names \('task', 'great'\), which is not trained"),
+        ({"greet": "x"}, "init names 'greet', which is not trained"),
+        ({("task", "greet"): " "}, "init of task 'greet' is ' '; give a text or a Prefix"),
+    ):
+        with pytest.raises(TrainingDataError, match=message):
+            cp.train(greetings(), init=init, **QUICK)  # type: ignore[arg-type]
+    foreign = Prefix.random(other.geometry, num_slots=2)
+    with pytest.raises(ValueError, match="the initialization of task 'greet' has"):
+        cp.train(greetings(), init={("task", "greet"): foreign}, **QUICK)
+
+
+@pytest.mark.slow
+def test_contrast_drives_labels_apart() -> None:
+    examples = greetings()
+    swapped = [
+        e.model_copy(
+            update={
+                "attributes": {
+                    "formality": {"formal": "informal", "informal": "formal"}[
+                        str(e.attributes["formality"])
+                    ]
+                }
+            }
+        )
+        for e in examples
+    ]
+    margins = []
+    for contrast in (0.0, 0.7):
+        cp = engine()
+        cp.train(examples, contrast=contrast, **{**QUICK, "steps": 30})
+        margins.append(nats_per_token(cp, swapped) - nats_per_token(cp, examples))
+    assert margins[1] > margins[0] + 0.1
+
+
+def test_a_row_is_contrasted_with_another_label_of_its_attribute_only() -> None:
+    keys = [PrefixKey("attribute", name) for name in ("f=a", "f=b", "f=c", "ff=a", "t=x")] + [
+        PrefixKey("task", "f=z")
+    ]
+    row = TrainingRow((1,), (2,), (), ((keys[0], 0.5), (keys[5], 1.0)))
+    result = [add_contrast([row], keys, random.Random(i))[0].other for i in range(50)]
+    swapped = {item.learned[0] for item in result if item is not None}
+    assert swapped == {(keys[1], 0.5), (keys[2], 0.5)}
+    assert {item.learned[1] for item in result if item is not None} == {(keys[5], 1.0)}
+    lone = TrainingRow((1,), (2,), (), ((keys[4], 1.0),))
+    assert add_contrast([lone], keys, random.Random(0))[0].other is None
+
+
+@pytest.mark.slow
+def test_a_prefix_distilled_from_an_instruction_replaces_it() -> None:
+    cp = engine()
+    instruction = "Answer in a very formal way, please."
+    prompts = [f"Greet {i}" for i in range(12)]
+    report = cp.distill(
+        instruction,
+        prompts,
+        attribute="formality",
+        label="formal",
+        max_new_tokens=8,
+        **{**QUICK, "steps": 60, "num_slots": 8},
+    )
+    assert report.saved == {"attribute 'formality=formal'": 1}
+    assert report.best_loss < 0.6 * report.validation[0][1]
+
+    def divergence(prompt: str, **parts: Any) -> float:
+        """Between what follows the instructed prompt and what follows the bare one, steered."""
+        from controlprefix import Request
+
+        def after(text: str) -> torch.Tensor:
+            ids = torch.tensor([cp.tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                return cp.model(ids).logits[0, -1].log_softmax(-1)
+
+        expected = after(f"{instruction}\n\n{prompt}")
+        with cp.assembled(Request(prompt=prompt, raw=True, **parts)):
+            result = after(prompt)
+        return float((expected.exp() * (expected - result)).sum())
+
+    new = [f"Greet {i}" for i in range(50, 60)]
+    bare = sum(divergence(p) for p in new)
+    steered = sum(divergence(p, attributes={"formality": "formal"}) for p in new)
+    assert steered < 0.8 * bare
+    for invalid, message in (
+        ({"prompts": [], "task": "a"}, "there are no prompts"),
+        ({"prompts": prompts, "task": "a", "user": "b"}, "name one to learn"),
+        ({"prompts": prompts, "attribute": "a"}, "give an attribute and its label"),
+        ({"prompts": prompts, "task": "a", "completions": ["x"]}, "1 completions for 12 prompts"),
+    ):
+        with pytest.raises(TrainingDataError, match=message):
+            cp.distill(instruction, progress=False, **invalid)  # type: ignore[arg-type]
+
+
+def test_every_token_counts_alike_however_rows_are_batched() -> None:
+    """Gradients of batches add up to the same, be they of similar length or mixed."""
+    cp = engine()
+    texts = ("a", "bc", "de, at length, and more", "fg, at some length too")
+    examples = [Example(prompt="Hi", task="greet", completion=text) for text in texts]
+    settings = TrainingSettings.from_options(
+        {"batch_size": 2, "validation": 0, "parameterization": "direct"}
+    )
+    result = []
+    for batches in (((0, 1), (2, 3)), ((0, 2), (1, 3))):
+        prepared = prepare(
+            examples,
+            cp.frozen_model,
+            cp._resolver,
+            settings,
+            learn="task",
+            num_slots=3,
+            init="text",
+        )
+        slots = parameterize(settings, prepared.initial, prepared.scale)
+        run = TrainingRun(prepared.rows, slots, settings, cp.model.device)
+        loop = TrainingLoop(cp.frozen_model, settings, Accelerator())
+        for batch in batches:
+            rows = [prepared.rows[i] for i in batch]
+            loop._losses([(run, ContrastPair(row)) for row in rows], {})
+        (trained,) = (p.grad for p in slots.parameters())
+        assert trained is not None
+        result.append(trained.clone())
+    torch.testing.assert_close(*result)
+
+
+def test_slot_masses_are_the_models_own_attention_weights() -> None:
+    """Against the same slots in a cache, with the weights that eager attention gives out."""
+    model = frozen("llama")
+    prefix = Prefix.random(model.geometry, num_slots=5, scale=1.0, seed=1)
+    rows = [TrainingRow((5, 6, 7), (8, 9), (), ()), TrainingRow((5,), (10, 11, 12), (), ())]
+    result = slot_masses(model, rows, prefix)
+    eager = build("llama")
+    eager.set_attn_implementation("eager")
+    expected = torch.zeros(len(prefix.geometry.decoder), 4, 5)  # layers, heads, slots
+    for row in rows:
+        ids = torch.tensor([[*row.prompt, *row.targets]])
+        cache = DynamicCache()
+        for i in range(len(prefix.geometry.decoder)):
+            keys, values = prefix.layer("decoder", i)
+            cache.update(keys[None], values[None], i)
+        with torch.no_grad():
+            weights = eager(
+                ids,
+                past_key_values=cache,
+                position_ids=torch.arange(ids.shape[1])[None],
+                attention_mask=torch.ones(1, 5 + ids.shape[1]),
+                output_attentions=True,
+            ).attentions
+        expected += torch.stack(weights)[:, 0, :, :, :5].mean(dim=2) / len(rows)
+    for layer, mass in zip(expected, result["decoder"], strict=True):
+        groups = layer.chunk(len(mass))  # heads that read one kv head
+        assert torch.allclose(mass, torch.stack([group.mean(dim=0) for group in groups]), atol=1e-6)
+    assert torch.allclose(mean_masses(result), expected.mean(dim=(0, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+def test_each_head_keeps_what_it_attends_to(name: str) -> None:
+    model = frozen(name)
+    prefix = Prefix.random(model.geometry, num_slots=6, scale=1.0, seed=1)
+    rows = [TrainingRow((5, 6, 7), (8, 9), (), ())]
+    masses = slot_masses(model, rows, prefix)
+    assert most_attended(prefix, masses, 6).digest == prefix.digest
+    saved = most_attended(prefix, masses, 2)
+    assert saved.num_slots == 2
+    selected = set()
+    for site in prefix.geometry.sites:
+        for i, mass in enumerate(masses[site]):
+            for whole, subset in zip(prefix.layer(site, i), saved.layer(site, i), strict=True):
+                for head, best in enumerate(mass.argsort(descending=True)[:, :2].sort().values):
+                    assert torch.equal(subset[head], whole[head][best])
+                    selected.add(tuple(best.tolist()))
+    assert len(selected) > 1  # not all heads look at the same
+
+
+def test_shortening_keeps_the_slots_that_matter_and_most_of_the_gain() -> None:
+    cp = engine()
+    examples = [e.model_copy(update={"attributes": {}}) for e in greetings()]
+    cp.train(examples, learn="task", **{**QUICK, "steps": 40})
+    trained = cp.get("task", "greet")
+    # Slots that attention cannot see: keys that no query likes, far from all others.
+    dead = Prefix(cp.geometry, {"decoder": torch.zeros(6, cp.geometry.slot_size("decoder"))})
+    joined = torch.cat([trained.slots["decoder"], dead.slots["decoder"]])
+    cp.put("task", "greet", Prefix(cp.geometry, {"decoder": joined}))
+    whole = nats_per_token(cp, examples)
+    report = cp.shorten("task", "greet", examples, keep=0.9)
+    shorter = cp.get("task", "greet")
+    assert report.version == 3
+    assert shorter.num_slots == report.num_slots < 10
+    curve = dict(report.curve)
+    assert set(curve) >= {0, 10, report.num_slots}
+    assert curve[report.num_slots] <= curve[0] - 0.9 * (curve[0] - curve[10])
+    assert len(report.masses) == 10
+    bare = nats_per_token(cp, [e.model_copy(update={"task": None}) for e in examples])
+    assert nats_per_token(cp, examples) <= bare - 0.85 * (bare - whole)
+    with pytest.raises(TrainingDataError, match="row 1 does not name task 'greet'"):
+        cp.shorten("task", "greet", [examples[0].model_copy(update={"task": None})])
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep", "chosen"),
+    [
+        ([5.0, 4.0, 3.0, 2.5, 2.0], 1.0, 4),
+        ([5.0, 4.0, 3.0, 2.1, 2.0], 0.95, 3),
+        ([5.0, 2.0, 4.0, 2.0, 2.0], 0.9, 3),  # one slot alone was luck: two are worse
+    ],
+)
+def test_the_fewest_slots_are_chosen_from_which_on_all_are_good_enough(
+    losses: list[float], keep: float, chosen: int
+) -> None:
+    geometry = engine().geometry
+    prefix = Prefix.random(geometry, num_slots=4, seed=0)
+    masses = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    everywhere: dict[Site, list[torch.Tensor]] = {
+        "decoder": [masses.expand(layer.num_kv_heads, -1) for layer in geometry.decoder]
+    }
+
+    def nats_with(candidate: Prefix | None) -> float:
+        return losses[0 if candidate is None else candidate.num_slots]
+
+    shorter, report = shorten(prefix, everywhere, nats_with, keep=keep)
+    assert shorter.num_slots == report.num_slots == chosen
+    assert report.curve == tuple(enumerate(losses))
+    largest = masses.argsort(descending=True)[:chosen].sort().values
+    assert torch.equal(shorter.slots["decoder"], prefix.slots["decoder"][largest])
+    with pytest.raises(TrainingDataError, match="gains nothing on these examples"):
+        shorten(prefix, everywhere, lambda item: 2.0 if item else 1.0, keep=keep)
+    with pytest.raises(TrainingDataError, match="keep is 0"):
+        shorten(prefix, everywhere, nats_with, keep=0)
+
+
+@pytest.mark.slow
+def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
+    cp = engine()
+    report = cp.sweep(
+        greetings(),
+        num_slots=(1, 4),
+        parameterizations=("direct", "shared"),
+        **{k: v for k, v in QUICK.items() if k not in ("num_slots", "parameterization")},
+    )
+    tried = [(point.parameterization, point.num_slots) for point in report.points]
+    assert tried == [("direct", 1), ("direct", 4), ("shared", 1), ("shared", 4)]
+    assert report.best in report.points
+    assert report.best.loss <= min(point.loss for point in report.points) + 0.01
+    report.save(tmp_path)
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 4
+    assert cp.store.prefixes() == []
+    for rows, validation in ((greetings(), 0.0), (greetings()[:4], 0.1)):
+        with pytest.raises(TrainingDataError, match=f"validation {validation} of .* is none"):
+            cp.sweep(rows, validation=validation, progress=False)
