@@ -335,3 +335,20 @@ def test_kept_texts_are_printed_and_trained_on(model_folder: Path, tmp_path: Pat
     assert run(tmp_path, "users", "texts", "ana").split("\n")[0] == "one text"
     trained = run(tmp_path, "users", "train", "--steps", "1", *model)
     assert "stored 1 of 1 users" in trained
+
+
+@pytest.mark.slow
+def test_the_demo_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, on a tiny model with room for its prompts."""
+
+    def tiny(model: Any, **options: Any) -> ControlPrefix:
+        options["tokenizer"] = byte_tokenizer(chat=True)
+        return from_pretrained(build("llama", max_position_embeddings=4096), **options)
+
+    from_pretrained = ControlPrefix.from_pretrained
+    monkeypatch.setattr(ControlPrefix, "from_pretrained", tiny)
+    output = run(tmp_path, "demo", "--json", str(tmp_path / "demo.json"))
+    assert "reopen the store" in output
+    figures = json.loads((tmp_path / "demo.json").read_text())["nats_per_token"]
+    assert figures["labels"].keys() == {"formality", "tone"}
+    assert figures["users"].keys() == {"ana", "bo", "cleo"}
