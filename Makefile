@@ -21,7 +21,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_vllm.py
 
 bench-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pip install -q -e '.[demo]'

@@ -1,5 +1,6 @@
 """Tiny untrained models of many architectures, a byte tokenizer, and fresh stores. No downloads."""
 
+import contextlib
 import os
 import uuid
 
@@ -17,6 +18,12 @@ from transformers import PreTrainedModel
 from controlprefix import ControlPrefix
 
 from models import CONFIGS, PARTICULAR, build, byte_tokenizer
+
+with contextlib.suppress(ImportError):  # not installed where vLLM is tested
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)  # machines are shared
+    settings.load_profile("untimed")
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 

@@ -625,7 +625,7 @@ def soak(server: Any, url: str) -> None:
         for thread in threads:
             thread.join()
     statuses = Counter(status for status, _ in answers)
-    assert statuses[200] > 50
+    assert statuses[200] > 20
     assert set(statuses) <= {200, 400, 422, 503}, statuses
     assert all(right for _, right in answers)
     wait_for(lambda: served.batcher.load == (0, 0))
