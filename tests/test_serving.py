@@ -620,12 +620,15 @@ def soak(server: Any, url: str) -> None:
             time.sleep(2)
             restart(server)
         time.sleep(2)
+        deadline = time.monotonic() + 60  # a slow machine needs longer for as many answers
+        while sum(status == 200 for status, _ in answers) <= 50 and time.monotonic() < deadline:
+            time.sleep(0.1)
     finally:
         stop.set()
         for thread in threads:
             thread.join()
     statuses = Counter(status for status, _ in answers)
-    assert statuses[200] > 20
+    assert statuses[200] > 50
     assert set(statuses) <= {200, 400, 422, 503}, statuses
     assert all(right for _, right in answers)
     wait_for(lambda: served.batcher.load == (0, 0))

@@ -449,7 +449,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_versions(url: str) -> None:
             child = os.fork()
             if not child:
                 write(ready)
-            for _ in range(1 + i % 2):  # every second child publishes once at least
+            for _ in range(1 + (i % 4 > 0)):  # three of four children publish at least once
                 os.read(opened, 1)
             time.sleep(draw.uniform(0, 0.1))
             os.kill(child, signal.SIGKILL)
@@ -464,7 +464,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_versions(url: str) -> None:
         assert all(whole for *_, whole in store.verify())
         numbers = [[v.version for v in store.for_model(F).versions(key)] for key in (a, b)]
         assert numbers[0] == numbers[1] == list(range(1, len(numbers[0]) + 1))
-        assert len(numbers[0]) >= KILLS // 2
+        assert len(numbers[0]) > KILLS / 2  # they did get to write
         hashes = [[v.content_hash for v in store.for_model(F).versions(key)] for key in (a, b)]
         assert hashes[0] == hashes[1]
         assert [store.for_model(F).fetch([a, b])[key].version for key in (a, b)] == [
