@@ -35,7 +35,7 @@ from lib.attribute_methods import (
     trained,
 )
 from lib.models import add_model_options, load_from
-from lib.results import ResultFile, arguments, describe
+from lib.results import ResultFile, arguments
 from lib.tables import Column, table
 
 COLUMNS: tuple[Column, ...] = (
@@ -163,7 +163,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, resumable=True)
     add_model_options(parser)
     parser.add_argument("data", metavar="DATA", type=Path)
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
@@ -172,14 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--texts", type=int, default=16, help="texts per combination")
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--fresh", action="store_true", help="repeat all measurements")
     options = parser.parse_args(argv)
-    settings = ("steps", "num_slots", "texts", "new_tokens")
-    about = {name: getattr(options, name) for name in settings}
-    file = ResultFile(options.results, "attributes", options=about, fresh=options.fresh)
     frozen = load_from(options)
-    file.set("model", value=describe(frozen))
-    file.page = page
+    settings = ("steps", "num_slots", "texts", "new_tokens")
+    file = ResultFile("attributes", options, settings=settings, model=frozen, page=page)
     for name in options.studies:
         study = load_study(options.data, name, options.steps * BATCH_SIZE, frozen)
         accuracies = {a: round(c.accuracy, 4) for a, c in study.classifiers.items()}

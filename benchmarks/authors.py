@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from lib.authors import DECODER, EPOCHS, NUM_SLOTS, PEFT_RATES, Authors, add_author_options
-from lib.results import ResultFile, arguments, describe
+from lib.results import ResultFile, arguments
 from lib.tables import Column, table
 
 COLUMNS: tuple[Column, ...] = (
@@ -41,7 +41,7 @@ def page(results: dict[str, Any]) -> str:
         f"finds the right one in {options['texts']} posts generated with the prefix. Seconds are "
         "of a shared machine.",
     ]
-    counts = sorted({int(n) for by_count in results["methods"].values() for n in by_count})
+    counts = sorted({int(n) for by_count in results.get("methods", {}).values() for n in by_count})
     for num_posts in counts:
         rows = {
             name: by_count[str(num_posts)]
@@ -53,21 +53,19 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, resumable=True)
     add_author_options(parser)
     parser.add_argument("--authors", type=int, default=16, help="evaluated authors")
     parser.add_argument("--texts", type=int, default=8, help="generated per author, from 16 posts")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16], help="posts")
-    parser.add_argument("--fresh", action="store_true", help="repeat all measurements")
     options = parser.parse_args(argv)
-    settings = ("users", "posts", "epochs", "authors", "rows", "texts", "words")
-    about = {name: getattr(options, name) for name in settings}
-    file = ResultFile(options.results, "authors", options=about, fresh=options.fresh)
     authors = Authors(options)
-    file.set("model", value=describe(authors.cp.frozen_model))
+    settings = ("users", "posts", "epochs", "authors", "rows", "texts", "words")
+    file = ResultFile(
+        "authors", options, settings=settings, model=authors.cp.frozen_model, page=page
+    )
     if DECODER not in authors.cp.names("decoder") or file.get("decoder") is None:
         file.set("decoder", value=authors.train_decoder())
-    file.page = page
     trained = authors.trained
     ways: dict[str, Callable[..., dict[str, str]]] = {
         "no prefix": authors.no_prefix,

@@ -25,7 +25,7 @@ from lib import peft_training
 from lib.datasets import DATA_SETS, DataSet, Row, load
 from lib.methods import ControlPrefixMethod, FewShot, Instruction, Method, PeftMethod
 from lib.models import add_model_options, engine, load_from
-from lib.results import ResultFile, arguments, describe
+from lib.results import ResultFile, arguments
 from lib.tables import Column, header, line, mean_and_spread
 
 OWN_METHODS: dict[str, dict[str, Any]] = {
@@ -205,7 +205,7 @@ def _rates_table(rates: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, resumable=True)
     add_model_options(parser)
     parser.add_argument("data", metavar="DATA", type=Path)
     parser.add_argument("--data-sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS))
@@ -218,13 +218,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=int, default=96, help="generated per label, or in all")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--own-rates", action="store_true", help="compare this library's rates")
-    parser.add_argument("--fresh", action="store_true", help="repeat all measurements")
     options = parser.parse_args(argv)
-    settings = ("steps", "batch_size", "num_slots", "rows", "texts", "new_tokens")
-    about = {name: getattr(options, name) for name in settings}
-    file = ResultFile(options.results, "quality", options=about, fresh=options.fresh, page=page)
     frozen = load_from(options)
-    file.set("model", value=describe(frozen))
+    settings = ("steps", "batch_size", "num_slots", "rows", "texts", "new_tokens")
+    file = ResultFile("quality", options, settings=settings, model=frozen, page=page)
     if options.own_rates:
         try_own_rates(frozen, options, file)
         return

@@ -32,7 +32,7 @@ from lib.attribute_methods import (
 )
 from lib.methods import TEMPERATURE
 from lib.models import add_model_options, load_from
-from lib.results import ResultFile, arguments, describe
+from lib.results import ResultFile, arguments
 from lib.tables import Column, header, line, table
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)
@@ -348,7 +348,7 @@ def _cross_talk_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, resumable=True)
     add_model_options(parser)
     parser.add_argument("data", metavar="DATA", type=Path)
     parser.add_argument("--steps", type=int, default=120)
@@ -357,14 +357,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=int, default=48, help="texts per setting")
     parser.add_argument("--curve-texts", type=int, default=96, help="texts per strength of a dial")
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--fresh", action="store_true", help="repeat all measurements")
     options = parser.parse_args(argv)
-    settings = ("steps", "num_slots", "texts", "curve_texts", "new_tokens")
-    about = {name: getattr(options, name) for name in settings}
     frozen = load_from(options)
-    file = ResultFile(options.results, "strengths", options=about, fresh=options.fresh)
-    file.set("model", value=describe(frozen))
-    file.page = page
+    settings = ("steps", "num_slots", "texts", "curve_texts", "new_tokens")
+    file = ResultFile("strengths", options, settings=settings, model=frozen, page=page)
     study = load_study(options.data, "styles", options.steps * BATCH_SIZE, frozen)
     if file.get("cross-talk") is None:
         method = ControlPrefixMethod(study, options)

@@ -25,7 +25,7 @@ from lib.attribute_methods import (
 )
 from lib.datasets import Row
 from lib.models import add_model_options, engine, load_from
-from lib.results import ResultFile, arguments, describe
+from lib.results import ResultFile, arguments
 from lib.tables import Column, header, line, table
 
 PROMPTS = ["Write a sentence.", "Write something.", "Say something.", "What is new?"] * 6
@@ -129,7 +129,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, resumable=True)
     add_model_options(parser)
     parser.add_argument("data", metavar="DATA", type=Path)
     parser.add_argument("--topics", nargs="+", default=["business", "sci/tech"])
@@ -139,14 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=int, default=48, help="texts per setting")
     parser.add_argument("--rows", type=int, default=96, help="test rows")
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--fresh", action="store_true", help="repeat all measurements")
     options = parser.parse_args(argv)
-    settings = ("steps", "num_slots", "texts", "rows", "new_tokens")
-    about = {name: getattr(options, name) for name in settings}
     frozen = load_from(options)
-    file = ResultFile(options.results, "unseen-labels", options=about, fresh=options.fresh)
-    file.set("model", value=describe(frozen))
-    file.page = page
+    settings = ("steps", "num_slots", "texts", "rows", "new_tokens")
+    file = ResultFile("unseen-labels", options, settings=settings, model=frozen, page=page)
     for label in options.topics:
         if file.get("topics", label) is None:
             file.set("topics", label, value=topic(frozen, label, options))

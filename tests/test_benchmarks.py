@@ -1,5 +1,6 @@
 """Every benchmark runs for one round on a tiny model and writes its results."""
 
+import argparse
 import gzip
 import importlib
 import json
@@ -7,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,3 +140,25 @@ def test_the_benchmark_of_servers_runs_for_one_round(tmp_path: Path) -> None:
     recorded = json.loads((tmp_path / "serving-transformers.json").read_text())
     assert all(figures["failed"] == 0 for figures in recorded["contenders"].values())
     assert len(recorded["contenders"]) == 3
+
+
+def test_results_of_another_model_or_other_settings_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    results = importlib.import_module("lib.results")
+
+    def opened(model: str, steps: int, *, fresh: bool = False) -> Any:
+        options = argparse.Namespace(results=tmp_path, steps=steps, fresh=fresh)
+        monkeypatch.setattr(results, "describe", lambda _: model)
+        return results.ResultFile(
+            "x", options, settings=("steps",), model=None, page=lambda _: "# x"
+        )
+
+    opened("float32", 3).set("a", "b", value=1)
+    assert opened("float32", 3).get("a", "b") == 1
+    with pytest.raises(SystemExit, match="measured with float32, this run has bfloat16"):
+        opened("bfloat16", 3)
+    with pytest.raises(SystemExit, match="'steps': 3.*'steps': 4.*give --fresh"):
+        opened("float32", 4)
+    assert opened("bfloat16", 4, fresh=True).get("a", "b") is None

@@ -25,6 +25,7 @@ from controlprefix.embeddings import embed
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, UserCode
 from controlprefix.training import TrainingSettings, checkpoint
+from controlprefix.training.run import learning_rate_schedule
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE
 
 from lib import peft_training
@@ -261,6 +262,7 @@ class Authors:
         author_before = {other: author for author, other in self.swapped.items()}
         for author in self.authors:
             texts = self.posts[author][:num_posts]
+            steps = EPOCHS * -(-len(texts) // 4)
             torch.manual_seed(0)
             config = settings["config"](NUM_SLOTS)
             model = get_peft_model(copy.deepcopy(self.cp.model), config)
@@ -272,8 +274,9 @@ class Authors:
                 self._tokenized(texts),
                 batch_size=4,
                 learning_rate=PEFT_RATES[name],
-                steps=EPOCHS * -(-len(texts) // 4),
+                steps=steps,
                 seed=0,
+                schedule=learning_rate_schedule(steps),
             )
             seconds += time.perf_counter() - start
             size = sum(p.numel() * 2 for p in model.parameters() if p.requires_grad)

@@ -13,7 +13,6 @@ from peft import (
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
-    get_peft_model,
 )
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 
@@ -163,15 +162,3 @@ def sample(
     # PEFT's prompt methods return the new tokens alone.
     new = output[:, longest:] if output.shape[1] > longest else output
     return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-__all__ = [
-    "METHODS",
-    "batches",
-    "get_peft_model",
-    "initialize_from_text",
-    "nll",
-    "padded",
-    "sample",
-    "train",
-]

@@ -27,12 +27,16 @@ RESULTS = ROOT / "docs" / "results"
 Page = Callable[[dict[str, Any]], str]  # renders results as Markdown
 
 
-def arguments(description: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+def arguments(
+    description: str | None, *, rounds: int | None = None, resumable: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark of that form has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds, help="rounds that count")
+    if resumable:
+        parser.add_argument("--fresh", action="store_true", help="repeat all measurements")
     return parser
 
 
@@ -40,32 +44,37 @@ class ResultFile:
     """A JSON file of results that is saved after each measurement, so that a run can resume.
 
     Args:
-        folder: Folder of the file.
-        name: Its name, without the suffix.
-        options: Settings that the figures depend on; a file of other settings is refused.
-        fresh: Ignore what the file has.
+        name: Name of the file, without the suffix.
+        options: The parsed `arguments(resumable=True)`.
+        settings: Options that the figures depend on. A file that was measured with others, or
+            with another model, is refused.
+        model: The model that is measured.
         page: Renders the results as Markdown, into a file beside it.
     """
 
     def __init__(
         self,
-        folder: Path,
         name: str,
+        options: argparse.Namespace,
         *,
-        options: Mapping[str, Any],
-        fresh: bool = False,
-        page: Page | None = None,
+        settings: Sequence[str],
+        model: "FrozenModel",
+        page: Page,
     ) -> None:
-        self.path = folder / f"{name}.json"
+        self.path: Path = options.results / f"{name}.json"
         self.page = page
-        self.results: dict[str, Any] = {"options": dict(options)}
-        if self.path.exists() and not fresh:
+        self.results: dict[str, Any] = {
+            "options": {name: getattr(options, name) for name in settings},
+            "model": describe(model),
+        }
+        if self.path.exists() and not options.fresh:
             saved = json.loads(self.path.read_text())
-            if saved["options"] != self.results["options"]:
-                raise SystemExit(
-                    f"{self.path} was measured with {saved['options']}, this run has "
-                    f"{self.results['options']}; give --fresh to replace it"
-                )
+            for key, value in self.results.items():
+                if saved[key] != value:
+                    raise SystemExit(
+                        f"{self.path} was measured with {saved[key]}, this run has {value}; give "
+                        "--fresh to replace it"
+                    )
             self.results = saved
 
     def get(self, *names: str) -> Any:

@@ -198,7 +198,7 @@ class ContinuousBatcher(Batcher):
 
     def _choose_tokens(self, sequences: list[Sequence], logits: Tensor) -> None:
         """Choose a token per sequence, whose rows' logits stand together, in order."""
-        row, samples = 0, []
+        row, tokens = 0, []
         for sequence in sequences:
             num_rows = len(sequence.rows)
             own = logits[row]
@@ -211,10 +211,10 @@ class ContinuousBatcher(Batcher):
             if not sampler.is_greedy:
                 ids = torch.tensor([[*sequence.prompt, *sequence.new]], device=logits.device)
                 scores = sampler(ids, scores)
-            samples.append(scores[0].argmax())
+            tokens.append(scores[0].argmax())
             if sequence.top_log_probs is not None:
-                self._record_log_probs(sequence, own, int(samples[-1]))
-        for sequence, token in zip(sequences, torch.stack(samples).tolist(), strict=True):
+                self._record_log_probs(sequence, own, int(tokens[-1]))
+        for sequence, token in zip(sequences, torch.stack(tokens).tolist(), strict=True):
             sequence.new.append(token)
             if self._stream_text(sequence):
                 self._remove(sequence)
