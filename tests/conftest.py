@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix
 
+import models
 from models import CONFIGS, PARTICULAR, build, byte_tokenizer
 
 with contextlib.suppress(ImportError):  # not installed where vLLM is tested
@@ -26,6 +27,17 @@ with contextlib.suppress(ImportError):  # not installed where vLLM is tested
     settings.load_profile("untimed")
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the models, such as cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build models, and whatever tests give to them, on the device that was asked for."""
+    models.DEVICE = config.getoption("device")
+    if models.DEVICE != "cpu":
+        torch.set_default_device(models.DEVICE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

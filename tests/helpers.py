@@ -17,6 +17,7 @@ from controlprefix.store import NewVersion
 from controlprefix.store.records import StoredVersion
 from controlprefix.training.initialization import scale_of
 
+import models
 from models import build, byte_tokenizer
 
 # A random model responds less to its slots than a trained one, so the learning rate is high.
@@ -107,14 +108,16 @@ def decoder(seed: int = 0) -> PrefixDecoder:
     )
     with torch.no_grad():
         for parameter in built.parameters():  # at the initial ones every code decodes to `initial`
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            noise = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(seed), device="cpu"
+            )
             parameter.add_(noise, alpha=0.3)
     return built.rounded()
 
 
 def coded(by: PrefixDecoder, seed: int = 1) -> UserCode:
     """A random code of a decoder."""
-    values = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
+    values = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed), device="cpu")
     return UserCode(by.content_hash, values)
 
 
@@ -138,7 +141,8 @@ def random_prefix(model: PreTrainedModel, num_slots: int, seed: int = 1) -> Pref
 
 def tokens(length: int, seed: int = 0) -> Tensor:
     """Random token ids, `(1, length)`."""
-    return torch.randint(3, 259, (1, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 259, (1, length), generator=generator, device="cpu").to(models.DEVICE)
 
 
 def inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 300
+DEVICE = "cpu"  # of the models that are built; `pytest --device` sets it
 
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -184,7 +185,7 @@ def build(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(1 if name == "t5" else 4)  # T5 starts large, and is chaotic beyond
-    frozen: PreTrainedModel = model.to(dtype).eval().requires_grad_(False)
+    frozen: PreTrainedModel = model.to(DEVICE, dtype).eval().requires_grad_(False)
     return frozen
 
 

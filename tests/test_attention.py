@@ -436,7 +436,7 @@ def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
     rows = start.slots[site].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(rows), rows)
     direction = torch.randn(
-        rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(3)
+        rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(3), device="cpu"
     )
     step = 1e-3  # some norms compute in float32 whatever the model's dtype
     with torch.no_grad():

@@ -34,7 +34,7 @@ def test_it_holds_the_same_as_a_dynamic_cache(steps: list[tuple[str, Any]]) -> N
     generator = torch.Generator().manual_seed(0)
     for name, argument in [("update", 3), *steps, ("update", 1), ("update", 1)]:
         if name == "update":
-            new = torch.randn(2, rows, 2, argument, 8, generator=generator)
+            new = torch.randn(2, rows, 2, argument, 8, generator=generator, device="cpu")
             length += argument
             (keys, values), (expected_keys, expected_values) = (
                 cache.update(new[0], new[1], 0) for cache in caches

@@ -56,7 +56,9 @@ def test_gradients_are_those_of_finite_differences(
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # away from the start, where the last layers are zero
         for parameter in slots.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(
+                parameter.shape, generator=generator, device="cpu", dtype=torch.float64
+            )
             parameter.add_(noise, alpha=0.3)
     rows = [
         TrainingRow((5, 6, 7), (8, 9), (), ((TASK, 1.0), (FORMAL, 0.5))),
@@ -77,7 +79,8 @@ def test_gradients_are_those_of_finite_differences(
     for seed in range(3):
         generator.manual_seed(seed)
         direction = [
-            torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters
+            torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float64)
+            for p in parameters
         ]
         products = [float((g * d).sum()) for g, d in zip(gradients, direction, strict=True)]
         expected = sum(products)

@@ -198,8 +198,10 @@ def test_gradients_of_codes_and_decoder_match_finite_differences() -> None:
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in slots.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=draw, dtype=torch.float64))
-    weights = torch.randn(start.slots["decoder"].shape, generator=draw, dtype=torch.float64)
+            p.add_(0.3 * torch.randn(p.shape, generator=draw, device="cpu", dtype=torch.float64))
+    weights = torch.randn(
+        start.slots["decoder"].shape, generator=draw, device="cpu", dtype=torch.float64
+    )
 
     def value() -> torch.Tensor:
         result = slots.prefixes(keys)
@@ -210,7 +212,7 @@ def test_gradients_of_codes_and_decoder_match_finite_differences() -> None:
     for parameter in slots.parameters():
         if parameter.grad is None:
             continue
-        way = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        way = torch.randn(parameter.shape, generator=draw, device="cpu", dtype=torch.float64)
         sides = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -227,13 +229,13 @@ def test_the_predictor_is_fitted_only_if_features_predict_codes() -> None:
     draw = torch.Generator().manual_seed(0)
     start = engine().prefix_from_text("abcd")
     scale = {"decoder": torch.ones(start.slots["decoder"].shape[1])}
-    users = [torch.randn(1, 6, generator=draw).expand(20, 6) for _ in range(40)]
-    calls = [user + 0.3 * torch.randn(user.shape, generator=draw) for user in users]
-    weights = torch.randn(6, 12, generator=draw)
+    users = [torch.randn(1, 6, generator=draw, device="cpu").expand(20, 6) for _ in range(40)]
+    calls = [user + 0.3 * torch.randn(user.shape, generator=draw, device="cpu") for user in users]
+    weights = torch.randn(6, 12, generator=draw, device="cpu")
     codes = [(user[0] @ weights).view(4, 3) for user in users]
     for expected, least, most in (
         (codes, 0.6, 1.0),
-        ([torch.randn(4, 3, generator=draw) for _ in users], 0.0, 0.05),
+        ([torch.randn(4, 3, generator=draw, device="cpu") for _ in users], 0.0, 0.05),
     ):
         decoder = PrefixDecoder(start, scale, width=3, num_features=6)  # type: ignore[arg-type]
         r2 = fit_code_predictor(decoder.predictor, expected, calls, seed=0)

@@ -116,7 +116,10 @@ class Prefix:
         return cls(
             geometry,
             {
-                site: torch.randn(num_slots, geometry.slot_size(site), generator=generator) * scale
+                site: torch.randn(
+                    num_slots, geometry.slot_size(site), generator=generator, device="cpu"
+                )
+                * scale
                 for site in geometry.sites
             },
         )

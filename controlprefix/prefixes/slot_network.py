@@ -37,12 +37,12 @@ class SlotNetwork(nn.Module):
         super().__init__()
         groups = list(column_groups) or [torch.arange(slot_size)]
         # Concatenated outputs of the groups -> order of the slot's values.
-        self._order = torch.argsort(torch.cat(groups))
+        self.register_buffer("_order", torch.argsort(torch.cat(groups)), persistent=False)
         self.hidden, self.output = nn.ModuleList(), nn.ModuleList()
         for columns in groups:
             hidden, output = nn.Linear(width, hidden_size), nn.Linear(hidden_size, len(columns))
             with torch.no_grad():
-                weights = torch.randn(hidden_size, width, generator=generator)
+                weights = torch.randn(hidden_size, width, generator=generator, device="cpu")
                 hidden.weight.copy_(weights / width**0.5)
                 for zero in (hidden.bias, output.weight, output.bias):
                     zero.zero_()

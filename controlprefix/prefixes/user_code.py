@@ -302,7 +302,9 @@ class _SiteDecoder(nn.Module):
         super().__init__()
         self.register_buffer("initial", initial.detach().clone())
         self.register_buffer("scale", scale.detach().clone())
-        self.embeddings = nn.Parameter(torch.randn(len(initial), width, generator=generator))
+        self.embeddings = nn.Parameter(
+            torch.randn(len(initial), width, generator=generator, device="cpu")
+        )
         self.network = SlotNetwork(width, hidden_size, initial.shape[1], generator=generator)
 
     def forward(self, values: Tensor) -> Tensor:

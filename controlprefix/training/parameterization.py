@@ -141,7 +141,8 @@ class Parameterization(TrainablePrefixes):
     def _drop_slots(self, key: PrefixKey, prefix: Prefix, seed: int) -> Prefix:
         """Leave some slots out; a pure function of seed and key, so equal in every process."""
         own_seed = random.Random(f"{seed}:{key.kind}:{key.name}").randrange(1 << 62)
-        draws = torch.rand(prefix.num_slots, generator=torch.Generator().manual_seed(own_seed))
+        generator = torch.Generator().manual_seed(own_seed)
+        draws = torch.rand(prefix.num_slots, generator=generator, device="cpu")
         keep_mask = draws >= self._slot_dropout
         keep_mask[draws.argmax()] = True  # at least one
         return Prefix(
@@ -203,7 +204,8 @@ class _NetworkChange(nn.Module):
         self.networks = nn.ModuleList()
         column_groups = _keys_and_values(geometry, site) if name == "shared-kv" else ()
         for count in num_slots.values():
-            self.embeddings.append(torch.randn(count, hidden_size, generator=generator))
+            embeddings = torch.randn(count, hidden_size, generator=generator, device="cpu")
+            self.embeddings.append(embeddings)
             if not (self._is_shared and self.networks):
                 network = SlotNetwork(
                     hidden_size,
