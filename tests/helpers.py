@@ -134,8 +134,9 @@ def payload_of(version: NewVersion | StoredVersion) -> bytes:
 
 def random_prefix(model: PreTrainedModel, num_slots: int, seed: int = 1) -> Prefix:
     """Random slots for a model."""
-    return Prefix.random(
-        Steering.for_model(model).geometry, num_slots=num_slots, scale=1.0, seed=seed
+    geometry = Steering.for_model(model).geometry
+    return Prefix.random(geometry, num_slots=num_slots, scale=1.0, seed=seed).to(
+        device=model.device
     )
 
 

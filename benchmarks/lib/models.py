@@ -14,9 +14,11 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.loading import packaged_model
 from controlprefix.model.steering import Steering
 
-# Llama 3.2 1B and 3.1 8B as published, and the tiny one: hidden size, layers, heads, kv heads,
-# intermediate size.
+# Qwen2.5 0.5B and 1.5B, Llama 3.2 1B and 3.1 8B as published, and the tiny one: hidden size,
+# layers, heads, kv heads, intermediate size. All are built as Llamas.
 _SHAPES = {
+    "qwen-0.5b": (896, 24, 14, 2, 4864),
+    "qwen-1.5b": (1536, 28, 12, 2, 8960),
     "llama-1b": (2048, 16, 32, 8, 8192),
     "llama-8b": (4096, 32, 32, 8, 14336),
     "tiny": (16, 2, 2, 1, 32),

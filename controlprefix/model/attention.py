@@ -72,7 +72,7 @@ def intercepted() -> Iterator[None]:
             for name in IMPLEMENTATIONS:
                 # `eager` has no entry: each model brings its own
                 original = _originals[name] = AttentionInterface._global_mapping.get(name)
-                AttentionInterface.register(name, partial(_attend, name, original))
+                AttentionInterface.register(name, _replacement(name, original))
         _num_open += 1
     try:
         yield
@@ -121,6 +121,17 @@ def require_supported(module: nn.Module) -> None:
             f"{type(module).__name__} has attn_implementation={name!r}; slots need one of: "
             f"{', '.join(IMPLEMENTATIONS)}; load the model with attn_implementation='sdpa'"
         )
+
+
+@cache
+def _replacement(name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
+    """What is registered in place of a function, the same object each time.
+
+    `torch.compile` leaves it out of its graphs, since they would keep the slots they were traced
+    with. It guards on the object's identity, so attaching a batch does not compile again.
+    """
+    replacement: Callable[..., Any] = torch.compiler.disable(partial(_attend, name, original))
+    return replacement
 
 
 def _attend(

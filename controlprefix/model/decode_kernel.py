@@ -16,7 +16,7 @@ _MIN_SEGMENTED_VALUES = {"cpu": 3 << 17}
 _MIN_SEGMENTED_VALUES_ELSEWHERE = 1 << 26
 
 
-class _Segment(NamedTuple):
+class Segment(NamedTuple):
     """Some of the keys and values that the queries of a call attend to.
 
     It has as many rows as the call, or fewer: one row that all share, or one per request
@@ -57,11 +57,11 @@ def decode(
     threshold = _MIN_SEGMENTED_VALUES.get(key.device.type, _MIN_SEGMENTED_VALUES_ELSEWHERE)
     if num_values >= threshold:
         bias = None if mask is None else token_bias(mask, blocks, batch, key)
-        segments = [_Segment(key, value, bias)]
+        segments = [Segment(key, value, bias)]
         for block in blocks:
             bias = None if block.unweighted else block.log_strengths.to(key.dtype)
-            segments.append(_Segment(block.keys[layer], block.values[layer], bias))
-        return _segmented_attention(query, segments, scaling)
+            segments.append(Segment(block.keys[layer], block.values[layer], bias))
+        return segmented_attention(query, segments, scaling)
     keys, values = joined_keys_and_values(blocks, layer, key, value)
     output = scaled_dot_product_attention(
         query.reshape(batch, num_kv_heads, -1, key_dim),
@@ -73,8 +73,8 @@ def decode(
     return output.reshape(batch, 1, num_heads, -1)
 
 
-def _segmented_attention(
-    query: Tensor, segments: Sequence[_Segment], scaling: float | None
+def segmented_attention(
+    query: Tensor, segments: Sequence[Segment], scaling: float | None
 ) -> Tensor:
     """One softmax over several segments whose keys are never copied together."""
     batch, num_heads, _, key_dim = query.shape

@@ -37,6 +37,7 @@ class SlotNetwork(nn.Module):
         super().__init__()
         groups = list(column_groups) or [torch.arange(slot_size)]
         # Concatenated outputs of the groups -> order of the slot's values.
+        self._order: Tensor
         self.register_buffer("_order", torch.argsort(torch.cat(groups)), persistent=False)
         self.hidden, self.output = nn.ModuleList(), nn.ModuleList()
         for columns in groups:
