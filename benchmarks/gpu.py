@@ -35,9 +35,9 @@ EXACTNESS = (
     "cache",
     "compile",
     "guidance",
+    "parameterization",
     "resolve",
     "steering",
-    "training",
 )
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of a layer of Llama 3.1 8B
 

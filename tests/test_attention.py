@@ -19,7 +19,9 @@ from transformers import (
 from controlprefix import Part, Prefix, assemble
 from controlprefix.model.decode_kernel import _MIN_SEGMENTED_VALUES
 from controlprefix.model.steering import Steering
+from controlprefix.training.loop import _switch
 
+import models
 from helpers import inputs, random_prefix, run, tokens
 from models import ALL, ENCODER_DECODER, PARTICULAR, ROTARY, build
 
@@ -30,7 +32,7 @@ LENGTHS = (9, 5, 7, 2)  # tokens of the rows of a mixed batch
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of decoding, whatever the size at which one takes over from the other."""
     monkeypatch.setitem(
-        _MIN_SEGMENTED_VALUES, "cpu", {"joined": 1 << 62, "apart": 0}[request.param]
+        _MIN_SEGMENTED_VALUES, models.DEVICE, {"joined": 1 << 62, "apart": 0}[request.param]
     )
     return request.param
 
@@ -407,7 +409,7 @@ def test_gradients_reach_every_slot_and_no_weight(name: str, checkpointing: bool
                     setattr(module, key, 0.0)
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        _switch(model, "enable")({"use_reentrant": False})
     parts = [[Part(Prefix(steering.geometry, slots))], []]
     rows = [tokens(6), tokens(4)]
     with steering.attached(assemble(parts, steering.geometry)):
@@ -435,9 +437,8 @@ def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
 
     rows = start.slots[site].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(rows), rows)
-    direction = torch.randn(
-        rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(3), device="cpu"
-    )
+    generator = torch.Generator(rows.device).manual_seed(3)
+    direction = torch.randn(rows.shape, dtype=rows.dtype, generator=generator)
     step = 1e-3  # some norms compute in float32 whatever the model's dtype
     with torch.no_grad():
         numeric = (loss(rows + step * direction) - loss(rows - step * direction)) / (2 * step)

@@ -34,6 +34,8 @@ LABELS = {
 RUNS = {
     "decoding": "--rows 1 2 --num-slots 2 --tokens 2 --rounds 1",
     "peers": "--users 2 --prompt-users 2 --texts 30 --tokens 2 --rounds 1",
+    "gpu": "--device cpu --models tiny --large tiny --rows 1 2 --num-slots 2 --tokens 2 --rounds 1 "
+    "--pytest --collect-only",
     "training_speed": "--examples 4 --batch-size 2 --num-slots 2 --rounds 1",
     "assembly": "--rows 2 --num-slots 2 --rounds 1",
     "loading": "--rounds 1",

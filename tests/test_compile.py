@@ -59,8 +59,8 @@ def test_a_compiled_model_gives_each_request_its_own_prefix(
 def test_a_compiled_static_cache_gives_the_same_tokens(users: ControlPrefix, rows: int) -> None:
     """What transformers does by itself on a GPU; here it is told to on any device."""
     ids = torch.arange(5, 11, device=users.model.device).expand(rows, -1)
-    config = CompileConfig(backend="eager", mode=None)
-    config._compile_all_devices = True
+    config: Any = CompileConfig(backend="eager")
+    config.mode, config._compile_all_devices = None, True
     options: dict[str, Any] = {
         "max_new_tokens": 5,
         "do_sample": False,

@@ -27,7 +27,7 @@ def slot_masses(frozen: FrozenModel, rows: Sequence[TrainingRow], prefix: Prefix
     geometry = prefix.geometry
     totals = {
         site: [
-            torch.zeros(layer.num_kv_heads, len(prefix.slots[site]))
+            torch.zeros(layer.num_kv_heads, len(prefix.slots[site]), device="cpu")
             for layer in geometry.layers(site)
         ]
         for site in geometry.sites
