@@ -8,9 +8,11 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
-from controlprefix import ControlPrefix, Request
+from controlprefix import ControlPrefix, Part, Prefix, Request
+from controlprefix.model.steering import Steering
 
-from helpers import engine, random_prefix
+from helpers import engine, inputs, random_prefix, tokens
+from models import build
 
 NUM_USERS = 12
 
@@ -74,3 +76,31 @@ def test_a_compiled_static_cache_gives_the_same_tokens(users: ControlPrefix, row
                 ids, cache_implementation="static", compile_config=config, **options
             )
         assert torch.equal(expected, compiled)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bart", "t5"])
+def test_a_steered_pass_is_one_graph(name: str) -> None:
+    model = build(name)
+    steering = Steering.for_model(model)
+    batches = [steering.assemble([[Part(random_prefix(model, n))], []]) for n in (3, 5)]
+    batch = inputs(model, [tokens(6), tokens(4)])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for prefixes in (*batches, batches[0]):
+        with torch.no_grad(), steering.attached(prefixes):
+            expected = model(**batch, use_cache=False).logits
+            assert torch.allclose(compiled(**batch, use_cache=False).logits, expected, atol=1e-5)
+
+
+def test_gradients_of_slots_pass_through_a_compiled_model() -> None:
+    model = build("llama")
+    steering = Steering.for_model(model)
+    slots = random_prefix(model, 3).slots["decoder"].requires_grad_()
+    compiled = torch.compile(model, backend="eager")
+    gradients = []
+    for forward in (model, compiled):
+        prefix = Prefix(steering.geometry, {"decoder": slots})
+        with steering.attached(steering.assemble([[Part(prefix)]])):
+            loss = forward(tokens(5), use_cache=False).logits.square().sum()
+        gradients.append(torch.autograd.grad(loss, slots)[0])
+    assert gradients[0].abs().sum() > 0
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4)

@@ -12,7 +12,7 @@ from controlprefix import ControlPrefix, Example, Request
 from controlprefix.evaluation import AttributeClassifier
 from controlprefix.interop import read_examples
 from controlprefix.model.loading import packaged_model
-from controlprefix.model.probing import weights_fingerprint
+from controlprefix.model.probing import probe
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +93,7 @@ def test_a_few_steps_teach_two_labels_and_leave_the_model_alone(cp: ControlPrefi
     for plain, right, invalid in zip(before, after, crossed, strict=True):
         assert right > plain + 5
         assert right > invalid + 5
-    assert weights_fingerprint(cp.model) == cp.geometry.fingerprint
+    assert probe(cp.model)[0].fingerprint == cp.geometry.fingerprint
 
 
 def _plain(example: Example) -> Example:

@@ -18,7 +18,7 @@ from controlprefix import (
 )
 from controlprefix.model.attention import LAYER_ATTRIBUTE
 from controlprefix.model.log_probs import token_log_probs
-from controlprefix.model.probing import weights_fingerprint
+from controlprefix.model.probing import probe
 from controlprefix.prefixes import Kind
 from controlprefix.training import TrainingRow, TrainingSettings
 from controlprefix.training.preparation import prepare
@@ -339,7 +339,7 @@ def test_a_loss_that_is_no_number_stores_nothing(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(TrainingDataError, match="the loss is nan at step 1; nothing was stored"):
         cp.train(greetings(2), **SETTINGS)
     assert [v.version for v in cp.versions("task", "greet")] == [1]
-    assert weights_fingerprint(cp.model) == cp.geometry.fingerprint
+    assert probe(cp.model)[0].fingerprint == cp.geometry.fingerprint
 
 
 def test_an_interrupted_run_stores_nothing_and_leaves_nothing_attached() -> None:

@@ -8,11 +8,13 @@ never enter a KV cache and never shift a position.
 
 import contextlib
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,9 @@ from controlprefix.model.masks import joined_keys_and_values, mask_with_slots
 from controlprefix.prefixes import Site, SlotBlock
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # transformers' names of the functions we stand in for
-LAYER_ATTRIBUTE = "controlprefix_layer"  # set on attention modules while a batch is attached
+# Set on attention modules while a batch is attached: the layer, and a number for compiled graphs.
+LAYER_ATTRIBUTE = "controlprefix_layer"
+HANDLE_ATTRIBUTE = "controlprefix_handle"
 
 
 class SteeredLayer(Protocol):
@@ -53,6 +57,18 @@ class AttentionCall:
     value: Tensor  # (batch, num_kv_heads, num_keys, value_dim)
 
 
+# The arguments of transformers' attention functions that `_attend_in_graph` has.
+_GRAPH_ARGUMENTS = (
+    "dropout",
+    "is_causal",
+    "position_bias",
+    "s_aux",
+    "scaling",
+    "sliding_window",
+    "softcap",
+)
+_handles = itertools.count()
+_modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # by handle
 _lock = threading.Lock()
 _num_open = 0
 _originals: dict[str, Callable[..., Any] | None] = {}
@@ -109,6 +125,13 @@ def watching(callback: Callable[[SteeredLayer, Tensor], None]) -> Iterator[None]
         del _watchers[thread]
 
 
+def new_handle(module: nn.Module) -> int:
+    """A number by which compiled graphs find a module."""
+    handle = next(_handles)
+    _modules[handle] = module
+    return handle
+
+
 def require_supported(module: nn.Module) -> None:
     """Check that a module uses an attention implementation that we stand in for.
 
@@ -125,13 +148,11 @@ def require_supported(module: nn.Module) -> None:
 
 @cache
 def _replacement(name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
-    """What is registered in place of a function, the same object each time.
+    """What is registered in place of a function: the same object each time.
 
-    `torch.compile` leaves it out of its graphs, since they would keep the slots they were traced
-    with. It guards on the object's identity, so attaching a batch does not compile again.
+    `torch.compile` guards on its identity, so attaching a batch does not compile again.
     """
-    replacement: Callable[..., Any] = torch.compiler.disable(partial(_attend, name, original))
-    return replacement
+    return partial(_attend, name, original)
 
 
 def _attend(
@@ -150,6 +171,10 @@ def _attend(
         The output `(batch, num_queries, num_heads, value_dim)` and, in eager mode, the
         attention weights on the tokens.
     """
+    if torch.compiler.is_compiling():
+        return _attend_compiled(
+            implementation, original, module, query, key, value, attention_mask, kwargs
+        )
     # `original` is an argument, since another thread may unregister it during this call.
     base = original or _eager_function(type(module))  # type: ignore[arg-type]  # a class
     if _recordings and (calls := _recordings.get(threading.get_ident())) is not None:
@@ -180,6 +205,75 @@ def _attend(
     return _attend_with_slots_first(
         base, module, query, key, value, attention_mask, blocks, layer.index, kwargs, watch
     )
+
+
+def _attend_compiled(
+    implementation: str,
+    original: Callable[..., Any] | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """`_attend` while `torch.compile` traces: one operation, so that graphs hold no slots.
+
+    For what the operation cannot do (other arguments, weights, gradients) the graph breaks.
+    """
+    handle: int | None = getattr(module, HANDLE_ATTRIBUTE, None)
+    if handle is None and original is not None:  # a module of another model
+        result: tuple[Tensor, Tensor | None] = original(module, query, key, value, mask, **kwargs)
+        return result
+    # Other arguments have no effect on `sdpa`, which every layer gives all it was given.
+    given = {name: kwargs[name] for name in _GRAPH_ARGUMENTS if kwargs.get(name) is not None}
+    if implementation != "sdpa" or kwargs.get("cache") is not None or torch.is_grad_enabled():
+        return _attend_outside_graph(
+            implementation, original, module, query, key, value, mask, **kwargs
+        )
+    return _attend_in_graph(query, key, value, mask, handle, **given), None
+
+
+@torch.library.custom_op(
+    "controlprefix::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _attend_in_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    handle: int,
+    scaling: float | None = None,
+    dropout: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attention of the module with a handle, over the slots attached when the graph runs."""
+    kwargs = {
+        "scaling": scaling,
+        "dropout": dropout,
+        "is_causal": is_causal,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "position_bias": position_bias,
+        "s_aux": s_aux,
+    }
+    given = {name: item for name, item in kwargs.items() if item is not None}
+    original, module = _originals["sdpa"], _modules[handle]
+    return _attend("sdpa", original, module, query, key, value, mask, **given)[0].contiguous()
+
+
+@_attend_in_graph.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return query.new_empty(len(query), query.shape[2], query.shape[1], value.shape[3])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_outside_graph(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _attend(*args, **kwargs)
 
 
 def _attend_with_slots_first(

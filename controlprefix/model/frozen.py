@@ -17,7 +17,8 @@ from controlprefix.prefixes import Geometry, Part, PrefixBatch
 class FrozenModel:
     """A frozen model, its tokenizer, and what attaches prefixes to it.
 
-    The first `FrozenModel` of a model runs a short forward pass and hashes the weights.
+    Runs a short forward pass and hashes the weights, also if the model was given to another
+    `FrozenModel` before: it may have changed in place since.
 
     Args:
         model: A transformers model; its weights must not change.
@@ -36,7 +37,7 @@ class FrozenModel:
         self.model = model
         self.tokenizer = tokenizer
         self.request_tokenizer = RequestTokenizer(model, tokenizer)
-        self.steering = Steering.for_model(model)
+        self.steering = Steering.for_model(model, probe_again=True)
 
     @classmethod
     def from_pretrained(

@@ -1,8 +1,10 @@
 """Probing: geometry and fingerprint of a model, read off a short forward pass."""
 
-import hashlib
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 
 from controlprefix.errors import UnsupportedModelError
 from controlprefix.model.attention import intercepted, recording, require_supported
+from controlprefix.model.fingerprint import fingerprint, require_one_device
 from controlprefix.prefixes import SITES, Geometry, LayerShape, Site
 
 LayerIndex = tuple[Site, int]  # site, and index among its layers
@@ -29,13 +32,16 @@ def probe(model: PreTrainedModel) -> tuple[Geometry, Mapping[str, LayerIndex]]:
         UnsupportedModelError: If the model's attention cannot take slots.
     """
     require_supported(model)
+    require_one_device(model)
     device = next(model.parameters()).device
     inputs = {"input_ids": torch.zeros(1, _NUM_TOKENS, dtype=torch.long, device=device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :_NUM_DECODER_TOKENS]
-    with torch.no_grad(), intercepted(), recording() as calls:
+    not_compiled = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), not_compiled, intercepted(), recording() as calls:
         try:
-            model(**inputs, use_cache=False)
+            with _call_order(model) as order:
+                model(**inputs, use_cache=False)
         except Exception as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be run on tokens alone: {error}"
@@ -72,26 +78,26 @@ def probe(model: PreTrainedModel) -> tuple[Geometry, Mapping[str, LayerIndex]]:
         decoder=tuple(shapes["decoder"]),
         encoder=tuple(shapes["encoder"]),
         cross=tuple(shapes["cross"]),
-        fingerprint=weights_fingerprint(model),
+        fingerprint=fingerprint(model, order, {call.module for call in calls}),
         model_name=_public_name(model),
     )
     return geometry, layers
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and values of all parameters.
+@contextlib.contextmanager
+def _call_order(model: nn.Module) -> Iterator[dict[nn.Module, int]]:
+    """The modules called inside, with the position of their first call."""
+    order: dict[nn.Module, int] = {}
+    thread = threading.get_ident()
 
-    Values are hashed as bfloat16, so that a model loaded in float32 and in bfloat16 has the
-    same fingerprint.
-    """
-    sha = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach()
-        if values.is_floating_point():
-            values = values.to(torch.bfloat16)
-        sha.update(f"{name} {tuple(values.shape)}".encode())
-        sha.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+    def note(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            order.setdefault(module, len(order))
+
+    with contextlib.ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(module.register_forward_pre_hook(note).remove)
+        yield order
 
 
 def _public_name(model: PreTrainedModel) -> str:

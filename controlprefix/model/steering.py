@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from controlprefix.errors import RequestError
 from controlprefix.model.attention import (
+    HANDLE_ATTRIBUTE,
     LAYER_ATTRIBUTE,
     AttentionCall,
     SteeredLayer,
     intercepted,
+    new_handle,
     recording,
     require_supported,
     watching,
@@ -72,10 +74,15 @@ class Steering:
         self._lock = threading.Lock()
         self._attachments: tuple[_Attachment, ...] = ()
         self._undo: contextlib.ExitStack | None = None
+        self._handles: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel) -> "Steering":
+    def for_model(cls, model: PreTrainedModel, *, probe_again: bool = False) -> "Steering":
         """The steering of this model, probed at the first call.
+
+        Args:
+            model: The model.
+            probe_again: Read the model again, since its weights may have changed in place.
 
         Raises:
             UnsupportedModelError: If the model's attention cannot take slots.
@@ -83,6 +90,8 @@ class Steering:
         steering = cls._by_model.get(model)
         if steering is None:
             steering = cls._by_model[model] = cls(model, *probe(model))
+        elif probe_again:
+            steering.geometry, steering._layers = probe(model)
         return steering
 
     def assemble(self, rows: Sequence[Sequence[Part]]) -> PrefixBatch:
@@ -171,8 +180,13 @@ class Steering:
         undo = contextlib.ExitStack()
         undo.enter_context(intercepted())
         for path, (site, index) in self._layers.items():
-            setattr(modules[path], LAYER_ATTRIBUTE, _Layer(self, site, index))
-            undo.callback(delattr, modules[path], LAYER_ATTRIBUTE)
+            module = modules[path]
+            if module not in self._handles:
+                self._handles[module] = new_handle(module)
+            setattr(module, LAYER_ATTRIBUTE, _Layer(self, site, index))
+            setattr(module, HANDLE_ATTRIBUTE, self._handles[module])
+            undo.callback(delattr, module, LAYER_ATTRIBUTE)
+            undo.callback(delattr, module, HANDLE_ATTRIBUTE)
         if (head := model.get_output_embeddings()) is not None:
             undo.callback(head.register_forward_pre_hook(_make_contiguous).remove)
         return undo
