@@ -35,7 +35,6 @@ EXACTNESS = (
     "cache",
     "compile",
     "guidance",
-    "parameterization",
     "resolve",
     "steering",
 )

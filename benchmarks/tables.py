@@ -94,7 +94,9 @@ def speed_page(files: Mapping[str, Any]) -> str:
         lines = [
             line(row.case, row.contender, row.measure, str(row)) for row in comparisons(files, name)
         ]
-        parts += [f"## {name}", provenance(results), "\n".join([header(*columns), *lines])]
+        parts += [f"## {name}", provenance(results)]
+        if lines:
+            parts.append("\n".join([header(*columns), *lines]))
         if results["notes"]:
             parts.append("\n".join(f"- {note}" for note in results["notes"]))
         if name.startswith(("decoding-", "peers-")):
