@@ -5,7 +5,8 @@
     ControlPrefixError
     ├── RequestError              a request that cannot be carried out as written
     │   ├── ContextLengthError    prompt and completion do not fit the model's context
-    │   └── ModelNotFoundError    a server was asked for a model that it does not serve
+    │   ├── ModelNotFoundError    a server was asked for a model that it does not serve
+    │   └── ModelOutputError      the model's logits are no numbers
     ├── UnknownNameError          no such task, attribute, label, user, version or key
     ├── PrefixFormatError         bytes or tensors that are not a valid prefix
     ├── GeometryMismatchError     a prefix made for another model or other weights
@@ -52,6 +53,17 @@ class ContextLengthError(RequestError):
 
 class ModelNotFoundError(RequestError):
     """A server was asked for a model that it does not serve."""
+
+
+class ModelOutputError(RequestError):
+    """A request for which the model's logits are no numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the logits of the model for this request are no numbers (NaN): values overflowed, or "
+            "weights are damaged; load the model with dtype=torch.bfloat16 or torch.float32, or "
+            "lower the strengths"
+        )
 
 
 class UnknownNameError(ControlPrefixError, LookupError):

@@ -110,6 +110,12 @@ class SteeringFields(BaseModel):
     """Strength schedule per part, as `(token, multiplier)` points joined by straight lines.
     `{"tone": [(0, 1), (40, 0)]}` fades the tone out over the first 40 new tokens."""
 
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the model's chat template, such as `{"enable_thinking": False}`."""
+
+    continue_final_message: bool = False
+    """Continue the last of `messages`, which is the assistant's, instead of answering it."""
+
     top_k: int | None = Field(default=None, ge=1)
     """Sample from the k most likely tokens."""
 
@@ -203,6 +209,10 @@ class Request(SteeringFields):
                 raise ValueError(
                     f"attribute {attribute!r} names no label; give one, or leave it out"
                 )
+        if self.continue_final_message and (
+            self.messages is None or self.messages[-1].role != "assistant"
+        ):
+            raise ValueError("continue_final_message needs messages that end with the assistant's")
         self._check_strengths()
         if (self.schedules or self.num_beams > 1) and (reason := self._reason_for_extra_rows()):
             field = "schedules" if self.schedules else "num_beams above 1"
@@ -298,6 +308,8 @@ class RequestFields(TypedDict, total=False):
     calibrated: bool
     unseen: Unseen
     schedules: Mapping[str, Any]
+    chat_template_kwargs: Mapping[str, Any]
+    continue_final_message: bool
     max_new_tokens: int
     temperature: float | None
     top_k: int | None

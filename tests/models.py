@@ -205,3 +205,43 @@ def byte_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
             "{% if add_generation_prompt %}<s>assistant: {% endif %}"
         )
     return tokenizer
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Like Llama 2's: `▁` for spaces, one in front of a text, and bytes for the rest."""
+    pieces = ["▁", *"abcdefghijklmnopqrstuvwxyz", "▁the", "▁a", "()", "\n"]
+    names = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    inner = Tokenizer(
+        tokenizer_models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Like BERT's: words, `##` for what continues one, and spaces cleaned up in decoding."""
+    words = [*"abcdefghijklmnopqrstuvwxyz.,!?'", "do", "n", "t", "we", "re", "n't", "hello"]
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words, *(f"##{word}" for word in words)]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    inner = Tokenizer(tokenizer_models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece(cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="[CLS]",
+        eos_token="[SEP]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        clean_up_tokenization_spaces=True,
+    )

@@ -10,7 +10,6 @@ import pytest
 from pydantic import ValidationError
 
 from controlprefix import Example, Request, RequestError, TrainingDataError
-from controlprefix.inference.stopping import stream_until_stop
 from controlprefix.interop import read_examples, read_texts
 from controlprefix.request import RequestFields
 from controlprefix.training import TrainingOptions, TrainingSettings
@@ -121,19 +120,3 @@ def test_data_files_name_the_line_that_is_wrong(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TrainingDataError, match="cannot read"):
         read_examples(path)
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "expected"),
-    [
-        (["a", "b", "c"], [], "abc"),
-        (["one E", "N", "D two"], ["END"], "one "),
-        (["one E", "N", "T two"], ["END"], "one ENT two"),
-        (["xx", "EN"], ["END"], "xxEN"),
-        (["abc"], ["c", "b"], "a"),
-    ],
-)
-def test_a_stream_ends_before_a_stop_text(
-    pieces: list[str], stops: list[str], expected: str
-) -> None:
-    assert "".join(stream_until_stop(iter(pieces), stops)) == expected

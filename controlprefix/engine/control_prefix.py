@@ -1,8 +1,9 @@
 """ControlPrefix: one frozen model, a store of prefixes, and everything to do with them."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class ControlPrefix(TrainingMethods, UserMethods):
         attributes: AttributeSpace | str | Path | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Self:
         """Load and freeze a model, and open the store of its prefixes.
 
@@ -57,6 +59,8 @@ class ControlPrefix(TrainingMethods, UserMethods):
             dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in, or
                 float32 on a CPU without instructions for that one.
             device: Device to put the model on.
+            chat_template_kwargs: Variables for the chat template in every prompt, such as
+                `{"enable_thinking": False}`; those of a request come on top.
 
         Raises:
             UnsupportedModelError: If the model's attention cannot take slots.
@@ -67,5 +71,11 @@ class ControlPrefix(TrainingMethods, UserMethods):
         if isinstance(attributes, (str, Path)):
             attributes = AttributeSpace.read(attributes)
         opened = PrefixStore(store, tenant=tenant, encryption_keys=encryption_keys)
-        frozen = FrozenModel.from_pretrained(model, tokenizer=tokenizer, dtype=dtype, device=device)
+        frozen = FrozenModel.from_pretrained(
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         return cls(frozen, opened, attributes)

@@ -12,7 +12,7 @@ from controlprefix.errors import ControlPrefixError, OverloadedError, RequestErr
 from controlprefix.inference.guidance import RowPlan, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
-from controlprefix.inference.stopping import completion_from_tokens
+from controlprefix.inference.stopping import TextStream, completion_from_tokens
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Part
 from controlprefix.request import Completion, Request
@@ -29,7 +29,7 @@ class Sequence:
         plan: Its rows: the base row, then one per part applied in logit space.
         top_log_probs: How many log-probabilities to record per token; None for none.
         new: Tokens generated so far.
-        num_streamed: Characters given to the ticket so far.
+        text: Gives out its text while tokens are generated.
     """
 
     resolved: ResolvedRequest[Any]
@@ -37,8 +37,8 @@ class Sequence:
     prompt: tuple[int, ...]
     plan: RowPlan
     top_log_probs: int | None
+    text: TextStream
     new: list[int] = field(default_factory=list)
-    num_streamed: int = 0
 
     @property
     def request(self) -> Request:
@@ -139,6 +139,7 @@ class Batcher(ABC):
             self._frozen.request_tokenizer.prompt_ids(request),
             plan_rows([resolved]),
             top_log_probs,
+            TextStream(self._frozen.request_tokenizer, request),
         )
         with self._wake:
             self.require_capacity()

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batcher import Batcher, Sequence
 from controlprefix.inference.guidance import guided_logits
 from controlprefix.inference.runner import TokenLogProbs
 from controlprefix.inference.sampling import Sampler
-from controlprefix.inference.stopping import streamable_text
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import CacheRow, arrange_rows, new_cache, overwrite_row
 from controlprefix.model.tokenization import pad_rows
@@ -198,10 +198,11 @@ class ContinuousBatcher(Batcher):
 
     def _choose_tokens(self, sequences: list[Sequence], logits: Tensor) -> None:
         """Choose a token per sequence, whose rows' logits stand together, in order."""
-        row, tokens = 0, []
+        row, tokens, invalid = 0, [], []
         for sequence in sequences:
             num_rows = len(sequence.rows)
-            own = logits[row]
+            own = logits[row].float()
+            invalid.append(logits[row : row + num_rows].isnan().any())
             if sequence.weights:
                 others = list(logits[row + 1 : row + num_rows])
                 own = guided_logits(own, others, sequence.weights)
@@ -214,7 +215,12 @@ class ContinuousBatcher(Batcher):
             tokens.append(scores[0].argmax())
             if sequence.top_log_probs is not None:
                 self._record_log_probs(sequence, own, int(tokens[-1]))
-        for sequence, token in zip(sequences, torch.stack(tokens).tolist(), strict=True):
+        chosen = torch.stack([torch.stack(tokens), torch.stack(invalid).long()]).tolist()
+        for sequence, token, is_invalid in zip(sequences, *chosen, strict=True):
+            if is_invalid:
+                sequence.ticket.put(ModelOutputError())
+                self._vacate(sequence)
+                continue
             sequence.new.append(token)
             if self._stream_text(sequence):
                 self._remove(sequence)
@@ -229,16 +235,17 @@ class ContinuousBatcher(Batcher):
 
     def _stream_text(self, sequence: Sequence) -> bool:
         """Give the ticket the new text; returns whether the sequence is finished."""
-        tokenizer = self._frozen.request_tokenizer
-        text, finished = streamable_text(tokenizer, sequence.request, sequence.new)
-        if len(text) > sequence.num_streamed:
-            sequence.ticket.put(text[sequence.num_streamed :])
-            sequence.num_streamed = len(text)
+        text, finished = sequence.text.update(sequence.new)
+        if text:
+            sequence.ticket.put(text)
         return finished
 
     def _remove(self, sequence: Sequence) -> None:
         """Finish a sequence and vacate its rows."""
         sequence.finish(self._completion(sequence))
+        self._vacate(sequence)
+
+    def _vacate(self, sequence: Sequence) -> None:
         first = self._first_rows.pop(id(sequence))
         del self._samplers[id(sequence)]
         for row in range(first, first + len(sequence.rows)):

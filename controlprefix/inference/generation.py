@@ -20,17 +20,16 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from controlprefix.errors import ModelOutputError
 from controlprefix.inference.guidance import RowPlan, guided_logits, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.sampling import RowSampling
-from controlprefix.inference.stopping import completion_from_tokens, first_stop
+from controlprefix.inference.stopping import completion_from_tokens, has_stop
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import growing_cache
 from controlprefix.model.tokenization import RequestTokenizer, pad_rows
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import Completion, Request
-
-_TAIL_TOKENS = 8  # decoded beyond one token per character to find a stop text
 
 
 def generate_batch(
@@ -40,8 +39,10 @@ def generate_batch(
     *,
     streamer: Any = None,
     cancelled: threading.Event | None = None,
-) -> list[Completion]:
+) -> list[Completion | ModelOutputError]:
     """Generate for requests that have the same `batch_key`, in one batch.
+
+    A request whose logits are no numbers has an error in its place.
 
     Args:
         frozen: The model.
@@ -58,16 +59,22 @@ def generate_batch(
     row_prompts = [prompts[i] for i in plan.request_of_row]
     left = not frozen.is_encoder_decoder
     ids, mask = pad_rows(row_prompts, frozen.pad_id, left=left)
-    # Columns before the first new token: the prompt, or a decoder's start token.
-    num_before = ids.shape[1] if left else 1
+    options: dict[str, Any] = {}
+    num_before = ids.shape[1]  # columns before the first new token
+    if frozen.is_encoder_decoder:
+        starts = torch.tensor([tokenizer.decoder_start_ids] * len(ids), device=frozen.device)
+        options["decoder_input_ids"], num_before = starts, starts.shape[1]
     first_columns = [num_before - len(prompt) if left else 0 for prompt in row_prompts]
 
-    processors, criteria = LogitsProcessorList(), StoppingCriteriaList()
+    criteria = StoppingCriteriaList()
+    check = _NumbersOnly(len(row_prompts), frozen.device)
+    processors = LogitsProcessorList([check])
+    criteria.append(check.ends_rows)
     has_beams = requests[0].num_beams > 1
     if not has_beams and any(r.samples or r.repetition_penalty != 1.0 for r in requests):
         processors.append(RowSampling(own_requests, first_columns, frozen.device))
     if plan.has_guidance:
-        processors = LogitsProcessorList([_Guided(plan, processors)])
+        processors = LogitsProcessorList([check, _Guided(plan, processors[1:])])
         streamer = streamer and _FirstRowStreamer(streamer)
     if batch.is_scheduled:
         batch.set_token(0)
@@ -77,10 +84,9 @@ def generate_batch(
     if cancelled is not None:
         criteria.append(_Cancelled(cancelled))
     config = _generation_config(frozen, requests)
-    options: dict[str, Any] = {}
     if config.cache_implementation is None:
         cache = growing_cache(frozen.model, len(requests))
-        options = {} if cache is None else {"past_key_values": cache}
+        options |= {} if cache is None else {"past_key_values": cache}
     with torch.no_grad(), frozen.attached(batch):
         sequences = frozen.model.generate(  # type: ignore[operator]  # stubs: Tensor | Module
             input_ids=ids.to(frozen.device),
@@ -91,11 +97,15 @@ def generate_batch(
             streamer=streamer,
             **options,
         )
+    invalid = {plan.request_of_row[i] for i in check.invalid.nonzero().flatten().tolist()}
+    rows = sequences[: len(resolved)]
     return [
-        request.report_in(
+        ModelOutputError()
+        if i in invalid
+        else request.report_in(
             completion_from_tokens(tokenizer, request.request, prompt, row[num_before:].tolist())
         )
-        for request, prompt, row in zip(resolved, prompts, sequences[: len(resolved)], strict=True)
+        for i, (request, prompt, row) in enumerate(zip(resolved, prompts, rows, strict=True))
     ]
 
 
@@ -105,12 +115,31 @@ def batch_key(request: Request) -> tuple[Any, ...]:
     return (1,) if beams == 1 else (beams, request.max_new_tokens, request.repetition_penalty)
 
 
+class _NumbersOnly(LogitsProcessor):
+    """Notes the rows whose logits are NaN, and ends them; the other rows go on."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.invalid = torch.zeros(num_rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        invalid = scores.isnan().any(1)
+        if len(invalid) == len(self.invalid):
+            self.invalid |= invalid
+        else:  # beams stand together
+            self.invalid |= invalid.view(len(self.invalid), -1).any(1)
+        return scores.masked_fill(invalid[:, None], 0.0)
+
+    def ends_rows(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """A stopping criterion."""
+        return self.invalid.repeat_interleave(len(input_ids) // len(self.invalid))
+
+
 class _Guided(LogitsProcessor):
     """Combines each request's rows before its choice, and gives all of them that choice."""
 
-    def __init__(self, plan: RowPlan, sampling: LogitsProcessorList) -> None:
+    def __init__(self, plan: RowPlan, sampling: Sequence[LogitsProcessor]) -> None:
         self._plan = plan
-        self._sampling = sampling
+        self._sampling = LogitsProcessorList(sampling)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
@@ -151,8 +180,7 @@ class _RowLimits(StoppingCriteria):
         finished = self._limits.to(new.device) <= new.shape[1]
         for i, request in enumerate(self._requests):
             if request.stop and not finished[i]:
-                tail = new[i, -(max(map(len, request.stop)) + _TAIL_TOKENS) :].tolist()
-                finished[i] = first_stop(self._tokenizer.decode(tail), request.stop) is not None
+                finished[i] = has_stop(self._tokenizer, request, new[i].tolist())
         return finished
 
 
@@ -197,4 +225,7 @@ def _generation_config(frozen: FrozenModel, requests: Sequence[Request]) -> Gene
         return_dict_in_generate=False,
         use_cache=True,
     )
+    if frozen.is_encoder_decoder:  # what is forced first is among the decoder's start ids
+        start = frozen.request_tokenizer.decoder_start_ids[0]
+        config.update(decoder_start_token_id=start, forced_bos_token_id=None)
     return config

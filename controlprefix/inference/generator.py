@@ -1,12 +1,14 @@
 """Generator: generate, stream, score and assemble resolved requests on one frozen model."""
 
 import contextlib
+import queue
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from controlprefix.errors import RequestError
 from controlprefix.inference.batcher import Batcher
@@ -15,7 +17,7 @@ from controlprefix.inference.generation import batch_key, generate_batch
 from controlprefix.inference.guidance import guided_log_probs, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.static_batching import StaticBatcher
-from controlprefix.inference.stopping import stream_until_stop
+from controlprefix.inference.stopping import TextStream
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import rows_can_move
 from controlprefix.prefixes import PrefixBatch
@@ -50,7 +52,10 @@ class Generator:
             batch = generate_batch(
                 self._frozen, [resolved[i] for i in indices], [prompts[i] for i in indices]
             )
-            completions.update(zip(indices, batch, strict=True))
+            for i, completion in zip(indices, batch, strict=True):
+                if isinstance(completion, Exception):
+                    raise completion
+                completions[i] = completion
         return [completions[i] for i in range(len(resolved))]
 
     def stream(self, resolved: ResolvedRequest[Request]) -> Iterator[str]:
@@ -65,32 +70,34 @@ class Generator:
         if request.num_beams > 1:
             raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
         prompt = self._frozen.request_tokenizer.prompt_ids(request)
-        streamer = TextIteratorStreamer(
-            self._frozen.tokenizer, skip_prompt=True, skip_special_tokens=True
-        )
+        streamer = _TokenStreamer()
         cancelled = threading.Event()
-        failures: list[BaseException] = []
 
         def run() -> None:
             try:
-                generate_batch(
+                (result,) = generate_batch(
                     self._frozen, [resolved], [prompt], streamer=streamer, cancelled=cancelled
                 )
+                streamer.tokens.put(result)
             except BaseException as failure:
-                failures.append(failure)
-            finally:
-                streamer.on_finalized_text("", stream_end=True)
+                streamer.tokens.put(failure)
 
         thread = threading.Thread(target=run, name="controlprefix-stream", daemon=True)
         thread.start()
+        texts, new = TextStream(self._frozen.request_tokenizer, request), list[int]()
         try:
-            texts = stream_until_stop(iter(streamer), request.stop)
-            yield from (text for text in texts if text)
+            while not isinstance(item := streamer.tokens.get(), (Completion, BaseException)):
+                new.append(item)
+                text, finished = texts.update(new)
+                if text:
+                    yield text
+                if finished:
+                    return
+            if isinstance(item, BaseException):
+                raise item
         finally:
             cancelled.set()
             thread.join()
-        if failures:
-            raise failures[0]
 
     def score(
         self, resolved: Sequence[ResolvedRequest[Example]], *, batch_size: int
@@ -101,7 +108,7 @@ class Generator:
             RequestError: If an example does not fit the context.
         """
         tokenizer = self._frozen.request_tokenizer
-        examples = [tokenizer.example_ids(request.request) for request in resolved]
+        examples = tokenizer.ids_of_examples([request.request for request in resolved])
         by_length = sorted(
             range(len(examples)),
             key=lambda i: len(examples[i].prompt) + len(examples[i].completion),
@@ -148,6 +155,24 @@ class Generator:
         if rows_can_move(self._frozen.model):
             return ContinuousBatcher(self._frozen, max_prefill_tokens=max_prefill_tokens, **limits)
         return StaticBatcher(self._frozen, **limits)
+
+
+class _TokenStreamer(BaseStreamer):
+    """Puts generated tokens into a queue, without the prompt, which `generate` puts first."""
+
+    def __init__(self) -> None:
+        self.tokens: queue.SimpleQueue[int | Completion | BaseException] = queue.SimpleQueue()
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token in value.flatten().tolist():
+            self.tokens.put(token)
+
+    def end(self) -> None:
+        """Nothing to do: the completion follows."""
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

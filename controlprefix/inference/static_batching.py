@@ -6,6 +6,7 @@ windows, recurrent layers). Requests that arrive meanwhile wait for the end of t
 
 from controlprefix.inference.batcher import Batcher, Sequence
 from controlprefix.inference.generation import batch_key, generate_batch
+from controlprefix.request import Completion
 
 
 class StaticBatcher(Batcher):
@@ -48,7 +49,7 @@ class StaticBatcher(Batcher):
                     sequence.ticket.put(error)
                 continue
             for sequence, completion in zip(group, completions, strict=True):
-                if completion.text:
+                if isinstance(completion, Completion) and completion.text:
                     sequence.ticket.put(completion.text)
                 sequence.ticket.put(completion)
         self._batch = ()

@@ -1,13 +1,14 @@
 """Stopping: end tokens, stop texts and limits, and which text can be streamed already."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.request import Completion, Request
 
 _REPLACEMENT_CHARACTER = "\ufffd"  # a character of which not all bytes are generated yet
+_TAIL_TOKENS = 16  # decoded beyond one token per byte to find a stop text
 
 
 def completion_from_tokens(
@@ -37,50 +38,59 @@ def completion_from_tokens(
     )
 
 
-def streamable_text(
-    tokenizer: RequestTokenizer, request: Request, new: Sequence[int]
-) -> tuple[str, bool]:
-    """The part of the text that can be streamed now, and whether generation is finished.
+class TextStream:
+    """Gives out the text of a completion while its tokens are generated.
+
+    The texts joined are the text of the completion, whatever the tokenizer does to spaces.
 
     Args:
         tokenizer: The tokenizer of the model.
         request: What was asked for.
-        new: Ids generated so far, at least one.
     """
-    is_end = new[-1] in tokenizer.end_ids
-    finished = is_end or len(new) >= request.max_new_tokens
-    text = tokenizer.decode(new[:-1] if is_end else new)
-    cut = first_stop(text, request.stop)
-    if cut is not None:
-        return text[:cut], True
-    if finished:
-        return text, True
-    # The last character may be incomplete, and a stop text may have begun.
-    text = text.rstrip(_REPLACEMENT_CHARACTER)
-    return text[: len(text) - partial_stop_length(text, request.stop)], False
 
+    def __init__(self, tokenizer: RequestTokenizer, request: Request) -> None:
+        self._tokenizer = tokenizer
+        self._request = request
+        self._given = ""
 
-def stream_until_stop(texts: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """A stream of texts that ends before the first stop text, even one split over texts.
+    def update(self, new: Sequence[int]) -> tuple[str, bool]:
+        """The text that became certain, and whether generation is finished.
 
-    Example:
-        >>> list(stream_until_stop(iter(["one EN", "D two"]), ["END"]))
-        ['one ']
-    """
-    held = ""
-    for text in texts:
-        held += text
-        cut = first_stop(held, stops)
+        Args:
+            new: Ids generated so far, at least one.
+        """
+        text, finished = self._certain_text(new)
+        if not text.startswith(self._given):
+            return "", finished
+        added = text[len(self._given) :]
+        self._given = text
+        return added, finished
+
+    def _certain_text(self, new: Sequence[int]) -> tuple[str, bool]:
+        is_end = new[-1] in self._tokenizer.end_ids
+        finished = is_end or len(new) >= self._request.max_new_tokens
+        text = self._tokenizer.decode(new[:-1] if is_end else new)
+        cut = first_stop(text, self._request.stop)
         if cut is not None:
-            if held[:cut]:
-                yield held[:cut]
-            return
-        keep = partial_stop_length(held, stops)
-        if ready := held[: len(held) - keep]:
-            yield ready
-        held = held[len(held) - keep :]
-    if held:
-        yield held
+            return text[:cut], True
+        if finished:
+            return text, True
+        if unsettled := self._tokenizer.num_unsettled(new):
+            text = self._tokenizer.decode(new[: len(new) - unsettled])
+        # The last character may be incomplete, and a stop text may have begun.
+        text = text.rstrip(_REPLACEMENT_CHARACTER)
+        text = text[: len(text) - partial_stop_length(text, self._request.stop)]
+        if self._tokenizer.joins_words:  # a space may vanish when the word behind it is complete
+            text = text[: max(0, text.rstrip(" ").rfind(" "))]
+        return text, False
+
+
+def has_stop(tokenizer: RequestTokenizer, request: Request, new: Sequence[int]) -> bool:
+    """Whether the last of some generated tokens completed a stop text."""
+    if not request.stop:
+        return False
+    longest = max(len(text.encode()) for text in request.stop)  # a token has a byte at least
+    return first_stop(tokenizer.decode(new[-(longest + _TAIL_TOKENS) :]), request.stop) is not None
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
@@ -109,7 +119,7 @@ def partial_stop_length(text: str, stops: Sequence[str]) -> int:
 def _num_tokens_to_stop(tokenizer: RequestTokenizer, request: Request, new: Sequence[int]) -> int:
     """How many tokens it took to complete the first stop text."""
 
-    def has_stop(count: int) -> bool:
+    def is_complete(count: int) -> bool:
         return first_stop(tokenizer.decode(new[:count]), request.stop) is not None
 
-    return 1 + bisect_left(range(1, len(new) + 1), True, key=has_stop)
+    return 1 + bisect_left(range(1, len(new) + 1), True, key=is_complete)

@@ -2,8 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ class FrozenModel:
     Args:
         model: A transformers model; its weights must not change.
         tokenizer: Its tokenizer.
+        chat_template_kwargs: Variables for its chat template, in every prompt.
 
     Attributes:
         model, tokenizer: As given.
@@ -33,10 +34,15 @@ class FrozenModel:
         UnsupportedModelError: If the model's attention cannot take slots.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.request_tokenizer = RequestTokenizer(model, tokenizer)
+        self.request_tokenizer = RequestTokenizer(model, tokenizer, chat_template_kwargs)
         self.steering = Steering.for_model(model, probe_again=True)
 
     @classmethod
@@ -47,9 +53,11 @@ class FrozenModel:
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Self:
         """Load and freeze a model: see `controlprefix.model.loading.load`."""
-        return cls(*load(model, tokenizer=tokenizer, dtype=dtype, device=device))
+        loaded = load(model, tokenizer=tokenizer, dtype=dtype, device=device)
+        return cls(*loaded, chat_template_kwargs)
 
     @property
     def geometry(self) -> Geometry:

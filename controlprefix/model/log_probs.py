@@ -149,11 +149,11 @@ def _encoder_decoder_inputs(
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     ids, attention_mask = _padded(frozen, prompts, left=False)
     target_ids, mask = _padded(frozen, targets, left=False)
-    start = torch.full_like(target_ids[:, :1], frozen.model.config.decoder_start_token_id)
+    starts = target_ids.new_tensor(frozen.request_tokenizer.decoder_start_ids)
     inputs = {
         "input_ids": ids,
         "attention_mask": attention_mask,
-        "decoder_input_ids": torch.cat([start, target_ids[:, :-1]], dim=1),
+        "decoder_input_ids": torch.cat([starts.expand(len(ids), -1), target_ids[:, :-1]], dim=1),
     }
     return inputs, target_ids, mask.bool()
 

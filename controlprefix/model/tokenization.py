@@ -1,14 +1,30 @@
 """RequestTokenizer: requests and examples -> token ids, and generated ids -> text."""
 
-from collections.abc import Iterator, Sequence
+import copy
+import re
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from controlprefix.errors import ContextLengthError, RequestError
+from controlprefix.errors import (
+    ContextLengthError,
+    RequestError,
+    TrainingDataError,
+    UnsupportedModelError,
+)
+from controlprefix.model.chat_template import ChatTemplate, control_token_pattern
 from controlprefix.request import Example, Request
+
+_MAX_PROBLEMS = 10  # examples that one error names
+_ANY_TEXT = "a"
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+_END_OF_THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +43,13 @@ class TokenizedExample:
 class RequestTokenizer:
     """Turns requests into the token ids that one model expects.
 
+    Control tokens (such as `</s>`) that are typed in messages, completions and texts are read
+    as the text they are. In a raw prompt they are control tokens.
+
     Args:
         model: For its config and generation config.
         tokenizer: Its tokenizer.
+        chat_template_kwargs: Template variables of every prompt.
 
     Attributes:
         is_encoder_decoder: Whether an encoder reads the prompt.
@@ -38,15 +58,29 @@ class RequestTokenizer:
         context_length: Maximum number of positions; None if there is no limit.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._tokenizer = _without_truncation(tokenizer)
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs)
+        self._control_tokens = control_token_pattern(tokenizer)
+        self._literal_tokenizer: PreTrainedTokenizerBase | None = None
+        self._has_byte_tokens = "<0x0A>" in tokenizer.get_vocab()
+        self._lock = threading.Lock()
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         generation = model.generation_config
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else []
         model_eos = generation.eos_token_id if generation is not None else None
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([*_as_list(eos), *_as_list(model_eos)]))
+        embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        self._num_embeddings: int | None = embeddings if isinstance(embeddings, int) else None
         pad = tokenizer.pad_token_id
-        self.pad_id: int = pad if isinstance(pad, int) else (*self.end_ids, 0)[0]
+        candidates = [*([pad] if isinstance(pad, int) else []), *self.end_ids, 0]
+        self.pad_id: int = next(token for token in candidates if self._is_embedded(token))
         text_config = model.config.get_text_config()
         self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
 
@@ -56,18 +90,55 @@ class RequestTokenizer:
         return next(iter(self.end_ids), None)
 
     @property
+    def joins_words(self) -> bool:
+        """Whether decoding removes spaces between tokens, as for `do n't`."""
+        return bool(getattr(self._tokenizer, "clean_up_tokenization_spaces", False))
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether prompts are wrapped as messages."""
-        return bool(getattr(self._tokenizer, "chat_template", None))
+        return self._template.exists
+
+    @property
+    def decoder_start_ids(self) -> tuple[int, ...]:
+        """The ids in front of a completion in an encoder-decoder's decoder.
+
+        Those are its start token and what its generation config forces first, such as the
+        token of the target language.
+
+        Raises:
+            UnsupportedModelError: If the model has no start token.
+        """
+        model = self._model()
+        assert model is not None
+        generation, config = model.generation_config, model.config
+        decoder = config.get_text_config(decoder=True)
+        start = next(
+            (
+                token
+                for name in ("decoder_start_token_id", "bos_token_id")
+                for source in (generation, config, decoder)
+                if isinstance(token := getattr(source, name, None), int)
+            ),
+            None,
+        )
+        if start is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} names no token to start its decoder with; set "
+                "model.generation_config.decoder_start_token_id"
+            )
+        forced = getattr(generation, "forced_bos_token_id", None)
+        return (start, forced) if isinstance(forced, int) else (start,)
 
     def prompt_ids(self, request: Request) -> tuple[int, ...]:
         """The ids that the completion follows.
 
         Raises:
-            RequestError: If the tokenizer has no chat template and messages need one.
+            RequestError: If the tokenizer has no chat template and messages need one, or the
+                template refuses them.
             ContextLengthError: If they and `max_new_tokens` do not fit the context.
         """
-        ids = self._prompt_ids(request)
+        ids = self._require_embedded(self._prompt_ids(request))
         num_new = 0 if isinstance(request, Example) else request.max_new_tokens
         needed = max(len(ids), num_new) if self.is_encoder_decoder else len(ids) + num_new
         if self.context_length is not None and num_new and needed > self.context_length:
@@ -82,10 +153,11 @@ class RequestTokenizer:
         """Prompt and completion of an example.
 
         Raises:
+            RequestError: As `prompt_ids`.
             ContextLengthError: If together they do not fit the context.
         """
         prompt = self.prompt_ids(example)
-        completion = self._tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+        completion = self._require_embedded(self._ids_of_text(example.completion))
         longest = max(len(prompt), len(completion) + 1)
         needed = longest if self.is_encoder_decoder else len(prompt) + len(completion) + 1
         if self.context_length is not None and needed > self.context_length:
@@ -94,6 +166,24 @@ class RequestTokenizer:
                 f"model is {self.context_length}; shorten it"
             )
         return TokenizedExample(prompt, tuple(completion))
+
+    def ids_of_examples(self, examples: Sequence[Example]) -> list[TokenizedExample]:
+        """Prompts and completions of examples.
+
+        Raises:
+            TrainingDataError: With the numbers, from 1, of all examples that cannot be read.
+        """
+        tokenized, problems = [], []
+        for number, example in enumerate(examples, 1):
+            try:
+                tokenized.append(self.example_ids(example))
+            except RequestError as error:
+                problems.append(f"example {number}: {error}")
+        if problems:
+            more = len(problems) - _MAX_PROBLEMS
+            shown = [*problems[:_MAX_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+            raise TrainingDataError("\n".join(shown))
+        return tokenized
 
     def chunks(self, text: str, max_tokens: int) -> Iterator[tuple[TokenizedExample, bool]]:
         """Cut a text into examples without a prompt.
@@ -105,7 +195,7 @@ class RequestTokenizer:
         Yields:
             Each chunk, and whether it is the last.
         """
-        ids = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = tuple(self._require_embedded(self._ids_of_text(text)))
         if self.context_length is not None:
             max_tokens = min(max_tokens, max(1, self.context_length - 2))
         start = tuple(self._start_ids())
@@ -115,10 +205,16 @@ class RequestTokenizer:
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """The ids of a text at the start of a prompt, without an end token."""
-        ids = list(self._tokenizer(text)["input_ids"])
-        while len(ids) > 1 and ids[-1] in self.end_ids and not self.is_encoder_decoder:
-            ids.pop()
-        return tuple(ids)
+        return tuple(self._require_embedded(self._at_start(self._ids_of_text(text))))
+
+    def num_unsettled(self, ids: Sequence[int]) -> int:
+        """How many of the last tokens are bytes, whose text the next byte may change."""
+        if not self._has_byte_tokens:
+            return 0
+        for count, token in enumerate(reversed(ids)):
+            if not _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
+                return count
+        return len(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
@@ -127,28 +223,108 @@ class RequestTokenizer:
         return text
 
     def _prompt_ids(self, request: Request) -> Sequence[int]:
-        if request.messages is not None and not self.has_chat_template:
-            raise RequestError(
-                "this model has no chat template, so it takes a prompt, not messages"
+        if request.messages is None and (request.raw or not self.has_chat_template):
+            # As it was written: control tokens are meant.
+            return (
+                self._at_start(self._ids(request.prompt)) if request.prompt else self._start_ids()
             )
-        if request.raw or not self.has_chat_template:
-            return self.text_ids(request.prompt) if request.prompt else self._start_ids()
         messages = (
             [message.model_dump() for message in request.messages]
             if request.messages is not None
             else [{"role": "user", "content": request.prompt or ""}]
         )
-        text = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
+        pieces = self._template.render(
+            messages,
+            request.chat_template_kwargs,
+            continue_final_message=request.continue_final_message,
+            # A completion is the answer, unless it has the thoughts before it too.
+            close_thinking=isinstance(request, Example)
+            and not _END_OF_THINKING.search(request.completion),
         )
+        return [
+            token
+            for piece in pieces
+            for token in (self._literal_ids if piece.is_literal else self._ids)(piece.text)
+        ]
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a text, where control tokens are those."""
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _ids_of_text(self, text: str) -> list[int]:
+        """The ids of a text, where control tokens are text too."""
+        if self._control_tokens is None or not self._control_tokens.search(text):
+            return self._ids(text)
+        return self._literal_ids(text)
+
+    def _literal_ids(self, text: str) -> list[int]:
+        with self._lock:  # a copy, since tokenizers keep this option as a state
+            if self._literal_tokenizer is None:
+                self._literal_tokenizer = copy.deepcopy(self._tokenizer)
+            tokenizer = self._literal_tokenizer
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return list(ids)
+
+    def _at_start(self, ids: Sequence[int]) -> Sequence[int]:
+        """Ids with what the tokenizer puts around a text, if it is not there already."""
+        before, after = self._around_text
+        ids = list(ids)
+        if before and ids[: len(before)] == before:
+            ids = ids[len(before) :]
+        if not self.is_encoder_decoder:
+            return [*before, *ids]
+        if after and ids[-len(after) :] == after:
+            ids = ids[: -len(after)]
+        return [*before, *ids, *after]
+
+    @property
+    def _around_text(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer puts before and after a text."""
+        inner = self._ids(_ANY_TEXT)
+        whole = list(self._tokenizer(_ANY_TEXT)["input_ids"])
+        for at in range(len(whole) - len(inner) + 1):
+            if whole[at : at + len(inner)] == inner:
+                return whole[:at], whole[at + len(inner) :]
+        return [], []
 
     def _start_ids(self) -> Sequence[int]:
         """The ids in front of a text that has no prompt."""
         if self.is_encoder_decoder:
             return list(self._tokenizer("")["input_ids"]) or [self.pad_id]
         start = self._tokenizer.bos_token_id
-        return [start if isinstance(start, int) else (*self.end_ids, 0)[0]]
+        candidates = [*([start] if isinstance(start, int) else []), *self.end_ids, 0]
+        return [next(token for token in candidates if self._is_embedded(token))]
+
+    def _is_embedded(self, token: int) -> bool:
+        return token >= 0 and (self._num_embeddings is None or token < self._num_embeddings)
+
+    def _require_embedded(self, ids: Sequence[int]) -> Sequence[int]:
+        """Check that the model knows all ids.
+
+        Raises:
+            RequestError: If it does not: the tokenizer is that of another model.
+        """
+        if unknown := [token for token in ids if not self._is_embedded(token)]:
+            raise RequestError(
+                f"the tokenizer gives the token id {unknown[0]}, but this model has "
+                f"{self._num_embeddings} embeddings; load the tokenizer that belongs to the model"
+            )
+        return ids
+
+
+def _without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy without the truncation and padding that its file asks for.
+
+    Switching them off at each call, as transformers does, fails in threads.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if getattr(backend, "truncation", None) is None and getattr(backend, "padding", None) is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return tokenizer
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def prepare(
     keys = list(dict.fromkeys(part.key for row in named for part in row if part.key.kind in kinds))
     spec = InitSpec.parse(init, keys)
     tokenizer = frozen.request_tokenizer
-    tokenized = [tokenizer.example_ids(example) for example in examples]
+    tokenized = tokenizer.ids_of_examples(examples)
 
     other_keys = {part.key for row in named for part in row if part.key.kind not in kinds}
     stored = resolver.current(other_keys)

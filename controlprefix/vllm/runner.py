@@ -21,7 +21,7 @@ from controlprefix.errors import (
 )
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
-from controlprefix.inference.stopping import completion_from_tokens, streamable_text
+from controlprefix.inference.stopping import TextStream, completion_from_tokens
 from controlprefix.model import FrozenModel
 from controlprefix.request import Request
 from controlprefix.vllm.client import CONNECT_TIMEOUT_S, VllmClient, parse_log_probs
@@ -277,17 +277,16 @@ class VllmRunner:
         top = remote.top_log_probs
         body = self._body(request, remote.placement, remote.prompt, top)
         tokens: list[int] = []
-        num_streamed, reason = 0, None
+        stream, reason = TextStream(tokenizer, request), None
         async for chunk in self._client.complete(body):
             for choice in chunk["choices"]:
                 tokens += choice.get("token_ids") or []
                 remote.ticket.tokens += parse_log_probs(choice.get("logprobs"), top)
                 reason = choice.get("finish_reason") or reason
-                text = streamable_text(tokenizer, request, tokens)[0] if tokens else ""
-                if len(text) > num_streamed:
+                text = stream.update(tokens)[0] if tokens else ""
+                if text:
                     remote.has_streamed = True
-                    remote.ticket.put(text[num_streamed:])
-                    num_streamed = len(text)
+                    remote.ticket.put(text)
         if reason not in ("stop", "length"):
             raise EngineError(f"vLLM ended the request with {reason!r}")
         return tokens

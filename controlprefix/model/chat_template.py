@@ -1,0 +1,149 @@
+"""Chat templates: from messages to the text of a prompt, with what users typed kept as text."""
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from controlprefix.errors import RequestError
+
+_NO_TEMPLATE = "this model has no chat template, so it takes a prompt, not messages"
+_PROBE = "a message of a user"
+# What a template may leave open at the end of a prompt, and how it is closed.
+_OPEN_THINKING = re.compile(r"(?:<(think|thinking|thought|reasoning)>|(\[THINK\]))\s*\Z")
+
+
+class Piece(NamedTuple):
+    """A piece of a rendered prompt.
+
+    Attributes:
+        text: The text.
+        is_literal: It looks like a control token but was typed by a user, so it is text.
+    """
+
+    text: str
+    is_literal: bool
+
+
+class ChatTemplate:
+    """Renders messages with a tokenizer's chat template.
+
+    Args:
+        tokenizer: The tokenizer.
+        variables: Template variables of every prompt; a request's own come on top.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._variables = dict(variables or {})
+        self._takes_parts: dict[str, bool] = {}  # by template
+        self._control_tokens = control_token_pattern(tokenizer)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        variables: Mapping[str, Any],
+        *,
+        continue_final_message: bool = False,
+        close_thinking: bool = False,
+    ) -> list[Piece]:
+        """The text of a prompt.
+
+        Args:
+            messages: `role` and `content` of each.
+            variables: Template variables of this prompt, such as `enable_thinking`.
+            continue_final_message: End within the last message, which the completion continues,
+                rather than at the start of an answer.
+            close_thinking: If the template leaves a thinking block open, close it.
+
+        Raises:
+            RequestError: If there is no template, or it refuses the messages.
+        """
+        if not self.exists:
+            raise RequestError(_NO_TEMPLATE)
+        marks: list[str] = []
+        nonce = secrets.token_hex(4)
+
+        def mark(match: re.Match[str]) -> str:
+            marks.append(match[0])
+            return f"\ue000{nonce}{len(marks) - 1}\ue001"
+
+        if self._control_tokens is not None:
+            pattern = self._control_tokens
+            messages = [{**m, "content": pattern.sub(mark, m["content"])} for m in messages]
+        text = self._apply(
+            self._with_content_in_parts(messages),
+            {**self._variables, **variables},
+            continue_final_message,
+        )
+        if close_thinking and (match := _OPEN_THINKING.search(text)):
+            closing = f"</{match[1]}>" if match[1] else "[/THINK]"
+            text = f"{text.rstrip()}\n\n{closing}\n\n"
+        pieces = re.split(f"\ue000{nonce}(\\d+)\ue001", text)
+        return [
+            Piece(marks[int(piece)], True) if i % 2 else Piece(piece, False)
+            for i, piece in enumerate(pieces)
+            if piece
+        ]
+
+    def _with_content_in_parts(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> Sequence[Mapping[str, Any]]:
+        """The messages in the form in which the template keeps their text."""
+        template = str(self._tokenizer.chat_template)
+        if template not in self._takes_parts:
+            as_text = [{"role": "user", "content": _PROBE}]
+            in_parts = _in_parts(as_text)
+            self._takes_parts[template] = not self._keeps(as_text) and self._keeps(in_parts)
+        return _in_parts(messages) if self._takes_parts[template] else messages
+
+    def _keeps(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            return _PROBE in self._apply(messages, self._variables, False)
+        except RequestError:
+            return False
+
+    def _apply(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        continue_final_message: bool,
+    ) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                **{
+                    "add_generation_prompt": not continue_final_message,
+                    "continue_final_message": continue_final_message,
+                    **variables,
+                    "tokenize": False,
+                },
+            )
+        except Exception as error:  # a template is code of the model's authors
+            raise RequestError(
+                f"the chat template of this model refuses these messages: {error}"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+
+def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Matches what the tokenizer reads as a control token; None if it has none."""
+    tokens = {str(token) for token in tokenizer.all_special_tokens}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    tokens |= {token.content for token in added.values() if token.special}
+    longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _in_parts(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]

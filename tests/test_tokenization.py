@@ -1,0 +1,365 @@
+"""What the model reads and writes: templates, control tokens, raw prompts, streams, stop texts."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from controlprefix import ControlPrefix, Example, Request
+from controlprefix.errors import ModelOutputError, RequestError, TrainingDataError
+from controlprefix.inference.stopping import TextStream, completion_from_tokens, has_stop
+from controlprefix.model.tokenization import RequestTokenizer
+from controlprefix.request import Message
+
+from models import VOCAB, build, byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
+
+THINKING = "<s>assistant: <think>\n"
+TOKENIZERS = [byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer]
+
+
+def chat_tokenizer(change: Callable[[str], str] = str) -> PreTrainedTokenizerFast:
+    """The byte tokenizer with a changed chat template."""
+    tokenizer = byte_tokenizer(chat=True)
+    template = tokenizer.chat_template
+    assert isinstance(template, str)
+    tokenizer.chat_template = change(template)
+    return tokenizer
+
+
+def engine(
+    tokenizer: PreTrainedTokenizerFast, name: str = "llama", **options: Any
+) -> ControlPrefix:
+    return ControlPrefix.from_pretrained(
+        build(name), tokenizer=tokenizer, store="sqlite://", **options
+    )
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerFast, request: Request, **options: Any) -> str:
+    """The prompt of a request as the model reads it, with control tokens."""
+    cp = engine(tokenizer, **options)
+    text = tokenizer.decode(list(cp.frozen_model.request_tokenizer.prompt_ids(request)))
+    assert isinstance(text, str)
+    return text
+
+
+def says(*texts: str, **fields: Any) -> Request:
+    roles = ("user", "assistant")
+    messages = [Message(role=roles[i % 2], content=text) for i, text in enumerate(texts)]  # type: ignore[arg-type]
+    return Request(messages=messages, **fields)
+
+
+# --- chat templates --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code", ["{{ raise_exception('no system role') }}", "{{ 1 / 0 }}", "{{ messages[0].x.y }}"]
+)
+def test_a_template_that_refuses_messages_says_so_in_its_own_words(code: str) -> None:
+    tokenizer = chat_tokenizer(
+        lambda t: "{% if messages[0].role == 'system' %}" + code + "{% endif %}" + t
+    )
+    cp = engine(tokenizer)
+    request = Request(messages=[Message(role="system", content="x")])
+    expected = "no system role" if "raise" in code else "chat template"
+    with pytest.raises(RequestError, match=expected):
+        cp.generate(request)
+    rows = [Example(prompt="hi", task="t", completion="b")] * 3
+    bad = Example(messages=request.messages, task="t", completion="b")
+    with pytest.raises(TrainingDataError, match=f"example 4: .*{expected}"):
+        cp.train([*rows, bad, *rows], num_slots=2, steps=1, progress=False)
+    with pytest.raises(TrainingDataError, match="example 2: "):
+        cp.score([rows[0], bad])
+
+
+def test_template_variables_of_a_request_come_on_top_of_those_of_the_model() -> None:
+    tokenizer = chat_tokenizer(lambda t: t + "{{ mood }}{% if not think %}|closed{% endif %}")
+    hi = Request(prompt="hi", chat_template_kwargs={"mood": "happy"})
+    assert prompt_text(tokenizer, hi).endswith("assistant: happy|closed")
+    defaults = {"mood": "calm", "think": True}
+    assert prompt_text(tokenizer, hi, chat_template_kwargs=defaults).endswith("happy")
+    plain = Request(prompt="hi")
+    assert prompt_text(tokenizer, plain, chat_template_kwargs=defaults).endswith("calm")
+    cp = engine(tokenizer)
+    prompts = [
+        cp.frozen_model.request_tokenizer.example_ids(Example(prompt="a", completion="b", **extra))
+        for extra in ({}, {"chat_template_kwargs": {"think": True}})
+    ]
+    assert prompts[0] != prompts[1]
+
+
+def test_templates_that_want_content_in_parts_keep_the_text() -> None:
+    tokenizer = chat_tokenizer(
+        lambda _: (
+            "{% for m in messages %}{{ m.role }}:{% for p in m.content %}"
+            "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+        )
+    )
+    assert prompt_text(tokenizer, Request(prompt="SECRET")) == "user:SECRET\n"
+
+
+def test_the_last_message_is_continued_when_asked() -> None:
+    tokenizer = chat_tokenizer()
+    assert prompt_text(tokenizer, says("q", "Dear")).endswith("</s><s>assistant: ")
+    continued = says("q", "Dear", continue_final_message=True)
+    assert prompt_text(tokenizer, continued).endswith("<s>assistant: Dear")
+    with pytest.raises(RequestError, match="continue_final_message"):
+        says("q", continue_final_message=True)
+
+
+@pytest.mark.parametrize("tag", ["<think>", "<reasoning>", "[THINK]"])
+def test_learned_text_never_lands_in_open_thoughts(tag: str) -> None:
+    tokenizer = chat_tokenizer(lambda t: t.replace("<s>assistant: ", f"<s>assistant: {tag}\n"))
+    assert prompt_text(tokenizer, Request(prompt="q")).rstrip().endswith(tag)
+    closing = tag[0] + "/" + tag[1:]
+    answer = Example(prompt="q", completion="Dear Sam")
+    assert prompt_text(tokenizer, answer).endswith(f"{tag}\n\n{closing}\n\n")
+    with_thoughts = Example(prompt="q", completion=f"Hm. {closing} Dear Sam")
+    assert prompt_text(tokenizer, with_thoughts).rstrip().endswith(tag)
+
+
+# --- control tokens --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+@given(words=st.lists(st.sampled_from(["hi", " ", "<s>", "</s>", "[SEP]", "[CLS]"]), min_size=1))
+@settings(max_examples=20)
+def test_control_tokens_in_what_people_write_are_text(
+    make: Callable[[], PreTrainedTokenizerFast], words: list[str]
+) -> None:
+    tokenizer = make()
+    tokenizer.chat_template = byte_tokenizer(chat=True).chat_template
+    reader = RequestTokenizer(build("llama"), tokenizer)
+    text = "".join(words) + "x"
+    control = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+
+    def count(ids: tuple[int, ...]) -> int:
+        return sum(token in control for token in ids)
+
+    assert count(reader.prompt_ids(says(text))) == count(reader.prompt_ids(says("x")))
+    example = reader.example_ids(Example(prompt="q", completion=text))
+    assert count(example.completion) == 0
+    assert count(reader.text_ids(text)) == count(reader.text_ids("x"))
+    for chunk, _ in reader.chunks(text, 4):
+        assert count(chunk.completion) == 0
+    if make is byte_tokenizer:  # whose tokens can spell anything
+        assert tokenizer.decode(list(example.completion)) == text
+
+
+def test_a_prompt_without_control_tokens_is_tokenized_as_a_whole() -> None:
+    tokenizer = chat_tokenizer()
+    messages = [{"role": "user", "content": "hello"}]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    reader = RequestTokenizer(build("llama"), tokenizer)
+    assert list(reader.prompt_ids(says("hello"))) == expected
+
+
+def test_a_raw_prompt_has_one_start_token_and_keeps_its_end() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    reader = RequestTokenizer(build("llama"), tokenizer)
+
+    def ids(text: str) -> list[int]:
+        return list(reader.prompt_ids(Request(prompt=text, raw=True)))
+
+    assert ids("hi")[0] == 0
+    assert ids("<s>hi") == ids("hi")
+    assert ids("hi</s>") == [*ids("hi"), 1]
+    assert ids("a</s><s>b")[:1] == [0]
+    assert ids("a</s><s>b").count(0) == 2
+    encoder = RequestTokenizer(build("bart"), tokenizer)
+    assert encoder.prompt_ids(Request(prompt="hi</s>", raw=True)) == tuple([*ids("hi"), 1])
+
+
+# --- tokenizers as they are shipped ----------------------------------------------------------
+
+
+def test_a_pad_id_outside_the_vocabulary_is_not_used() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    while len(tokenizer) <= VOCAB:
+        tokenizer.add_tokens([f"<extra {len(tokenizer)}>"])
+    tokenizer.pad_token = f"<extra {len(tokenizer) - 1}>"
+    cp = engine(tokenizer)
+    prompts = [Request(prompt=text, raw=True, max_new_tokens=3) for text in ("a", "abcdef")]
+    assert [c.text for c in cp.generate(prompts)] == [cp.generate(p).text for p in prompts]
+    with pytest.raises(RequestError, match="token id .* embeddings"):
+        cp.generate(tokenizer.pad_token, raw=True)
+
+
+@pytest.mark.parametrize("without", ["bos_token", "eos_token", "pad_token"])
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_tokenizers_without_some_special_token_work(name: str, without: str) -> None:
+    tokenizer = byte_tokenizer()
+    setattr(tokenizer, without, None)
+    cp = engine(tokenizer, name)
+    requests = [Request(prompt=text, raw=True, max_new_tokens=3) for text in ("a", "abcdef")]
+    assert [c.text for c in cp.generate(requests)] == [cp.generate(r).text for r in requests]
+    cp.train(
+        [Example(prompt="a", task="t", completion="b")] * 4, num_slots=2, steps=1, progress=False
+    )
+    cp.enroll("ana", ["some text of hers"])
+
+
+def test_tokenizers_that_ship_truncation_and_padding_read_everything_in_threads() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    reader = RequestTokenizer(build("llama", max_position_embeddings=4096), tokenizer)
+    failures: list[object] = []
+
+    def read(seed: int) -> None:
+        try:
+            for i in range(40):
+                text = "ab</s>"[: 2 + 4 * (i % 2)] * (1 + (seed * 40 + i) % 60)
+                ids = reader.prompt_ids(says(text))
+                if tokenizer.decode(list(ids)) != f"<s>user: {text}</s><s>assistant: ":
+                    failures.append(ids)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+# --- encoder-decoders ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forced", [None, 7])
+def test_generate_score_and_train_read_the_same_decoder_sequence(forced: int | None) -> None:
+    model = build("bart")
+    model.generation_config.forced_bos_token_id = forced
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    prompt = torch.tensor([cp.frozen_model.request_tokenizer.prompt_ids(Request(prompt="q"))])
+    generate: Any = model.generate
+    expected = generate(prompt, max_new_tokens=6, do_sample=False)[0]
+    assert (int(expected[1]) == forced) == (forced is not None)
+    completion = cp.generate("q", max_new_tokens=6 - (forced is not None))
+    assert completion.text == cp.tokenizer.decode(expected[1:], skip_special_tokens=True)
+
+    ids = cp.tokenizer("abc")["input_ids"]
+    start = [0, *([] if forced is None else [forced])]
+    with torch.no_grad():
+        logits = model(input_ids=prompt, decoder_input_ids=torch.tensor([[*start, *ids]])).logits
+    log_probs = logits.log_softmax(-1)[0, len(start) - 1 : -1]
+    expected_score = log_probs.gather(1, torch.tensor(ids)[:, None]).sum().item()
+    (score,) = cp.score([Example(prompt="q", completion="abc")])
+    assert score.log_likelihood == pytest.approx(expected_score, abs=1e-4)
+
+
+def test_a_start_token_is_taken_from_where_it_is_or_its_lack_is_said() -> None:
+    model = build("bart")
+    example = Example(prompt="a", completion="b")
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    expected = cp.score([example])
+    model.config.decoder_start_token_id = None
+    model.generation_config.decoder_start_token_id = 0
+    assert cp.score([example]) == expected
+    model.generation_config.decoder_start_token_id = None
+    model.generation_config.bos_token_id = model.config.bos_token_id = None
+    with pytest.raises(TypeError, match="decoder_start_token_id"):
+        cp.score([example])
+
+
+# --- what is written -------------------------------------------------------------------------
+
+TEXTS = st.text(
+    st.sampled_from("ab .,'\n\r\t!?") | st.sampled_from("é日本語한😀👍🏽عر\u0301"),
+    min_size=1,
+    max_size=24,
+)
+
+
+def streamed(reader: RequestTokenizer, request: Request, ids: list[int]) -> tuple[str, str]:
+    stream, text = TextStream(reader, request), ""
+    for count in range(1, len(ids) + 1):
+        added, finished = stream.update(ids[:count])
+        text += added
+        if finished:
+            ids = ids[:count]
+            break
+    return text, completion_from_tokens(reader, request, [0], ids).text
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+@given(text=TEXTS, draws=st.lists(st.integers(3, 290), max_size=30))
+@settings(max_examples=60)
+def test_a_stream_joined_is_the_text(
+    make: Callable[[], PreTrainedTokenizerFast], text: str, draws: list[int]
+) -> None:
+    tokenizer = make()
+    reader = RequestTokenizer(build("llama"), tokenizer)
+    for ids in (tokenizer(text, add_special_tokens=False)["input_ids"], draws):
+        if ids := [token for token in ids if token < len(tokenizer)]:
+            joined, expected = streamed(reader, Request(prompt="q", max_new_tokens=len(ids)), ids)
+            assert joined == expected
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_words_of_real_text_stream_with_their_spaces(
+    make: Callable[[], PreTrainedTokenizerFast],
+) -> None:
+    tokenizer = make()
+    reader = RequestTokenizer(build("llama"), tokenizer)
+    ids = tokenizer("do n't , we ' re the a b\nthe", add_special_tokens=False)["input_ids"]
+    joined, expected = streamed(reader, Request(prompt="q", max_new_tokens=len(ids) + 1), [*ids, 1])
+    assert joined == expected
+
+
+@pytest.mark.parametrize("stop", ["😀😀😀😀", "日本語", "END", "\r\n"])
+def test_a_stop_text_is_found_at_the_step_it_appears(stop: str) -> None:
+    tokenizer = byte_tokenizer()
+    reader = RequestTokenizer(build("llama"), tokenizer)
+    request = Request(prompt="q", stop=[stop])
+    ids = tokenizer(f"é{'x' * 40}{stop}yz")["input_ids"]
+    steps = [has_stop(reader, request, ids[:count]) for count in range(1, len(ids) + 1)]
+    assert steps.index(True) + 1 == len(ids) - 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_one_seed_gives_one_text_in_every_engine_in_bfloat16(name: str) -> None:
+    model = build(name, dtype=torch.bfloat16)
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    fields: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 8}
+    requests = [Request(prompt="hi", raw=True, seed=seed, **fields) for seed in range(24)]
+    expected = [cp.generate(request).text for request in requests]
+    assert len(set(expected)) > 12
+    with cp.batcher() as batcher:
+        assert [batcher.submit(request).result().text for request in requests] == expected
+    assert ["".join(cp.stream(request)) for request in requests] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bart"])
+def test_logits_that_are_no_numbers_are_an_error_of_their_row(name: str) -> None:
+    model = build(name)
+    head: Any = model.get_input_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    head.weight.data[byte_tokenizer()("~")["input_ids"][0]] = float("nan")  # read by one prompt
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    output: Any = model.get_output_embeddings()
+    output.weight = torch.nn.Parameter(output.weight.detach().nan_to_num(), requires_grad=False)
+    good, bad = (Request(prompt=text, raw=True, max_new_tokens=3) for text in ("a", "~"))
+    expected = cp.generate(good).text
+    for request in (bad, [good, bad]):
+        with pytest.raises(ModelOutputError, match="no numbers"):
+            cp.generate(request)  # type: ignore[call-overload]
+    with pytest.raises(ModelOutputError):
+        list(cp.stream(bad))
+    with cp.batcher() as batcher:
+        tickets = [batcher.submit(request) for request in (good, bad, good)]
+        assert tickets[0].result().text == tickets[2].result().text == expected
+        with pytest.raises(ModelOutputError):
+            tickets[1].result()
+        assert batcher.submit(copy.copy(good)).result().text == expected
