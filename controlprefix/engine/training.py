@@ -34,7 +34,7 @@ class TrainingMethods(GenerationMethods):
         self,
         examples: Iterable[Example],
         *,
-        learn: Learnable | Sequence[Learnable] = ("task", "attributes"),
+        learn: Learnable | Sequence[Learnable] | None = None,
         num_slots: int | Mapping[Learnable, int] = 16,
         init: Initialization | Initializations = "text",
         folder: str | Path | None = None,
@@ -51,7 +51,8 @@ class TrainingMethods(GenerationMethods):
 
         Args:
             examples: At least one; their strengths apply as in a request.
-            learn: Any of `task`, `attributes`, `user`.
+            learn: Any of `task`, `attributes`, `user`; left out, the task and the attributes, as
+                far as examples have them.
             num_slots: Slots of each trained prefix, or per entry of `learn`.
             init: `text`: start from the keys and values of the prefix's own training text (of
                 its first 256 tokens, per kv head those that examples attend to most);
@@ -81,7 +82,7 @@ class TrainingMethods(GenerationMethods):
             https://arxiv.org/abs/2110.08329.
         """
         rows = self.with_default_labels(require_examples(examples))
-        only_users = learn == "user" or list(learn) == ["user"]
+        only_users = learn == "user" or (learn is not None and list(learn) == ["user"])
         defaults = {"parameterization": "direct"} if only_users else {}
         return self._trainer.train(
             rows,
@@ -185,7 +186,7 @@ class TrainingMethods(GenerationMethods):
         *,
         num_slots: Sequence[int] = (1, 2, 4, 8, 16, 32),
         parameterizations: Sequence[ParameterizationName] = ("shared",),
-        learn: Learnable | Sequence[Learnable] = ("task", "attributes"),
+        learn: Learnable | Sequence[Learnable] | None = None,
         init: Initialization | Initializations = "text",
         progress: bool = True,
         **options: Unpack[TrainingOptions],

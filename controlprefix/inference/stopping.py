@@ -8,6 +8,7 @@ from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.request import Completion, Request
 
 _REPLACEMENT_CHARACTER = "\ufffd"  # a character of which not all bytes are generated yet
+_MAX_JOINED_WORDS = 4  # "do n ' t" becomes "don't"
 _TAIL_TOKENS = 16  # decoded beyond one token per byte to find a stop text
 
 
@@ -80,8 +81,8 @@ class TextStream:
         # The last character may be incomplete, and a stop text may have begun.
         text = text.rstrip(_REPLACEMENT_CHARACTER)
         text = text[: len(text) - partial_stop_length(text, self._request.stop)]
-        if self._tokenizer.joins_words:  # a space may vanish when the word behind it is complete
-            text = text[: max(0, text.rstrip(" ").rfind(" "))]
+        if self._tokenizer.joins_words:  # the spaces of the last words may still vanish
+            text = " ".join(text.split(" ")[:-_MAX_JOINED_WORDS])
         return text, False
 
 

@@ -112,7 +112,7 @@ class RequestTokenizer:
         model = self._model()
         assert model is not None
         generation, config = model.generation_config, model.config
-        decoder = config.get_text_config(decoder=True)
+        decoder = getattr(config, "decoder", None)
         start = next(
             (
                 token

@@ -53,7 +53,7 @@ def prepare(
     resolver: Resolver,
     settings: TrainingSettings,
     *,
-    learn: Learnable | Sequence[Learnable],
+    learn: Learnable | Sequence[Learnable] | None,
     num_slots: int | Mapping[Learnable, int],
     init: Initialization | Initializations,
     num_slots_of: Callable[[PrefixKey], int | None] | None = None,
@@ -67,7 +67,7 @@ def prepare(
         frozen: The model.
         resolver: Finds the parts that are not trained.
         settings: For the seed and the split.
-        learn: Which kinds of parts to train.
+        learn: Which kinds of parts to train; None for the task and attributes that there are.
         num_slots: Slots of each trained prefix, or per kind.
         init: See `ControlPrefix.train`.
         num_slots_of: Slots of one prefix, where that differs from `num_slots`.
@@ -77,6 +77,11 @@ def prepare(
     """
     if not examples:
         raise TrainingDataError("there are no examples to train on")
+    if learn is None:
+        by_default: tuple[Learnable, ...] = ("task", "attributes")
+        learn = [name for name in by_default if any(getattr(row, name) for row in examples)]
+        if not learn:
+            raise TrainingDataError("no example has a task or attributes to learn; give it one")
     kinds = _check_learnable(examples, [learn] if isinstance(learn, str) else list(learn))
     named = [example.named_parts for example in examples]
     keys = list(dict.fromkeys(part.key for row in named for part in row if part.key.kind in kinds))
