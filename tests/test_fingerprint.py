@@ -51,13 +51,13 @@ def test_it_depends_on_values_and_neither_on_names_nor_on_the_dtype(name: str) -
 def test_each_weight_counts_and_so_does_its_place(name: str) -> None:
     model = build(name, attention="eager" if name in EAGER_ONLY else "sdpa")
     expected = fingerprint(model)
-    seen = {expected}
+    fingerprints = {expected}
     for parameter in model.parameters():
-        kept = parameter.data.clone()
+        values = parameter.data.clone()
         parameter.data.view(-1)[-1] += 1.0
-        seen.add(fingerprint(model))
-        parameter.data.copy_(kept)
-    assert len(seen) == len(list(model.parameters())) + 1
+        fingerprints.add(fingerprint(model))
+        parameter.data.copy_(values)
+    assert len(fingerprints) == len(list(model.parameters())) + 1
     assert fingerprint(model) == expected
 
 

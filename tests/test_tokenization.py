@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.errors import ModelOutputError, RequestError, TrainingDataError
+from controlprefix.errors import ModelOutputError, RequestError
 from controlprefix.inference.stopping import TextStream, completion_from_tokens, has_stop
 from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.request import Message
@@ -73,9 +73,9 @@ def test_a_template_that_refuses_messages_says_so_in_its_own_words(code: str) ->
         cp.generate(request)
     rows = [Example(prompt="hi", task="t", completion="b")] * 3
     bad = Example(messages=request.messages, task="t", completion="b")
-    with pytest.raises(TrainingDataError, match=f"example 4: .*{expected}"):
+    with pytest.raises(RequestError, match=f"example 4: .*{expected}"):
         cp.train([*rows, bad, *rows], num_slots=2, steps=1, progress=False)
-    with pytest.raises(TrainingDataError, match="example 2: "):
+    with pytest.raises(RequestError, match="example 2: "):
         cp.score([row.model_copy(update={"task": None}) for row in (rows[0], bad)])
 
 

@@ -5,6 +5,7 @@ So the fields are defined once, with their help, for Python, HTTP and the comman
 
 import functools
 import inspect
+import json
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -46,7 +47,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
     fields = {
         name: field
         for name, field in Request.model_fields.items()
-        if name not in {"prompt", "messages"}
+        if name not in {"prompt", "messages", "continue_final_message"}
     }
     return _with_options(command, "request_fields", fields, _parse_request_fields)
 
@@ -112,7 +113,8 @@ def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
     else:
         flags = [f"--{name.replace('_', '-')}"]
         annotation = _option_type(field.annotation)
-        value = field.default
+        value = None if get_origin(field.annotation) is dict else field.default
+        annotation = annotation if value is not None or field.default is None else annotation | None
     if default is not None:
         text = f"{text} Default: {default}."
         value, annotation = None, annotation | None
@@ -134,6 +136,8 @@ def _option_type(annotation: Any) -> Any:
         return _option_type(inner) | None
     if origin is Literal or annotation in (str, int, float, bool):
         return annotation
+    if origin is dict:
+        return str
     raise TypeError(f"no command-line option for a field of type {annotation}")
 
 
@@ -152,6 +156,9 @@ def _parse_request_fields(values: dict[str, Any]) -> dict[str, Any]:
         },
         "schedules": dict(_parse_schedule(text) for text in values["schedules"] or ()),
         "stop": values["stop"] or (),
+        "chat_template_kwargs": parse_json_object(
+            "--chat-template-kwargs", values["chat_template_kwargs"]
+        ),
     }
 
 
@@ -189,6 +196,21 @@ def parse_number(option: str, text: str) -> float:
     if not _is_number(text):
         raise RequestError(f"{option} needs a number, got {text!r}")
     return float(text)
+
+
+def parse_json_object(option: str, text: str | None) -> dict[str, Any]:
+    """A JSON object; empty if it is left out.
+
+    Raises:
+        RequestError: If it is not one.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise RequestError(f'{option} needs a JSON object such as {{"name": true}}, got {text!r}')
+    return value
 
 
 def parse_list(text: str) -> list[str]:

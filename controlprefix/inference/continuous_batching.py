@@ -215,8 +215,8 @@ class ContinuousBatcher(Batcher):
             tokens.append(scores[0].argmax())
             if sequence.top_log_probs is not None:
                 self._record_log_probs(sequence, own, int(tokens[-1]))
-        chosen = torch.stack([torch.stack(tokens), torch.stack(invalid).long()]).tolist()
-        for sequence, token, is_invalid in zip(sequences, *chosen, strict=True):
+        columns = torch.stack([torch.stack(tokens), torch.stack(invalid).long()]).tolist()
+        for sequence, token, is_invalid in zip(sequences, *columns, strict=True):
             if is_invalid:
                 sequence.ticket.put(ModelOutputError())
                 self._vacate(sequence)

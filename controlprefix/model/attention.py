@@ -225,13 +225,13 @@ def _attend_compiled(
     if handle is None and original is not None:  # a module of another model
         result: tuple[Tensor, Tensor | None] = original(module, query, key, value, mask, **kwargs)
         return result
-    # Other arguments have no effect on `sdpa`, which every layer gives all it was given.
-    given = {name: kwargs[name] for name in _GRAPH_ARGUMENTS if kwargs.get(name) is not None}
+    # Other arguments have no effect on `sdpa`, which every layer gives all it was arguments.
+    arguments = {name: kwargs[name] for name in _GRAPH_ARGUMENTS if kwargs.get(name) is not None}
     if implementation != "sdpa" or kwargs.get("cache") is not None or torch.is_grad_enabled():
         return _attend_outside_graph(
             implementation, original, module, query, key, value, mask, **kwargs
         )
-    return _attend_in_graph(query, key, value, mask, handle, **given), None
+    return _attend_in_graph(query, key, value, mask, handle, **arguments), None
 
 
 @torch.library.custom_op(
@@ -261,9 +261,9 @@ def _attend_in_graph(
         "position_bias": position_bias,
         "s_aux": s_aux,
     }
-    given = {name: item for name, item in kwargs.items() if item is not None}
+    arguments = {name: item for name, item in kwargs.items() if item is not None}
     original, module = _originals["sdpa"], _modules[handle]
-    return _attend("sdpa", original, module, query, key, value, mask, **given)[0].contiguous()
+    return _attend("sdpa", original, module, query, key, value, mask, **arguments)[0].contiguous()
 
 
 @_attend_in_graph.register_fake

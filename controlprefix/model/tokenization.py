@@ -15,13 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from controlprefix.errors import (
     ContextLengthError,
     RequestError,
-    TrainingDataError,
     UnsupportedModelError,
 )
 from controlprefix.model.chat_template import ChatTemplate, control_token_pattern
 from controlprefix.request import Example, Request
 
-_MAX_PROBLEMS = 10  # examples that one error names
+_MAX_LISTED = 10  # examples that one error names
 _ANY_TEXT = "a"
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _END_OF_THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
@@ -171,18 +170,20 @@ class RequestTokenizer:
         """Prompts and completions of examples.
 
         Raises:
-            TrainingDataError: With the numbers, from 1, of all examples that cannot be read.
+            RequestError: With the numbers, from 1, of the examples that cannot be tokenized.
+            ContextLengthError: If the first of them does not fit the context.
         """
-        tokenized, problems = [], []
+        tokenized, errors = [], dict[int, RequestError]()
         for number, example in enumerate(examples, 1):
             try:
                 tokenized.append(self.example_ids(example))
             except RequestError as error:
-                problems.append(f"example {number}: {error}")
-        if problems:
-            more = len(problems) - _MAX_PROBLEMS
-            shown = [*problems[:_MAX_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
-            raise TrainingDataError("\n".join(shown))
+                errors[number] = error
+        if errors:
+            lines = [f"example {number}: {error}" for number, error in errors.items()]
+            if len(lines) > _MAX_LISTED:
+                lines[_MAX_LISTED:] = [f"and {len(lines) - _MAX_LISTED} more"]
+            raise type(next(iter(errors.values())))("\n".join(lines))
         return tokenized
 
     def chunks(self, text: str, max_tokens: int) -> Iterator[tuple[TokenizedExample, bool]]:
