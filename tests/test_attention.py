@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from controlprefix import Part, Prefix, assemble
+from controlprefix.model import attention as attention_module
+from controlprefix.model import prefill_kernel
 from controlprefix.model.decode_kernel import _MIN_SEGMENTED_VALUES
 from controlprefix.model.steering import Steering
 from controlprefix.training.loop import _switch
@@ -444,3 +446,31 @@ def test_a_slot_gradient_is_that_of_finite_differences(name: str) -> None:
     with torch.no_grad():
         numeric = (loss(rows + step * direction) - loss(rows - step * direction)) / (2 * step)
     assert torch.isclose((gradient * direction).sum(), numeric, rtol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bart"])
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_long_prompts_in_chunks_give_the_same_outputs_and_gradients(
+    name: str, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    steering = Steering.for_model(model)
+    prefix = random_prefix(model, 4)
+    slots = {site: rows.clone().requires_grad_() for site, rows in prefix.slots.items()}
+    parts = [[Part(Prefix(prefix.geometry, slots), strength), Part(random_prefix(model, 2))], []]
+    for rows in ([tokens(9), tokens(9)], [tokens(9), tokens(5)], [tokens(9)]):
+        batch = inputs(model, rows)
+        if len(rows) == 1 or rows[1].shape[1] == 9:
+            del batch["attention_mask"]  # the mask is left to the attention function
+        values = []
+        for chunk in (1 << 30, 4):
+            monkeypatch.setattr(attention_module, "PREFILL_CHUNK", chunk)
+            monkeypatch.setattr(prefill_kernel, "PREFILL_CHUNK", chunk)
+            with steering.attached(steering.assemble(parts[: len(rows)])):
+                logits = model(**batch, use_cache=False).logits
+            shortest = min(row.shape[1] for row in rows)
+            logits = logits if name == "bart" else logits[:, -shortest:]
+            gradients = torch.autograd.grad(logits.square().sum(), list(slots.values()))
+            values.append([logits, *gradients])
+        for whole, chunked in zip(*values, strict=True):
+            assert torch.allclose(whole, chunked, rtol=1e-3, atol=1e-4)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from controlprefix.attributes import AttributeSpace
 from controlprefix.engine.training import TrainingMethods
@@ -32,7 +33,7 @@ class ControlPrefix(TrainingMethods, UserMethods):
     @classmethod
     def from_pretrained(
         cls,
-        model: str | os.PathLike[str] | PreTrainedModel = "smollm2",
+        model: str | os.PathLike[str] | nn.Module = "smollm2",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         store: str = "sqlite:///prefixes.db",

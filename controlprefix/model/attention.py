@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from controlprefix.errors import UnsupportedModelError
 from controlprefix.model.decode_kernel import decode
 from controlprefix.model.masks import joined_keys_and_values, mask_with_slots
+from controlprefix.model.prefill_kernel import PREFILL_CHUNK, prefill
 from controlprefix.prefixes import Site, SlotBlock
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # transformers' names of the functions we stand in for
@@ -305,6 +306,10 @@ def _attend_with_slots_first(
         num_slots = sum(block.log_strengths.shape[1] for block in blocks)
         with_slots = pad(position_bias[..., : key.shape[2]], (num_slots, 0))
         kwargs = {**kwargs, "position_bias": with_slots}
+    is_sdpa = getattr(base, "__name__", "") == "sdpa_attention_forward"
+    if is_sdpa and num_queries > PREFILL_CHUNK and watch is None and position_bias is None:
+        options = (kwargs.get("scaling"), kwargs.get("dropout") or 0.0)
+        return prefill(query, key, value, mask, blocks, layer, causal, *options), None
     keys, values = joined_keys_and_values(blocks, layer, key, value)
     mask = mask_with_slots(mask, blocks, key, num_queries, causal)
     output, weights = base(module, query, keys, values, mask, **kwargs)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controlprefix.model.loading import load
@@ -48,7 +49,7 @@ class FrozenModel:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | os.PathLike[str] | PreTrainedModel,
+        model: str | os.PathLike[str] | nn.Module,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: torch.dtype | str = "auto",

