@@ -1,5 +1,6 @@
 """Continuous batching: a sequence's output does not depend on which others join or leave."""
 
+import contextlib
 import random
 import threading
 import time
@@ -248,3 +249,30 @@ def test_models_whose_cached_rows_cannot_move_run_one_batch_after_another(name: 
         assert ticket.result() == expected
     assert batcher.close()
     assert batcher.load == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"suppress_tokens": [*range(3, 200)]},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 9, "eos_token_id": [1, *range(3, 150)]},
+        {"bad_words_ids": [[token] for token in range(3, 200)]},
+        {"temperature": 0.3, "top_k": 2, "repetition_penalty": 5.0, "do_sample": True},
+    ],
+)
+def test_the_models_generation_config_means_the_same_in_every_engine(
+    settings: dict[str, Any],
+) -> None:
+    model = build("llama")
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    plain = cp.generate("hello", raw=True, max_new_tokens=12)
+    model.generation_config.update(**settings)
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    requests = [Request(prompt=text, raw=True, max_new_tokens=12) for text in ("hello", "a")]
+    expected = [result.text for result in cp.generate(requests)]
+    assert (expected[0] == plain.text) == ("do_sample" in settings)
+    assert ["".join(cp.stream(request)) for request in requests] == expected
+    with contextlib.closing(cp.batcher()) as batcher:
+        tickets = [batcher.submit(cp.resolve(request)) for request in requests]
+        assert [ticket.result().text for ticket in tickets] == expected

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batcher import Batcher, Sequence
+from controlprefix.inference.generation import model_processors
 from controlprefix.inference.guidance import guided_logits
 from controlprefix.inference.runner import TokenLogProbs
 from controlprefix.inference.sampling import Sampler
@@ -148,7 +149,10 @@ class ContinuousBatcher(Batcher):
         sources: dict[int, list[CacheRow]] = {}
         row = 0
         for sequence in prefill.sequences:
-            self._samplers[id(sequence)] = Sampler(sequence.request, self._frozen.device)
+            processors = model_processors(self._frozen, sequence.request, len(sequence.prompt))
+            self._samplers[id(sequence)] = Sampler(
+                sequence.request, self._frozen.device, processors
+            )
             sources[id(sequence)] = [
                 CacheRow(prefill.cache, row + i, len(sequence.prompt))
                 for i in range(len(sequence.rows))

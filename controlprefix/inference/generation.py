@@ -87,7 +87,7 @@ def generate_batch(
     if config.cache_implementation is None:
         cache = growing_cache(frozen.model, len(requests))
         options |= {} if cache is None else {"past_key_values": cache}
-    with torch.no_grad(), frozen.attached(batch):
+    with torch.no_grad(), frozen.exclusive(), frozen.attached(batch):
         sequences = frozen.model.generate(  # type: ignore[operator]  # stubs: Tensor | Module
             input_ids=ids.to(frozen.device),
             attention_mask=mask.to(frozen.device),
@@ -204,6 +204,19 @@ class _Cancelled(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(input_ids),), self._cancelled.is_set(), device=input_ids.device)
+
+
+def model_processors(
+    frozen: FrozenModel, request: Request, num_prompt_tokens: int
+) -> LogitsProcessorList:
+    """What the model's generation config does to logits, as in `generate`, for one row."""
+    config = _generation_config(frozen, [request])
+    model: Any = frozen.model
+    model._prepare_special_tokens(config, True, device=frozen.device)
+    processors: LogitsProcessorList = model._get_logits_processor(
+        generation_config=config, input_ids_seq_length=num_prompt_tokens, device=frozen.device
+    )
+    return processors
 
 
 def _generation_config(frozen: FrozenModel, requests: Sequence[Request]) -> GenerationConfig:

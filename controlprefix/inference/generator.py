@@ -48,7 +48,15 @@ class Generator:
         for i, request in enumerate(resolved):
             groups.setdefault(batch_key(request.request), []).append(i)
         completions: dict[int, Completion] = {}
-        for indices in (c for group in groups.values() for c in _chunks(group, batch_size)):
+        batches = [
+            [group[i] for i in batch]
+            for group in groups.values()
+            for batch in self._frozen.batches(
+                [len(prompts[i]) + resolved[i].request.max_new_tokens for i in group],
+                _checked(batch_size),
+            )
+        ]
+        for indices in batches:
             batch = generate_batch(
                 self._frozen, [resolved[i] for i in indices], [prompts[i] for i in indices]
             )
@@ -114,7 +122,9 @@ class Generator:
             key=lambda i: len(examples[i].prompt) + len(examples[i].completion),
         )
         scores: dict[int, Score] = {}
-        for indices in _chunks(by_length, batch_size):
+        lengths = [len(examples[i].prompt) + len(examples[i].completion) for i in by_length]
+        for positions in self._frozen.batches(lengths, _checked(batch_size)):
+            indices = [by_length[i] for i in positions]
             plan = plan_rows([resolved[i] for i in indices])
             batch = self._frozen.assemble(plan.rows)
             with torch.no_grad(), self._frozen.attached(batch):
@@ -152,7 +162,9 @@ class Generator:
     ) -> Batcher:
         """A batcher for this model: continuous if the rows of its cache can be moved."""
         limits = {"max_sequences": max_sequences, "max_waiting": max_waiting}
-        if rows_can_move(self._frozen.model):
+        rows = self._frozen.rows
+        is_shared = not rows.padding_counts and rows.max_shared_tokens is None
+        if is_shared and rows_can_move(self._frozen.model):
             return ContinuousBatcher(self._frozen, max_prefill_tokens=max_prefill_tokens, **limits)
         return StaticBatcher(self._frozen, **limits)
 
@@ -175,8 +187,7 @@ class _TokenStreamer(BaseStreamer):
         """Nothing to do: the completion follows."""
 
 
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    if size < 1:
-        raise RequestError(f"batch_size is {size}; it must be 1 or more")
-    for at in range(0, len(items), size):
-        yield items[at : at + size]
+def _checked(batch_size: int) -> int:
+    if batch_size < 1:
+        raise RequestError(f"batch_size is {batch_size}; it must be 1 or more")
+    return batch_size

@@ -28,14 +28,17 @@ class Sampler:
     Args:
         request: Its sampling settings and seed.
         device: Device of the logits.
+        processors: What is done to the logits before.
 
     Reference:
         Gumbel-max trick: Gumbel, 1954; Maddison et al., "A* Sampling", 2014,
         https://arxiv.org/abs/1411.0030.
     """
 
-    def __init__(self, request: Request, device: torch.device) -> None:
-        self._processors: list[Any] = []
+    def __init__(
+        self, request: Request, device: torch.device, processors: Sequence[LogitsProcessor] = ()
+    ) -> None:
+        self._processors: list[Any] = list(processors)
         if request.repetition_penalty != 1.0:
             self._processors.append(RepetitionPenaltyLogitsProcessor(request.repetition_penalty))
         if request.temperature is not None:

@@ -37,7 +37,14 @@ class StaticBatcher(Batcher):
         groups: dict[object, list[Sequence]] = {}
         for sequence in self._batch:
             groups.setdefault(batch_key(sequence.request), []).append(sequence)
-        for group in groups.values():
+        batches = [
+            [group[i] for i in batch]
+            for group in groups.values()
+            for batch in self._frozen.batches(
+                [len(s.prompt) + s.request.max_new_tokens for s in group], len(group)
+            )
+        ]
+        for group in batches:
             try:
                 completions = generate_batch(
                     self._frozen,

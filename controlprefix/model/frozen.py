@@ -2,17 +2,22 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controlprefix.model.loading import load
+from controlprefix.model.self_check import check_rows
 from controlprefix.model.steering import Steering
 from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.prefixes import Geometry, Part, PrefixBatch
+
+_pass_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 class FrozenModel:
@@ -30,6 +35,7 @@ class FrozenModel:
         model, tokenizer: As given.
         request_tokenizer: Requests -> token ids, and generated ids -> text.
         steering: Attaches prefix batches to the model.
+        rows: Which rows can share a batch.
 
     Raises:
         UnsupportedModelError: If the model's attention cannot take slots.
@@ -43,8 +49,10 @@ class FrozenModel:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._pass_lock = _pass_locks.setdefault(model, threading.RLock())
         self.request_tokenizer = RequestTokenizer(model, tokenizer, chat_template_kwargs)
         self.steering = Steering.for_model(model, probe_again=True)
+        self.rows = check_rows(model)
 
     @classmethod
     def from_pretrained(
@@ -89,6 +97,35 @@ class FrozenModel:
     def is_encoder_decoder(self) -> bool:
         """Whether the model has an encoder that reads the prompt."""
         return self.request_tokenizer.is_encoder_decoder
+
+    def batches(self, num_tokens: Sequence[int], size: int) -> Iterator[list[int]]:
+        """Cut rows into batches, so that no row changes another.
+
+        Args:
+            num_tokens: Tokens of each row, those that it will generate included.
+            size: Rows of a batch, at most.
+
+        Yields:
+            The indices of the rows of a batch.
+        """
+        batch: list[int] = []
+        for i, count in enumerate(num_tokens):
+            alone = self.rows.must_be_alone(count)
+            if batch and (alone or len(batch) == size):
+                yield batch
+                batch = []
+            if alone:
+                yield [i]
+            else:
+                batch.append(i)
+        if batch:
+            yield batch
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other threads from the model while inside, if its modules keep state."""
+        with self._pass_lock if self.rows.keeps_state else contextlib.nullcontext():
+            yield
 
     def assemble(self, rows: Sequence[Sequence[Part]]) -> PrefixBatch:
         """Put the parts of each row together, in the device and dtype of the model."""

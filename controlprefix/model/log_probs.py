@@ -81,7 +81,7 @@ def target_logits(
     else:
         inputs, target_ids, mask = _decoder_only_inputs(frozen, prompts, targets)
         positions = pad(mask, (0, 1))  # the logits of a token are those at the token before it
-    with _logits_only_at(frozen.model, positions):
+    with frozen.exclusive(), _logits_only_at(frozen.model, positions):
         logits = frozen.model(**inputs, use_cache=False).logits
     if logits.shape[:2] != (1, int(positions.sum())):  # the model has no output layer to hook
         logits = logits[:, -positions.shape[1] :][positions]

@@ -174,8 +174,9 @@ class TrainingLoop:
             by_length = by_length[
                 self._accelerator.process_index :: self._accelerator.num_processes
             ]
-        for at in range(0, len(by_length), self._max_rows):
-            chunk = by_length[at : at + self._max_rows]
+        lengths = [pair.row.num_tokens for _, pair in by_length]
+        for batch in self._frozen.batches(lengths, self._max_rows):
+            chunk = [by_length[i] for i in batch]
             values = self._backward(chunk, seeds)
             for (run, _), value in zip(chunk, values, strict=True):
                 losses[run] += value / num_targets[run]

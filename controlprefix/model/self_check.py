@@ -1,0 +1,100 @@
+"""Self-check: whether the rows of a batch leave each other alone in a model."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from controlprefix.errors import UnsupportedModelError
+
+_PROMPT, _NEIGHBOUR = (7, 11, 5, 9), (3, 8, 6, 4, 10, 5, 7, 12, 9, 6, 11)  # any token ids
+_TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}  # of the largest logit; else for half
+_TOLERANCE_IN_HALF = 0.1
+# Kinds of rotary scaling that depend on the longest row of a batch.
+_SCALING_BY_LENGTH = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class RowIndependence:
+    """Which rows of a model can share a batch without changing each other.
+
+    Attributes:
+        padding_counts: A padded row has other logits than the row alone.
+        max_shared_tokens: Rows with more tokens than this change their neighbours; None if none
+            do.
+        keeps_state: The model's modules change during a pass, so passes of several threads
+            would mix.
+    """
+
+    padding_counts: bool = False
+    max_shared_tokens: int | None = None
+    keeps_state: bool = False
+
+    def must_be_alone(self, num_tokens: int) -> bool:
+        """Whether a row with so many tokens needs a batch of its own."""
+        limit = self.max_shared_tokens
+        return self.padding_counts or (limit is not None and num_tokens > limit)
+
+
+def check_rows(model: PreTrainedModel) -> RowIndependence:
+    """Run a few short rows through a model and compare.
+
+    Raises:
+        UnsupportedModelError: If a decoder-only model attends to tokens that follow.
+    """
+    text = model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    scalings = [r for r in (by_layer_type or [rope]) if r.get("rope_type") in _SCALING_BY_LENGTH]
+    lengths = [
+        r.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for r in scalings
+    ]
+    vocab_size = text.vocab_size
+    prompt, neighbour = ([i % vocab_size for i in ids] for ids in (_PROMPT, _NEIGHBOUR))
+    alone, neighbour_alone = _logits(model, [prompt])[0], _logits(model, [neighbour])[0]
+    padded = _logits(model, [prompt, neighbour])[0]
+    if not model.config.is_encoder_decoder:
+        padded = padded[-len(prompt) :]
+        changed = _logits(model, [[*neighbour[:-1], prompt[0]]])[0]
+        if _differ(neighbour_alone[:-1], changed[:-1], model.dtype):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} reads the tokens behind each position too, so it cannot "
+                "continue a text; load it as a decoder (config.is_decoder = True), or load a "
+                "causal language model"
+            )
+    return RowIndependence(
+        padding_counts=_differ(alone, padded, model.dtype),
+        max_shared_tokens=min(lengths, default=None),
+        keeps_state=bool(scalings) or any(hasattr(m, "rope_deltas") for m in model.modules()),
+    )
+
+
+def _logits(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
+    """`(num_rows, longest, vocab_size)`; decoders are padded on the left."""
+    longest = max(map(len, rows))
+    left = not model.config.is_encoder_decoder
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        columns = slice(longest - len(row), longest) if left else slice(len(row))
+        ids[i, columns], mask[i, columns] = torch.tensor(row), 1
+    device = next(model.parameters()).device
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if not left:
+        inputs["decoder_input_ids"] = ids[:, :2].to(device)
+    elif "position_ids" in inspect.signature(model.forward).parameters:  # as `generate` does
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(device)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        logits: Tensor = model(**inputs, use_cache=False).logits.float()
+    return logits
+
+
+def _differ(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
+    scale = first.abs().max().clamp(min=1e-6)
+    difference = (first - second).abs().max() / scale
+    return not bool(difference <= _TOLERANCE.get(dtype, _TOLERANCE_IN_HALF))

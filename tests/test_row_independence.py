@@ -1,0 +1,203 @@
+"""Models in which the rows of a batch touch each other: run apart, or refused with the reason."""
+
+import threading
+from contextlib import closing
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import PreTrainedModel
+
+from controlprefix import ControlPrefix, Example, Request
+from controlprefix.errors import UnsupportedModelError
+from controlprefix.inference.static_batching import StaticBatcher
+
+from helpers import random_prefix
+from models import VOCAB, build, byte_tokenizer
+
+LONGROPE: dict[str, Any] = {
+    "max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    },
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def engine(model: Any) -> ControlPrefix:
+    return ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+
+
+def louder(model: Any) -> PreTrainedModel:
+    """Larger weights, so that attention matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    frozen: PreTrainedModel = model.eval()
+    return frozen
+
+
+def longrope() -> PreTrainedModel:
+    return build("llama", **LONGROPE)
+
+
+def recurrent_gemma() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32}
+    config = transformers.RecurrentGemmaConfig(**sizes, attention_window_size=64)
+    return transformers.RecurrentGemmaForCausalLM(config).eval()
+
+
+def whisper_decoder() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        decoder_layers=2,
+        encoder_layers=2,
+        decoder_attention_heads=4,
+        encoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        encoder_ffn_dim=48,
+        max_target_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return louder(transformers.WhisperForCausalLM(config))
+
+
+def qwen_vl() -> PreTrainedModel:
+    torch.manual_seed(0)
+    text = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope},
+        vision_config={**vision, "out_hidden_size": 32},
+    )
+    return louder(transformers.Qwen2_5_VLForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("make", [longrope, recurrent_gemma, whisper_decoder, qwen_vl])
+def test_a_row_in_company_is_the_row_alone(make: Any) -> None:
+    cp = engine(make())
+    cp.put("user", "ana", random_prefix(cp.model, 3))
+    requests = [
+        Request(prompt="hi", raw=True, max_new_tokens=8, user="ana"),
+        Request(prompt="x" * 28, raw=True, max_new_tokens=6),
+        Request(prompt="hello", raw=True, max_new_tokens=8),
+    ]
+    expected = [cp.generate(request).text for request in requests]
+    assert [result.text for result in cp.generate(requests)] == expected
+    assert ["".join(cp.stream(request)) for request in requests] == expected
+    with closing(cp.batcher()) as batcher:
+        tickets = [batcher.submit(cp.resolve(request)) for request in requests]
+        assert [ticket.result().text for ticket in tickets] == expected
+    examples = [Example(prompt=text, raw=True, completion="abc") for text in ("a", "b" * 30, "cde")]
+    together = cp.score(examples)
+    for example, score in zip(examples, together, strict=True):
+        (alone,) = cp.score([example])
+        assert score.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-4)
+
+
+def test_short_rows_of_a_longrope_model_share_batches() -> None:
+    cp = engine(longrope())
+    assert list(cp.frozen_model.batches([4, 30, 5, 6, 8], 2)) == [[0], [1], [2, 3], [4]]
+    assert isinstance(cp.batcher(), StaticBatcher)
+
+
+@pytest.mark.parametrize("make", [qwen_vl, longrope])
+def test_models_that_keep_state_between_passes_do_one_at_a_time(make: Any) -> None:
+    cp = engine(make())
+    requests = [Request(prompt="a" * (1 + 9 * i), raw=True, max_new_tokens=3) for i in range(3)]
+    expected = [cp.generate(request).text for request in requests]
+    failures: list[object] = []
+
+    def work(i: int) -> None:
+        try:
+            for _ in range(8):
+                if i == 0:
+                    texts = [result.text for result in cp.generate(requests)]
+                    matches = texts == expected
+                else:
+                    matches = cp.generate(requests[i]).text == expected[i]
+                if not matches:
+                    failures.append(i)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_model_that_reads_what_follows_is_refused() -> None:
+    config = transformers.BertConfig(**SIZES, max_position_embeddings=64)
+    with pytest.raises(UnsupportedModelError, match="is_decoder = True"):
+        engine(louder(transformers.BertLMHeadModel(config)))
+    config.is_decoder = True
+    engine(louder(transformers.BertLMHeadModel(config)))
+
+
+# --- wrapped models --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_with_a_lora_is_a_base_like_any_other(merged: bool) -> None:
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapper: Any = get_peft_model(build("llama"), lora)
+    if merged:
+        wrapper.merge_adapter()
+    cp = engine(wrapper)
+    prefix = random_prefix(cp.model, 3)
+    cp.put("user", "ana", prefix)
+    ids = torch.tensor([cp.tokenizer("hi")["input_ids"]], device=cp.model.device)
+    with torch.no_grad():
+        plain = wrapper(ids).logits
+        assert torch.equal(cp.model(ids).logits, plain)
+        with cp.assembled(Request(prompt="hi", raw=True, user="ana")):
+            assert not torch.allclose(wrapper(ids).logits, plain)
+    assert cp.generate("hi", raw=True, user="ana", max_new_tokens=4).num_tokens
+
+
+def test_peft_virtual_tokens_are_refused_with_the_way_out() -> None:
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    wrapper = get_peft_model(build("llama"), config)
+    with pytest.raises(UnsupportedModelError, match="get_base_model"):
+        engine(wrapper)
+
+
+def test_a_compiled_wrapper_is_the_model_inside() -> None:
+    model = build("llama")
+    cp = engine(torch.compile(model, backend="eager"))
+    assert cp.model is model
+
+
+def test_a_vision_language_model_loads_by_name(tmp_path: Any) -> None:
+    qwen_vl().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    cp = ControlPrefix.from_pretrained(tmp_path, store="sqlite://")
+    assert type(cp.model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    cp.put("user", "ana", random_prefix(cp.model, 3))
+    assert cp.generate("hi", raw=True, user="ana", max_new_tokens=4).num_tokens
