@@ -62,6 +62,13 @@ def serve(
         float, typer.Option(help="Seconds per request; then it is answered 504.")
     ] = 300.0,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of new tokens per completion.")] = 2048,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON object of variables for the chat template, in every prompt: "
+            '{"enable_thinking": false}.'
+        ),
+    ] = None,
     encryption_keys: EncryptionKeysOption = None,
     attribute_file: AttributeFileOption = None,
     labelled_texts: LabelledTextsOption = None,
@@ -95,7 +102,11 @@ def serve(
             "--engine vllm and --vllm-prefixes, the folder its workers read, go together"
         )
     silence_transformers()
-    frozen = FrozenModel.from_pretrained(model, device=PartialState().device)
+    frozen = FrozenModel.from_pretrained(
+        model,
+        device=PartialState().device,
+        chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
+    )
     runner = None
     if vllm_prefixes is not None:
         with requires_extra("vllm", "a vLLM server"):
