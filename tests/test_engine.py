@@ -282,6 +282,13 @@ def test_a_prefix_from_a_text_equals_prompting_with_it(name: str) -> None:
     assert prefix.num_slots == len(ids[0])
     assert torch.allclose(steered, expected, atol=1e-4)
     assert cp.prefix_from_text(text, max_slots=4).num_slots == 4
+    assert prefix.is_exact
+
+
+@pytest.mark.parametrize("name", ["gpt2", "ministral3", "bart", "t5"])
+def test_a_prefix_from_a_text_says_where_it_is_not_exact(name: str) -> None:
+    cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
+    assert cp.prefix_from_text("Write like a pirate.").is_exact is False
 
 
 def test_a_text_is_read_from_zero_where_negative_positions_are_nonsense() -> None:

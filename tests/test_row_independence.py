@@ -96,7 +96,19 @@ def qwen_vl() -> PreTrainedModel:
     return louder(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
-@pytest.mark.parametrize("make", [longrope, recurrent_gemma, whisper_decoder, qwen_vl])
+def mllama() -> PreTrainedModel:
+    """A text model with a layer that attends to images alone."""
+    torch.manual_seed(0)
+    config = transformers.MllamaTextConfig(
+        **{**SIZES, "num_hidden_layers": 4}, num_key_value_heads=2, cross_attention_layers=[1]
+    )
+    return louder(transformers.MllamaForCausalLM(config))
+
+
+MODELS = [longrope, recurrent_gemma, whisper_decoder, qwen_vl, mllama]
+
+
+@pytest.mark.parametrize("make", MODELS)
 def test_a_row_in_company_is_the_row_alone(make: Any) -> None:
     cp = engine(make())
     cp.put("user", "ana", random_prefix(cp.model, 3))

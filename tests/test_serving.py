@@ -105,6 +105,30 @@ def expected(store: str, tenant: str = "mine", **fields: Any) -> str:
 MESSAGES: Any = [{"role": "user", "content": "Tell Sam I am late."}]
 
 
+def test_template_variables_and_continued_messages_reach_the_prompt(served: Served) -> None:
+    answer = {"role": "assistant", "content": "Dear"}
+    bodies: list[dict[str, Any]] = [
+        {"messages": MESSAGES},
+        {"messages": MESSAGES, "chat_template_kwargs": {"add_generation_prompt": False}},
+        {"messages": [*MESSAGES, answer]},
+        {"messages": [*MESSAGES, answer], "continue_final_message": True},
+    ]
+    lengths = []
+    for body in bodies:
+        url = f"{served.base}/v1/chat/completions"
+        response = httpx.post(url, json={"model": "tiny", "max_tokens": 2, **body})
+        assert response.status_code == 200, response.text
+        lengths.append(response.json()["usage"]["prompt_tokens"])
+    opening = len(TOKENIZER("<s>assistant: ")["input_ids"])
+    assert lengths[0] - lengths[1] == opening
+    assert lengths[2] - lengths[3] == opening + 1  # and the end of the message
+    refused = httpx.post(
+        f"{served.base}/v1/chat/completions",
+        json={"model": "tiny", "messages": MESSAGES, "continue_final_message": True},
+    )
+    assert refused.status_code == 400
+
+
 def test_the_openai_client_gets_what_generate_gives(served: Served, store: str) -> None:
     client = served.client()
     outcome = client.chat.completions.create(

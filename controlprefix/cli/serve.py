@@ -28,6 +28,7 @@ from controlprefix.cli.common import (
     silence_transformers,
 )
 from controlprefix.cli.evaluate import train_classifiers
+from controlprefix.cli.options import parse_json_object
 from controlprefix.errors import RequestError
 
 LabelledTextsOption = Annotated[

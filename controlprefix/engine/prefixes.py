@@ -17,7 +17,7 @@ class PrefixMethods(Components):
 
         On a rotary model, attending to it equals prompting with the text, as long as both fit
         a layer's sliding window. Elsewhere (absolute positions, encoder-decoder, recurrent
-        layers) it is a good initialization for training.
+        layers) it is a good initialization for training. `is_exact` of the result says which.
 
         Args:
             text: One slot per token.

@@ -162,9 +162,9 @@ class Generator:
     ) -> Batcher:
         """A batcher for this model: continuous if the rows of its cache can be moved."""
         limits = {"max_sequences": max_sequences, "max_waiting": max_waiting}
-        rows = self._frozen.rows
-        is_shared = not rows.padding_counts and rows.max_shared_tokens is None
-        if is_shared and rows_can_move(self._frozen.model):
+        rows, num_layers = self._frozen.rows, len(self._frozen.geometry.decoder)
+        can_share = not rows.padding_counts and rows.max_shared_tokens is None
+        if can_share and rows_can_move(self._frozen.model, num_layers):
             return ContinuousBatcher(self._frozen, max_prefill_tokens=max_prefill_tokens, **limits)
         return StaticBatcher(self._frozen, **limits)
 

@@ -43,11 +43,20 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-def rows_can_move(model: PreTrainedModel) -> bool:
-    """Whether the cache of a row is the keys and values of all its tokens and nothing else."""
+def rows_can_move(model: PreTrainedModel, num_attention_layers: int) -> bool:
+    """Whether the cache of a row is the keys and values of all its tokens and nothing else.
+
+    Args:
+        model: The model.
+        num_attention_layers: Layers that attend to tokens. A cache with more of them has layers
+            that stay empty, such as those that attend to images.
+    """
     if model.config.is_encoder_decoder or not _takes_dynamic_cache(model):
         return False
-    return all(type(layer) is _GrowingLayer for layer in new_cache(model).layers)
+    layers = new_cache(model).layers
+    return len(layers) == num_attention_layers and all(
+        type(layer) is _GrowingLayer for layer in layers
+    )
 
 
 def arrange_rows(cache: DynamicCache, rows: Sequence[CacheRow], length: int) -> None:

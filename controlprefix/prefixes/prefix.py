@@ -37,6 +37,8 @@ class Prefix:
             zero rows.
         dial: Calibrated strengths as `(position, strength)` points, if there are any: see
             `controlprefix.evaluation.calibrate`.
+        is_exact: For a prefix just made from a text, whether attending to it equals prompting
+            with the text; None for others. It is not stored.
 
     Raises:
         GeometryMismatchError: If sites or shapes are not those of the geometry.
@@ -45,6 +47,7 @@ class Prefix:
     geometry: Geometry
     slots: Mapping[Site, Tensor]
     dial: Dial = ()
+    is_exact: bool | None = None
 
     def __post_init__(self) -> None:
         slots = dict(self.slots)
