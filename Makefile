@@ -42,7 +42,7 @@ check: $(READY)
 
 bench: $(READY)
 	cd benchmarks && for name in $(BENCHMARKS); do ../$(BIN)/python $$name.py || exit 1; done
-	cd benchmarks && ../$(BIN)/python decoding.py --prompt 400 --rows 8 32 --num-slots 16 48
+	cd benchmarks && ../$(BIN)/python decoding.py --prompt 400 --rows 8 32 --num-slots 16 48 --rounds 2
 	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
 	.venv-adapters/bin/python -m pip install -q torch==2.13.0
 	.venv-adapters/bin/python -m pip install -q adapters==1.3.0 rich

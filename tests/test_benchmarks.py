@@ -39,6 +39,7 @@ RUNS = {
     "training_speed": "--examples 4 --batch-size 2 --num-slots 2 --rounds 1",
     "assembly": "--rows 2 --num-slots 2 --rounds 1",
     "loading": "--rounds 1",
+    "compatibility": "--families llama mamba bart",
     "storage_dtypes": "--steps 1",
     "store": "--small 40 --large 40 --times 2",
     "quality": "DATA --seeds 0 --steps 1 --batch-size 4 --num-slots 2 --rows 4 --texts 2 "
@@ -55,7 +56,7 @@ RUNS = {
     "privacy": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 4 "
     "--num-canaries 1 --ways enrolled",
 }
-WITHOUT_MODEL = ("loading", "store")  # these have no `--model`
+WITHOUT_MODEL = ("compatibility", "loading", "store")  # these have no `--model`
 SKIPPED = {
     "adapters_batch_split": "needs an environment with an older transformers",
     "serving": "tested with real servers, below",

@@ -143,9 +143,6 @@ class ChatBody(CompletionBody):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    continue_final_message: bool = False
-    """Continue the last message, which is the assistant's, instead of answering it."""
-
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
 

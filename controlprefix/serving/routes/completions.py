@@ -23,8 +23,7 @@ async def create_chat_completion(
     """Answer a conversation, steered by the task in `model`, `attributes` and `user`."""
     _require_few_choices(body.n, server)
     messages = [message.to_plain() for message in body.messages]
-    fields = {"messages": messages, "continue_final_message": body.continue_final_message}
-    requests = body.to_requests(server.name, [fields], server.limits.max_new_tokens)
+    requests = body.to_requests(server.name, [{"messages": messages}], server.limits.max_new_tokens)
     form = ChatFormat(body.top_logprobs if body.logprobs else None)
     return await CompletionJob(server, client, body, request, form).respond(requests)
 
