@@ -5,7 +5,7 @@ several shapes with random weights, attention of one new token in several ways, 
 with compiled static caches. On another device the same runs, on smaller shapes if asked to.
 """
 
-import argparse
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -167,13 +167,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--num-slots", type=int, nargs="+", default=[16, 48, 128])
     parser.add_argument("--tokens", type=int, default=16, help="decode steps measured")
-    parser.add_argument(
-        "--pytest", nargs=argparse.REMAINDER, default=["-n", "8"], help="options of pytest"
-    )
+    parser.add_argument("--pytest", default="-n 8", help="options for pytest")
     options = parser.parse_args(argv)
     device, results, rounds = options.device, options.results, options.rounds
 
-    notes = exactness(device, options.pytest)
+    notes = exactness(device, shlex.split(options.pytest))
     save_comparisons(
         results, f"exactness-{device}", [], reference="the same on the CPU", notes=notes
     )
