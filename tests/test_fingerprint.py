@@ -184,3 +184,22 @@ def test_offloaded_and_split_models_are_refused_with_the_reason() -> None:
     split.model.layers[1].to("meta")
     with pytest.raises(UnsupportedModelError, match="offloaded"):
         ControlPrefix.from_pretrained(split, tokenizer=byte_tokenizer(), store="sqlite://")
+
+
+GOLDEN = {
+    "llama": "826721148d1f3925d9fa341b8477bc4e5c330c472c0d3a0c4c3c442386101382",
+    "gemma3": "f6ae92b3d7f5f0521158412b3307b95c2413db59315647000360581992e63c55",
+    "gpt2": "a9f2821a2f42422c45fb5045900fbf2711a66dea1119a09afe39938400d0d42e",
+    "bart": "b1689c07463cfaf5cd189ff23b39d1a9680673fa8dd641afb8c1907c4f6bbb13",
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_stores_outlive_upgrades(name: str) -> None:
+    """Values recorded with transformers 5.16 and 5.23: another one would orphan all prefixes."""
+    model = build(name)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            values = (torch.arange(parameter.numel()) * 31 + 7 * i) % 17 - 8
+            parameter.copy_(values.view(parameter.shape) / 64)
+    assert fingerprint(model) == GOLDEN[name]

@@ -68,6 +68,8 @@ _GRAPH_ARGUMENTS = (
     "sliding_window",
     "softcap",
 )
+# A CUDA graph would replay the slots that it was captured with. Before torch 2.10 nothing says so.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _handles = itertools.count()
 _modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # by handle
 _lock = threading.Lock()
@@ -226,18 +228,18 @@ def _attend_compiled(
     if handle is None and original is not None:  # a module of another model
         result: tuple[Tensor, Tensor | None] = original(module, query, key, value, mask, **kwargs)
         return result
-    # Other arguments have no effect on `sdpa`, which every layer gives all it was arguments.
+    # Other arguments have no effect on `sdpa`, to which layers pass all they were called with.
     arguments = {name: kwargs[name] for name in _GRAPH_ARGUMENTS if kwargs.get(name) is not None}
-    if implementation != "sdpa" or kwargs.get("cache") is not None or torch.is_grad_enabled():
+    is_unsafe = query.is_cuda and not _TAGS
+    is_unknown = implementation != "sdpa" or kwargs.get("cache") is not None
+    if is_unsafe or is_unknown or torch.is_grad_enabled():
         return _attend_outside_graph(
             implementation, original, module, query, key, value, mask, **kwargs
         )
     return _attend_in_graph(query, key, value, mask, handle, **arguments), None
 
 
-@torch.library.custom_op(
-    "controlprefix::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
+@torch.library.custom_op("controlprefix::attend", mutates_args=(), tags=_TAGS)
 def _attend_in_graph(
     query: Tensor,
     key: Tensor,
