@@ -86,6 +86,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 2,
     "decoder_start_token_id": 2,
 }
+_MAX_PARAMETERS = 20_000_000
 SETTINGS: dict[str, Any] = {"num_slots": 2, "steps": 2, "batch_size": 2, "validation": 0.0}
 
 
@@ -95,10 +96,12 @@ def build(config_class: type, auto: Any) -> PreTrainedModel:
     config = config_class(**{k: v for k, v in SIZES.items() if hasattr(defaults, k)})
     if config.is_encoder_decoder:
         config.decoder_start_token_id = SIZES["decoder_start_token_id"]
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in auto.from_config(config).parameters())
+    if num_parameters > _MAX_PARAMETERS:
+        raise ValueError(f"{num_parameters:,} parameters at these sizes")
     torch.manual_seed(0)
     model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    if sum(p.numel() for p in model.parameters()) > 100_000_000:
-        raise ValueError("still large at these sizes")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and not config.is_encoder_decoder:
