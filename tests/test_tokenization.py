@@ -348,6 +348,15 @@ def test_one_seed_gives_one_text_in_every_engine_in_bfloat16(name: str) -> None:
     assert ["".join(cp.stream(request)) for request in requests] == expected
 
 
+def test_a_damaged_weight_is_an_error_of_the_request() -> None:
+    model = build("llama")
+    head: Any = model.get_output_embeddings()
+    head.weight.data[7] = float("nan")
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    with pytest.raises(ModelOutputError):
+        cp.generate("hi", raw=True, max_new_tokens=4)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bart"])
 def test_logits_that_are_no_numbers_are_an_error_of_their_row(name: str) -> None:
     model = build(name)
