@@ -74,6 +74,10 @@ SIZES: dict[str, Any] = {
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
     "mamba_expand": 2,
+    "attn_layer_indices": [1, 3],
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "rotary_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
     "linear_key_head_dim": 8,
@@ -93,7 +97,11 @@ SETTINGS: dict[str, Any] = {"num_slots": 2, "steps": 2, "batch_size": 2, "valida
 def build(config_class: type, auto: Any) -> PreTrainedModel:
     """A small random model of a family."""
     defaults = config_class()
-    config = config_class(**{k: v for k, v in SIZES.items() if hasattr(defaults, k)})
+    sizes = {name: value for name, value in SIZES.items() if hasattr(defaults, name)}
+    if "kv_lora_rank" in sizes:  # latent attention, whose head sizes are its own
+        sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    config = config_class(**sizes)
     if config.is_encoder_decoder:
         config.decoder_start_token_id = SIZES["decoder_start_token_id"]
     with torch.device("meta"):
