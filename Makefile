@@ -9,7 +9,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := decoding peers training_speed assembly loading storage_dtypes store serving
+BENCHMARKS := compatibility decoding peers training_speed long_prompts assembly loading \
+	storage_dtypes store serving
 READY := $(VENV)/ready
 
 .PHONY: demo test test-vllm check docs bench bench-vllm clean

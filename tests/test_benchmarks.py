@@ -39,6 +39,7 @@ RUNS = {
     "training_speed": "--examples 4 --batch-size 2 --num-slots 2 --rounds 1",
     "assembly": "--rows 2 --num-slots 2 --rounds 1",
     "loading": "--rounds 1",
+    "long_prompts": "--tokens 300 --rounds 1",
     "compatibility": "--families llama mamba bart",
     "storage_dtypes": "--steps 1",
     "store": "--small 40 --large 40 --times 2",
