@@ -111,7 +111,7 @@ class SteeringFields(BaseModel):
     `{"tone": [(0, 1), (40, 0)]}` fades the tone out over the first 40 new tokens."""
 
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables for the model's chat template, such as `{"enable_thinking": False}`."""
+    """Variables for the model's chat template, such as `enable_thinking`, with their values."""
 
     continue_final_message: bool = False
     """Continue the last of `messages`, which is the assistant's, instead of answering it."""
