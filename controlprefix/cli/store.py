@@ -267,4 +267,5 @@ def check_attributes(file: FileArgument = ATTRIBUTE_FILE) -> None:
     from controlprefix.attributes import AttributeSpace
 
     space = AttributeSpace.read(file)
-    out.print(f"{file}: {len(space.attributes)} attributes with {len(space.keys())} labels")
+    counts = f"{len(space.attributes)} attributes with {len(space.keys())} labels"
+    out.print(f"{file}: {counts}", soft_wrap=True)
