@@ -113,8 +113,9 @@ def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
     else:
         flags = [f"--{name.replace('_', '-')}"]
         annotation = _option_type(field.annotation)
-        value = None if get_origin(field.annotation) is dict else field.default
-        annotation = annotation if value is not None or field.default is None else annotation | None
+        value = field.default
+        if get_origin(field.annotation) is dict:
+            value, text = None, f"{text} A JSON object."
     if default is not None:
         text = f"{text} Default: {default}."
         value, annotation = None, annotation | None
@@ -136,8 +137,8 @@ def _option_type(annotation: Any) -> Any:
         return _option_type(inner) | None
     if origin is Literal or annotation in (str, int, float, bool):
         return annotation
-    if origin is dict:
-        return str
+    if origin is dict:  # a JSON object
+        return str | None
     raise TypeError(f"no command-line option for a field of type {annotation}")
 
 

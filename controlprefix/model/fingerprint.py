@@ -67,18 +67,14 @@ def fingerprint(
 
     Returns:
         64 hexadecimal digits.
-
-    Raises:
-        UnsupportedModelError: If the weights are not all in the memory of one device.
     """
-    inside = _ancestors(model, calls)
+    inside = _called_inside(model, calls)
     around_layers = {module for module, below in inside.items() if below.issuperset(attention)}
     state = [
         value
         for module in _in_order(model, calls, inside, around_layers)
         for value in _own_state(module)
     ]
-    require_one_device(model)
     with ThreadPoolExecutor(_NUM_WORKERS) as pool:
         digests = list(pool.map(_digest, state))
     sha = hashlib.sha256(json.dumps(_settings(model.config), sort_keys=True).encode())
@@ -107,7 +103,9 @@ def require_one_device(model: nn.Module) -> None:
         )
 
 
-def _ancestors(model: nn.Module, calls: Mapping[nn.Module, int]) -> dict[nn.Module, set[nn.Module]]:
+def _called_inside(
+    model: nn.Module, calls: Mapping[nn.Module, int]
+) -> dict[nn.Module, set[nn.Module]]:
     """Per module, the called modules inside it, itself included."""
     inside: dict[nn.Module, set[nn.Module]] = {}
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from controlprefix.errors import UnsupportedModelError
+from controlprefix.model.tokenization import pad_rows
 
 _PROMPT, _NEIGHBOUR = (7, 11, 5, 9), (3, 8, 6, 4, 10, 5, 7, 12, 9, 6, 11)  # any token ids
 _TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}  # of the largest logit; else for half
@@ -76,13 +77,8 @@ def check_rows(model: PreTrainedModel) -> RowIndependence:
 
 def _logits(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     """`(num_rows, longest, vocab_size)`; decoders are padded on the left."""
-    longest = max(map(len, rows))
     left = not model.config.is_encoder_decoder
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        columns = slice(longest - len(row), longest) if left else slice(len(row))
-        ids[i, columns], mask[i, columns] = torch.tensor(row), 1
+    ids, mask = pad_rows(rows, 0, left=left)
     device = next(model.parameters()).device
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     if not left:
