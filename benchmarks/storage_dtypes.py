@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from controlprefix.interop import read_examples
+from controlprefix.data import as_examples
 from controlprefix.prefixes import Kind, StorageDtype
 
 from lib.models import add_model_options, engine, load_from
@@ -26,11 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     frozen = load_from(options)
     cp = engine(frozen)
-    examples = read_examples(DATA / "messages.train.jsonl")
+    examples = as_examples(DATA / "messages.train.jsonl")
     cp.train(examples, steps=options.steps, num_slots=16, validation=0, seed=0, progress=False)
     kinds: tuple[Kind, ...] = ("task", "attribute")
     prefixes = {(kind, name): cp.get(kind, name) for kind in kinds for name in cp.names(kind)}
-    held_out = list(read_examples(DATA / "messages.heldout.jsonl"))
+    held_out = list(as_examples(DATA / "messages.heldout.jsonl"))
     dtypes: dict[str, dict[str, Any]] = {}
     for dtype in DTYPES:
         for (kind, name), prefix in prefixes.items():

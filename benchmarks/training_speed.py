@@ -12,11 +12,11 @@ from typing import Any
 from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
 from controlprefix import Prefix
-from controlprefix.interop import read_examples
+from controlprefix.data import as_examples
 from controlprefix.model import FrozenModel
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import PrefixKey
-from controlprefix.training import TrainingRow, TrainingSettings, train
+from controlprefix.training import RunControl, TrainingRow, TrainingSettings, train
 from controlprefix.training.initialization import scale_of
 from controlprefix.training.parameterization import parameterize
 
@@ -46,7 +46,7 @@ def controlprefix_epoch(
         [TrainingRow.from_example(row, peft_training.END, (), ((key, 1.0),)) for row in rows],
         parameterize(settings, {key: start}, scale_of(start)),
         settings=settings,
-        progress=False,
+        control=RunControl(progress=False),
     )
 
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     frozen = load_from(options)
-    examples = random.Random(0).sample(list(read_examples(DATA)), options.examples)
+    examples = random.Random(0).sample(list(as_examples(DATA)), options.examples)
     rows = [frozen.request_tokenizer.example_ids(example) for example in examples]
     steps = -(-len(rows) // options.batch_size)
     causal = TaskType.CAUSAL_LM

@@ -3,11 +3,15 @@
 import contextlib
 import os
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from controlprefix.errors import MissingDependencyError
+
+_SECONDS_PER_LINE = 10.0
 
 
 @contextlib.contextmanager
@@ -39,14 +43,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def progress_bar(
     description: str, total: int | None, *, visible: bool = True, note: str = ""
 ) -> Iterator[Callable[[int, str], None]]:
-    """Show a progress bar while inside; the block gets `update(num_completed, note)`.
+    """Show progress on standard error while inside: a bar, or a line now and then in a log.
 
     Args:
-        description: Label in front of the bar.
+        description: Label in front.
         total: Number of items; None if it is not known.
         visible: Whether to show anything.
-        note: Text behind the bar at the start.
+        note: Text behind it at the start.
+
+    Yields:
+        `update(num_completed, note)`.
     """
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -55,6 +63,10 @@ def progress_bar(
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
+    if visible and not (console.is_terminal or console.is_jupyter):
+        yield _progress_lines(description, total)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -62,13 +74,29 @@ def progress_bar(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, disable=not visible) as bar:
+    with Progress(*columns, console=console, disable=not visible) as bar:
         task = bar.add_task(description, total=total, note=note)
 
         def update(num_completed: int, note: str) -> None:
             bar.update(task, completed=num_completed, note=note)
 
         yield update
+
+
+def _progress_lines(description: str, total: int | None) -> Callable[[int, str], None]:
+    """An `update` that writes a line to standard error, at most every ten seconds."""
+    last = -_SECONDS_PER_LINE
+
+    def update(num_completed: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if num_completed != total and now - last < _SECONDS_PER_LINE:
+            return
+        last = now
+        count = str(num_completed) if total is None else f"{num_completed}/{total}"
+        print(f"{description} {count} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    return update
 
 
 @contextlib.contextmanager

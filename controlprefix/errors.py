@@ -30,7 +30,8 @@ Each is also the built-in error it resembles, so `except ValueError` works too.
 """
 
 import difflib
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -98,6 +99,10 @@ class OverloadedError(ControlPrefixError, RuntimeError):
     """More requests than can be accepted now."""
 
 
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during training; the message says what stands, and how to continue."""
+
+
 class EngineError(ControlPrefixError, RuntimeError):
     """The engine behind a server failed or is misconfigured."""
 
@@ -146,6 +151,17 @@ class InternalServerError(ServerError):
     """A failure whose details go to the server's log only."""
 
 
+def shortened(items: Sequence[str], separator: str = ", ", limit: int = 10) -> str:
+    """The first items, and how many more there are.
+
+    Example:
+        >>> shortened(["row 1", "row 2", "row 7"], limit=2)
+        'row 1, row 2, and 1 more'
+    """
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])
+
+
 def known_names(name: str, existing: Iterable[str], *, truncated: bool = False) -> str:
     """List the names that exist and the nearest match, for a message about an unknown name.
 
@@ -187,6 +203,6 @@ def validation_message(
             lines.append(f"unknown field {path!r}; {owner} has: {known_names(path, fields)}")
         else:
             message = finding["msg"].removeprefix("Value error, ")
-            value = f" is {finding['input']!r}" if show_values else ""
+            value = f" is {reprlib.repr(finding['input'])}" if show_values else ""
             lines.append(f"{path}{value}: {message}" if path else message)
     return "; ".join(lines)

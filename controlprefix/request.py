@@ -1,9 +1,18 @@
 """Request, Example, Completion and Score: what a caller asks for, and what comes back."""
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Self, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from controlprefix.errors import (
     RequestError,
@@ -21,6 +30,23 @@ Attributes = Mapping[str, str | Mapping[str, float]]
 RESERVED_PARTS = ("task", "user")  # names in `strengths` and `schedules` beside attributes
 _MAX_LABELS = 64
 _MAX_STOP_TEXTS, _MAX_STOP_CHARACTERS = 16, 256
+
+
+def label_text(value: Any) -> Any:
+    """A number or a truth value as the name of a label; anything else as it is.
+
+    Example:
+        >>> [label_text(value) for value in (5, 5.0, 0.8, True, "warm")]
+        ['5', '5', '0.8', 'true', 'warm']
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+_Label = Annotated[str, BeforeValidator(label_text)]
 
 
 class WeightedLabel(NamedTuple):
@@ -85,8 +111,9 @@ class SteeringFields(BaseModel):
     user: str | None = None
     """User whose prefix to add."""
 
-    attributes: dict[str, str | dict[str, float]] = Field(default_factory=dict)
-    """Per attribute its label, or a mixture as a dict of labels and weights."""
+    attributes: dict[str, _Label | dict[_Label, float]] = Field(default_factory=dict)
+    """Per attribute its label, or a mixture as a dict of labels and weights. A label may be a
+    number: between two trained numbers, it is a mixture of both."""
 
     strengths: dict[str, float] = Field(default_factory=dict)
     """Strength per part, by `task`, `user` or the attribute. 0 is absent, 1 as trained, below 0
@@ -282,11 +309,23 @@ class Example(Request):
     completion: str
     """The text that answers the prompt."""
 
+    _source: str = PrivateAttr("")
+
     def __init__(self, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except RequestError as error:
             raise TrainingDataError(str(error)) from None
+
+    def from_source(self, source: str) -> Self:
+        """The example, with where it was read from, such as `rows.csv line 3`, for errors."""
+        copied = self.model_copy()
+        copied._source = source
+        return copied
+
+    def place(self, number: int) -> str:
+        """Where the example is, for errors: where it was read from, or its number from 1."""
+        return self._source or f"row {number}"
 
     def _check_prompt(self) -> None:
         if self.schedules:
@@ -301,7 +340,7 @@ class RequestFields(TypedDict, total=False):
 
     raw: bool
     task: str | None
-    attributes: Attributes
+    attributes: Mapping[str, str | float | Mapping[str, float]]
     user: str | None
     strengths: Mapping[str, float]
     mixing: Mixing

@@ -4,6 +4,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -47,15 +48,24 @@ class Database:
     """Runs work in transactions, as one tenant.
 
     Args:
-        url: SQLAlchemy URL.
+        url: SQLAlchemy URL, or the path of an SQLite file.
         tenant: The tenant whose rows are visible.
         pool_size: Connections kept open to a server; ten more may be opened under load.
+        create: Create the file if it does not exist; otherwise it reads as an empty database.
+
+    Attributes:
+        url: SQLAlchemy URL of the database that is open.
+        label: How messages name the database: a path, or a URL without password.
 
     Raises:
         StoreError: If it cannot be opened, or has another schema.
     """
 
-    def __init__(self, url: str, tenant: str, *, pool_size: int = 5) -> None:
+    def __init__(self, url: str, tenant: str, *, pool_size: int = 5, create: bool = True) -> None:
+        url = _full_url(url)
+        self.label = _label(url)
+        if not create and (path := _sqlite_path(url)) is not None and not path.exists():
+            self.label, url = f"{self.label} (no such file)", "sqlite://"
         self.url = url
         self.tenant = tenant
         self._tenant_id: int | None = None
@@ -72,8 +82,8 @@ class Database:
         except (ArgumentError, ValueError) as error:
             reason = str(error).splitlines()[0].replace(url, "it")
             raise StoreError(
-                f"cannot open the store {without_password(url)!r}: {reason}; give an SQLAlchemy "
-                "URL such as sqlite:///prefixes.db"
+                f"cannot open the store {without_password(url)!r}: {reason}; give a path, or an "
+                "SQLAlchemy URL such as sqlite:///prefixes.db or postgresql://user@host/name"
             ) from error
 
     def create_tables(self) -> None:
@@ -202,7 +212,7 @@ class Database:
         options = self._engine.execution_options(controlprefix_write=write)
         committing = False
         try:
-            with Session(options, expire_on_commit=False) as session:
+            with Session(options, expire_on_commit=False, info={"label": self.label}) as session:
                 result = work(session)
                 committing = True
                 session.commit()
@@ -216,16 +226,20 @@ class Database:
 
     def _explain(self, error: SQLAlchemyError, write: bool, *, unsure: bool) -> StoreError:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        url = without_password(self.url)
+        url = self.label
         if unsure:
             return StoreError(
                 f"the connection to the store {url!r} broke while a change was committed: "
                 f"{reason}; it is there whole or not at all; look before doing it again"
             )
         verb = "write" if write else "read"
+        advice = (
+            "check that the server runs and can be reached, and the user's rights"
+            if self.is_postgresql
+            else "check the path, its permissions, the free space, and who else writes"
+        )
         return StoreError(
-            f"cannot {verb} the store {url!r}: {reason}; nothing was changed; check the path, "
-            "its permissions, the free space, and who else writes"
+            f"cannot {verb} the store {url!r}: {reason}; nothing was changed; {advice}"
         )
 
 
@@ -255,6 +269,31 @@ def without_password(url: str) -> str:
         return make_url(url).set(query={}).render_as_string(hide_password=True)
     except (ArgumentError, ValueError):
         return url.rpartition("@")[2]
+
+
+def _full_url(url: str) -> str:
+    """The SQLAlchemy URL of a path, and of a URL in the short form that hosts give out."""
+    if "://" not in url:
+        return f"sqlite:///{url}"
+    scheme, rest = url.split("://", 1)
+    return f"postgresql+psycopg://{rest}" if scheme in {"postgres", "postgresql"} else url
+
+
+def _sqlite_path(url: str) -> Path | None:
+    """The file of an SQLite database; None for any other."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return None
+    if parsed.get_backend_name() != "sqlite" or _is_in_memory(url):
+        return None
+    database = str(parsed.database)
+    return None if database.startswith("file:") else Path(database)
+
+
+def _label(url: str) -> str:
+    path = _sqlite_path(url)
+    return without_password(url) if path is None else str(path.absolute())
 
 
 def _can_be_repeated(error: BaseException, write: bool) -> bool:

@@ -43,11 +43,17 @@ class PrefixStore:
     """The prefixes of one tenant in one database, for all models.
 
     Args:
-        url: SQLAlchemy URL: `sqlite:///prefixes.db`, `sqlite://` (in memory),
-            `postgresql+psycopg://…`.
+        url: The path of an SQLite file, or an SQLAlchemy URL: `sqlite:///prefixes.db`,
+            `sqlite://` (in memory), `postgresql://…`.
         tenant: The tenant.
         encryption_keys: Keys to encrypt stored bytes with, such as `JsonEncryptionKeys`.
         pool_size: Connections kept open to a server.
+        create: Create an SQLite file that does not exist; otherwise it reads as an empty store.
+
+    Attributes:
+        tenant: As given.
+        url: SQLAlchemy URL of the open database.
+        label: How messages name the store: a path, or a URL without password.
 
     Raises:
         StoreError: If the database cannot be opened or has another schema.
@@ -60,12 +66,13 @@ class PrefixStore:
         tenant: str = "default",
         encryption_keys: EncryptionKeys | None = None,
         pool_size: int = 5,
+        create: bool = True,
     ) -> None:
         check_name("tenant", tenant)
         self.tenant = tenant
-        self.url = url
         self._cipher = TenantCipher(tenant, encryption_keys)
-        self._database = Database(url, tenant, pool_size=pool_size)
+        self._database = Database(url, tenant, pool_size=pool_size, create=create)
+        self.url, self.label = self._database.url, self._database.label
         self._database.create_tables()
         self._reader = PayloadReader(self._database, self._cipher)
 

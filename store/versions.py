@@ -199,7 +199,10 @@ def unknown_name(
     names = set(session.scalars(query))
     advice = "" if names else "; train or enroll one, or check the store and the tenant"
     hint = known_names(key.name, names, truncated=len(names) == _MAX_NAMES_SEARCHED)
-    return UnknownNameError(f"no {key.kind} {key.name!r} in the store; known: {hint}{advice}")
+    error = UnknownNameError(f"no {key.kind} {key.name!r} in the store; known: {hint}{advice}")
+    # A note, since a server must not tell its clients.
+    error.add_note(f"the store is {session.info['label']}")
+    return error
 
 
 def unknown_version(session: Session, row: PrefixRow, version: int | str) -> UnknownNameError:

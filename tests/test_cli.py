@@ -173,10 +173,10 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
         (("generate", "Hi", "--model", "no/model"), "cannot load a model from 'no/model'"),
         (("train", "missing.jsonl"), "cannot read missing.jsonl"),
         (("prefixes", "show", "user", "ana"), "no user 'ana' in the store"),
-        (("users", "forget", "ana"), "no user 'ana' in the store"),
+        (("users", "forget", "ana", "--yes"), "no user 'ana' in the store"),
         (("prefixes", "show", "tone", "warm"), "'tone' is not one of 'task'"),
         (
-            ("prefixes", "list", "--store", "sqlite:////no/such/folder/p.db"),
+            ("api-keys", "create", "a", "--tenant", "b", "--store", "/no/such/folder/p.db"),
             "unable to open database",
         ),
     ],
@@ -215,7 +215,7 @@ def test_names_are_printed_as_they_are(model_folder: Path, tmp_path: Path) -> No
         enrolled = run(tmp_path, "enroll", name, str(tmp_path / "texts.txt"), *model)
         assert f"stored user {name!r} version 1" in enrolled
     assert "[red]x" in run(tmp_path, "prefixes", "list", "--kind", "user")
-    assert "'[red]x'" in run(tmp_path, "users", "forget", "[red]x")
+    assert "'[red]x'" in run(tmp_path, "users", "forget", "[red]x", "--yes")
 
 
 @pytest.mark.slow
@@ -294,9 +294,9 @@ def test_api_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     assert key.startswith("cp.")
     assert "web" in run(tmp_path, "api-keys", "list", "--tenant", "acme")
     assert "no API keys yet" in run(tmp_path, "api-keys", "list", "--tenant", "other")
-    assert "revoked" in run(tmp_path, "api-keys", "revoke", "web", "--tenant", "acme")
+    assert "revoked" in run(tmp_path, "api-keys", "revoke", "web", "--tenant", "acme", "--yes")
     with pytest.raises(ControlPrefixError, match="no API key 'web'"):
-        run(tmp_path, "api-keys", "revoke", "web", "--tenant", "acme")
+        run(tmp_path, "api-keys", "revoke", "web", "--tenant", "acme", "--yes")
 
 
 def test_a_label_may_hold_a_colon() -> None:

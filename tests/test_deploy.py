@@ -25,7 +25,7 @@ def test_the_gateways_command_is_one_that_serve_takes() -> None:
     name, *options = compose()["services"]["gateway"]["command"]
     assert name == "serve"
     context = serve.make_context("serve", list(options))
-    assert context.params["engine"] == "vllm"
+    assert context.params["backend"] == "vllm"
     assert context.params["vllm_url"] == "http://vllm:8001"
     assert str(context.params["vllm_prefixes"]) == "/prefixes"
     named = {param.envvar for param in serve.params if param.envvar}

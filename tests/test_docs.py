@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from controlprefix import ControlPrefix, embeddings
-from controlprefix.interop import read_examples
+from controlprefix.data import as_examples
 
 from helpers import Letters
 from models import build, byte_tokenizer
@@ -152,7 +152,7 @@ def test_results_say_when_and_how_they_were_measured() -> None:
 
 def test_the_demo_data_is_whole() -> None:
     data = ROOT / "controlprefix" / "cli" / "demo_data"
-    files = {path.name: read_examples(path) for path in data.glob("*.jsonl")}
+    files = {path.name: as_examples(path) for path in data.glob("*.jsonl")}
     messages, users = files["messages.train.jsonl"], files["users.train.jsonl"]
     assert sum(map(len, files.values())) >= 240
     assert {e.user for e in users} == {"ana", "bo", "cleo"}

@@ -431,10 +431,10 @@ def test_what_is_no_request_or_text_is_refused(cp: ControlPrefix) -> None:
             cp.generate(not_request)
     with pytest.raises(RequestError, match="expected a"), cp.assembled(3):  # type: ignore[arg-type]
         pass
-    with pytest.raises(TrainingDataError, match="row 1 is a Request; give Example rows"):
-        cp.score([Request(prompt="Hi")])  # type: ignore[list-item]
+    with pytest.raises(TrainingDataError, match="row 1: expected an Example or a dict"):
+        cp.score([Request(prompt="Hi")])
     with pytest.raises(TrainingDataError, match="a text of user 'ana' must be a str, got int"):
-        cp.enroll("ana", ["Hi", 3])  # type: ignore[list-item]
+        cp.enroll("ana", ["Hi", 3])
     with pytest.raises(RequestError, match="from an empty text"):
         cp.prefix_from_text(" ")
     with pytest.raises(ContextLengthError, match="the text has 300 tokens"):

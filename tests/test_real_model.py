@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix, Example, Request
+from controlprefix.data import as_examples
 from controlprefix.evaluation import AttributeClassifier
-from controlprefix.interop import read_examples
 from controlprefix.model.loading import packaged_model
 from controlprefix.model.probing import probe
 
@@ -137,9 +137,7 @@ def test_an_instruction_distills_into_a_prefix_without_labelled_data(cp: Control
 
 
 def test_a_classifier_of_real_embeddings_tells_formal_from_casual(cp: ControlPrefix) -> None:
-    train, test = (
-        read_examples(DATA / f"messages.{split}.jsonl") for split in ("train", "heldout")
-    )
+    train, test = (as_examples(DATA / f"messages.{split}.jsonl") for split in ("train", "heldout"))
     texts, labels = zip(*((r.completion, r.attributes["formality"]) for r in train), strict=True)
     classifier = AttributeClassifier.train("formality", texts, labels)
     chances = classifier.probabilities([row.completion for row in test])
@@ -152,7 +150,7 @@ def test_a_classifier_of_real_embeddings_tells_formal_from_casual(cp: ControlPre
 
 def test_a_user_is_enrolled_from_a_decoder_in_a_kilobyte(cp: ControlPrefix) -> None:
     texts: dict[str, list[str]] = {}
-    for row in read_examples(DATA / "users.train.jsonl"):
+    for row in as_examples(DATA / "users.train.jsonl"):
         texts.setdefault(str(row.user), []).append(row.completion)
     names = sorted(texts)
     # Twelve who write like the three of them.

@@ -10,9 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from controlprefix import Example, Request, RequestError, TrainingDataError
-from controlprefix.interop import read_examples, read_texts
+from controlprefix.data import as_examples, read_texts
 from controlprefix.request import RequestFields
-from controlprefix.training import TrainingOptions, TrainingSettings
+from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,9 @@ def test_the_options_of_generate_are_the_fields_of_a_request() -> None:
 
 
 def test_the_options_of_train_are_the_fields_of_its_settings() -> None:
-    names = {field.name for field in dataclasses.fields(TrainingSettings)}
+    names = {
+        field.name for kind in (TrainingSettings, RunControl) for field in dataclasses.fields(kind)
+    }
     assert TrainingOptions.__annotations__.keys() == names
 
 
@@ -95,7 +97,7 @@ def test_data_files_name_the_line_that_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     good = json.dumps({"prompt": "x", "completion": "y"})
     path.write_text(f"{good}\n\n{good}\n")
-    assert [e.task for e in read_examples(path, task="email")] == ["email", "email"]
+    assert [e.task for e in as_examples(path, defaults={"task": "email"})] == ["email", "email"]
     for bad, message in (
         ("{", "line 2: not JSON"),
         ("[]", "line 2: not a JSON object"),
@@ -103,20 +105,20 @@ def test_data_files_name_the_line_that_is_wrong(tmp_path: Path) -> None:
     ):
         path.write_text(f"{good}\n{bad}\n")
         with pytest.raises(TrainingDataError, match=message):
-            read_examples(path)
+            as_examples(path)
     separators = {"prompt": "a\u2028b\x85c", "completion": "y"}
     path.write_text(json.dumps(separators, ensure_ascii=False), encoding="utf-8-sig")
-    assert read_examples(path)[0].prompt == separators["prompt"]
+    assert as_examples(path)[0].prompt == separators["prompt"]
     path.write_text('{"prompt": ' + "9" * 5000 + "}")
     with pytest.raises(TrainingDataError, match="line 1: not JSON"):
-        read_examples(path)
+        as_examples(path)
     path.write_text("\n")
     with pytest.raises(TrainingDataError, match="has no examples"):
-        read_examples(path)
+        as_examples(path)
     with pytest.raises(TrainingDataError, match="no text in"):
-        read_texts([path])
+        read_texts([path.rename(tmp_path / "data.txt")])
     with pytest.raises(TrainingDataError, match="cannot read"):
-        read_examples(tmp_path / "missing.jsonl")
+        as_examples(tmp_path / "missing.jsonl")
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TrainingDataError, match="cannot read"):
-        read_examples(path)
+        as_examples(path)

@@ -73,9 +73,9 @@ def test_a_template_that_refuses_messages_says_so_in_its_own_words(code: str) ->
         cp.generate(request)
     rows = [Example(prompt="hi", task="t", completion="b")] * 3
     bad = Example(messages=request.messages, task="t", completion="b")
-    with pytest.raises(RequestError, match=f"example 4: .*{expected}"):
+    with pytest.raises(RequestError, match=f"row 4: .*{expected}"):
         cp.train([*rows, bad, *rows], num_slots=2, steps=1, progress=False)
-    with pytest.raises(RequestError, match="example 2: "):
+    with pytest.raises(RequestError, match="row 2: "):
         cp.score([row.model_copy(update={"task": None}) for row in (rows[0], bad)])
 
 
@@ -151,7 +151,7 @@ def test_control_tokens_in_what_people_write_are_text(
     example = reader.example_ids(Example(prompt="q", completion=text))
     assert count(example.completion) == 0
     assert count(reader.text_ids(text)) == count(reader.text_ids("x"))
-    for chunk, _ in reader.chunks(text, 4):
+    for chunk in reader.chunks(text, 4):
         assert count(chunk.completion) == 0
     if make is byte_tokenizer:  # whose tokens can spell anything
         assert tokenizer.decode(list(example.completion)) == text

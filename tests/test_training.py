@@ -19,10 +19,10 @@ from controlprefix import (
 from controlprefix.model.attention import LAYER_ATTRIBUTE
 from controlprefix.model.log_probs import token_log_probs
 from controlprefix.model.probing import probe
-from controlprefix.prefixes import Kind
+from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.training import TrainingRow, TrainingSettings
+from controlprefix.training.held_out import split_examples
 from controlprefix.training.preparation import prepare
-from controlprefix.training.run import split
 from controlprefix.training.slot_attention import most_attended, slot_masses
 
 from helpers import QUICK, engine, nats_per_token
@@ -117,9 +117,7 @@ def test_a_users_prefix_moves_only_with_rows_of_that_user() -> None:
     cp = engine()
     rows = [Example(prompt="Hi", user="ana", completion="hello")] * 9
     pair = [*rows, Example(prompt="Hi", user="bo", completion="HELLO")]
-    start = cp.train(pair, learn=("user",), **{**SETTINGS, "steps": 1, "validation": 0, "seed": 0})
-    assert start.losses
-    cp.put("user", "bo", cp.get("user", "bo"))
+    cp.train(pair, learn=("user",), **{**SETTINGS, "epochs": 1, "steps": None, "validation": 0})
     untouched = cp.get("user", "bo").to_bytes()
     cp.train(rows, learn=("user",), init="stored", **{**SETTINGS, "steps": 3})
     assert cp.get("user", "bo").to_bytes() == untouched
@@ -177,7 +175,9 @@ def test_the_best_step_is_kept() -> None:
     assert report.best_loss == min(looks.values()) == looks[report.best_step]
     assert 0 < report.best_step < max(looks) == 40
     # What is stored has the loss of that step, on the rows that were held out.
-    held_out = random.Random(SETTINGS["seed"]).sample(examples, 12)[:3]
+    learned = [[PrefixKey("task", "noise")]] * 12
+    split = split_examples(examples, learned, 0.25, SETTINGS["seed"])
+    held_out = [examples[i] for i in split.held_out]
     with torch.no_grad(), cp.assembled(held_out):
         log_probs, live = token_log_probs(
             cp.frozen_model,
@@ -225,7 +225,8 @@ def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
 def test_held_out_rows_have_no_part_in_the_start() -> None:
     cp = engine()
     settings = TrainingSettings(validation=0.25, seed=1)
-    _, held_out = split(16, settings, random.Random(1))
+    learned = [[PrefixKey("task", "greet")]] * 16
+    _, held_out = split_examples(greetings(), learned, settings.validation, settings.seed)
     assert len(held_out) == 4
     for init in ("text", "tokens"):
         starts = []
@@ -297,18 +298,18 @@ def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored(
     rows = greetings(2)
     no_task = [e.model_copy(update={"task": None}) for e in rows]
     cases: list[tuple[object, dict[str, object], str]] = [
-        ([], {}, "there are no examples"),
+        ([], {}, "has no examples"),
         (rows, {"learn": ("tasks",)}, "cannot learn 'tasks'; learn any of: task, attributes, user"),
         (no_task, {"learn": ("task",)}, "learn names 'task' but no example has one"),
-        ([*rows, no_task[0]], {"learn": ("task",)}, "row 5 has none of what is to be learned"),
+        ([*rows, no_task[0]], {"learn": ("task",)}, "row 5: nothing of what is to be learned"),
         (rows, {"num_slots": 0}, "num_slots is 0"),
         (rows, {"num_slots": {"task": 3}}, "num_slots has no entry for 'attribute'"),
         (rows, {"learning_rate": math.nan}, "learning_rate is nan"),
         (rows, {"lr": 1.0}, "unknown field 'lr'; a training run has: .*learning_rate"),
         (rows, {"validation": 1.0}, "validation is 1.0"),
         (rows, {"init": "words"}, "init is 'words'"),
-        ([{"prompt": "x"}], {}, "row 1 is a dict"),
-        (None, {}, "expected a list of Example rows, got NoneType"),
+        ([{"prompt": "x"}], {}, "row 1: completion: Field required"),
+        (None, {}, "expected rows, got NoneType"),
         (rows, {"validation": 0.9}, "validation 0.9 of 4 examples leaves none to train on"),
         (rows, {"epochs": math.inf}, "epochs is inf"),
         (rows, {"steps": "2"}, "steps is '2': Input should be a valid integer"),

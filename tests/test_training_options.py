@@ -32,7 +32,7 @@ from models import build, byte_tokenizer
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better() -> None:
-    settings = {**QUICK, "steps": 40, "learning_rate": 1000.0, "num_evaluations": 20, "patience": 2}
+    settings = {**QUICK, "steps": 40, "learning_rate": 1e-12, "num_evaluations": 20, "patience": 2}
     report = engine().train(greetings(), **settings)
     assert len(report.losses) < 40
     losses = [loss for _, loss in report.validation]
@@ -185,7 +185,7 @@ def test_every_token_counts_alike_however_rows_are_batched() -> None:
             init="text",
         )
         slots = parameterize(settings, prepared.initial, prepared.scale)
-        run = TrainingRun(prepared.rows, slots, settings, cp.model.device)
+        run = TrainingRun(prepared.rows, (), slots, settings, cp.model.device)
         loop = TrainingLoop(cp.frozen_model, settings, Accelerator())
         for batch in batches:
             rows = [prepared.rows[i] for i in batch]

@@ -4,6 +4,7 @@ import os
 import sys
 
 from controlprefix.cli import (  # noqa: F401 (they add commands)
+    data,
     evaluate,
     generate,
     serve,
@@ -24,5 +25,6 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ControlPrefixError as error:
-        err.print(f"error: {error}")
+        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+        err.print(f"error: {error}{notes}")
         sys.exit(2)

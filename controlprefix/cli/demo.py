@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from controlprefix.data import as_examples
 from controlprefix.engine import ControlPrefix
-from controlprefix.interop import read_examples
 from controlprefix.prefixes import Kind
 from controlprefix.request import Example, Request
 
@@ -128,7 +128,7 @@ def demo_examples(name: str) -> list[Example]:
     """
     file = resources.files("controlprefix.cli").joinpath("demo_data", f"{name}.jsonl")
     with resources.as_file(file) as path:
-        return read_examples(path)
+        return as_examples(path)
 
 
 def _voices() -> list[dict[str, Any]]:

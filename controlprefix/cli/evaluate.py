@@ -6,20 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import (
-    MODEL,
-    STORE,
-    TENANT,
-    AttributeFileOption,
-    EncryptionKeysOption,
-    ModelOption,
-    StoreOption,
-    TaskOption,
-    TenantOption,
-    app,
-    open_engine,
-    out,
-)
+from controlprefix.cli.common import TaskOption, app, out
+from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import parse_list, parse_number, parse_pair
 from controlprefix.errors import RequestError
 
@@ -30,7 +18,7 @@ LabelledTextsOption = Annotated[
     Path,
     typer.Option(
         "--labelled-texts",
-        help='JSON Lines file to train attribute classifiers on: {"text": "…", "attributes": '
+        help='Rows to train attribute classifiers on: {"text": "…", "attributes": '
         '{"tone": "warm"}}. They must not contain texts that prefixes were trained on.',
     ),
 ]
@@ -39,8 +27,9 @@ SeedOption = Annotated[int, typer.Option(help="Seed of sampling and classifiers.
 
 
 @app.command("eval")
+@grouped
 def evaluate(
-    rows: Annotated[Path, typer.Argument(help="JSON Lines file of test examples.")],
+    rows: Annotated[Path, typer.Argument(help="Rows that nothing was trained on.")],
     labelled_texts: LabelledTextsOption,
     folder: Annotated[
         Path, typer.Option(help="Folder of the report; an interrupted run continues there.")
@@ -51,20 +40,17 @@ def evaluate(
     curve_rows: Annotated[int, typer.Option(help="Rows per strength of each label.")] = 32,
     max_new_tokens: MaxNewTokensOption = 48,
     seed: SeedOption = 0,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
-    attribute_file: AttributeFileOption = None,
+    *,
+    columns: ColumnArguments,
+    engine: EngineArguments,
 ) -> None:
     """Measure attribute accuracy, strength, cross-talk, NLL and diversity; write an HTML report."""
     from controlprefix import evaluation
-    from controlprefix.interop import read_examples
+    from controlprefix.data import as_examples
 
-    examples, classifiers = read_examples(rows), train_classifiers(labelled_texts, seed)
-    cp = open_engine(
-        model, store, tenant, encryption_keys=encryption_keys, attributes=attribute_file
-    )
+    examples = as_examples(rows, columns=columns.columns(), defaults=columns.defaults())
+    classifiers = train_classifiers(labelled_texts, seed)
+    cp = engine.open()
     report = evaluation.evaluate(
         cp,
         examples,
@@ -91,6 +77,7 @@ def evaluate(
 
 
 @app.command()
+@grouped
 def calibrate(
     label: Annotated[str, typer.Argument(help="A stored label: formality=formal.")],
     labelled_texts: LabelledTextsOption,
@@ -102,10 +89,8 @@ def calibrate(
     num_samples: Annotated[int, typer.Option(help="Texts per strength.")] = 64,
     max_new_tokens: MaxNewTokensOption = 32,
     seed: SeedOption = 0,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    engine: EngineArguments,
 ) -> None:
     """Give a label a dial: positions at which its measured probability moves evenly."""
     from controlprefix import evaluation
@@ -118,7 +103,7 @@ def calibrate(
             f"{labelled_texts} has no texts labelled with {attribute!r}; it has: "
             f"{', '.join(classifiers)}"
         )
-    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
+    cp = engine.open()
     request = Request(
         prompt=prompt or "", raw=prompt is None, task=task, max_new_tokens=max_new_tokens
     )
@@ -140,8 +125,8 @@ def calibrate(
 
 def train_classifiers(path: Path, seed: int) -> "list[AttributeClassifier]":
     """Classifiers of all attributes in a file of labelled texts."""
+    from controlprefix.data import read_labelled
     from controlprefix.evaluation import AttributeClassifier
-    from controlprefix.interop import read_labelled
 
     classifiers = []
     for attribute, pairs in read_labelled(path).items():

@@ -5,42 +5,25 @@ from typing import Annotated, Any
 
 import typer
 
-from controlprefix.cli.common import (
-    MODEL,
-    STORE,
-    TENANT,
-    AttributeFileOption,
-    EncryptionKeysOption,
-    ModelOption,
-    StoreOption,
-    TenantOption,
-    app,
-    err,
-    open_engine,
-    out,
-    silence_transformers,
-)
+from controlprefix.cli.common import app, err, out, silence_transformers
+from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import request_options
 
 
 @app.command()
 @request_options
+@grouped
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to answer.")],
     request_fields: dict[str, Any],
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
-    attribute_file: AttributeFileOption = None,
+    *,
+    engine: EngineArguments,
 ) -> None:
     """Generate text, printed as it is generated."""
     from controlprefix.request import Request
 
     request = Request(prompt=prompt, **request_fields)
-    cp = open_engine(
-        model, store, tenant, encryption_keys=encryption_keys, attributes=attribute_file
-    )
+    cp = engine.open()
     stand_ins = cp.resolve(request).stand_ins if request.unseen != "refuse" else ()
     for stand_in in stand_ins:
         used = ", ".join(f"{name} ({share:.2f})" for name, share in stand_in.used.items())
@@ -55,21 +38,18 @@ def generate(
 
 
 @app.command()
+@grouped
 def score(
-    data: Annotated[Path, typer.Argument(help="JSON Lines file, one example per line.")],
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
-    attribute_file: AttributeFileOption = None,
+    data: Annotated[Path, typer.Argument(help="Rows with completions.")],
+    *,
+    columns: ColumnArguments,
+    engine: EngineArguments,
 ) -> None:
     """Print the likelihood of a file's completions under the steered model."""
-    from controlprefix.interop import read_examples
+    from controlprefix.data import as_examples
 
-    examples = read_examples(data)
-    cp = open_engine(
-        model, store, tenant, encryption_keys=encryption_keys, attributes=attribute_file
-    )
+    examples = as_examples(data, columns=columns.columns(), defaults=columns.defaults())
+    cp = engine.open()
     scores = cp.score(examples)
     num_tokens = sum(score.num_tokens for score in scores)
     nats = -sum(score.log_likelihood for score in scores)
@@ -80,7 +60,9 @@ def score(
 
 @app.command()
 def demo(
-    store: StoreOption = STORE,
+    store: Annotated[
+        str, typer.Option(envvar="CONTROLPREFIX_STORE", help="Path or SQLAlchemy URL of the store.")
+    ] = "prefixes.db",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results to this file.")
     ] = None,

@@ -3,16 +3,17 @@
 So the fields are defined once, with their help, for Python, HTTP and the command line.
 """
 
-import functools
 import inspect
 import json
 import types
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
+from controlprefix.cli.groups import option, with_options
 from controlprefix.errors import RequestError
 
 # Fields of a request that are one option per entry: the option, its short form, its help.
@@ -49,7 +50,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
         for name, field in Request.model_fields.items()
         if name not in {"prompt", "messages", "continue_final_message"}
     }
-    return _with_options(command, "request_fields", fields, _parse_request_fields)
+    return _with_fields(command, "request_fields", fields, _parse_request_fields)
 
 
 def training_options(
@@ -60,7 +61,7 @@ def training_options(
     The command gets those that were given as the argument `training_fields`.
 
     Args:
-        *names: Fields; left out, all of them.
+        *names: Fields; left out, all but `validation`.
         **defaults: Defaults that differ from those of `TrainingSettings`, for the help.
     """
 
@@ -68,13 +69,21 @@ def training_options(
         from controlprefix.training.settings import TrainingSettings
 
         all_fields: Mapping[str, FieldInfo] = vars(TrainingSettings)["__pydantic_fields__"]
-        fields = {name: all_fields[name] for name in names or all_fields}
-        return _with_options(command, "training_fields", fields, _given, defaults)
+        # `validation` may be a file in some commands, which have an option of their own then.
+        options = names or [name for name in all_fields if name != "validation"]
+        fields = {name: all_fields[name] for name in options}
+
+        def parse(values: dict[str, Any]) -> dict[str, Any]:
+            options = _without_none(values)
+            TrainingSettings.from_options(options)  # a mistake is told before a model is loaded
+            return options
+
+        return _with_fields(command, "training_fields", fields, parse, defaults)
 
     return decorate
 
 
-def _with_options(
+def _with_fields(
     command: Callable[..., None],
     argument: str,
     fields: Mapping[str, FieldInfo],
@@ -83,22 +92,7 @@ def _with_options(
 ) -> Callable[..., None]:
     """A command with an option per field, which passes them on as one argument."""
     options = [_option(name, field, (defaults or {}).get(name)) for name, field in fields.items()]
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != argument]
-    required = [p for p in own if p.default is inspect.Parameter.empty]
-    optional = [p for p in own if p.default is not inspect.Parameter.empty]
-
-    @functools.wraps(command)
-    def run(**arguments: Any) -> None:
-        values = {name: arguments.pop(name) for name in fields}
-        command(**arguments, **{argument: parse(values)})
-
-    parameters = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*required, *options, *optional)
-    ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    del run.__wrapped__  # typer must see this signature
-    return run
+    return with_options(command, argument, options, parse)
 
 
 def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
@@ -119,12 +113,7 @@ def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
     if default is not None:
         text = f"{text} Default: {default}."
         value, annotation = None, annotation | None
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=value,
-        annotation=Annotated[annotation, typer.Option(*flags, help=text)],
-    )
+    return option(name, Annotated[annotation, typer.Option(*flags, help=text)], value)
 
 
 def _option_type(annotation: Any) -> Any:
@@ -142,7 +131,7 @@ def _option_type(annotation: Any) -> Any:
     raise TypeError(f"no command-line option for a field of type {annotation}")
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -212,6 +201,21 @@ def parse_json_object(option: str, text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f'{option} needs a JSON object such as {{"name": true}}, got {text!r}')
     return value
+
+
+def parse_validation(text: str) -> float | str:
+    """`--validation`: a fraction, or the path of a file of held-out rows.
+
+    Raises:
+        RequestError: If it is neither.
+    """
+    if not _is_number(text):
+        if not Path(text).is_file():
+            raise RequestError(f"--validation {text!r} is neither a fraction nor a file")
+        return text
+    if not 0 <= float(text) < 1:
+        raise RequestError(f"--validation needs a fraction from 0 to below 1, got {text!r}")
+    return float(text)
 
 
 def parse_list(text: str) -> list[str]:

@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import webbrowser
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,23 +12,15 @@ import typer
 from rich.table import Table
 
 from controlprefix._io import requires_extra
-from controlprefix.cli.common import (
-    MODEL,
-    STORE,
-    TENANT,
-    AttributeFileOption,
-    EncryptionKeysOption,
-    ModelOption,
-    StoreOption,
-    TenantOption,
-    api_keys_app,
-    app,
-    open_store,
-    out,
-    read_encryption_keys,
-    silence_transformers,
-)
+from controlprefix.cli.common import api_keys_app, app, out
 from controlprefix.cli.evaluate import train_classifiers
+from controlprefix.cli.groups import (
+    EngineArguments,
+    StoreArguments,
+    YesOption,
+    grouped,
+    require_yes,
+)
 from controlprefix.cli.options import parse_json_object
 from controlprefix.errors import RequestError
 
@@ -39,14 +32,17 @@ PortOption = Annotated[int, typer.Option(help="Port to listen on.")]
 KeyNameArgument = Annotated[str, typer.Argument(help="Name of the API key.")]
 
 
-@app.command()
-def serve(
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
+@dataclass(frozen=True)
+class ServerArguments(EngineArguments):
+    """A model, a store, and whose prefixes are served."""
+
     tenant: Annotated[
-        str | None,
+        str,
         typer.Option(help="Serve this tenant without API keys; left out, every request needs one."),
-    ] = None,
+    ] = ""
+
+
+def _serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="Name that clients call the model by.")
     ] = None,
@@ -70,12 +66,10 @@ def serve(
             '{"enable_thinking": false}.'
         ),
     ] = None,
-    encryption_keys: EncryptionKeysOption = None,
-    attribute_file: AttributeFileOption = None,
     labelled_texts: LabelledTextsOption = None,
-    engine: Annotated[
+    backend: Annotated[
         Literal["transformers", "vllm"],
-        typer.Option(help="What runs the model: this process, or a vLLM server."),
+        typer.Option("--engine", help="What runs the model: this process, or a vLLM server."),
     ] = "transformers",
     vllm_url: Annotated[str, typer.Option(help="URL of the vLLM server.")] = (
         "http://127.0.0.1:8001"
@@ -87,27 +81,22 @@ def serve(
         str | None,
         typer.Option(envvar="CONTROLPREFIX_VLLM_API_KEY", help="API key of the vLLM server."),
     ] = None,
+    *,
+    engine: ServerArguments,
 ) -> None:
     """Serve the model behind OpenAI's API, with users, attributes and tasks per request."""
     with requires_extra("serve", "a server"):
         import uvicorn
 
         from controlprefix.serving import Server, ServerLimits, create_app
-    from accelerate import PartialState
-
     from controlprefix.attributes import AttributeSpace
-    from controlprefix.model import FrozenModel
 
-    if (engine == "vllm") != (vllm_prefixes is not None):
+    if (backend == "vllm") != (vllm_prefixes is not None):
         raise RequestError(
             "--engine vllm and --vllm-prefixes, the folder its workers read, go together"
         )
-    silence_transformers()
-    frozen = FrozenModel.from_pretrained(
-        model,
-        device=PartialState().device,
-        chat_template_kwargs=parse_json_object("--chat-template-kwargs", chat_template_kwargs),
-    )
+    template_kwargs = parse_json_object("--chat-template-kwargs", chat_template_kwargs)
+    frozen = engine.load(chat_template_kwargs=template_kwargs)
     runner = None
     if vllm_prefixes is not None:
         with requires_extra("vllm", "a vLLM server"):
@@ -123,11 +112,11 @@ def serve(
         )
     server = Server(
         frozen,
-        store,
-        name=served_model_name or Path(model).name,
-        open_tenant=tenant,
-        encryption_keys=read_encryption_keys(encryption_keys),
-        attributes=AttributeSpace.read(attribute_file) if attribute_file else None,
+        engine.store,
+        name=served_model_name or Path(engine.model).name,
+        open_tenant=engine.tenant or None,
+        encryption_keys=engine.read_keys(),
+        attributes=AttributeSpace.read(engine.attribute_file) if engine.attribute_file else None,
         classifiers=train_classifiers(labelled_texts, 0) if labelled_texts else (),
         limits=ServerLimits(
             max_sequences=max_sequences,
@@ -139,6 +128,7 @@ def serve(
         runner=runner,
     )
     url = f"http://{host}:{port}"
+    tenant = engine.tenant
     audience = f"tenant {tenant!r}, without API keys" if tenant else "tenants by their API keys"
     out.print(f"serving {server.name!r} on {url}/v1 to {audience}; playground: {url}/playground")
     # uvicorn finishes its requests, and then raises the signal that it was stopped by.
@@ -146,49 +136,57 @@ def serve(
     uvicorn.run(create_app(server), host=host, port=port, log_level="warning")
 
 
+app.command("serve")(grouped(_serve))
+
+
 @app.command()
+@grouped
 def playground(
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
     port: PortOption = 8000,
-    encryption_keys: EncryptionKeysOption = None,
-    attribute_file: AttributeFileOption = None,
     labelled_texts: LabelledTextsOption = None,
+    *,
+    engine: EngineArguments,
 ) -> None:
     """Serve one tenant on this machine, and open a page to try users, labels and strengths."""
     threading.Timer(2.0, webbrowser.open, [f"http://127.0.0.1:{port}/playground"]).start()
-    serve(
-        model,
-        store,
-        tenant=tenant,
-        port=port,
-        encryption_keys=encryption_keys,
-        attribute_file=attribute_file,
-        labelled_texts=labelled_texts,
-    )
+    _serve(port=port, labelled_texts=labelled_texts, engine=ServerArguments(**vars(engine)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TenantArguments(StoreArguments):
+    """A store, and a tenant that must be named."""
+
+    tenant: Annotated[
+        str, typer.Option(envvar="CONTROLPREFIX_TENANT", help="Tenant whose API keys they are.")
+    ]
 
 
 @api_keys_app.command("create")
-def create_api_key(name: KeyNameArgument, tenant: TenantOption, store: StoreOption = STORE) -> None:
+@grouped
+def create_api_key(name: KeyNameArgument, *, store: TenantArguments) -> None:
     """Create an API key of a tenant. It is shown once."""
-    with open_store(store, tenant) as opened:
+    with store.open_store(create=True) as opened:
         out.print(opened.create_api_key(name), soft_wrap=True)
 
 
 @api_keys_app.command("list")
-def list_api_keys(tenant: TenantOption, store: StoreOption = STORE) -> None:
+@grouped
+def list_api_keys(*, store: TenantArguments) -> None:
     """List a tenant's API keys by name."""
     table = Table("name", "created")
-    with open_store(store, tenant) as opened:
+    with store.open_store() as opened:
         for info in opened.api_keys():
             table.add_row(info.name, f"{info.created_at:%Y-%m-%d %H:%M}")
     out.print(table if table.row_count else "there are no API keys yet")
 
 
 @api_keys_app.command("revoke")
-def revoke_api_key(name: KeyNameArgument, tenant: TenantOption, store: StoreOption = STORE) -> None:
+@grouped
+def revoke_api_key(
+    name: KeyNameArgument, yes: YesOption = False, *, store: TenantArguments
+) -> None:
     """Revoke an API key; servers notice within ten seconds."""
-    with open_store(store, tenant) as opened:
+    require_yes(yes, f"Revoke the API key {name!r} of tenant {store.tenant!r}?")
+    with store.open_store() as opened:
         opened.revoke_api_key(name)
-    out.print(f"revoked API key {name!r} of tenant {tenant!r}")
+    out.print(f"revoked API key {name!r} of tenant {store.tenant!r}")

@@ -7,35 +7,34 @@ import typer
 from rich.table import Table
 
 from controlprefix.cli.common import (
-    MODEL,
-    STORE,
-    TENANT,
-    EncryptionKeysOption,
     KindArgument,
-    ModelOption,
     NameArgument,
     StoredKind,
-    StoreOption,
-    TenantOption,
     attributes_app,
-    open_engine,
-    open_store,
     out,
     prefixes_app,
     store_app,
+)
+from controlprefix.cli.groups import (
+    EngineArguments,
+    StoreArguments,
+    YesOption,
+    grouped,
+    require_yes,
 )
 from controlprefix.errors import RequestError
 
 
 @prefixes_app.command("list")
+@grouped
 def list_prefixes(
     kind: Annotated[StoredKind | None, typer.Option(help="List only this kind.")] = None,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
+    *,
+    store: StoreArguments,
 ) -> None:
     """List everything that has a prefix: tasks, labels of attributes, users."""
     table = Table("kind", "name", "model", "version", "slots", "bytes", "created")
-    with open_store(store, tenant) as opened:
+    with store.open_store() as opened:
         for info in opened.prefixes(kind):
             current = info.current
             table.add_row(
@@ -47,22 +46,23 @@ def list_prefixes(
                 f"{current.size_bytes:,}",
                 f"{current.created_at:%Y-%m-%d %H:%M}",
             )
-    out.print(table if table.row_count else "nothing is stored yet")
+    out.print(table if table.row_count else f"nothing is stored yet in {opened.label}")
 
 
 @prefixes_app.command("show")
+@grouped
 def show_prefix(
     kind: KindArgument,
     name: NameArgument,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
+    *,
+    store: StoreArguments,
 ) -> None:
     """Show the versions of one prefix."""
     from controlprefix.prefixes import PrefixKey
 
     key = PrefixKey(kind, name)
     table = Table("model", "version", "current", "slots", "dtype", "bytes", "created", "content")
-    with open_store(store, tenant) as opened:
+    with store.open_store() as opened:
         models = [info for info in opened.prefixes(kind) if info.key == key]
         if not models:
             raise opened.unknown_name(key)
@@ -82,53 +82,58 @@ def show_prefix(
 
 
 @prefixes_app.command("rollback")
+@grouped
 def rollback_prefix(
     kind: KindArgument,
     name: NameArgument,
     to: Annotated[int, typer.Option(help="Version to make current.")],
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
+    *,
+    engine: EngineArguments,
 ) -> None:
     """Make another version current."""
-    open_engine(model, store, tenant).rollback(kind, name, to=to)
+    engine.open().rollback(kind, name, to=to)
     out.print(f"{kind} {name!r} is at version {to}")
 
 
 @prefixes_app.command("remove")
+@grouped
 def remove_prefix(
     kind: KindArgument,
     name: NameArgument,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
+    yes: YesOption = False,
+    *,
+    store: StoreArguments,
 ) -> None:
     """Remove every version of a prefix, for all models."""
     from controlprefix.prefixes import PrefixKey
 
-    with open_store(store, tenant) as opened:
+    require_yes(yes, f"Remove every version of {kind} {name!r}, for good?")
+    with store.open_store() as opened:
         num_removed = opened.forget(PrefixKey(kind, name))
     out.print(f"removed {kind} {name!r}: {num_removed} versions")
 
 
 @store_app.command("stats")
-def store_stats(store: StoreOption = STORE, tenant: TenantOption = TENANT) -> None:
+@grouped
+def store_stats(*, store: StoreArguments) -> None:
     """Show how much a tenant has stored."""
-    with open_store(store, tenant) as opened:
+    with store.open_store() as opened:
         stats = opened.stats()
     for kind, count in sorted(stats.num_prefixes.items()):
         out.print(f"{count} {kind} prefixes")
+    out.print(f"store {opened.label}, tenant {opened.tenant!r}", soft_wrap=True)
     out.print(f"{stats.num_versions} versions, {stats.size_bytes:,} bytes")
 
 
 @store_app.command("verify")
+@grouped
 def verify_store(
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    store: StoreArguments,
 ) -> None:
     """Read every version of a tenant, and list those that are damaged."""
     num_damaged = num_checked = 0
-    with open_store(store, tenant, encryption_keys) as opened:
+    with store.open_store() as opened:
         for key, version, intact in opened.verify():
             num_checked += 1
             if not intact:
@@ -140,34 +145,38 @@ def verify_store(
 
 
 @store_app.command("prune")
+@grouped
 def prune_store(
     keep: Annotated[int, typer.Option(min=1, help="Newest versions to keep of each name.")],
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
+    yes: YesOption = False,
+    *,
+    store: StoreArguments,
 ) -> None:
     """Remove old versions, except current ones and those with an alias."""
-    with open_store(store, tenant) as opened:
+    require_yes(yes, f"Remove all but the {keep} newest versions of each name, for good?")
+    with store.open_store() as opened:
         out.print(f"{opened.prune(keep=keep)} versions removed")
 
 
 @store_app.command("rotate-keys")
+@grouped
 def rotate_keys(
-    encryption_keys: EncryptionKeysOption,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
+    *,
+    store: StoreArguments,
 ) -> None:
     """Re-encrypt everything that is not encrypted with the tenant's current key."""
-    if encryption_keys is None:
+    if store.encryption_keys is None:
         raise RequestError("give the file of keys with --encryption-keys")
-    with open_store(store, tenant, encryption_keys) as opened:
+    with store.open_store() as opened:
         out.print(f"{opened.rotate_keys()} versions re-encrypted")
 
 
 @store_app.command("audit")
-def show_audit(store: StoreOption = STORE, tenant: TenantOption = TENANT) -> None:
+@grouped
+def show_audit(*, store: StoreArguments) -> None:
     """List what was removed on request, and when."""
     table = Table("time (UTC)", "action", "kind", "name", "versions")
-    with open_store(store, tenant) as opened:
+    with store.open_store() as opened:
         for entry in opened.audit():
             at = f"{entry.at:%Y-%m-%d %H:%M}"
             table.add_row(at, entry.action, entry.key.kind, entry.key.name, str(entry.num_versions))
@@ -175,35 +184,39 @@ def show_audit(store: StoreOption = STORE, tenant: TenantOption = TENANT) -> Non
 
 
 @store_app.command("export")
+@grouped
 def export_store(
     file: Annotated[Path, typer.Argument(help="File to write.")],
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    yes: YesOption = False,
+    *,
+    store: StoreArguments,
 ) -> None:
     """Write all prefixes, versions and aliases of a tenant to one file, decrypted."""
-    with open_store(store, tenant, encryption_keys) as opened:
+    if file.exists():
+        require_yes(yes, f"{file} exists; overwrite it?")
+    with store.open_store() as opened:
         out.print(f"{opened.export_to(file)} versions written to {file}")
 
 
 @store_app.command("import")
+@grouped
 def import_store(
     file: Annotated[Path, typer.Argument(help="An exported file.")],
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    store: StoreArguments,
 ) -> None:
     """Add everything in an exported file to a tenant, or nothing."""
-    with open_store(store, tenant, encryption_keys) as opened:
+    with store.open_store(create=True) as opened:
         out.print(f"{opened.import_from(file)} versions added")
 
 
 @store_app.command("upgrade")
-def upgrade_store(store: StoreOption = STORE) -> None:
+@grouped
+def upgrade_store(*, store: StoreArguments) -> None:
     """Upgrade the database to this version's schema; back it up before."""
     from controlprefix.store import upgrade
 
-    before, after = upgrade(store)
+    before, after = upgrade(store.store)
     if before == after:
         out.print(f"the store is at schema {after} already")
     else:
@@ -215,17 +228,18 @@ ATTRIBUTE_FILE = Path("attributes.yaml")
 
 
 @attributes_app.command("init")
+@grouped
 def init_attributes(
     file: FileArgument = ATTRIBUTE_FILE,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
+    *,
+    store: StoreArguments,
 ) -> None:
     """Write a new attribute file with the stored labels, or an example."""
     from controlprefix.attributes.scaffold import scaffold
 
     if file.exists():
         raise RequestError(f"{file} exists already; give another name, or remove it")
-    with open_store(store, tenant) as opened:
+    with store.open_store() as opened:
         labels = {info.key for info in opened.prefixes("attribute")}
     try:
         file.write_text(scaffold(labels), encoding="utf-8")
@@ -235,17 +249,18 @@ def init_attributes(
 
 
 @attributes_app.command("show")
+@grouped
 def show_attributes(
     file: FileArgument = ATTRIBUTE_FILE,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
+    *,
+    store: StoreArguments,
 ) -> None:
     """List all labels, what they mean, and which have a prefix."""
     from controlprefix.attributes import AttributeSpace
     from controlprefix.prefixes import PrefixKey
 
     space = AttributeSpace.read(file)
-    with open_store(store, tenant) as opened:
+    with store.open_store() as opened:
         stored = {info.key for info in opened.prefixes("attribute")}
     table = Table("attribute", "label", "default", "opposite", "prefix", "description")
     for name, attribute in space.attributes.items():

@@ -6,31 +6,37 @@ from typing import Annotated, Any, Literal, cast
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import (
-    MODEL,
-    STORE,
-    TENANT,
-    AttributeFileOption,
-    EncryptionKeysOption,
-    KindArgument,
-    ModelOption,
-    NameArgument,
-    StoreOption,
-    TenantOption,
-    app,
-    is_main_process,
-    make_accelerator,
-    open_engine,
-    out,
-    run_folder,
+from controlprefix.cli.common import KindArgument, NameArgument, app, is_main_process, out
+from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
+from controlprefix.cli.options import (
+    parse_list,
+    parse_number,
+    parse_pair,
+    parse_validation,
+    training_options,
 )
-from controlprefix.cli.options import parse_list, parse_number, parse_pair, training_options
+from controlprefix.cli.runs import RunArguments, exit_when_interrupted
 
-DataArgument = Annotated[Path, typer.Argument(help="JSON Lines file, one example per line.")]
-LearnOption = Annotated[
-    str, typer.Option(help="What to train: any of task, attributes, user, with commas.")
+DataArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="Rows as JSON Lines, JSON, CSV, TSV or Parquet, also gzipped; - for standard input."
+    ),
 ]
-DefaultTaskOption = Annotated[str | None, typer.Option(help="Task of examples that name none.")]
+LearnOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What to train: any of task, attributes, user, with commas. Left out, the task and "
+        "the attributes, as far as the rows have them."
+    ),
+]
+ValidationOption = Annotated[
+    str,
+    typer.Option(
+        help="Fraction of the rows to hold out, by prompt and by user, to choose the best step; "
+        "or a file of rows to use instead. 0 keeps the last step."
+    ),
+]
 InitOption = Annotated[
     Literal["text", "tokens", "random", "stored"],
     typer.Option(
@@ -39,73 +45,68 @@ InitOption = Annotated[
     ),
 ]
 NumSlotsOption = Annotated[int, typer.Option(help="Slots of each trained prefix.")]
-ResumeOption = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Continue from the checkpoint in --folder, by default DATA's name and '.run'.",
-    ),
-]
 
 
 @app.command()
 @training_options(parameterization="shared; direct if only users are trained")
+@grouped
 def train(
     data: DataArgument,
     training_fields: dict[str, Any],
-    learn: LearnOption = "task,attributes",
-    task: DefaultTaskOption = None,
+    learn: LearnOption = None,
+    validation: ValidationOption = "0.1",
     num_slots: NumSlotsOption = 16,
     init: InitOption = "text",
-    folder: Annotated[
-        Path | None, typer.Option(help="Where to write checkpoints and learning curves.")
-    ] = None,
-    resume: ResumeOption = False,
-    tracker: Annotated[
-        str | None, typer.Option(help="Log to one of accelerate's trackers, such as tensorboard.")
-    ] = None,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
-    attribute_file: AttributeFileOption = None,
+    *,
+    columns: ColumnArguments,
+    run: RunArguments,
+    engine: EngineArguments,
 ) -> None:
     """Train prefixes on examples and store them as new versions.
 
-    Each line of the file is an example, such as {"task": "email", "attributes": {"formality":
-    "formal"}, "prompt": "Tell Sam I will be late.", "completion": "Dear Sam, …"}.
+    A row is an example, such as {"task": "email", "attributes": {"formality": "formal"},
+    "prompt": "Tell Sam I will be late.", "completion": "Dear Sam, …"}.
     `accelerate launch -m controlprefix.cli train …` shares the work between processes.
     """
-    from controlprefix.interop import read_examples
+    from controlprefix.data import as_examples
 
-    folder = run_folder(data, folder, resume)
-    examples = read_examples(data, **({"task": task} if task else {}))
-    cp = open_engine(
-        model, store, tenant, encryption_keys=encryption_keys, attributes=attribute_file
-    )
-    kinds = parse_list(learn)
-    report = cp.train(
-        examples,
-        learn=cast(Any, kinds),
-        num_slots=num_slots,
-        init=init,
-        folder=folder,
-        resume=resume,
-        accelerator=make_accelerator(tracker, folder) if tracker else None,
-        **training_fields,
-    )
+    held_out, names = parse_validation(validation), columns.columns()
+    defaults = columns.defaults()
+    examples = as_examples(data, columns=names, defaults=defaults)
+    if isinstance(held_out, str):  # a mistake in it is told before a model is loaded
+        held_out = cast(Any, as_examples(held_out, columns=names, defaults=defaults))
+    cp = engine.open(create=True)
+    with exit_when_interrupted():
+        report = cp.train(
+            examples,
+            learn=cast(Any, None if learn is None else parse_list(learn)),
+            validation=held_out,
+            num_slots=num_slots,
+            init=init,
+            **run.options(data),
+            **training_fields,
+        )
     if not is_main_process():
         return
     for name, version in report.saved.items():
         out.print(f"stored {name} version {version}")
+    if report.num_cut or report.num_skipped:
+        out.print(
+            f"too long for the model's context: {report.num_cut} rows cut, "
+            f"{report.num_skipped} skipped"
+        )
+    if report.untrained:
+        out.print(f"not stored, since no step had a row of it: {', '.join(report.untrained)}")
     out.print(
-        f"{len(report.losses)} steps, {report.num_tokens} tokens, {report.seconds:.0f} s; "
-        f"best loss {report.best_loss:.3f} nats per token at step {report.best_step}"
+        f"{len(report.losses)} steps on {report.num_examples} rows ({report.num_held_out} held "
+        f"out), {report.num_tokens} tokens, {report.seconds:.0f} s; best loss "
+        f"{report.best_loss:.3f} nats per token at step {report.best_step}"
     )
 
 
 @app.command()
-@training_options("epochs", "steps", "batch_size", "learning_rate", "validation", "seed")
+@training_options("epochs", "steps", "batch_size", "learning_rate", "too_long", "seed")
+@grouped
 def sweep(
     data: DataArgument,
     training_fields: dict[str, Any],
@@ -115,30 +116,34 @@ def sweep(
     parameterizations: Annotated[
         str, typer.Option(help="Any of shared, direct, mlp, shared-kv, with commas.")
     ] = "shared",
-    learn: LearnOption = "task,attributes",
-    task: DefaultTaskOption = None,
+    learn: LearnOption = None,
+    validation: ValidationOption = "0.1",
     init: InitOption = "text",
     folder: Annotated[
         Path | None, typer.Option(help="Where to write sweep.json and sweep.png.")
     ] = None,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    columns: ColumnArguments,
+    engine: EngineArguments,
 ) -> None:
     """Train with different numbers of slots, and compare validation losses; stores nothing."""
-    from controlprefix.interop import read_examples
+    from controlprefix.data import as_examples
 
-    examples = read_examples(data, **({"task": task} if task else {}))
-    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
-    report = cp.sweep(
-        examples,
-        num_slots=[int(parse_number("--num-slots", item)) for item in parse_list(num_slots)],
-        parameterizations=cast(Any, parse_list(parameterizations)),
-        learn=cast(Any, parse_list(learn)),
-        init=init,
-        **training_fields,
-    )
+    held_out, names = parse_validation(validation), columns.columns()
+    counts = [int(parse_number("--num-slots", item)) for item in parse_list(num_slots)]
+    examples = as_examples(data, columns=names, defaults=columns.defaults())
+    cp = engine.open()
+    with exit_when_interrupted():
+        report = cp.sweep(
+            examples,
+            columns=names,
+            num_slots=counts,
+            parameterizations=cast(Any, parse_list(parameterizations)),
+            learn=cast(Any, None if learn is None else parse_list(learn)),
+            validation=held_out,
+            init=init,
+            **training_fields,
+        )
     table = Table("parameterization", "slots", "validation loss, nats per token", "seconds")
     for point in report.points:
         table.add_row(
@@ -156,24 +161,21 @@ def sweep(
 
 
 @app.command()
+@grouped
 def shorten(
     kind: KindArgument,
     name: NameArgument,
-    data: Annotated[
-        Path, typer.Argument(help="JSON Lines file: examples of it that it was not trained on.")
-    ],
+    data: Annotated[Path, typer.Argument(help="Rows that name it and were not trained on.")],
     keep: Annotated[float, typer.Option(help="Share of the prefix's gain that must stay.")] = 0.95,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    columns: ColumnArguments,
+    engine: EngineArguments,
 ) -> None:
     """Drop the slots that attention uses least, and store the shorter prefix."""
-    from controlprefix.interop import read_examples
+    from controlprefix.data import as_examples
 
-    examples = read_examples(data)
-    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
-    report = cp.shorten(kind, name, examples, keep=keep)
+    examples = as_examples(data, columns=columns.columns(), defaults=columns.defaults())
+    report = engine.open().shorten(kind, name, examples, keep=keep)
     table = Table("slots", "nats per token")
     for count, loss in report.curve:
         table.add_row(str(count), f"{loss:.4f}")
@@ -182,7 +184,8 @@ def shorten(
 
 
 @app.command()
-@training_options("epochs", "steps", "batch_size", "learning_rate", "validation", "seed")
+@training_options("epochs", "steps", "batch_size", "learning_rate", "seed")
+@grouped
 def distill(
     instruction: Annotated[str, typer.Argument(help="What the prefix should do.")],
     prompts: Annotated[list[Path], typer.Argument(help="Text files, one prompt per line.")],
@@ -193,26 +196,28 @@ def distill(
     ] = None,
     user: Annotated[str | None, typer.Option("--user", help="Train this user.")] = None,
     num_slots: NumSlotsOption = 16,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    run: RunArguments,
+    engine: EngineArguments,
 ) -> None:
     """Train a prefix that does what an instruction does; needs prompts, no labelled data."""
-    from controlprefix.interop import read_texts
+    from controlprefix.data import read_texts
 
     name, label = parse_pair("--attribute", attribute) if attribute else (None, None)
-    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
-    report = cp.distill(
-        instruction,
-        read_texts(prompts),
-        task=task,
-        attribute=name,
-        label=label,
-        user=user,
-        num_slots=num_slots,
-        **training_fields,
-    )
+    texts = read_texts(prompts)
+    cp = engine.open(create=True)
+    with exit_when_interrupted():
+        report = cp.distill(
+            instruction,
+            texts,
+            task=task,
+            attribute=name,
+            label=label,
+            user=user,
+            num_slots=num_slots,
+            **run.options(prompts[0]),
+            **training_fields,
+        )
     for saved, version in report.saved.items():
         out.print(f"stored {saved} version {version}")
     out.print(

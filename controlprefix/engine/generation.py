@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 from controlprefix._io import requires_extra
+from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.components import Components
 from controlprefix.errors import RequestError
 from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.resolved_request import AnyRequest, ResolvedRequest
 from controlprefix.prefixes import PrefixBatch
-from controlprefix.request import Completion, Example, Request, RequestFields, Score
-from controlprefix.training import require_examples
+from controlprefix.request import Completion, Request, RequestFields, Score
 
 if TYPE_CHECKING:
     from controlprefix.vllm.runner import VllmRunner
@@ -82,13 +82,16 @@ class GenerationMethods(Components):
         """
         yield from self._generator.stream(self.resolve(_as_request(request, fields)))
 
-    def score(self, examples: Iterable[Example], *, batch_size: int = 16) -> list[Score]:
+    def score(
+        self, examples: Rows, *, columns: Columns | None = None, batch_size: int = 16
+    ) -> list[Score]:
         """Log-likelihoods of examples' completions under the steered model.
 
         The end token is not counted.
 
         Args:
-            examples: Requests with their completions.
+            examples: Rows in any form (see `controlprefix.data.as_examples`).
+            columns: Which columns of the rows hold what, if they have other names.
             batch_size: Rows at a time.
 
         Returns:
@@ -98,7 +101,7 @@ class GenerationMethods(Components):
             TrainingDataError: If a row is not an Example.
             RequestError, UnknownNameError: As `generate`.
         """
-        resolved = self._resolver.resolve(require_examples(examples))
+        resolved = self._resolver.resolve(as_examples(examples, columns=columns))
         return self._generator.score(resolved, batch_size=batch_size)
 
     @contextlib.contextmanager

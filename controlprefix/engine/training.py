@@ -1,11 +1,9 @@
 """The methods of `ControlPrefix` that train task and attribute prefixes."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
-from accelerate import Accelerator
-
+from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.generation import GenerationMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.prefixes import Kind, PrefixKey
@@ -15,12 +13,12 @@ from controlprefix.training import (
     Initializations,
     Learnable,
     ParameterizationName,
+    RunControl,
     ShorteningReport,
     SweepReport,
     TrainingOptions,
     TrainingReport,
     TrainingSettings,
-    require_examples,
 )
 from controlprefix.training.trainer import distillation_target, with_instruction
 
@@ -32,15 +30,13 @@ class TrainingMethods(GenerationMethods):
 
     def train(
         self,
-        examples: Iterable[Example],
+        examples: Rows,
         *,
+        columns: Columns | None = None,
+        task: str | None = None,
         learn: Learnable | Sequence[Learnable] | None = None,
         num_slots: int | Mapping[Learnable, int] = 16,
         init: Initialization | Initializations = "text",
-        folder: str | Path | None = None,
-        resume: bool = False,
-        progress: bool = True,
-        accelerator: Accelerator | None = None,
         **options: Unpack[TrainingOptions],
     ) -> TrainingReport:
         """Train prefixes on examples, jointly, and store them as new versions.
@@ -50,7 +46,11 @@ class TrainingMethods(GenerationMethods):
         never change. All trained prefixes are published together, or none.
 
         Args:
-            examples: At least one; their strengths apply as in a request.
+            examples: Rows in any form: Examples, dicts, the path of a file, a
+                `datasets.Dataset`, a DataFrame (see `controlprefix.data.as_examples`). Strengths
+                apply as in a request.
+            columns: Which columns of the rows hold what, if they have other names.
+            task: Task of rows that name none.
             learn: Any of `task`, `attributes`, `user`; left out, the task and the attributes, as
                 far as examples have them.
             num_slots: Slots of each trained prefix, or per entry of `learn`.
@@ -59,13 +59,10 @@ class TrainingMethods(GenerationMethods):
                 `tokens`: from random tokens of it; `random`; or `stored`: from the stored
                 version if there is one. Or a text or a `Prefix` for some prefixes, such as
                 `{("task", "email"): "Write an email."}`; the others start from `text`.
-            folder: Where to write checkpoints and learning curves.
-            resume: Continue from the checkpoint in that folder, if there is one.
-            progress: Show a progress bar.
-            accelerator: Your own `Accelerator`, to set mixed precision or trackers. Processes that
-                accelerate started share the work either way; the first one stores.
-            **options: Fields of `TrainingSettings`. `parameterization` is `shared`, or
-                `direct` if only users are trained.
+            **options: Fields of `TrainingSettings` and of `RunControl` (folder, tracker,
+                callbacks). `parameterization` is `shared`, or `direct` if only users are trained.
+                `validation` may also be rows, in any form, such as a dataset's own development
+                split.
 
         Returns:
             Losses, the best step, and the versions that were stored.
@@ -81,20 +78,20 @@ class TrainingMethods(GenerationMethods):
             Clive et al., "Control Prefixes for Parameter-Efficient Text Generation", 2021,
             https://arxiv.org/abs/2110.08329.
         """
-        rows = self.with_default_labels(require_examples(examples))
+        rows = self._rows(examples, columns, task)
+        control, fields = RunControl.split_off(options)
+        fields, held_out = self._without_rows(fields, columns, task)
         only_users = learn == "user" or (learn is not None and list(learn) == ["user"])
         defaults = {"parameterization": "direct"} if only_users else {}
         return self._trainer.train(
             rows,
-            TrainingSettings.from_options({**defaults, **options}),
+            TrainingSettings.from_options({**defaults, **fields}),
             learn=learn,
             num_slots=num_slots,
             init=init,
+            validation=held_out,
             num_slots_of=self._num_slots_of,
-            folder=folder,
-            resume=resume,
-            progress=progress,
-            accelerator=accelerator,
+            control=control,
         )
 
     def distill(
@@ -109,10 +106,6 @@ class TrainingMethods(GenerationMethods):
         completions: Sequence[str] | None = None,
         max_new_tokens: int = 48,
         num_slots: int = 16,
-        folder: str | Path | None = None,
-        resume: bool = False,
-        progress: bool = True,
-        accelerator: Accelerator | None = None,
         **options: Unpack[TrainingOptions],
     ) -> TrainingReport:
         """Train a prefix that does what an instruction does, without labelled data.
@@ -128,7 +121,7 @@ class TrainingMethods(GenerationMethods):
                 attribute, or a user.
             completions: One per prompt; left out, the teacher generates them with `seed`.
             max_new_tokens: Maximum length of those.
-            num_slots, folder, resume, progress, accelerator: As in `train`.
+            num_slots: As in `train`.
             **options: As in `train`.
 
         Returns:
@@ -142,7 +135,8 @@ class TrainingMethods(GenerationMethods):
             Context distillation: Askell et al., 2021, https://arxiv.org/abs/2112.00861,
             and Snell et al., 2022, https://arxiv.org/abs/2209.15189.
         """
-        settings = TrainingSettings.from_options(options)
+        control, settings_fields = RunControl.split_off(options)
+        settings = TrainingSettings.from_options(settings_fields)
         key, fields = distillation_target(task=task, attribute=attribute, label=label, user=user)
         if isinstance(prompts, str) or not prompts:
             raise TrainingDataError("there are no prompts to distill on; give a list of texts")
@@ -174,27 +168,25 @@ class TrainingMethods(GenerationMethods):
             examples,
             settings,
             num_slots=num_slots,
-            folder=folder,
-            resume=resume,
-            progress=progress,
-            accelerator=accelerator,
+            control=control,
         )
 
     def sweep(
         self,
-        examples: Iterable[Example],
+        examples: Rows,
         *,
+        columns: Columns | None = None,
+        task: str | None = None,
         num_slots: Sequence[int] = (1, 2, 4, 8, 16, 32),
         parameterizations: Sequence[ParameterizationName] = ("shared",),
         learn: Learnable | Sequence[Learnable] | None = None,
         init: Initialization | Initializations = "text",
-        progress: bool = True,
         **options: Unpack[TrainingOptions],
     ) -> SweepReport:
         """Train with different numbers of slots, store nothing, and compare validation losses.
 
         Args:
-            examples, learn, init, progress: As in `train`.
+            examples, columns, task, learn, init: As in `train`.
             **options: As in `train`.
             num_slots: Slots of each trained prefix; each number is tried.
             parameterizations: Each is tried with each number of slots.
@@ -205,24 +197,34 @@ class TrainingMethods(GenerationMethods):
         Raises:
             TrainingDataError: If the examples cannot be trained on, or none are held out.
         """
+        control, fields = RunControl.split_off(options)
+        fields, held_out = self._without_rows(fields, columns, task)
         return self._trainer.sweep(
-            self.with_default_labels(require_examples(examples)),
+            self._rows(examples, columns, task),
             num_slots=num_slots,
             parameterizations=parameterizations,
             learn=learn,
             init=init,
-            options=options,
-            progress=progress,
+            validation=held_out,
+            options=fields,
+            progress=control.progress,
         )
 
     def shorten(
-        self, kind: Kind, name: str, examples: Iterable[Example], *, keep: float = 0.95
+        self,
+        kind: Kind,
+        name: str,
+        examples: Rows,
+        *,
+        columns: Columns | None = None,
+        keep: float = 0.95,
     ) -> ShorteningReport:
         """Keep the slots that attention uses most, per kv head, and store the shorter prefix.
 
         Args:
             kind, name: A stored prefix.
-            examples: Held-out examples that name the prefix.
+            examples: Held-out rows that name the prefix, in any form.
+            columns: As in `train`.
             keep: Fraction of its gain on them, over no prefix, that must stay.
 
         Returns:
@@ -232,8 +234,23 @@ class TrainingMethods(GenerationMethods):
             UnknownNameError: If there is no such prefix, or none for another part.
             TrainingDataError: If the examples do not name it, or it gains nothing on them.
         """
-        rows = self.with_default_labels(require_examples(examples))
+        rows = self._rows(examples, columns, None)
         return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
+
+    def _rows(self, rows: Rows, columns: Columns | None, task: str | None) -> list[Example]:
+        """Rows in any form as examples with default labels."""
+        defaults = {} if task is None else {"task": task}
+        examples = as_examples(rows, columns=columns, defaults=defaults)
+        return self.with_default_labels(examples)
+
+    def _without_rows(
+        self, options: Mapping[str, Any], columns: Columns | None, task: str | None
+    ) -> tuple[dict[str, Any], list[Example]]:
+        """Options of `TrainingSettings`, and the held-out rows that are given as `validation`."""
+        validation = options.get("validation", 0.0)
+        if isinstance(validation, (int, float)):
+            return {**options}, []
+        return {**options, "validation": 0.0}, self._rows(validation, columns, task)
 
     def _num_slots_of(self, key: PrefixKey) -> int | None:
         """The attribute space's number of slots for a label."""

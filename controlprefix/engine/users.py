@@ -1,13 +1,13 @@
 """The methods of `ControlPrefix` for users and their prefixes."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Unpack
 
+from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_users
 from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.engine.prefixes import PrefixMethods
 from controlprefix.store import SimilarUser
-from controlprefix.training import TrainingOptions
+from controlprefix.training import RunControl, TrainingOptions
 from controlprefix.users import DecoderReport, PrivacyReport, UsersReport
 
 
@@ -16,15 +16,13 @@ class UserMethods(PrefixMethods):
 
     def train_users(
         self,
-        texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]] | None = None,
+        texts: UserTexts | None = None,
         *,
+        columns: Columns | None = None,
         num_slots: int = 16,
         decoder: str | None = None,
         as_codes: bool = True,
         concurrent_users: int = 16,
-        folder: str | Path | None = None,
-        resume: bool = False,
-        progress: bool = True,
         **options: Unpack[TrainingOptions],
     ) -> UsersReport:
         """Train a prefix for each user on texts they wrote, many users in one run.
@@ -34,18 +32,19 @@ class UserMethods(PrefixMethods):
         be trained (no text, a loss that is not finite) is reported, and affects nobody.
 
         Args:
-            texts: Texts per user; pairs are consumed as there is room, so there may be any
-                number of users. Left out: the texts that `enroll` kept in the store.
+            texts: Texts per user; rows in any form with a user and a text each (see
+                `controlprefix.data.as_examples`); or pairs of a user and texts, which are consumed
+                as there is room, so there may be any number of users. Left out: the texts that
+                `enroll` kept in the store.
+            columns: Which columns of rows hold what, if they have other names.
             num_slots: Slots of each prefix, without a decoder.
             decoder: Start from what this decoder (see `learn_decoder`) predicts for the user:
                 better, the fewer texts there are. Left out, from the user's own text.
             as_codes: With a decoder, train and store a user's code only; else all slots.
             concurrent_users: Users at a time.
-            folder: Where finished users are recorded.
-            resume: Skip users recorded there with the same texts and settings.
-            progress: Show a progress bar.
-            **options: Fields of `TrainingSettings`, for each user. Defaults differ:
-                `parameterization` is `direct`, `batch_size` 4, `patience` 2.
+            **options: Fields of `TrainingSettings`, for each user, and of `RunControl`. Defaults
+                differ: `parameterization` is `direct`, `batch_size` 4, `patience` 2. In `folder`,
+                finished users are recorded; `resume` skips those with the same texts and settings.
 
         Returns:
             A report per user with losses and version; why others failed; who was skipped.
@@ -55,29 +54,26 @@ class UserMethods(PrefixMethods):
             UnknownNameError: If there is no such decoder.
             StoreError: If a prefix cannot be stored.
         """
+        control, fields = RunControl.split_off(options)
         return self._user_trainer.train_users(
-            texts,
+            None if texts is None else read_users(texts, columns=columns),
             num_slots=num_slots,
             decoder=decoder,
             as_codes=as_codes,
             concurrent_users=concurrent_users,
-            folder=folder,
-            resume=resume,
-            progress=progress,
-            options=options,
+            control=control,
+            options=fields,
         )
 
     def learn_decoder(
         self,
-        texts: Mapping[str, Sequence[str]],
+        texts: UserTexts,
         *,
+        columns: Columns | None = None,
         name: str = "users",
         num_slots: int = 16,
         width: int = 64,
         embedder: str = DEFAULT_EMBEDDER,
-        folder: str | Path | None = None,
-        resume: bool = False,
-        progress: bool = True,
         **options: Unpack[TrainingOptions],
     ) -> DecoderReport:
         """Train a decoder of user codes on many users, and store it under a name.
@@ -88,13 +84,12 @@ class UserMethods(PrefixMethods):
         of them is forgotten later, `num_forgotten` of the decoder's versions counts it.
 
         Args:
-            texts: Texts per user; some dozens of users at least.
+            texts, columns: As in `train_users`; some dozens of users at least.
             name: Name of the decoder.
             num_slots: Slots of the prefixes.
             width: Values of a code per slot.
             embedder: A sentence-transformers model, by name or folder, for text features.
-            folder, resume, progress: As in `train`.
-            **options: Fields of `TrainingSettings`; `batch_size` is 16 by default.
+            **options: Fields of `TrainingSettings` and `RunControl`; `batch_size` is 16 by default.
 
         Returns:
             The number of users, the cross-validated R² of predicted codes, and the training report.
@@ -109,23 +104,23 @@ class UserMethods(PrefixMethods):
             codes predicted from texts as in PPlug (Liu et al., 2024,
             https://arxiv.org/abs/2409.11901).
         """
+        control, fields = RunControl.split_off(options)
         return self._user_trainer.learn_decoder(
-            texts,
+            dict(read_users(texts, columns=columns)),
             name,
             num_slots=num_slots,
             width=width,
             embedder=embedder,
-            folder=folder,
-            resume=resume,
-            progress=progress,
-            options=options,
+            control=control,
+            options=fields,
         )
 
     def enroll(
         self,
         user: str,
-        texts: Sequence[str],
+        texts: str | Sequence[str] | Rows,
         *,
+        columns: Columns | None = None,
         decoder: str | None = None,
         refine: bool = False,
         num_slots: int = 64,
@@ -139,7 +134,9 @@ class UserMethods(PrefixMethods):
 
         Args:
             user: Name of the user.
-            texts: What they wrote.
+            texts: What they wrote: texts, the `Path` of a file of texts, or rows in any form; of
+                rows that name users, those of this user.
+            columns: Which columns of rows hold what, if they have other names.
             decoder: A stored decoder, by name (see `learn_decoder`).
             refine: Train from there, as `train_users` does: some seconds.
             num_slots: Slots at most, without a decoder; 16 at most if refined.
@@ -155,7 +152,7 @@ class UserMethods(PrefixMethods):
         """
         return self._user_trainer.enroll(
             user,
-            texts,
+            as_texts(texts, columns=columns, user=user),
             decoder=decoder,
             refine=refine,
             num_slots=num_slots,

@@ -4,14 +4,14 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, Unpack
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from controlprefix.model.loading import load
+from controlprefix.model.loading import LoadOptions, load
 from controlprefix.model.self_check import check_rows
 from controlprefix.model.steering import Steering
 from controlprefix.model.tokenization import RequestTokenizer
@@ -59,13 +59,11 @@ class FrozenModel:
         cls,
         model: str | os.PathLike[str] | nn.Module,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: torch.dtype | str = "auto",
-        device: torch.device | str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[LoadOptions],
     ) -> Self:
-        """Load and freeze a model: see `controlprefix.model.loading.load`."""
-        loaded = load(model, tokenizer=tokenizer, dtype=dtype, device=device)
+        """Load and freeze a model, with the options of `controlprefix.model.loading.load`."""
+        loaded = load(model, **options)
         return cls(*loaded, chat_template_kwargs)
 
     @property

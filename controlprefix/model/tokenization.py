@@ -1,5 +1,6 @@
 """RequestTokenizer: requests and examples -> token ids, and generated ids -> text."""
 
+import bisect
 import copy
 import re
 import threading
@@ -16,11 +17,11 @@ from controlprefix.errors import (
     ContextLengthError,
     RequestError,
     UnsupportedModelError,
+    shortened,
 )
 from controlprefix.model.chat_template import ChatTemplate, control_token_pattern
 from controlprefix.request import Example, Request
 
-_MAX_LISTED = 10  # examples that one error names
 _ANY_TEXT = "a"
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _END_OF_THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
@@ -33,10 +34,12 @@ class TokenizedExample:
     Attributes:
         prompt: Ids that the model is given; never empty.
         completion: Ids that it should generate, without an end token.
+        is_whole: Whether the completion ends there; otherwise it was cut.
     """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    is_whole: bool = True
 
 
 class RequestTokenizer:
@@ -157,36 +160,87 @@ class RequestTokenizer:
         """
         prompt = self.prompt_ids(example)
         completion = self._require_embedded(self._ids_of_text(example.completion))
-        longest = max(len(prompt), len(completion) + 1)
-        needed = longest if self.is_encoder_decoder else len(prompt) + len(completion) + 1
-        if self.context_length is not None and needed > self.context_length:
+        if not self._fits(len(prompt), len(completion)):
             raise ContextLengthError(
                 f"an example has {len(prompt)} + {len(completion)} tokens, but the context of this "
                 f"model is {self.context_length}; shorten it"
             )
         return TokenizedExample(prompt, tuple(completion))
 
+    def cut_example_ids(self, example: Example) -> TokenizedExample:
+        """Prompt and completion of an example, cut so that they fit the context.
+
+        The completion keeps at least half of the context. The prompt loses the end of its longest
+        text, so that the chat template around it stays whole.
+
+        Raises:
+            RequestError: As `prompt_ids`.
+            ContextLengthError: If the template alone does not fit.
+        """
+        context = self.context_length
+        assert context is not None, "without a limit every example fits"
+        prompt = self.prompt_ids(example)
+        whole = self._require_embedded(self._ids_of_text(example.completion))
+        room = context - 1 if self.is_encoder_decoder else context - 1 - len(prompt)
+        completion = tuple(whole[: max(room, context // 2)])
+        if not self._fits(len(prompt), len(completion)):
+            texts = [m.content for m in example.messages or ()] or [example.prompt or ""]
+            longest = max(range(len(texts)), key=lambda i: len(texts[i]))
+
+            def shortened(num_characters: int) -> tuple[int, ...]:
+                text = texts[longest][:num_characters]
+                if example.messages is None:
+                    return self.prompt_ids(example.model_copy(update={"prompt": text}))
+                messages = list(example.messages)
+                messages[longest] = messages[longest].model_copy(update={"content": text})
+                return self.prompt_ids(example.model_copy(update={"messages": tuple(messages)}))
+
+            counts = range(1, len(texts[longest]) + 1)
+            num_fitting = bisect.bisect_left(
+                counts, True, key=lambda n: not self._fits(len(shortened(n)), len(completion))
+            )
+            if num_fitting == 0:
+                raise ContextLengthError(
+                    f"the chat template leaves no room for a prompt in the context of {context}"
+                )
+            prompt = shortened(num_fitting)
+        return TokenizedExample(prompt, completion, len(completion) == len(whole))
+
+    def num_tokens(self, example: Example) -> tuple[int, int]:
+        """Tokens of an example's prompt and completion."""
+        return len(self.prompt_ids(example)), len(self._ids_of_text(example.completion))
+
+    def fits(self, example: Example) -> bool:
+        """Whether an example fits the model's context."""
+        return self._fits(*self.num_tokens(example))
+
+    def _fits(self, num_prompt: int, num_completion: int) -> bool:
+        """Whether a prompt and a completion with its end token fit the context."""
+        if self.is_encoder_decoder:
+            needed = max(num_prompt, num_completion + 1)
+        else:
+            needed = num_prompt + num_completion + 1
+        return self.context_length is None or needed <= self.context_length
+
     def ids_of_examples(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """Prompts and completions of examples.
 
         Raises:
-            RequestError: With the numbers, from 1, of the examples that cannot be tokenized.
+            RequestError: With the places of the examples that cannot be tokenized.
             ContextLengthError: If the first of them does not fit the context.
         """
-        tokenized, errors = [], dict[int, RequestError]()
+        tokenized, errors = [], dict[str, RequestError]()
         for number, example in enumerate(examples, 1):
             try:
                 tokenized.append(self.example_ids(example))
             except RequestError as error:
-                errors[number] = error
+                errors[example.place(number)] = error
         if errors:
-            lines = [f"example {number}: {error}" for number, error in errors.items()]
-            if len(lines) > _MAX_LISTED:
-                lines[_MAX_LISTED:] = [f"and {len(lines) - _MAX_LISTED} more"]
-            raise type(next(iter(errors.values())))("\n".join(lines))
+            lines = [f"{place}: {error}" for place, error in errors.items()]
+            raise type(next(iter(errors.values())))(shortened(lines, "\n"))
         return tokenized
 
-    def chunks(self, text: str, max_tokens: int) -> Iterator[tuple[TokenizedExample, bool]]:
+    def chunks(self, text: str, max_tokens: int) -> Iterator[TokenizedExample]:
         """Cut a text into examples without a prompt.
 
         Args:
@@ -194,7 +248,7 @@ class RequestTokenizer:
             max_tokens: Tokens per chunk.
 
         Yields:
-            Each chunk, and whether it is the last.
+            Each chunk; only the last one is whole.
         """
         ids = tuple(self._require_embedded(self._ids_of_text(text)))
         if self.context_length is not None:
@@ -202,7 +256,7 @@ class RequestTokenizer:
         start = tuple(self._start_ids())
         for at in range(0, len(ids), max_tokens):
             is_last = at + max_tokens >= len(ids)
-            yield TokenizedExample(start, ids[at : at + max_tokens]), is_last
+            yield TokenizedExample(start, ids[at : at + max_tokens], is_last)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """The ids of a text at the start of a prompt, without an end token."""

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 from controlprefix._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from controlprefix.training.control import Callback, RunControl, StepInfo
     from controlprefix.training.initialization import Initialization, Initializations
     from controlprefix.training.loop import train
     from controlprefix.training.objectives import TrainingRow
-    from controlprefix.training.preparation import Learnable, require_examples
-    from controlprefix.training.run import TrainingReport
+    from controlprefix.training.preparation import Learnable
+    from controlprefix.training.report import TrainingReport
     from controlprefix.training.settings import (
         ParameterizationName,
         TrainingOptions,
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from controlprefix.training.trainer import Trainer
 
 _HOMES = {
+    "Callback": "control",
+    "RunControl": "control",
+    "StepInfo": "control",
     "Initialization": "initialization",
     "Initializations": "initialization",
     "Learnable": "preparation",
@@ -29,19 +33,21 @@ _HOMES = {
     "SweepReport": "sweep",
     "Trainer": "trainer",
     "TrainingOptions": "settings",
-    "TrainingReport": "run",
+    "TrainingReport": "report",
     "TrainingRow": "objectives",
     "TrainingSettings": "settings",
-    "require_examples": "preparation",
     "train": "loop",
 }
 
 __all__ = [
+    "Callback",
     "Initialization",
     "Initializations",
     "Learnable",
     "ParameterizationName",
+    "RunControl",
     "ShorteningReport",
+    "StepInfo",
     "SweepPoint",
     "SweepReport",
     "Trainer",
@@ -49,7 +55,6 @@ __all__ = [
     "TrainingReport",
     "TrainingRow",
     "TrainingSettings",
-    "require_examples",
     "train",
 ]
 

@@ -37,6 +37,7 @@ class Progress:
     Attributes:
         step: Steps done.
         losses: Loss of each step, nats per target token.
+        grad_norms: Norm of each step's gradients before clipping.
         validation: `(step, validation loss)`.
         best_step: The step with the lowest validation loss.
         num_rows, num_tokens: Trained on so far, repeats counted.
@@ -45,6 +46,7 @@ class Progress:
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     best_step: int = 0
     num_rows: int = 0
@@ -138,33 +140,21 @@ def load(
     return progress, best
 
 
-def require_folder(folder: Path | None, resume: bool) -> None:
-    """Create a run's folder before training starts.
-
-    Raises:
-        TrainingDataError: If a run should be resumed and no folder is given.
-        StoreError: If it cannot be created.
-    """
-    if folder is None:
-        if resume:
-            raise TrainingDataError("resume continues from a checkpoint; give its folder")
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot create the run's folder {folder}: {error}") from error
-
-
 def run_identity(
-    settings: TrainingSettings, rows: Iterable[TrainingRow], prefixes: TrainablePrefixes
+    settings: TrainingSettings,
+    rows: Iterable[TrainingRow],
+    held_out: Iterable[TrainingRow],
+    prefixes: TrainablePrefixes,
 ) -> dict[str, Any]:
     """What must be equal for a run to be resumed: settings, rows, and the initialization."""
     sha = hashlib.sha256()
-    for row in rows:
-        parts = [(part.prefix.digest, part.strength) for part in row.frozen]
-        learned = [(tuple(key), strength) for key, strength in row.learned]
-        content = (list(row.prompt), list(row.targets), parts, learned, row.teacher)
-        sha.update(repr(content).encode())
+    for part_of_data in (rows, held_out):
+        for row in part_of_data:
+            parts = [(part.prefix.digest, part.strength) for part in row.frozen]
+            learned = [(tuple(key), strength) for key, strength in row.learned]
+            content = (list(row.prompt), list(row.targets), parts, learned, row.teacher)
+            sha.update(repr(content).encode())
+        sha.update(b"held out")
     sha.update(prefixes.initial_digest().encode())
     fixed = {name: v for name, v in settings.to_dict().items() if name not in _MAY_CHANGE}
     return {"settings": fixed, "data": sha.hexdigest()}

@@ -17,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from controlprefix._io import progress_bar
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import TrainingDataError, TrainingInterrupted
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixKey
-from controlprefix.training import checkpoint
+from controlprefix.training.control import RunControl, delayed_interrupt
 from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.run import TrainingRun
@@ -35,10 +35,8 @@ def train(
     prefixes: TrainablePrefixes,
     *,
     settings: TrainingSettings,
-    progress: bool = True,
-    folder: Path | None = None,
-    resume: bool = False,
-    accelerator: Accelerator | None = None,
+    held_out: Sequence[TrainingRow] = (),
+    control: RunControl = RunControl(),  # noqa: B008 (it cannot be changed)
 ) -> TrainingRun:
     """Train prefixes on rows; nothing else changes, above all not the model.
 
@@ -46,13 +44,11 @@ def train(
 
     Args:
         frozen: The model.
-        rows: Training rows, from which the settings hold some out.
+        rows: Rows to train on.
         prefixes: What is trained.
         settings: Hyperparameters.
-        progress: Show a progress bar.
-        folder: Where to write checkpoints, every `save_steps` steps and at the end.
-        resume: Continue from the checkpoint in that folder, if there is one.
-        accelerator: For a precision or trackers of your own.
+        held_out: Rows to choose the best step by; without any, the last step is kept.
+        control: Where the run is recorded, and who watches it.
 
     Returns:
         The finished run, with the parameters of its best step; nothing is stored yet.
@@ -60,43 +56,65 @@ def train(
     Raises:
         TrainingDataError: If there are no rows, or the loss is not finite.
         StoreError: If a checkpoint cannot be read or written.
+        TrainingInterrupted: After Ctrl-C, once a checkpoint is written.
 
     Reference:
         Li & Liang, "Prefix-Tuning", 2021, https://arxiv.org/abs/2101.00190; joint
         training of task and attribute prefixes as in Clive et al., 2021,
         https://arxiv.org/abs/2110.08329.
     """
-    if not rows:
-        raise TrainingDataError("there are no examples to train on")
-    checkpoint.require_folder(folder, resume)
-    accelerator = accelerator or Accelerator()
-    run = TrainingRun(rows, prefixes, settings, frozen.device)
-    if folder is not None and resume:
+    accelerator = control.make_accelerator()
+    run = TrainingRun(rows, held_out, prefixes, settings, frozen.device)
+    folder = control.folder
+    if folder is not None and control.resume:
         run.resume_from(folder)
     loop = TrainingLoop(frozen, settings, accelerator)
     is_main = accelerator.is_main_process
     earlier_s, started = run.progress.seconds, time.monotonic()
+    visible = control.progress and is_main
     with (
         activation_checkpointing(frozen.model, settings.gradient_checkpointing),
-        progress_bar("training", run.num_steps, visible=progress and is_main) as update,
+        progress_bar("training", run.num_steps, visible=visible) as update,
+        delayed_interrupt() as is_interrupted,
     ):
         # A checkpoint may lie beyond the end, if the run resumes with fewer steps than before.
         while not run.is_finished or run.validation_due:
+            num_validations = len(run.progress.validation)
             failures = loop.step([run])
             if failures:
                 raise TrainingDataError(failures[run])
             run.progress.seconds = earlier_s + time.monotonic() - started
+            interrupted = is_interrupted() and not run.is_finished
             due = run.is_finished or run.progress.step % settings.save_steps == 0
-            if folder is not None and is_main and due:
+            if folder is not None and is_main and (due or interrupted):
                 run.save(folder)
-            metrics = {"loss": run.progress.losses[-1]}
-            if run.progress.validation:
-                metrics["validation"] = run.progress.validation[-1][1]
-            accelerator.log(metrics, step=run.progress.step)
-            note = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            update(run.progress.step, note)
+            info = run.step_info()
+            metrics = {"loss": info.loss, "learning_rate": info.learning_rate}
+            metrics["grad_norm"] = info.grad_norm
+            if info.validation_loss is not None:
+                metrics["validation"] = info.validation_loss
+            accelerator.log(metrics, step=info.step)
+            notes = [f"{k} {metrics[k]:.3f}" for k in ("loss", "validation") if k in metrics]
+            update(info.step, ", ".join(notes))
+            if control.on_step is not None:
+                control.on_step(info)
+            if control.on_validation is not None and (
+                len(run.progress.validation) > num_validations
+            ):
+                control.on_validation(info)
+            if interrupted:
+                raise TrainingInterrupted(_stopped(run, folder))
+    if control.tracker is not None:
+        accelerator.end_training()
     run.restore_best()
     return run
+
+
+def _stopped(run: TrainingRun, folder: Path | None) -> str:
+    message = f"stopped at step {run.progress.step} of {run.num_steps}; nothing was stored"
+    if folder is None:
+        return f"{message}, and there is no checkpoint, since the run has no folder"
+    return f"{message}; the checkpoint is in {folder}, resume continues from it"
 
 
 class TrainingLoop:
@@ -140,8 +158,8 @@ class TrainingLoop:
             except TrainingDataError as error:
                 failures[run] = str(error)
                 continue
-            self._update_parameters(run)
-            run.record_step(pairs, losses[run])
+            grad_norm = self._update_parameters(run)
+            run.record_step(pairs, losses[run], grad_norm)
         self._validate([run for run in active if run not in failures], failures)
         return failures
 
@@ -214,19 +232,21 @@ class TrainingLoop:
                     finite.sum().backward()
         return losses.detach().tolist()
 
-    def _update_parameters(self, run: TrainingRun) -> None:
+    def _update_parameters(self, run: TrainingRun) -> float:
+        """Take an optimizer step; returns the norm of the gradients before clipping."""
         parameters = list(run.prefixes.parameters())
         max_norm = run.settings.max_grad_norm
         if self._accelerator is None:
-            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
             run.optimizer.step()
-            return
+            return float(norm)
         if run not in self._prepared_optimizers:
             prepared = self._accelerator.prepare_optimizer(run.optimizer)
             self._prepared_optimizers[run] = prepared
         self._sum_gradients(parameters)
-        self._accelerator.clip_grad_norm_(parameters, max_norm)
+        norm = self._accelerator.clip_grad_norm_(parameters, max_norm)
         self._prepared_optimizers[run].step()
+        return 0.0 if norm is None else float(norm)
 
     def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum gradients over processes; a parameter that no row uses keeps none."""

@@ -40,8 +40,8 @@ class TrainingRow(NamedTuple):
         frozen: Sequence[Part],
         learned: Sequence[tuple[PrefixKey, float]],
     ) -> Self:
-        """The row of an example, which teaches the end of the completion too."""
-        end = () if end_id is None else (end_id,)
+        """The row of an example, which teaches the end of a whole completion too."""
+        end = (end_id,) if end_id is not None and example.is_whole else ()
         return cls(example.prompt, (*example.completion, *end), frozen, learned)
 
     @property

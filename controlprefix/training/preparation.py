@@ -2,17 +2,19 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.inference.resolver import Resolver, part_at_strength
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Kind, Part, Prefix, PrefixKey, Site
 from controlprefix.request import Example
+from controlprefix.training.context_fit import fit_to_context
+from controlprefix.training.held_out import check_validation, split_examples
 from controlprefix.training.initialization import (
     Initialization,
     Initializations,
@@ -21,7 +23,6 @@ from controlprefix.training.initialization import (
     typical_scale,
 )
 from controlprefix.training.objectives import TrainingRow
-from controlprefix.training.run import split
 from controlprefix.training.settings import TrainingSettings
 
 Learnable = Literal["task", "attributes", "user"]
@@ -35,16 +36,21 @@ class Preparation:
     """What the training loop needs.
 
     Attributes:
-        rows: One per example.
+        rows: Rows to train on, one per example.
+        held_out: Rows for validation.
         initial: The prefixes to train, at their initialization.
         scale: Per site, the size of the model's keys and values, `(slot_size,)`.
         left_out: What examples name that is neither trained nor stored.
+        num_cut, num_skipped: Rows that did not fit the model's context.
     """
 
     rows: list[TrainingRow]
+    held_out: list[TrainingRow]
     initial: dict[PrefixKey, Prefix]
     scale: dict[Site, Tensor]
     left_out: tuple[str, ...]
+    num_cut: int
+    num_skipped: int
 
 
 def prepare(
@@ -56,7 +62,9 @@ def prepare(
     learn: Learnable | Sequence[Learnable] | None,
     num_slots: int | Mapping[Learnable, int],
     init: Initialization | Initializations,
+    validation: Sequence[Example] = (),
     num_slots_of: Callable[[PrefixKey], int | None] | None = None,
+    teacher_ids: Callable[[Example], Sequence[int]] | None = None,
 ) -> Preparation:
     """Divide the parts that examples name into trained and frozen, and initialize the trained.
 
@@ -66,90 +74,117 @@ def prepare(
         examples: At least one, with default labels.
         frozen: The model.
         resolver: Finds the parts that are not trained.
-        settings: For the seed and the split.
+        settings: For the seed and the fraction to hold out.
         learn: Which kinds of parts to train; None for the task and attributes that there are.
         num_slots: Slots of each trained prefix, or per kind.
         init: See `ControlPrefix.train`.
+        validation: Held-out rows, instead of a fraction of `examples`.
         num_slots_of: Slots of one prefix, where that differs from `num_slots`.
+        teacher_ids: For distillation, what the teacher reads for an example.
 
     Raises:
         TrainingDataError: If the examples cannot be trained on.
+        ContextLengthError: If some are too long, and are neither to be cut nor skipped.
     """
-    if not examples:
-        raise TrainingDataError("there are no examples to train on")
-    if learn is None:
-        by_default: tuple[Learnable, ...] = ("task", "attributes")
-        learn = [name for name in by_default if any(getattr(row, name) for row in examples)]
-        if not learn:
-            raise TrainingDataError("no example has a task or attributes to learn; give it one")
-    kinds = _check_learnable(examples, [learn] if isinstance(learn, str) else list(learn))
-    named = [example.named_parts for example in examples]
-    keys = list(dict.fromkeys(part.key for row in named for part in row if part.key.kind in kinds))
-    spec = InitSpec.parse(init, keys)
+    kinds = _kinds_to_learn(examples, learn)
     tokenizer = frozen.request_tokenizer
-    tokenized = tokenizer.ids_of_examples(examples)
+    fitted = fit_to_context(examples, tokenizer, settings.too_long)
+    fitted_validation = fit_to_context(validation, tokenizer, settings.too_long)
+    learned = [
+        [part for part in example.named_parts if part.key.kind in kinds]
+        for example in fitted.examples
+    ]
+    keys = list(dict.fromkeys(part.key for parts in learned for part in parts))
+    spec = InitSpec.parse(init, keys)
 
-    other_keys = {part.key for row in named for part in row if part.key.kind not in kinds}
+    all_examples = [*fitted.examples, *fitted_validation.examples]
+    other_keys = {part.key for row in all_examples for part in row.named_parts} - set(keys)
     stored = resolver.current(other_keys)
     left_out = tuple(sorted(str(key) for key in other_keys - stored.keys()))
     if left_out:
         _log.warning("nothing is stored yet for %s: trained without", ", ".join(left_out))
     rows = []
-    for example, parts in zip(tokenized, named, strict=True):
+    for example, ids in zip(
+        all_examples, (*fitted.tokenized, *fitted_validation.tokenized), strict=True
+    ):
         frozen_parts: list[Part] = [
             part_at_strength(part.key, stored[part.key], part.strength).part
-            for part in parts
+            for part in example.named_parts
             if part.key in stored
         ]
-        learned = [(part.key, part.strength) for part in parts if part.key.kind in kinds]
-        rows.append(TrainingRow.from_example(example, tokenizer.end_id, frozen_parts, learned))
+        own = [(part.key, part.strength) for part in example.named_parts if part.key in keys]
+        row = TrainingRow.from_example(ids, tokenizer.end_id, frozen_parts, own)
+        rows.append(row._replace(teacher=teacher_ids(example)) if teacher_ids else row)
 
-    seed = settings.seed
-    training_ids = set(split(len(rows), settings, random.Random(seed))[0])
-    completions = [tokenized[i].completion for i in range(len(rows)) if i in training_ids]
+    if validation:
+        check_validation(fitted_validation.examples, fitted.examples, rows[len(learned) :])
+        training_ids = list(range(len(learned)))
+        held_out = rows[len(learned) :]
+    else:
+        trained = [[part.key for part in parts if part.strength] for parts in learned]
+        training_ids, held_out_ids = split_examples(
+            fitted.examples, trained, settings.validation, settings.seed
+        )
+        held_out = [rows[i] for i in held_out_ids]
+    training = [rows[i] for i in training_ids]
+    texts = [fitted.examples[i].completion for i in training_ids]
+    completions = [fitted.tokenized[i].completion for i in training_ids]
+    initial = _initial_prefixes(
+        frozen,
+        resolver,
+        settings,
+        spec,
+        keys,
+        training,
+        texts,
+        completions,
+        lambda key: num_slots if (own := num_slots_of and num_slots_of(key)) is None else own,
+    )
+    scale = typical_scale(frozen, [token for ids in completions for token in ids])
+    return Preparation(
+        training,
+        held_out,
+        initial,
+        scale,
+        left_out,
+        fitted.num_cut + fitted_validation.num_cut,
+        fitted.num_skipped + fitted_validation.num_skipped,
+    )
+
+
+def _initial_prefixes(
+    frozen: FrozenModel,
+    resolver: Resolver,
+    settings: TrainingSettings,
+    spec: InitSpec,
+    keys: Sequence[PrefixKey],
+    rows: Sequence[TrainingRow],
+    texts: Sequence[str],
+    completions: Sequence[Sequence[int]],
+    num_slots_of: Callable[[PrefixKey], int | Mapping[Learnable, int]],
+) -> dict[PrefixKey, Prefix]:
+    """What each prefix starts from, given the training rows and their completions."""
     stored_keys = set(keys) if spec.default == "stored" else set()
     stored_prefixes = {k: v.value for k, v in resolver.current(stored_keys).items()}
+    context_length = frozen.request_tokenizer.context_length
     initial: dict[PrefixKey, Prefix] = {}
     for index, key in enumerate(keys):
-        own_num_slots = num_slots_of(key) if num_slots_of else None
-        count = _num_slots_for(
-            key.kind,
-            num_slots if own_num_slots is None else own_num_slots,
-            tokenizer.context_length,
-        )
-        row_ids = [i for i, parts in enumerate(named) if any(part.key == key for part in parts)]
-        row_ids = [i for i in row_ids if i in training_ids] or row_ids
-        random.Random(seed).shuffle(row_ids)
+        row_ids = [i for i, row in enumerate(rows) if any(own == key for own, _ in row.learned)]
+        random.Random(settings.seed).shuffle(row_ids)
         stored_prefix = stored_prefixes.get(key)
         initial[key] = make_slots(
             frozen,
             key,
-            count,
+            _num_slots_for(key.kind, num_slots_of(key), context_length),
             spec,
             stored=stored_prefix if isinstance(stored_prefix, Prefix) else None,
-            text="\n".join(examples[i].completion for i in row_ids),
+            text="\n".join(texts[i] for i in row_ids),
             rows=[rows[i] for i in row_ids],
             completions=completions,
-            seed=seed,
+            seed=settings.seed,
             index=index,
         )
-    scale = typical_scale(frozen, [token for ids in completions for token in ids])
-    return Preparation(rows, initial, scale, left_out)
-
-
-def require_examples(examples: object) -> list[Example]:
-    """The examples as a list.
-
-    Raises:
-        TrainingDataError: With the row that is not an Example.
-    """
-    if isinstance(examples, (str, Example)) or not isinstance(examples, Iterable):
-        raise TrainingDataError(f"expected a list of Example rows, got {type(examples).__name__}")
-    rows = list(examples)
-    for i, row in enumerate(rows, 1):
-        if not isinstance(row, Example):
-            raise TrainingDataError(f"row {i} is a {type(row).__name__}; give Example rows")
-    return rows
+    return initial
 
 
 def check_trainable(examples: Sequence[Example]) -> None:
@@ -169,10 +204,21 @@ def check_trainable(examples: Sequence[Example]) -> None:
         elif any(part.strength < 0 for part in row.named_parts):
             problem = "a strength below 0, which steers away from a prefix and trains none"
         if problem:
-            raise TrainingDataError(f"row {i} has {problem}; leave it out")
+            raise TrainingDataError(f"{row.place(i)} has {problem}; leave it out")
 
 
-def _check_learnable(examples: Sequence[Example], learn: Sequence[Learnable]) -> set[Kind]:
+def _kinds_to_learn(
+    examples: Sequence[Example], learn: Learnable | Sequence[Learnable] | None
+) -> set[Kind]:
+    """The kinds of parts to train, after a check that each example has one of them."""
+    if not examples:
+        raise TrainingDataError("there are no examples to train on")
+    if learn is None:
+        by_default: tuple[Learnable, ...] = ("task", "attributes")
+        learn = [name for name in by_default if any(getattr(row, name) for row in examples)]
+        if not learn:
+            raise TrainingDataError("no example has a task or attributes to learn; give it one")
+    learn = [learn] if isinstance(learn, str) else list(learn)
     for name in learn:
         if name not in _KINDS:
             raise TrainingDataError(f"cannot learn {name!r}; learn any of: {', '.join(_KINDS)}")
@@ -185,12 +231,16 @@ def _check_learnable(examples: Sequence[Example], learn: Sequence[Learnable]) ->
             )
     kinds = {_KINDS[name] for name in learn}
     check_trainable(examples)
-    for i, row in enumerate(examples, 1):
-        if not any(part.key.kind in kinds and part.strength > 0 for part in row.named_parts):
-            raise TrainingDataError(
-                f"row {i} has none of what is to be learned ({', '.join(learn)}); leave it out or "
-                "give it one"
-            )
+    without = [
+        row.place(i)
+        for i, row in enumerate(examples, 1)
+        if not any(part.key.kind in kinds and part.strength > 0 for part in row.named_parts)
+    ]
+    if without:
+        raise TrainingDataError(
+            f"{shortened(without)}: nothing of what is to be learned ({', '.join(learn)}); leave "
+            "such rows out or give them one"
+        )
     return kinds
 
 

@@ -3,8 +3,7 @@
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -13,9 +12,12 @@ from torch import Tensor
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.training import checkpoint, curves
+from controlprefix.prefixes import PrefixKey
+from controlprefix.training import checkpoint
+from controlprefix.training.control import StepInfo
 from controlprefix.training.objectives import ContrastPair, TrainingRow, add_contrast
 from controlprefix.training.parameterization import TrainablePrefixes
+from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 
 _log = logging.getLogger("controlprefix")
@@ -25,51 +27,6 @@ _WARM_UP_FRACTION = 0.1
 _MIN_LEARNING_RATE = 0.1  # at the end, relative to the peak
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingReport:
-    """The result of a training run.
-
-    Attributes:
-        losses: Loss of each step's batch, nats per token (the end token counted).
-        validation: `(step, validation loss)`; step 0 is the initialization.
-        best_step: The step whose prefixes were kept.
-        num_rows, num_tokens: Rows and tokens trained on, repeats counted.
-        seconds: Wall-clock time.
-        num_parameters: Trained parameters.
-        saved: Version numbers in the store, such as `{"user 'ana'": 2}`.
-        left_out: What examples name that was neither trained nor stored.
-    """
-
-    losses: tuple[float, ...]
-    validation: tuple[tuple[int, float], ...]
-    best_step: int
-    num_rows: int
-    num_tokens: int
-    seconds: float
-    num_parameters: int
-    saved: Mapping[str, int] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def best_loss(self) -> float:
-        """The lowest validation loss, or the last batch's loss if nothing was held out."""
-        return min((loss for _, loss in self.validation), default=self.losses[-1])
-
-    def save(self, folder: str | Path) -> None:
-        """Write `report.json`, and `curves.png` if matplotlib is installed.
-
-        Raises:
-            StoreError: If the folder cannot be written.
-        """
-        curves.write(
-            Path(folder),
-            self,
-            losses=self.losses,
-            validation=self.validation,
-            best_step=self.best_step,
-        )
-
-
 class TrainingRun:
     """One run: what it trains, the order of its rows, its optimizer and its progress.
 
@@ -77,13 +34,14 @@ class TrainingRun:
     parameters with `optimizer`, `record_step`.
 
     Args:
-        rows: Training rows, from which some are held out.
+        rows: Rows to train on.
+        held_out: Rows for validation; there may be none.
         prefixes: What is trained.
         settings: Hyperparameters.
         device: Device to train on.
 
     Attributes:
-        held_out: Rows for validation.
+        held_out: As given.
         num_steps: Steps in total.
         targets_per_step: Mean number of target tokens of a batch.
         prefixes: What is trained, at its current step.
@@ -91,32 +49,33 @@ class TrainingRun:
         progress: Steps, losses and validation so far.
 
     Raises:
-        TrainingDataError: If no row is left to train on.
+        TrainingDataError: If there are no rows.
     """
 
     def __init__(
         self,
         rows: Sequence[TrainingRow],
+        held_out: Sequence[TrainingRow],
         prefixes: TrainablePrefixes,
         settings: TrainingSettings,
         device: torch.device,
     ) -> None:
+        if not rows:
+            raise TrainingDataError("there are no examples to train on")
         self.settings = settings
-        order = random.Random(settings.seed)
-        training_ids, held_out_ids = split(len(rows), settings, order)
-        training = [rows[i] for i in training_ids]
-        self.held_out = [rows[i] for i in held_out_ids]
-        self._identity = checkpoint.run_identity(settings, rows, prefixes)
-        steps_per_epoch = math.ceil(len(training) / settings.batch_size)
+        self.held_out = held_out
+        self._rows = rows
+        self._identity = checkpoint.run_identity(settings, rows, held_out, prefixes)
+        steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
         self.num_steps = settings.steps or math.ceil(settings.epochs * steps_per_epoch)
         num_evaluations = settings.num_evaluations
         self._validation_steps = {
             round(self.num_steps * (i + 1) / num_evaluations) for i in range(num_evaluations)
         }
         # Batches have rows of similar length, so a mean per batch would weight tokens unequally.
-        self.targets_per_step = settings.batch_size * mean(len(row.targets) for row in training)
+        self.targets_per_step = settings.batch_size * mean(len(row.targets) for row in rows)
         self._learning_rate_at = learning_rate_schedule(self.num_steps)
-        self._batches = _endless_batches(training, settings.batch_size, order)
+        self._batches = self._all_batches()
         self.prefixes = prefixes.to_device(device)
         self.optimizer = torch.optim.AdamW(
             self.prefixes.parameters(),
@@ -176,7 +135,7 @@ class TrainingRun:
         pairs = [ContrastPair(row) for row in rows]
         if settings.contrast:
             pairs = add_contrast(rows, self.prefixes.keys, draw)
-        rate = settings.peak_learning_rate * self._learning_rate_at(self.progress.step)
+        rate = self._learning_rate(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -194,9 +153,10 @@ class TrainingRun:
                 f"learning_rate (now {self.settings.peak_learning_rate})"
             )
 
-    def record_step(self, pairs: Sequence[ContrastPair], loss: float) -> None:
+    def record_step(self, pairs: Sequence[ContrastPair], loss: float, grad_norm: float) -> None:
         """Record a step whose gradients have been applied."""
         self.progress.losses.append(loss)
+        self.progress.grad_norms.append(grad_norm)
         self.progress.num_rows += len(pairs)
         self.progress.num_tokens += sum(pair.row.num_tokens for pair in pairs)
         if not self.held_out:  # there is nothing to tell a better step by
@@ -208,10 +168,29 @@ class TrainingRun:
         if self.progress.step and loss <= min(loss for _, loss in self.progress.validation):
             self._best, self.progress.best_step = self._copy_parameters(), self.progress.step
 
+    def step_info(self) -> StepInfo:
+        """The latest step, for callbacks."""
+        progress = self.progress
+        return StepInfo(
+            step=progress.step,
+            num_steps=self.num_steps,
+            loss=progress.losses[-1],
+            learning_rate=self._learning_rate(progress.step),
+            grad_norm=progress.grad_norms[-1],
+            validation_loss=progress.validation[-1][1] if progress.validation else None,
+        )
+
     def restore_best(self) -> None:
         """Go back to the parameters of the best step; without held-out rows, keep the last."""
         if self.held_out:
             self.prefixes.load_state_dict(self._best)
+
+    def untrained(self) -> set[PrefixKey]:
+        """The prefixes that no step so far had a row of."""
+        batches = self._all_batches()
+        rows = (row for _ in range(self.progress.step) for row in next(batches))
+        trained = {key for row in rows for key, strength in row.learned if strength}
+        return set(self.prefixes.keys) - trained
 
     def report(self) -> TrainingReport:
         """The result so far."""
@@ -220,37 +199,27 @@ class TrainingRun:
             losses=tuple(progress.losses),
             validation=tuple(progress.validation),
             best_step=progress.best_step,
+            learning_rates=tuple(map(self._learning_rate, range(1, len(progress.losses) + 1))),
+            grad_norms=tuple(progress.grad_norms),
+            num_examples=len(self._rows),
+            num_held_out=len(self.held_out),
             num_rows=progress.num_rows,
             num_tokens=progress.num_tokens,
             seconds=progress.seconds,
             num_parameters=sum(p.numel() for p in self.prefixes.parameters()),
+            settings=self.settings.to_dict(),
+            data_hash=self.identity,
         )
+
+    def _learning_rate(self, step: int) -> float:
+        return self.settings.peak_learning_rate * self._learning_rate_at(step)
+
+    def _all_batches(self) -> Iterator[list[TrainingRow]]:
+        order = random.Random(self.settings.seed)
+        return _endless_batches(self._rows, self.settings.batch_size, order)
 
     def _copy_parameters(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.prefixes.state_dict().items()}
-
-
-def split(
-    num_rows: int, settings: TrainingSettings, order: random.Random
-) -> tuple[list[int], list[int]]:
-    """Indices of the rows to train on, and of the held-out rows.
-
-    Args:
-        num_rows: Rows in total.
-        settings: `validation` is the fraction to hold out.
-        order: A new generator with the settings' seed.
-
-    Raises:
-        TrainingDataError: If no row is left to train on.
-    """
-    shuffled = order.sample(range(num_rows), num_rows)
-    num_held_out = round(settings.validation * num_rows)
-    if num_held_out == num_rows:
-        raise TrainingDataError(
-            f"validation {settings.validation} of {num_rows} examples leaves none to train on; "
-            "lower it, or give more examples"
-        )
-    return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
 def batches_by_length(rows: Sequence[TrainingRow], size: int) -> Iterator[list[TrainingRow]]:

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Annotated, Any, Literal, Self, TypedDict
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from controlprefix.data import Rows
 from controlprefix.errors import TrainingDataError, validation_message
+from controlprefix.training.control import RunOptions
 
 ParameterizationName = Literal["direct", "mlp", "shared", "shared-kv"]
+TooLong = Literal["refuse", "cut", "skip"]
 
 _PositiveInt = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -63,7 +66,12 @@ class TrainingSettings:
     attribute."""
 
     validation: _Fraction = 0.1
-    """Fraction of the rows held out to choose the best step; 0 keeps the last step."""
+    """Fraction of the rows held out to choose the best step, by prompt and by user; 0 keeps the
+    last step."""
+
+    too_long: TooLong = "refuse"
+    """What to do with rows that do not fit the model's context: refuse them all, cut them (the
+    end of the prompt or of the completion), or skip them."""
 
     num_evaluations: _PositiveInt = 5
     """Validation passes per run."""
@@ -104,8 +112,8 @@ class TrainingSettings:
         return {**asdict(self), "learning_rate": self.peak_learning_rate}
 
 
-class TrainingOptions(TypedDict, total=False):
-    """Keyword arguments of the training functions: the fields of `TrainingSettings`."""
+class TrainingOptions(RunOptions, total=False):
+    """Keyword arguments of the training functions: `TrainingSettings` and `RunControl`."""
 
     epochs: float
     steps: int | None
@@ -118,7 +126,8 @@ class TrainingOptions(TypedDict, total=False):
     hidden_size: int
     slot_dropout: float
     contrast: float
-    validation: float
+    validation: float | Rows  # rows where examples are trained on, not texts of users
+    too_long: TooLong
     num_evaluations: int
     patience: int | None
     gradient_checkpointing: bool

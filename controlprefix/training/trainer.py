@@ -1,33 +1,36 @@
 """Trainer: trains prefixes on examples or an instruction, and stores them."""
 
-import random
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.request import Example
 from controlprefix.store import NewVersion, PrefixStore
+from controlprefix.training.control import RunControl
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
 from controlprefix.training.parameterization import parameterize
 from controlprefix.training.preparation import Learnable, Preparation, check_trainable, prepare
-from controlprefix.training.run import TrainingReport, batches_by_length, split
+from controlprefix.training.report import TrainingReport
+from controlprefix.training.run import batches_by_length
 from controlprefix.training.settings import ParameterizationName, TrainingSettings
 from controlprefix.training.shortening import ShorteningReport, shorten
 from controlprefix.training.slot_attention import slot_masses
 from controlprefix.training.sweep import SweepPoint, SweepReport
 
 _EVALUATION_BATCH_SIZE = 16
+
+_log = logging.getLogger("controlprefix")
 
 
 class Trainer:
@@ -52,18 +55,18 @@ class Trainer:
         learn: Learnable | Sequence[Learnable] | None,
         num_slots: int | Mapping[Learnable, int],
         init: Initialization | Initializations,
+        validation: Sequence[Example],
         num_slots_of: Callable[[PrefixKey], int | None],
-        folder: str | Path | None,
-        resume: bool,
-        progress: bool,
-        accelerator: Accelerator | None,
+        control: RunControl,
     ) -> TrainingReport:
         """Train on examples: see `ControlPrefix.train`.
 
         Args:
             examples: With default labels.
             settings: Hyperparameters.
-            learn, num_slots, init, folder, resume, progress, accelerator: As there.
+            learn, num_slots, init: As there.
+            control: Where the run is recorded, and who watches it.
+            validation: Held-out examples; if there are none, the settings hold some out.
             num_slots_of: Slots of one prefix, where that differs from `num_slots`.
         """
         preparation = prepare(
@@ -74,11 +77,10 @@ class Trainer:
             learn=learn,
             num_slots=num_slots,
             init=init,
+            validation=validation,
             num_slots_of=num_slots_of,
         )
-        return self._train_and_publish(
-            preparation, settings, folder, resume=resume, progress=progress, accelerator=accelerator
-        )
+        return self._train_and_publish(preparation, settings, control)
 
     def distill(
         self,
@@ -88,10 +90,7 @@ class Trainer:
         settings: TrainingSettings,
         *,
         num_slots: int,
-        folder: str | Path | None,
-        resume: bool,
-        progress: bool,
-        accelerator: Accelerator | None,
+        control: RunControl,
     ) -> TrainingReport:
         """Train on the predictions of the model with an instruction: see `ControlPrefix.distill`.
 
@@ -100,8 +99,15 @@ class Trainer:
             key: The prefix to train.
             examples: Prompts with the teacher's completions, which name that prefix.
             settings: Hyperparameters.
-            num_slots, folder, resume, progress, accelerator: As there.
+            num_slots: As there.
+            control: Where the run is recorded, and who watches it.
         """
+        tokenizer = self._frozen.request_tokenizer
+
+        def teacher_ids(example: Example) -> Sequence[int]:
+            prompt = with_instruction(instruction, example.prompt or "")
+            return tokenizer.prompt_ids(example.model_copy(update={"prompt": prompt}))
+
         preparation = prepare(
             examples,
             self._frozen,
@@ -110,21 +116,9 @@ class Trainer:
             learn=cast(Learnable, "attributes" if key.kind == "attribute" else key.kind),
             num_slots=num_slots,
             init={key: instruction},
+            teacher_ids=teacher_ids,
         )
-        rows = []
-        for row, example in zip(preparation.rows, examples, strict=True):
-            prompt = with_instruction(instruction, example.prompt or "")
-            instructed = example.model_copy(update={"prompt": prompt})
-            teacher = self._frozen.request_tokenizer.prompt_ids(instructed)
-            rows.append(row._replace(teacher=teacher))
-        return self._train_and_publish(
-            replace(preparation, rows=rows),
-            settings,
-            folder,
-            resume=resume,
-            progress=progress,
-            accelerator=accelerator,
-        )
+        return self._train_and_publish(preparation, settings, control)
 
     def sweep(
         self,
@@ -134,6 +128,7 @@ class Trainer:
         parameterizations: Sequence[ParameterizationName],
         learn: Learnable | Sequence[Learnable] | None,
         init: Initialization | Initializations,
+        validation: Sequence[Example],
         options: Mapping[str, Any],
         progress: bool,
     ) -> SweepReport:
@@ -143,6 +138,7 @@ class Trainer:
             examples: With default labels.
             num_slots, parameterizations: What to try.
             learn, init, progress: As in `ControlPrefix.train`.
+            validation: Held-out examples; if there are none, the options hold some out.
             options: Fields of `TrainingSettings`.
 
         Raises:
@@ -154,7 +150,6 @@ class Trainer:
         for name in parameterizations:
             for count in num_slots:
                 settings = TrainingSettings.from_options({**options, "parameterization": name})
-                _require_held_out(len(examples), settings, "a sweep")
                 preparation = prepare(
                     examples,
                     self._frozen,
@@ -163,13 +158,16 @@ class Trainer:
                     learn=learn,
                     num_slots=count,
                     init=init,
+                    validation=validation,
                 )
+                _require_held_out(preparation, settings, "a sweep")
                 run = train(
                     self._frozen,
                     preparation.rows,
                     parameterize(settings, preparation.initial, preparation.scale),
                     settings=settings,
-                    progress=progress,
+                    held_out=preparation.held_out,
+                    control=RunControl(progress=progress),
                 )
                 report = run.report()
                 points.append(SweepPoint(name, count, report.best_loss, report.seconds))
@@ -192,31 +190,44 @@ class Trainer:
         return replace(report, version=version)
 
     def _train_and_publish(
-        self,
-        preparation: Preparation,
-        settings: TrainingSettings,
-        folder: str | Path | None,
-        *,
-        resume: bool,
-        progress: bool,
-        accelerator: Accelerator | None,
+        self, preparation: Preparation, settings: TrainingSettings, control: RunControl
     ) -> TrainingReport:
         """Train, and publish all trained prefixes together, or none."""
         self._store.require_writable(preparation.initial)
         if settings.patience is not None:
-            _require_held_out(len(preparation.rows), settings, "patience")
-        folder = None if folder is None else Path(folder)
+            _require_held_out(preparation, settings, "patience")
         run = train(
             self._frozen,
             preparation.rows,
             parameterize(settings, preparation.initial, preparation.scale),
             settings=settings,
-            progress=progress,
-            folder=folder,
-            resume=resume,
-            accelerator=accelerator,
+            held_out=preparation.held_out,
+            control=control,
         )
-        prefixes, report = run.prefixes.materialize(), run.report()
+        origin: dict[str, Any] = {
+            "store": self._store.label,
+            "tenant": self._store.tenant,
+            "model": self._frozen.geometry.model_name,
+        }
+        if (earlier := control.finished_report(run.report(), origin)) is not None:
+            return earlier
+        untrained = run.untrained()
+        if untrained:
+            names = shortened(sorted(map(str, untrained)))
+            _log.warning("no step had a row of %s: not stored", names)
+        prefixes = {
+            key: prefix
+            for key, prefix in run.prefixes.materialize().items()
+            if key not in untrained
+        }
+        report = replace(
+            run.report(),
+            left_out=preparation.left_out,
+            untrained=tuple(sorted(map(str, untrained))),
+            num_cut=preparation.num_cut,
+            num_skipped=preparation.num_skipped,
+            **origin,
+        )
         details = {
             "training": {
                 "examples": len(preparation.rows),
@@ -228,8 +239,6 @@ class Trainer:
         }
         versions = [0] * len(prefixes)
         if PartialState().is_main_process:
-            if folder is not None:
-                report.save(folder)
             versions = self._store.put(
                 [
                     NewVersion(key, prefix.to(dtype=self._frozen.dtype), details)
@@ -238,7 +247,10 @@ class Trainer:
             )
         versions = broadcast_object_list(versions)
         saved = {str(key): version for key, version in zip(prefixes, versions, strict=True)}
-        return replace(report, saved=saved, left_out=preparation.left_out)
+        report = replace(report, saved=saved)
+        if control.folder is not None and PartialState().is_main_process:
+            report.save(control.folder)
+        return report
 
     def _rows_naming(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:
         """Rows in which a stored prefix is the trained part and all others are frozen.
@@ -253,7 +265,8 @@ class Trainer:
             parts = {(p.used.kind, p.used.name): p.part for p in resolved.parts}
             part = parts.pop((key.kind, key.name), None)
             if part is None:
-                raise TrainingDataError(f"row {i} does not name {key}; give examples of it")
+                place = resolved.request.place(i)
+                raise TrainingDataError(f"{place} does not name {key}; give examples of it")
             tokenized = tokenizer.example_ids(resolved.request)
             learned = [(key, part.strength)]
             frozen_parts = list(parts.values())
@@ -308,9 +321,10 @@ def with_instruction(instruction: str, prompt: str) -> str:
     return f"{instruction}\n\n{prompt}" if prompt else instruction
 
 
-def _require_held_out(num_rows: int, settings: TrainingSettings, what: str) -> None:
-    if not split(num_rows, settings, random.Random(settings.seed))[1]:
+def _require_held_out(preparation: Preparation, settings: TrainingSettings, what: str) -> None:
+    if not preparation.held_out:
         raise TrainingDataError(
-            f"{what} needs held-out examples, but validation {settings.validation} of {num_rows} "
-            "examples is none; raise it, or give more examples"
+            f"{what} needs held-out examples, but validation {settings.validation} of "
+            f"{len(preparation.rows)} examples is none; raise it, give rows as validation, or give "
+            "more examples"
         )

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,14 +10,14 @@ from torch import Tensor
 from controlprefix.errors import TrainingDataError
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import PrefixDecoder, PrefixKey
+from controlprefix.training.control import RunControl
 from controlprefix.training.initialization import typical_scale
 from controlprefix.training.loop import train
-from controlprefix.training.objectives import TrainingRow
-from controlprefix.training.run import TrainingReport
+from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.text_features import TextFeatures
 from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
-from controlprefix.users.user_training import user_rows
+from controlprefix.users.user_training import UserRow, split_user_rows, user_rows
 
 CODE_LEARNING_RATE = 5e-2  # code values are about as large as those of an embedding: 1
 _CODE_DROPOUT = 0.1
@@ -52,9 +51,7 @@ def train_decoder(
     num_slots: int,
     width: int,
     features: TextFeatures,
-    folder: Path | None,
-    resume: bool,
-    progress: bool,
+    control: RunControl,
 ) -> tuple[PrefixDecoder, dict[str, Tensor], DecoderReport]:
     """Train a decoder on the texts of many users, together with their codes.
 
@@ -65,7 +62,7 @@ def train_decoder(
         num_slots: Slots of a prefix.
         width: Values of a code per slot.
         features: Text features for the code predictor.
-        folder, resume, progress: As in `controlprefix.training.train`.
+        control: Where the run is recorded, and who watches it.
 
     Returns:
         The decoder in the form it is stored in, the values of the users' codes, the report.
@@ -73,7 +70,7 @@ def train_decoder(
     Raises:
         TrainingDataError: If there are fewer than two users with texts.
     """
-    rows: list[TrainingRow] = []
+    rows: list[UserRow] = []
     texts: dict[str, list[str]] = {}
     for user, user_texts in users.items():
         texts[user], own_rows = user_rows(frozen, user, user_texts, settings.seed)
@@ -102,14 +99,14 @@ def train_decoder(
         train_decoder=True,
         dropout=_CODE_DROPOUT,
     )
+    training, held_out = split_user_rows(rows, settings)
     run = train(
         frozen,
-        rows,
+        training,
         codes,
         settings=settings,
-        progress=progress,
-        folder=folder,
-        resume=resume,
+        held_out=held_out,
+        control=control,
     )
     values = {user: codes.code_values(key) for user, key in keys.items()}
     decoder = decoder.cpu()

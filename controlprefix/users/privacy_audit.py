@@ -153,7 +153,7 @@ class PrivacyAuditor:
         return [without - with_prefix for without, with_prefix in both]
 
     def _first_chunk(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        example, _ = next(self._frozen.request_tokenizer.chunks(text, _MAX_ROW_TOKENS))
+        example = next(self._frozen.request_tokenizer.chunks(text, _MAX_ROW_TOKENS))
         return example.prompt, example.completion
 
     def _exposure(

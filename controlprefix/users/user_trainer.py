@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from controlprefix.errors import RequestError, TrainingDataError
@@ -10,9 +9,10 @@ from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import NewVersion, PrefixStore, SimilarUser, StoredVersion
+from controlprefix.training.control import RunControl
 from controlprefix.training.initialization import typical_scale
 from controlprefix.training.parameterization import TrainablePrefixes, parameterize
-from controlprefix.training.run import TrainingReport
+from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
 from controlprefix.users.enrolment import predict_code, prefix_from_texts, profile_of
@@ -64,9 +64,7 @@ class UserTrainer:
         num_slots: int,
         width: int,
         embedder: str,
-        folder: str | Path | None,
-        resume: bool,
-        progress: bool,
+        control: RunControl,
         options: Mapping[str, Any],
     ) -> DecoderReport:
         """Train and store a decoder: see `ControlPrefix.learn_decoder`."""
@@ -81,9 +79,7 @@ class UserTrainer:
             num_slots=num_slots,
             width=width,
             features=TextFeatures(embedder),
-            folder=None if folder is None else Path(folder),
-            resume=resume,
-            progress=progress,
+            control=control,
         )
         details = {
             "decoder": {
@@ -94,6 +90,8 @@ class UserTrainer:
             }
         }
         (version,) = self._store.put([NewVersion(key, decoder, details, sources=tuple(codes))])
+        if control.folder is not None:
+            replace(report.training, saved={str(key): version}).save(control.folder)
         return replace(report, version=version)
 
     def train_users(
@@ -104,9 +102,7 @@ class UserTrainer:
         decoder: str | None,
         as_codes: bool,
         concurrent_users: int,
-        folder: str | Path | None,
-        resume: bool,
-        progress: bool,
+        control: RunControl,
         options: Mapping[str, Any],
         extras: Callable[[str], dict[str, Any]] = lambda user: {},
     ) -> UsersReport:
@@ -114,7 +110,8 @@ class UserTrainer:
 
         Args:
             texts: None: the texts that are kept in the store.
-            num_slots, decoder, as_codes, concurrent_users, folder, resume, progress: As there.
+            num_slots, decoder, as_codes, concurrent_users: As there.
+            control: Where the run is recorded.
             options: Fields of `TrainingSettings`.
             extras: Per user, further fields of the `NewVersion`.
         """
@@ -152,9 +149,7 @@ class UserTrainer:
             settings,
             initialize=self._initialize(settings, decoder, as_codes, num_slots),
             concurrent_users=concurrent_users,
-            folder=None if folder is None else Path(folder),
-            resume=resume,
-            progress=progress,
+            control=control,
         )
 
     def enroll(
@@ -185,9 +180,7 @@ class UserTrainer:
                 decoder=decoder,
                 as_codes=True,
                 concurrent_users=1,
-                folder=None,
-                resume=False,
-                progress=False,
+                control=RunControl(progress=False),
                 options={},
                 extras=lambda user: extras,
             )
@@ -276,9 +269,7 @@ class UserTrainer:
             settings,
             initialize=self._initialize(settings, decoder, is_code, num_slots),
             concurrent_users=1,
-            folder=None,
-            resume=False,
-            progress=False,
+            control=RunControl(progress=False),
         )
         for reason in report.failed.values():
             raise TrainingDataError(reason)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from controlprefix._io import progress_bar
 from controlprefix.errors import (
@@ -19,16 +20,19 @@ from controlprefix.errors import (
     PrefixFormatError,
     StoreError,
     TrainingDataError,
+    TrainingInterrupted,
 )
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixKey, UserCode
 from controlprefix.request import is_valid_unicode
 from controlprefix.store.records import check_key
-from controlprefix.training import checkpoint
+from controlprefix.training.control import RunControl, delayed_interrupt
+from controlprefix.training.held_out import split_at_first
 from controlprefix.training.loop import TrainingLoop
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
-from controlprefix.training.run import TrainingReport, TrainingRun
+from controlprefix.training.report import TrainingReport
+from controlprefix.training.run import TrainingRun
 from controlprefix.training.settings import TrainingSettings
 
 _MAX_ROW_TOKENS = 256  # a longer text is cut into rows of so many
@@ -72,9 +76,7 @@ def train_users(
     *,
     initialize: Initialize,
     concurrent_users: int,
-    folder: Path | None,
-    resume: bool,
-    progress: bool,
+    control: RunControl,
 ) -> UsersReport:
     """Train a prefix or a code for each user on texts they wrote.
 
@@ -85,20 +87,20 @@ def train_users(
         settings: Hyperparameters of each user's run; `batch_size` is a user's rows per step.
         initialize: Given a user's key and texts, what to train.
         concurrent_users: Users at a time; memory grows with it.
-        folder: Where finished users are recorded.
-        resume: Skip users recorded there with the same texts and settings.
-        progress: Show a progress bar.
+        control: In its folder, finished users are recorded; to resume skips users recorded there
+            with the same texts and settings.
 
     Raises:
         TrainingDataError: If `concurrent_users` is below 1.
         StoreError: If a prefix cannot be stored, or the folder cannot be written.
+        TrainingInterrupted: After Ctrl-C.
     """
     if concurrent_users < 1:
         raise TrainingDataError(f"concurrent_users is {concurrent_users}; it must be 1 or more")
-    checkpoint.require_folder(folder, resume)
+    folder = control.folder
     loop = TrainingLoop(frozen, settings)
     started = time.monotonic()
-    finished = _read_finished(folder) if folder is not None and resume else set()
+    finished = _read_finished(folder) if folder is not None and control.resume else set()
     report, skipped = UsersReport(), []
     waiting = iter(texts)
     active: list[_ActiveUser] = []
@@ -109,7 +111,10 @@ def train_users(
             try:
                 key = PrefixKey("user", user)
                 usable, rows = user_rows(frozen, user, user_texts, settings.seed)
-                run = TrainingRun(rows, initialize(key, usable), settings, frozen.device)
+                training, held_out = split_user_rows(rows, settings)
+                run = TrainingRun(
+                    training, held_out, initialize(key, usable), settings, frozen.device
+                )
             except ControlPrefixError as error:
                 report.failed[user] = str(error)
                 return True
@@ -121,7 +126,10 @@ def train_users(
         return False
 
     total = len(texts) if isinstance(texts, Sized) else None
-    with progress_bar("users", total, visible=progress) as update:
+    with (
+        progress_bar("users", total, visible=control.progress) as update,
+        delayed_interrupt() as is_interrupted,
+    ):
         while True:
             while len(active) < concurrent_users and admit_next():
                 pass
@@ -144,12 +152,26 @@ def train_users(
                     report.failed[user.name] = reason
                 note = f"{len(report.failed)} failed" if report.failed else ""
                 update(len(report.users) + len(report.failed), note)
+            if active and is_interrupted():
+                raise TrainingInterrupted(_stopped(len(report.users), total, folder))
     return replace(report, skipped=tuple(skipped), seconds=time.monotonic() - started)
+
+
+class UserRow(NamedTuple):
+    """A training row of a user's text, which may be cut into several.
+
+    Attributes:
+        row: The row.
+        text: The text it is from.
+    """
+
+    row: TrainingRow
+    text: str
 
 
 def user_rows(
     frozen: FrozenModel, user: str, texts: Sequence[str], seed: int
-) -> tuple[list[str], list[TrainingRow]]:
+) -> tuple[list[str], list[UserRow]]:
     """A user's texts as far as they are used, and the training rows made of them.
 
     Args:
@@ -170,11 +192,27 @@ def user_rows(
     usable = [text[:_MAX_TEXT_CHARACTERS] for text in usable]
     tokenizer = frozen.request_tokenizer
     rows = [
-        TrainingRow.from_example(chunk, tokenizer.end_id if is_last else None, (), ((key, 1.0),))
+        UserRow(TrainingRow.from_example(chunk, tokenizer.end_id, (), ((key, 1.0),)), text)
         for text in usable
-        for chunk, is_last in tokenizer.chunks(text, _MAX_ROW_TOKENS)
+        for chunk in tokenizer.chunks(text, _MAX_ROW_TOKENS)
     ]
     return usable, rows
+
+
+def split_user_rows(
+    rows: Sequence[UserRow], settings: TrainingSettings
+) -> tuple[list[TrainingRow], list[TrainingRow]]:
+    """Rows to train on and held-out rows: whole texts, or parts of one if there is only one.
+
+    Each user keeps rows to train on.
+    """
+    learned = [[key for key, _ in row.learned] for row, _ in rows]
+    by_text = [[(*keys, text)] for (_, text), keys in zip(rows, learned, strict=True)]
+    by_row = [[i] for i in range(len(rows))]
+    training, held_out = split_at_first(
+        [(by_text, ""), (by_row, "")], settings.validation, settings.seed, learned
+    )
+    return [rows[i].row for i in training], [rows[i].row for i in held_out]
 
 
 def usable_texts(user: str, texts: Sequence[str]) -> list[str]:
@@ -195,6 +233,14 @@ def usable_texts(user: str, texts: Sequence[str]) -> list[str]:
     if not usable:
         raise TrainingDataError(f"user {user!r} has no text to train on")
     return usable
+
+
+def _stopped(num_stored: int, total: int | None, folder: Path | None) -> str:
+    users = f"{num_stored} users" if total is None else f"{num_stored} of {total} users"
+    message = f"stopped: {users} are stored"
+    if folder is None:
+        return message
+    return f"{message}; they are recorded in {folder}, resume continues with the others"
 
 
 def _publish(user: _ActiveUser, publish: Publish) -> TrainingReport:

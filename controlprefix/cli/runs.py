@@ -1,0 +1,74 @@
+"""Folders of runs on the command line, and what Ctrl-C does."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from controlprefix.cli.common import err
+from controlprefix.errors import RequestError, TrainingInterrupted
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """Where a run is recorded."""
+
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run's checkpoint, report and curves. Default: a new one in runs/, "
+            "named after the data."
+        ),
+    ] = None
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --folder; left out, the latest one in runs/ of this data.",
+        ),
+    ] = False
+    tracker: Annotated[
+        str | None, typer.Option(help="Log to one of accelerate's trackers, such as tensorboard.")
+    ] = None
+
+    def options(self, data: Path) -> dict[str, Any]:
+        """Keyword arguments of a training function, after the folder is printed.
+
+        Args:
+            data: What the run is named after.
+
+        Raises:
+            RequestError: If there is no run to resume.
+        """
+        folder = self.folder or self._default_folder(data)
+        err.print(f"the run is recorded in {folder}")
+        tracker = {} if self.tracker is None else {"tracker": self.tracker}
+        return {"folder": folder, "resume": self.resume, **tracker}
+
+    def _default_folder(self, data: Path) -> Path:
+        name = data.name.split(".")[0] or "run"
+        runs = [RUNS / name, *(RUNS / f"{name}-{i}" for i in range(2, 10_000))]
+        existing = [path for path in runs if path.is_dir()]
+        if not self.resume:
+            return next(path for path in runs if not path.exists())
+        if not existing:
+            raise RequestError(
+                f"there is no run of {data} in {RUNS.absolute()}; give its --folder, or start one "
+                "without --resume"
+            )
+        return max(existing, key=lambda path: path.stat().st_mtime)
+
+
+@contextlib.contextmanager
+def exit_when_interrupted() -> Iterator[None]:
+    """Print what stands after Ctrl-C, and exit as a shell expects."""
+    try:
+        yield
+    except TrainingInterrupted as interrupted:
+        err.print(str(interrupted).replace("resume continues", "--resume continues"))
+        raise typer.Exit(130) from None

@@ -1,0 +1,26 @@
+"""Data: files, data frames and lists of rows -> examples and texts."""
+
+from controlprefix.data.rows import Columns, Rows, as_examples
+from controlprefix.data.summary import DataSummary, summarize
+from controlprefix.data.texts import (
+    TextSplit,
+    UserTexts,
+    as_texts,
+    read_labelled,
+    read_texts,
+    read_users,
+)
+
+__all__ = [
+    "Columns",
+    "DataSummary",
+    "Rows",
+    "TextSplit",
+    "UserTexts",
+    "as_examples",
+    "as_texts",
+    "read_labelled",
+    "read_texts",
+    "read_users",
+    "summarize",
+]

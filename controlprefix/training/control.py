@@ -1,0 +1,166 @@
+"""RunControl: where a run is recorded, and who watches it."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict
+
+from controlprefix.errors import MissingDependencyError, StoreError, TrainingDataError
+from controlprefix.training.report import TrainingReport
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class StepInfo(NamedTuple):
+    """What callbacks are told.
+
+    Attributes:
+        step, num_steps: Steps done, and in total.
+        loss: Loss of the step's batch, nats per target token.
+        learning_rate: Learning rate of the step.
+        grad_norm: Norm of the gradients before clipping.
+        validation_loss: The latest validation loss; None if nothing is held out.
+    """
+
+    step: int
+    num_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    validation_loss: float | None
+
+
+Callback = Callable[[StepInfo], None]
+
+
+class RunOptions(TypedDict, total=False):
+    """Keyword arguments of the training functions: the fields of `RunControl`."""
+
+    folder: str | Path | None
+    resume: bool
+    progress: bool
+    accelerator: "Accelerator | None"
+    tracker: str | None
+    on_step: Callback | None
+    on_validation: Callback | None
+
+
+@dataclass(frozen=True)
+class RunControl:
+    """Where a run is recorded, and who watches it.
+
+    Attributes:
+        folder: Where to write checkpoints, the report, the history and learning curves.
+        resume: Continue from the checkpoint in that folder, if there is one.
+        progress: Show progress.
+        accelerator: Your own `Accelerator`, to set mixed precision or trackers. Processes that
+            accelerate started share the work either way.
+        tracker: Log to one of accelerate's trackers, such as `tensorboard`.
+        on_step, on_validation: Called after each step, and after each validation pass.
+
+    Raises:
+        TrainingDataError: If there is no folder to resume from.
+        StoreError: If the folder cannot be created.
+    """
+
+    folder: Path | None = None
+    resume: bool = False
+    progress: bool = True
+    accelerator: "Accelerator | None" = None
+    tracker: str | None = None
+    on_step: Callback | None = None
+    on_validation: Callback | None = None
+
+    @classmethod
+    def split_off(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """The control of a run, and the other options."""
+        names = {field.name for field in fields(cls)}
+        own = {name: value for name, value in options.items() if name in names}
+        folder = own.get("folder")
+        control = cls(**{**own, "folder": None if folder is None else Path(folder)})
+        control.require_folder()
+        return control, {name: value for name, value in options.items() if name not in names}
+
+    def require_folder(self) -> None:
+        """Create the folder, so that a mistake is told before training starts."""
+        if self.folder is None:
+            if self.resume:
+                raise TrainingDataError("resume continues from a checkpoint; give its folder")
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot create the run's folder {self.folder}: {error}") from error
+
+    def finished_report(
+        self, report: TrainingReport, origin: Mapping[str, str]
+    ) -> TrainingReport | None:
+        """The report of the same run, if it was finished and stored before it was resumed.
+
+        Args:
+            report: Report of the run as it stands.
+            origin: The store, the tenant and the model.
+        """
+        earlier = TrainingReport.load(self.folder) if self.folder and self.resume else None
+        if earlier is None or not earlier.saved:
+            return None
+        same_run = (earlier.data_hash, earlier.losses) == (report.data_hash, report.losses)
+        same_place = all(getattr(earlier, name) == value for name, value in origin.items())
+        return earlier if same_run and same_place else None
+
+    def make_accelerator(self) -> "Accelerator":
+        """The accelerator, logging to the tracker if there is one.
+
+        Raises:
+            TrainingDataError: If accelerate has no such tracker, or both are given.
+            MissingDependencyError: If the tracker's package is not installed.
+        """
+        from accelerate import Accelerator
+
+        if self.tracker is None:
+            return self.accelerator or Accelerator()
+        if self.accelerator is not None:
+            raise TrainingDataError("give the tracker to your Accelerator, or leave that out")
+        try:
+            accelerator = Accelerator(log_with=self.tracker, project_dir=self.folder or ".")
+        except (ValueError, ImportError) as error:
+            raise TrainingDataError(f"tracker {self.tracker!r}: {error}") from error
+        if not accelerator.log_with:
+            raise MissingDependencyError(
+                f"tracker {self.tracker!r} needs its package: pip install {self.tracker}"
+            )
+        accelerator.init_trackers("controlprefix")
+        return accelerator
+
+
+@contextlib.contextmanager
+def delayed_interrupt() -> Iterator[Callable[[], bool]]:
+    """Delay Ctrl-C until the block asks for it, so that no step is left half done.
+
+    A second Ctrl-C interrupts at once. In other threads than the main one, nothing is changed.
+
+    Yields:
+        A function that tells whether Ctrl-C was pressed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    pressed = threading.Event()
+    earlier = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(*_: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, earlier)
+
+    if earlier is not signal.default_int_handler:  # somebody else handles it
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, earlier)
