@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 
+from controlprefix.attributes.ordinal import are_numbers, as_number, between
 from controlprefix.errors import UnknownNameError, known_names
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import WeightedLabel
 
 
 def require_known(labels: Iterable[WeightedLabel], known: Iterable[PrefixKey]) -> None:
-    """Check that labels exist.
+    """Check that labels exist, or are numbers between the labels of an ordinal attribute.
 
     Args:
         labels: The labels that a request names.
@@ -16,6 +17,7 @@ def require_known(labels: Iterable[WeightedLabel], known: Iterable[PrefixKey]) -
 
     Raises:
         UnknownNameError: With what exists and the nearest match.
+        RequestError: If a number is outside of an ordinal attribute's labels.
     """
     known_labels: dict[str, set[str]] = {}
     for key in known:
@@ -26,6 +28,9 @@ def require_known(labels: Iterable[WeightedLabel], known: Iterable[PrefixKey]) -
                 f"unknown attribute {attribute!r}; known: {known_names(attribute, known_labels)}"
             )
         if label not in known_labels[attribute]:
+            if as_number(label) is not None and are_numbers(known_labels[attribute]):
+                between(attribute, label, known_labels[attribute])  # or it is out of range
+                continue
             raise UnknownNameError(
                 f"attribute {attribute!r} has no label {label!r}; it has: "
                 f"{known_names(label, known_labels[attribute])}"

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from controlprefix._lazy import lazy_exports
+from controlprefix._version import __version__
 from controlprefix.errors import (
     AttributeSpaceError,
     ContextLengthError,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from controlprefix.prefixes import Geometry, Part, Prefix, PrefixBatch, assemble
     from controlprefix.request import Completion, Example, Message, Request, Score
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "AttributeSpace": "attributes",
@@ -71,6 +71,7 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedModelError",
     "VersionConflictError",
+    "__version__",
     "assemble",
 ]
 

@@ -380,14 +380,15 @@ class StandIn(BaseModel):
 
     Attributes:
         label: The label that was asked for, such as `tone=stern`.
-        how: `nearest` trained labels, a prefix made from a `text`, or `left out`.
+        how: `nearest` trained labels, a prefix made from a `text`, `interpolated` between the
+            trained numbers beside it, or `left out`.
         used: Trained labels and their shares of the mixture; or the text, with 1.
         similarity: Cosine of the sentence embeddings of the label and the nearest trained
-            label; 1 for a text.
+            label; 1 for a text and for a number.
     """
 
     label: str
-    how: Literal["nearest", "text", "left out"]
+    how: Literal["nearest", "text", "interpolated", "left out"]
     used: dict[str, float]
     similarity: float
 

@@ -1,13 +1,20 @@
 """The methods of `ControlPrefix` that train task and attribute prefixes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Unpack
 
+from controlprefix.attributes.ordinal import (
+    MAX_DISTINCT,
+    anchors,
+    are_numbers,
+    as_number,
+    interpolate,
+)
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.generation import GenerationMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.prefixes import Kind, PrefixKey
-from controlprefix.request import Example, Request
+from controlprefix.request import Example, Request, weighted_labels
 from controlprefix.training import (
     Initialization,
     Initializations,
@@ -51,6 +58,8 @@ class TrainingMethods(GenerationMethods):
                 apply as in a request.
             columns: Which columns of the rows hold what, if they have other names.
             task: Task of rows that name none.
+                An attribute with more than 8 different numbers as labels is learned as 5 labels
+                over their range, and each row as a mixture of the two beside its number.
             learn: Any of `task`, `attributes`, `user`; left out, the task and the attributes, as
                 far as examples have them.
             num_slots: Slots of each trained prefix, or per entry of `learn`.
@@ -81,15 +90,16 @@ class TrainingMethods(GenerationMethods):
         rows = self._rows(examples, columns, task)
         control, fields = RunControl.split_off(options)
         fields, held_out = self._without_rows(fields, columns, task)
+        labels = self._ordinal_labels(rows)
         only_users = learn == "user" or (learn is not None and list(learn) == ["user"])
         defaults = {"parameterization": "direct"} if only_users else {}
         return self._trainer.train(
-            rows,
+            _interpolated(rows, labels),
             TrainingSettings.from_options({**defaults, **fields}),
             learn=learn,
             num_slots=num_slots,
             init=init,
-            validation=held_out,
+            validation=_interpolated(held_out, labels),
             num_slots_of=self._num_slots_of,
             control=control,
         )
@@ -237,6 +247,23 @@ class TrainingMethods(GenerationMethods):
         rows = self._rows(examples, columns, None)
         return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
 
+    def _ordinal_labels(self, rows: Sequence[Example]) -> dict[str, Collection[str]]:
+        """Per attribute with many numbers, the labels that its numbers are mixtures of."""
+        numbers: dict[str, list[float]] = {}
+        names: dict[str, set[str]] = {}
+        for row in rows:
+            for attribute, label, _ in weighted_labels(row.attributes):
+                names.setdefault(attribute, set()).add(label)
+                if (number := as_number(label)) is not None:
+                    numbers.setdefault(attribute, []).append(number)
+        space = self.attributes.attributes if self.attributes else {}
+        return {
+            attribute: space[attribute].labels.keys() if attribute in space else anchors(values)
+            for attribute, values in numbers.items()
+            if attribute in space
+            or (len(names[attribute]) > MAX_DISTINCT and are_numbers(names[attribute]))
+        }
+
     def _rows(self, rows: Rows, columns: Columns | None, task: str | None) -> list[Example]:
         """Rows in any form as examples with default labels."""
         defaults = {} if task is None else {"task": task}
@@ -256,3 +283,13 @@ class TrainingMethods(GenerationMethods):
         """The attribute space's number of slots for a label."""
         space = self.attributes
         return space.attributes[key.attribute].num_slots if space and key.attribute else None
+
+
+def _interpolated(rows: Sequence[Example], labels: Mapping[str, Collection[str]]) -> list[Example]:
+    """Rows with the numbers of ordinal attributes as mixtures of labels."""
+    if not labels:
+        return list(rows)
+    return [
+        row.model_copy(update={"attributes": interpolate(row.attributes, labels)[0]})
+        for row in rows
+    ]

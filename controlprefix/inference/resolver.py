@@ -7,6 +7,7 @@ from typing import Self
 from cachetools import LRUCache
 
 from controlprefix.attributes import AttributeSpace, require_known
+from controlprefix.attributes.ordinal import as_number, interpolate
 from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.inference.resolved_request import AnyRequest, ResolvedPart, ResolvedRequest
 from controlprefix.inference.unseen_labels import replace_unseen
@@ -106,6 +107,7 @@ class Resolver:
             ]
             requests = [request for request, _ in replaced]
             stand_ins = [notes for _, notes in replaced]
+        requests, stand_ins = self._interpolate(requests, stand_ins)
         prefixes = self._prefixes_for(requests, text_prefixes)
         return [
             ResolvedRequest(
@@ -165,6 +167,33 @@ class Resolver:
     def forget(self, key: PrefixKey) -> None:
         """Drop a name from memory."""
         self._cache.forget(key)
+
+    def _interpolate(
+        self, requests: list[AnyRequest], stand_ins: list[tuple[StandIn, ...]]
+    ) -> tuple[list[AnyRequest], list[tuple[StandIn, ...]]]:
+        """Numbers without a prefix as mixtures of the trained numbers beside them."""
+        has_numbers = any(
+            as_number(label) is not None
+            for request in requests
+            for _, label, _ in weighted_labels(request.attributes)
+        )
+        if not has_numbers:
+            return requests, stand_ins
+        labels: dict[str, set[str]] = {}
+        for name in self._store.names("attribute"):
+            key = PrefixKey("attribute", name)
+            labels.setdefault(key.attribute, set()).add(key.label)
+        results, notes = [], []
+        for request, own_notes in zip(requests, stand_ins, strict=True):
+            attributes, replaced = interpolate(request.attributes, labels)
+            update = {"attributes": attributes} if replaced else {}
+            results.append(request.model_copy(update=update))
+            mixtures = [
+                StandIn(label=label, how="interpolated", used=used, similarity=1.0)
+                for label, used in replaced.items()
+            ]
+            notes.append((*own_notes, *mixtures))
+        return results, notes
 
     def _prefixes_for(
         self, requests: Sequence[Request], text_prefixes: Mapping[PrefixKey, Prefix]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from controlprefix.attributes import AttributeSpace
+from controlprefix.attributes.ordinal import are_numbers, as_number
 from controlprefix.embeddings import embed
 from controlprefix.inference.resolved_request import AnyRequest
 from controlprefix.prefixes import PrefixKey
@@ -101,7 +102,7 @@ def replace_unseen(
     stand_ins = []
     for label in weighted_labels(request.attributes):
         shares: Mapping[str, float] = {label.label: 1.0}
-        if label.key not in trained:
+        if label.key not in trained and not _is_between(label, trained):
             stand_in, shares = _stand_in(label, request, trained, space, make_prefix)
             stand_ins.append(stand_in)
         for name, share in shares.items():
@@ -114,6 +115,16 @@ def replace_unseen(
         "schedules": {part: value for part, value in request.schedules.items() if part in names},
     }
     return request.model_copy(update=changes), tuple(stand_ins)
+
+
+def _is_between(label: WeightedLabel, trained: Collection[PrefixKey]) -> bool:
+    """Whether a label is a number that will be interpolated between trained ones."""
+    number = as_number(label.label)
+    labels = [key.label for key in trained if key.attribute == label.attribute]
+    if number is None or not are_numbers(labels):
+        return False
+    numbers = [value for name in labels if (value := as_number(name)) is not None]
+    return min(numbers) <= number <= max(numbers)
 
 
 def _stand_in(

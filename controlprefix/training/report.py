@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import controlprefix
 from controlprefix._io import atomic_path
+from controlprefix._version import __version__
 from controlprefix.errors import StoreError
 
 REPORT_FILE = "report.json"
@@ -58,7 +58,7 @@ class TrainingReport:
     untrained: tuple[str, ...] = ()
     num_cut: int = 0
     num_skipped: int = 0
-    library_version: str = controlprefix.__version__
+    library_version: str = __version__
 
     @property
     def best_loss(self) -> float:

@@ -1,0 +1,105 @@
+"""Ordinal attributes: labels that are numbers, with mixtures of the two nearest in between."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from statistics import quantiles
+
+from controlprefix.errors import RequestError
+from controlprefix.request import Attributes, label_text, weighted_labels
+
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)")
+MAX_DISTINCT = 8  # numbers of an attribute that are learned as labels of their own
+_NUM_ANCHORS = 5
+
+
+def as_number(label: str) -> float | None:
+    """The number that a label is, if it is one."""
+    return float(label) if _NUMBER.fullmatch(label) else None
+
+
+def are_numbers(labels: Collection[str]) -> bool:
+    """Whether labels are those of an ordinal attribute: at least two, and all numbers."""
+    return len(labels) > 1 and all(as_number(label) is not None for label in labels)
+
+
+def between(attribute: str, label: str, labels: Collection[str]) -> dict[str, float]:
+    """A number as a mixture of the two labels beside it, with weights that add up to 1.
+
+    Args:
+        attribute: Name of the attribute, for errors.
+        label: The number.
+        labels: The numbers that the attribute has.
+
+    Raises:
+        RequestError: If it lies outside of them.
+
+    Example:
+        >>> between("length", "0.7", ["0.4", "0.6", "1"])
+        {'0.6': 0.75, '1': 0.25}
+    """
+    number = as_number(label)
+    points = sorted((value, name) for name in labels if (value := as_number(name)) is not None)
+    assert number is not None
+    (lowest, first), (highest, last) = points[0], points[-1]
+    if not lowest <= number <= highest:
+        raise RequestError(
+            f"{attribute}={label} is outside of what the attribute has: {first} to {last}"
+        )
+    below, lower = max(point for point in points if point[0] <= number)
+    above, upper = min(point for point in points if point[0] >= number)
+    if below == above:
+        return {lower: 1.0}
+    share = round((number - below) / (above - below), 6)
+    return {lower: round(1.0 - share, 6), upper: share}
+
+
+def interpolate(
+    attributes: Attributes, labels: Mapping[str, Collection[str]]
+) -> tuple[dict[str, str | dict[str, float]], dict[str, dict[str, float]]]:
+    """Replace numbers that are no labels by mixtures of the labels beside them.
+
+    Args:
+        attributes: A request's attributes.
+        labels: The labels that each attribute has.
+
+    Returns:
+        The request's attributes, and per replaced number, such as `length=0.7`, its mixture.
+
+    Raises:
+        RequestError: If a number lies outside of an attribute's labels.
+    """
+    result: dict[str, str | dict[str, float]] = {}
+    replaced: dict[str, dict[str, float]] = {}
+    for attribute, value in attributes.items():
+        existing = labels.get(attribute, ())
+        unknown = [
+            label
+            for _, label, _ in weighted_labels({attribute: value})
+            if label not in existing and as_number(label) is not None
+        ]
+        if not unknown or not are_numbers(existing):
+            result[attribute] = value if isinstance(value, str) else dict(value)
+            continue
+        mixture: dict[str, float] = {}
+        for _, label, weight in weighted_labels({attribute: value}):
+            shares = {label: 1.0}
+            if label in unknown:
+                shares = replaced[f"{attribute}={label}"] = between(attribute, label, existing)
+            for name, share in shares.items():
+                mixture[name] = mixture.get(name, 0.0) + weight * share
+        result[attribute] = mixture
+    return result, replaced
+
+
+def anchors(numbers: Sequence[float]) -> list[str]:
+    """Labels to learn for an attribute with many numbers: its range, evenly filled by rows.
+
+    Numbers between them are learned as mixtures, so that each label has many rows.
+
+    Args:
+        numbers: One per row.
+    """
+    inner = quantiles(numbers, n=_NUM_ANCHORS - 1, method="inclusive")
+    points = [min(numbers), *(float(f"{value:.2g}") for value in inner), max(numbers)]
+    inside = [point for point in points if points[0] <= point <= points[-1]]
+    return [label_text(point) for point in sorted(set(inside))]

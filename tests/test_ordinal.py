@@ -1,0 +1,98 @@
+"""Labels that are numbers: known neighbours, mixtures in between, an error outside."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlprefix import AttributeSpace, ControlPrefix, Example, Request, RequestError
+from controlprefix.attributes.ordinal import anchors, as_number, between
+
+from helpers import QUICK, engine
+
+
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=6, unique=True), st.floats(0, 1))
+def test_a_mixture_has_the_number_as_its_mean(points: list[int], at: float) -> None:
+    number = min(points) + at * (max(points) - min(points))
+    label = f"{number:.4f}"
+    number = float(label)
+    if not min(points) <= number <= max(points):
+        return
+    shares = between("n", label, [str(point) for point in points])
+    assert sum(shares.values()) == pytest.approx(1)
+    assert sum(float(name) * share for name, share in shares.items()) == pytest.approx(
+        number, abs=1e-3
+    )
+    used = [float(name) for name in shares]
+    assert not any(min(used) < point < max(used) for point in points)
+
+
+def test_what_is_a_number() -> None:
+    assert [as_number(x) for x in ("0.8", "-2", "3.", ".5")] == [0.8, -2.0, 3.0, 0.5]
+    assert all(as_number(x) is None for x in ("", "nan", "inf", "1e3", "0.8.1", "v1", "1 "))
+
+
+def test_anchors_cover_the_range_and_are_few() -> None:
+    numbers = [math.sin(i) for i in range(400)]
+    labels = anchors(numbers)
+    assert len(labels) == 5
+    values = [float(label) for label in labels]
+    assert (values[0], values[-1]) == (min(numbers), max(numbers))
+    assert values == sorted(values)
+
+
+def test_a_request_for_a_number_is_the_mixture_of_its_neighbours() -> None:
+    cp = engine()
+    rows = [
+        Example(prompt=f"Say {i}", attributes={"length": length}, completion="la " * (1 + i % 3))
+        for i, length in enumerate([0.2, 0.6, 1] * 3)
+    ]
+    report = cp.train(rows, **{**QUICK, "validation": 0})
+    assert sorted(report.saved) == [f"attribute 'length={x}'" for x in ("0.2", "0.6", "1")]
+    between_two = cp.generate("Say it", attributes={"length": 0.7}, max_new_tokens=8)
+    mixture = cp.generate(
+        "Say it", attributes={"length": {"0.6": 0.75, "1": 0.25}}, max_new_tokens=8
+    )
+    assert between_two.text == mixture.text
+    (note,) = between_two.stand_ins
+    assert (note.label, note.how, note.used) == (
+        "length=0.7",
+        "interpolated",
+        {"0.6": 0.75, "1": 0.25},
+    )
+    exact = cp.generate("Say it", attributes={"length": "0.60"}, max_new_tokens=8)
+    assert exact.text == cp.generate("Say it", attributes={"length": 0.6}, max_new_tokens=8).text
+    half = Request(prompt="Say it", attributes={"length": {0.7: 0.5}})
+    assert [part.strength for part in cp.resolve(half).request.named_parts] == [0.375, 0.125]
+    for outside in (0.1, 1.5):
+        with pytest.raises(RequestError, match="is outside of what the attribute has: 0.2 to 1"):
+            cp.generate("Say it", attributes={"length": outside})
+
+
+def test_many_numbers_are_learned_as_few_labels() -> None:
+    cp = engine()
+    rows = [
+        {"prompt": f"Say {i}", "attributes": {"length": 0.2 + i / 20}, "completion": "la"}
+        for i in range(20)
+    ]
+    report = cp.train(rows, **{**QUICK, "validation": 0})
+    assert len(report.saved) == 5
+    assert {"attribute 'length=0.2'", "attribute 'length=1.15'"} <= set(report.saved)
+    cp.generate("Say it", attributes={"length": 0.33}, max_new_tokens=2)
+
+
+def test_the_attribute_space_fixes_the_labels_of_numbers() -> None:
+    space = AttributeSpace.model_validate({"attributes": {"length": {"labels": ["0.5", "1.5"]}}})
+    plain = engine()
+    cp = ControlPrefix.from_pretrained(
+        plain.model, tokenizer=plain.tokenizer, store="sqlite://", attributes=space
+    )
+    rows = [
+        {"prompt": f"Say {i}", "attributes": {"length": 0.5 + i / 10}, "completion": "la"}
+        for i in range(10)
+    ]
+    report = cp.train(rows, **{**QUICK, "validation": 0})
+    assert sorted(report.saved) == ["attribute 'length=0.5'", "attribute 'length=1.5'"]
+    with pytest.raises(RequestError, match="outside"):
+        cp.train([{**rows[0], "attributes": {"length": 2}}], **QUICK)
