@@ -2,18 +2,21 @@
 
 import threading
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cachetools import LRUCache
 
-from controlprefix.prefixes import Prefix, PrefixKey
+from controlprefix.prefixes import PrefixKey
+
+if TYPE_CHECKING:
+    from controlprefix.prefixes import Prefix
 
 
 class CachedPrefix(NamedTuple):
     """A prefix and the hash of the stored bytes that it was read from."""
 
     content_hash: str
-    prefix: Prefix
+    prefix: "Prefix"
 
 
 class PrefixCache:
@@ -39,7 +42,7 @@ class PrefixCache:
         with self._lock:
             return {key: self._entries[key] for key in keys if key in self._entries}
 
-    def put(self, key: PrefixKey, content_hash: str, prefix: Prefix) -> None:
+    def put(self, key: PrefixKey, content_hash: str, prefix: "Prefix") -> None:
         """Cache a prefix in place of the key's earlier one; one that is too large is not kept."""
         with self._lock:
             self._entries.pop(key, None)

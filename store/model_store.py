@@ -1,19 +1,17 @@
 """ModelStore: a tenant's prefixes for one frozen model."""
 
 from collections.abc import Collection, Hashable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
 from controlprefix.errors import UnknownNameError
-from controlprefix.prefixes import Kind, Prefix, PrefixDecoder, PrefixKey, UserCode
-from controlprefix.prefixes.user_code import is_user_code
+from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.store.database import Database
 from controlprefix.store.integrity import PayloadReader
 from controlprefix.store.records import (
     StoredVersion,
-    Value,
     VersionInfo,
     check_alias,
     check_key,
@@ -29,6 +27,10 @@ from controlprefix.store.versions import (
     unknown_version,
     version_info,
 )
+
+if TYPE_CHECKING:  # they import torch
+    from controlprefix.prefixes import PrefixDecoder
+    from controlprefix.store.records import Value
 
 
 class ModelStore:
@@ -117,7 +119,7 @@ class ModelStore:
         payload, key_id = (None, None) if row is None else (row.payload, row.key_id)
         return stored._replace(value=self._parse(key, stored, payload, key_id))
 
-    def decoder_by_hash(self, content_hash: str) -> PrefixDecoder | None:
+    def decoder_by_hash(self, content_hash: str) -> "PrefixDecoder | None":
         """The stored decoder with a content hash, if there is one.
 
         Raises:
@@ -136,6 +138,8 @@ class ModelStore:
             return None
         name, version = match
         decoder = self.get(PrefixKey("decoder", name), version=version).value
+        from controlprefix.prefixes import PrefixDecoder
+
         assert isinstance(decoder, PrefixDecoder)
         return decoder
 
@@ -220,7 +224,10 @@ class ModelStore:
 
     def _parse(
         self, key: PrefixKey, stored: StoredVersion, payload: bytes | None, key_id: str | None
-    ) -> Value:
+    ) -> "Value":
+        from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
+        from controlprefix.prefixes.user_code import is_user_code
+
         data = self._reader.read(
             key, self._fingerprint, stored.version, stored.content_hash, payload, key_id
         )

@@ -4,14 +4,13 @@ With pgvector in a PostgreSQL database, the database compares them; elsewhere, a
 profiles are encrypted, all are read and compared here, exactly.
 """
 
+from array import array
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import sqlalchemy as sa
-import torch
 from sqlalchemy import and_, delete, select
 from sqlalchemy.orm import Session
-from torch import Tensor
 
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import Profile
@@ -68,12 +67,14 @@ def nearest(
         return [
             SimilarUser(user, 1.0 - float(cosine_distance)) for user, cosine_distance in matches
         ]
+    import torch
+
     target = torch.nn.functional.normalize(torch.tensor(list(values)), dim=0)
     best: list[SimilarUser] = []
     query_all = select(ProfileRow).where(candidates)
     query_all = query_all.execution_options(yield_per=_ROWS_PER_PARTITION)
     for rows in session.scalars(query_all).partitions(_ROWS_PER_PARTITION):
-        profiles = torch.stack([_read_values(row, cipher) for row in rows])
+        profiles = torch.tensor([list(_read_values(row, cipher)) for row in rows])
         similarities = (torch.nn.functional.normalize(profiles, dim=1) @ target).tolist()
         names = (row.user_name for row in rows)
         best += [SimilarUser(*pair) for pair in zip(names, similarities, strict=True)]
@@ -93,7 +94,7 @@ def rotate(session: Session, tenant: int, cipher: TenantCipher) -> None:
     is_outdated = ProfileRow.key_id.is_distinct_from(cipher.current_key_id)
     query = select(ProfileRow).where(ProfileRow.tenant_id == tenant, is_outdated)
     for row in list(session.scalars(query.with_for_update())):
-        _write_values(row, cipher, _read_values(row, cipher).tolist())
+        _write_values(row, cipher, _read_values(row, cipher))
 
 
 class _Vector(sa.types.UserDefinedType[str]):
@@ -122,16 +123,16 @@ def _of_user(tenant: int, user: str) -> sa.ColumnElement[bool]:
 def _write_values(row: ProfileRow, cipher: TenantCipher, values: Sequence[float]) -> None:
     row.numbers, row.sealed, row.key_id = list(values), None, None
     if cipher.current_key_id is not None:
-        plain = torch.tensor(list(values), dtype=torch.float32).numpy().tobytes()
+        plain = array("f", values).tobytes()
         row.numbers = None
         row.sealed, row.key_id = cipher.encrypt(plain, _identity(row.user_name))
 
 
-def _read_values(row: ProfileRow, cipher: TenantCipher) -> Tensor:
+def _read_values(row: ProfileRow, cipher: TenantCipher) -> Sequence[float]:
     if row.numbers is not None:
-        return torch.tensor(list(row.numbers), dtype=torch.float32)
+        return list(row.numbers)
     plain = cipher.decrypt(row.sealed or b"", row.key_id, _identity(row.user_name))
-    return torch.frombuffer(bytearray(plain), dtype=torch.float32)
+    return array("f", plain)
 
 
 def _identity(user: str) -> str:

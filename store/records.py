@@ -3,20 +3,15 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from controlprefix.errors import UnknownNameError
-from controlprefix.prefixes import (
-    KINDS,
-    Kind,
-    Prefix,
-    PrefixDecoder,
-    PrefixKey,
-    StorageDtype,
-    UserCode,
-)
+from controlprefix.prefixes import KINDS, Kind, PrefixKey
 
-Value = Prefix | UserCode | PrefixDecoder
+if TYPE_CHECKING:  # they import torch
+    from controlprefix.prefixes import Prefix, PrefixDecoder, StorageDtype, UserCode
+
+    Value = Prefix | UserCode | PrefixDecoder
 
 _MAX_NAME_CHARACTERS = 255
 _MAX_ALIAS_CHARACTERS = 64
@@ -53,10 +48,10 @@ class NewVersion:
     """
 
     key: PrefixKey
-    value: Value
+    value: "Value"
     details: Mapping[str, Any] = field(default_factory=dict)
     replaces: int | None = None
-    dtype: StorageDtype | None = None
+    dtype: "StorageDtype | None" = None
     sources: Collection[str] = ()
     texts: Sequence[str] = ()
     profile: Profile | None = None
@@ -73,7 +68,7 @@ class StoredVersion(NamedTuple):
 
     version: int
     content_hash: str
-    value: Value | None
+    value: "Value | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +148,14 @@ def check_kind(kind: str) -> None:
         raise UnknownNameError(f"unknown kind {kind!r}; a prefix is for a: {', '.join(KINDS)}")
 
 
-def check_value_fits(key: PrefixKey, value: Value) -> None:
+def check_value_fits(key: PrefixKey, value: "Value") -> None:
     """Check that decoders are stored as decoders, and user codes as users.
 
     Raises:
         UnknownNameError: If the value cannot be stored under that kind.
     """
+    from controlprefix.prefixes import PrefixDecoder, UserCode
+
     is_decoder = isinstance(value, PrefixDecoder)
     is_misplaced_code = isinstance(value, UserCode) and key.kind != "user"
     if (key.kind == "decoder") != is_decoder or is_misplaced_code:
@@ -215,7 +212,6 @@ __all__ = [
     "Profile",
     "StoreStats",
     "StoredVersion",
-    "Value",
     "VersionInfo",
     "check_alias",
     "check_key",

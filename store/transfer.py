@@ -15,8 +15,7 @@ from sqlalchemy.orm import Session
 
 from controlprefix._io import atomic_path
 from controlprefix.errors import ControlPrefixError, PrefixFormatError, StoreError
-from controlprefix.prefixes import PrefixKey, UserCode, content_hash
-from controlprefix.prefixes.user_code import is_user_code
+from controlprefix.prefixes import PrefixKey, content_hash
 from controlprefix.store import codes
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
@@ -250,6 +249,8 @@ def _add_version(
     details = dict(version["details"])
     session.add(VersionRow(**ids, **fields, created_at=created_at, details=details))
     session.flush()
+    from controlprefix.prefixes.user_code import UserCode, is_user_code
+
     if is_user_code(payload, name):
         code = UserCode.from_bytes(payload, name=name)
         decoder = codes.find_decoder(session, tenant, code.decoder_hash)

@@ -6,18 +6,21 @@ no statement can reach another tenant's rows.
 
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Select, and_, or_, select
 from sqlalchemy.orm import Session
 
 from controlprefix.errors import UnknownNameError, VersionConflictError, known_names
-from controlprefix.prefixes import Kind, Prefix, PrefixDecoder, PrefixKey, UserCode, content_hash
+from controlprefix.prefixes import Kind, PrefixKey, content_hash
 from controlprefix.store import codes, profiles, samples
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import NewVersion, VersionInfo, check_key, version_id
 from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow, VersionRow
+
+if TYPE_CHECKING:
+    from controlprefix.store.records import Value
 
 _MAX_NAMES_SEARCHED = 1000  # for the message of an unknown name: a store may have millions
 
@@ -68,6 +71,8 @@ def publish(
         VersionConflictError: If the version to be replaced is no longer current.
         StoreError: If it is a code and its decoder is not stored.
     """
+    from controlprefix.prefixes import UserCode
+
     decoder: codes.DecoderVersion | None = None
     if isinstance(new.value, UserCode):
         decoder = codes.find_decoder(session, tenant, new.value.decoder_hash)
@@ -213,6 +218,8 @@ def unknown_version(session: Session, row: PrefixRow, version: int | str) -> Unk
     return UnknownNameError(f"{key_of(row)} has no version {version}; it has: {listed}")
 
 
-def _storage_dtype(value: Prefix | UserCode | PrefixDecoder) -> str:
+def _storage_dtype(value: "Value") -> str:
     """The dtype that `to_bytes` writes by default."""
+    from controlprefix.prefixes import UserCode
+
     return "int8" if isinstance(value, UserCode) else str(value.dtype).removeprefix("torch.")

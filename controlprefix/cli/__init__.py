@@ -13,6 +13,7 @@ from controlprefix.cli import (  # noqa: F401 (they add commands)
     users,
 )
 from controlprefix.cli.common import app, err
+from controlprefix.cli.config import apply_config
 from controlprefix.errors import ControlPrefixError
 
 __all__ = ["app", "main"]
@@ -21,6 +22,7 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Run the command line; an error is one line on standard error, and exit code 2."""
     try:
+        apply_config()
         app()
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,9 +6,9 @@ from controlprefix._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from controlprefix.prefixes.assembly import Part, PrefixBatch, SlotBlock, assemble
-    from controlprefix.prefixes.container import StorageDtype, content_hash
+    from controlprefix.prefixes.container import StorageDtype
     from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
-    from controlprefix.prefixes.key import KINDS, Kind, PrefixKey
+    from controlprefix.prefixes.key import KINDS, Kind, PrefixKey, content_hash
     from controlprefix.prefixes.prefix import LayerSlots, Prefix
     from controlprefix.prefixes.schedule import Schedule
     from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
@@ -31,7 +31,7 @@ _HOMES = {
     "StorageDtype": "container",
     "UserCode": "user_code",
     "assemble": "assembly",
-    "content_hash": "container",
+    "content_hash": "key",
 }
 
 __all__ = [

@@ -20,11 +20,6 @@ FORMAT = 1
 _MAX_HEADER_BYTES = 1 << 20
 
 
-def content_hash(data: bytes) -> str:
-    """SHA-256 of some bytes, as the store and exports write it: `sha256:<hex>`."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
 def write(header: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> bytes:
     """Serialize tensors and a header, with a hash over both.
 

@@ -1,5 +1,6 @@
-"""PrefixKey: the name of what a prefix is for."""
+"""PrefixKey: the name of what a prefix is for; the hash that tells contents apart."""
 
+import hashlib
 from typing import Literal, NamedTuple, Self, get_args
 
 Kind = Literal["task", "attribute", "user", "decoder"]
@@ -44,3 +45,8 @@ class PrefixKey(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}"
+
+
+def content_hash(data: bytes) -> str:
+    """SHA-256 of some bytes, as the store and exports write it: `sha256:<hex>`."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError
 from controlprefix.prefixes import container
-from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype, content_hash
+from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype
 from controlprefix.prefixes.geometry import Geometry, Site
+from controlprefix.prefixes.key import content_hash
 from controlprefix.prefixes.prefix import Prefix
 from controlprefix.prefixes.slot_network import SlotNetwork
 
