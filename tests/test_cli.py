@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from controlprefix import ControlPrefix, Prefix, __version__, embeddings
 from controlprefix.cli import app
+from controlprefix.cli.config import apply_config
 from controlprefix.errors import ControlPrefixError
 
 from helpers import Histogram, Letters, commands
@@ -352,3 +353,93 @@ def test_the_demo_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     figures = json.loads((tmp_path / "demo.json").read_text())["nats_per_token"]
     assert figures["labels"].keys() == {"formality", "tone"}
     assert figures["users"].keys() == {"ana", "bo", "cleo"}
+
+
+def test_someones_table_is_shown_and_trained_on(model_folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "export.csv"
+    rows = [f"{i};ana;mail number {i};{'formal' if i % 2 else 'casual'}" for i in range(12)]
+    table.write_text("\n".join(["id;agent;body;style", *rows, *rows[:1]]) + "\n")
+    columns = ("--text", "body", "--user", "agent", "-a", "formality=style", "--task", "mail")
+    summary = run(tmp_path, "data", "show", str(table), *columns, "--no-tokens")
+    assert "13 rows: 0 different prompts, 13 texts without a prompt, 1 duplicates" in summary
+    for line in (("formality", "casual", "7"), ("user", "ana", "13"), ("task", "mail", "13")):
+        assert any(all(cell in text for cell in line) for text in summary.splitlines()), line
+    model = ("--model", str(model_folder))
+    in_tokens = run(tmp_path, "data", "show", str(table), *columns, *model)
+    assert "tokens" in in_tokens
+    quick = ("--steps", "2", "--num-slots", "2", "--folder", str(tmp_path / "run"))
+    trained = run(tmp_path, "train", str(table), *columns, *model, *quick)
+    assert "stored attribute 'formality=casual' version 1" in trained
+    enrolled = run(
+        tmp_path, "enroll", "ana", str(table), "--text", "body", "--user", "agent", *model
+    )
+    assert "version 1, from 13 texts" in enrolled
+    scored = run(tmp_path, "score", str(table), *columns, *model)
+    assert scored.startswith("13 examples")
+
+
+def test_mistakes_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "x", "completion": "y", "task": "t"}\n')
+    model = ("--model", str(tmp_path / "no such model"))
+    for arguments, message in (
+        (("train", str(rows), "--steps", "0"), "steps is 0"),
+        (("train", str(rows), "--validation", "1.5"), "needs a fraction"),
+        (("train", str(rows), "--validation", "dev.jsonl"), "neither a fraction nor a file"),
+        (("train", str(rows), "--text", "body"), "no column 'body'"),
+        (("train", str(rows), "--too-long", "shrink"), "'shrink' is not one of"),
+        (("generate", "Hi", "--strength", "user"), "not of the form name=value"),
+    ):
+        with pytest.raises(ControlPrefixError, match=message):
+            run(tmp_path, *arguments, *model)
+    with pytest.raises(ControlPrefixError, match="there is no folder"):
+        run(tmp_path, "train", str(rows), *model)
+
+
+def test_runs_have_folders_of_their_own(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"prompt": f"Say {i}", "completion": "la", "task": "t"}) for i in range(8)]
+    (tmp_path / "songs.jsonl").write_text("\n".join(rows))
+    train = (
+        "train",
+        "songs.jsonl",
+        "--model",
+        str(model_folder),
+        "--steps",
+        "2",
+        "--num-slots",
+        "2",
+    )
+    with pytest.raises(ControlPrefixError, match="there is no run of songs.jsonl in"):
+        run(tmp_path, *train, "--resume")
+    run(tmp_path, *train)
+    run(tmp_path, *train)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"songs", "songs-2"}
+    versions = run(tmp_path, "prefixes", "show", "task", "t")
+    run(tmp_path, *train, "--resume")
+    assert run(tmp_path, "prefixes", "show", "task", "t") == versions
+    assert (tmp_path / "runs" / "songs-2" / "report.json").exists()
+
+
+def test_a_configuration_file_has_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("STORE", "TENANT"):
+        monkeypatch.setenv(f"CONTROLPREFIX_{name}", "")
+        monkeypatch.delenv(f"CONTROLPREFIX_{name}")
+    config = tmp_path / "controlprefix.toml"
+    config.write_text('tenant = "acme"\nstore = "shop.db"\n')
+    apply_config()
+    result = CliRunner().invoke(app, ["store", "stats"])
+    assert f"store {tmp_path}/shop.db (no such file), tenant 'acme'" in result.output
+    assert not (tmp_path / "shop.db").exists()
+    monkeypatch.setenv("CONTROLPREFIX_TENANT", "other")
+    apply_config()
+    assert "tenant 'other'" in CliRunner().invoke(app, ["store", "stats"]).output
+    for content, message in (("tenat = 'x'", "did you mean 'tenant'"), ("tenant = 3", "in quotes")):
+        config.write_text(content)
+        with pytest.raises(ControlPrefixError, match=message):
+            apply_config()

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -126,7 +127,9 @@ class RunControl:
         if self.accelerator is not None:
             raise TrainingDataError("give the tracker to your Accelerator, or leave that out")
         try:
-            accelerator = Accelerator(log_with=self.tracker, project_dir=self.folder or ".")
+            with warnings.catch_warnings():  # it only warns of a package that is missing
+                warnings.simplefilter("ignore", UserWarning)
+                accelerator = Accelerator(log_with=self.tracker, project_dir=self.folder or ".")
         except (ValueError, ImportError) as error:
             raise TrainingDataError(f"tracker {self.tracker!r}: {error}") from error
         if not accelerator.log_with:

@@ -79,7 +79,6 @@ def train(
     ):
         # A checkpoint may lie beyond the end, if the run resumes with fewer steps than before.
         while not run.is_finished or run.validation_due:
-            num_validations = len(run.progress.validation)
             failures = loop.step([run])
             if failures:
                 raise TrainingDataError(failures[run])
@@ -98,9 +97,8 @@ def train(
             update(info.step, ", ".join(notes))
             if control.on_step is not None:
                 control.on_step(info)
-            if control.on_validation is not None and (
-                len(run.progress.validation) > num_validations
-            ):
+            validated = run.progress.validation[-1:]
+            if control.on_validation is not None and validated and validated[0][0] == info.step:
                 control.on_validation(info)
             if interrupted:
                 raise TrainingInterrupted(_stopped(run, folder))

@@ -1,6 +1,6 @@
 """UserTrainer: texts of users -> their stored prefixes or codes."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ _LEARNING_RATE_FROM_DECODER = 1e-2
 _MAX_REFINED_SLOTS = 16
 # Training options that have no effect here.
 _NOT_FOR_USERS = ("contrast", "gradient_checkpointing", "save_steps")
+_NOT_FOR_RUNS_OF_USERS = ("accelerator", "tracker", "on_step", "on_validation")
 _NOT_FOR_CODES = ("hidden_size", "parameterization", "slot_dropout")
 _NOT_FOR_DECODERS = ("contrast", "slot_dropout")
 
@@ -116,6 +117,8 @@ class UserTrainer:
             extras: Per user, further fields of the `NewVersion`.
         """
         _refuse(options, _NOT_FOR_USERS, "users")
+        watchers = [name for name in _NOT_FOR_RUNS_OF_USERS if getattr(control, name) is not None]
+        _refuse(watchers, _NOT_FOR_RUNS_OF_USERS, "users")
         if decoder is not None and as_codes:
             _refuse(options, _NOT_FOR_CODES, "user codes")
         defaults: dict[str, Any] = dict(_DEFAULT_OPTIONS)
@@ -317,7 +320,7 @@ class UserTrainer:
         return initialize
 
 
-def _refuse(options: Mapping[str, Any], names: Sequence[str], what: str) -> None:
+def _refuse(options: Collection[str], names: Sequence[str], what: str) -> None:
     for name in names:
         if name in options:
             raise TrainingDataError(f"{name} has no effect when training {what}; leave it out")

@@ -1,0 +1,150 @@
+"""Runs: reports, histories, callbacks, trackers, and what Ctrl-C leaves behind."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from controlprefix import (
+    ControlPrefix,
+    ControlPrefixError,
+    MissingDependencyError,
+    TrainingDataError,
+    __version__,
+)
+from controlprefix.errors import TrainingInterrupted
+from controlprefix.training import Callback, StepInfo, TrainingReport
+
+from helpers import QUICK, engine, greetings
+
+
+def press_ctrl_c_at(step: int) -> Callback:
+    def on_step(info: StepInfo) -> None:
+        if info.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_step
+
+
+def test_a_report_ties_a_run_to_what_it_made(tmp_path: Path) -> None:
+    cp = engine()
+    report = cp.train(greetings(), folder=tmp_path, **{**QUICK, "steps": 4})
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["saved"] == report.saved == dict.fromkeys(report.saved, 1)
+    assert set(report.saved) == {
+        "task 'greet'", "attribute 'formality=formal'", "attribute 'formality=informal'",
+    }  # fmt: skip
+    assert written["settings"]["seed"] == QUICK["seed"]
+    assert written["settings"]["steps"] == 4
+    assert len(written["data_hash"]) == 64
+    assert written["library_version"] == __version__
+    assert (written["tenant"], written["model"]) == ("default", cp.geometry.model_name)
+    assert written["best_loss"] == report.best_loss
+    assert (written["num_examples"], written["num_held_out"]) == (14, 2)
+    assert TrainingReport.load(tmp_path) == report
+
+
+def test_a_history_has_a_row_per_step(tmp_path: Path) -> None:
+    report = engine().train(greetings(), folder=tmp_path, **{**QUICK, "steps": 4})
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3, 4]
+    assert tuple(float(row["loss"]) for row in rows[1:]) == report.losses
+    assert all(float(row["learning_rate"]) > 0 for row in rows[1:])
+    assert all(float(row["grad_norm"]) > 0 for row in rows[1:])
+    assert float(rows[-1]["validation_loss"]) == report.validation[-1][1]
+
+
+def test_callbacks_see_every_step_and_every_validation_pass() -> None:
+    steps: list[StepInfo] = []
+    validations: list[StepInfo] = []
+    report = engine().train(
+        greetings(),
+        on_step=steps.append,
+        on_validation=validations.append,
+        **{**QUICK, "steps": 6, "num_evaluations": 2},
+    )
+    assert [info.step for info in steps] == [1, 2, 3, 4, 5, 6]
+    assert [info.loss for info in steps] == list(report.losses)
+    assert [info.learning_rate for info in steps] == list(report.learning_rates)
+    assert [(info.step, info.validation_loss) for info in validations] == list(
+        report.validation[1:]
+    )
+
+
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_is_the_same(tmp_path: Path) -> None:
+    settings = {**QUICK, "steps": 8}
+    whole = engine().train(greetings(), **settings)
+    cp = engine()
+    earlier = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match="stopped at step 4 of 8; nothing was stored"):
+        cp.train(greetings(), folder=tmp_path, on_step=press_ctrl_c_at(3), **settings)
+    assert signal.getsignal(signal.SIGINT) is earlier
+    assert cp.store.prefixes() == []
+    resumed = cp.train(greetings(), folder=tmp_path, resume=True, **settings)
+    assert resumed.losses == whole.losses
+    assert resumed.grad_norms == whole.grad_norms
+    assert resumed.validation == whole.validation
+    with pytest.raises(TrainingInterrupted, match="since the run has no folder"):
+        cp.train(greetings(), on_step=press_ctrl_c_at(1), **settings)
+
+
+def test_a_finished_run_that_is_resumed_stores_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/prefixes.db"
+    cp = engine(store=url)
+    settings = {**QUICK, "steps": 3}
+    first = cp.train(greetings(), folder=tmp_path, **settings)
+    again = cp.train(greetings(), folder=tmp_path, resume=True, **settings)
+    assert again == first
+    assert len(cp.versions("task", "greet")) == 1
+    longer = cp.train(greetings(), folder=tmp_path, resume=True, **{**settings, "steps": 5})
+    assert len(longer.losses) == 5
+    assert len(cp.versions("task", "greet")) == 2
+    elsewhere = engine()  # its store does not have them
+    elsewhere.train(greetings(), folder=tmp_path, resume=True, **{**settings, "steps": 5})
+    assert len(elsewhere.versions("task", "greet")) == 1
+
+
+def test_ctrl_c_while_users_are_trained_keeps_those_who_are_finished(tmp_path: Path) -> None:
+    cp = engine(store=f"sqlite:///{tmp_path}/prefixes.db")
+    texts = {f"u{i}": [f"text of {i}"] * 4 for i in range(6)}
+    options = {**QUICK, "steps": 2, "validation": 0, "concurrent_users": 1}
+
+    def pairs() -> object:
+        for number, item in enumerate(texts.items()):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
+
+    with pytest.raises(TrainingInterrupted, match=r"stopped: 3 users are stored"):
+        cp.train_users(pairs(), folder=tmp_path / "run", **options)  # type: ignore[arg-type]
+    stored = cp.names("user")
+    assert len(stored) == 3
+    report = cp.train_users(texts, folder=tmp_path / "run", resume=True, **options)
+    assert set(report.skipped) == set(stored)
+    assert set(report.users) == set(texts) - set(stored)
+    assert all(len(cp.versions("user", name)) == 1 for name in texts)
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_at_once() -> None:
+    cp = engine()
+    steps: list[StepInfo] = []
+    for tracker, error in (("comet_ml", MissingDependencyError), ("no-such", TrainingDataError)):
+        with pytest.raises(error, match=tracker):
+            cp.train(greetings(), tracker=tracker, on_step=steps.append, **QUICK)
+    assert not steps
+    assert cp.store.prefixes() == []
+
+
+def test_progress_is_written_to_logs_too(capfd: pytest.CaptureFixture[str]) -> None:
+    engine().train(greetings(), **{**QUICK, "steps": 2, "progress": True})
+    lines = capfd.readouterr().err.splitlines()
+    assert any(line.startswith("training 2/2 loss ") for line in lines)
+
+
+def test_options_that_have_no_effect_on_users_are_refused(tmp_path: Path) -> None:
+    cp: ControlPrefix = engine()
+    with pytest.raises(ControlPrefixError, match="tracker has no effect when training users"):
+        cp.train_users({"ana": ["x"]}, tracker="tensorboard", progress=False)
