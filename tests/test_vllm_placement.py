@@ -21,12 +21,12 @@ from controlprefix import (
 )
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.model import FrozenModel
+from controlprefix.model.rotation import Rotation
 from controlprefix.model.steering import Steering
 from controlprefix.prefixes.schedule import Schedule
 from controlprefix.request import PartUsed, Request
 from controlprefix.vllm.placement import MAX_SLOTS, Placement, place
 from controlprefix.vllm.prefix_folder import PrefixFolder
-from controlprefix.vllm.rotation import Rotation
 
 from helpers import frozen
 from models import ENCODER_DECODER, PARTICULAR, ROTARY, build

@@ -1,6 +1,7 @@
 """The methods of `ControlPrefix` that read and write stored prefixes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from controlprefix.engine.components import Components
@@ -73,7 +74,8 @@ class PrefixMethods(Components):
             UnknownNameError: If there is no such name or version for this model.
             PrefixFormatError: If the stored bytes are damaged.
         """
-        return self._resolver.get(PrefixKey(kind, name), version=version)
+        prefix = self._resolver.get(PrefixKey(kind, name), version=version)
+        return replace(prefix, geometry=self.geometry)
 
     def names(self, kind: Kind) -> list[str]:
         """The tasks, labels (`formality=formal`) or users with a prefix for this model."""

@@ -5,13 +5,13 @@ from typing import Unpack
 
 from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_users
 from controlprefix.embeddings import DEFAULT_EMBEDDER
-from controlprefix.engine.prefixes import PrefixMethods
+from controlprefix.engine.exchange import ExchangeMethods
 from controlprefix.store import SimilarUser
 from controlprefix.training import RunControl, TrainingOptions
 from controlprefix.users import DecoderReport, PrivacyReport, UsersReport
 
 
-class UserMethods(PrefixMethods):
+class UserMethods(ExchangeMethods):
     """Texts of users -> their prefixes."""
 
     def train_users(

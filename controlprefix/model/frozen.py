@@ -1,21 +1,28 @@
 """FrozenModel: one frozen transformers model with its tokenizer and the means to steer it."""
 
 import contextlib
+import functools
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, Unpack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self, Unpack
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from controlprefix.errors import PrefixFormatError
 from controlprefix.model.loading import LoadOptions, load
 from controlprefix.model.self_check import check_rows
 from controlprefix.model.steering import Steering
 from controlprefix.model.tokenization import RequestTokenizer
-from controlprefix.prefixes import Geometry, Part, PrefixBatch
+from controlprefix.prefixes import Geometry, Part, Prefix, PrefixBatch
+
+if TYPE_CHECKING:
+    from controlprefix.model.rotation import Rotation
 
 _pass_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
@@ -66,10 +73,29 @@ class FrozenModel:
         loaded = load(model, **options)
         return cls(*loaded, chat_template_kwargs)
 
-    @property
+    @functools.cached_property
     def geometry(self) -> Geometry:
         """The attention shapes and weights fingerprint that prefixes must match."""
-        return self.steering.geometry
+        reference = weakref.ref(self)  # a prefix must not keep a model in memory
+
+        def shift(prefix: Prefix, positions: int) -> Prefix:
+            frozen = reference()
+            if frozen is None:
+                raise PrefixFormatError("the model of this geometry is no longer loaded")
+            return frozen.rotation.shifted(prefix, positions)
+
+        return replace(self.steering.geometry, shift=shift)
+
+    @functools.cached_property
+    def rotation(self) -> "Rotation":
+        """How positions rotate the model's keys.
+
+        Raises:
+            UnsupportedModelError: If its prefixes cannot be shifted along positions.
+        """
+        from controlprefix.model.rotation import Rotation
+
+        return Rotation.of(self)
 
     @property
     def fingerprint(self) -> str:

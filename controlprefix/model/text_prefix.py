@@ -33,9 +33,19 @@ def prefix_from_tokens(
             or the tokens repeated.
     """
     ids = [ids[i % len(ids)] for i in range(len(ids) if num_slots is None else num_slots)]
-    layers = keys_and_values(frozen, ids)
+    return prefix_before_text(frozen, ids)
+
+
+def prefix_before_text(frozen: FrozenModel, tokens: Sequence[int] | Tensor) -> Prefix:
+    """The keys and values of tokens that stand just before position 0: see `prefix_from_tokens`.
+
+    Args:
+        frozen: The model.
+        tokens: Token ids; or embeddings, `(num_tokens, hidden_size)`, as prompt tuning trains.
+    """
+    layers = keys_and_values(frozen, tokens)
     if not frozen.is_encoder_decoder and is_rotary(frozen.model):
-        before_zero = keys_and_values(frozen, ids, first_position=-len(ids))
+        before_zero = keys_and_values(frozen, tokens, first_position=-len(tokens))
         # Values carry no rotation, so moving the text must not change them. Where it does, the
         # model uses positions in another way too, and negative ones may be meaningless to it.
         values, moved = (read["decoder"][-1][1].float() for read in (layers, before_zero))
@@ -50,21 +60,26 @@ def is_rotary(model: PreTrainedModel) -> bool:
 
 
 def keys_and_values(
-    frozen: FrozenModel, ids: Sequence[int], *, first_position: int = 0
+    frozen: FrozenModel, tokens: Sequence[int] | Tensor, *, first_position: int = 0
 ) -> dict[str, list[LayerSlots]]:
     """Keys and values of tokens per site and layer, `(num_kv_heads, num_tokens, head_dim)` each.
 
     Args:
         frozen: The model; slots that are attached to it are ignored.
-        ids: Token ids, at least one.
+        tokens: Token ids, at least one; or embeddings, `(num_tokens, hidden_size)`.
         first_position: Position of the first token.
     """
-    tokens = torch.tensor([list(ids)], device=frozen.device)
-    inputs: dict[str, Tensor] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    device = frozen.device
+    if isinstance(tokens, Tensor):
+        embeddings = tokens.to(device=device, dtype=frozen.dtype)
+        inputs: dict[str, Tensor] = {"inputs_embeds": embeddings[None]}
+    else:
+        inputs = {"input_ids": torch.tensor([list(tokens)], device=device)}
+    inputs["attention_mask"] = torch.ones(1, len(tokens), dtype=torch.long, device=device)
     if frozen.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     elif first_position:
-        positions = torch.arange(first_position, first_position + len(ids), device=frozen.device)
+        positions = torch.arange(first_position, first_position + len(tokens), device=device)
         inputs["position_ids"] = positions[None]
     layers: dict[str, list[LayerSlots]] = {}
     with torch.no_grad(), frozen.steering.recorded() as calls:

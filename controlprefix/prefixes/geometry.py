@@ -1,12 +1,20 @@
 """Geometry: the attention shapes and weights fingerprint that a prefix and a model must share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError
 
+if TYPE_CHECKING:
+    from controlprefix.prefixes.prefix import Prefix
+
 Site = Literal["decoder", "encoder", "cross"]
 SITES: tuple[Site, ...] = get_args(Site)
+
+
+# A prefix and the number of positions to move it by -> the prefix there.
+Shift: TypeAlias = "Callable[[Prefix, int], Prefix]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,8 @@ class Geometry:
             site that the model does not have has no layers.
         fingerprint: SHA-256 of the weights (see `controlprefix.model.probing`).
         model_name: Used in messages only; it does not count when geometries are compared.
+        shift: Moves a prefix along the positions of the loaded model; None if none is loaded. It
+            is neither stored nor compared.
     """
 
     decoder: tuple[LayerShape, ...] = ()
@@ -39,6 +49,7 @@ class Geometry:
     cross: tuple[LayerShape, ...] = ()
     fingerprint: str = ""
     model_name: str = field(default="model", compare=False)
+    shift: "Shift | None" = field(default=None, compare=False, repr=False)
 
     @classmethod
     def uniform(
@@ -134,7 +145,7 @@ class Geometry:
             PrefixFormatError: If the data has another form.
         """
         try:
-            sites = {
+            sites: dict[str, Any] = {
                 site: tuple(LayerShape(*map(_positive_int, shape)) for shape in shapes)
                 for site, shapes in data["sites"].items()
             }

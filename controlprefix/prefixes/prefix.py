@@ -1,6 +1,7 @@
 """Prefix: the slots of one concept, an immutable value with a safetensors form."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,18 @@ import torch
 from torch import Tensor
 
 from controlprefix._io import atomic_path
-from controlprefix.errors import GeometryMismatchError, PrefixFormatError, StoreError
+from controlprefix.errors import (
+    GeometryMismatchError,
+    PrefixFormatError,
+    StoreError,
+    UnsupportedModelError,
+)
 from controlprefix.prefixes import container
 from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype
 from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
+from controlprefix.prefixes.peft_files import read_checkpoint, write_checkpoint
+
+_log = logging.getLogger("controlprefix")
 
 LayerSlots = tuple[Tensor, Tensor]  # keys, values: (num_kv_heads, num_slots, head_dim) each
 Dial = tuple[tuple[float, float], ...]  # (position, strength) points from (0, 0) up
@@ -267,6 +276,60 @@ class Prefix:
         except OSError as error:
             raise StoreError(f"cannot read the prefix file '{path}': {error}") from error
         return cls.from_bytes(data, name=f"the file '{path}'")
+
+    @classmethod
+    def from_peft(cls, folder: str | Path, geometry: Geometry) -> Self:
+        """Read a PEFT checkpoint of prefix tuning or a cartridge.
+
+        On rotary models it is exact: logits equal PEFT's. On others, whose text has other
+        positions in PEFT, it is a start for training (`is_exact` is False). The checkpoint does
+        not say which weights it was made for, so nobody checks that.
+
+        Args:
+            folder: With `adapter_config.json` and `adapter_model.safetensors`.
+            geometry: Geometry of the loaded model: `cp.geometry`.
+
+        Raises:
+            PrefixFormatError: If it is no such checkpoint. For prompt tuning, which needs the
+                model, see `ControlPrefix.prefix_from_peft`.
+            GeometryMismatchError: If it was made for a model with other shapes.
+        """
+        checkpoint = read_checkpoint(folder)
+        if checkpoint.has_embeddings:
+            raise PrefixFormatError(
+                f"{folder} holds embeddings, which the model must read: use "
+                "ControlPrefix.prefix_from_peft"
+            )
+        layers = checkpoint.layers(geometry)
+        prefix = cls.from_layers(geometry, decoder=layers)
+        if geometry.shift is None:
+            raise PrefixFormatError("a PEFT checkpoint needs a loaded model; give cp.geometry")
+        try:
+            shifted = geometry.shift(prefix, -prefix.num_slots)
+        except UnsupportedModelError as error:
+            _log.warning("%s: its prefix is only a start for training: %s", folder, error)
+            return replace(prefix, is_exact=False)
+        return replace(prefix, slots=shifted.slots, is_exact=True)
+
+    def to_peft(self, folder: str | Path, geometry: Geometry | None = None) -> None:
+        """Write it as a PEFT checkpoint of prefix tuning, for rotary decoders.
+
+        Args:
+            folder: Created if it does not exist.
+            geometry: Geometry of the loaded model, for a prefix that was read from a file.
+
+        Raises:
+            PrefixFormatError: If no model is loaded.
+            UnsupportedModelError: If the model's positions are not rotations of keys.
+            GeometryMismatchError: If the prefix is for another model, or layers differ in shape.
+            StoreError: If the folder cannot be written.
+        """
+        geometry = self.geometry if geometry is None else geometry
+        geometry.require(self.geometry, "the prefix")
+        if geometry.shift is None:
+            raise PrefixFormatError("a PEFT checkpoint needs a loaded model; give cp.geometry")
+        shifted = geometry.shift(self, self.num_slots)
+        write_checkpoint(geometry, shifted.slots["decoder"], folder)
 
     def require_finite(self, name: str = "prefix") -> Self:
         """Return this prefix if all its values are finite floats.

@@ -21,8 +21,8 @@ import torch
 from controlprefix.errors import RequestError
 from controlprefix.inference.guidance import plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.model.rotation import Rotation
 from controlprefix.prefixes import Prefix
-from controlprefix.vllm.rotation import Rotation
 
 _DIGEST_BITS = 128  # must fit into one block, so that no two requests share it by chance
 _FIRST_ID = 3  # many vocabularies have their special tokens below

@@ -18,6 +18,7 @@ from controlprefix.errors import (
     OverloadedError,
     RequestError,
     StoreError,
+    UnsupportedModelError,
 )
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
@@ -28,7 +29,6 @@ from controlprefix.vllm.client import CONNECT_TIMEOUT_S, VllmClient, parse_log_p
 from controlprefix.vllm.handshake import compare_with_local_model
 from controlprefix.vllm.placement import Placement, place
 from controlprefix.vllm.prefix_folder import PrefixFolder
-from controlprefix.vllm.rotation import Rotation
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,12 @@ class VllmRunner:
         max_requests: int = 1024,
     ) -> None:
         self._frozen, self._folder = frozen, folder
-        self._rotation = Rotation.of(frozen)
+        try:
+            self._rotation = frozen.rotation
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"vLLM cannot serve this model: {error}; serve it with --engine transformers"
+            ) from error
         config = frozen.model.config.get_text_config()
         self._vocab_size = int(config.vocab_size)
         # With sliding windows, layers have blocks of different sizes: none are shared.

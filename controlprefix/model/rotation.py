@@ -1,4 +1,4 @@
-"""Rotation: shifting a prefix along positions, for engines that count slots.
+"""Rotation: shifting a prefix along positions, for engines and files that count slots.
 
 Reference:
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from controlprefix.errors import UnsupportedModelError
-from controlprefix.model import FrozenModel, prefix_from_tokens
-from controlprefix.model.text_prefix import is_rotary, keys_and_values
+from controlprefix.model.frozen import FrozenModel
+from controlprefix.model.text_prefix import is_rotary, keys_and_values, prefix_from_tokens
 from controlprefix.prefixes import Geometry, Part, Prefix
 
 _PROBE = (5, 11, 17, 23, 29)  # token ids; every vocabulary has them
@@ -66,10 +66,10 @@ class Rotation:
         """Read the rotations off the model's own rotary modules, and check them on the model.
 
         Raises:
-            UnsupportedModelError: If an engine that counts slots cannot serve it exactly.
+            UnsupportedModelError: If its prefixes cannot be shifted exactly.
         """
         model = frozen.model
-        _require_servable(frozen)
+        _require_rotations(frozen)
         here = keys_and_values(frozen, _PROBE[:1])["decoder"]
         there = keys_and_values(frozen, _PROBE[:1], first_position=_SHIFT)["decoder"]
         candidates = list(_candidate_rotations(model))
@@ -123,8 +123,8 @@ class Rotation:
             raise _unsupported(model, "its logits change when all positions shift together")
 
 
-def _require_servable(frozen: FrozenModel) -> None:
-    """Refuse, by name, kinds of models that vLLM cannot serve with slots."""
+def _require_rotations(frozen: FrozenModel) -> None:
+    """Refuse, by name, kinds of models whose slots cannot stand at positions before a text."""
     model = frozen.model
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
@@ -135,7 +135,7 @@ def _require_servable(frozen: FrozenModel) -> None:
     }
     num_layers = getattr(config, "num_hidden_layers", 0)
     for is_refused, reason in (
-        (model.config.is_encoder_decoder, "it has an encoder, which KV connectors do not support"),
+        (model.config.is_encoder_decoder, "it has an encoder"),
         (getattr(config, "kv_lora_rank", None), "its attention is latent (MLA)"),
         (getattr(config, "num_kv_shared_layers", None), "its layers share keys and values"),
         (rope_types & {"dynamic", "longrope"}, "its rotations change with the length of the text"),
@@ -200,6 +200,5 @@ def _is_close(expected: Tensor, actual: Tensor, tolerance: float) -> bool:
 
 def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(model).__name__} cannot be served from vLLM: {reason}; serve it with "
-        "--engine transformers"
+        f"prefixes of {type(model).__name__} cannot be shifted along positions: {reason}"
     )
