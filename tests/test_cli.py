@@ -443,3 +443,44 @@ def test_a_configuration_file_has_the_defaults(
         config.write_text(content)
         with pytest.raises(ControlPrefixError, match=message):
             apply_config()
+
+
+def test_one_prefix_is_exported_imported_named_and_removed(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.txt").write_text("one text\nanother text\n")
+    model = ("--model", str(model_folder))
+    run(tmp_path, "enroll", "ana", str(tmp_path / "texts.txt"), *model)
+    folder, file, peft = (str(tmp_path / name) for name in ("ana", "ana.safetensors", "peft"))
+    export = ("prefixes", "export", "user")
+    for path, options in ((folder, ()), (file, ()), (peft, ("--format", "peft"))):
+        assert "written" in run(
+            tmp_path, "prefixes", "export", "user", "ana", path, *options, *model
+        )
+    with pytest.raises(ControlPrefixError, match="exists; overwrite it"):
+        run(tmp_path, "prefixes", "export", "user", "ana", file, *model)
+    assert "stored user 'ana' version 2" in run(tmp_path, "prefixes", "import", folder, *model)
+    named = ("--kind", "user", "--name", "bo")
+    assert "stored user 'bo' version 1" in run(tmp_path, "prefixes", "import", file, *named, *model)
+    assert "stored user 'bo' version 2" in run(tmp_path, "prefixes", "import", peft, *named, *model)
+    with pytest.raises(ControlPrefixError, match="give --kind and --name"):
+        run(tmp_path, "prefixes", "import", file, *model)
+    run(tmp_path, "prefixes", "alias", "user", "bo", "canary", "--to", "1")
+    run(
+        tmp_path,
+        "prefixes",
+        "export",
+        "user",
+        "bo",
+        str(tmp_path / "old"),
+        "--version",
+        "canary",
+        *model,
+    )
+    run(tmp_path, "prefixes", "alias", "user", "bo", "canary")
+    with pytest.raises(ControlPrefixError, match="has no version canary"):
+        run(tmp_path, *export, "bo", file, "--version", "canary", "-y", *model)
+    with pytest.raises(ControlPrefixError, match="for good"):
+        run(tmp_path, "prefixes", "remove", "user", "bo")
+    assert "2 versions" in run(tmp_path, "prefixes", "remove", "user", "bo", "--yes")
+    assert "bo" not in run(tmp_path, "prefixes", "list", "--kind", "user")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from controlprefix import ControlPrefix, Example, Request
+from controlprefix import ControlPrefix, Example, Prefix, Request
 from controlprefix.data import as_examples
 from controlprefix.evaluation import AttributeClassifier
 from controlprefix.model.loading import packaged_model
@@ -167,3 +167,28 @@ def test_a_user_is_enrolled_from_a_decoder_in_a_kilobyte(cp: ControlPrefix) -> N
     assert with_it.log_likelihood > without.log_likelihood
     for name in names:
         cp.forget_user(name)
+
+
+def test_pefts_prefix_tuning_is_a_prefix_and_back(cp: ControlPrefix, tmp_path: Path) -> None:
+    import peft
+
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, num_attention_heads=3, token_dim=3 * 64
+    )
+    model = peft.get_peft_model(cp.model, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.normal_()
+    model.eval().save_pretrained(str(tmp_path))
+    ids = torch.tensor([cp.tokenizer("The first thing I do in the morning is")["input_ids"]])
+    with torch.no_grad():
+        expected = model(ids).logits
+    prefix = Prefix.from_peft(tmp_path, cp.geometry)
+    cp.put("task", "from peft", prefix)
+    with torch.no_grad(), cp.assembled(Request(prompt="-", task="from peft")):
+        steered = cp.model(ids).logits
+    assert (steered - expected).abs().max() < 5e-4
+    cp.save_peft(Request(prompt="-", task="from peft"), tmp_path / "again")
+    again = Prefix.from_peft(tmp_path / "again", cp.geometry)
+    torch.testing.assert_close(again.slots["decoder"], prefix.slots["decoder"])

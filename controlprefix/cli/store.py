@@ -1,4 +1,4 @@
-"""Commands about what is stored: prefixes, store, attributes."""
+"""Commands about the database and the attribute file: store, attributes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,110 +7,17 @@ import typer
 from rich.table import Table
 
 from controlprefix.cli.common import (
-    KindArgument,
-    NameArgument,
-    StoredKind,
     attributes_app,
     out,
-    prefixes_app,
     store_app,
 )
 from controlprefix.cli.groups import (
-    EngineArguments,
     StoreArguments,
     YesOption,
     grouped,
     require_yes,
 )
 from controlprefix.errors import RequestError
-
-
-@prefixes_app.command("list")
-@grouped
-def list_prefixes(
-    kind: Annotated[StoredKind | None, typer.Option(help="List only this kind.")] = None,
-    *,
-    store: StoreArguments,
-) -> None:
-    """List everything that has a prefix: tasks, labels of attributes, users."""
-    table = Table("kind", "name", "model", "version", "slots", "bytes", "created")
-    with store.open_store() as opened:
-        for info in opened.prefixes(kind):
-            current = info.current
-            table.add_row(
-                info.key.kind,
-                info.key.name,
-                info.model_name,
-                str(current.version),
-                str(current.num_slots),
-                f"{current.size_bytes:,}",
-                f"{current.created_at:%Y-%m-%d %H:%M}",
-            )
-    out.print(table if table.row_count else f"nothing is stored yet in {opened.label}")
-
-
-@prefixes_app.command("show")
-@grouped
-def show_prefix(
-    kind: KindArgument,
-    name: NameArgument,
-    *,
-    store: StoreArguments,
-) -> None:
-    """Show the versions of one prefix."""
-    from controlprefix.prefixes import PrefixKey
-
-    key = PrefixKey(kind, name)
-    table = Table("model", "version", "current", "slots", "dtype", "bytes", "created", "content")
-    with store.open_store() as opened:
-        models = [info for info in opened.prefixes(kind) if info.key == key]
-        if not models:
-            raise opened.unknown_name(key)
-        for model in models:
-            for info in opened.for_model(model.fingerprint).versions(key):
-                table.add_row(
-                    model.model_name,
-                    str(info.version),
-                    "yes" if info.current else "",
-                    str(info.num_slots),
-                    info.dtype,
-                    f"{info.size_bytes:,}",
-                    f"{info.created_at:%Y-%m-%d %H:%M}",
-                    info.content_hash[:19],
-                )
-    out.print(table)
-
-
-@prefixes_app.command("rollback")
-@grouped
-def rollback_prefix(
-    kind: KindArgument,
-    name: NameArgument,
-    to: Annotated[int, typer.Option(help="Version to make current.")],
-    *,
-    engine: EngineArguments,
-) -> None:
-    """Make another version current."""
-    engine.open().rollback(kind, name, to=to)
-    out.print(f"{kind} {name!r} is at version {to}")
-
-
-@prefixes_app.command("remove")
-@grouped
-def remove_prefix(
-    kind: KindArgument,
-    name: NameArgument,
-    yes: YesOption = False,
-    *,
-    store: StoreArguments,
-) -> None:
-    """Remove every version of a prefix, for all models."""
-    from controlprefix.prefixes import PrefixKey
-
-    require_yes(yes, f"Remove every version of {kind} {name!r}, for good?")
-    with store.open_store() as opened:
-        num_removed = opened.forget(PrefixKey(kind, name))
-    out.print(f"removed {kind} {name!r}: {num_removed} versions")
 
 
 @store_app.command("stats")

@@ -1,15 +1,29 @@
-"""The methods of `ControlPrefix` that read and write other libraries' files."""
+"""The methods of `ControlPrefix` that share prefixes: folders, the Hub, PEFT checkpoints."""
 
 import logging
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 
 from controlprefix.engine.prefixes import PrefixMethods
-from controlprefix.errors import GeometryMismatchError, RequestError, UnsupportedModelError
+from controlprefix.errors import (
+    GeometryMismatchError,
+    RequestError,
+    StoreError,
+    UnsupportedModelError,
+)
 from controlprefix.model.text_prefix import prefix_before_text
-from controlprefix.prefixes import Prefix
+from controlprefix.prefixes import Kind, Prefix, PrefixKey
+from controlprefix.prefixes.folder import (
+    INFO_FILE,
+    PREFIX_FILE,
+    SharedPrefix,
+    load_folder,
+    save_folder,
+)
 from controlprefix.prefixes.peft_files import read_checkpoint
 from controlprefix.request import Request
 
@@ -17,7 +31,103 @@ _log = logging.getLogger("controlprefix")
 
 
 class ExchangeMethods(PrefixMethods):
-    """Checkpoints of other libraries <-> prefixes."""
+    """Folders, the Hub and checkpoints of other libraries <-> prefixes."""
+
+    def export(
+        self, kind: Kind, name: str, folder: str | Path, *, version: int | str | None = None
+    ) -> None:
+        """Write a stored prefix to a folder, with a card that says what it is.
+
+        Args:
+            kind, name: What it is for.
+            folder: Created if it does not exist; `controlprefix.prefixes.folder` reads it.
+            version: A version's number or alias; left out, the current one.
+
+        Raises:
+            UnknownNameError: If there is no such name or version.
+            StoreError: If the folder cannot be written.
+        """
+        save_folder(self._shared(kind, name, version), folder)
+
+    def push_to_hub(
+        self,
+        kind: Kind,
+        name: str,
+        repo_id: str,
+        *,
+        version: int | str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload a stored prefix with its card to the Hugging Face Hub.
+
+        Args:
+            kind, name, version: As in `export`.
+            repo_id: Such as `me/formal-emails`; created if it does not exist.
+            private: Whether a new repository is private.
+            token: Access token; left out, the one you are logged in with.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            UnknownNameError: If there is no such name or version.
+            StoreError: If the Hub refuses, or cannot be reached.
+        """
+        import huggingface_hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.export(kind, name, folder, version=version)
+            try:
+                api = huggingface_hub.HfApi(token=token)
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                commit = api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=f"Add {PrefixKey(kind, name)}",
+                )
+            except (HfHubHTTPError, OSError, ValueError) as error:
+                raise StoreError(f"cannot upload to {repo_id!r}: {error}") from error
+        return str(commit.commit_url)
+
+    def pull_from_hub(
+        self, repo_id: str, *, revision: str | None = None, token: str | None = None
+    ) -> tuple[PrefixKey, int]:
+        """Download a prefix from the Hugging Face Hub, and store it under its name.
+
+        Args:
+            repo_id: A repository that `push_to_hub` wrote.
+            revision: Branch, tag or commit.
+            token: Access token; left out, the one you are logged in with.
+
+        Returns:
+            Its key and the number of the new version.
+
+        Raises:
+            GeometryMismatchError: If it was made for another model.
+            PrefixFormatError: If the repository holds no prefix.
+            StoreError: If the Hub cannot be reached, or the store cannot be written.
+        """
+        import huggingface_hub
+
+        try:
+            folder = huggingface_hub.snapshot_download(
+                repo_id, revision=revision, token=token, allow_patterns=[PREFIX_FILE, INFO_FILE]
+            )
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise StoreError(f"cannot download {repo_id!r}: {error}") from error
+        key, prefix, details = load_folder(folder)
+        return key, self.put(*key, prefix, details={"hub": repo_id, **details})
+
+    def _shared(self, kind: Kind, name: str, version: int | str | None) -> SharedPrefix:
+        key = PrefixKey(kind, name)
+        stored = self._model_store.get(key, version=version)
+        details = next(
+            info.details
+            for info in self._model_store.versions(key)
+            if info.version == stored.version
+        )
+        return SharedPrefix(key, self._resolver.decoded(key, stored), details)
 
     def prefix_from_peft(self, folder: str | Path, *, task: int | None = None) -> Prefix:
         """Read a PEFT checkpoint of virtual tokens: prefix or prompt tuning, or a cartridge.

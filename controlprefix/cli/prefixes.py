@@ -1,0 +1,229 @@
+"""Commands about stored prefixes: list, show, rollback, alias, remove, export, import."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+from rich.table import Table
+
+from controlprefix.cli.common import (
+    KindArgument,
+    NameArgument,
+    StoredKind,
+    err,
+    out,
+    prefixes_app,
+)
+from controlprefix.cli.groups import (
+    EngineArguments,
+    StoreArguments,
+    YesOption,
+    grouped,
+    require_yes,
+)
+from controlprefix.errors import RequestError
+
+if TYPE_CHECKING:
+    from controlprefix.prefixes import PrefixKey
+    from controlprefix.store import PrefixStore
+
+
+@prefixes_app.command("list")
+@grouped
+def list_prefixes(
+    kind: Annotated[StoredKind | None, typer.Option(help="List only this kind.")] = None,
+    *,
+    store: StoreArguments,
+) -> None:
+    """List everything that has a prefix: tasks, labels of attributes, users."""
+    table = Table("kind", "name", "model", "version", "slots", "bytes", "created")
+    with store.open_store() as opened:
+        for info in opened.prefixes(kind):
+            current = info.current
+            table.add_row(
+                info.key.kind,
+                info.key.name,
+                info.model_name,
+                str(current.version),
+                str(current.num_slots),
+                f"{current.size_bytes:,}",
+                f"{current.created_at:%Y-%m-%d %H:%M}",
+            )
+    out.print(table if table.row_count else f"nothing is stored yet in {opened.label}")
+
+
+@prefixes_app.command("show")
+@grouped
+def show_prefix(
+    kind: KindArgument,
+    name: NameArgument,
+    *,
+    store: StoreArguments,
+) -> None:
+    """Show the versions of one prefix."""
+    from controlprefix.prefixes import PrefixKey
+
+    key = PrefixKey(kind, name)
+    table = Table("model", "version", "current", "slots", "dtype", "bytes", "created", "content")
+    with store.open_store() as opened:
+        models = [info for info in opened.prefixes(kind) if info.key == key]
+        if not models:
+            raise opened.unknown_name(key)
+        for model in models:
+            for info in opened.for_model(model.fingerprint).versions(key):
+                table.add_row(
+                    model.model_name,
+                    str(info.version),
+                    "yes" if info.current else "",
+                    str(info.num_slots),
+                    info.dtype,
+                    f"{info.size_bytes:,}",
+                    f"{info.created_at:%Y-%m-%d %H:%M}",
+                    info.content_hash[:19],
+                )
+    out.print(table)
+
+
+@prefixes_app.command("rollback")
+@grouped
+def rollback_prefix(
+    kind: KindArgument,
+    name: NameArgument,
+    to: Annotated[int, typer.Option(help="Version to make current.")],
+    *,
+    engine: EngineArguments,
+) -> None:
+    """Make another version current."""
+    engine.open().rollback(kind, name, to=to)
+    out.print(f"{kind} {name!r} is at version {to}")
+
+
+@prefixes_app.command("remove")
+@grouped
+def remove_prefix(
+    kind: KindArgument,
+    name: NameArgument,
+    yes: YesOption = False,
+    *,
+    store: StoreArguments,
+) -> None:
+    """Remove every version of a prefix, for all models."""
+    from controlprefix.prefixes import PrefixKey
+
+    require_yes(yes, f"Remove every version of {kind} {name!r}, for good?")
+    with store.open_store() as opened:
+        num_removed = opened.forget(PrefixKey(kind, name))
+    out.print(f"removed {kind} {name!r}: {num_removed} versions")
+
+
+@prefixes_app.command("alias")
+@grouped
+def alias_prefix(
+    kind: KindArgument,
+    name: NameArgument,
+    alias: Annotated[str, typer.Argument(help="Such as canary.")],
+    to: Annotated[
+        str | None, typer.Option(help="Version that it names; left out, the alias is removed.")
+    ] = None,
+    *,
+    store: StoreArguments,
+) -> None:
+    """Give a version a name, move the name, or remove it."""
+    from controlprefix.prefixes import PrefixKey
+
+    key = PrefixKey(kind, name)
+    with store.open_store() as opened:
+        fingerprint = _only_model(opened, key)
+        version = int(to) if to is not None and to.isdecimal() else to
+        opened.for_model(fingerprint).alias(key, alias, to=version)
+    out.print(f"removed alias {alias!r}" if to is None else f"{alias!r} is version {to} of {key}")
+
+
+@prefixes_app.command("export")
+@grouped
+def export_prefix(
+    kind: KindArgument,
+    name: NameArgument,
+    path: Annotated[
+        Path, typer.Argument(help="Folder for the prefix and its card; or a .safetensors file.")
+    ],
+    version: Annotated[
+        str | None, typer.Option(help="Number or alias; left out, the current version.")
+    ] = None,
+    file_format: Annotated[
+        Literal["controlprefix", "peft"],
+        typer.Option("--format", help="peft writes a PEFT checkpoint of prefix tuning."),
+    ] = "controlprefix",
+    yes: YesOption = False,
+    *,
+    engine: EngineArguments,
+) -> None:
+    """Write one prefix to a folder with a card, to a file, or as a PEFT checkpoint."""
+    if path.exists():
+        require_yes(yes, f"{path} exists; overwrite it?")
+    cp = engine.open()
+    number = int(version) if version is not None and version.isdecimal() else version
+    if file_format == "peft":
+        cp.get(kind, name, version=number).to_peft(path)
+    elif path.suffix == ".safetensors":
+        cp.get(kind, name, version=number).save(path)
+    else:
+        cp.export(kind, name, path, version=number)
+    out.print(f"written: {path}")
+
+
+@prefixes_app.command("import")
+@grouped
+def import_prefix(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of `prefixes export`, a .safetensors file, or the folder of a PEFT "
+            "checkpoint of virtual tokens."
+        ),
+    ],
+    kind: Annotated[StoredKind | None, typer.Option(help="What it is for.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name; left out, the exported one.")] = None,
+    *,
+    engine: EngineArguments,
+) -> None:
+    """Store one prefix from a folder or a file as a new version."""
+    from controlprefix.prefixes import Prefix
+    from controlprefix.prefixes.folder import INFO_FILE, load_folder
+    from controlprefix.prefixes.peft_files import CONFIG_FILE
+
+    has_name = (path / INFO_FILE).exists()
+    if not has_name and (kind is None or name is None):
+        raise RequestError(f"{path} does not say what it is for; give --kind and --name")
+    cp = engine.open(create=True)
+    details = {"imported": {"from": str(path)}}
+    if has_name:
+        key, prefix, saved = load_folder(path)
+        kind, name = cast(StoredKind, kind or key.kind), name or key.name
+        details = {**saved, **details}
+    elif (path / CONFIG_FILE).exists():
+        prefix = cp.prefix_from_peft(path)
+        if not prefix.is_exact:
+            err.print("not exact on this model: a start for training only")
+    else:
+        prefix = Prefix.load(path)
+    assert kind is not None
+    assert name is not None
+    version = cp.put(kind, name, prefix, details=details)
+    out.print(f"stored {kind} {name!r} version {version}: {prefix.num_slots} slots")
+
+
+def _only_model(store: "PrefixStore", key: "PrefixKey") -> str:
+    """The fingerprint of the one model that a name is stored for.
+
+    Raises:
+        UnknownNameError: If there is none.
+        RequestError: If there are several.
+    """
+    models = [info for info in store.prefixes(key.kind) if info.key == key]
+    if not models:
+        raise store.unknown_name(key)
+    if len(models) > 1:
+        names = ", ".join(info.model_name for info in models)
+        raise RequestError(f"{key} is stored for several models ({names}); use Python's cp.alias")
+    return models[0].fingerprint
