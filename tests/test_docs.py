@@ -59,10 +59,13 @@ def test_every_target_is_in_the_readme() -> None:
 
 GUIDES = (
     "getting-started",
+    "guides/data",
     "guides/train",
+    "guides/own-loop",
     "guides/users",
     "guides/strengths",
     "guides/store",
+    "guides/share",
     "guides/evaluate",
 )
 WITH_A_SERVER = {"guides/serve"}  # its code needs a running server

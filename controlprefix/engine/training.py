@@ -20,6 +20,7 @@ from controlprefix.training import (
     Initializations,
     Learnable,
     ParameterizationName,
+    PrefixModel,
     RunControl,
     ShorteningReport,
     SweepReport,
@@ -102,6 +103,48 @@ class TrainingMethods(GenerationMethods):
             validation=_interpolated(held_out, labels),
             num_slots_of=self._num_slots_of,
             control=control,
+        )
+
+    def trainable(
+        self,
+        examples: Rows,
+        *,
+        columns: Columns | None = None,
+        task: str | None = None,
+        learn: Learnable | Sequence[Learnable] | None = None,
+        num_slots: int | Mapping[Learnable, int] = 16,
+        init: Initialization | Initializations = "text",
+        parameterization: ParameterizationName = "shared",
+        seed: int = 0,
+    ) -> PrefixModel:
+        """The prefixes that rows name as a `torch.nn.Module`, for a training loop of your own.
+
+        Only the prefixes are parameters. Prefixes that rows name and `learn` leaves out are not
+        attached. Train it with transformers' `Trainer`, with TRL or a bare loop, then `publish`.
+
+        Args:
+            examples, columns, task, learn, num_slots, init: As in `train`; the rows name the
+                prefixes and are what they start from.
+            parameterization, seed: Fields of `TrainingSettings`.
+
+        Returns:
+            A module to be called like the frozen model.
+
+        Raises:
+            TrainingDataError: If the rows cannot be trained on.
+            StoreError: If the store cannot be written.
+        """
+        rows = self._rows(examples, columns, task)
+        settings = TrainingSettings.from_options(
+            {"parameterization": parameterization, "seed": seed, "validation": 0.0}
+        )
+        return self._trainer.trainable(
+            _interpolated(rows, self._ordinal_labels(rows)),
+            settings,
+            learn=learn,
+            num_slots=num_slots,
+            init=init,
+            num_slots_of=self._num_slots_of,
         )
 
     def distill(

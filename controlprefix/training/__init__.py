@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from controlprefix.training.shortening import ShorteningReport
     from controlprefix.training.sweep import SweepPoint, SweepReport
+    from controlprefix.training.trainable import PrefixModel
     from controlprefix.training.trainer import Trainer
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "Initializations": "initialization",
     "Learnable": "preparation",
     "ParameterizationName": "settings",
+    "PrefixModel": "trainable",
     "ShorteningReport": "shortening",
     "SweepPoint": "sweep",
     "SweepReport": "sweep",
@@ -45,6 +47,7 @@ __all__ = [
     "Initializations",
     "Learnable",
     "ParameterizationName",
+    "PrefixModel",
     "RunControl",
     "ShorteningReport",
     "StepInfo",

@@ -27,6 +27,7 @@ from controlprefix.training.settings import ParameterizationName, TrainingSettin
 from controlprefix.training.shortening import ShorteningReport, shorten
 from controlprefix.training.slot_attention import slot_masses
 from controlprefix.training.sweep import SweepPoint, SweepReport
+from controlprefix.training.trainable import PrefixModel
 
 _EVALUATION_BATCH_SIZE = 16
 
@@ -119,6 +120,36 @@ class Trainer:
             teacher_ids=teacher_ids,
         )
         return self._train_and_publish(preparation, settings, control)
+
+    def trainable(
+        self,
+        examples: Sequence[Example],
+        settings: TrainingSettings,
+        *,
+        learn: Learnable | Sequence[Learnable] | None,
+        num_slots: int | Mapping[Learnable, int],
+        init: Initialization | Initializations,
+        num_slots_of: Callable[[PrefixKey], int | None],
+    ) -> PrefixModel:
+        """Prefixes at their initialization, for a loop of one's own: `ControlPrefix.trainable`."""
+        preparation = prepare(
+            examples,
+            self._frozen,
+            self._resolver,
+            settings,
+            learn=learn,
+            num_slots=num_slots,
+            init=init,
+            num_slots_of=num_slots_of,
+        )
+        prefixes = parameterize(settings, preparation.initial, preparation.scale)
+        self._store.require_writable(preparation.initial)
+
+        def publish(values: Mapping[PrefixKey, Prefix]) -> dict[str, int]:
+            details = {"training": {"loop": "own", "parameterization": settings.parameterization}}
+            return self._publish(values, details)
+
+        return PrefixModel(self._frozen, prefixes, publish)
 
     def sweep(
         self,
@@ -237,6 +268,15 @@ class Trainer:
                 **settings.to_dict(),
             }
         }
+        report = replace(report, saved=self._publish(prefixes, details))
+        if control.folder is not None and PartialState().is_main_process:
+            report.save(control.folder)
+        return report
+
+    def _publish(
+        self, prefixes: Mapping[PrefixKey, Prefix], details: Mapping[str, Any]
+    ) -> dict[str, int]:
+        """Store prefixes, by the first process; returns their versions in all processes."""
         versions = [0] * len(prefixes)
         if PartialState().is_main_process:
             versions = self._store.put(
@@ -246,11 +286,7 @@ class Trainer:
                 ]
             )
         versions = broadcast_object_list(versions)
-        saved = {str(key): version for key, version in zip(prefixes, versions, strict=True)}
-        report = replace(report, saved=saved)
-        if control.folder is not None and PartialState().is_main_process:
-            report.save(control.folder)
-        return report
+        return {str(key): version for key, version in zip(prefixes, versions, strict=True)}
 
     def _rows_naming(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:
         """Rows in which a stored prefix is the trained part and all others are frozen.

@@ -1,0 +1,205 @@
+"""PrefixModel: prefixes being learned as a `torch.nn.Module`, for one's own training loop."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlprefix.errors import TrainingDataError, known_names
+from controlprefix.model import FrozenModel
+from controlprefix.model.tokenization import pad_rows
+from controlprefix.prefixes import Part, Prefix, PrefixKey
+from controlprefix.request import Example
+from controlprefix.training.objectives import TrainingRow
+from controlprefix.training.parameterization import TrainablePrefixes
+
+_IGNORED = -100  # labels that transformers leaves out of the loss
+_NO_PREFIX = -1
+Publish = Callable[[dict[PrefixKey, Prefix]], dict[str, int]]
+
+
+class PrefixModel(nn.Module):
+    """A frozen model steered by prefixes that are trained. Get it with `ControlPrefix.trainable`.
+
+    Its parameters are those of the prefixes alone; everything else (`config`, `generate`,
+    `get_input_embeddings`, …) is the frozen model's. It is called as the frozen model is, with
+    a further input, `prefix_ids`, that says which prefixes each row attends to. So
+    transformers' `Trainer`, TRL's trainers and a loop of one's own can train it.
+
+    Args:
+        frozen: The model.
+        prefixes: What is trained.
+        publish: Stores prefixes; returns their versions.
+
+    Attributes:
+        prefixes: As given.
+    """
+
+    def __init__(self, frozen: FrozenModel, prefixes: TrainablePrefixes, publish: Publish) -> None:
+        super().__init__()
+        self.prefixes = prefixes.to_device(frozen.device)
+        # Outside of the module's own state, so that nothing trains, moves or saves the model.
+        self.__dict__["_frozen"] = frozen
+        self.__dict__["_publish"] = publish
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        prefix_ids: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """Call the frozen model with each row's prefixes attached, with gradients to them.
+
+        Args:
+            input_ids, attention_mask, labels: As the frozen model takes them, `(num_rows,
+                num_tokens)`.
+            prefix_ids: Numbers of each row's prefixes, in the order of `keys`, `(num_rows,
+                num_parts)`; -1 for none. Left out, every row attends to all prefixes.
+            **inputs: Any other inputs of the frozen model.
+
+        Returns:
+            What the frozen model returns.
+
+        Raises:
+            TrainingDataError: If `prefix_ids` names a prefix that there is not.
+        """
+        if labels is not None:
+            inputs["labels"] = labels
+        return self._steered(
+            self._frozen.model,
+            input_ids,
+            attention_mask=attention_mask,
+            prefix_ids=prefix_ids,
+            **inputs,
+        )
+
+    @property
+    def base_model(self) -> Callable[..., Any]:
+        """The frozen model without its head, steered like the whole; TRL calls it so."""
+        return functools.partial(self._steered, self._frozen.model.base_model)
+
+    def _steered(
+        self,
+        module: nn.Module,
+        input_ids: Tensor | None = None,
+        *,
+        prefix_ids: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        first = input_ids if input_ids is not None else inputs["inputs_embeds"]
+        parts = self._parts(len(first), prefix_ids)
+        with self._frozen.attached(self._frozen.assemble(parts), everywhere=True):
+            return module(input_ids=input_ids, **inputs)
+
+    @property
+    def keys(self) -> tuple[PrefixKey, ...]:
+        """The prefixes that are trained; `prefix_ids` are places in it."""
+        return self.prefixes.keys
+
+    def generate(self, *arguments: Any, prefix_ids: Tensor | None = None, **options: Any) -> Any:
+        """Generate with the prefixes as they are now: transformers' `generate`.
+
+        Args:
+            *arguments: As transformers takes them.
+            prefix_ids: As in `forward`.
+            **options: As transformers takes them.
+        """
+        ids = arguments[0] if arguments else options["input_ids"]
+        with torch.no_grad():
+            parts = self._parts(len(ids), prefix_ids)
+            with self._frozen.attached(self._frozen.assemble(parts), everywhere=True):
+                return self._frozen.model.generate(*arguments, **options)
+
+    def features(self, example: Example) -> dict[str, list[int]]:
+        """An example as the inputs of one row, for a dataset; `collate` makes batches of them.
+
+        Returns:
+            `input_ids`, `labels` (-100 at the prompt) and `prefix_ids`; for an encoder-decoder
+            the labels are the completion alone.
+
+        Raises:
+            TrainingDataError: If it names none of the prefixes.
+            ContextLengthError: If it does not fit the model's context.
+        """
+        named = [part.key for part in example.named_parts if part.key in self.keys]
+        if not named:
+            names = ", ".join(map(str, self.keys))
+            raise TrainingDataError(f"the example names none of what is trained: {names}")
+        tokenizer = self._frozen.request_tokenizer
+        row = TrainingRow.from_example(tokenizer.example_ids(example), tokenizer.end_id, (), ())
+        prompt, targets = list(row.prompt), list(row.targets)
+        prefix_ids = [self.keys.index(key) for key in named]
+        if self._frozen.is_encoder_decoder:
+            return {"input_ids": prompt, "labels": targets, "prefix_ids": prefix_ids}
+        labels = [_IGNORED] * len(prompt) + targets
+        return {"input_ids": prompt + targets, "labels": labels, "prefix_ids": prefix_ids}
+
+    def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Pad rows of `features` to a batch: a data collator."""
+        pad_id = self._frozen.request_tokenizer.pad_id
+        ids, mask = pad_rows([row["input_ids"] for row in rows], pad_id, left=False)
+        labels, _ = pad_rows([row["labels"] for row in rows], _IGNORED, left=False)
+        prefix_ids, _ = pad_rows([row["prefix_ids"] for row in rows], _NO_PREFIX, left=False)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": labels,
+            "prefix_ids": prefix_ids,
+        }
+
+    def publish(self) -> dict[str, int]:
+        """Store the prefixes as they are now as new versions, all or none.
+
+        Returns:
+            Their version numbers, such as `{"task 'email'": 1}`.
+
+        Raises:
+            PrefixFormatError: If a prefix holds NaN or infinite values; nothing is stored then.
+            StoreError: If the store cannot be written.
+        """
+        return self._publish(self.prefixes.materialize())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the frozen model."""
+        return self._frozen.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the frozen model."""
+        return self._frozen.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") and name not in {"_frozen"}:
+                raise
+            return getattr(self.__dict__["_frozen"].model, name)
+
+    def _parts(self, num_rows: int, prefix_ids: Tensor | None) -> list[list[Part]]:
+        """The parts of each row."""
+        keys = self.keys
+        if prefix_ids is None:
+            rows = [list(range(len(keys)))] * num_rows
+        else:
+            rows = [list(_numbers(row)) for row in prefix_ids.tolist()]
+        unknown = next((n for row in rows for n in row if not 0 <= n < len(keys)), None)
+        if unknown is not None:
+            raise TrainingDataError(
+                f"prefix_ids has {unknown}, but there are {len(keys)} prefixes: "
+                f"{known_names('', map(str, keys))}"
+            )
+        if len(rows) != num_rows:
+            raise TrainingDataError(f"prefix_ids has {len(rows)} rows for {num_rows} rows of ids")
+        used = {keys[number] for row in rows for number in row}
+        prefixes = self.prefixes.prefixes(used)
+        return [[Part(prefixes[keys[number]]) for number in row] for row in rows]
+
+
+def _numbers(row: Sequence[int]) -> Iterator[int]:
+    return (number for number in row if number != _NO_PREFIX)

@@ -1,0 +1,186 @@
+"""Prefixes as a module that other libraries' loops can train."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from controlprefix import Example, Request, TrainingDataError
+from controlprefix.data import as_examples
+from controlprefix.prefixes import PrefixKey
+
+from helpers import engine, greetings, nats_per_token
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_its_parameters_are_those_of_the_prefixes_alone() -> None:
+    cp = engine()
+    model = cp.trainable(greetings(), num_slots=4)
+    assert set(model.keys) == {
+        PrefixKey("task", "greet"),
+        PrefixKey("attribute", "formality=formal"),
+        PrefixKey("attribute", "formality=informal"),
+    }
+    own = {id(p) for p in model.parameters()}
+    assert own
+    assert not own & {id(p) for p in cp.model.parameters()}
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(name.startswith("model.") for name in model.state_dict())
+    assert model.config is cp.model.config
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_its_loss_is_the_score_of_the_published_prefixes(name: str) -> None:
+    cp = engine(name)
+    rows = greetings(3)
+    model = cp.trainable(rows, num_slots=3, init="random", parameterization="direct")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    batch = model.collate([model.features(row) for row in rows])
+    logits = model(**batch).logits
+    model.publish()
+    with torch.no_grad(), cp.assembled([row.model_copy() for row in rows]):
+        ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        if cp.frozen_model.is_encoder_decoder:
+            ids["labels"] = batch["labels"]
+        expected = cp.model(**ids).logits
+    torch.testing.assert_close(logits, expected)
+
+
+def test_a_row_attends_to_its_own_prefixes_only() -> None:
+    cp = engine()
+    rows = greetings(2)
+    model = cp.trainable(rows, num_slots=3)
+    features = [model.features(row) for row in rows]
+    together = model(**model.collate(features)).logits
+    for i, row in enumerate(features):
+        alone = model(**model.collate([row])).logits[0]
+        torch.testing.assert_close(together[i, : len(alone)], alone, atol=1e-5, rtol=1e-5)
+    model(**model.collate(features[:1])).loss.backward()
+    formal, informal = (PrefixKey.for_label("formality", x) for x in ("formal", "informal"))
+    used = model.prefixes.prefixes([formal, informal])
+    assert used.keys() == {formal, informal}
+
+
+def test_a_bare_loop_learns_and_freezes_the_model() -> None:
+    cp = engine()
+    rows = greetings()
+    before, start = weights(cp.model), nats_per_token(cp, rows_without_prefixes(rows))
+    model = cp.trainable(rows, num_slots=4, init="random")
+    batch = model.collate([model.features(row) for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(30):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = model.publish()
+    assert set(saved.values()) == {1}
+    assert nats_per_token(cp, rows) < start - 0.5
+    assert all(torch.equal(before[name], value) for name, value in cp.model.state_dict().items())
+    (info,) = cp.versions("task", "greet")
+    assert info.details["training"]["loop"] == "own"
+
+
+def rows_without_prefixes(rows: list[Example]) -> list[Example]:
+    return [row.model_copy(update={"task": None, "attributes": {}}) for row in rows]
+
+
+def test_transformers_trainer_trains_it(tmp_path: Path) -> None:
+    cp = engine()
+    rows = greetings()
+    model = cp.trainable(rows, num_slots=4)
+    before = weights(cp.model)
+    dataset = [model.features(row) for row in rows]
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(tmp_path),
+            max_steps=20,
+            learning_rate=2e-2,
+            per_device_train_batch_size=4,
+            remove_unused_columns=False,
+            report_to=[],
+            use_cpu=True,
+            save_steps=10,
+            disable_tqdm=True,
+        ),
+        train_dataset=dataset,  # type: ignore[arg-type]  # a list is a dataset
+        eval_dataset=dataset,  # type: ignore[arg-type]
+        data_collator=model.collate,
+    )
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < start - 0.5
+    assert all(torch.equal(before[name], value) for name, value in cp.model.state_dict().items())
+    saved = sum(f.stat().st_size for f in (tmp_path / "checkpoint-20").glob("*model*"))
+    assert saved < 2 * sum(p.numel() * 4 for p in model.parameters())  # without the frozen model
+
+
+def test_trl_trains_it_on_texts_and_on_preferences(tmp_path: Path) -> None:
+    import datasets
+    import trl
+
+    library: Any = trl  # its types ask for models of transformers
+    cp = engine()
+    before = weights(cp.model)
+    texts = [{"prompt": f"Greet {i} ", "completion": "Good day."} for i in range(16)]
+    options: dict[str, Any] = {
+        "max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "report_to": [],
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    examples = as_examples(texts, defaults={"task": "greet"})
+    model = cp.trainable(texts, task="greet", num_slots=4)
+    library.SFTTrainer(
+        model=model,
+        args=library.SFTConfig(str(tmp_path), **options),
+        train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=cp.tokenizer,
+    ).train()
+    plain = nats_per_token(cp, rows_without_prefixes(examples))
+    model.publish()
+    tuned = nats_per_token(cp, examples)
+    assert tuned < plain - 0.5
+
+    pairs = [
+        {"prompt": text["prompt"], "chosen": text["completion"], "rejected": "hey you"}
+        for text in texts
+    ]
+    model = cp.trainable(texts, task="greet", num_slots=4, init="stored")
+    trainer = library.DPOTrainer(
+        model=model,
+        ref_model=cp.model,
+        args=library.DPOConfig(str(tmp_path), logging_steps=20, **options),
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=cp.tokenizer,
+    )
+    trainer.train()
+    (log,) = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert log["rewards/margins"] > 0.5
+    assert all(torch.equal(before[name], value) for name, value in cp.model.state_dict().items())
+
+
+def test_it_generates_as_it_stands() -> None:
+    cp = engine()
+    model = cp.trainable(greetings(), num_slots=4, learn="task")
+    ids = torch.tensor([[5, 6, 7]])
+    texts = model.generate(ids, max_new_tokens=4, do_sample=False)
+    model.publish()
+    with cp.assembled(Request(prompt="x", task="greet")):
+        assert torch.equal(texts, cp.model.generate(ids, max_new_tokens=4, do_sample=False))  # type: ignore[operator]
+
+
+def test_rows_that_name_nothing_and_unknown_prefixes_are_refused() -> None:
+    cp = engine()
+    model = cp.trainable(greetings(), num_slots=2)
+    with pytest.raises(TrainingDataError, match="names none of what is trained"):
+        model.features(Example(prompt="x", completion="y", task="other"))
+    ids = torch.tensor([[5, 6, 7]])
+    for wrong, message in (([[3]], "prefix_ids has 3"), ([[0], [1]], "2 rows for 1 rows")):
+        with pytest.raises(TrainingDataError, match=message):
+            model(ids, prefix_ids=torch.tensor(wrong))
