@@ -97,3 +97,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     result = parsed.set(drivername="postgresql+psycopg", username="app", password="secret")
     yield result.render_as_string(hide_password=False)
     server.psql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, saved to a folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    build("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

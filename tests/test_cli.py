@@ -21,14 +21,6 @@ from helpers import Histogram, Letters, commands
 from models import build, byte_tokenizer
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    build("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def run(folder: Path, *arguments: str) -> str:
     """Run a command in this process, with the store in `folder`; its errors are raised."""
     result = CliRunner(env={"CONTROLPREFIX_STORE": f"sqlite:///{folder}/prefixes.db"}).invoke(

@@ -110,8 +110,8 @@ def test_transformers_trainer_trains_it(tmp_path: Path) -> None:
             save_steps=10,
             disable_tqdm=True,
         ),
-        train_dataset=dataset,  # type: ignore[arg-type]  # a list is a dataset
-        eval_dataset=dataset,  # type: ignore[arg-type]
+        train_dataset=dataset,
+        eval_dataset=dataset,
         data_collator=model.collate,
     )
     start = trainer.evaluate()["eval_loss"]

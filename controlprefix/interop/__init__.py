@@ -1,0 +1,1 @@
+"""Plug-ins for other programs: lm-evaluation-harness."""
