@@ -21,6 +21,7 @@ from controlprefix.cli.groups import (
     grouped,
     require_yes,
 )
+from controlprefix.cli.options import parse_list, parse_pair
 from controlprefix.errors import RequestError
 
 if TYPE_CHECKING:
@@ -178,12 +179,20 @@ def import_prefix(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A folder of `prefixes export`, a .safetensors file, or the folder of a PEFT "
-            "checkpoint of virtual tokens."
+            help="A folder of `prefixes export`, a .safetensors file, the folder of a PEFT "
+            "checkpoint of virtual tokens, or a .ckpt or .bin file of the original Prefix-Tuning "
+            "or Control Prefixes."
         ),
     ],
     kind: Annotated[StoredKind | None, typer.Option(help="What it is for.")] = None,
     name: Annotated[str | None, typer.Option(help="Name; left out, the exported one.")] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names of the labels of an attribute of an original checkpoint, in order: "
+            "cats=Airport,City. Repeatable."
+        ),
+    ] = None,
     *,
     engine: EngineArguments,
 ) -> None:
@@ -196,6 +205,11 @@ def import_prefix(
     if not has_name and (kind is None or name is None):
         raise RequestError(f"{path} does not say what it is for; give --kind and --name")
     cp = engine.open(create=True)
+    if path.suffix in {".ckpt", ".bin"}:
+        names = {key: parse_list(value) for key, value in map(_label_names, labels or ())}
+        for key_name, number in cp.import_original(path, task=str(name), labels=names).items():
+            out.print(f"stored {key_name} version {number}")
+        return
     details = {"imported": {"from": str(path)}}
     if has_name:
         key, prefix, saved = load_folder(path)
@@ -211,6 +225,10 @@ def import_prefix(
     assert name is not None
     version = cp.put(kind, name, prefix, details=details)
     out.print(f"stored {kind} {name!r} version {version}: {prefix.num_slots} slots")
+
+
+def _label_names(text: str) -> tuple[str, str]:
+    return parse_pair("--labels", text)
 
 
 def _only_model(store: "PrefixStore", key: "PrefixKey") -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from controlprefix.prefixes.folder import (
     load_folder,
     save_folder,
 )
+from controlprefix.prefixes.original_files import read_original
 from controlprefix.prefixes.peft_files import read_checkpoint
 from controlprefix.request import Request
+from controlprefix.store import NewVersion
 
 _log = logging.getLogger("controlprefix")
 
@@ -196,3 +199,41 @@ class ExchangeMethods(PrefixMethods):
             for site in self.geometry.sites
         }
         Prefix(self.geometry, slots).to_peft(folder)
+
+    def import_original(
+        self,
+        path: str | Path,
+        *,
+        task: str,
+        labels: Mapping[str, Sequence[str]] | None = None,
+    ) -> dict[str, int]:
+        """Store the prefixes of a checkpoint of the original Prefix-Tuning or Control Prefixes.
+
+        On BART and T5 the model then gives the original's logits. On GPT-2, where that code moves
+        the text behind the slots, they are a start for training.
+
+        Args:
+            path: A Lightning checkpoint (`.ckpt`) or a `pytorch_model.bin`.
+            task: Name for the task prefix.
+            labels: Per attribute of the checkpoint (such as `cats`), the names of its labels in
+                order.
+
+        Returns:
+            Version numbers, such as `{"task 'webnlg'": 1}`.
+
+        Raises:
+            PrefixFormatError: If it is no such checkpoint, or `labels` do not fit it.
+            GeometryMismatchError: If it was made for a model with other shapes.
+            StoreError: If the store cannot be written; nothing is stored then.
+        """
+        prefixes = read_original(path, self.geometry, task=task, labels=labels)
+        if any(prefix.is_exact is False for prefix in prefixes.values()):
+            _log.warning("%s: on this model its prefixes are only a start for training", path)
+        details = {"imported": {"from": str(path)}}
+        versions = self.store.put(
+            [
+                NewVersion(key, prefix.to(dtype=self._frozen.dtype), details)
+                for key, prefix in prefixes.items()
+            ]
+        )
+        return {str(key): version for key, version in zip(prefixes, versions, strict=True)}

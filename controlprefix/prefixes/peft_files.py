@@ -48,34 +48,26 @@ class PeftCheckpoint(NamedTuple):
         """Whether the values are embeddings, rather than keys and values."""
         return self.config["peft_type"] in _EMBEDDINGS
 
-    def layers(self, geometry: Geometry) -> list[tuple[Tensor, Tensor]]:
-        """Its keys and values per layer, at the positions that PEFT has them.
+    def slots(self, geometry: Geometry) -> Tensor:
+        """Its keys and values as slots, at the positions that PEFT has them.
+
+        PEFT has a token's values in the order of ours: layer 0's keys, its values, and so on.
 
         Returns:
-            `(num_kv_heads, num_virtual_tokens, head_dim)` each.
+            `(num_virtual_tokens, slot_size)`.
 
         Raises:
             GeometryMismatchError: If their number is not that of the model.
         """
-        layers = geometry.decoder
-        sizes = [size for layer in layers for size in layer.sizes]
-        if self.values.shape[1] != sum(sizes) or geometry.encoder or geometry.cross:
+        size = geometry.slot_size("decoder")
+        if self.values.shape[1] != size or geometry.encoder or geometry.cross:
             raise GeometryMismatchError(
                 f"the checkpoint has {self.values.shape[1]} values per virtual token, made for "
                 f"{self.config.get('base_model_name_or_path')!r}, but a slot of model "
-                f"{geometry.model_name!r} has {sum(sizes)} in its decoder; load the model that it "
+                f"{geometry.model_name!r} has {size} in its decoder; load the model that it "
                 "was made for"
             )
-        pairs = []
-        parts = iter(self.values.split(sizes, dim=1))
-        for layer, keys, values in zip(layers, parts, parts, strict=True):
-            pairs.append(
-                (
-                    keys.unflatten(1, (layer.num_kv_heads, layer.key_dim)).transpose(0, 1),
-                    values.unflatten(1, (layer.num_kv_heads, layer.value_dim)).transpose(0, 1),
-                )
-            )
-        return pairs
+        return self.values
 
 
 def read_checkpoint(folder: str | Path, *, task: int | None = None) -> PeftCheckpoint:

@@ -300,8 +300,7 @@ class Prefix:
                 f"{folder} holds embeddings, which the model must read: use "
                 "ControlPrefix.prefix_from_peft"
             )
-        layers = checkpoint.layers(geometry)
-        prefix = cls.from_layers(geometry, decoder=layers)
+        prefix = cls(geometry, {"decoder": checkpoint.slots(geometry)})
         if geometry.shift is None:
             raise PrefixFormatError("a PEFT checkpoint needs a loaded model; give cp.geometry")
         try:
