@@ -51,6 +51,7 @@ RUNS = {
     "--new-tokens 2",
     "unseen_labels": "DATA --topics business --steps 3 --rows 4 --distill-steps 1 --num-slots 2 "
     "--texts 2 --new-tokens 2",
+    "ordinal": "DATA --steps 2 --num-slots 2 --rows 4 --lengths 0.35 0.45 --new-tokens 8",
     "authors": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 2 --counts 2",
     "user_training_speed": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 2 "
     "--rounds 1",
@@ -86,6 +87,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for i in range(size)
             ]
             write(name, split, rows)
+        simpler: list[dict[str, object]] = [
+            {"source": text(0, 12), "asset_refs": [text(1, 2 + (i + j) % 10) for j in range(4)]}
+            for i in range(size)
+        ]
+        write("simplification_asset", split, simpler)
         facts: list[dict[str, object]] = [
             {"mr": f"name[{i}]", "refs": [text(0), text(1)]} for i in range(size)
         ]

@@ -1,4 +1,4 @@
-"""PrefixModel: prefixes being learned as a `torch.nn.Module`, for one's own training loop."""
+"""PrefixModel: prefixes being learned as a `torch.nn.Module`, for your own training loop."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ class PrefixModel(nn.Module):
     Its parameters are those of the prefixes alone; everything else (`config`, `generate`,
     `get_input_embeddings`, …) is the frozen model's. It is called as the frozen model is, with
     a further input, `prefix_ids`, that says which prefixes each row attends to. So
-    transformers' `Trainer`, TRL's trainers and a loop of one's own can train it.
+    transformers' `Trainer`, TRL's trainers and your own loop can train it.
 
     Args:
         frozen: The model.

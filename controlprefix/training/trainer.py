@@ -131,7 +131,7 @@ class Trainer:
         init: Initialization | Initializations,
         num_slots_of: Callable[[PrefixKey], int | None],
     ) -> PrefixModel:
-        """Prefixes at their initialization, for a loop of one's own: `ControlPrefix.trainable`."""
+        """Prefixes at their initialization, for your own loop: `ControlPrefix.trainable`."""
         preparation = prepare(
             examples,
             self._frozen,
