@@ -35,10 +35,10 @@ app.add_typer(data_app, name="data")
 out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
-StoredKind = Literal["task", "attribute", "user"]
+StoredKind = Literal["task", "attribute", "user", "decoder"]
 
 TaskOption = Annotated[str | None, typer.Option("--task", help="Task whose prefix to use.")]
-KindArgument = Annotated[StoredKind, typer.Argument(help="task, attribute or user.")]
+KindArgument = Annotated[StoredKind, typer.Argument(help="task, attribute, user or decoder.")]
 NameArgument = Annotated[str, typer.Argument(help="Such as email, formality=formal, or ana.")]
 
 

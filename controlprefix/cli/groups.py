@@ -101,7 +101,9 @@ class ModelArguments:
     ] = False
     quantization: Annotated[
         _Text,
-        typer.Option(help="Load the weights in 8 or 4 bits: int8, int4 (torchao), bnb8 or bnb4."),
+        typer.Option(
+            help="Load the weights in 8 or 4 bits: int8 (torchao), bnb8 or bnb4 (bitsandbytes)."
+        ),
     ] = None
 
     def load(self, **options: Any) -> "FrozenModel":

@@ -1,7 +1,7 @@
 """Commands about stored prefixes: list, show, rollback, alias, remove, export, import."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -213,7 +213,7 @@ def import_prefix(
     details = {"imported": {"from": str(path)}}
     if has_name:
         key, prefix, saved = load_folder(path)
-        kind, name = cast(StoredKind, kind or key.kind), name or key.name
+        kind, name = kind or key.kind, name or key.name
         details = {**saved, **details}
     elif (path / CONFIG_FILE).exists():
         prefix = cp.prefix_from_peft(path)

