@@ -12,6 +12,7 @@ from controlprefix.cli.common import (
     store_app,
 )
 from controlprefix.cli.groups import (
+    EngineArguments,
     StoreArguments,
     YesOption,
     grouped,
@@ -115,6 +116,21 @@ def import_store(
     """Add everything in an exported file to a tenant, or nothing."""
     with store.open_store(create=True) as opened:
         out.print(f"{opened.import_from(file)} versions added")
+
+
+@store_app.command("rebind")
+@grouped
+def rebind_store(*, engine: EngineArguments) -> None:
+    """Store again what version 0.1.0 stored for this model, under its present fingerprint.
+
+    Only if all weights are those that it was stored for. Old versions stay.
+    """
+    from controlprefix.engine.rebinding import rebind
+
+    keys = rebind(engine.open())
+    for key in keys:
+        out.print(f"stored again: {key}")
+    out.print(f"{len(keys)} names stored again; what had a version for this model was left alone")
 
 
 @store_app.command("upgrade")

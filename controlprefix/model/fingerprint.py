@@ -205,3 +205,19 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     if rope and "default" not in str(rope.get("rope_type", rope)):
         settings["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)
     return json.loads(json.dumps(settings, default=str))
+
+
+def first_fingerprint(model: nn.Module) -> str:
+    """The fingerprint that version 0.1.0 gave a model, to find its prefixes in an older store.
+
+    It is a SHA-256 over the names, shapes and values (as bfloat16) of all parameters, so two
+    models that have it in common give the same logits, up to settings and buffers.
+    """
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach()
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16)
+        sha.update(f"{name} {tuple(values.shape)}".encode())
+        sha.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
