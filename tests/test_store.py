@@ -26,6 +26,7 @@ from controlprefix import (
     VersionConflictError,
 )
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile, StoreStats, versions
+from controlprefix.store.database import _full_url
 from controlprefix.store.tables import Base
 
 from databases import own_server, restart
@@ -334,6 +335,40 @@ def test_stores_that_cannot_be_opened_say_why(tmp_path: Path) -> None:
         PrefixStore(f"sqlite:///{tmp_path}/text.db")
     with pytest.raises(StoreError, match="give a path, or an SQLAlchemy URL"):
         PrefixStore("nosuch://x")
+
+
+def test_a_store_is_a_path_or_a_url_in_any_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with PrefixStore(f"{tmp_path}/prefixes.db") as store:
+        store.put([new(seed=1)])
+        assert store.label == f"{tmp_path}/prefixes.db"
+    with PrefixStore(f"sqlite:///{tmp_path}/prefixes.db") as same:
+        assert same.for_model(F).get(ANA).version == 1
+    monkeypatch.chdir(tmp_path)
+    with PrefixStore("prefixes.db") as relative:
+        assert relative.label == f"{tmp_path}/prefixes.db"
+        assert relative.for_model(F).get(ANA).version == 1
+    for url in ("postgres://me:secret@host:1/db", "postgresql://me:secret@host:1/db"):
+        assert _full_url(url) == "postgresql+psycopg://me:secret@host:1/db"
+    with pytest.raises(StoreError, match="check that the server runs") as caught:
+        PrefixStore("postgres://me:secret@127.0.0.1:1/db")
+    assert "secret" not in str(caught.value)
+
+
+def test_reading_creates_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "prefixes.db"
+    with PrefixStore(str(path), create=False) as store:
+        assert store.prefixes() == []
+        assert store.label == f"{path} (no such file)"
+        with pytest.raises(UnknownNameError) as caught:
+            store.for_model(F).get(ANA)
+    assert f"the store is {path} (no such file)" in caught.value.__notes__
+    assert str(path) not in str(caught.value)  # which a server sends to its clients
+    assert not path.exists()
+    PrefixStore(str(path)).close()
+    with PrefixStore(str(path), create=False) as store:
+        assert store.label == str(path)
 
 
 def test_a_store_that_cannot_be_written_keeps_what_it_has(tmp_path: Path) -> None:

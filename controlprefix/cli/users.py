@@ -60,7 +60,8 @@ def enroll(
     from controlprefix.data import read_texts
 
     user_texts = read_texts(texts, split=split, columns=columns.columns(), user=user)
-    version = engine.open(create=True).enroll(
+    cp = engine.open(create=True)
+    version = cp.enroll(
         user,
         user_texts,
         decoder=decoder,
@@ -69,6 +70,12 @@ def enroll(
         keep_texts=keep_texts,
     )
     out.print(f"stored user {user!r} version {version}, from {len(user_texts)} texts")
+    num_tokens = len(cp.frozen_model.request_tokenizer.text_ids("\n\n".join(user_texts)))
+    if decoder is None and not refine and num_tokens > num_slots:
+        out.print(
+            f"only the first {num_slots} of {num_tokens} tokens are used; --refine trains on all, "
+            "--decoder reads all, --num-slots takes more"
+        )
 
 
 @users_app.command("train")

@@ -2,9 +2,10 @@
 
 import random
 import statistics
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
+from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.embeddings import embed
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import TrainingDataError
@@ -29,9 +30,10 @@ STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 def evaluate(
     cp: ControlPrefix,
-    rows: Iterable[Example],
+    rows: Rows,
     classifiers: Sequence[AttributeClassifier],
     *,
+    columns: Columns | None = None,
     strengths: Sequence[float] = STRENGTHS,
     curve_rows: int = 32,
     max_new_tokens: int = 48,
@@ -48,8 +50,10 @@ def evaluate(
 
     Args:
         cp: With the prefixes that the rows name.
-        rows: Requests with a completion each; none that was trained on.
+        rows: Requests with a completion each, in any form (see `controlprefix.data.as_examples`);
+            none that was trained on.
         classifiers: One per attribute to measure, trained on other texts than the prefixes.
+        columns: Which columns of the rows hold what, if they have other names.
         strengths: The curves' strengths; 0 and 1 are needed for the cross-talk.
         curve_rows: Rows that the curves use, at each strength of each label.
         max_new_tokens, temperature: Settings of every request.
@@ -62,12 +66,13 @@ def evaluate(
         StoreError: If the folder cannot be written.
         MissingDependencyError: If a package of the extra `eval` is not installed.
     """
-    rows, cp = cp.with_default_labels(list(rows)), cp.without_defaults()
-    row_ids = _rows_by_label(rows, classifiers)
+    examples = cp.with_default_labels(as_examples(rows, columns=columns))
+    cp = cp.without_defaults()
+    row_ids = _rows_by_label(examples, classifiers)
     if not row_ids:
         attributes = ", ".join(repr(classifier.attribute) for classifier in classifiers)
         raise TrainingDataError(
-            f"no row has a label of {attributes or 'a classified attribute'}; give rows and "
+            f"no row has a label of {attributes or 'a classified attribute'}; give examples and "
             "classifiers of the same attributes"
         )
     if curve_rows < 1:
@@ -75,26 +80,26 @@ def evaluate(
     if not {0.0, 1.0} <= set(strengths):
         raise TrainingDataError("strengths must contain 0 and 1, which the others compare with")
     texts = TextCache(cp, folder, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    prompts: list[Hashable] = [row.prompt or row.messages or i for i, row in enumerate(rows)]
-    plain = [_without(row, row.attributes) for row in rows]
+    prompts: list[Hashable] = [row.prompt or row.messages or i for i, row in enumerate(examples)]
+    plain = [_without(row, row.attributes) for row in examples]
     without_user = {
-        i: _without(rows[i], ["user"]) for ids in _rows_by_user(rows).values() for i in ids
+        i: _without(examples[i], ["user"]) for ids in _rows_by_user(examples).values() for i in ids
     }
-    curve_ids = random.Random(seed).sample(range(len(rows)), min(curve_rows, len(rows)))
+    curve_ids = random.Random(seed).sample(range(len(examples)), min(curve_rows, len(examples)))
     curve_requests = {
         (key, strength): [_with_label(plain[i], key, strength) for i in curve_ids]
         for key in row_ids
         for strength in strengths
     }
     all_curve_rows = [row for requests in curve_requests.values() for row in requests]
-    texts.generate([*rows, *plain, *without_user.values(), *all_curve_rows], progress=progress)
+    texts.generate([*examples, *plain, *without_user.values(), *all_curve_rows], progress=progress)
 
     by_attribute = {classifier.attribute: classifier for classifier in classifiers}
     curve_texts = {key: texts.texts(requests) for key, requests in curve_requests.items()}
     curve_prompts = [prompts[i] for i in curve_ids]
-    generated, generated_plain = texts.texts(rows), texts.texts(plain)
+    generated, generated_plain = texts.texts(examples), texts.texts(plain)
     curves = _curves(cp, by_attribute, curve_texts, curve_prompts)
-    references = [row.completion for row in rows]
+    references = [row.completion for row in examples]
     return EvaluationReport(
         classifiers={
             name: {
@@ -105,7 +110,7 @@ def evaluate(
         },
         attribute_accuracy=_accuracy(by_attribute, row_ids, generated, prompts),
         attribute_accuracy_without=_accuracy(by_attribute, row_ids, generated_plain, prompts),
-        not_classified=_not_classified(rows, row_ids),
+        not_classified=_not_classified(examples, row_ids),
         curves=curves,
         monotonicity={
             name: spearman(
@@ -123,12 +128,12 @@ def evaluate(
             "chrF": bootstrap_mean(chrf(generated, references), prompts),
         },
         users=_user_similarity(
-            rows,
+            examples,
             generated,
             {i: texts.texts([row])[0] for i, row in without_user.items()},
             prompts,
         ),
-        num_rows=len(rows),
+        num_rows=len(examples),
     )
 
 
