@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from controlprefix import Example, Part, Prefix, Request, TrainingDataError
+from controlprefix.completion import PartUsed
 from controlprefix.evaluation import calibrate, evaluate
 from controlprefix.evaluation.calibration import strength_curve
 from controlprefix.evaluation.harness import base_model_nlls
 from controlprefix.evaluation.metrics import spearman
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
-from controlprefix.request import PartUsed
 
 from lib import plots
 from lib.attribute_methods import (

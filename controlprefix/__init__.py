@@ -24,14 +24,15 @@ from controlprefix.errors import (
 
 if TYPE_CHECKING:
     from controlprefix.attributes import AttributeSpace
+    from controlprefix.completion import Completion, Score
     from controlprefix.engine import ControlPrefix
     from controlprefix.prefixes import Geometry, Part, Prefix, PrefixBatch, assemble
-    from controlprefix.request import Completion, Example, Message, Request, Score
+    from controlprefix.request import Example, Message, Request
 
 
 _HOMES = {
     "AttributeSpace": "attributes",
-    "Completion": "request",
+    "Completion": "completion",
     "ControlPrefix": "engine",
     "Example": "request",
     "Geometry": "prefixes",
@@ -40,7 +41,7 @@ _HOMES = {
     "Prefix": "prefixes",
     "PrefixBatch": "prefixes",
     "Request": "request",
-    "Score": "request",
+    "Score": "completion",
     "assemble": "prefixes",
 }
 

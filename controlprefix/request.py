@@ -1,4 +1,4 @@
-"""Request, Example, Completion and Score: what a caller asks for, and what comes back."""
+"""Request and Example: what a caller asks for."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -358,72 +358,6 @@ class RequestFields(TypedDict, total=False):
     num_beams: int
     stop: tuple[str, ...] | list[str]
     seed: int | None
-
-
-class PartUsed(BaseModel):
-    """One prefix that a completion was steered by.
-
-    Attributes:
-        kind, name: The prefix.
-        version: Its version in the store; 0 if it is not stored.
-        strength: Its strength in this request.
-    """
-
-    kind: str
-    name: str
-    version: int
-    strength: float
-
-
-class StandIn(BaseModel):
-    """What was used for a label that has no prefix.
-
-    Attributes:
-        label: The label that was asked for, such as `tone=stern`.
-        how: `nearest` trained labels, a prefix made from a `text`, `interpolated` between the
-            trained numbers beside it, or `left out`.
-        used: Trained labels and their shares of the mixture; or the text, with 1.
-        similarity: Cosine of the sentence embeddings of the label and the nearest trained
-            label; 1 for a text and for a number.
-    """
-
-    label: str
-    how: Literal["nearest", "text", "interpolated", "left out"]
-    used: dict[str, float]
-    similarity: float
-
-
-class Completion(BaseModel):
-    """What was generated for one request.
-
-    Attributes:
-        text: Generated text without the end token, cut before a `stop` text.
-        finish_reason: `stop` at an end token or a `stop` text, `length` at `max_new_tokens`.
-        num_prompt_tokens, num_tokens: Tokens of the prompt and of the completion; slots are
-            not tokens.
-        parts: The prefixes used, with their versions and strengths.
-        stand_ins: What was used for labels without a prefix.
-    """
-
-    text: str
-    finish_reason: Literal["stop", "length"]
-    num_prompt_tokens: int
-    num_tokens: int
-    parts: tuple[PartUsed, ...] = ()
-    stand_ins: tuple[StandIn, ...] = ()
-
-
-class Score(BaseModel):
-    """The likelihood of a completion.
-
-    Attributes:
-        log_likelihood: Natural logarithm (nats), summed over the tokens of the completion;
-            an end token is not counted.
-        num_tokens: Tokens of the completion.
-    """
-
-    log_likelihood: float
-    num_tokens: int
 
 
 def is_valid_unicode(text: str) -> bool:

@@ -19,12 +19,13 @@ from controlprefix import (
     UnsupportedModelError,
     assemble,
 )
+from controlprefix.completion import PartUsed
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.model import FrozenModel
 from controlprefix.model.rotation import Rotation
 from controlprefix.model.steering import Steering
 from controlprefix.prefixes.schedule import Schedule
-from controlprefix.request import PartUsed, Request
+from controlprefix.request import Request
 from controlprefix.vllm.placement import MAX_SLOTS, Placement, place
 from controlprefix.vllm.prefix_folder import PrefixFolder
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 from controlprefix._io import requires_extra
+from controlprefix.completion import Completion, Score
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.components import Components
 from controlprefix.errors import RequestError
 from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.resolved_request import AnyRequest, ResolvedRequest
 from controlprefix.prefixes import PrefixBatch
-from controlprefix.request import Completion, Request, RequestFields, Score
+from controlprefix.request import Request, RequestFields
 
 if TYPE_CHECKING:
     from controlprefix.vllm.runner import VllmRunner

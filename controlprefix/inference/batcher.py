@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from controlprefix.completion import Completion
 from controlprefix.errors import ControlPrefixError, OverloadedError, RequestError
 from controlprefix.inference.guidance import RowPlan, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
@@ -15,7 +16,7 @@ from controlprefix.inference.runner import Deliver, Ticket, closing_error
 from controlprefix.inference.stopping import TextStream, completion_from_tokens
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Part
-from controlprefix.request import Completion, Request
+from controlprefix.request import Request
 
 
 @dataclass(slots=True, eq=False)

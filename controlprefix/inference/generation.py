@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from controlprefix.completion import Completion
 from controlprefix.errors import ModelOutputError
 from controlprefix.inference.guidance import RowPlan, guided_logits, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
@@ -29,7 +30,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import growing_cache
 from controlprefix.model.tokenization import RequestTokenizer, pad_rows
 from controlprefix.prefixes import PrefixBatch
-from controlprefix.request import Completion, Request
+from controlprefix.request import Request
 
 
 def generate_batch(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from controlprefix.completion import Completion, Score
 from controlprefix.errors import RequestError
 from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.continuous_batching import ContinuousBatcher
@@ -21,7 +22,7 @@ from controlprefix.inference.stopping import TextStream
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import rows_can_move
 from controlprefix.prefixes import PrefixBatch
-from controlprefix.request import Completion, Example, Request, Score
+from controlprefix.request import Example, Request
 
 
 class Generator:

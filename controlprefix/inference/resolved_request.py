@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
 
+from controlprefix.completion import Completion, PartUsed, StandIn
 from controlprefix.prefixes import Part
-from controlprefix.request import Completion, PartUsed, Request, StandIn
+from controlprefix.request import Request
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 

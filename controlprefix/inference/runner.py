@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from controlprefix.completion import Completion
 from controlprefix.errors import OverloadedError, RequestError
 from controlprefix.inference.resolved_request import ResolvedRequest
-from controlprefix.request import Completion
 
 _log = logging.getLogger(__name__)
 

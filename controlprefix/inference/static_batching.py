@@ -4,9 +4,9 @@ It serves models whose cached rows cannot be moved between caches (encoder-decod
 windows, recurrent layers). Requests that arrive meanwhile wait for the end of the batch.
 """
 
+from controlprefix.completion import Completion
 from controlprefix.inference.batcher import Batcher, Sequence
 from controlprefix.inference.generation import batch_key, generate_batch
-from controlprefix.request import Completion
 
 
 class StaticBatcher(Batcher):

@@ -4,8 +4,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Literal
 
+from controlprefix.completion import Completion
 from controlprefix.model.tokenization import RequestTokenizer
-from controlprefix.request import Completion, Request
+from controlprefix.request import Request
 
 _REPLACEMENT_CHARACTER = "\ufffd"  # a character of which not all bytes are generated yet
 _MAX_JOINED_WORDS = 4  # "do n ' t" becomes "don't"

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from controlprefix.attributes import AttributeSpace
 from controlprefix.attributes.ordinal import are_numbers, as_number
+from controlprefix.completion import StandIn
 from controlprefix.embeddings import embed
 from controlprefix.inference.resolved_request import AnyRequest
 from controlprefix.prefixes import PrefixKey
-from controlprefix.request import RESERVED_PARTS, Request, StandIn, WeightedLabel, weighted_labels
+from controlprefix.request import RESERVED_PARTS, Request, WeightedLabel, weighted_labels
 
 MIN_SIMILARITY = 0.3  # cosine of sentence embeddings, below which no label counts as near
 _MAX_LABELS = 3  # labels in a mixture

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from controlprefix.completion import Completion, StandIn
 from controlprefix.inference.runner import TokenLogProbs
-from controlprefix.request import Completion, StandIn
 
 Decode = Callable[[int], str]
 

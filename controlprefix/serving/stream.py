@@ -14,6 +14,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from controlprefix.completion import Completion, StandIn
 from controlprefix.errors import (
     ClientDisconnectedError,
     ControlPrefixError,
@@ -21,7 +22,7 @@ from controlprefix.errors import (
     RequestTimeoutError,
 )
 from controlprefix.inference.runner import Event, Ticket
-from controlprefix.request import Completion, Request, StandIn
+from controlprefix.request import Request
 from controlprefix.serving.bodies import CompletionBody
 from controlprefix.serving.errors import error_body
 from controlprefix.serving.openai import CompletionResponse, Format, LogProbs, Usage

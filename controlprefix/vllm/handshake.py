@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from controlprefix.completion import PartUsed
 from controlprefix.errors import EngineError
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Part
-from controlprefix.request import PartUsed, Request
+from controlprefix.request import Request
 from controlprefix.vllm.placement import Placement
 
 # Token ids; every vocabulary has them.
