@@ -81,8 +81,8 @@ def as_examples(
 ) -> list[Example]:
     """Rows of any form as examples.
 
-    A row is an `Example`, or a mapping in one of these forms, each with `task`, `attributes` and
-    `user` as needed:
+    A row is an `Example`, or a mapping in one of these forms, each with the other fields of an
+    `Example` as needed:
 
     - `prompt` (or `messages`) and `completion`, which may be a list of several references;
     - `text`: a text without a prompt;

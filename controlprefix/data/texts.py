@@ -81,7 +81,7 @@ def read_users(
 
     Args:
         source: Texts per user, pairs of a user and their texts (which are not read here), or
-            rows of any form that `as_examples` takes, with a `user` each.
+            rows of any form that `as_examples` takes, each with its user.
         columns: Which columns of rows hold what, if they have other names.
 
     Returns:

@@ -219,7 +219,7 @@ class ExchangeMethods(PrefixMethods):
                 order.
 
         Returns:
-            Version numbers, such as `{"task 'webnlg'": 1}`.
+            The number of each new version.
 
         Raises:
             PrefixFormatError: If it is no such checkpoint, or `labels` do not fit it.

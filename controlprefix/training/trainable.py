@@ -155,7 +155,7 @@ class PrefixModel(nn.Module):
         """Store the prefixes as they are now as new versions, all or none.
 
         Returns:
-            Their version numbers, such as `{"task 'email'": 1}`.
+            The number of each new version.
 
         Raises:
             PrefixFormatError: If a prefix holds NaN or infinite values; nothing is stored then.
