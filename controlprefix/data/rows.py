@@ -31,7 +31,7 @@ class Columns:
 
     Attributes:
         text: A text without a prompt, to be learned as a whole.
-        prompt, completion, user, task: The fields of an example.
+        prompt, completion, task: The fields of an example, as is the name of the user.
         attributes: Per attribute, the column of its labels.
     """
 
