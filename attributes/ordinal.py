@@ -1,5 +1,6 @@
 """Ordinal attributes: labels that are numbers, with mixtures of the two nearest in between."""
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from statistics import quantiles
@@ -7,7 +8,8 @@ from statistics import quantiles
 from controlprefix.errors import RequestError
 from controlprefix.request import Attributes, label_text, weighted_labels
 
-_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)")
+# Not what has a leading zero, which is a code.
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 MAX_DISTINCT = 8  # numbers of an attribute that are learned as labels of their own
 _NUM_ANCHORS = 5
 
@@ -99,7 +101,9 @@ def anchors(numbers: Sequence[float]) -> list[str]:
     Args:
         numbers: One per row.
     """
+    lowest, highest = min(numbers), max(numbers)
     inner = quantiles(numbers, n=_NUM_ANCHORS - 1, method="inclusive")
-    points = [min(numbers), *(float(f"{value:.2g}") for value in inner), max(numbers)]
-    inside = [point for point in points if points[0] <= point <= points[-1]]
-    return [label_text(point) for point in sorted(set(inside))]
+    digits = 2 - math.floor(math.log10(highest - lowest))  # a hundredth of the range
+    rounded = {round(value, digits) for value in inner}
+    points = {value for value in rounded if lowest < value < highest} | {lowest, highest}
+    return [label_text(point) for point in sorted(points)]

@@ -1,6 +1,6 @@
 """A number as a label: the length of a simplification, relative to its source (ASSET).
 
-Trained on ASSET's references with their own length ratios, then asked for ratios between the
+Trained on ASSET's references with their own length ratios, then requested for ratios between the
 trained labels. DATA holds `simplification_asset.*.jsonl.gz` with `source` and `asset_refs`.
 """
 
@@ -45,18 +45,18 @@ def prompt(source: str) -> str:
 
 
 def correlation(
-    method: Callable[..., Any], asked: Sequence[float], written: Sequence[float]
+    method: Callable[..., Any], requested: Sequence[float], written: Sequence[float]
 ) -> float:
     """A correlation; 0 if all texts have the same length."""
-    return 0.0 if len(set(written)) == 1 else float(method(asked, written).statistic)
+    return 0.0 if len(set(written)) == 1 else float(method(requested, written).statistic)
 
 
 def page(results: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     options, measured = results["options"], results["measured"]
     lines = [
-        line(asked, f"{values['mean']:.2f}", f"{values['sd']:.2f}", f"{values['cut']:.0%}")
-        for asked, values in measured["written"].items()
+        line(requested, f"{values['mean']:.2f}", f"{values['sd']:.2f}", f"{values['cut']:.0%}")
+        for requested, values in measured["written"].items()
     ]
     return "\n\n".join(
         [
@@ -118,13 +118,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for source in sources
     ]
     completions = cp.generate(requests)
-    asked = [length for length in options.lengths for _ in sources]
+    requested = [length for length in options.lengths for _ in sources]
     written = [
         ratio(source, completion.text.strip())
         for source, completion in zip(sources * len(options.lengths), completions, strict=True)
     ]
     by_length: dict[float, list[int]] = {}
-    for i, length in enumerate(asked):
+    for i, length in enumerate(requested):
         by_length.setdefault(length, []).append(i)
     table = {
         str(length): {
@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         value={
             "labels": [name.removeprefix("length=") for name in cp.names("attribute")],
             "correlation_of_means": correlation(pearsonr, options.lengths, means),
-            "pearson": correlation(pearsonr, asked, written),
-            "spearman": correlation(spearmanr, asked, written),
+            "pearson": correlation(pearsonr, requested, written),
+            "spearman": correlation(spearmanr, requested, written),
             "written": table,
         },
     )

@@ -39,6 +39,7 @@ def label_text(value: Any) -> Any:
         >>> [label_text(value) for value in (5, 5.0, 0.8, True, "warm")]
         ['5', '5', '0.8', 'true', 'warm']
     """
+    value = value.item() if hasattr(value, "item") else value  # numpy
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
@@ -46,7 +47,32 @@ def label_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) else value
 
 
-_Label = Annotated[str, BeforeValidator(label_text)]
+def _check_labels(attributes: Any) -> Any:
+    """A request's attributes with the names of labels as texts.
+
+    Raises:
+        ValueError: If a label is neither a text nor a finite number.
+    """
+    if not isinstance(attributes, Mapping):
+        return attributes
+    result: dict[Any, Any] = {}
+    for attribute, labels in attributes.items():
+        names = list(labels) if isinstance(labels, Mapping) else [labels]
+        for name in names:
+            plain = name.item() if hasattr(name, "item") else name
+            is_finite = isinstance(plain, (int, float)) and math.isfinite(plain)
+            if not isinstance(plain, str) and not is_finite:
+                raise ValueError(
+                    f"a label of {attribute!r} must be a text or a number, got "
+                    f"{type(name).__name__} {name!r}"
+                )
+        if not isinstance(labels, Mapping):
+            result[attribute] = label_text(labels)
+            continue
+        result[attribute] = {label_text(name): weight for name, weight in labels.items()}
+        if len(result[attribute]) < len(labels):
+            raise ValueError(f"the mixture of {attribute!r} names a label twice")
+    return result
 
 
 class WeightedLabel(NamedTuple):
@@ -111,7 +137,9 @@ class SteeringFields(BaseModel):
     user: str | None = None
     """User whose prefix to add."""
 
-    attributes: dict[str, _Label | dict[_Label, float]] = Field(default_factory=dict)
+    attributes: Annotated[dict[str, str | dict[str, float]], BeforeValidator(_check_labels)] = (
+        Field(default_factory=dict)
+    )
     """Per attribute its label, or a mixture as a dict of labels and weights. A label may be a
     number: between two trained numbers, it is a mixture of both."""
 

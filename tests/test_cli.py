@@ -366,6 +366,8 @@ def test_someones_table_is_shown_and_trained_on(model_folder: Path, tmp_path: Pa
         tmp_path, "enroll", "ana", str(table), "--text", "body", "--user", "agent", *model
     )
     assert "version 1, from 13 texts" in enrolled
+    sizes = ("--num-slots", "1", "--steps", "1", "--validation", "0.3")
+    assert "fewest slots" in run(tmp_path, "sweep", str(table), *columns, *model, *sizes)
     scored = run(tmp_path, "score", str(table), *columns, *model)
     assert scored.startswith("13 examples")
 

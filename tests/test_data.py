@@ -1,5 +1,6 @@
 """Rows in the forms that people have them: files, frames, chats, references."""
 
+import datetime
 import gzip
 import io
 import json
@@ -9,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlprefix import ContextLengthError, Example, TrainingDataError
+from controlprefix import ContextLengthError, ControlPrefix, Example, TrainingDataError
 from controlprefix.data import Columns, as_examples, as_texts, read_labelled, read_texts, read_users
 
 from helpers import QUICK, engine
+from models import byte_tokenizer
 
 RECORDS = [
     {"prompt": "Hi, you", "completion": 'He said "no";\nthen left', "task": "t", "tone": "warm"},
@@ -289,3 +292,91 @@ def test_rows_that_are_too_long_are_refused_cut_or_skipped(tmp_path: Path) -> No
     short = [{"prompt": "p" * 400, "completion": "x"}]
     with pytest.raises(TrainingDataError, match="none of the 1 rows fits"):
         cp.train(short, task="t", too_long="skip", **settings)
+
+
+def test_classes_of_a_dataset_are_their_names() -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+    rows = {"text": ["a", "b", "c"], "label": [0, 1, -1]}
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    columns = Columns(text="text", attributes={"mood": "label"})
+    expected_labels = [{"mood": "neg"}, {"mood": "pos"}, {}]
+    for source in (dataset, dataset.with_format("pandas")):
+        assert [e.attributes for e in as_examples(source, columns=columns)] == expected_labels
+
+
+def test_values_that_are_missing_are_no_labels(tmp_path: Path) -> None:
+    rows = [{"text": "a", "attributes": {"x": "1"}}, {"text": "b", "attributes": {"y": "q"}}]
+    expected_labels = [{"x": "1"}, {"y": "q"}]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "attributes": {"x": "1", "y": NaN}}\n'
+                    '{"text": "b", "attributes": {"x": null, "y": "q"}}\n')  # fmt: skip
+    for source in (dataset, pandas.DataFrame(rows), tmp_path / "rows.parquet", path):
+        assert [example.attributes for example in as_examples(source)] == expected_labels
+    for label in (float("inf"), [1], {"a": 1, "b": {}}, datetime.date(2026, 1, 1)):
+        with pytest.raises(TrainingDataError, match="attributes"):
+            as_examples([{"text": "a", "attributes": {"x": label}}])
+    with pytest.raises(TrainingDataError, match="a label of 'x' must be a text or a number, got"):
+        as_examples([{"text": "a", "attributes": {"x": float("inf")}}])
+    numbers = [{"text": "a", "attributes": {"x": np.int64(2), "y": np.bool_(True)}}]
+    assert as_examples(numbers)[0].attributes == {"x": "2", "y": "true"}
+    with pytest.raises(TrainingDataError, match="names a label twice"):
+        as_examples([{"text": "a", "attributes": {"x": {1: 0.5, "1": 0.5}}}])
+
+
+def test_one_chat_is_a_row_and_not_a_list_of_them(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+    for name in ("chat.json", "chat.jsonl", "chat"):
+        path = tmp_path / name
+        path.write_text(json.dumps(chat))
+        (example,) = as_examples(path)
+        assert example.completion == "yo"
+    chat["messages"][-1]["weight"] = 0  # type: ignore[assignment]
+    with pytest.raises(TrainingDataError, match="has weight 0"):
+        as_examples([chat])
+    separate = {
+        "messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}],
+        "completion": "z",
+    }
+    (example,) = as_examples([separate])
+    assert example.messages is not None
+    assert example.messages[0].role == "system"
+    nothing = {"role": "user", "content": [{"type": "text", "text": None}]}
+    with pytest.raises(TrainingDataError, match="parts that are no text"):
+        as_examples([{"messages": [nothing], "completion": "z"}])
+
+
+def test_damaged_files_are_no_raw_errors(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(b'{"text": "a"}' * 50))
+    content[20:30] = b"\xff" * 10
+    for name, data in (("a.jsonl.gz", bytes(content)), ("a.json", b"[" + b"9" * 5000 + b"]")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(TrainingDataError):
+            as_examples(tmp_path / name)
+    frame = pandas.DataFrame([["a", "b"]], columns=["text", "text"])
+    with pytest.raises(TrainingDataError, match="two columns are named 'text'"):
+        as_examples(frame)
+    (tmp_path / "one.txt").write_text("one\n")
+    assert read_texts(tmp_path / "one.txt") == ["one"]
+
+
+def test_a_named_text_column_is_the_text(tmp_path: Path) -> None:
+    rows = [{"a": "this", "completion": "not this", "prompt": "nor this"}]
+    (example,) = as_examples(rows, columns=Columns(text="a"))
+    assert (example.prompt, example.completion) == ("", "this")
+    assert as_examples([example], columns=Columns(text="a")) == [example]
+
+
+def test_a_conversation_that_cannot_be_cut_is_skipped() -> None:
+    cp = engine()
+    cp = ControlPrefix.from_pretrained(
+        cp.model, tokenizer=byte_tokenizer(chat=True), store="sqlite://"
+    )
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "ab"} for i in range(101)]
+    rows = [{"messages": messages, "completion": "x"}, {"prompt": "hi", "completion": "y"}]
+    settings = {**QUICK, "steps": 1, "validation": 0, "too_long": "cut"}
+    report = cp.train(rows, task="t", **settings)
+    assert (report.num_examples, report.num_skipped) == (1, 1)

@@ -162,3 +162,9 @@ def test_parts_of_one_text_are_on_one_side() -> None:
     ana = report.users["ana"]
     assert ana.num_held_out == 3  # 600 letters are three rows
     assert ana.num_examples == 27
+
+
+def test_a_prompt_is_the_same_as_one_message() -> None:
+    as_text = Example(prompt="Greet  Sam", completion="x")
+    as_message = Example(messages=[{"role": "user", "content": "greet Sam"}], completion="y")
+    assert prompt_identity(as_text) == prompt_identity(as_message)

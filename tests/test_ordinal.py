@@ -1,6 +1,7 @@
 """Labels that are numbers: known neighbours, mixtures in between, an error outside."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -29,8 +30,9 @@ def test_a_mixture_has_the_number_as_its_mean(points: list[int], at: float) -> N
 
 
 def test_what_is_a_number() -> None:
-    assert [as_number(x) for x in ("0.8", "-2", "3.", ".5")] == [0.8, -2.0, 3.0, 0.5]
-    assert all(as_number(x) is None for x in ("", "nan", "inf", "1e3", "0.8.1", "v1", "1 "))
+    assert [as_number(x) for x in ("0.8", "-2", "5e-05", "0", "1e+20")] == [0.8, -2, 5e-5, 0, 1e20]
+    no_numbers = ("", "nan", "inf", "01000", "007", "0.8.1", "v1", "1 ", "-", "1e", "--1", "²")
+    assert all(as_number(x) is None for x in no_numbers)
 
 
 def test_anchors_cover_the_range_and_are_few() -> None:
@@ -96,3 +98,62 @@ def test_the_attribute_space_fixes_the_labels_of_numbers() -> None:
     assert sorted(report.saved) == ["attribute 'length=0.5'", "attribute 'length=1.5'"]
     with pytest.raises(RequestError, match="outside"):
         cp.train([{**rows[0], "attributes": {"length": 2}}], **QUICK)
+
+
+@pytest.mark.parametrize(("start", "step"), [(2000, 1), (2020.0, 0.1), (1e20, 1e15), (-3, 0.3)])
+def test_anchors_do_not_collapse_in_a_narrow_range(start: float, step: float) -> None:
+    assert len(anchors([start + i * step for i in range(20)])) == 5
+
+
+def rows_of(numbers: list[float]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"Say {i}", "completion": "la", "task": "d", "attributes": {"n": n}}
+        for i, n in enumerate(numbers)
+    ]
+
+
+def test_an_attribute_that_is_trained_again_keeps_its_labels() -> None:
+    cp = engine()
+    settings = {**QUICK, "steps": 12, "batch_size": 8, "validation": 0}
+    cp.train(rows_of([float(i) for i in range(20)]), **settings)
+    first = set(cp.names("attribute"))
+    report = cp.train(rows_of([i * 1.5 for i in range(20)]), **settings)
+    labels = {f"attribute {name!r}" for name in first}
+    assert set(report.saved) == {*labels, "attribute 'n=28.5'", "task 'd'"}
+    used = cp.generate("Say", attributes={"n": 12}, max_new_tokens=1).parts
+    assert {part.version for part in used} == {2}
+
+
+def test_rows_over_stored_labels_attend_to_their_mixtures() -> None:
+    cp = engine()
+    cp.train(rows_of([1.0, 3.0] * 4), **{**QUICK, "validation": 0})
+    report = cp.train(rows_of([2.0, 1.5, 3.0]), learn="task", **{**QUICK, "validation": 0})
+    assert not report.left_out
+    checked = cp.train(rows_of([1.0, 3.0] * 4), **{**QUICK, "validation": rows_of([2.0])})
+    assert not checked.left_out
+    with pytest.raises(RequestError, match="outside of what the attribute has"):
+        cp.train(rows_of([1.0, 3.0] * 4), **{**QUICK, "validation": rows_of([99.0])})
+
+
+def test_a_sweep_trains_the_same_labels_as_a_training_run() -> None:
+    cp = engine()
+    rows = rows_of([float(i) for i in range(40)])
+    report = cp.sweep(rows, num_slots=(2,), steps=2, validation=0.2, progress=False)
+    assert len(report.points) == 1
+
+
+def test_codes_with_zeros_in_front_are_names() -> None:
+    cp = engine()
+    rows = [
+        {"text": f"la {i}", "task": "d", "attributes": {"zip": f"010{i:02}"}} for i in range(12)
+    ]
+    report = cp.train(rows, **{**QUICK, "steps": 12, "validation": 0})
+    assert len(report.saved) == 13
+
+
+def test_numbers_are_interpolated_however_labels_are_combined() -> None:
+    cp = engine()
+    cp.train(rows_of([1.0, 3.0] * 4), **{**QUICK, "validation": 0})
+    for fields in ({"mixing": "logits"}, {"unseen": "nearest"}, {"strengths": {"n": 0.5}}):
+        completion = cp.generate("Say", attributes={"n": 2}, max_new_tokens=2, **fields)
+        assert {part.name for part in completion.parts} == {"n=1", "n=3"}

@@ -25,7 +25,10 @@ from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
         ({"prompt": "x", "max_tokens": 3}, "unknown field 'max_tokens'.*mean 'max_new_tokens'"),
         ({"prompt": "x", "attributes": {"tone": {"warm": math.nan}}}, "of 'tone=warm' is nan"),
         ({"prompt": "x", "attributes": {"tone": {}}}, "attribute 'tone' names no label"),
-        ({"prompt": "x", "attributes": {"tone": ["warm"]}}, "attributes.tone"),
+        (
+            {"prompt": "x", "attributes": {"tone": ["warm"]}},
+            "a label of 'tone' must be a text",
+        ),
         ({"prompt": "x", "attributes": {"q=r": "s"}}, "'q=r' cannot be the name of an attribute"),
         ({"prompt": "x", "attributes": {"user": "s"}}, "'user' cannot be the name"),
         ({"prompt": "x\ud800"}, "half a surrogate pair"),

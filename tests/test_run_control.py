@@ -148,3 +148,10 @@ def test_options_that_have_no_effect_on_users_are_refused(tmp_path: Path) -> Non
     cp: ControlPrefix = engine()
     with pytest.raises(ControlPrefixError, match="tracker has no effect when training users"):
         cp.train_users({"ana": ["x"]}, tracker="tensorboard", progress=False)
+
+
+def test_a_wrong_folder_or_callback_is_told() -> None:
+    cp = engine()
+    for options, message in (({"folder": 5}, "give a path"), ({"on_step": 5}, "give a function")):
+        with pytest.raises(TrainingDataError, match=message):
+            cp.train(greetings(), **{**QUICK, **options})

@@ -181,6 +181,47 @@ def test_rows_that_name_nothing_and_unknown_prefixes_are_refused() -> None:
     with pytest.raises(TrainingDataError, match="names none of what is trained"):
         model.features(Example(prompt="x", completion="y", task="other"))
     ids = torch.tensor([[5, 6, 7]])
-    for wrong, message in (([[3]], "prefix_ids has 3"), ([[0], [1]], "2 rows for 1 rows")):
+    with pytest.raises(TrainingDataError, match="give input_ids"):
+        model()
+    with pytest.raises(TrainingDataError, match="prefix_strengths must have the shape"):
+        model(ids, prefix_ids=torch.tensor([[0]]), prefix_strengths=torch.ones(1, 2))
+    for wrong, message in (
+        ([[3]], "prefix_ids has 3"),
+        ([[0], [1]], "2 rows for 1 rows"),
+        ([0], "must be a tensor of shape"),
+    ):
         with pytest.raises(TrainingDataError, match=message):
             model(ids, prefix_ids=torch.tensor(wrong))
+
+
+def test_rows_have_their_strengths_and_mixtures() -> None:
+    cp = engine()
+    rows = [
+        {"prompt": f"D {i}", "completion": "w", "task": "d", "attributes": {"n": i}}
+        for i in range(20)
+    ]
+    model = cp.trainable(rows, num_slots=2)
+    features = [model.features(example) for example in as_examples(rows)]
+    for i, row in enumerate(features):
+        shares = {
+            model.keys[number].label: strength
+            for number, strength in zip(row["prefix_ids"], row["prefix_strengths"], strict=True)
+            if model.keys[number].kind == "attribute"
+        }
+        assert sum(shares.values()) == pytest.approx(1)
+        mean = sum(float(label) * strength for label, strength in shares.items())
+        assert mean == pytest.approx(i, abs=1e-4)
+    mixed = cp.trainable(greetings(2), num_slots=2)
+    weights = {"formality": {"formal": 0.2, "informal": 0.8}}
+    example = Example(prompt="a", completion="b", task="greet", attributes=weights)
+    batch = mixed.collate([mixed.features(example), mixed.features(greetings(1)[0])])
+    logits = mixed(**batch).logits[0]
+    mixed.publish()
+    with torch.no_grad(), cp.assembled(example):
+        expected = cp.model(batch["input_ids"][:1]).logits[0]
+    length = int(batch["attention_mask"][0].sum())
+    torch.testing.assert_close(logits[:length], expected[:length], atol=1e-5, rtol=1e-5)
+    absent = example.model_copy(update={"strengths": {"task": 0.0}})
+    assert PrefixKey("task", "greet") not in {
+        mixed.keys[number] for number in mixed.features(absent)["prefix_ids"]
+    }

@@ -130,13 +130,14 @@ def sweep(
     from controlprefix.data import as_examples
 
     held_out, names = parse_validation(validation), columns.columns()
+    if isinstance(held_out, str):
+        held_out = cast(Any, as_examples(held_out, columns=names, defaults=columns.defaults()))
     counts = [int(parse_number("--num-slots", item)) for item in parse_list(num_slots)]
     examples = as_examples(data, columns=names, defaults=columns.defaults())
     cp = engine.open()
     with exit_when_interrupted():
         report = cp.sweep(
             examples,
-            columns=names,
             num_slots=counts,
             parameterizations=cast(Any, parse_list(parameterizations)),
             learn=cast(Any, None if learn is None else parse_list(learn)),

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from controlprefix.errors import TrainingDataError
 STDIN = "-"
 _DELIMITERS = ",;\t|"
 _MAX_CELL_CHARACTERS = 1 << 30
+_ROW_FIELDS = {"prompt", "messages", "completion", "text"}
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _SUFFIXES = {
     ".csv": "csv",
@@ -81,7 +83,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         content = sys.stdin.buffer.read() if str(path) == STDIN else Path(path).read_bytes()
         return gzip.decompress(content) if content.startswith(_GZIP) else content
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TrainingDataError(f"cannot read {path}: {error}") from error
 
 
@@ -151,8 +153,10 @@ def _json(name: str, text: str) -> Iterator[Record]:
             yield from _json_lines(name, text)
             return
         raise TrainingDataError(f"{name} is not JSON: {error}") from error
-    except RecursionError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainingDataError(f"{name} is not JSON: {error}") from error
+    if isinstance(value, dict) and _ROW_FIELDS & value.keys():
+        value = [value]
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         if len(lists) == 1 and all(isinstance(item, dict) for item in lists[0]):

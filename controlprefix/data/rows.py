@@ -2,9 +2,9 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from controlprefix.data.files import Record, read_records
@@ -16,6 +16,7 @@ Rows = Iterable[Any] | str | os.PathLike[str]
 
 _OWN_FIELDS = tuple(Example.model_fields)
 _RENAMED = ("text", "prompt", "completion", "user", "task")
+_INSTEAD_OF_TEXT = ("prompt", "messages", "completion")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _FORMS = (
     '{"prompt": "…", "completion": "…"}, {"text": "…"} or {"messages": […]}, each with "task", '
@@ -50,6 +51,8 @@ class Columns:
         result = {name: value for name, value in fields.items() if name not in taken}
         if self.attributes or set(names) - {"task"}:
             result = {k: v for k, v in result.items() if k in (*_OWN_FIELDS, "text")}
+        if self.text is not None:
+            result = {k: v for k, v in result.items() if k not in _INSTEAD_OF_TEXT}
         result |= {name: fields[column] for name, column in columns.items() if column in fields}
         labels = {
             attribute: fields[column]
@@ -102,7 +105,8 @@ def as_examples(
     records = list(_records(rows))
     if columns is not None:
         existing = {name for row in records if isinstance(row, Record) for name in row.fields}
-        columns.require_in(existing, has_task="task" in (defaults or {}))
+        if existing:
+            columns.require_in(existing, has_task="task" in (defaults or {}))
     for row in records:
         if isinstance(row, Example):
             examples.append(row)
@@ -110,7 +114,7 @@ def as_examples(
         try:
             if row.problem:
                 raise ValueError(row.problem)
-            own = _examples_of(row.fields, columns, defaults or {})
+            own = _examples_of(_without_gaps(row.fields), columns, defaults or {})
             examples += [example.from_source(row.place) for example in own]
         except (ValueError, TypeError) as error:  # TrainingDataError is a ValueError
             problems.append(f"{row.place}: {error}")
@@ -137,14 +141,13 @@ def _records(rows: Rows) -> Iterator[Example | Record]:
     if isinstance(rows, Mapping):
         splits = shortened([repr(name) for name in rows])
         raise TrainingDataError(f"expected rows, got a mapping of {splits}; give one of its values")
+    class_names = _class_names(rows)
     for number, row in enumerate(_iterable(rows), 1):
         if isinstance(row, Example):
             yield row
         elif isinstance(row, Mapping):
-            fields = {
-                str(k): plain for k, v in row.items() if (plain := _plain_value(v)) is not None
-            }
-            yield Record(f"row {number}", fields)
+            fields = {str(name): value for name, value in row.items()}
+            yield Record(f"row {number}", {**fields, **class_names(fields)})
         else:
             problem = f"expected an Example or a dict, got {type(row).__name__}"
             yield Record(f"row {number}", {}, problem)
@@ -160,21 +163,48 @@ def _iterable(rows: Any) -> Iterable[Any]:
         if hasattr(rows, name):
             return list(convert())
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
+        repeated = [str(name) for name, count in Counter(rows.columns).items() if count > 1]
+        if repeated:
+            raise TrainingDataError(f"two columns are named {repeated[0]!r}")
         return list(rows.to_dict("records"))
+    if hasattr(rows, "features") and hasattr(rows, "with_format"):  # datasets
+        rows = rows.with_format(None)
     if not isinstance(rows, Iterable):
         raise TrainingDataError(f"expected rows, got {type(rows).__name__}; give a list of rows")
     return rows
 
 
-def _plain_value(value: Any) -> Any:
-    """A cell as plain Python; None where a DataFrame has no value."""
-    if hasattr(value, "tolist"):  # numpy
-        value = value.tolist()
-    if type(value).__name__ in {"NAType", "NaTType"}:
-        return None
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value
+def _class_names(rows: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What names the classes that a `datasets.Dataset` holds as numbers."""
+    features = getattr(rows, "features", None)
+    names: dict[str, Sequence[str]] = {
+        column: feature.names
+        for column, feature in (features.items() if isinstance(features, Mapping) else ())
+        if hasattr(feature, "int2str")
+    }
+
+    def named(fields: Mapping[str, Any]) -> dict[str, Any]:
+        numbers = {column: fields[column] for column in names if fields.get(column) is not None}
+        # A class that is not known is -1.
+        return {c: names[c][number] if number >= 0 else None for c, number in numbers.items()}
+
+    return named
+
+
+def _without_gaps(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without cells that have no value, also among its attributes."""
+    plain = {name: value for name, value in fields.items() if not _is_missing(value)}
+    if isinstance(plain.get("attributes"), Mapping):
+        labels = plain["attributes"].items()
+        plain["attributes"] = {name: label for name, label in labels if not _is_missing(label)}
+    return plain
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a cell is what stands for no value in JSON, pandas or numpy."""
+    if value is None or type(value).__name__ in {"NAType", "NaTType"}:
+        return True
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _examples_of(
@@ -186,8 +216,13 @@ def _examples_of(
         if "completion" in own or "prompt" in own or "messages" in own:
             raise ValueError("has a text and a prompt or completion; leave the text out")
         own |= {"prompt": "", "raw": True, "completion": own.pop("text")}
-    elif "messages" in own and "completion" not in own:
-        own |= _of_conversation(own["messages"])
+    elif "messages" in own:
+        messages = _plain_messages(own["messages"])
+        own["messages"] = messages
+        if "completion" not in own:
+            if len(messages) < 2 or messages[-1]["role"] != "assistant":
+                raise ValueError("messages must end with the assistant's message, which is learned")
+            own |= {"messages": messages[:-1], "completion": messages[-1]["content"]}
     for name in ("user", "task"):
         if isinstance(own.get(name), (int, float)):
             own[name] = label_text(own[name])
@@ -199,14 +234,14 @@ def _examples_of(
     return [Example(**{**defaults, **own})]
 
 
-def _of_conversation(messages: Any) -> dict[str, Any]:
-    """The fields of a conversation whose last message is to be learned.
+def _plain_messages(messages: Any) -> list[dict[str, Any]]:
+    """A conversation's messages as an `Example` takes them.
 
     Raises:
-        ValueError: If it does not end with the assistant's message, or uses tools.
+        ValueError: If it uses tools, or its last message is not to be learned.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or len(messages) < 2:
-        raise ValueError("messages must be a list that ends with the assistant's message")
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError("messages must be a list of messages with role and content")
     plain = []
     for message in messages:
         role = message.get("role") if isinstance(message, Mapping) else None
@@ -216,16 +251,20 @@ def _of_conversation(messages: Any) -> dict[str, Any]:
                 f"{', '.join(_ROLES)}, without tool calls"
             )
         plain.append({"role": _ROLES[role], "content": _content(message.get("content"))})
-    if plain[-1]["role"] != "assistant":
-        raise ValueError("messages must end with the assistant's message, which is learned")
-    return {"messages": plain[:-1], "completion": plain[-1]["content"]}
+    if messages and messages[-1].get("weight") == 0:
+        raise ValueError("the last message has weight 0, so there is nothing to learn")
+    return plain
 
 
 def _content(content: Any) -> Any:
     """A message's text, which may be given in parts."""
     if not isinstance(content, (list, tuple)):
         return content
-    parts = [part for part in content if isinstance(part, Mapping)]
-    if len(parts) < len(content) or any(part.get("type") != "text" for part in parts):
+    texts = [
+        part.get("text")
+        for part in content
+        if isinstance(part, Mapping) and part.get("type") == "text"
+    ]
+    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
         raise ValueError("a message has parts that are no text")
-    return "".join(chain.from_iterable(str(part.get("text", "")) for part in parts))
+    return "".join(map(str, texts))

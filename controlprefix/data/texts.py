@@ -19,7 +19,7 @@ _PARAGRAPH_END = re.compile(r"\n[ \t]*\n")
 
 
 def read_texts(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     split: TextSplit = "line",
     columns: Columns | None = None,
@@ -41,6 +41,7 @@ def read_texts(
     if split not in get_args(TextSplit):
         raise TrainingDataError(f"split is {split!r}; it must be one of: line, paragraph, file")
     texts: list[str] = []
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     for path in paths:
         if has_records(path) or columns is not None:
             texts += _texts_of_rows(path, columns, user)

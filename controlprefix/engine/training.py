@@ -1,5 +1,6 @@
 """The methods of `ControlPrefix` that train task and attribute prefixes."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -14,7 +15,7 @@ from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.generation import GenerationMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.prefixes import Kind, PrefixKey
-from controlprefix.request import Example, Request, weighted_labels
+from controlprefix.request import Example, Request, label_text, weighted_labels
 from controlprefix.training import (
     Initialization,
     Initializations,
@@ -31,6 +32,9 @@ from controlprefix.training import (
 from controlprefix.training.trainer import distillation_target, with_instruction
 
 _DISTILL_BATCH_SIZE = 32
+
+
+_log = logging.getLogger("controlprefix")
 
 
 class TrainingMethods(GenerationMethods):
@@ -91,7 +95,7 @@ class TrainingMethods(GenerationMethods):
         rows = self._rows(examples, columns, task)
         control, fields = RunControl.split_off(options)
         fields, held_out = self._without_rows(fields, columns, task)
-        labels = self._ordinal_labels(rows)
+        labels = self._ordinal_labels(rows, learn)
         only_users = learn == "user" or (learn is not None and list(learn) == ["user"])
         defaults = {"parameterization": "direct"} if only_users else {}
         return self._trainer.train(
@@ -138,9 +142,15 @@ class TrainingMethods(GenerationMethods):
         settings = TrainingSettings.from_options(
             {"parameterization": parameterization, "seed": seed, "validation": 0.0}
         )
+        labels = self._ordinal_labels(rows, learn)
+
+        def prepared(example: Example) -> Example:
+            return _interpolated(self.with_default_labels([example]), labels)[0]
+
         return self._trainer.trainable(
-            _interpolated(rows, self._ordinal_labels(rows)),
+            _interpolated(rows, labels),
             settings,
+            prepared=prepared,
             learn=learn,
             num_slots=num_slots,
             init=init,
@@ -252,13 +262,15 @@ class TrainingMethods(GenerationMethods):
         """
         control, fields = RunControl.split_off(options)
         fields, held_out = self._without_rows(fields, columns, task)
+        rows = self._rows(examples, columns, task)
+        labels = self._ordinal_labels(rows, learn)
         return self._trainer.sweep(
-            self._rows(examples, columns, task),
+            _interpolated(rows, labels),
             num_slots=num_slots,
             parameterizations=parameterizations,
             learn=learn,
             init=init,
-            validation=held_out,
+            validation=_interpolated(held_out, labels),
             options=fields,
             progress=control.progress,
         )
@@ -290,8 +302,14 @@ class TrainingMethods(GenerationMethods):
         rows = self._rows(examples, columns, None)
         return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
 
-    def _ordinal_labels(self, rows: Sequence[Example]) -> dict[str, Collection[str]]:
-        """Per attribute with many numbers, the labels that its numbers are mixtures of."""
+    def _ordinal_labels(
+        self, rows: Sequence[Example], learn: Learnable | Sequence[Learnable] | None = None
+    ) -> dict[str, Collection[str]]:
+        """Per attribute with numbers as labels, the labels that other numbers are mixtures of.
+
+        They are those of the attribute space, or the stored ones with what lies outside of them,
+        or the numbers of the rows, if they are few, or else anchors over their range.
+        """
         numbers: dict[str, list[float]] = {}
         names: dict[str, set[str]] = {}
         for row in rows:
@@ -299,13 +317,33 @@ class TrainingMethods(GenerationMethods):
                 names.setdefault(attribute, set()).add(label)
                 if (number := as_number(label)) is not None:
                     numbers.setdefault(attribute, []).append(number)
+        stored: dict[str, set[str]] = {}
+        for name in self._model_store.names("attribute") if numbers else ():
+            key = PrefixKey("attribute", name)
+            stored.setdefault(key.attribute, set()).add(key.label)
         space = self.attributes.attributes if self.attributes else {}
-        return {
-            attribute: space[attribute].labels.keys() if attribute in space else anchors(values)
-            for attribute, values in numbers.items()
-            if attribute in space
-            or (len(names[attribute]) > MAX_DISTINCT and are_numbers(names[attribute]))
-        }
+        learned = learn is None or "attributes" in ([learn] if isinstance(learn, str) else learn)
+        result: dict[str, Collection[str]] = {}
+        for attribute, values in numbers.items():
+            own, earlier = names[attribute], stored.get(attribute, set())
+            if attribute in space:
+                result[attribute] = space[attribute].labels.keys()
+            elif are_numbers(earlier):
+                few = len(own | earlier) <= MAX_DISTINCT
+                ends = own if few else {label_text(min(values)), label_text(max(values))}
+                outside = ends if few else {end for end in ends if not _is_inside(end, earlier)}
+                result[attribute] = earlier | (outside if learned else set())
+            elif are_numbers(own) and len(own) > MAX_DISTINCT:
+                result[attribute] = anchors(values)
+                _log.warning(
+                    "%s has %d numbers as labels: learned as %s, and mixtures of them",
+                    attribute,
+                    len(own),
+                    ", ".join(result[attribute]),
+                )
+            elif are_numbers(own):
+                result[attribute] = own
+        return result
 
     def _rows(self, rows: Rows, columns: Columns | None, task: str | None) -> list[Example]:
         """Rows in any form as examples with default labels."""
@@ -336,3 +374,9 @@ def _interpolated(rows: Sequence[Example], labels: Mapping[str, Collection[str]]
         row.model_copy(update={"attributes": interpolate(row.attributes, labels)[0]})
         for row in rows
     ]
+
+
+def _is_inside(label: str, labels: Collection[str]) -> bool:
+    numbers = [number for name in labels if (number := as_number(name)) is not None]
+    number = as_number(label)
+    return number is not None and min(numbers) <= number <= max(numbers)

@@ -281,9 +281,9 @@ class Prefix:
     def from_peft(cls, folder: str | Path, geometry: Geometry) -> Self:
         """Read a PEFT checkpoint of prefix tuning or a cartridge.
 
-        On rotary models it is exact: logits equal PEFT's. On others, whose text has other
-        positions in PEFT, it is a start for training (`is_exact` is False). The checkpoint does
-        not say which weights it was made for, so nobody checks that.
+        On rotary models it is exact, within a layer's sliding window: logits equal PEFT's. On
+        others, whose text has other positions in PEFT, it is a start for training (`is_exact` is
+        False). The checkpoint does not say which weights it was made for, so nobody checks that.
 
         Args:
             folder: With `adapter_config.json` and `adapter_model.safetensors`.

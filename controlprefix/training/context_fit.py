@@ -52,16 +52,20 @@ def fit_to_context(
         try:
             (ids,) = tokenizer.ids_of_examples([example])
         except ContextLengthError:
-            if too_long == "skip":
+            try:
+                cut = tokenizer.cut_example_ids(example) if too_long == "cut" else None
+            except ContextLengthError:  # too many messages, none of which is long
+                cut = None
+            if cut is None:
                 num_skipped += 1
                 continue
-            ids = tokenizer.cut_example_ids(example)
+            ids = cut
             num_cut += 1
         fitted.examples.append(example)
         fitted.tokenized.append(ids)
     if examples and not fitted.examples:
         raise TrainingDataError(
             f"none of the {len(examples)} rows fits the model's context of "
-            f"{tokenizer.context_length} tokens; cut them with too_long='cut'"
+            f"{tokenizer.context_length} tokens; too_long='cut' cuts what can be cut"
         )
     return fitted._replace(num_cut=num_cut, num_skipped=num_skipped)

@@ -1,6 +1,7 @@
 """RunControl: where a run is recorded, and who watches it."""
 
 import contextlib
+import os
 import signal
 import threading
 import warnings
@@ -82,6 +83,11 @@ class RunControl:
         names = {field.name for field in fields(cls)}
         own = {name: value for name, value in options.items() if name in names}
         folder = own.get("folder")
+        if not isinstance(folder, (str, os.PathLike, type(None))):
+            raise TrainingDataError(f"folder is {folder!r}; give a path")
+        for name in ("on_step", "on_validation"):
+            if own.get(name) is not None and not callable(own[name]):
+                raise TrainingDataError(f"{name} is {own[name]!r}; give a function")
         control = cls(**{**own, "folder": None if folder is None else Path(folder)})
         control.require_folder()
         return control, {name: value for name, value in options.items() if name not in names}

@@ -167,7 +167,9 @@ def split(
 def prompt_identity(example: Example) -> str:
     """What examples with the same prompt have in common; empty for a text without a prompt."""
     texts = [example.prompt or ""]
-    if example.messages is not None:
+    if example.messages is not None and [m.role for m in example.messages] == ["user"]:
+        texts = [example.messages[0].content]  # the same as a prompt
+    elif example.messages is not None:
         texts = [f"{message.role}: {message.content}" for message in example.messages]
     return _normalized(" ".join(texts))
 

@@ -1,7 +1,7 @@
 """PrefixModel: prefixes being learned as a `torch.nn.Module`, for your own training loop."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.request import Example
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
+from controlprefix.training.preparation import check_trainable
 
 _IGNORED = -100  # labels that transformers leaves out of the loss
 _NO_PREFIX = -1
@@ -32,17 +33,25 @@ class PrefixModel(nn.Module):
         frozen: The model.
         prefixes: What is trained.
         publish: Stores prefixes; returns their versions.
+        prepared: An example with default labels, and with numbers as mixtures of labels.
 
     Attributes:
         prefixes: As given.
     """
 
-    def __init__(self, frozen: FrozenModel, prefixes: TrainablePrefixes, publish: Publish) -> None:
+    def __init__(
+        self,
+        frozen: FrozenModel,
+        prefixes: TrainablePrefixes,
+        publish: Publish,
+        prepared: Callable[[Example], Example] = lambda example: example,
+    ) -> None:
         super().__init__()
         self.prefixes = prefixes.to_device(frozen.device)
         # Outside of the module's own state, so that nothing trains, moves or saves the model.
         self.__dict__["_frozen"] = frozen
         self.__dict__["_publish"] = publish
+        self.__dict__["_prepared"] = prepared
 
     def forward(
         self,
@@ -50,6 +59,7 @@ class PrefixModel(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         prefix_ids: Tensor | None = None,
+        prefix_strengths: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
         """Call the frozen model with each row's prefixes attached, with gradients to them.
@@ -59,6 +69,7 @@ class PrefixModel(nn.Module):
                 num_tokens)`.
             prefix_ids: Numbers of each row's prefixes, in the order of `keys`, `(num_rows,
                 num_parts)`; -1 for none. Left out, every row attends to all prefixes.
+            prefix_strengths: Their strengths, of the same shape; left out, 1.
             **inputs: Any other inputs of the frozen model.
 
         Returns:
@@ -74,6 +85,7 @@ class PrefixModel(nn.Module):
             input_ids,
             attention_mask=attention_mask,
             prefix_ids=prefix_ids,
+            prefix_strengths=prefix_strengths,
             **inputs,
         )
 
@@ -88,10 +100,13 @@ class PrefixModel(nn.Module):
         input_ids: Tensor | None = None,
         *,
         prefix_ids: Tensor | None = None,
+        prefix_strengths: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
-        first = input_ids if input_ids is not None else inputs["inputs_embeds"]
-        parts = self._parts(len(first), prefix_ids)
+        first = input_ids if input_ids is not None else inputs.get("inputs_embeds")
+        if first is None:
+            raise TrainingDataError("give input_ids or inputs_embeds")
+        parts = self._parts(len(first), prefix_ids, prefix_strengths)
         with self._frozen.attached(self._frozen.assemble(parts), everywhere=True):
             return module(input_ids=input_ids, **inputs)
 
@@ -100,55 +115,69 @@ class PrefixModel(nn.Module):
         """The prefixes that are trained; `prefix_ids` are places in it."""
         return self.prefixes.keys
 
-    def generate(self, *arguments: Any, prefix_ids: Tensor | None = None, **options: Any) -> Any:
+    def generate(
+        self,
+        *arguments: Any,
+        prefix_ids: Tensor | None = None,
+        prefix_strengths: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
         """Generate with the prefixes as they are now: transformers' `generate`.
 
         Args:
             *arguments: As transformers takes them.
-            prefix_ids: As in `forward`.
+            prefix_ids, prefix_strengths: As in `forward`.
             **options: As transformers takes them.
         """
         ids = arguments[0] if arguments else options["input_ids"]
         with torch.no_grad():
-            parts = self._parts(len(ids), prefix_ids)
+            parts = self._parts(len(ids), prefix_ids, prefix_strengths)
             with self._frozen.attached(self._frozen.assemble(parts), everywhere=True):
                 return self._frozen.model.generate(*arguments, **options)
 
-    def features(self, example: Example) -> dict[str, list[int]]:
+    def features(self, example: Example) -> dict[str, list[Any]]:
         """An example as the inputs of one row, for a dataset; `collate` makes batches of them.
 
         Returns:
-            `input_ids`, `labels` (-100 at the prompt) and `prefix_ids`; for an encoder-decoder
-            the labels are the completion alone.
+            `input_ids`, `labels` (-100 at the prompt), `prefix_ids` and `prefix_strengths`; for an
+            encoder-decoder the labels are the completion alone.
 
         Raises:
-            TrainingDataError: If it names none of the prefixes.
+            TrainingDataError: If it names none of the prefixes, or has a strength below 0.
             ContextLengthError: If it does not fit the model's context.
         """
-        named = [part.key for part in example.named_parts if part.key in self.keys]
+        example = self._prepared(example)
+        named = [part for part in example.named_parts if part.key in self.keys and part.strength]
         if not named:
             names = ", ".join(map(str, self.keys))
             raise TrainingDataError(f"the example names none of what is trained: {names}")
+        check_trainable([example])
         tokenizer = self._frozen.request_tokenizer
         row = TrainingRow.from_example(tokenizer.example_ids(example), tokenizer.end_id, (), ())
         prompt, targets = list(row.prompt), list(row.targets)
-        prefix_ids = [self.keys.index(key) for key in named]
-        if self._frozen.is_encoder_decoder:
-            return {"input_ids": prompt, "labels": targets, "prefix_ids": prefix_ids}
-        labels = [_IGNORED] * len(prompt) + targets
-        return {"input_ids": prompt + targets, "labels": labels, "prefix_ids": prefix_ids}
+        inputs: dict[str, list[Any]] = {"input_ids": prompt, "labels": targets}
+        if not self._frozen.is_encoder_decoder:
+            inputs["labels"] = [_IGNORED] * len(prompt) + targets
+            inputs["input_ids"] = prompt + targets
+        inputs["prefix_ids"] = [self.keys.index(part.key) for part in named]
+        inputs["prefix_strengths"] = [part.strength for part in named]
+        return inputs
 
-    def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[dict[str, list[Any]]]) -> dict[str, Tensor]:
         """Pad rows of `features` to a batch: a data collator."""
         pad_id = self._frozen.request_tokenizer.pad_id
         ids, mask = pad_rows([row["input_ids"] for row in rows], pad_id, left=False)
         labels, _ = pad_rows([row["labels"] for row in rows], _IGNORED, left=False)
         prefix_ids, _ = pad_rows([row["prefix_ids"] for row in rows], _NO_PREFIX, left=False)
+        strengths = torch.zeros(prefix_ids.shape)
+        for own, row in zip(strengths, rows, strict=True):
+            own[: len(row["prefix_strengths"])] = torch.tensor(row["prefix_strengths"])
         return {
             "input_ids": ids,
             "attention_mask": mask,
             "labels": labels,
             "prefix_ids": prefix_ids,
+            "prefix_strengths": strengths,
         }
 
     def publish(self) -> dict[str, int]:
@@ -181,25 +210,35 @@ class PrefixModel(nn.Module):
                 raise
             return getattr(self.__dict__["_frozen"].model, name)
 
-    def _parts(self, num_rows: int, prefix_ids: Tensor | None) -> list[list[Part]]:
+    def _parts(
+        self, num_rows: int, prefix_ids: Tensor | None, strengths: Tensor | None
+    ) -> list[list[Part]]:
         """The parts of each row."""
         keys = self.keys
         if prefix_ids is None:
-            rows = [list(range(len(keys)))] * num_rows
-        else:
-            rows = [list(_numbers(row)) for row in prefix_ids.tolist()]
-        unknown = next((n for row in rows for n in row if not 0 <= n < len(keys)), None)
+            prefix_ids = torch.arange(len(keys)).expand(num_rows, -1)
+        if not isinstance(prefix_ids, Tensor) or prefix_ids.dim() != 2:
+            raise TrainingDataError("prefix_ids must be a tensor of shape (num_rows, num_parts)")
+        if len(prefix_ids) != num_rows:
+            raise TrainingDataError(
+                f"prefix_ids has {len(prefix_ids)} rows for {num_rows} rows of ids"
+            )
+        strengths = torch.ones(prefix_ids.shape) if strengths is None else strengths
+        if strengths.shape != prefix_ids.shape:
+            raise TrainingDataError("prefix_strengths must have the shape of prefix_ids")
+        rows = [
+            [
+                (int(number), strength)
+                for number, strength in zip(ids, own, strict=True)
+                if number != _NO_PREFIX
+            ]
+            for ids, own in zip(prefix_ids.tolist(), strengths.tolist(), strict=True)
+        ]
+        unknown = next((n for row in rows for n, _ in row if not 0 <= n < len(keys)), None)
         if unknown is not None:
             raise TrainingDataError(
                 f"prefix_ids has {unknown}, but there are {len(keys)} prefixes: "
                 f"{known_names('', map(str, keys))}"
             )
-        if len(rows) != num_rows:
-            raise TrainingDataError(f"prefix_ids has {len(rows)} rows for {num_rows} rows of ids")
-        used = {keys[number] for row in rows for number in row}
-        prefixes = self.prefixes.prefixes(used)
-        return [[Part(prefixes[keys[number]]) for number in row] for row in rows]
-
-
-def _numbers(row: Sequence[int]) -> Iterator[int]:
-    return (number for number in row if number != _NO_PREFIX)
+        prefixes = self.prefixes.prefixes({keys[number] for row in rows for number, _ in row})
+        return [[Part(prefixes[keys[n]], strength) for n, strength in row] for row in rows]

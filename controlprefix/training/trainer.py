@@ -130,6 +130,7 @@ class Trainer:
         num_slots: int | Mapping[Learnable, int],
         init: Initialization | Initializations,
         num_slots_of: Callable[[PrefixKey], int | None],
+        prepared: Callable[[Example], Example],
     ) -> PrefixModel:
         """Prefixes at their initialization, for your own loop: `ControlPrefix.trainable`."""
         preparation = prepare(
@@ -149,7 +150,7 @@ class Trainer:
             details = {"training": {"loop": "own", "parameterization": settings.parameterization}}
             return self._publish(values, details)
 
-        return PrefixModel(self._frozen, prefixes, publish)
+        return PrefixModel(self._frozen, prefixes, publish, prepared)
 
     def sweep(
         self,
