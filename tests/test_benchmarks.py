@@ -41,11 +41,11 @@ RUNS = {
     "loading": "--rounds 1",
     "long_prompts": "--tokens 300 --rounds 1",
     "compatibility": "--families llama mamba bart",
-    "storage_dtypes": "--steps 1",
+    "storage_dtypes": "--steps 8",
     "store": "--small 40 --large 40 --times 2",
     "quality": "DATA --seeds 0 --steps 1 --batch-size 4 --num-slots 2 --rows 4 --texts 2 "
     "--new-tokens 2",
-    "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.3",
+    "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.01",
     "attributes": "DATA --studies styles --steps 6 --num-slots 2 --texts 2 --new-tokens 2",
     "strengths": "DATA --steps 6 --user-steps 1 --num-slots 2 --texts 24 --curve-texts 4 "
     "--new-tokens 2",

@@ -73,13 +73,13 @@ def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) ->
     )
     assert "fewest slots within 0.01 of the lowest:" in swept
     assert json.loads((tmp_path / "sweep.json").read_text())["points"][1]["num_slots"] == 2
-    assert run(tmp_path, "prefixes", "list").strip() == "nothing is stored yet"
+    assert run(tmp_path, "prefixes", "list").startswith("nothing is stored yet in ")
 
     again = ("--folder", str(tmp_path / "run"), "--resume")
     train = ("train", str(data), "--num-slots", "4", *common, *again)
     first, second = run(tmp_path, *train), run(tmp_path, *train)
     assert "stored task 'note' version 1" in first
-    assert "stored task 'note' version 2" in second
+    assert "stored task 'note' version 1" in second  # it was finished
     assert first.split("best loss")[1] == second.split("best loss")[1]
     assert (tmp_path / "run" / "report.json").exists()
 
@@ -87,7 +87,7 @@ def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) ->
         for row in rows:
             print(json.dumps({**row, "task": "note"}), file=file)
     shorter = run(tmp_path, "shorten", "task", "note", str(data), "--keep", "0.5", *model)
-    assert "stored task 'note' version 3:" in shorter
+    assert "stored task 'note' version 2:" in shorter
 
     text = ("distill", "Be brief.", str(prompts), "-a", "tone=brief", "--steps", "2", *model)
     assert "stored attribute 'tone=brief' version 1" in run(tmp_path, *text)
@@ -96,7 +96,7 @@ def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) ->
             ("train", str(data), "--parameterization", "dirct", *model),
             "'dirct' is not one of 'direct'",
         ),
-        (("train", str(data), "--tracker", "nosuch", *model), "--tracker 'nosuch'"),
+        (("train", str(data), "--tracker", "nosuch", *model), "tracker 'nosuch'"),
         (("sweep", str(data), "--num-slots", "a", *model), "--num-slots"),
         (("distill", "Be brief.", str(prompts), *model), "name one to learn"),
     ):
@@ -149,10 +149,10 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
     rollback = ("prefixes", "rollback", "user", "ana", "--to", "1", *model)
     assert "is at version 1" in run(tmp_path, *rollback)
     assert "yes" in run(tmp_path, "prefixes", "show", "user", "ana")
-    assert "2 versions removed" in run(tmp_path, "users", "forget", "ana")
+    assert "2 versions removed" in run(tmp_path, "users", "forget", "ana", "--yes")
     assert "nothing is stored yet" in run(tmp_path, "prefixes", "list", "--kind", "user")
     assert "ana" in run(tmp_path, "store", "audit")
-    assert "1 versions" in run(tmp_path, "prefixes", "remove", "attribute", "tone=warm")
+    assert "1 versions" in run(tmp_path, "prefixes", "remove", "attribute", "tone=warm", "--yes")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_mistake_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr == (
         "error: no user 'ana' in the store; known: none; train or enroll one, or check the store "
-        "and the tenant\n"
+        f"and the tenant; the store is {tmp_path}/prefixes.db (no such file)\n"
     )
 
 
@@ -237,7 +237,7 @@ def test_users_are_learned_enrolled_and_audited(
     assert "membership inference, AUC" in audit
     assert "exposure of planted numbers, bits" in audit
     data.write_text('{"user": "ana"}')
-    with pytest.raises(ControlPrefixError, match='users.jsonl line 1: not of the form {"user"'):
+    with pytest.raises(ControlPrefixError, match="users.jsonl line 1: completion: Field required"):
         run(tmp_path, "users", "train", str(data), *model)
 
 
@@ -278,7 +278,7 @@ def test_prefixes_are_evaluated_and_calibrated(
     with pytest.raises(ControlPrefixError, match="no texts labelled with 'tone'; it has: pitch"):
         run(tmp_path, "calibrate", "tone=warm", *texts, *model)
     (tmp_path / "classifier.jsonl").write_text('{"text": "x"}')
-    with pytest.raises(ControlPrefixError, match="classifier.jsonl line 1: not of the form"):
+    with pytest.raises(ControlPrefixError, match="no row has a label of an attribute"):
         run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *model)
 
 

@@ -147,7 +147,7 @@ def test_gradient_checkpointing_learns_the_same(name: str) -> None:
         assert not any(getattr(m, "gradient_checkpointing", False) for m in modules)
     assert reports[0].losses == pytest.approx(reports[1].losses, abs=1e-5)
     for site in prefixes[0]:
-        assert torch.allclose(prefixes[0][site], prefixes[1][site], atol=1e-4)
+        assert torch.allclose(prefixes[0][site], prefixes[1][site], atol=1e-3)
     assert states[0] == states[1]
 
 

@@ -113,17 +113,10 @@ def test_a_run_killed_in_the_middle_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
-def test_a_finished_run_can_be_stored_again_or_go_on_longer(tmp_path: Path) -> None:
+def test_a_finished_run_can_go_on_longer(tmp_path: Path) -> None:
     cp = engine()
     settings = {**QUICK, "parameterization": "mlp"}
     first = cp.train(greetings(), folder=tmp_path, **settings)
-    again = cp.train(greetings(), folder=tmp_path, resume=True, **settings)
-    assert again.losses == first.losses
-    assert again.saved["task 'greet'"] == 2
-    assert (
-        cp.get("task", "greet", version=2).to_bytes()
-        == cp.get("task", "greet", version=1).to_bytes()
-    )
     longer = {**QUICK, "steps": 20, "parameterization": "mlp"}
     report = cp.train(greetings(), folder=tmp_path, resume=True, **longer)
     assert report.losses[:12] == first.losses
@@ -142,8 +135,7 @@ def test_a_run_that_is_to_end_sooner_keeps_what_it_has_learned(
         report = cp.train(greetings(), folder=tmp_path, resume=True, **{**settings, "steps": steps})
         assert (len(report.losses), report.best_step) == (12, 12)
         assert report.validation == whole.validation
-    result = [cp.get("task", "greet", version=i).to_bytes() for i in (1, 2, 3)]
-    assert result[0] == result[1] == result[2]
+    assert len(cp.versions("task", "greet")) == 1  # it was stored already
 
     save = TrainingRun.save
 
