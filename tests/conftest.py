@@ -106,3 +106,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build("llama").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _runs_in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that the command line trains are recorded nowhere else."""
+    monkeypatch.setattr("controlprefix.cli.runs.RUNS", tmp_path / "runs")

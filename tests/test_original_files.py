@@ -59,7 +59,7 @@ def test_keys_and_values_are_those_of_the_original(
     name: str, num_hidden: int, tmp_path: Path
 ) -> None:
     # That code has as many layers and heads in the encoder as in the decoder.
-    equal = {"encoder_layers": 4, "decoder_attention_heads": 4}
+    equal: dict[str, Any] = {"encoder_layers": 4, "decoder_attention_heads": 4}
     cp = engine(name, **(equal if name == "bart" else {}))
     torch.manual_seed(0)
     original = Original(cp.model.config, num_hidden=num_hidden)
