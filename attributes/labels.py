@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from controlprefix.attributes.ordinal import are_numbers, as_number, between
+from controlprefix.attributes.ordinal import are_numbers, as_number, between, by_attribute
 from controlprefix.errors import UnknownNameError, known_names
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import WeightedLabel
@@ -19,9 +19,7 @@ def require_known(labels: Iterable[WeightedLabel], known: Iterable[PrefixKey]) -
         UnknownNameError: With what exists and the nearest match.
         RequestError: If a number is outside of an ordinal attribute's labels.
     """
-    known_labels: dict[str, set[str]] = {}
-    for key in known:
-        known_labels.setdefault(key.attribute, set()).add(key.label)
+    known_labels = by_attribute(known)
     for attribute, label, _ in labels:
         if attribute not in known_labels:
             raise UnknownNameError(

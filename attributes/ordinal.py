@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import quantiles
 
 from controlprefix.errors import RequestError
+from controlprefix.prefixes.key import PrefixKey
 from controlprefix.request import Attributes, label_text, weighted_labels
 
 # Not what has a leading zero, which is a code.
@@ -22,6 +23,23 @@ def as_number(label: str) -> float | None:
 def are_numbers(labels: Collection[str]) -> bool:
     """Whether labels are those of an ordinal attribute: at least two, and all numbers."""
     return len(labels) > 1 and all(as_number(label) is not None for label in labels)
+
+
+def is_inside(label: str, labels: Collection[str]) -> bool:
+    """Whether a label is a number within the range of an ordinal attribute's labels."""
+    number = as_number(label)
+    if number is None or not are_numbers(labels):
+        return False
+    numbers = [value for name in labels if (value := as_number(name)) is not None]
+    return min(numbers) <= number <= max(numbers)
+
+
+def by_attribute(keys: Iterable[PrefixKey]) -> dict[str, set[str]]:
+    """The labels of each attribute, given the keys of labels."""
+    labels: dict[str, set[str]] = {}
+    for key in keys:
+        labels.setdefault(key.attribute, set()).add(key.label)
+    return labels
 
 
 def between(attribute: str, label: str, labels: Collection[str]) -> dict[str, float]:

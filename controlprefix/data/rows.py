@@ -155,13 +155,10 @@ def _records(rows: Rows) -> Iterator[Example | Record]:
 
 def _iterable(rows: Any) -> Iterable[Any]:
     """The rows of a list, or of an object that is told by its methods."""
-    by_method: dict[str, Callable[[], Any]] = {
-        "to_dicts": lambda: rows.to_dicts(),  # polars
-        "to_pylist": lambda: rows.to_pylist(),  # pyarrow
-    }
-    for name, convert in by_method.items():
-        if hasattr(rows, name):
-            return list(convert())
+    if hasattr(rows, "to_dicts"):  # polars
+        return list(rows.to_dicts())
+    if hasattr(rows, "to_pylist"):  # pyarrow
+        return list(rows.to_pylist())
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
         repeated = [str(name) for name, count in Counter(rows.columns).items() if count > 1]
         if repeated:

@@ -9,7 +9,9 @@ from controlprefix.attributes.ordinal import (
     anchors,
     are_numbers,
     as_number,
+    by_attribute,
     interpolate,
+    is_inside,
 )
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.generation import GenerationMethods
@@ -60,11 +62,10 @@ class TrainingMethods(GenerationMethods):
         Args:
             examples: Rows in any form: Examples, dicts, the path of a file, a
                 `datasets.Dataset`, a DataFrame (see `controlprefix.data.as_examples`). Strengths
-                apply as in a request.
+                apply as in a request. An attribute with more than 8 different numbers as labels is
+                learned as 5 labels over their range, each row as a mixture of the two beside it.
             columns: Which columns of the rows hold what, if they have other names.
             task: Task of rows that name none.
-                An attribute with more than 8 different numbers as labels is learned as 5 labels
-                over their range, and each row as a mixture of the two beside its number.
             learn: Any of `task`, `attributes`, `user`; left out, the task and the attributes, as
                 far as examples have them.
             num_slots: Slots of each trained prefix, or per entry of `learn`.
@@ -92,19 +93,17 @@ class TrainingMethods(GenerationMethods):
             Clive et al., "Control Prefixes for Parameter-Efficient Text Generation", 2021,
             https://arxiv.org/abs/2110.08329.
         """
-        rows = self._rows(examples, columns, task)
-        control, fields = RunControl.split_off(options)
-        fields, held_out = self._without_rows(fields, columns, task)
-        labels = self._ordinal_labels(rows, learn)
+        rows, held_out, fields = self._training_rows(examples, options, columns, task, learn)
+        control, fields = RunControl.split_off(fields)
         only_users = learn == "user" or (learn is not None and list(learn) == ["user"])
         defaults = {"parameterization": "direct"} if only_users else {}
         return self._trainer.train(
-            _interpolated(rows, labels),
+            rows,
             TrainingSettings.from_options({**defaults, **fields}),
             learn=learn,
             num_slots=num_slots,
             init=init,
-            validation=_interpolated(held_out, labels),
+            validation=held_out,
             num_slots_of=self._num_slots_of,
             control=control,
         )
@@ -260,17 +259,15 @@ class TrainingMethods(GenerationMethods):
         Raises:
             TrainingDataError: If the examples cannot be trained on, or none are held out.
         """
-        control, fields = RunControl.split_off(options)
-        fields, held_out = self._without_rows(fields, columns, task)
-        rows = self._rows(examples, columns, task)
-        labels = self._ordinal_labels(rows, learn)
+        rows, held_out, fields = self._training_rows(examples, options, columns, task, learn)
+        control, fields = RunControl.split_off(fields)
         return self._trainer.sweep(
-            _interpolated(rows, labels),
+            rows,
             num_slots=num_slots,
             parameterizations=parameterizations,
             learn=learn,
             init=init,
-            validation=_interpolated(held_out, labels),
+            validation=held_out,
             options=fields,
             progress=control.progress,
         )
@@ -317,10 +314,8 @@ class TrainingMethods(GenerationMethods):
                 names.setdefault(attribute, set()).add(label)
                 if (number := as_number(label)) is not None:
                     numbers.setdefault(attribute, []).append(number)
-        stored: dict[str, set[str]] = {}
-        for name in self._model_store.names("attribute") if numbers else ():
-            key = PrefixKey("attribute", name)
-            stored.setdefault(key.attribute, set()).add(key.label)
+        stored_names = self._model_store.names("attribute") if numbers else ()
+        stored = by_attribute(PrefixKey("attribute", name) for name in stored_names)
         space = self.attributes.attributes if self.attributes else {}
         learned = learn is None or "attributes" in ([learn] if isinstance(learn, str) else learn)
         result: dict[str, Collection[str]] = {}
@@ -331,7 +326,7 @@ class TrainingMethods(GenerationMethods):
             elif are_numbers(earlier):
                 few = len(own | earlier) <= MAX_DISTINCT
                 ends = own if few else {label_text(min(values)), label_text(max(values))}
-                outside = ends if few else {end for end in ends if not _is_inside(end, earlier)}
+                outside = ends if few else {end for end in ends if not is_inside(end, earlier)}
                 result[attribute] = earlier | (outside if learned else set())
             elif are_numbers(own) and len(own) > MAX_DISTINCT:
                 result[attribute] = anchors(values)
@@ -351,14 +346,21 @@ class TrainingMethods(GenerationMethods):
         examples = as_examples(rows, columns=columns, defaults=defaults)
         return self.with_default_labels(examples)
 
-    def _without_rows(
-        self, options: Mapping[str, Any], columns: Columns | None, task: str | None
-    ) -> tuple[dict[str, Any], list[Example]]:
-        """Options of `TrainingSettings`, and the held-out rows that are given as `validation`."""
+    def _training_rows(
+        self,
+        rows: Rows,
+        options: Mapping[str, Any],
+        columns: Columns | None,
+        task: str | None,
+        learn: Learnable | Sequence[Learnable] | None,
+    ) -> tuple[list[Example], list[Example], dict[str, Any]]:
+        """Rows to train on, rows given as `validation`, and the options without those."""
+        examples, held_out, fields = self._rows(rows, columns, task), [], dict(options)
         validation = options.get("validation", 0.0)
-        if isinstance(validation, (int, float)):
-            return {**options}, []
-        return {**options, "validation": 0.0}, self._rows(validation, columns, task)
+        if not isinstance(validation, (int, float)):
+            held_out, fields["validation"] = self._rows(validation, columns, task), 0.0
+        labels = self._ordinal_labels(examples, learn)
+        return _interpolated(examples, labels), _interpolated(held_out, labels), fields
 
     def _num_slots_of(self, key: PrefixKey) -> int | None:
         """The attribute space's number of slots for a label."""
@@ -374,9 +376,3 @@ def _interpolated(rows: Sequence[Example], labels: Mapping[str, Collection[str]]
         row.model_copy(update={"attributes": interpolate(row.attributes, labels)[0]})
         for row in rows
     ]
-
-
-def _is_inside(label: str, labels: Collection[str]) -> bool:
-    numbers = [number for name in labels if (number := as_number(name)) is not None]
-    number = as_number(label)
-    return number is not None and min(numbers) <= number <= max(numbers)

@@ -7,7 +7,7 @@ from typing import Self
 from cachetools import LRUCache
 
 from controlprefix.attributes import AttributeSpace, require_known
-from controlprefix.attributes.ordinal import as_number, interpolate
+from controlprefix.attributes.ordinal import as_number, by_attribute, interpolate
 from controlprefix.completion import PartUsed, StandIn
 from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.inference.resolved_request import AnyRequest, ResolvedPart, ResolvedRequest
@@ -180,10 +180,8 @@ class Resolver:
         )
         if not has_numbers:
             return requests, stand_ins
-        labels: dict[str, set[str]] = {}
-        for name in self._store.names("attribute"):
-            key = PrefixKey("attribute", name)
-            labels.setdefault(key.attribute, set()).add(key.label)
+        names = self._store.names("attribute")
+        labels = by_attribute(PrefixKey("attribute", name) for name in names)
         results, notes = [], []
         for request, own_notes in zip(requests, stand_ins, strict=True):
             attributes, replaced = interpolate(request.attributes, labels)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from controlprefix.attributes import AttributeSpace
-from controlprefix.attributes.ordinal import are_numbers, as_number
+from controlprefix.attributes.ordinal import is_inside
 from controlprefix.completion import StandIn
 from controlprefix.embeddings import embed
 from controlprefix.inference.resolved_request import AnyRequest
@@ -120,12 +120,8 @@ def replace_unseen(
 
 def _is_between(label: WeightedLabel, trained: Collection[PrefixKey]) -> bool:
     """Whether a label is a number that will be interpolated between trained ones."""
-    number = as_number(label.label)
     labels = [key.label for key in trained if key.attribute == label.attribute]
-    if number is None or not are_numbers(labels):
-        return False
-    numbers = [value for name in labels if (value := as_number(name)) is not None]
-    return min(numbers) <= number <= max(numbers)
+    return is_inside(label.label, labels)
 
 
 def _stand_in(
