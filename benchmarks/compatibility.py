@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -213,14 +213,33 @@ def page(results: dict[str, Any]) -> str:
     )
 
 
+@contextlib.contextmanager
+def _quiet_and_single_threaded() -> Iterator[None]:
+    """Hide what models print, warn and log, with one thread for tiny tensors.
+
+    All of it is undone: tests run this in their own process.
+    """
+    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        logging.disable(logging.WARNING)
+        torch.set_num_threads(1)
+        transformers.logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+            torch.set_num_threads(threads)
+            transformers.logging.set_verbosity(verbosity)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--families", nargs="*", help="only these")
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)  # tiny tensors
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
     tokenizer = load("tiny").tokenizer
     tokenizer.chat_template = None
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -233,10 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in track([n for n in names if options.families is None or n in options.families]):
             config_class = transformers.CONFIG_MAPPING[name]
             title = name if auto is AutoModelForCausalLM else f"{name} (encoder-decoder)"
-            with (
-                contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):
+            with _quiet_and_single_threaded():
                 families[title] = try_family(config_class, auto, tokenizer)
     save(options.results, "compatibility", {"families": dict(sorted(families.items()))}, page)
 
