@@ -181,7 +181,18 @@ class SteeringFields(BaseModel):
     """Sample from tokens at least this likely, relative to the most likely token."""
 
     repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Above 1, tokens that occurred before become less likely."""
+    """Above 1, tokens that occurred before become less likely, those of the prompt too."""
+
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Is subtracted from the logits of tokens that were generated before."""
+
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Is subtracted from a token's logit for each time it was generated before."""
+
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=1024
+    )
+    """Per token id a number that is added to its logit."""
 
 
 class Request(SteeringFields):
@@ -237,6 +248,18 @@ class Request(SteeringFields):
         return any(x is not None for x in (self.temperature, self.top_k, self.top_p, self.min_p))
 
     @property
+    def has_penalty(self) -> bool:
+        """Whether logits depend on the tokens before."""
+        return bool(
+            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the most likely token is not always chosen."""
+        return bool(self.samples or self.has_penalty or self.logit_bias)
+
+    @property
     def named_parts(self) -> list[NamedPart]:
         """The parts that the request names, each with its strength and schedule."""
         parts: list[tuple[PrefixKey, str, float]] = []
@@ -277,6 +300,13 @@ class Request(SteeringFields):
         if self.num_beams > 1 and self.samples:
             raise ValueError(
                 "num_beams above 1 does not sample; leave temperature, top_* and min_p out"
+            )
+        if self.num_beams > 1 and (
+            self.presence_penalty or self.frequency_penalty or self.logit_bias
+        ):
+            raise ValueError(
+                "num_beams above 1 cannot be combined with presence_penalty, frequency_penalty "
+                "or logit_bias"
             )
         if "" in self.stop:
             raise ValueError("stop contains an empty text, which ends every completion at once")
@@ -383,6 +413,9 @@ class RequestFields(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     num_beams: int
     stop: tuple[str, ...] | list[str]
     seed: int | None

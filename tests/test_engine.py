@@ -23,7 +23,6 @@ from controlprefix import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from controlprefix.inference.sampling import RowSampling
 from controlprefix.model.steering import Steering
 from controlprefix.model.text_prefix import prefix_from_tokens
 from controlprefix.request import RequestFields
@@ -238,16 +237,6 @@ def test_scores_are_the_same_while_other_threads_use_the_model(cp: ControlPrefix
         thread.join()
     assert [result[i] for i in range(3)] == [[scores] * 8 for scores in alone]
     assert result[3] == [text] * 8
-
-
-def test_a_penalty_leaves_the_padding_of_a_row_out() -> None:
-    """The pad token stands before a shorter prompt, but the row has not said it."""
-    request = Request(prompt="-", repetition_penalty=2.0)
-    choose = RowSampling([request, request], [2, 0], torch.device("cpu"))
-    ids = torch.tensor([[7, 7, 3, 4], [7, 5, 3, 4]])  # the first row has two tokens of padding, 7
-    scores = choose(ids, torch.ones(2, 10))
-    assert (scores[0] < 1).nonzero().flatten().tolist() == [3, 4]
-    assert (scores[1] < 1).nonzero().flatten().tolist() == [3, 4, 5, 7]
 
 
 def test_any_transformers_call_is_steered_inside_assembled(cp: ControlPrefix) -> None:

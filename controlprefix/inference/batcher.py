@@ -2,7 +2,8 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,11 @@ from controlprefix.errors import ControlPrefixError, OverloadedError, RequestErr
 from controlprefix.inference.guidance import RowPlan, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
+from controlprefix.inference.sampling import SampledRow
 from controlprefix.inference.stopping import TextStream, completion_from_tokens
+from controlprefix.inference.waiting_line import WaitingLine
 from controlprefix.model import FrozenModel
-from controlprefix.prefixes import Part
+from controlprefix.prefixes import Part, PrefixBatch
 from controlprefix.request import Request
 
 
@@ -31,6 +34,7 @@ class Sequence:
         top_log_probs: How many log-probabilities to record per token; None for none.
         new: Tokens generated so far.
         text: Gives out its text while tokens are generated.
+        sampling: Its sampling settings and random generator.
     """
 
     resolved: ResolvedRequest[Any]
@@ -40,6 +44,10 @@ class Sequence:
     top_log_probs: int | None
     text: TextStream
     new: list[int] = field(default_factory=list)
+    sampling: SampledRow = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampling = SampledRow(self.request, self.prompt, self.new)
 
     @property
     def request(self) -> Request:
@@ -58,6 +66,11 @@ class Sequence:
         return [term.weight for term in self.plan.terms[0]]
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that its rows may take in all."""
+        return (len(self.prompt) + self.request.max_new_tokens) * len(self.rows)
+
+    @property
     def num_cached_tokens(self) -> int:
         """Tokens in the cache: the newest one is not there yet."""
         return len(self.prompt) + max(0, len(self.new) - 1)
@@ -74,16 +87,26 @@ class Batcher(ABC):
         frozen: The model.
         max_sequences: Rows of a batch.
         max_waiting: Requests that may wait for a row; more are refused.
+        max_sequences_per_tenant: Rows that one tenant may have at a time, so that others find
+            some free; left out, all of them.
     """
 
     supports_log_probs: bool
 
     def __init__(
-        self, frozen: FrozenModel, *, max_sequences: int = 32, max_waiting: int = 1024
+        self,
+        frozen: FrozenModel,
+        *,
+        max_sequences: int = 32,
+        max_waiting: int = 1024,
+        max_sequences_per_tenant: int | None = None,
     ) -> None:
         self._frozen = frozen
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
-        self._waiting: deque[Sequence] = deque()
+        self._max_per_tenant = max_sequences_per_tenant or max_sequences
+        self._waiting: WaitingLine[Sequence] = WaitingLine(
+            lambda sequence: len(sequence.rows), lambda sequence: sequence.num_tokens
+        )
         self._wake = threading.Condition()
         self._closing = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="controlprefix-batch", daemon=True)
@@ -128,11 +151,11 @@ class Batcher(ABC):
                 "here; leave them out"
             )
         self.require_capacity()
-        if resolved.num_rows > self._max_sequences:
+        if resolved.num_rows > self._max_per_tenant:
             raise RequestError(
                 f"the request needs {resolved.num_rows} rows, one for each strength below 0 and, "
-                "with mixing='logits', for each label, beside its own; the batch has "
-                f"{self._max_sequences}"
+                "with mixing='logits', for each label, beside its own; it may have "
+                f"{self._max_per_tenant}"
             )
         sequence = Sequence(
             resolved,
@@ -144,7 +167,7 @@ class Batcher(ABC):
         )
         with self._wake:
             self.require_capacity()
-            self._waiting.append(sequence)
+            self._waiting.add(resolved.tenant, sequence)
             self._wake.notify()
         return sequence.ticket
 
@@ -183,12 +206,18 @@ class Batcher(ABC):
     # --- in the batcher's thread -------------------------------------------------------------
 
     def _run(self) -> None:
+        # While there is work, the model stays prepared for slots: it costs little per step.
+        ready = PrefixBatch(num_rows=1, blocks={})
         while self._wait_for_work():
             try:
-                with torch.no_grad():
-                    self._step()
+                with torch.no_grad(), self._frozen.attached(ready):
+                    while self._has_work():
+                        self._step()
             except BaseException as error:  # running sequences cannot continue
                 running = self._running()
+                if not running:  # else the next step would fail in the same way
+                    with self._wake:
+                        running = self._waiting.remove(lambda _: True)
                 self._reset()
                 is_own_error = isinstance(error, ControlPrefixError)
                 event = error if is_own_error else RuntimeError(str(error))
@@ -197,26 +226,38 @@ class Batcher(ABC):
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not (self._waiting or self._running()):
+            while not self._has_work():
                 if self._closing:
                     return False
                 self._wake.wait()
             return True
 
-    def _take_waiting(self, num_free_rows: int) -> list[Sequence]:
-        """Remove the next sequences from the line that fit into so many rows."""
+    def _has_work(self) -> bool:
+        return bool(len(self._waiting) or self._running())
+
+    def _take_waiting(self) -> list[Sequence]:
+        """Remove the next sequences from the line that fit into the free rows."""
         taken: list[Sequence] = []
+        held = Counter[str]()
+        for running in self._running():
+            held[running.resolved.tenant] += len(running.rows)
         with self._wake:
-            while self._waiting and len(self._waiting[0].rows) <= num_free_rows:
-                taken.append(self._waiting.popleft())
-                num_free_rows -= len(taken[-1].rows)
+            while (sequence := self._waiting.take(self._free_rows(held))) is not None:
+                taken.append(sequence)
+                held[sequence.resolved.tenant] += len(sequence.rows)
         return taken
+
+    def _free_rows(self, held: Mapping[str, int]) -> Mapping[str, int]:
+        """Per tenant that waits, the rows that it may take beside those that tenants hold."""
+        free = self._max_sequences - sum(held.values())
+        return {
+            tenant: min(free, self._max_per_tenant - held.get(tenant, 0))
+            for tenant in self._waiting.tenants
+        }
 
     def _drop_cancelled_waiting(self) -> None:
         with self._wake:
-            cancelled = [s for s in self._waiting if self._is_cancelled(s)]
-            for sequence in cancelled:
-                self._waiting.remove(sequence)
+            cancelled = self._waiting.remove(self._is_cancelled)
         for sequence in cancelled:
             sequence.finish(self._completion(sequence))
 

@@ -1,15 +1,15 @@
 """Continuous batching: sequences join and leave a running batch between its steps.
 
-Each scheduler step prefills one chunk of the waiting prompts (as a batch with a cache of its
-own), merges finished ones into the running batch, and decodes one token per sequence. All rows
-end at the same column, as transformers pads for generation, so any attention mask a model
-makes of that holds. Each row has its own prefix, position, sampling, stop texts and limit;
-its output does not depend on the other rows.
+Each step prefills one chunk of prompts (see `prefill_queue`), merges finished ones into the
+running batch, and decodes one token per sequence. All rows end at the same column, as
+transformers pads for generation, so any attention mask a model makes of that holds. Each row
+has its own prefix, position, sampling, stop texts and limit; its output does not depend on the
+other rows.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as Rows
 
 import torch
 from torch import Tensor
@@ -19,27 +19,16 @@ from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batcher import Batcher, Sequence
 from controlprefix.inference.generation import model_processors
 from controlprefix.inference.guidance import guided_logits
+from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
 from controlprefix.inference.runner import TokenLogProbs
-from controlprefix.inference.sampling import Sampler
+from controlprefix.inference.sampling import BatchSampler
 from controlprefix.model import FrozenModel
-from controlprefix.model.kv_cache import CacheRow, arrange_rows, new_cache, overwrite_row
-from controlprefix.model.tokenization import pad_rows
+from controlprefix.model.kv_cache import CacheRow, arrange_rows, overwrite_row
 from controlprefix.prefixes import Part, PrefixBatch
+from controlprefix.request import Request
 
 _MAX_VACANT_FRACTION = 0.25  # compact the batch above this share of vacant rows
 _MAX_DEAD_COLUMNS = 256  # leading columns that are padding in every row
-
-
-@dataclass(slots=True)
-class _Prefill:
-    """Prompts that are being prefilled, a batch of its own padded on the left."""
-
-    sequences: list[Sequence]
-    ids: Tensor
-    mask: Tensor
-    cache: DynamicCache
-    batch: PrefixBatch
-    num_done: int = 0
 
 
 class ContinuousBatcher(Batcher):
@@ -48,9 +37,9 @@ class ContinuousBatcher(Batcher):
     Args:
         frozen: A model for which `rows_can_move` is true.
         max_sequences: Rows of the running batch.
-        max_waiting: Requests that may wait for a row; more are refused.
-        max_prefill_tokens: Prompt tokens per step. The more, the sooner a prompt is done, and
-            the longer all others wait for their next token.
+        max_waiting, max_sequences_per_tenant: See `Batcher`.
+        max_prefill_tokens: Prompt tokens per step, at most. The more, the sooner a prompt is
+            done, and the longer all others wait for their next token.
     """
 
     supports_log_probs = True
@@ -61,42 +50,48 @@ class ContinuousBatcher(Batcher):
         *,
         max_sequences: int = 32,
         max_waiting: int = 1024,
+        max_sequences_per_tenant: int | None = None,
         max_prefill_tokens: int = 512,
     ) -> None:
-        self._max_prefill_tokens = max_prefill_tokens
         # Per row its sequence, or None if it is vacant; rows of a sequence stand together.
         self._rows: list[Sequence | None] = []
         self._first_rows: dict[int, int] = {}  # id of a sequence -> its first row
-        self._samplers: dict[int, Sampler] = {}  # id of a sequence -> its sampler
         self._mask = torch.zeros(0, 0, dtype=torch.long)
         self._cache = DynamicCache()
-        self._batch: PrefixBatch | None = None
-        self._prefill: _Prefill | None = None
-        super().__init__(frozen, max_sequences=max_sequences, max_waiting=max_waiting)
+        self._batch: PrefixBatch | None = None  # None: rows have changed
+        self._sampler: BatchSampler | None = None
+        self._prefills = PrefillQueue(max_prefill_tokens)
+        request = Request(prompt="", raw=True)
+        self._has_processors = bool(model_processors(frozen, request, num_prompt_tokens=1))
+        super().__init__(
+            frozen,
+            max_sequences=max_sequences,
+            max_waiting=max_waiting,
+            max_sequences_per_tenant=max_sequences_per_tenant,
+        )
 
     @property
     def _num_rows(self) -> int:
-        return sum(row is not None for row in self._rows)
+        return sum(len(sequence.rows) for sequence in self._running())
 
     def _running(self) -> list[Sequence]:
-        prefilling = self._prefill.sequences if self._prefill else []
-        return list({id(s): s for s in [*self._decoding(), *prefilling]}.values())
+        return [*self._decoding(), *self._prefills.sequences]
 
     def _reset(self) -> None:
-        self._rows, self._first_rows, self._samplers = [], {}, {}
-        self._prefill, self._batch = None, None
-        self._cache = DynamicCache()
-        self._mask = self._mask.new_zeros(0, 0)
+        self._prefills.clear()
+        self._arrange([])
 
     def _step(self) -> None:
         self._drop_cancelled_waiting()
+        for sequence in self._prefills.remove(self._is_cancelled):
+            sequence.finish(self._completion(sequence))
         for sequence in self._decoding():
             if self._is_cancelled(sequence):
                 self._remove(sequence)
-        if self._prefill is None:
-            self._start_prefill()
-        if self._prefill is not None:
-            self._prefill_chunk(self._prefill)
+        self._prefills.add(self._take_waiting())
+        decoding = {sequence.resolved.tenant for sequence in self._decoding()}
+        if (prefill := self._prefills.next(self._waiting.served, decoding)) is not None:
+            self._prefill_chunk(prefill)
         if self._first_rows:
             self._decode_step()
 
@@ -105,54 +100,33 @@ class ContinuousBatcher(Batcher):
 
     # --- prefill -----------------------------------------------------------------------------
 
-    def _start_prefill(self) -> None:
-        sequences = self._take_waiting(self._max_sequences - self._num_rows)
-        if not sequences:
-            return
+    def _prefill_chunk(self, prefill: Prefill) -> None:
         try:
-            batch = self._frozen.assemble([row for s in sequences for row in s.rows])
-            batch.set_token(0)
-            prompts = [sequence.prompt for sequence in sequences for _ in sequence.rows]
-            ids, mask = pad_rows(prompts, self._frozen.pad_id, left=True)
-            device, cache = self._frozen.device, new_cache(self._frozen.model)
-            self._prefill = _Prefill(sequences, ids.to(device), mask.to(device), cache, batch)
-        except Exception as error:  # a prefix that does not fit, no memory: the batch goes on
-            for sequence in sequences:
-                sequence.ticket.put(error)
-
-    def _prefill_chunk(self, prefill: _Prefill) -> None:
-        num_rows, length = prefill.ids.shape
-        start = prefill.num_done
-        end = min(length, start + max(1, self._max_prefill_tokens // num_rows))
-        positions = (prefill.mask.cumsum(1) - 1).clamp(min=0)
-        try:
-            logits = self._forward(
-                prefill.ids[:, start:end],
-                prefill.mask[:, :end],
-                positions[:, start:end],
-                prefill.cache,
-                prefill.batch,
-            )
+            with self._prefills.measured(prefill, is_alone=not self._first_rows) as end:
+                if prefill.batch is None:
+                    prefill.prepare(self._frozen)
+                logits = self._forward(*prefill.inputs(end))
         except Exception as error:  # the running batch goes on
-            self._prefill = None
+            self._prefills.drop(prefill)
             for sequence in prefill.sequences:
                 sequence.ticket.put(error)
             return
-        prefill.num_done = end
-        if end == length:
+        if prefill.num_done == prefill.length:
+            self._prefills.drop(prefill)
             self._merge(prefill)
-            self._prefill = None
-            self._choose_tokens(prefill.sequences, logits)
+            rows = [sequence for sequence in prefill.sequences for _ in sequence.rows]
+            firsts = [rows.index(sequence) for sequence in prefill.sequences]
+            self._choose_tokens(prefill.sequences, firsts, logits, _sampler_of(rows, logits.device))
 
-    def _merge(self, prefill: _Prefill) -> None:
+    def _merge(self, prefill: Prefill) -> None:
         """Move prefilled rows into the running batch."""
         sources: dict[int, list[CacheRow]] = {}
         row = 0
         for sequence in prefill.sequences:
-            processors = model_processors(self._frozen, sequence.request, len(sequence.prompt))
-            self._samplers[id(sequence)] = Sampler(
-                sequence.request, self._frozen.device, processors
-            )
+            if self._has_processors:
+                sequence.sampling.processors = model_processors(
+                    self._frozen, sequence.request, len(sequence.prompt)
+                )
             sources[id(sequence)] = [
                 CacheRow(prefill.cache, row + i, len(sequence.prompt))
                 for i in range(len(sequence.rows))
@@ -168,7 +142,7 @@ class ContinuousBatcher(Batcher):
                 self._mask[target, length - len(sequence.prompt) :] = 1
                 self._rows[target] = sequence
                 self._first_rows[id(sequence)] = target
-            self._batch = None  # assembled again at the next step
+            self._batch, self._sampler = None, None  # made again at the next step
             return
         self._arrange([*self._decoding(), *prefill.sequences], sources)
 
@@ -177,12 +151,14 @@ class ContinuousBatcher(Batcher):
     def _decode_step(self) -> None:
         """Decode one token per sequence."""
         device = self._frozen.device
-        dead_columns = int(self._mask.any(0).long().argmax()) if self._mask.numel() else 0
+        longest = max(sequence.num_cached_tokens for sequence in self._decoding())
+        dead_columns = self._mask.shape[1] - longest
         num_vacant = sum(row is None for row in self._rows)
         if num_vacant > _MAX_VACANT_FRACTION * len(self._rows) or dead_columns > _MAX_DEAD_COLUMNS:
             self._arrange(self._decoding())
         if self._batch is None:
             self._batch = self._frozen.assemble([self._parts_of(i) for i in range(len(self._rows))])
+        sampler = self._sampler = self._sampler or _sampler_of(self._rows, device)
         if self._batch.is_scheduled:
             self._batch.set_token([0 if row is None else len(row.new) for row in self._rows])
         last = [self._frozen.pad_id if row is None else row.new[-1] for row in self._rows]
@@ -197,30 +173,40 @@ class ContinuousBatcher(Batcher):
             self._batch,
         )
         decoding = self._decoding()
-        order = [self._first_rows[id(s)] + i for s in decoding for i in range(len(s.rows))]
-        self._choose_tokens(decoding, logits[order])
+        firsts = [self._first_rows[id(sequence)] for sequence in decoding]
+        self._choose_tokens(decoding, firsts, logits, sampler)
 
-    def _choose_tokens(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Choose a token per sequence, whose rows' logits stand together, in order."""
-        row, tokens, invalid = 0, [], []
-        for sequence in sequences:
-            num_rows = len(sequence.rows)
-            own = logits[row].float()
-            invalid.append(logits[row : row + num_rows].isnan().any())
+    def _choose_tokens(
+        self, sequences: list[Sequence], firsts: list[int], logits: Tensor, sampler: BatchSampler
+    ) -> None:
+        """Choose a token per sequence.
+
+        Args:
+            sequences: Sequences of the batch.
+            firsts: The first row of each.
+            logits: Of all rows, `(num_rows, vocab_size)`.
+            sampler: Of all rows.
+        """
+        logits = logits.float()
+        invalid = logits.amax(1).isnan()
+        for sequence, first in zip(sequences, firsts, strict=True):
             if sequence.weights:
-                others = list(logits[row + 1 : row + num_rows])
-                own = guided_logits(own, others, sequence.weights)
-            row += num_rows
-            sampler = self._samplers[id(sequence)]
-            scores = own[None]
-            if not sampler.is_greedy:
-                ids = torch.tensor([[*sequence.prompt, *sequence.new]], device=logits.device)
-                scores = sampler(ids, scores)
-            tokens.append(scores[0].argmax())
-            if sequence.top_log_probs is not None:
-                self._record_log_probs(sequence, own, int(tokens[-1]))
-        columns = torch.stack([torch.stack(tokens), torch.stack(invalid).long()]).tolist()
-        for sequence, token, is_invalid in zip(sequences, *columns, strict=True):
+                others = range(first + 1, first + len(sequence.rows))
+                invalid[first] = invalid[first : others.stop].any()
+                rows = [logits[row] for row in others]
+                logits[first] = guided_logits(logits[first], rows, sequence.weights)
+        recorded = [
+            (sequence, first)
+            for sequence, first in zip(sequences, firsts, strict=True)
+            if sequence.top_log_probs is not None
+        ]
+        # Before sampling, which may write to the logits.
+        log_probs = {first: logits[first].log_softmax(-1) for _, first in recorded}
+        columns = torch.stack([sampler(logits), invalid.long()]).tolist()
+        for sequence, first in recorded:
+            self._record_log_probs(sequence, log_probs[first], columns[0][first])
+        for sequence, first in zip(sequences, firsts, strict=True):
+            token, is_invalid = columns[0][first], columns[1][first]
             if is_invalid:
                 sequence.ticket.put(ModelOutputError())
                 self._vacate(sequence)
@@ -230,8 +216,7 @@ class ContinuousBatcher(Batcher):
                 self._remove(sequence)
 
     @staticmethod
-    def _record_log_probs(sequence: Sequence, logits: Tensor, token: int) -> None:
-        log_probs = logits.float().log_softmax(-1)
+    def _record_log_probs(sequence: Sequence, log_probs: Tensor, token: int) -> None:
         values, tokens = log_probs.topk(min(sequence.top_log_probs or 0, len(log_probs)))
         ranked = zip(tokens.tolist(), values.tolist(), strict=True)
         top = tuple((token, value) for token, value in ranked if value > -math.inf)
@@ -251,7 +236,6 @@ class ContinuousBatcher(Batcher):
 
     def _vacate(self, sequence: Sequence) -> None:
         first = self._first_rows.pop(id(sequence))
-        del self._samplers[id(sequence)]
         for row in range(first, first + len(sequence.rows)):
             self._rows[row] = None
         if not self._first_rows:
@@ -280,7 +264,7 @@ class ContinuousBatcher(Batcher):
                     for i in range(len(sequence.rows))
                 ]
         self._rows, self._first_rows = rows, first_rows
-        self._batch = None  # assembled again at the next step
+        self._batch, self._sampler = None, None  # made again at the next step
         if not sources:
             self._cache = DynamicCache()
             self._mask = self._mask.new_zeros(0, 0)
@@ -310,3 +294,12 @@ class ContinuousBatcher(Batcher):
             )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+def _sampler_of(rows: Rows[Sequence | None], device: torch.device) -> BatchSampler:
+    """Samples the first row of each sequence; the others only change its logits."""
+    sampled = [
+        None if sequence is None or (i and rows[i - 1] is sequence) else sequence.sampling
+        for i, sequence in enumerate(rows)
+    ]
+    return BatchSampler(sampled, device)

@@ -24,7 +24,7 @@ from controlprefix.completion import Completion
 from controlprefix.errors import ModelOutputError
 from controlprefix.inference.guidance import RowPlan, guided_logits, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
-from controlprefix.inference.sampling import RowSampling
+from controlprefix.inference.sampling import RowSampling, SampledRow
 from controlprefix.inference.stopping import completion_from_tokens, has_stop
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import growing_cache
@@ -63,17 +63,20 @@ def generate_batch(
     options: dict[str, Any] = {}
     num_before = ids.shape[1]  # columns before the first new token
     if frozen.is_encoder_decoder:
-        starts = torch.tensor([tokenizer.decoder_start_ids] * len(ids), device=frozen.device)
-        options["decoder_input_ids"], num_before = starts, starts.shape[1]
-    first_columns = [num_before - len(prompt) if left else 0 for prompt in row_prompts]
-
+        decoder_ids = torch.tensor([tokenizer.decoder_start_ids] * len(ids), device=frozen.device)
+        options["decoder_input_ids"], num_before = decoder_ids, decoder_ids.shape[1]
     criteria = StoppingCriteriaList()
     check = _NumbersOnly(len(row_prompts), frozen.device)
     processors = LogitsProcessorList([check])
     criteria.append(check.ends_rows)
     has_beams = requests[0].num_beams > 1
-    if not has_beams and any(r.samples or r.repetition_penalty != 1.0 for r in requests):
-        processors.append(RowSampling(own_requests, first_columns, frozen.device))
+    if not has_beams and any(request.changes_logits for request in own_requests):
+        starts = tokenizer.decoder_start_ids if frozen.is_encoder_decoder else None
+        rows = [
+            SampledRow(request, prompt if starts is None else starts)
+            for request, prompt in zip(own_requests, prompts, strict=True)
+        ]
+        processors.append(RowSampling(rows, frozen.device))
     if plan.has_guidance:
         processors = LogitsProcessorList([check, _Guided(plan, processors[1:])])
         streamer = streamer and _FirstRowStreamer(streamer)
@@ -99,14 +102,13 @@ def generate_batch(
             **options,
         )
     invalid = {plan.request_of_row[i] for i in check.invalid.nonzero().flatten().tolist()}
-    rows = sequences[: len(resolved)]
     return [
         ModelOutputError()
         if i in invalid
         else request.report_in(
             completion_from_tokens(tokenizer, request.request, prompt, row[num_before:].tolist())
         )
-        for i, (request, prompt, row) in enumerate(zip(resolved, prompts, rows, strict=True))
+        for i, (request, prompt, row) in enumerate(zip(resolved, prompts, sequences, strict=False))
     ]
 
 
@@ -123,11 +125,12 @@ class _NumbersOnly(LogitsProcessor):
         self.invalid = torch.zeros(num_rows, dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        invalid = scores.isnan().any(1)
+        invalid = scores.amax(1).isnan()
         if len(invalid) == len(self.invalid):
             self.invalid |= invalid
-        else:  # beams stand together
-            self.invalid |= invalid.view(len(self.invalid), -1).any(1)
+            return scores  # of no effect: such a row ends
+        # Beams stand together, and are sorted by scores that must be numbers.
+        self.invalid |= invalid.view(len(self.invalid), -1).any(1)
         return scores.masked_fill(invalid[:, None], 0.0)
 
     def ends_rows(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:

@@ -1,108 +1,360 @@
-"""Sampling: each request chooses its tokens with its own settings and random generator.
+"""Sampling: the next token of each row of a batch, by that row's own settings and seed.
 
-Adding Gumbel noise to log-probabilities and taking the largest is exactly a draw from them
-(the Gumbel-max trick), so the choice of every row is an argmax and does not depend on the
-rows beside it.
+All rows are processed together. A row draws with one uniform number per token from its own
+generator, by inverse transform sampling: the token at which the cumulative probability of the
+tokens that its settings keep exceeds that number. So its choice does not depend on other rows.
 """
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor
 
 from controlprefix.request import Request
 
+# `top_k`, `top_p` and `min_p` are decided among so many of a row's most likely tokens; rows
+# for which that is not enough are sorted.
+_NUM_CANDIDATES = 128
+_BLOCK_SIZE = 256  # tokens whose probabilities are summed before a block is searched
 
-class Sampler:
-    """Turns one request's logits into values whose argmax is the chosen token.
 
-    Args:
+@dataclass(slots=True)
+class SampledRow:
+    """The sampling of one request, which moves with it from batch to batch.
+
+    Attributes:
         request: Its sampling settings and seed.
-        device: Device of the logits.
-        processors: What is done to the logits before.
-
-    Reference:
-        Gumbel-max trick: Gumbel, 1954; Maddison et al., "A* Sampling", 2014,
-        https://arxiv.org/abs/1411.0030.
+        prompt: Token ids that a repetition penalty counts beside the generated ones.
+        new: Ids generated so far; kept up to date by the caller.
+        processors: What the model's generation config does to the logits first.
+        generator: Its random generator.
     """
 
-    def __init__(
-        self, request: Request, device: torch.device, processors: Sequence[LogitsProcessor] = ()
-    ) -> None:
-        self._processors: list[Any] = list(processors)
-        if request.repetition_penalty != 1.0:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(request.repetition_penalty))
-        if request.temperature is not None:
-            self._processors.append(TemperatureLogitsWarper(request.temperature))
-        if request.top_k is not None:
-            self._processors.append(TopKLogitsWarper(request.top_k))
-        if request.top_p is not None and request.top_p < 1:
-            self._processors.append(TopPLogitsWarper(request.top_p))
-        if request.min_p is not None:
-            self._processors.append(MinPLogitsWarper(request.min_p))
-        self._generator = None
-        if request.samples:
-            self._generator = torch.Generator(device)
-            if request.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(request.seed)
+    request: Request
+    prompt: Sequence[int] = ()
+    new: Sequence[int] = ()
+    processors: Sequence[Callable[[Any, Any], Tensor]] = ()
+    generator: random.Random = field(init=False)
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether logits are left as they are."""
-        return not self._processors and self._generator is None
+    def __post_init__(self) -> None:
+        self.generator = random.Random(self.request.seed)
 
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """Process logits.
+
+class BatchSampler:
+    """Chooses the next token of each row of a batch.
+
+    Settings apply in this order: processors, `logit_bias`, penalties, `temperature`, `top_k`,
+    `top_p`, `min_p`. Tokens that are exactly as likely as the last one kept are kept too.
+
+    Args:
+        rows: Per row of the batch its sampling; None chooses the most likely token.
+        device: Device of the logits.
+
+    Reference:
+        Inverse transform sampling: Devroye, "Non-Uniform Random Variate Generation", 1986.
+        `top_k`: Fan et al., 2018, https://arxiv.org/abs/1805.04833; `top_p`: Holtzman et al.,
+        2019, https://arxiv.org/abs/1904.09751; `min_p`: Nguyen et al., 2024,
+        https://arxiv.org/abs/2407.01082; `repetition_penalty`: Keskar et al., 2019,
+        https://arxiv.org/abs/1909.05858; the other penalties are those of OpenAI's API.
+    """
+
+    def __init__(self, rows: Sequence[SampledRow | None], device: torch.device) -> None:
+        self._rows = rows
+        self._device = device
+        requests = {i: row.request for i, row in enumerate(rows) if row is not None}
+        self._with_processors = [i for i in requests if rows[i].processors]  # type: ignore[union-attr]
+        self._bias = _biased_logits(requests, device)
+        self._penalized = [i for i, request in requests.items() if request.has_penalty]
+        self._penalties = self._columns(
+            [requests[i] for i in self._penalized],
+            lambda r: r.repetition_penalty,
+            lambda r: r.presence_penalty,
+            lambda r: r.frequency_penalty,
+        )
+        self._counts: Tensor | None = None  # (penalized rows, vocab_size), of generated tokens
+        self._occurred: Tensor | None = None  # and whether a token occurred, also in the prompt
+        self._sampled = [i for i, request in requests.items() if request.samples]
+        sampled = [requests[i] for i in self._sampled]
+        self._settings = _Settings.of(sampled, device)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Choose a token per row.
 
         Args:
-            ids: Prompt and generated tokens without padding, `(1, num_tokens)`.
-            logits: `(1, vocab_size)`.
+            logits: `(num_rows, vocab_size)`, float32; may be written to.
 
         Returns:
-            `(1, vocab_size)`; the largest value is the choice.
+            `(num_rows,)`, token ids. A row with a NaN among its logits gets some token.
         """
-        for processor in self._processors:
-            logits = processor(ids, logits)
-        if self._generator is not None:
-            noise = torch.empty_like(logits).exponential_(generator=self._generator)
-            logits = logits - noise.clamp_min(torch.finfo(logits.dtype).tiny).log()
-        return logits
+        for i in self._with_processors:
+            row = self._rows[i]
+            assert row is not None
+            ids = torch.tensor([[*row.prompt, *row.new]], device=logits.device)
+            for process in row.processors:
+                logits[i : i + 1] = process(ids, logits[i : i + 1])
+        if self._bias is not None:
+            rows, tokens, values = self._bias
+            is_known = tokens < logits.shape[1]
+            logits.index_put_((rows[is_known], tokens[is_known]), values[is_known], accumulate=True)
+        if self._penalized:
+            self._penalize(logits)
+        top, tokens = logits.max(dim=1)
+        if self._sampled:
+            uniform = [self._rows[i].generator.random() for i in self._sampled]  # type: ignore[union-attr]
+            is_whole = len(self._sampled) == len(logits)
+            of_rows: Any = slice(None) if is_whole else self._sampled
+            drawn = _draw(
+                logits[of_rows],
+                top[of_rows],
+                self._settings,
+                torch.tensor(uniform, dtype=torch.float64, device=logits.device),
+            )
+            tokens[of_rows] = torch.where(top[of_rows].isfinite(), drawn, tokens[of_rows])
+        if self._counts is not None:
+            chosen = tokens[self._penalized][:, None]
+            self._counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float32))
+        return tokens
+
+    def _penalize(self, logits: Tensor) -> None:
+        rows = [self._rows[i] for i in self._penalized]
+        if self._counts is None or self._occurred is None:
+            self._counts = torch.zeros(len(rows), logits.shape[1], device=logits.device)
+            self._occurred = torch.zeros_like(self._counts, dtype=torch.bool)
+            for i, row in enumerate(rows):
+                assert row is not None
+                for token in row.new:
+                    self._counts[i, token] += 1
+                self._occurred[i, list(row.prompt)] = True
+        values, counts = logits[self._penalized], self._counts
+        repetition, presence, frequency = self._penalties
+        scaled = torch.where(values < 0, values * repetition, values / repetition)
+        values = torch.where(self._occurred | (counts > 0), scaled, values)
+        values -= presence * (counts > 0) + frequency * counts
+        logits[self._penalized] = values
+
+    def _columns(
+        self, requests: Sequence[Request], *settings: Callable[[Request], float]
+    ) -> list[Tensor]:
+        return [_column([setting(r) for r in requests], self._device) for setting in settings]
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """Settings of rows that are sampled, as columns `(num_rows, 1)`."""
+
+    temperature: Tensor
+    top_k: Tensor  # int64; the largest number if there is no limit
+    top_p: Tensor  # infinite if there is no limit
+    min_p: Tensor
+    truncated: list[int]  # rows with any limit
+    num_without_top_k: int  # among the truncated rows, those with `top_p` and without `top_k`
+
+    @staticmethod
+    def of(requests: Sequence[Request], device: torch.device) -> "_Settings":
+        largest = torch.iinfo(torch.int64).max
+        top_p = [r.top_p if r.top_p is not None and r.top_p < 1 else math.inf for r in requests]
+        return _Settings(
+            temperature=_column([r.temperature or 1.0 for r in requests], device),
+            top_k=_column([r.top_k or largest for r in requests], device, torch.int64),
+            top_p=_column(top_p, device, torch.float64),
+            min_p=_column([r.min_p or 0.0 for r in requests], device),
+            truncated=[
+                i
+                for i, request in enumerate(requests)
+                if request.top_k is not None or request.min_p or top_p[i] < math.inf
+            ],
+            num_without_top_k=sum(
+                request.top_k is None and p < math.inf
+                for request, p in zip(requests, top_p, strict=True)
+            ),
+        )
+
+    def rows(self, index: Tensor) -> "_Settings":
+        """Those of some rows."""
+        return _Settings(
+            self.temperature[index],
+            self.top_k[index],
+            self.top_p[index],
+            self.min_p[index],
+            truncated=[],
+            num_without_top_k=self.num_without_top_k,
+        )
+
+
+def _draw(logits: Tensor, top: Tensor, settings: _Settings, uniform: Tensor) -> Tensor:
+    """A token per row, `(num_rows,)`.
+
+    Args:
+        logits: `(num_rows, vocab_size)`, float32.
+        top: Their maxima, `(num_rows,)`.
+        settings: Of the rows.
+        uniform: A number from [0, 1) per row, `(num_rows,)`, float64.
+    """
+    if not settings.truncated:
+        return _draw_from_all(logits, top, settings.temperature, uniform)
+    if len(settings.truncated) == len(logits):
+        return _draw_truncated(logits, top, settings, uniform)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    is_truncated = torch.zeros(len(logits), dtype=torch.bool)
+    is_truncated[settings.truncated] = True
+    some = is_truncated.nonzero()[:, 0].to(logits.device)
+    others = (~is_truncated).nonzero()[:, 0].to(logits.device)
+    tokens[some] = _draw_truncated(logits[some], top[some], settings.rows(some), uniform[some])
+    tokens[others] = _draw_from_all(
+        logits[others], top[others], settings.temperature[others], uniform[others]
+    )
+    return tokens
+
+
+def _draw_from_all(logits: Tensor, top: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+    """Draw from all tokens: first a block of them, then a token of the block."""
+    weights = _weights(logits, top, temperature)
+    num_rows, vocab_size = weights.shape
+    whole = vocab_size // _BLOCK_SIZE * _BLOCK_SIZE
+    sums = weights[:, :whole].view(num_rows, -1, _BLOCK_SIZE).sum(2)
+    if whole < vocab_size:
+        sums = torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
+    cumulative = sums.double().cumsum(1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    block = _first_above(cumulative, target)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
+    tokens = block * _BLOCK_SIZE + torch.arange(_BLOCK_SIZE, device=logits.device)
+    inside = weights.gather(1, tokens.clamp(max=vocab_size - 1)).double()
+    inside = torch.where(tokens < vocab_size, inside, 0.0).cumsum(1)
+    chosen = tokens.gather(1, _first_above(inside, target - before))[:, 0]
+    return chosen.clamp(max=vocab_size - 1)
+
+
+def _draw_truncated(logits: Tensor, top: Tensor, settings: _Settings, uniform: Tensor) -> Tensor:
+    """Draw from the tokens that `top_k`, `top_p` and `min_p` keep."""
+    totals = None
+    if settings.num_without_top_k:
+        totals = _weights(logits, top, settings.temperature).sum(1, dtype=torch.float64)
+    vocab_size = logits.shape[1]
+    num_candidates = min(_NUM_CANDIDATES, vocab_size)
+    tokens, is_complete = _draw_from_most_likely(
+        logits, top, settings, uniform, totals, num_candidates
+    )
+    if num_candidates < vocab_size and not is_complete.all():
+        rest = (~is_complete).nonzero()[:, 0]
+        tokens[rest], _ = _draw_from_most_likely(
+            logits[rest],
+            top[rest],
+            settings.rows(rest),
+            uniform[rest],
+            None if totals is None else totals[rest],
+            vocab_size,
+        )
+    return tokens
+
+
+def _draw_from_most_likely(
+    logits: Tensor,
+    top: Tensor,
+    settings: _Settings,
+    uniform: Tensor,
+    totals: Tensor | None,
+    num_candidates: int,
+) -> tuple[Tensor, Tensor]:
+    """Draw among the most likely tokens of each row.
+
+    Args:
+        totals: The weights of all tokens together, `(num_rows,)`; needed for `top_p` without
+            `top_k`.
+
+    Returns:
+        A token per row, and whether all tokens that its settings keep were candidates.
+    """
+    logits, tokens = logits.topk(num_candidates, dim=1)  # the most likely first
+    weights = _weights(logits, top, settings.temperature).double()
+    kth = logits.gather(1, settings.top_k.clamp(max=num_candidates) - 1)
+    weights = torch.where(logits >= kth, weights, 0.0)
+    has_top_k = settings.top_k < torch.iinfo(torch.int64).max
+    total = weights.sum(1, keepdim=True)
+    if totals is not None:
+        total = torch.where(has_top_k, total, totals[:, None])
+    before = weights.cumsum(1) - weights
+    is_kept = (logits >= kth) & (before < settings.top_p * total)
+    is_kept[:, 0] = True
+    smallest = logits.masked_fill(~is_kept, math.inf).amin(1, keepdim=True)
+    least = top[:, None] + settings.temperature * settings.min_p.log()
+    smallest = torch.maximum(smallest, least)
+    is_complete = logits[:, -1] < smallest[:, 0]
+    is_complete &= ~has_top_k[:, 0] | (settings.top_k[:, 0] <= num_candidates)
+    tokens, order = tokens.sort(1)  # ties may come in any order
+    weights = torch.where(logits >= smallest, weights, 0.0).gather(1, order)
+    cumulative = weights.cumsum(1)
+    index = _first_above(cumulative, uniform[:, None] * cumulative[:, -1:])
+    return tokens.gather(1, index)[:, 0], is_complete
+
+
+def _weights(logits: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
+    """Probabilities relative to the most likely token's, at the temperature."""
+    return (logits - top[:, None]).div_(temperature).exp_()
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Index of the first cumulative weight above the target, `(num_rows, 1)`.
+
+    A target that rounding put beyond the last one counts as just below it.
+    """
+    below = torch.nextafter(cumulative[:, -1:], torch.zeros_like(target))
+    return torch.searchsorted(cumulative, torch.minimum(target, below), right=True).clamp(
+        max=cumulative.shape[1] - 1
+    )
+
+
+def _column(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+
+def _biased_logits(
+    requests: Mapping[int, Request], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Rows, tokens and values of all entries of `logit_bias`."""
+    entries: list[tuple[Any, ...]] = [
+        (i, token, value)
+        for i, request in requests.items()
+        for token, value in request.logit_bias.items()
+    ]
+    if not entries:
+        return None
+    rows, tokens, values = zip(*entries, strict=True)
+    return (
+        torch.tensor(rows, device=device),
+        torch.tensor(tokens, device=device),
+        torch.tensor(values, dtype=torch.float32, device=device),
+    )
 
 
 class RowSampling(LogitsProcessor):
-    """Applies each row's own `Sampler` inside transformers' greedy `generate`.
+    """Makes each row's choice inside transformers' greedy `generate`.
 
     Args:
-        requests: One per row.
-        first_columns: Per row, the first column that is not padding.
+        rows: The sampling of each of the first rows.
         device: Device of the logits.
     """
 
-    def __init__(
-        self, requests: Sequence[Request], first_columns: Sequence[int], device: torch.device
-    ) -> None:
-        samplers = [Sampler(request, device) for request in requests]
-        self._rows = [
-            (i, first, sampler)
-            for i, (sampler, first) in enumerate(zip(samplers, first_columns, strict=False))
-            if not sampler.is_greedy
-        ]
+    def __init__(self, rows: Sequence[SampledRow], device: torch.device) -> None:
+        self._num_rows = len(rows)
+        self._sampler = BatchSampler(rows, device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Process `scores` of shape `(num_rows, vocab_size)`."""
-        scores = scores.clone()
-        for i, first, sampler in self._rows:
-            # Without padding, so that the pad token gets no repetition penalty.
-            scores[i] = sampler(input_ids[i : i + 1, first:], scores[i : i + 1])[0]
-        return scores
+        """Process `scores` of shape `(num_rows or more, vocab_size)`.
+
+        Returns:
+            0 for each row's choice, and -inf elsewhere.
+        """
+        tokens = self._sampler(scores[: self._num_rows].float())
+        choices = scores.new_full((self._num_rows, scores.shape[1]), -math.inf)
+        choices.scatter_(1, tokens[:, None], 0.0)
+        if len(scores) == self._num_rows:
+            return choices
+        return torch.cat([choices, scores[self._num_rows :]])

@@ -15,7 +15,7 @@ class StaticBatcher(Batcher):
     Texts are delivered whole, and log-probabilities are not supported.
 
     Args:
-        frozen, max_sequences, max_waiting: See `Batcher`.
+        frozen, max_sequences, max_waiting, max_sequences_per_tenant: See `Batcher`.
     """
 
     supports_log_probs = False
@@ -33,7 +33,7 @@ class StaticBatcher(Batcher):
 
     def _step(self) -> None:
         self._drop_cancelled_waiting()
-        self._batch = tuple(self._take_waiting(self._max_sequences))
+        self._batch = tuple(self._take_waiting())
         groups: dict[object, list[Sequence]] = {}
         for sequence in self._batch:
             groups.setdefault(batch_key(sequence.request), []).append(sequence)

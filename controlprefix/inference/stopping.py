@@ -11,6 +11,8 @@ from controlprefix.request import Request
 _REPLACEMENT_CHARACTER = "\ufffd"  # a character of which not all bytes are generated yet
 _MAX_JOINED_WORDS = 4  # "do n ' t" becomes "don't"
 _TAIL_TOKENS = 16  # decoded beyond one token per byte to find a stop text
+_MAX_TAIL_TOKENS = 32  # decoded at each step; what is before is decoded once
+_CONTEXT_TOKENS = 8  # decoded with them, since text may depend on the tokens before
 
 
 def completion_from_tokens(
@@ -54,6 +56,9 @@ class TextStream:
         self._tokenizer = tokenizer
         self._request = request
         self._given = ""
+        self._decoded = ""  # the text of the first tokens,
+        self._num_decoded = 0  # of so many,
+        self._context = ""  # and the text of the last of those alone
 
     def update(self, new: Sequence[int]) -> tuple[str, bool]:
         """The text that became certain, and whether generation is finished.
@@ -71,20 +76,40 @@ class TextStream:
     def _certain_text(self, new: Sequence[int]) -> tuple[str, bool]:
         is_end = new[-1] in self._tokenizer.end_ids
         finished = is_end or len(new) >= self._request.max_new_tokens
-        text = self._tokenizer.decode(new[:-1] if is_end else new)
+        text = self._decode(new[:-1] if is_end else new)
         cut = first_stop(text, self._request.stop)
         if cut is not None:
             return text[:cut], True
         if finished:
             return text, True
         if unsettled := self._tokenizer.num_unsettled(new):
-            text = self._tokenizer.decode(new[: len(new) - unsettled])
+            text = self._decode(new[: len(new) - unsettled])
+        else:
+            self._advance(new, text)
         # The last character may be incomplete, and a stop text may have begun.
         text = text.rstrip(_REPLACEMENT_CHARACTER)
         text = text[: len(text) - partial_stop_length(text, self._request.stop)]
         if self._tokenizer.joins_words:  # the spaces of the last words may still vanish
             text = " ".join(text.split(" ")[:-_MAX_JOINED_WORDS])
         return text, False
+
+    def _decode(self, new: Sequence[int]) -> str:
+        """The text of all tokens, of which only the last ones are decoded."""
+        if len(new) < self._num_decoded or not self._num_decoded:
+            return self._tokenizer.decode(new)
+        tail = self._tokenizer.decode(new[self._num_decoded - _CONTEXT_TOKENS :])
+        if not tail.startswith(self._context):
+            return self._tokenizer.decode(new)
+        return self._decoded + tail[len(self._context) :]
+
+    def _advance(self, new: Sequence[int], text: str) -> None:
+        """Keep the text, so that its tokens need not be decoded again."""
+        if len(new) - self._num_decoded < _MAX_TAIL_TOKENS or self._tokenizer.joins_words:
+            return
+        context = self._tokenizer.decode(new[-_CONTEXT_TOKENS:])
+        # Behind a blank, or an incomplete character, the next tokens may be read otherwise.
+        if context.strip() and not context[-1].isspace() and context[-1] != _REPLACEMENT_CHARACTER:
+            self._decoded, self._num_decoded, self._context = text, len(new), context
 
 
 def has_stop(tokenizer: RequestTokenizer, request: Request, new: Sequence[int]) -> bool:

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 _MIN_SPARE_TOKENS = 64  # spare room is this, or a quarter of the tokens
-_MIN_ROWS = 3  # for fewer, transformers' copies cost less than our bookkeeping
+_MIN_ROWS_ON_CPU = 3  # for fewer, transformers' copies cost less than our bookkeeping
 
 
 class CacheRow(NamedTuple):
@@ -26,7 +26,8 @@ def growing_cache(model: PreTrainedModel, num_rows: int) -> DynamicCache | None:
         None if `generate` would not take a dynamic cache for this model, or if it would not
         be faster for so few rows.
     """
-    if num_rows < _MIN_ROWS or model.config.is_encoder_decoder or not _takes_dynamic_cache(model):
+    is_small = num_rows < _MIN_ROWS_ON_CPU and model.device.type == "cpu"
+    if is_small or model.config.is_encoder_decoder or not _takes_dynamic_cache(model):
         return None
     return new_cache(model)
 

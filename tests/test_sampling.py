@@ -1,0 +1,217 @@
+"""Sampling of a batch: the distribution, each row's own settings and seed, penalties."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from controlprefix import ControlPrefix, Request, RequestError
+from controlprefix.inference.sampling import BatchSampler, RowSampling, SampledRow
+
+CPU = torch.device("cpu")
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.7},
+    {"temperature": 1.5},
+    {"top_k": 5},
+    {"top_p": 0.8},
+    {"top_p": 0.999, "temperature": 3.0},
+    {"min_p": 0.2},
+    {"temperature": 1.3, "top_k": 300, "top_p": 0.9, "min_p": 0.01},
+    {"top_k": 1},
+]
+
+
+def request(**fields: Any) -> Request:
+    return Request(prompt="-", **fields)
+
+
+def rows_of(*settings: dict[str, Any]) -> list[SampledRow]:
+    return [SampledRow(request(**fields)) for fields in settings]
+
+
+def expected_probabilities(logits: Tensor, fields: dict[str, Any]) -> Tensor:
+    """By transformers' own processors, in float64."""
+    warpers = LogitsProcessorList()
+    if "temperature" in fields:
+        warpers.append(TemperatureLogitsWarper(fields["temperature"]))
+    if "top_k" in fields:
+        warpers.append(TopKLogitsWarper(fields["top_k"]))
+    if "top_p" in fields:
+        warpers.append(TopPLogitsWarper(fields["top_p"]))
+    if "min_p" in fields:
+        warpers.append(MinPLogitsWarper(fields["min_p"]))
+    ids: Any = torch.zeros(1, 1, dtype=torch.long)
+    scores: Any = logits[None].double()
+    return warpers(ids, scores)[0].softmax(-1)
+
+
+@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+@pytest.mark.parametrize("size", [40, 1000])
+def test_draws_have_the_distribution_of_transformers(fields: dict[str, Any], size: int) -> None:
+    """A chi-square test of 50,000 draws; the seed is fixed, so it either always passes or never."""
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 2
+    expected = expected_probabilities(logits, fields)
+    sampler = BatchSampler(rows_of(*({**fields, "seed": i} for i in range(500))), CPU)
+    counts = torch.zeros(size)
+    for _ in range(100):
+        counts += sampler(logits.repeat(500, 1)).bincount(minlength=size)
+    assert not counts[expected == 0].any()
+    likely = expected * counts.sum() >= 5
+    observed = [*counts[likely].tolist(), float(counts[~likely].sum())]
+    number = [*(expected[likely] * counts.sum()).tolist(), float(expected[~likely].sum()) * 50_000]
+    if number[-1] == 0:
+        observed, number = observed[:-1], number[:-1]
+    if len(observed) == 1:
+        return  # only one token is possible
+    assert chisquare(observed, number, sum_check=False).pvalue > 1e-4
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_row_draws_the_same_in_any_batch(data: st.DataObject) -> None:
+    size = data.draw(st.sampled_from([3, 50, 257, 700]))
+    scale = data.draw(st.sampled_from([0.1, 1.0, 20.0]))
+    fields = [{**data.draw(st.sampled_from([{}, *SETTINGS])), "seed": i} for i in range(5)]
+    extra: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 1.0, "frequency_penalty": -0.5},
+        {"logit_bias": {0: 3.0, 2: -100.0}},
+    ]
+    fields = [{**f, **data.draw(st.sampled_from([{}, *extra]))} for f in fields]
+    steps = torch.randn(4, 5, size, generator=torch.Generator().manual_seed(size)) * scale
+    together = BatchSampler(rows_of(*fields), CPU)
+    chosen = torch.stack([together(step.clone()) for step in steps], 1)
+    for i, own in enumerate(fields):
+        alone = BatchSampler(rows_of(own), CPU)
+        assert chosen[i].tolist() == [int(alone(step[i : i + 1].clone())) for step in steps]
+
+
+def test_few_tokens_kept_or_all_of_them_draw_alike() -> None:
+    """Whether the most likely tokens are enough does not change what is drawn."""
+    logits = torch.randn(64, 5000)
+    for fields in ({"top_k": 100}, {"top_k": 200}, {"top_p": 1.0, "top_k": 5000}):
+        rows = rows_of(*({**fields, "seed": i} for i in range(64)))
+        chosen = BatchSampler(rows, CPU)(logits.clone())
+        ranks = (logits > logits.gather(1, chosen[:, None])).sum(1)
+        assert int(ranks.max()) < fields["top_k"]
+        assert int(ranks.max()) > fields["top_k"] / 4
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"temperature": 1.0}, {"top_p": 0.9}, {"min_p": 0.1, "temperature": 50.0}]
+)
+def test_extreme_logits_choose_a_possible_token(fields: dict[str, Any]) -> None:
+    ruled_out = torch.full((1, 300), -math.inf)
+    ruled_out[0, 299] = -5.0
+    assert int(BatchSampler(rows_of(fields), CPU)(ruled_out.clone())) == 299
+    certain = torch.zeros(1, 300)
+    certain[0, 7] = math.inf
+    assert int(BatchSampler(rows_of(fields), CPU)(certain)) == 7
+    huge = torch.zeros(1, 300)
+    huge[0, 8] = 3e38
+    assert int(BatchSampler(rows_of(fields), CPU)(huge)) == 8
+    not_numbers = torch.full((1, 300), math.nan)
+    assert 0 <= int(BatchSampler(rows_of(fields), CPU)(not_numbers)) < 300
+
+
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    logits, ids = torch.randn(1, 50), torch.tensor([[7, 5, 7, 3]])
+    any_ids: Any = ids
+    penalize: Any = RepetitionPenaltyLogitsProcessor(1.8)
+    expected = penalize(any_ids, logits.clone()).argmax(1)
+    for num_new in (0, 2, 4):
+        prompt, new = ids[0, : 4 - num_new].tolist(), ids[0, 4 - num_new :].tolist()
+        row = SampledRow(request(repetition_penalty=1.8), prompt, new)
+        assert BatchSampler([row], CPU)(logits.clone()).tolist() == expected.tolist()
+
+
+def test_penalties_count_what_was_generated() -> None:
+    """As OpenAI's API defines them: the prompt does not count for these two."""
+    row = SampledRow(request(presence_penalty=1.0, frequency_penalty=0.5), prompt=[2])
+    sampler = BatchSampler([row], CPU)
+    logits = torch.tensor([[0.0, 2.0, 1.9]])
+    chosen = [int(sampler(logits.clone())) for _ in range(5)]
+    # token 1 at 2.0, 0.5, 0.0 ...; token 2 at 1.9, 0.4, -0.1 ...; token 0 at 0
+    assert chosen == [1, 2, 1, 2, 0]
+    again = SampledRow(request(presence_penalty=1.0, frequency_penalty=0.5), [2], chosen[:3])
+    assert int(BatchSampler([again], CPU)(logits.clone())) == chosen[3]
+
+
+def test_a_bias_is_added_and_ids_beyond_the_vocabulary_are_ignored() -> None:
+    sampler = BatchSampler(rows_of({"logit_bias": {1: 5.0, 99: 100.0}}, {}), CPU)
+    assert sampler(torch.tensor([[2.0, 0.0], [2.0, 0.0]])).tolist() == [1, 0]
+
+
+def test_processors_of_a_row_see_its_own_tokens() -> None:
+    calls: list[list[int]] = []
+
+    def process(ids: Any, scores: Any) -> Tensor:
+        calls.append(ids[0].tolist())
+        result: Tensor = -scores
+        return result
+
+    new: list[int] = []
+    row = SampledRow(request(), [4, 5], new, [process])
+    sampler = BatchSampler([None, row], CPU)
+    assert sampler(torch.tensor([[0.0, 1.0], [0.0, 1.0]])).tolist() == [1, 0]
+    new.append(0)
+    sampler(torch.zeros(2, 2))
+    assert calls == [[4, 5], [4, 5, 0]]
+
+
+def test_inside_generate_the_choice_is_the_only_possible_token() -> None:
+    processor: LogitsProcessor = RowSampling(rows_of({"logit_bias": {1: 9.0}}), CPU)
+    ids: Any = torch.zeros(3, 1, dtype=torch.long)
+    scores: Any = torch.zeros(3, 4)
+    result = processor(ids, scores)
+    assert result[0].tolist() == [-math.inf, 0.0, -math.inf, -math.inf]
+    assert result[1:].tolist() == torch.zeros(2, 4).tolist()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1.0},
+        {"top_p": 0.9},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0, "temperature": 0.9},
+        {"logit_bias": {7: 4.0}},
+        {"repetition_penalty": 1.5},
+    ],
+    ids=str,
+)
+def test_one_seed_gives_one_text_in_every_engine(cp: ControlPrefix, fields: dict[str, Any]) -> None:
+    single = Request(prompt="hello", raw=True, max_new_tokens=20, seed=3, **fields)
+    other = Request(prompt="a", raw=True, max_new_tokens=20, temperature=2.0)
+    text = cp.generate([single])[0].text
+    assert text != cp.generate("hello", raw=True, max_new_tokens=20).text
+    assert cp.generate([other, single])[1].text == text
+    assert "".join(cp.stream(single)) == text
+    batcher = cp.batcher()
+    tickets = [batcher.submit(cp.resolve(r)) for r in (other, single, other)]
+    assert tickets[1].result().text == text
+    batcher.close()
+
+
+def test_beams_refuse_what_they_cannot_apply() -> None:
+    for fields in ({"presence_penalty": 1.0}, {"logit_bias": {1: 1.0}}, {"frequency_penalty": 1.0}):
+        with pytest.raises(RequestError, match="num_beams above 1 cannot be combined with"):
+            request(num_beams=2, **fields)
+    with pytest.raises(RequestError, match="presence_penalty"):
+        request(presence_penalty=3.0)
+    with pytest.raises(RequestError, match="logit_bias"):
+        request(logit_bias={-1: 3.0})
