@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import decoding
+import sampling
 import torch
 import training_speed
 from torch import Tensor
@@ -159,6 +160,26 @@ def compiled(name: str, device: str, rows: int, tokens: int, rounds: int) -> lis
     return compare(f"{rows} rows, {tokens} tokens", contenders, rounds=rounds, warm_up=2)
 
 
+def kernels(name: str, device: str, rows: int, tokens: int) -> list[Comparison]:
+    """Decode steps with torch's choice of attention kernels, and without cuDNN's."""
+    model = load(name, device).model
+    batches = {"plain": None, "16 own slots": mixed_batch(model, rows, 16)}
+    results = []
+    for title, batch in batches.items():
+        contenders: dict[str, Callable[[], Measures]] = {}
+        for uses_cudnn in (True, False):
+            decoder = decoding.Decoder(model, batch, rows, 24, growing=batch is not None)
+            decoder.first()
+
+            def step(decoder: decoding.Decoder = decoder, cudnn: bool = uses_cudnn) -> Measures:
+                torch.backends.cuda.enable_cudnn_sdp(cudnn)
+                return decoder.next()
+
+            contenders["torch's choice" if uses_cudnn else "without cuDNN"] = step
+        results += compare(f"{title}, {rows} rows", contenders, rounds=tokens, warm_up=2)
+    return results
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -182,6 +203,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference="the tokens alone",
         notes=[f"{HEADS} heads, {KV_HEADS} kv heads of {HEAD_DIM}; each measure is 20 calls"],
     )
+    name = options.models[0]
+    save_comparisons(
+        results,
+        f"kernels-{device}",
+        kernels(name, device, options.rows[1], options.tokens),
+        reference="torch's choice",
+        model=load(name, device),
+    )
+    torch.backends.cuda.enable_cudnn_sdp(False)  # from here on, for plain models too
     common = ["--device", device, "--rounds", str(rounds), "--results", str(results)]
     for name in (*options.models, options.large):
         numbers = [
@@ -192,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.models:
         training_speed.main([*common, "--model", name])
     name = options.models[0]
+    rows, tokens = str(options.rows[-2]), str(4 * options.tokens)
+    sampling.main([*common, "--model", name, "--rows", rows, "--tokens", tokens])
     save_comparisons(
         results,
         f"compiled-{name}-{device}",

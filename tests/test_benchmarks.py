@@ -37,6 +37,7 @@ RUNS = {
     "gpu": "--device cpu --models tiny --large tiny --rows 1 2 --num-slots 2 --tokens 2 --rounds 1 "
     "--pytest=--co",
     "training_speed": "--examples 4 --batch-size 2 --num-slots 2 --rounds 1",
+    "sampling": "--rows 2 --tokens 3 --rounds 1",
     "assembly": "--rows 2 --num-slots 2 --rounds 1",
     "loading": "--rounds 1",
     "long_prompts": "--tokens 300 --rounds 1",

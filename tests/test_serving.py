@@ -232,7 +232,7 @@ def test_log_probabilities_stop_texts_and_limits(served: Served) -> None:
         ({"n": 100}, 400, "100 choices; this server gives 16 at most"),
         ({"temperature": 9}, 400, "temperature"),
         ({"tools": [{"type": "function", "function": {"name": "x"}}]}, 400, "tools is not supp"),
-        ({"presence_penalty": 1.0}, 400, "use repetition_penalty"),
+        ({"presence_penalty": 3.0}, 400, "presence_penalty"),
         ({"messages": []}, 400, "messages"),
         ({"extra_body": {"strengths": {"mood": 1}}}, 400, "strengths names 'mood'"),
         ({"messages": [{"role": "user", "content": "x" * 9999}]}, 400, "the context of"),

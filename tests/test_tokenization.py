@@ -380,3 +380,31 @@ def test_logits_that_are_no_numbers_are_an_error_of_their_row(name: str) -> None
         with pytest.raises(ModelOutputError):
             tickets[1].result()
         assert batcher.submit(cp.resolve(good)).result().text == expected
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+@given(texts=st.lists(TEXTS, min_size=8, max_size=30), stop=st.sampled_from(["", "ab", "日本"]))
+@settings(max_examples=20)
+def test_a_long_stream_joined_is_the_text(
+    make: Callable[[], PreTrainedTokenizerFast], texts: list[str], stop: str
+) -> None:
+    tokenizer = make()
+    reader = RequestTokenizer(build("llama"), tokenizer)
+    ids = tokenizer(" ".join(texts), add_special_tokens=False)["input_ids"]
+    ids = [token for token in ids if token < len(tokenizer)]
+    request = Request(prompt="q", max_new_tokens=max(1, len(ids)), stop=[stop] if stop else [])
+    if ids:
+        joined, expected = streamed(reader, request, ids)
+        assert joined == expected
+
+
+def test_the_work_of_a_stream_does_not_grow_with_the_text() -> None:
+    reader = RequestTokenizer(build("llama"), byte_tokenizer())
+    numbers: list[int] = []
+    decode = reader.decode
+    reader.decode = lambda ids: numbers.append(len(ids)) or decode(ids)  # type: ignore[method-assign,func-returns-value]
+    ids = byte_tokenizer()("the words of a long text " * 80)["input_ids"]
+    joined, expected = streamed(reader, Request(prompt="q", max_new_tokens=len(ids)), ids)
+    assert joined == expected
+    assert len(numbers) <= 1.1 * len(ids)
+    assert max(numbers[:-1]) < 50

@@ -8,6 +8,7 @@ other rows.
 """
 
 import math
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 
@@ -28,6 +29,7 @@ from controlprefix.prefixes import Part, PrefixBatch
 from controlprefix.request import Request
 
 _MAX_VACANT_FRACTION = 0.25  # compact the batch above this share of vacant rows
+_MAX_SKIPPED = 3  # decode steps left out in a row while more rows are about to join
 _MAX_DEAD_COLUMNS = 256  # leading columns that are padding in every row
 
 
@@ -61,6 +63,8 @@ class ContinuousBatcher(Batcher):
         self._batch: PrefixBatch | None = None  # None: rows have changed
         self._sampler: BatchSampler | None = None
         self._prefills = PrefillQueue(max_prefill_tokens)
+        self._decode_seconds = 0.0  # of the last step
+        self._num_skipped = 0  # decode steps in a row that were left out
         request = Request(prompt="", raw=True)
         self._has_processors = bool(model_processors(frozen, request, num_prompt_tokens=1))
         super().__init__(
@@ -90,19 +94,27 @@ class ContinuousBatcher(Batcher):
                 self._remove(sequence)
         self._prefills.add(self._take_waiting())
         decoding = {sequence.resolved.tenant for sequence in self._decoding()}
+        # A step costs little more for more rows: it waits for those that are nearly there.
+        joining = self._prefills.num_joining_rows(self._waiting.served, decoding)
+        num_decoding = sum(row is not None for row in self._rows)
+        waits = joining > num_decoding and self._num_skipped < _MAX_SKIPPED
         if (prefill := self._prefills.next(self._waiting.served, decoding)) is not None:
-            self._prefill_chunk(prefill)
-        if self._first_rows:
+            self._prefill_chunk(prefill, is_alone=waits or not decoding)
+        self._num_skipped = self._num_skipped + 1 if waits else 0
+        if self._first_rows and not waits:
+            start = time.perf_counter()
             self._decode_step()
+            self._decode_seconds = time.perf_counter() - start
 
     def _decoding(self) -> list[Sequence]:
         return [self._rows[first] for first in self._first_rows.values()]  # type: ignore[misc]
 
     # --- prefill -----------------------------------------------------------------------------
 
-    def _prefill_chunk(self, prefill: Prefill) -> None:
+    def _prefill_chunk(self, prefill: Prefill, *, is_alone: bool) -> None:
         try:
-            with self._prefills.measured(prefill, is_alone=not self._first_rows) as end:
+            decode_seconds = None if is_alone else self._decode_seconds
+            with self._prefills.measured(prefill, decode_seconds) as end:
                 if prefill.batch is None:
                     prefill.prepare(self._frozen)
                 logits = self._forward(*prefill.inputs(end))

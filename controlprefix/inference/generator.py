@@ -159,10 +159,19 @@ class Generator:
             yield batch
 
     def batcher(
-        self, *, max_sequences: int = 32, max_waiting: int = 1024, max_prefill_tokens: int = 512
+        self,
+        *,
+        max_sequences: int = 32,
+        max_waiting: int = 1024,
+        max_prefill_tokens: int = 512,
+        max_sequences_per_tenant: int | None = None,
     ) -> Batcher:
         """A batcher for this model: continuous if the rows of its cache can be moved."""
-        limits = {"max_sequences": max_sequences, "max_waiting": max_waiting}
+        limits: dict[str, Any] = {
+            "max_sequences": max_sequences,
+            "max_waiting": max_waiting,
+            "max_sequences_per_tenant": max_sequences_per_tenant,
+        }
         rows, num_layers = self._frozen.rows, len(self._frozen.geometry.decoder)
         can_share = not rows.padding_counts and rows.max_shared_tokens is None
         if can_share and rows_can_move(self._frozen.model, num_layers):

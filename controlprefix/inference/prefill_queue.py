@@ -14,8 +14,8 @@ from controlprefix.model.kv_cache import new_cache
 from controlprefix.model.tokenization import pad_rows
 from controlprefix.prefixes import PrefixBatch
 
-_MIN_TOKENS = 32  # of a chunk
-_CHUNK_SECONDS = 0.2  # of a chunk while others decode or wait
+_MIN_TOKENS = 128  # of a chunk; fewer take hardly less time
+_CHUNK_SECONDS = 0.2  # of a chunk while others decode; longer if a decode step is
 _TURNS = 4  # a tenant that was served more than those who decode prefills once in so many steps
 
 
@@ -92,6 +92,18 @@ class PrefillQueue:
         """All sequences that are being prefilled."""
         return [sequence for prefill in self._prefills for sequence in prefill.sequences]
 
+    def num_joining_rows(self, served: Callable[[str], float], decoding: Collection[str]) -> int:
+        """Rows of those that need one chunk more, and need not leave steps to others.
+
+        Args:
+            served, decoding: See `next`.
+        """
+        return sum(
+            prefill.num_rows
+            for prefill in self._prefills
+            if prefill.num_left <= self._max_tokens and _has_turn(prefill, served, decoding)
+        )
+
     def clear(self) -> None:
         """Drop everything."""
         self._prefills = []
@@ -135,31 +147,29 @@ class PrefillQueue:
                 all of these leaves them some steps.
         """
         self._num_steps += 1
-        least = min(map(served, decoding), default=None)
+        is_turn_of_all = self._num_steps % _TURNS == 0
         due = [
             prefill
             for prefill in self._prefills
-            if least is None
-            or self._num_steps % _TURNS == 0
-            or min(served(s.resolved.tenant) for s in prefill.sequences) <= least
+            if is_turn_of_all or _has_turn(prefill, served, decoding)
         ]
         if not due:
             return None
         return due[0] if self._num_steps % 2 else min(due, key=lambda prefill: prefill.num_left)
 
     @contextlib.contextmanager
-    def measured(self, prefill: Prefill, *, is_alone: bool) -> Iterator[int]:
+    def measured(self, prefill: Prefill, decode_seconds: float | None) -> Iterator[int]:
         """Choose and measure the next chunk of a prefill: yields its end column.
 
         Args:
             prefill: The prefill.
-            is_alone: Nothing is decoded meanwhile.
+            decode_seconds: How long the last decode step took; None if nothing is decoded.
         """
         tokens = self._max_tokens
-        waits = not is_alone or len(self._prefills) > 1 or prefill.num_left > tokens
-        if waits and self._tokens_per_second is not None:
-            in_time = int(self._tokens_per_second * _CHUNK_SECONDS)
-            tokens = min(tokens, max(_MIN_TOKENS, in_time))
+        is_long = prefill.num_left > tokens  # others may come meanwhile
+        if self._tokens_per_second is not None and (is_long or decode_seconds is not None):
+            seconds = max(_CHUNK_SECONDS, decode_seconds or 0.0)
+            tokens = min(tokens, max(_MIN_TOKENS, int(self._tokens_per_second * seconds)))
         end = min(prefill.length, prefill.num_done + max(1, tokens // prefill.num_rows))
         start = time.perf_counter()
         yield end
@@ -168,3 +178,9 @@ class PrefillQueue:
         earlier = self._tokens_per_second
         self._tokens_per_second = speed if earlier is None else 0.7 * earlier + 0.3 * speed
         prefill.num_done = end
+
+
+def _has_turn(prefill: Prefill, served: Callable[[str], float], decoding: Collection[str]) -> bool:
+    """Whether a tenant of it was served no more than any whose sequences are decoded."""
+    tenants = {sequence.resolved.tenant for sequence in prefill.sequences}
+    return min(map(served, tenants)) <= min(map(served, decoding), default=float("inf"))

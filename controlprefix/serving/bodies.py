@@ -15,7 +15,6 @@ _UNSUPPORTED = (
     "echo",
     "function_call",
     "functions",
-    "logit_bias",
     "modalities",
     "prediction",
     "prompt_logprobs",
@@ -52,8 +51,6 @@ class CompletionBody(SteeringFields):
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
 
     def to_requests(
         self, model_name: str, prompts: Sequence[dict[str, Any]], max_new_tokens: int
@@ -71,10 +68,6 @@ class CompletionBody(SteeringFields):
         for field in _UNSUPPORTED:
             if not _is_default(field, (self.model_extra or {}).get(field)):
                 raise RequestError(f"{field} is not supported by this server; leave it out")
-        if self.frequency_penalty or self.presence_penalty:
-            raise RequestError(
-                "frequency_penalty and presence_penalty are not supported; use repetition_penalty"
-            )
         limit = min(_DEFAULT_MAX_TOKENS, max_new_tokens)
         num_tokens = self.max_completion_tokens or self.max_tokens or limit
         if num_tokens > max_new_tokens:

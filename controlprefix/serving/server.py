@@ -65,8 +65,12 @@ class Server:
             attributes=attributes,
             rate_limiter=RateLimiter(self.limits.requests_per_minute),
         )
+        num_rows = self.limits.max_sequences
         self._runner = runner or Generator(frozen).batcher(
-            max_sequences=self.limits.max_sequences, max_waiting=self.limits.max_waiting
+            max_sequences=num_rows,
+            max_waiting=self.limits.max_waiting,
+            # Others find a row free, whatever a tenant does.
+            max_sequences_per_tenant=num_rows if open_tenant else num_rows - num_rows // 8,
         )
         self.metrics = Metrics(lambda: self._runner.load)
 

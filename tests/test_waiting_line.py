@@ -1,0 +1,136 @@
+"""Who is next: turns of tenants, order within one, rows that must fit, chunks of prompts."""
+
+from collections import Counter
+from typing import Any
+from unittest.mock import Mock
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlprefix.inference.prefill_queue import PrefillQueue
+from controlprefix.inference.waiting_line import WaitingLine
+
+Item = tuple[str, int, int, int]  # tenant, number, rows, tokens
+
+
+def line_of(*items: Item) -> WaitingLine[Item]:
+    line = WaitingLine[Item](lambda item: item[2], lambda item: item[3])
+    for item in items:
+        line.add(item[0], item)
+    return line
+
+
+def take_all(line: WaitingLine[Item], rows: int = 100) -> list[Item]:
+    taken = []
+    while (item := line.take(dict.fromkeys(line.tenants, rows))) is not None:
+        taken.append(item)
+    return taken
+
+
+def test_a_tenant_keeps_its_order_and_tenants_take_turns_by_tokens() -> None:
+    heavy: list[Item] = [("heavy", i, 1, 100) for i in range(4)]
+    light: list[Item] = [("light", i, 1, 10) for i in range(4)]
+    order = take_all(line_of(*heavy, *light))
+    assert order == [heavy[0], *light, *heavy[1:]]
+
+
+def test_a_newcomer_is_next_and_has_saved_nothing_up() -> None:
+    line = line_of(*(("old", i, 1, 10) for i in range(40)))
+    for _ in range(20):
+        line.take({"old": 1})
+    for i in range(40):
+        line.add("new", ("new", i, 1, 10))
+    taken = take_all(line)
+    assert taken[0][0] == "new" or taken[1][0] == "new"
+    assert Counter(item[0] for item in taken[:20])["new"] in range(9, 13)
+
+
+def test_small_requests_pass_a_large_one_but_not_forever() -> None:
+    large: Item = ("a", 0, 32, 10)
+    line = line_of(large, *(("a", i, 1, 1) for i in range(1, 200)))
+    passed = 0
+    while (item := line.take({"a": 4})) is not None:
+        assert item != large
+        passed += 1
+    assert 0 < passed < 199
+    assert line.take({"a": 32}) == large
+
+
+def test_a_tenant_without_free_rows_holds_nobody_up() -> None:
+    line = line_of(*(("a", i, 1, 1) for i in range(300)), *(("b", i, 1, 1) for i in range(300)))
+    taken = 0
+    while (item := line.take({"a": 0, "b": 4})) is not None:
+        assert item[0] == "b"
+        taken += 1
+    assert taken == 300
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4), st.integers(1, 50))))
+def test_nothing_is_lost_or_taken_twice(entries: list[tuple[str, int, int]]) -> None:
+    items: list[Item] = [(tenant, i, rows, n) for i, (tenant, rows, n) in enumerate(entries)]
+    line = line_of(*items)
+    removed = line.remove(lambda item: item[1] % 3 == 0)
+    assert sorted(removed) == sorted(item for item in items if item[1] % 3 == 0)
+    assert len(line) == len(items) - len(removed)
+    taken = take_all(line, rows=4)
+    assert sorted(taken) == sorted(item for item in items if item[1] % 3)
+    for tenant in "abc":
+        numbers = [item[1] for item in taken if item[0] == tenant]
+        assert numbers == sorted(numbers)
+
+
+def sequence(num_tokens: int, tenant: str = "a", rows: int = 1) -> Any:
+    result = Mock()  # compared by identity, as sequences are
+    result.prompt, result.rows, result.resolved.tenant = range(num_tokens), [[]] * rows, tenant
+    return result
+
+
+def run(queue: PrefillQueue, served: dict[str, float], decoding: set[str], steps: int) -> list[Any]:
+    """The sequences whose chunk each step was."""
+    order = []
+    for _ in range(steps):
+        prefill = queue.next(lambda tenant: served[tenant], decoding)
+        order.append(prefill and prefill.sequences[0])
+        if prefill:
+            with queue.measured(prefill, None):
+                pass
+            if prefill.num_done == prefill.length:
+                queue.drop(prefill)
+    return order
+
+
+def test_short_prompts_are_prefilled_together_and_overtake_long_ones() -> None:
+    queue = PrefillQueue(512)
+    long = [sequence(8000), sequence(6000)]
+    for prompt in long:
+        queue.add([prompt])
+    served = {"a": 0.0}
+    assert set(run(queue, served, set(), 4)) == set(long)
+    short = [sequence(10) for _ in range(20)]
+    queue.add(short)
+    order = run(queue, served, {"a"}, 2)
+    assert short[0] in order
+    assert not set(queue.sequences) & set(short)  # all in one chunk
+    assert set(order + run(queue, served, {"a"}, 1)) & set(long)
+
+
+def test_who_was_served_more_leaves_steps_to_those_who_decode() -> None:
+    queue = PrefillQueue(512)
+    queue.add([sequence(100_000, "heavy")])
+    order = run(queue, {"heavy": 1000.0, "light": 4.0}, {"light"}, 16)
+    assert sum(step is not None for step in order) == 4
+    assert None not in run(queue, {"heavy": 1000.0, "light": 4.0}, {"heavy"}, 16)
+    assert queue.num_joining_rows(lambda _: 0.0, {"light"}) == 0
+
+
+def test_what_was_begun_together_is_removed_together() -> None:
+    queue = PrefillQueue(512)
+    sequences = [sequence(10) for _ in range(3)]
+    queue.add(sequences)
+    assert queue.remove(lambda s: s is sequences[0]) == [sequences[0]]
+    prefill = queue.next(lambda _: 0.0, set())
+    assert prefill is not None
+    prefill.batch = object()  # type: ignore[assignment]  # as after `prepare`
+    assert queue.remove(lambda s: s is sequences[1]) == []
+    assert queue.remove(lambda _: True) == sequences[1:]
+    assert not queue.sequences
