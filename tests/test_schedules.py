@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError, TrainingDataError
+from controlprefix.inference.generation import _NumbersOnly
 from controlprefix.prefixes.assembly import Part, assemble
 from controlprefix.prefixes.schedule import multiplier_at
 
@@ -15,15 +16,17 @@ from models import build, byte_tokenizer
 FADING = ((0, 1.0), (3, 0.25), (5, 0.0), (7, 2.0))
 
 
+def engine_of(name: str) -> ControlPrefix:
+    cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
+    for seed, label in enumerate(("warm", "cold")):
+        prefix = Prefix.random(cp.geometry, num_slots=4, scale=3.0, seed=seed)
+        cp.put("attribute", f"tone={label}", prefix)
+    return cp
+
+
 @pytest.fixture(scope="module")
 def steered() -> ControlPrefix:
-    cp = ControlPrefix.from_pretrained(
-        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
-    )
-    for seed, name in enumerate(("warm", "cold")):
-        prefix = Prefix.random(cp.geometry, num_slots=4, scale=3.0, seed=seed)
-        cp.put("attribute", f"tone={name}", prefix)
-    return cp
+    return engine_of("llama")
 
 
 def by_hand(cp: ControlPrefix, prompt: str, schedule: Any, count: int) -> str:
@@ -71,6 +74,32 @@ def test_a_row_with_a_schedule_is_the_same_in_any_batch(steered: ControlPrefix) 
     assert steered.generate(asked("abc", schedules={"tone": [(4, 3.0)]})).text == (
         steered.generate(asked("abc", schedules={}, strengths={"tone": 3.0})).text
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "t5"])
+def test_logits_under_a_schedule_are_the_same_in_any_batch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beside slots that all rows share, and without padding, so that nothing is masked."""
+    cp = engine_of(name)
+    cp.put("task", "note", Prefix.random(cp.geometry, num_slots=2, scale=2.0, seed=7))
+    first_rows: list[torch.Tensor] = []
+    check = _NumbersOnly.__call__
+
+    def record(self: _NumbersOnly, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        first_rows.append(scores[0].clone())
+        return check(self, input_ids, scores)
+
+    monkeypatch.setattr(_NumbersOnly, "__call__", record)
+    row = asked("ab", task="note")
+    cp.generate(row)
+    alone = list(first_rows)
+    assert len(alone) > 8
+    for prompt in ("cd", "a longer prompt"):
+        first_rows.clear()
+        cp.generate([row, Request(prompt=prompt, raw=True, max_new_tokens=12, task="note")])
+        for own, in_batch in zip(alone, first_rows, strict=False):
+            assert torch.allclose(own, in_batch, atol=1e-4)
 
 
 def test_beams_follow_a_schedule_too(steered: ControlPrefix) -> None:

@@ -282,7 +282,10 @@ class ContinuousBatcher(Batcher):
             self._mask = self._mask.new_zeros(0, 0)
             return
         length = max(source.num_tokens for source in sources)
-        arrange_rows(self._cache, sources, length)
+        num_slots = max(
+            sum(part.prefix.num_slots for part in parts) for s in sequences for parts in s.rows
+        )
+        arrange_rows(self._cache, sources, length, num_slots)
         self._mask = torch.zeros(len(sources), length, dtype=torch.long, device=self._frozen.device)
         for i, source in enumerate(sources):
             self._mask[i, length - source.num_tokens :] = 1

@@ -89,7 +89,7 @@ def generate_batch(
         criteria.append(_Cancelled(cancelled))
     config = _generation_config(frozen, requests)
     if config.cache_implementation is None:
-        cache = growing_cache(frozen.model, len(requests))
+        cache = growing_cache(frozen.model, len(requests), batch.num_slots)
         options |= {} if cache is None else {"past_key_values": cache}
     with torch.no_grad(), frozen.exclusive(), frozen.attached(batch):
         sequences = frozen.model.generate(  # type: ignore[operator]  # stubs: Tensor | Module

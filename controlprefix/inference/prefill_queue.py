@@ -58,8 +58,8 @@ class Prefill:
         prompts = [sequence.prompt for sequence in self.sequences for _ in sequence.rows]
         ids, mask = pad_rows(prompts, frozen.pad_id, left=True)
         self.ids, self.mask = ids.to(frozen.device), mask.to(frozen.device)
-        self.cache = new_cache(frozen.model)
         batch = frozen.assemble([row for sequence in self.sequences for row in sequence.rows])
+        self.cache = new_cache(frozen.model)
         batch.set_token(0)
         self.batch = batch
 

@@ -69,7 +69,8 @@ _GRAPH_ARGUMENTS = (
     "softcap",
 )
 # A CUDA graph would replay the slots that it was captured with. Before torch 2.10 nothing says so.
-_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+_HAS_TAG = hasattr(torch.Tag, "cudagraph_unsafe")
+_TAGS = (torch.Tag.cudagraph_unsafe,) if _HAS_TAG else ()
 _handles = itertools.count()
 _modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # by handle
 _lock = threading.Lock()
@@ -230,7 +231,7 @@ def _attend_compiled(
         return result
     # Other arguments have no effect on `sdpa`, to which layers pass all they were called with.
     arguments = {name: kwargs[name] for name in _GRAPH_ARGUMENTS if kwargs.get(name) is not None}
-    is_unsafe = query.is_cuda and not _TAGS
+    is_unsafe = query.is_cuda and not _HAS_TAG
     is_unknown = implementation != "sdpa" or kwargs.get("cache") is not None
     if is_unsafe or is_unknown or torch.is_grad_enabled():
         return _attend_outside_graph(

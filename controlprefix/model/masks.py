@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controlprefix.model.kv_cache import behind_slots
 from controlprefix.prefixes import SlotBlock
 
 
@@ -16,7 +17,11 @@ def joined_keys_and_values(
     batch = len(key)
     keys = [expand_rows(block.keys[layer], batch) for block in blocks]
     values = [expand_rows(block.values[layer], batch) for block in blocks]
-    return torch.cat((*keys, key), 2), torch.cat((*values, value), 2)
+    joined_keys = behind_slots(key, keys, blocks, layer)
+    joined_values = None if joined_keys is None else behind_slots(value, values, blocks, layer)
+    if joined_keys is None or joined_values is None:
+        return torch.cat((*keys, key), 2), torch.cat((*values, value), 2)
+    return joined_keys, joined_values
 
 
 def mask_with_slots(
@@ -96,12 +101,13 @@ def _memoized(
 ) -> Tensor:
     """A tensor derived from one that all layers of a pass are given, made once per pass.
 
-    It is kept on that tensor, and made again if the tensor was written to (its version
-    changed), or for other slots or shapes.
+    It is kept on that tensor, and made again if the tensor or the log strengths were written
+    to (their versions changed, as by a schedule), or for other slots or shapes.
     """
-    if owner.is_inference():  # inference tensors have no version counter
+    written = (owner, *(block.log_strengths for block in blocks))
+    if any(tensor.is_inference() for tensor in written):  # these have no version counter
         return make()
-    state = (owner._version, shape)
+    state = (*(tensor._version for tensor in written), shape)
     memo = owner.__dict__.setdefault("controlprefix_memo", {})
     entry = memo.get(name)
     if entry is None or entry[0] is not blocks or entry[1] != state:
