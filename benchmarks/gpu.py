@@ -39,6 +39,7 @@ EXACTNESS = (
     "resolve",
     "steering",
 )
+PARTS = ("exactness", "attention", "kernels", "decoding", "training", "compiled", "sampling")
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of a layer of Llama 3.1 8B
 
 
@@ -188,49 +189,59 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--num-slots", type=int, nargs="+", default=[16, 48, 128])
     parser.add_argument("--tokens", type=int, default=16, help="decode steps measured")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
     parser.add_argument("--pytest", default="-n 8", help="options for pytest")
     options = parser.parse_args(argv)
     device, results, rounds = options.device, options.results, options.rounds
 
-    notes = exactness(device, shlex.split(options.pytest))
-    save_comparisons(
-        results, f"exactness-{device}", [], reference="the same on the CPU", notes=notes
-    )
-    save_comparisons(
-        results,
-        f"attention-{device}",
-        attention(device, options.rows, options.num_slots, 256, rounds),
-        reference="the tokens alone",
-        notes=[f"{HEADS} heads, {KV_HEADS} kv heads of {HEAD_DIM}; each measure is 20 calls"],
-    )
-    name = options.models[0]
-    save_comparisons(
-        results,
-        f"kernels-{device}",
-        kernels(name, device, options.rows[1], options.tokens),
-        reference="torch's choice",
-        model=load(name, device),
-    )
-    torch.backends.cuda.enable_cudnn_sdp(False)  # from here on, for plain models too
     common = ["--device", device, "--rounds", str(rounds), "--results", str(results)]
-    for name in (*options.models, options.large):
+    first = options.models[0]
+    rows, tokens = options.rows[-2], 4 * options.tokens
+    parts = options.parts
+    if "exactness" in parts:
+        notes = exactness(device, shlex.split(options.pytest))
+        save_comparisons(
+            results, f"exactness-{device}", [], reference="the same on the CPU", notes=notes
+        )
+    if "attention" in parts:
+        save_comparisons(
+            results,
+            f"attention-{device}",
+            attention(device, options.rows, options.num_slots, 256, rounds),
+            reference="the tokens alone",
+            notes=[f"{HEADS} heads, {KV_HEADS} kv heads of {HEAD_DIM}; each measure is 20 calls"],
+        )
+    if "kernels" in parts:
+        save_comparisons(
+            results,
+            f"kernels-{device}",
+            kernels(first, device, options.rows[1], options.tokens),
+            reference="torch's choice",
+            model=load(first, device),
+        )
+    torch.backends.cuda.enable_cudnn_sdp(False)  # from here on, for plain models too
+    if "decoding" in parts:
         numbers = [
             *("--rows", *map(str, options.rows)),
             *("--num-slots", *map(str, options.num_slots)),
+            *("--tokens", str(options.tokens)),
         ]
-        decoding.main([*common, "--model", name, "--tokens", str(options.tokens), *numbers])
-    for name in options.models:
-        training_speed.main([*common, "--model", name])
-    name = options.models[0]
-    rows, tokens = str(options.rows[-2]), str(4 * options.tokens)
-    sampling.main([*common, "--model", name, "--rows", rows, "--tokens", tokens])
-    save_comparisons(
-        results,
-        f"compiled-{name}-{device}",
-        compiled(name, device, options.rows[-2], 4 * options.tokens, rounds),
-        reference="plain, dynamic cache",
-        model=load(name, device),
-    )
+        for name in (*options.models, options.large):
+            decoding.main([*common, "--model", name, *numbers])
+    if "training" in parts:
+        for name in options.models:
+            training_speed.main([*common, "--model", name])
+    if "compiled" in parts:
+        save_comparisons(
+            results,
+            f"compiled-{first}-{device}",
+            compiled(first, device, rows, tokens, rounds),
+            reference="plain, dynamic cache",
+            model=load(first, device),
+        )
+    if "sampling" in parts:
+        sizes = ["--rows", str(rows), "--tokens", str(tokens)]
+        sampling.main([*common, "--model", first, *sizes])
 
 
 if __name__ == "__main__":
