@@ -49,7 +49,8 @@ class Decoder:
 
     def first(self) -> Measures:
         """Time a pass over the prompt into an empty cache."""
-        cache = growing_cache(self.model, self.rows) if self.growing else None
+        num_slots = self.batch.num_slots if self.batch else 0
+        cache = growing_cache(self.model, self.rows, num_slots) if self.growing else None
         self.cache = cache or DynamicCache(config=self.model.config)
         return {"first token seconds": self._forward(self.inputs["input_ids"])}
 
