@@ -1,10 +1,17 @@
 """Attaching prefixes to a model: nothing stays behind, threads are apart, models are probed."""
 
+import asyncio
+import contextlib
+import sys
 import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -12,7 +19,9 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from controlprefix import Part, RequestError, UnsupportedModelError, assemble
+from controlprefix import Part, PrefixBatch, RequestError, UnsupportedModelError, assemble
+from controlprefix.model import attention as attention_module
+from controlprefix.model import steering as steering_module
 from controlprefix.model.attention import LAYER_ATTRIBUTE
 from controlprefix.model.steering import Steering
 
@@ -226,3 +235,176 @@ def _long_t5() -> PreTrainedModel:
     return LongT5ForConditionalGeneration(
         LongT5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
+
+
+def _logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(tokens(6)).logits
+    return result
+
+
+@pytest.fixture(scope="module")
+def two_voices() -> tuple[Any, Steering, list[PrefixBatch], list[Tensor]]:
+    """A model, two prefix batches, and the logits without and under each of them."""
+    model = build("llama")
+    steering = Steering.for_model(model)
+    batches = [
+        assemble([[Part(random_prefix(model, 4, seed=seed))]], steering.geometry) for seed in (1, 2)
+    ]
+    logits = [_logits(model)]
+    for batch in batches:
+        with steering.attached(batch):
+            logits.append(_logits(model))
+    return model, steering, batches, logits
+
+
+Voices = tuple[Any, Steering, list[PrefixBatch], list[Tensor]]
+
+
+@given(order=st.permutations([0, 1, 0, 1, 2, 2, 0, 1]))
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_asyncio_tasks_never_see_anothers_prefix(two_voices: Voices, order: list[int]) -> None:
+    model, steering, batches, expected = two_voices
+
+    async def voice(i: int, turns: asyncio.Queue[int]) -> None:
+        with contextlib.ExitStack() as stack:
+            if i < 2:
+                stack.enter_context(steering.attached(batches[i], everywhere=True))
+            for _ in range(order.count(i)):
+                await turns.get()
+                assert torch.equal(_logits(model), expected[(i + 1) % 3])
+
+    async def main() -> None:
+        turns = [asyncio.Queue[int]() for _ in range(3)]
+        tasks = [asyncio.create_task(voice(i, turns[i])) for i in range(3)]
+        for i in order:
+            turns[i].put_nowait(0)
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert torch.equal(_logits(model), expected[0])
+
+
+def test_tasks_and_threads_that_a_block_starts_see_it(two_voices: Voices) -> None:
+    model, steering, batches, expected = two_voices
+
+    async def call() -> Tensor:
+        await asyncio.sleep(0)
+        return _logits(model)
+
+    async def main() -> None:
+        with steering.attached(batches[0], everywhere=True):
+            inside = [asyncio.create_task(call()), asyncio.create_task(call())]
+            in_thread = asyncio.to_thread(_logits, model)
+            for result in await asyncio.gather(*inside, in_thread):
+                assert torch.equal(result, expected[1])
+
+    asyncio.run(main())
+    with steering.attached(batches[1]):
+        assert torch.equal(asyncio.run(call()), expected[2])
+
+
+def test_a_thread_of_another_task_gets_an_error_not_a_prefix(two_voices: Voices) -> None:
+    model, steering, batches, expected = two_voices
+
+    async def holds(entered: asyncio.Event, leave: asyncio.Event) -> None:
+        with steering.attached(batches[0], everywhere=True):
+            entered.set()
+            await leave.wait()
+
+    async def main() -> None:
+        entered, leave = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(holds(entered, leave))
+        await entered.wait()
+        assert torch.equal(_logits(model), expected[0])
+        with pytest.raises(RequestError, match="another thread or asyncio task"):
+            await asyncio.to_thread(_logits, model)
+        leave.set()
+        await task
+
+    asyncio.run(main())
+
+
+@given(order=st.permutations([0, 1, 0, 1, 0, 1]))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_generators_in_one_thread_stay_apart(two_voices: Voices, order: list[int]) -> None:
+    model, steering, batches, expected = two_voices
+
+    @contextlib.contextmanager
+    def wrapped(batch: PrefixBatch) -> Iterator[None]:
+        with steering.attached(batch):
+            yield
+
+    def voice(i: int) -> Iterator[Tensor]:
+        with wrapped(batches[i]):
+            while True:
+                yield _logits(model)
+
+    voices = [voice(0), voice(1)]
+    for i in order:
+        assert torch.equal(next(voices[i]), expected[i + 1])
+    with pytest.raises(RequestError, match="generator that is suspended"):
+        model(tokens(6))
+    with steering.attached(batches[0]):
+        assert torch.equal(_logits(model), expected[1])
+    for generator in voices:  # not the last that was opened first
+        generator.close()  # type: ignore[attr-defined]
+    assert torch.equal(_logits(model), expected[0])
+
+
+def test_blocks_of_an_exit_stack_reach_the_functions_that_follow(two_voices: Voices) -> None:
+    model, steering, batches, expected = two_voices
+    stack = contextlib.ExitStack()
+
+    def opens() -> None:
+        stack.enter_context(steering.attached(batches[0]))
+
+    opens()
+    assert torch.equal(_logits(model), expected[1])
+    stack.close()
+    assert torch.equal(_logits(model), expected[0])
+
+
+class _Interruption:
+    """Raises KeyboardInterrupt at the n-th line that runs in the attaching code."""
+
+    def __init__(self, at: int) -> None:
+        self.left, self.happened = at, False
+
+    def __enter__(self) -> None:
+        sys.settrace(self._trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename not in (steering_module.__file__, attention_module.__file__):
+            return None
+        if event == "line" and not self.happened:
+            self.left -= 1
+            if self.left < 0:
+                self.happened = True
+                raise KeyboardInterrupt
+        return self._trace
+
+
+def test_an_interrupt_at_any_line_leaves_nothing_attached(two_voices: Voices) -> None:
+    model, steering, batches, expected = two_voices
+    registered = dict(AttentionInterface._global_mapping)
+    line, happened = 0, True
+    while happened:
+        interruption = _Interruption(line)
+        with contextlib.suppress(KeyboardInterrupt):
+            with interruption, steering.attached(batches[0]):
+                _logits(model)
+        happened = interruption.happened
+        assert torch.equal(_logits(model), expected[0]), f"line {line}"
+        with steering.attached(batches[1]):
+            assert torch.equal(_logits(model), expected[2]), f"line {line}"
+        assert dict(AttentionInterface._global_mapping) == registered, f"line {line}"
+        for lock in (steering._lock, attention_module._lock):
+            assert lock.acquire(timeout=1), f"line {line}"
+            lock.release()
+        line += 1
+    assert line > 60

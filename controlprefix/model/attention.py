@@ -74,7 +74,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe,) if _HAS_TAG else ()
 _handles = itertools.count()
 _modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # by handle
 _lock = threading.Lock()
-_num_open = 0
+_open_blocks: dict[object, None] = {}  # changed by single operations, which need no lock
 _originals: dict[str, Callable[..., Any] | None] = {}
 _recordings: dict[int, list[AttentionCall]] = {}  # by thread
 _watchers: dict[int, Callable[[SteeredLayer, Tensor], None]] = {}  # by thread
@@ -84,27 +84,48 @@ _watchers: dict[int, Callable[[SteeredLayer, Tensor], None]] = {}  # by thread
 def intercepted() -> Iterator[None]:
     """Register our attention function under transformers' own names while inside.
 
-    The names stay, since some models look at them to choose masks and code paths.
+    The names stay, since some models look at them to choose masks and code paths. An interrupt
+    (Ctrl-C) at any line leaves transformers' functions in place, or what the next block puts
+    right.
     """
-    global _num_open
-    with _lock:
-        if not _num_open:
-            for name in IMPLEMENTATIONS:
-                # `eager` has no entry: each model brings its own
-                original = _originals[name] = AttentionInterface._global_mapping.get(name)
-                AttentionInterface.register(name, _replacement(name, original))
-        _num_open += 1
+    block = object()
     try:
-        yield
+        try:
+            _open_blocks[block] = None
+            _update_registry()
+            yield
+        finally:
+            _close_block(block)
     finally:
-        with _lock:
-            _num_open -= 1
-            if not _num_open:
-                for name, original in _originals.items():
-                    if original is None:
-                        del AttentionInterface._global_mapping[name]
-                    else:
-                        AttentionInterface.register(name, original)
+        _close_block(block)  # once more, in case an interrupt ended the first
+
+
+def _close_block(block: object) -> None:
+    _open_blocks.pop(block, None)
+    _update_registry()
+
+
+def _update_registry() -> None:
+    """Register our functions if a block is open, and transformers' own if none is."""
+    # In one line, which an interrupt cannot part.
+    with _lock: _register_or_restore()  # fmt: skip  # noqa: E701
+
+
+def _register_or_restore() -> None:
+    mapping = AttentionInterface._global_mapping
+    for name in IMPLEMENTATIONS:
+        # `eager` has no entry: each model brings its own.
+        present = mapping.get(name)
+        is_ours = isinstance(present, partial) and present.func is _attend
+        if _open_blocks and not is_ours:
+            _originals[name] = present
+            mapping[name] = _replacement(name, present)
+        elif is_ours and not _open_blocks:
+            original = _originals[name]
+            if original is None:
+                del mapping[name]
+            else:
+                mapping[name] = original
 
 
 @contextlib.contextmanager

@@ -1,15 +1,21 @@
 """Steering: attaches prefix batches to one frozen model, and detaches them."""
 
+import asyncio
 import contextlib
+import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from controlprefix.errors import RequestError
@@ -26,6 +32,9 @@ from controlprefix.model.attention import (
 )
 from controlprefix.model.probing import LayerIndex, probe
 from controlprefix.prefixes import Geometry, Part, PrefixBatch, Site, SlotBlock, assemble
+
+# Coroutines are told apart by their tasks' contexts.
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +58,26 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Attachment:
+    """An open block.
+
+    Attributes:
+        batch: Its slots.
+        thread: The thread that opened it.
+        everywhere: See `Steering.attached`.
+        is_in_task: It was opened in an asyncio task.
+        frame: The generator that opened it, if one did.
+    """
+
     batch: PrefixBatch
     thread: int
     everywhere: bool
+    is_in_task: bool
+    frame: FrameType | None
+
+
+# The open blocks of the calling thread or asyncio task, innermost last. A task inherits those
+# that were open when it was created, and never sees those that another task opens.
+_blocks: ContextVar[tuple[_Attachment, ...]] = ContextVar("controlprefix_blocks", default=())
 
 
 class Steering:
@@ -72,8 +98,11 @@ class Steering:
         self._model = weakref.ref(model)
         self._layers = layers
         self._lock = threading.Lock()
-        self._attachments: tuple[_Attachment, ...] = ()
-        self._undo: contextlib.ExitStack | None = None
+        # Changed by single operations, which need no lock.
+        self._attachments: dict[_Attachment, None] = {}
+        self._is_installed: bool | None = False  # None: an interrupt ended a change
+        self._interception: contextlib.ExitStack | None = None
+        self._hook: RemovableHandle | None = None
         self._handles: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
     @classmethod
@@ -103,44 +132,59 @@ class Steering:
     def attached(self, batch: PrefixBatch, *, everywhere: bool = False) -> Iterator[None]:
         """Let the model attend to the slots of `batch` while inside.
 
-        Blocks may nest, and threads may each have their own: a thread sees the innermost
-        block that it opened itself.
+        Blocks may nest. A thread, an asyncio task or a generator sees the innermost block that
+        it opened itself, or that was open when the task was created; never one of another.
+        An interrupt (Ctrl-C) at any line leaves nothing attached.
 
         Args:
             batch: Slots per row.
             everywhere: Threads that opened no block (a streamer's, autograd's) see this one
                 too; otherwise they see the plain model.
         """
-        attachment = _Attachment(batch, threading.get_ident(), everywhere)
-        with self._lock:
-            if self._undo is None:
-                self._undo = self._install()
-            self._attachments = (*self._attachments, attachment)
+        attachment = _Attachment(
+            batch, threading.get_ident(), everywhere, _is_in_task(), _generator_that_opens()
+        )
         try:
-            yield
+            try:
+                self._attachments[attachment] = None
+                self._update()
+                _blocks.set((*_blocks.get(), attachment))
+                yield
+            finally:
+                self._detach(attachment)
         finally:
-            with self._lock:
-                self._attachments = tuple(a for a in self._attachments if a is not attachment)
-                if not self._attachments:
-                    self._undo.close()
-                    self._undo = None
+            self._detach(attachment)  # once more, in case an interrupt ended the first
 
     def current(self) -> PrefixBatch | None:
         """The prefix batch that the calling thread's forward passes attend to.
 
         Raises:
-            RequestError: If several threads attached one for all threads.
+            RequestError: If several threads attached one for all threads, or if only generators
+                that are suspended did.
         """
-        thread = threading.get_ident()
         attachments = self._attachments
-        for attachment in reversed(attachments):
-            if attachment.thread == thread:
-                return attachment.batch
-        candidates = [attachment for attachment in attachments if attachment.everywhere]
-        if len({attachment.thread for attachment in candidates}) > 1:
+        if not attachments:
+            return None
+        thread = threading.get_ident()
+        is_suspended = False
+        for attachment in reversed(_blocks.get()):
+            if attachment in attachments:
+                frame = attachment.frame
+                if frame is None or attachment.thread != thread or _is_running(frame):
+                    return attachment.batch
+                is_suspended = True
+        if is_suspended:
             raise RequestError(
-                "several threads have this model assembled and this thread has not, so it is not "
-                "known whose prefixes to use; open `assembled` in the thread that calls the model"
+                "a generator that is suspended has this model assembled; call the model inside "
+                "that generator, or open `assembled` where the model is called"
+            )
+        # Another block of this thread belongs to another task or generator.
+        candidates = [a for a in tuple(attachments) if a.everywhere and a.thread != thread]
+        if len({a.thread for a in candidates}) > 1 or any(a.is_in_task for a in candidates):
+            raise RequestError(
+                "another thread or asyncio task has this model assembled and this one has not, so "
+                "it is not known whose prefixes to use; open `assembled` in the thread or task "
+                "that calls the model"
             )
         return candidates[-1].batch if candidates else None
 
@@ -171,25 +215,73 @@ class Steering:
         assert model is not None
         return model
 
-    def _install(self) -> contextlib.ExitStack:
-        """Intercept attention and mark each attention module; closing the stack undoes it."""
-        model = self._live_model()
-        modules = {path: model.get_submodule(path) for path in self._layers}
-        for module in (model, *modules.values()):  # the model may have changed since the probe
-            require_supported(module)
-        undo = contextlib.ExitStack()
-        undo.enter_context(intercepted())
-        for path, (site, index) in self._layers.items():
-            module = modules[path]
-            if module not in self._handles:
-                self._handles[module] = new_handle(module)
-            setattr(module, LAYER_ATTRIBUTE, _Layer(self, site, index))
-            setattr(module, HANDLE_ATTRIBUTE, self._handles[module])
-            undo.callback(delattr, module, LAYER_ATTRIBUTE)
-            undo.callback(delattr, module, HANDLE_ATTRIBUTE)
-        if (head := model.get_output_embeddings()) is not None:
-            undo.callback(head.register_forward_pre_hook(_make_contiguous).remove)
-        return undo
+    def _detach(self, attachment: _Attachment) -> None:
+        self._attachments.pop(attachment, None)
+        _blocks.set(tuple(a for a in _blocks.get() if a is not attachment))
+        self._update()
+
+    def _update(self) -> None:
+        """Install what attachments need, or remove it if there are none."""
+        if self._is_installed is not bool(self._attachments):
+            # In one line, which an interrupt cannot part.
+            with self._lock: self._install_or_remove()  # fmt: skip  # noqa: E701
+
+    def _install_or_remove(self) -> None:
+        """Intercept attention and mark each attention module, or undo it; can be repeated."""
+        self._is_installed = None  # before the next line, for threads that attach meanwhile
+        is_needed = bool(self._attachments)
+        for module in list(self._handles):
+            module.__dict__.pop(LAYER_ATTRIBUTE, None)
+            module.__dict__.pop(HANDLE_ATTRIBUTE, None)
+        if self._hook is not None:
+            self._hook.remove()
+        if self._interception is not None:
+            self._interception.close()
+        if is_needed:
+            model = self._live_model()
+            modules = {path: model.get_submodule(path) for path in self._layers}
+            for module in (model, *modules.values()):  # it may have changed since the probe
+                require_supported(module)
+            for path, (site, index) in self._layers.items():
+                module = modules[path]
+                if module not in self._handles:
+                    self._handles[module] = new_handle(module)
+                setattr(module, LAYER_ATTRIBUTE, _Layer(self, site, index))
+                setattr(module, HANDLE_ATTRIBUTE, self._handles[module])
+            self._interception = contextlib.ExitStack()
+            self._interception.enter_context(intercepted())
+            if (head := model.get_output_embeddings()) is not None:
+                self._hook = head.register_forward_pre_hook(_make_contiguous)
+        self._is_installed = is_needed
+
+
+def _is_in_task() -> bool:
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:  # no loop runs in this thread
+        return False
+
+
+def _generator_that_opens() -> FrameType | None:
+    """The generator whose `with` is being entered; None if it is a function's or coroutine's."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        caller = frame.f_back
+        is_manager = caller is not None and caller.f_code.co_filename == contextlib.__file__
+        if frame.f_code.co_filename != contextlib.__file__ and not is_manager:
+            break
+        frame = caller
+    return frame if frame is not None and frame.f_code.co_flags & _GENERATOR else None
+
+
+def _is_running(frame: FrameType) -> bool:
+    """Whether a frame is among those of the present call."""
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None:
+        if caller is frame:
+            return True
+        caller = caller.f_back
+    return False
 
 
 def _make_contiguous(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
