@@ -111,6 +111,10 @@ class StoreError(ControlPrefixError, OSError):
     """The store cannot be opened, read or written."""
 
 
+class DamagedRowError(StoreError):
+    """A row of the store holds what this library does not write."""
+
+
 class StoreKeyError(StoreError):
     """Stored bytes are encrypted, and their key is missing or wrong."""
 

@@ -1,11 +1,14 @@
 """Database: one tenant's transactions on one database, with retries and row security."""
 
+import contextlib
 import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import sqlalchemy as sa
 import tenacity
@@ -16,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
-from controlprefix.errors import StoreError
+from controlprefix.errors import ControlPrefixError, DamagedRowError, StoreError
 from controlprefix.store import revisions
 from controlprefix.store.tables import Base, TenantRow
 
@@ -27,6 +30,7 @@ _log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.05  # doubled each time: about 1.5 s in total
 _NO_TENANT = -1  # a tenant that has no row yet has no other rows either
+_databases: WeakSet["Database"] = WeakSet()
 _ADVISORY_LOCK = 7263519  # any number that only this library uses
 
 
@@ -42,6 +46,16 @@ class _TransactionError(Exception):
     def __init__(self, cause: SQLAlchemyError, *, dropped: bool, committing: bool) -> None:
         super().__init__(str(cause))
         self.cause, self.dropped, self.committing = cause, dropped, committing
+
+
+def _forget_connections() -> None:
+    """In the child of a fork: connections belong to the parent."""
+    for database in list(_databases):
+        database.forget_connections()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_connections)
 
 
 class Database:
@@ -72,6 +86,10 @@ class Database:
         self._num_writes = 0
         self._watching_connection: Any = None
         self._lock = threading.Lock()
+        path = _sqlite_path(url)
+        if create and path is not None and path.parent.is_dir():
+            with contextlib.suppress(OSError):  # one that exists is left; others are told below
+                path.touch(mode=0o600, exist_ok=False)
         try:
             self._engine = _create_engine(url, pool_size)
         except ModuleNotFoundError as error:
@@ -85,6 +103,7 @@ class Database:
                 f"cannot open the store {without_password(url)!r}: {reason}; give a path, or an "
                 "SQLAlchemy URL such as sqlite:///prefixes.db or postgresql://user@host/name"
             ) from error
+        _databases.add(self)
 
     def create_tables(self) -> None:
         """Create the tables unless they exist.
@@ -145,6 +164,13 @@ class Database:
         except (sqlite3.Error, SQLAlchemyError):
             return None  # the next query will report what is wrong
         return (self._num_writes, version)
+
+    def forget_connections(self) -> None:
+        """Use none of the connections that are open, and leave them open."""
+        self._lock = threading.Lock()
+        self._watching_connection = None
+        if self.is_postgresql or not _is_in_memory(self.url):
+            self._engine.dispose(close=False)
 
     def close(self) -> None:
         """Close all connections."""
@@ -218,6 +244,13 @@ class Database:
                 session.commit()
                 self._num_writes += write
                 return result
+        except ControlPrefixError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:  # from reading a cell
+            raise DamagedRowError(
+                f"a row of the store {self.label!r} cannot be read: {error}; run `controlprefix "
+                "store verify`, or restore a backup"
+            ) from error
         except DBAPIError as error:
             dropped = error.connection_invalidated or _is_refused(error)
             raise _TransactionError(error, dropped=dropped, committing=committing) from error

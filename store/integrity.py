@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sqlalchemy.orm import Session
 
-from controlprefix.errors import PrefixFormatError, StoreKeyError
+from controlprefix.errors import DamagedRowError, PrefixFormatError, StoreKeyError
 from controlprefix.prefixes import PrefixKey, content_hash
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
@@ -91,7 +91,10 @@ class PayloadReader:
                 return None
             return version.content_hash, session.get(PayloadRow, (prefix_id, number))
 
-        stored = self._database.run(read)
+        try:
+            stored = self._database.run(read)
+        except DamagedRowError:
+            return False
         if stored is None:
             return True
         expected_hash, row = stored
@@ -100,7 +103,7 @@ class PayloadReader:
         try:
             identity = version_id(key, fingerprint, number)
             plain = self._cipher.decrypt(row.payload, row.key_id, identity)
-        except StoreKeyError:
+        except (StoreKeyError, TypeError, ValueError):  # another key, or bytes of another type
             return False
         return matches_hash(plain, expected_hash)
 

@@ -16,6 +16,7 @@ from controlprefix.store.records import (
     check_alias,
     check_key,
     check_kind,
+    parse_payload,
 )
 from controlprefix.store.tables import AliasRow, PayloadRow, PrefixRow, VersionRow
 from controlprefix.store.versions import (
@@ -225,15 +226,7 @@ class ModelStore:
     def _parse(
         self, key: PrefixKey, stored: StoredVersion, payload: bytes | None, key_id: str | None
     ) -> "Value":
-        from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
-        from controlprefix.prefixes.user_code import is_user_code
-
         data = self._reader.read(
             key, self._fingerprint, stored.version, stored.content_hash, payload, key_id
         )
-        name = f"{key} version {stored.version}"
-        if key.kind == "decoder":
-            return PrefixDecoder.from_bytes(data, name=name)
-        if key.kind == "user" and is_user_code(data, name):
-            return UserCode.from_bytes(data, name=name)
-        return Prefix.from_bytes(data, name=name)
+        return parse_payload(key, data, f"{key} version {stored.version}")

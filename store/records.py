@@ -31,6 +31,27 @@ class Profile(NamedTuple):
     num_texts: int
 
 
+def parse_payload(key: PrefixKey, data: bytes, name: str) -> "Value":
+    """What the bytes of a version hold.
+
+    Args:
+        key: The name it belongs to.
+        data: Its bytes.
+        name: What they are called in errors.
+
+    Raises:
+        PrefixFormatError: If they are damaged, or not what the key's kind has.
+    """
+    from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
+    from controlprefix.prefixes.user_code import is_user_code
+
+    if key.kind == "decoder":
+        return PrefixDecoder.from_bytes(data, name=name)
+    if key.kind == "user" and is_user_code(data, name):
+        return UserCode.from_bytes(data, name=name)
+    return Prefix.from_bytes(data, name=name)
+
+
 @dataclass(frozen=True, slots=True)
 class NewVersion:
     """A version to publish.
@@ -196,12 +217,18 @@ def check_name(what: str, name: str) -> None:
         name: The name.
 
     Raises:
-        UnknownNameError: If it is not 1 to 255 printable characters.
+        UnknownNameError: If it is not 1 to 255 printable characters, or if a proxy may change it
+            in a URL.
     """
     if not isinstance(name, str):
         raise UnknownNameError(f"{what} name must be a text, got {type(name).__name__}")
     if not (0 < len(name) <= _MAX_NAME_CHARACTERS) or not name.isprintable():
         raise UnknownNameError(f"{what} name {name[:40]!r} is not 1 to 255 printable characters")
+    if name != name.strip() or "\ufffd" in name or {".", "..", ""} & set(name.split("/")):
+        raise UnknownNameError(
+            f"{what} name {name[:40]!r} cannot stand in a URL: it begins or ends with a blank or a "
+            "slash, has an empty or dot segment, or a replacement character"
+        )
 
 
 __all__ = [
@@ -218,5 +245,6 @@ __all__ = [
     "check_kind",
     "check_name",
     "check_value_fits",
+    "parse_payload",
     "version_id",
 ]

@@ -14,17 +14,31 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from controlprefix._io import atomic_path
-from controlprefix.errors import ControlPrefixError, PrefixFormatError, StoreError
+from controlprefix.errors import (
+    ControlPrefixError,
+    DamagedRowError,
+    PrefixFormatError,
+    StoreError,
+)
 from controlprefix.prefixes import PrefixKey, content_hash
 from controlprefix.store import codes
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
-from controlprefix.store.records import check_alias, check_key, check_name, version_id
+from controlprefix.store.records import (
+    check_alias,
+    check_key,
+    check_name,
+    parse_payload,
+    version_id,
+)
 from controlprefix.store.tables import AliasRow, PayloadRow, PrefixRow, VersionRow
 from controlprefix.store.versions import key_of, select_prefixes
 
 FORMAT = 1
-_MAX_MANIFEST_BYTES = _MAX_PAYLOAD_BYTES = 1 << 30
+_MAX_MANIFEST_BYTES = 64 << 20
+_MAX_RATIO = 4  # of an entry to its size in the file; exports are not compressed
+_MAX_TOTAL_BYTES = 64 << 30  # what an import may add to the store
+_MAX_VERSIONS_PER_PAYLOAD = 8  # on average
 _VERSION_FIELDS = (
     "version",
     "parent_version",
@@ -45,6 +59,7 @@ def export_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
     """
 
     def write(session: Session, tenant: int) -> int:
+        unfinished.touch(mode=0o600)  # plain, also of an encrypted store
         with zipfile.ZipFile(unfinished, "w") as archive:
             manifest, written = _manifest(session, tenant), set()
             for key, fingerprint, prefix_id, version, expected_hash in _versions(session, tenant):
@@ -91,6 +106,7 @@ def import_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
     try:
         with file, zipfile.ZipFile(file) as archive:
             manifest = _read_manifest(archive, path)
+            _require_whole(archive, manifest)
 
             def write(session: Session, tenant: int) -> int:
                 # Decoders first: codes refer to them.
@@ -98,20 +114,12 @@ def import_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
                 return sum(_add(session, tenant, cipher, archive, prefix) for prefix in order)
 
             return database.run(write, write=True)
-    except ControlPrefixError:
-        raise
-    # A damaged offset in the zip may point before the start of the file: that is an OSError.
-    except (
-        zipfile.BadZipFile,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OSError,
-        OverflowError,
-    ) as error:
+    except Exception as error:  # whatever a damaged or hostile zip or JSON can do
+        if isinstance(error, ControlPrefixError) and not isinstance(error, DamagedRowError):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise PrefixFormatError(
-            f"{str(path)!r} is damaged or not an export of controlprefix: {error}; nothing was "
+            f"{str(path)!r} is damaged or not an export of controlprefix: {reason}; nothing was "
             "changed"
         ) from error
 
@@ -164,10 +172,7 @@ def _versions(session: Session, tenant: int) -> list[tuple[PrefixKey, str, int, 
 
 
 def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
-    size = archive.getinfo("manifest.json").file_size
-    if size > _MAX_MANIFEST_BYTES:
-        raise PrefixFormatError(f"{str(path)!r} claims a manifest of {size:,} bytes")
-    manifest = json.loads(archive.read("manifest.json"))
+    manifest = json.loads(_read_entry(archive, "manifest.json", _MAX_MANIFEST_BYTES))
     if manifest["format"] > FORMAT:
         raise PrefixFormatError(
             f"{str(path)!r} was written in format {manifest['format']}; this version reads up to "
@@ -175,6 +180,42 @@ def _read_manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
         )
     assert isinstance(manifest, dict)
     return manifest
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
+    """Read an entry whose declared size is plausible."""
+    entry = archive.getinfo(name)
+    limit = min(max_bytes, _MAX_RATIO * max(1, entry.compress_size))
+    if entry.file_size > limit:
+        raise ValueError(f"{name} claims {entry.file_size:,} bytes")
+    return archive.read(entry)
+
+
+def _require_whole(archive: zipfile.ZipFile, manifest: dict[str, Any]) -> None:
+    """Read every payload, before anything is written: sizes, hashes and contents."""
+    versions = [
+        (PrefixKey(prefix["kind"], prefix["name"]), version)
+        for prefix in manifest["prefixes"]
+        for version in prefix["versions"]
+    ]
+    total = sum(int(version["size_bytes"]) for _, version in versions)
+    stored = sum(entry.file_size for entry in archive.infolist())
+    # The same content may have several versions, each of which takes its bytes in the store.
+    if total > min(_MAX_TOTAL_BYTES, _MAX_VERSIONS_PER_PAYLOAD * max(1, stored)):
+        raise ValueError(f"its versions claim {total:,} bytes")
+    checked = set[str]()
+    for key, version in versions:
+        name = f"{key} version {version['version']}"
+        expected = version["content_hash"]
+        entry = archive.getinfo(_entry(expected).filename)
+        if entry.file_size != version["size_bytes"]:
+            raise ValueError(f"{name} has {entry.file_size:,} bytes")
+        if expected not in checked:
+            payload = _read_entry(archive, entry.filename, entry.file_size)
+            if content_hash(payload) != expected:
+                raise ValueError(f"{name} has the wrong hash")
+            parse_payload(key, payload, name)
+            checked.add(expected)
 
 
 def _add(
@@ -234,13 +275,7 @@ def _add_version(
 ) -> None:
     number = int(version["version"])
     name = f"{key} version {number}"
-    entry = archive.getinfo(_entry(version["content_hash"]).filename)
-    # Sizes are compared before anything is read.
-    if entry.file_size != version["size_bytes"] or entry.file_size > _MAX_PAYLOAD_BYTES:
-        raise ValueError(f"{name} has {entry.file_size:,} bytes")
-    payload = archive.read(entry)
-    if content_hash(payload) != version["content_hash"]:
-        raise ValueError(f"{name} has the wrong hash")
+    payload = archive.read(_entry(version["content_hash"]).filename)  # as it was checked before
     ids = {"prefix_id": prefix_id, "version": number, "tenant_id": tenant}
     fields = {field: version[field] for field in _VERSION_FIELDS if field != "version"}
     if not isinstance(fields["num_forgotten"], int):
@@ -249,11 +284,11 @@ def _add_version(
     details = dict(version["details"])
     session.add(VersionRow(**ids, **fields, created_at=created_at, details=details))
     session.flush()
-    from controlprefix.prefixes.user_code import UserCode, is_user_code
+    from controlprefix.prefixes import UserCode
 
-    if is_user_code(payload, name):
-        code = UserCode.from_bytes(payload, name=name)
-        decoder = codes.find_decoder(session, tenant, code.decoder_hash)
+    value = parse_payload(key, payload, name)
+    if isinstance(value, UserCode):
+        decoder = codes.find_decoder(session, tenant, value.decoder_hash)
         codes.link_to_decoder(session, tenant, decoder, prefix_id, number)
     codes.add_sources(session, tenant, prefix_id, number, version["sources"])
     stored, key_id = cipher.encrypt(payload, version_id(key, fingerprint, number))

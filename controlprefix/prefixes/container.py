@@ -1,23 +1,40 @@
 """The file format: tensors and a JSON header in one safetensors file with a content hash."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from controlprefix.errors import PrefixFormatError
+from controlprefix.errors import ControlPrefixError, PrefixFormatError
 
 StorageDtype = Literal["float32", "bfloat16", "float16", "int8"]
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 FORMAT = 1
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_REASON_CHARACTERS = 200
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn any error of damaged or hostile bytes into a `PrefixFormatError` while inside.
+
+    Args:
+        name: What is read, in errors.
+    """
+    try:
+        yield
+    except ControlPrefixError:
+        raise
+    except Exception as error:  # whatever bytes can do to the libraries that read them
+        reason = " ".join(str(error).split())[:_MAX_REASON_CHARACTERS] or type(error).__name__
+        raise PrefixFormatError(f"{name} is damaged: {reason}") from error
 
 
 def write(header: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> bytes:
@@ -50,12 +67,11 @@ def read(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             version, the file is not ours, or a value is NaN or infinite.
     """
     header = read_header(data, name)
-    try:
-        tensors = load_safetensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise PrefixFormatError(f"{name} is damaged: {error}") from error
-    stored_digest = header.pop("sha256", None)
-    if stored_digest != _digest(header, tensors):
+    with reading(name):
+        tensors = load_safetensors(data)  # compares the declared sizes with the file's first
+        stored_digest = header.pop("sha256", None)
+        digest = _digest(header, tensors)
+    if stored_digest != digest:
         raise PrefixFormatError(
             f"{name} is damaged: its content does not match its own hash; restore it from a "
             "backup, or roll back to an earlier version"
@@ -121,6 +137,7 @@ def dequantize(values: Tensor, scales: Tensor | None, sizes: Sequence[int], name
     """
     if (
         scales is None
+        or values.ndim != 2
         or values.dtype != torch.int8
         or scales.shape != (len(values), len(sizes))
         or values.shape[1] != sum(sizes)
@@ -135,7 +152,8 @@ def _repeat_per_column(scales: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # Not every float dtype has `isfinite`.
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise PrefixFormatError(f"{name} has NaN or infinite values in {key!r}")
 
 
@@ -146,5 +164,5 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
-            sha.update(tensor.view(torch.uint8).numpy().data)
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

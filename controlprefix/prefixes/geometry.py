@@ -149,10 +149,10 @@ class Geometry:
                 site: tuple(LayerShape(*map(_positive_int, shape)) for shape in shapes)
                 for site, shapes in data["sites"].items()
             }
-            if not set(sites) <= set(SITES):
+            if not sites or not set(sites) <= set(SITES):
                 raise ValueError(f"sites {sorted(sites)}")
             return cls(**sites, fingerprint=str(data["fingerprint"]), model_name=str(data["model"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PrefixFormatError(f"the geometry of a prefix cannot be read: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """PrefixKey: the name of what a prefix is for; the hash that tells contents apart."""
 
 import hashlib
+import unicodedata
 from typing import Literal, NamedTuple, Self, get_args
 
 Kind = Literal["task", "attribute", "user", "decoder"]
@@ -9,10 +10,16 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _SEPARATOR = "="
 
 
-class PrefixKey(NamedTuple):
+class _Fields(NamedTuple):
+    kind: Kind
+    name: str
+
+
+class PrefixKey(_Fields):
     """What a prefix is for: a task, one label of an attribute, or a user.
 
-    Decoders of user codes are stored under keys of kind `decoder`.
+    Decoders of user codes are stored under keys of kind `decoder`. Names are in Unicode's
+    composed form (NFC), so that two ways to type an accent are one user.
 
     Attributes:
         kind: `task`, `attribute`, `user` or `decoder`.
@@ -25,8 +32,12 @@ class PrefixKey(NamedTuple):
         ('tone=warm', 'tone', 'warm')
     """
 
-    kind: Kind
-    name: str
+    __slots__ = ()
+
+    def __new__(cls, kind: Kind, name: str) -> Self:
+        """Make a key."""
+        is_text = isinstance(name, str) and not name.isascii()
+        return super().__new__(cls, kind, unicodedata.normalize("NFC", name) if is_text else name)
 
     @classmethod
     def for_label(cls, attribute: str, label: str) -> Self:

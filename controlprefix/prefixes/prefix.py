@@ -234,15 +234,17 @@ class Prefix:
         header, tensors = container.read(data, name)
         if "geometry" not in header or "network" in header:
             raise PrefixFormatError(f"{name} is not a prefix written by controlprefix")
-        geometry = Geometry.from_dict(header["geometry"])
-        try:
+        with container.reading(name):
+            geometry = Geometry.from_dict(header["geometry"])
             slots = {site: tensors[site] for site in SITES if site in tensors}
-            if "int8" in header:
-                slots = _dequantize_sites(geometry, slots, tensors, header["int8"], name)
-            prefix = cls(geometry, slots, _read_dial(header.get("dial", []), name))
+            try:
+                prefix = cls(geometry, slots, _read_dial(header.get("dial", []), name))
+                if "int8" in header:  # after the shapes were compared with the geometry
+                    floats = _dequantize_sites(geometry, slots, tensors, header["int8"], name)
+                    prefix = replace(prefix, slots=floats)
+            except GeometryMismatchError as error:
+                raise PrefixFormatError(f"{name} contradicts its own geometry: {error}") from error
             return prefix.require_finite(name)
-        except GeometryMismatchError as error:
-            raise PrefixFormatError(f"{name} contradicts its own geometry: {error}") from error
 
     def save(self, path: str | Path, dtype: StorageDtype | None = None) -> None:
         """Write the prefix to a safetensors file, in one step.
@@ -358,7 +360,7 @@ class Prefix:
 def _read_dial(points: Any, name: str) -> Dial:
     try:
         dial = tuple((float(position), float(strength)) for position, strength in points)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise PrefixFormatError(f"{name} has a dial that cannot be read") from error
     rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(dial))
     if dial and not (dial[0] == (0.0, 0.0) and rising and math.isfinite(dial[-1][1])):

@@ -4,14 +4,14 @@ A decoder is trained on many users (`controlprefix.users`) and stored in version
 name. A code is only meaningful with its decoder, so it contains the decoder's content hash.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from controlprefix.errors import GeometryMismatchError, PrefixFormatError
+from controlprefix.errors import PrefixFormatError
 from controlprefix.prefixes import container
 from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype
 from controlprefix.prefixes.geometry import Geometry, Site
@@ -224,23 +224,39 @@ class PrefixDecoder(nn.Module):
         """
         header, tensors = container.read(data, name)
         network: Any = header.get("network")
-        if network is None or "geometry" not in header:
+        if not isinstance(network, dict) or "geometry" not in header:
             raise PrefixFormatError(f"{name} is not a decoder written by controlprefix")
-        geometry = Geometry.from_dict(header["geometry"])
-        try:
+        with container.reading(name):
+            geometry = Geometry.from_dict(header["geometry"])
             sites = geometry.sites
+            _require_declared_sizes(network, sites, tensors)
             initial = Prefix(geometry, {site: tensors[f"sites.{site}.initial"] for site in sites})
             scale = {site: tensors[f"sites.{site}.scale"] for site in sites}
             storage_dtype = str(initial.dtype).removeprefix("torch.")
             decoder = cls(initial.to(dtype=torch.float32), scale, **network).float()
             decoder.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError, GeometryMismatchError) as error:
-            raise PrefixFormatError(f"{name} contradicts itself: {error}") from error
         if storage_dtype not in FLOAT_DTYPES:
             raise PrefixFormatError(f"{name} holds {storage_dtype} values; weights are floats")
         decoder._storage_dtype = cast(StorageDtype, storage_dtype)
         decoder.content_hash = content_hash(data)
         return decoder.requires_grad_(False).eval()
+
+
+def _require_declared_sizes(
+    network: Mapping[str, Any], sites: Sequence[Site], tensors: Mapping[str, Tensor]
+) -> None:
+    """Compare a decoder's sizes with its tensors, before anything is allocated for them."""
+    sizes = [network[name] for name in ("width", "hidden_size", "num_features")]
+    width, hidden_size, num_features = sizes
+    shapes = [tuple(tensors[f"sites.{site}.network.hidden.0.weight"].shape) for site in sites]
+    if (
+        not sites
+        or not all(type(size) is int and size > 0 for size in sizes)
+        or set(shapes) != {(hidden_size, width)}
+        or tensors["predictor.feature_mean"].shape != (num_features,)
+        or tensors["predictor.weights"].shape[0] != num_features
+    ):
+        raise ValueError(f"its tensors do not have the declared sizes {sizes}")
 
 
 class CodePredictor(nn.Module):

@@ -42,6 +42,7 @@ class Preparation:
         scale: Per site, the size of the model's keys and values, `(slot_size,)`.
         left_out: What examples name that is neither trained nor stored.
         num_cut, num_skipped: Rows that did not fit the model's context.
+        users: Users whose rows they are.
     """
 
     rows: list[TrainingRow]
@@ -51,6 +52,7 @@ class Preparation:
     left_out: tuple[str, ...]
     num_cut: int
     num_skipped: int
+    users: frozenset[str]
 
 
 def prepare(
@@ -149,6 +151,7 @@ def prepare(
         left_out,
         fitted.num_cut + fitted_validation.num_cut,
         fitted.num_skipped + fitted_validation.num_skipped,
+        frozenset(e.user for e in (*examples, *validation) if e.user is not None),
     )
 
 

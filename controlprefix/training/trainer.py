@@ -1,7 +1,7 @@
 """Trainer: trains prefixes on examples or an instruction, and stores them."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -263,26 +263,39 @@ class Trainer:
         details = {
             "training": {
                 "examples": len(preparation.rows),
-                "learned": [str(key) for key in prefixes],
+                # Users by number: their names must not stay where they are forgotten.
+                "learned": [str(key) for key in prefixes if key.kind != "user"],
+                "users": sum(key.kind == "user" for key in prefixes),
                 "best_step": report.best_step,
                 "best_loss": round(report.best_loss, 4),
                 **settings.to_dict(),
             }
         }
-        report = replace(report, saved=self._publish(prefixes, details))
+        report = replace(report, saved=self._publish(prefixes, details, preparation.users))
         if control.folder is not None and PartialState().is_main_process:
             report.save(control.folder)
         return report
 
     def _publish(
-        self, prefixes: Mapping[PrefixKey, Prefix], details: Mapping[str, Any]
+        self,
+        prefixes: Mapping[PrefixKey, Prefix],
+        details: Mapping[str, Any],
+        users: Collection[str] = (),
     ) -> dict[str, int]:
-        """Store prefixes, by the first process; returns their versions in all processes."""
+        """Store prefixes, by the first process; returns their versions in all processes.
+
+        What tasks and labels learned from users is marked when one of them is forgotten.
+        """
         versions = [0] * len(prefixes)
         if PartialState().is_main_process:
             versions = self._store.put(
                 [
-                    NewVersion(key, prefix.to(dtype=self._frozen.dtype), details)
+                    NewVersion(
+                        key,
+                        prefix.to(dtype=self._frozen.dtype),
+                        details,
+                        sources=() if key.kind == "user" else users,
+                    )
                     for key, prefix in prefixes.items()
                 ]
             )
