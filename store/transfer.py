@@ -199,7 +199,8 @@ def _require_whole(archive: zipfile.ZipFile, manifest: dict[str, Any]) -> None:
         for version in prefix["versions"]
     ]
     total = sum(int(version["size_bytes"]) for _, version in versions)
-    stored = sum(entry.file_size for entry in archive.infolist())
+    payloads = (e for e in archive.infolist() if e.filename != "manifest.json")
+    stored = sum(entry.file_size for entry in payloads)
     # The same content may have several versions, each of which takes its bytes in the store.
     if total > min(_MAX_TOTAL_BYTES, _MAX_VERSIONS_PER_PAYLOAD * max(1, stored)):
         raise ValueError(f"its versions claim {total:,} bytes")
@@ -214,7 +215,10 @@ def _require_whole(archive: zipfile.ZipFile, manifest: dict[str, Any]) -> None:
             payload = _read_entry(archive, entry.filename, entry.file_size)
             if content_hash(payload) != expected:
                 raise ValueError(f"{name} has the wrong hash")
-            parse_payload(key, payload, name)
+            try:
+                parse_payload(key, payload, name)
+            except PrefixFormatError as error:
+                raise ValueError(str(error)) from error
             checked.add(expected)
 
 
