@@ -29,6 +29,7 @@ Attributes = Mapping[str, str | Mapping[str, float]]
 
 RESERVED_PARTS = ("task", "user")  # names in `strengths` and `schedules` beside attributes
 _MAX_LABELS = 64
+_MAX_ENTRIES = 256  # of any dict
 _MAX_STOP_TEXTS, _MAX_STOP_CHARACTERS = 16, 256
 
 
@@ -138,12 +139,12 @@ class SteeringFields(BaseModel):
     """User whose prefix to add."""
 
     attributes: Annotated[dict[str, str | dict[str, float]], BeforeValidator(_check_labels)] = (
-        Field(default_factory=dict)
+        Field(default_factory=dict, max_length=_MAX_ENTRIES)
     )
     """Per attribute its label, or a mixture as a dict of labels and weights. A label may be a
     number: between two trained numbers, it is a mixture of both."""
 
-    strengths: dict[str, float] = Field(default_factory=dict)
+    strengths: dict[str, float] = Field(default_factory=dict, max_length=_MAX_ENTRIES)
     """Strength per part, by `task`, `user` or the attribute. 0 is absent, 1 as trained, below 0
     steers away from the part (which costs an extra row of the batch)."""
 
@@ -161,11 +162,13 @@ class SteeringFields(BaseModel):
     labels nearest by sentence embedding, `text` makes a prefix from a text (the description in
     the attribute file, or a sentence that names the label)."""
 
-    schedules: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
+    schedules: dict[str, Annotated[tuple[tuple[int, float], ...], Field(max_length=1000)]] = Field(
+        default_factory=dict, max_length=_MAX_ENTRIES
+    )
     """Strength schedule per part, as `(token, multiplier)` points joined by straight lines.
     `{"tone": [(0, 1), (40, 0)]}` fades the tone out over the first 40 new tokens."""
 
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=_MAX_ENTRIES)
     """Variables for the model's chat template, such as `enable_thinking`, with their values."""
 
     continue_final_message: bool = False

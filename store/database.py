@@ -1,6 +1,7 @@
 """Database: one tenant's transactions on one database, with retries and row security."""
 
 import contextlib
+import copy
 import logging
 import os
 import sqlite3
@@ -142,6 +143,12 @@ class Database:
             return work(session, self._set_tenant(session, write))
 
         return self._transaction(as_tenant, write=write)
+
+    def for_tenant(self, tenant: str) -> "Database":
+        """The same connections as another tenant."""
+        other = copy.copy(self)
+        other.tenant, other._tenant_id = tenant, None
+        return other
 
     def change_token(self) -> Hashable | None:
         """A token that is equal only while nobody has changed the database; None if unknown.

@@ -21,62 +21,16 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
+from servers import MODEL, TOKENIZER, Served, fill, wait_for
 
-from controlprefix import ControlPrefix, Prefix, Request, StoreError
+from controlprefix import ControlPrefix, Request, StoreError
 from controlprefix.evaluation import AttributeClassifier
-from controlprefix.serving import Server, ServerLimits, create_app
+from controlprefix.serving import ServerLimits
 from controlprefix.store import PrefixStore
 from controlprefix.store.model_store import ModelStore
 
 from databases import own_server, restart
 from helpers import frozen
-from models import build, byte_tokenizer
-
-MODEL = build("llama")
-TOKENIZER = byte_tokenizer(chat=True)
-
-
-def fill(url: str, tenant: str, scale: float) -> None:
-    cp = ControlPrefix(frozen(MODEL, TOKENIZER), PrefixStore(url, tenant=tenant))
-    for seed, (kind, part) in enumerate(
-        (("task", "email"), ("attribute", "tone=warm"), ("user", "ana"))
-    ):
-        prefix = Prefix.random(cp.geometry, num_slots=3, scale=scale, seed=seed)
-        cp.put(kind, part, prefix)  # type: ignore[arg-type]
-    cp.store.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-class Served:
-    """A server of this process, on a port of its own."""
-
-    def __init__(self, url: str, **options: Any) -> None:
-        self.url = url
-        self.gateway = Server(frozen(MODEL, TOKENIZER), url, name="tiny", **options)
-        self.batcher: Any = self.gateway._runner
-        self.server = uvicorn.Server(
-            uvicorn.Config(create_app(self.gateway), port=0, log_level="error")
-        )
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.base = f"http://127.0.0.1:{port}"
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.base}/v1", api_key=key, max_retries=0)
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
 
 
 @pytest.fixture(scope="module")

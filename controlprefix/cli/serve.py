@@ -48,6 +48,13 @@ def _serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: PortOption = 8000,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host name under which a server without API keys is reached, beside localhost "
+            "and IP addresses. Repeatable."
+        ),
+    ] = None,
     max_sequences: Annotated[int, typer.Option(help="Sequences decoded concurrently.")] = 32,
     max_waiting: Annotated[
         int, typer.Option(help="Requests that may wait; others are answered 503.")
@@ -89,6 +96,7 @@ def _serve(
         import uvicorn
 
         from controlprefix.serving import Server, ServerLimits, create_app
+        from controlprefix.serving.connections import config_for
     from controlprefix.attributes import AttributeSpace
 
     if (backend == "vllm") != (vllm_prefixes is not None):
@@ -126,6 +134,7 @@ def _serve(
             max_new_tokens=max_new_tokens,
         ),
         runner=runner,
+        allowed_hosts=[host, *(allowed_host or ())],
     )
     url = f"http://{host}:{port}"
     tenant = engine.tenant
@@ -133,7 +142,8 @@ def _serve(
     out.print(f"serving {server.name!r} on {url}/v1 to {audience}; playground: {url}/playground")
     # uvicorn finishes its requests, and then raises the signal that it was stopped by.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.run(create_app(server), host=host, port=port, log_level="warning")
+    config = config_for(create_app(server), host=host, port=port, limits=server.limits)
+    uvicorn.Server(config).run()
 
 
 app.command("serve")(grouped(_serve))

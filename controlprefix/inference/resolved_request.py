@@ -1,7 +1,7 @@
 """ResolvedRequest: a request with the prefixes it is steered by."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -56,6 +56,11 @@ class ResolvedRequest(Generic[AnyRequest]):
             for part in self.parts
         ]
         return hashlib.sha256(repr(contents).encode()).hexdigest()
+
+    def for_prompt(self, request: AnyRequest) -> "ResolvedRequest[AnyRequest]":
+        """The same prefixes for a request that differs in prompt and seed alone."""
+        changes = {name: getattr(request, name) for name in ("prompt", "messages", "seed")}
+        return replace(self, request=self.request.model_copy(update=changes))
 
     def report_in(self, completion: Completion) -> Completion:
         """A completion that names the parts and stand-ins it was steered by."""

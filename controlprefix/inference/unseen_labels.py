@@ -15,11 +15,13 @@ from controlprefix.attributes import AttributeSpace
 from controlprefix.attributes.ordinal import is_inside
 from controlprefix.completion import StandIn
 from controlprefix.embeddings import embed
+from controlprefix.errors import RequestError
 from controlprefix.inference.resolved_request import AnyRequest
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import RESERVED_PARTS, Request, WeightedLabel, weighted_labels
 
 MIN_SIMILARITY = 0.3  # cosine of sentence embeddings, below which no label counts as near
+_MAX_TEXT_CHARACTERS = 2000
 _MAX_LABELS = 3  # labels in a mixture
 _SOFTMAX_SCALE = 10.0  # shares grow by e for each 0.1 of cosine
 
@@ -133,6 +135,12 @@ def _stand_in(
 ) -> tuple[StandIn, Mapping[str, float]]:
     if request.unseen == "text":
         text = describe(label.attribute, label.label, space)
+        if len(text) > _MAX_TEXT_CHARACTERS:
+            raise RequestError(
+                f"the text for a label of {label.attribute!r} has {len(text):,} characters; a "
+                f"prefix is made from up to {_MAX_TEXT_CHARACTERS:,}: use cp.prefix_from_text, and "
+                "store it"
+            )
         name = f"{label.label} (from its text)"
         make_prefix(PrefixKey.for_label(label.attribute, name), text)
         stand_in = StandIn(label=label.key.name, how="text", used={text: 1.0}, similarity=1.0)

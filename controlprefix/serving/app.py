@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from controlprefix import __version__
 from controlprefix.serving.errors import add_error_handlers
-from controlprefix.serving.middleware import BodyLimit, ResponseCounter
+from controlprefix.serving.middleware import BodyLimit, ResponseCounter, ServedHosts
 from controlprefix.serving.routes import completions, models, operations, users
 from controlprefix.serving.server import Server
 
@@ -37,7 +37,10 @@ def create_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     app.add_middleware(ResponseCounter, counter=server.metrics.requests)
-    app.add_middleware(BodyLimit, max_bytes=server.limits.max_body_bytes)
+    limits = server.limits
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
+    if server.is_open:
+        app.add_middleware(ServedHosts, names=server.allowed_hosts)
     add_error_handlers(app)
     for module in (completions, models, users, operations):
         app.include_router(module.router)

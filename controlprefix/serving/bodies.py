@@ -1,7 +1,7 @@
 """Request bodies: OpenAI's fields, and the steering fields of `controlprefix.Request`."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,8 @@ _UNSUPPORTED = (
     "tools",
     "web_search_options",
 )
+_MAX_ITEMS = 1000  # of any list in a body
+_MAX_TEXTS = 10_000
 _DEFAULT_MAX_TOKENS = 256
 _MIN_TEMPERATURE = 1e-3
 
@@ -47,7 +49,7 @@ class CompletionBody(SteeringFields):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
     n: int = Field(default=1, ge=1, le=10_000)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=_MAX_ITEMS)] | None = None
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -104,7 +106,8 @@ class CompletionBody(SteeringFields):
         model, _, task = self.model.partition("/")
         if model != model_name and self.model != model_name:
             raise ModelNotFoundError(
-                f"no model {self.model!r} here; there is {model_name!r}, and {model_name}/<task>"
+                f"no model {self.model[:80]!r} here; there is {model_name!r}, and "
+                f"{model_name}/<task>"
             )
         return None if self.model == model_name else task or None
 
@@ -115,7 +118,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]]
+    content: str | Annotated[list[dict[str, Any]], Field(max_length=_MAX_ITEMS)]
 
     def to_plain(self) -> dict[str, str]:
         """The message as a chat template takes it.
@@ -135,7 +138,7 @@ class ChatMessage(BaseModel):
 class ChatBody(CompletionBody):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_ITEMS)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
 
@@ -143,7 +146,7 @@ class ChatBody(CompletionBody):
 class TextBody(CompletionBody):
     """Body of `POST /v1/completions`."""
 
-    prompt: str | list[str]
+    prompt: str | Annotated[list[str], Field(max_length=_MAX_ITEMS)]
     logprobs: int | None = Field(default=None, ge=0, le=20)
 
 
@@ -160,7 +163,7 @@ class EnrolmentBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    texts: list[str] = Field(min_length=1)
+    texts: list[str] = Field(min_length=1, max_length=_MAX_TEXTS)
     decoder: str | None = None
     refine: bool = False
     keep_texts: bool = False

@@ -4,7 +4,6 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.concurrency import run_in_threadpool
 
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
@@ -21,11 +20,13 @@ ServerDependency = Annotated[Server, Depends(_server)]
 
 
 async def _client(
+    request: Request,
     server: ServerDependency,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Client:
     api_key = credentials.credentials if credentials else None
-    return await run_in_threadpool(server.authenticate, api_key)
+    address = request.client.host if request.client else ""
+    return await server.work.with_store(server.authenticate, api_key, address)
 
 
 ClientDependency = Annotated[Client, Depends(_client)]

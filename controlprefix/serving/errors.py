@@ -14,6 +14,7 @@ from controlprefix.errors import (
     InternalServerError,
     ModelNotFoundError,
     OverloadedError,
+    PrefixFormatError,
     RateLimitError,
     RequestTimeoutError,
     StoreError,
@@ -23,6 +24,9 @@ from controlprefix.errors import (
 from controlprefix.serving.openai import ErrorBody, ErrorResponse
 
 _log = logging.getLogger(__name__)
+
+_MAX_FINDINGS = 10  # mistakes of one body that are told
+_MAX_CHARACTERS = 300  # of each
 
 # The first that matches: status, OpenAI's error type, and a code.
 _RESPONSES: tuple[tuple[type[ControlPrefixError], int, str, str], ...] = (
@@ -34,12 +38,13 @@ _RESPONSES: tuple[tuple[type[ControlPrefixError], int, str, str], ...] = (
     (InternalServerError, 500, "server_error", "internal_error"),
     (ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (UnknownNameError, 404, "invalid_request_error", "not_found"),
+    (PrefixFormatError, 500, "server_error", "damaged_prefix"),
     (EngineError, 503, "server_error", "engine_unavailable"),
     (StoreError, 503, "server_error", "store_unavailable"),
     (ControlPrefixError, 400, "invalid_request_error", "invalid_request"),
 )
 # Their messages contain internal paths and URLs, which clients must not see.
-_PRIVATE = (StoreError, EngineError, InternalServerError)
+_PRIVATE = (StoreError, EngineError, InternalServerError, PrefixFormatError)
 
 
 def error_body(error: ControlPrefixError) -> tuple[int, ErrorBody]:
@@ -80,10 +85,16 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def handle_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        message = "; ".join(
-            f"{'.'.join(map(str, finding['loc'][1:])) or 'body'}: {finding['msg']}"
-            for finding in error.errors()
-        )
+        # Without what was sent, which may be large.
+        findings = error.errors()
+        lines = [
+            f"{'.'.join(map(str, finding['loc'][1:]))[:_MAX_CHARACTERS] or 'body'}: "
+            f"{str(finding['msg'])[:_MAX_CHARACTERS]}"
+            for finding in findings[:_MAX_FINDINGS]
+        ]
+        if len(findings) > _MAX_FINDINGS:
+            lines.append(f"and {len(findings) - _MAX_FINDINGS} more")
+        message = "; ".join(lines)
         body = ErrorBody(message=message, type="invalid_request_error", code="invalid_request")
         return error_response(400, body)
 

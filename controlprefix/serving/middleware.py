@@ -1,6 +1,11 @@
-"""ASGI middleware: a limit on request bodies, and a count of responses."""
+"""ASGI middleware: limits on request bodies, hosts that are served, and a count of responses."""
+
+import asyncio
+import ipaddress
+from collections.abc import Collection
 
 from prometheus_client import Counter
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from controlprefix.errors import RequestError
@@ -9,23 +14,33 @@ from controlprefix.serving.openai import ErrorBody
 
 
 class BodyLimit:
-    """Answers 413 when more of a body is received than allowed.
+    """Answers 413 when more of a body is received than allowed, and 408 when it takes too long.
 
     Args:
         app: The application behind it.
         max_bytes: The limit.
+        timeout_s: Seconds from the head of a request to the end of its body.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        num_received, has_started = 0, False
+        num_received, has_started, is_whole, is_late = 0, False, False, False
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_s
 
         async def counting_receive() -> Message:
-            nonlocal num_received
-            message = await receive()
+            nonlocal num_received, is_whole, is_late
+            if is_whole:  # from here on it waits for the client to disconnect
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - loop.time())
+            except TimeoutError:
+                is_late = True
+                raise RequestError("the body did not arrive in time") from None
+            is_whole = not message.get("more_body", False)
             num_received += len(message.get("body", b""))
             if num_received > self._max_bytes:
                 raise RequestError("the body is too large")
@@ -33,8 +48,8 @@ class BodyLimit:
 
         async def guarded_send(message: Message) -> None:
             nonlocal has_started
-            if num_received > self._max_bytes and not has_started:
-                return  # the application's response to the error above
+            if (is_late or num_received > self._max_bytes) and not has_started:
+                return  # the application's response to the errors above
             has_started = True
             await send(message)
 
@@ -49,6 +64,51 @@ class BodyLimit:
                 code="body_too_large",
             )
             await error_response(413, error)(scope, receive, send)
+        elif is_late and not has_started:
+            error = ErrorBody(
+                message=f"the body did not arrive within {self._timeout_s:.0f} s",
+                type="invalid_request_error",
+                code="timeout",
+            )
+            await error_response(408, error, Connection="close")(scope, receive, send)
+
+
+class ServedHosts:
+    """Answers only requests for known hosts, so that a page cannot reach a server without keys.
+
+    By DNS rebinding a page of another site would send requests here under its own name. IP
+    addresses and `localhost` cannot be rebound.
+
+    Args:
+        app: The application behind it.
+        names: Further host names.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app = app
+        self._names = {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] == "http" and not self._is_served(Headers(scope=scope).get("host", "")):
+            error = ErrorBody(
+                message="this server without API keys is not known by that host name; allow it "
+                "with --allowed-host",
+                type="invalid_request_error",
+                code="unknown_host",
+            )
+            await error_response(421, error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_served(self, host: str) -> bool:
+        name = host.lower()
+        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self._names
+        return True
 
 
 class ResponseCounter:

@@ -32,6 +32,6 @@ class RateLimiter:
         reset_at = self._limiter.get_window_stats(self._item, tenant, key_name).reset_time
         wait_s = max(0.0, reset_at - time.time())
         raise RateLimitError(
-            f"this key may send {self._limit} requests per minute; the next in {wait_s:.1f} s",
+            f"too many requests: {self._limit} per minute are accepted; the next in {wait_s:.1f} s",
             wait_s,
         )

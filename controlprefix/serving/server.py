@@ -1,11 +1,12 @@
 """Server: the state that all routes share."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from controlprefix.attributes import AttributeSpace
 from controlprefix.errors import OverloadedError
 from controlprefix.evaluation import AttributeClassifier
 from controlprefix.inference.generator import Generator
+from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Runner, Ticket
 from controlprefix.model import FrozenModel
 from controlprefix.request import Request
@@ -13,6 +14,7 @@ from controlprefix.serving.metrics import Metrics
 from controlprefix.serving.rate_limit import RateLimiter
 from controlprefix.serving.settings import ServerLimits
 from controlprefix.serving.tenants import Client, Tenants
+from controlprefix.serving.work import WorkPools
 from controlprefix.store import EncryptionKeys
 
 
@@ -29,11 +31,14 @@ class Server:
         classifiers: Classify texts for `/v1/classify`.
         limits: What is accepted.
         runner: Runs requests, such as a `VllmRunner`; left out, a batch in this process.
+        allowed_hosts: With `open_tenant`, host names beside `localhost` and IP addresses.
 
     Attributes:
-        name, limits, classifiers: As given.
+        name, limits, classifiers, allowed_hosts: As given.
+        is_open: It needs no API keys.
         metrics: For Prometheus.
         is_ready: False once it is shutting down.
+        work: Threads for blocking work.
 
     Raises:
         StoreError: If the store cannot be opened.
@@ -51,12 +56,15 @@ class Server:
         classifiers: Sequence[AttributeClassifier] = (),
         limits: ServerLimits | None = None,
         runner: Runner | None = None,
+        allowed_hosts: Collection[str] = (),
     ) -> None:
         self.name = name
         self.limits = limits or ServerLimits()
         self.classifiers = tuple(classifiers)
         self.is_ready = True
-        self._num_enrolments = 0
+        self.is_open = open_tenant is not None
+        self.allowed_hosts = tuple(allowed_hosts)
+        self.work = WorkPools(self.limits.max_enrolments)
         self._tenants = Tenants(
             frozen,
             store,
@@ -74,37 +82,33 @@ class Server:
         )
         self.metrics = Metrics(lambda: self._runner.load)
 
-    def authenticate(self, api_key: str | None) -> Client:
+    def authenticate(self, api_key: str | None, address: str = "") -> Client:
         """The client with an API key: see `Tenants.authenticate`."""
-        return self._tenants.authenticate(api_key)
+        return self._tenants.authenticate(api_key, address)
 
-    def submit(
-        self, client: Client, request: Request, deliver: Deliver, top_log_probs: int | None
-    ) -> Ticket:
-        """Start a request. It queries the store, so it must not run in an event loop.
+    async def resolve(self, client: Client, request: Request) -> ResolvedRequest[Request]:
+        """Find the prefixes of a request.
 
         Raises:
             ControlPrefixError: If it cannot be accepted.
         """
         self._runner.require_capacity()
-        resolved = client.cp.resolve(request)
-        return self._runner.submit(resolved, top_log_probs=top_log_probs, deliver=deliver)
+        if request.unseen == "refuse":
+            return await self.work.with_store(client.cp.resolve, request)
+        # Labels without a prefix are looked up by embeddings, or made of texts.
+        return await self.work.with_model(client.tenant, client.cp.resolve, request)
 
-    def begin_enrolment(self) -> None:
-        """Count an enrolment, which may take a thread for long.
+    async def submit(
+        self, resolved: ResolvedRequest[Request], deliver: Deliver, top_log_probs: int | None
+    ) -> Ticket:
+        """Start a request.
 
         Raises:
-            OverloadedError: If there are too many.
+            ControlPrefixError: If it cannot be accepted.
         """
-        if self._num_enrolments >= self.limits.max_enrolments:
-            raise OverloadedError(
-                f"{self._num_enrolments} users are being enrolled; try again later"
-            )
-        self._num_enrolments += 1
-
-    def end_enrolment(self) -> None:
-        """Count an enrolment as finished."""
-        self._num_enrolments -= 1
+        return await self.work.with_store(
+            self._runner.submit, resolved, top_log_probs=top_log_probs, deliver=deliver
+        )
 
     def check_health(self) -> None:
         """Check that the server is not shutting down, and that engine and store answer.

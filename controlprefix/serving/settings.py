@@ -13,9 +13,13 @@ class ServerLimits:
         max_choices: Choices per request (`n`, or prompts times `n`).
         requests_per_minute: Per API key; 0 for no limit.
         timeout_s: Seconds per request, from its arrival.
+        body_timeout_s: Seconds that a request's body may take to arrive.
+        header_timeout_s: Seconds that a connection may be idle, or take to send a head.
+        max_connections: Open connections; beyond it, those that are idle are closed.
         max_sequences, max_waiting: Sequences decoded concurrently, and requests that wait.
         max_texts: Texts per enrolment.
-        max_enrolments: Concurrent enrolments.
+        max_enrolments: Enrolments that a tenant may have, those that wait included; one at a
+            time is made.
     """
 
     max_body_bytes: int = 1 << 20
@@ -23,6 +27,9 @@ class ServerLimits:
     max_choices: int = 16
     requests_per_minute: int = 0
     timeout_s: float = 300.0
+    body_timeout_s: float = 30.0
+    header_timeout_s: float = 20.0
+    max_connections: int = 512
     max_sequences: int = 32
     max_waiting: int = 256
     max_texts: int = 1000

@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from controlprefix.completion import Completion, StandIn
 from controlprefix.errors import (
@@ -74,16 +73,17 @@ class CompletionJob:
         """
         loop = asyncio.get_running_loop()
         try:
+            # All of them differ in prompt and seed alone.
+            resolved = await self._server.resolve(self._client, requests[0])
             for i, request in enumerate(requests):
+                await self._require_client()
 
                 def deliver(event: Event, i: int = i) -> None:
                     with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                         loop.call_soon_threadsafe(self._events.put_nowait, (i, event))
 
-                ticket = await run_in_threadpool(
-                    self._server.submit, self._client, request, deliver, self._form.top
-                )
-                self._tickets.append(ticket)
+                own = resolved.for_prompt(request)
+                self._tickets.append(await self._server.submit(own, deliver, self._form.top))
             if self._body.stream:
                 # An error before the first text still gets a status of its own.
                 first = await self._next_event()
@@ -165,8 +165,7 @@ class CompletionJob:
             now = time.monotonic()
             if now > self._last_check + _DISCONNECT_CHECK_S:
                 self._last_check = now
-                if await self._http_request.is_disconnected():
-                    raise ClientDisconnectedError("the client has disconnected")
+                await self._require_client()
             left_s = self._started + timeout_s - now
             if left_s <= 0:
                 raise RequestTimeoutError(f"not finished within {timeout_s:.0f} s")
@@ -183,6 +182,10 @@ class CompletionJob:
                 self._server.metrics.first_text_s.observe(time.monotonic() - self._started)
                 self._has_text = True
             return i, event
+
+    async def _require_client(self) -> None:
+        if await self._http_request.is_disconnected():
+            raise ClientDisconnectedError("the client has disconnected")
 
     def _cancel(self) -> None:
         for ticket in self._tickets:

@@ -1,18 +1,19 @@
 """Tenants: who sends a request, and the engine with their prefixes."""
 
-import contextlib
 import threading
 import time
 from dataclasses import dataclass
 
 from controlprefix.attributes import AttributeSpace
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import UnauthorizedError, UnknownNameError
+from controlprefix.errors import UnauthorizedError
 from controlprefix.model import FrozenModel
 from controlprefix.serving.rate_limit import RateLimiter
 from controlprefix.store import EncryptionKeys, PrefixStore, tenant_of
+from controlprefix.store.api_keys import name_of
 from controlprefix.store.database import Database
 
+_MAX_WRONG_KEYS_PER_MINUTE = 60  # from one address
 _KEY_CACHE_S = 10.0  # after which a key is looked up again, so that revoking it takes effect
 
 
@@ -61,22 +62,31 @@ class Tenants:
         self._encryption_keys = encryption_keys
         self._attributes = attributes
         self._rate_limiter = rate_limiter
+        self._failure_limiter = RateLimiter(_MAX_WRONG_KEYS_PER_MINUTE)
         self._lock = threading.Lock()
         self._engines: dict[str, ControlPrefix] = {}
         self._known_keys: dict[str, tuple[str, str, float]] = {}
         self._database = Database(store, "")
         self._database.create_tables()
 
-    def authenticate(self, api_key: str | None) -> Client:
+    def authenticate(self, api_key: str | None, address: str = "") -> Client:
         """The client with an API key. It queries the store, so it must not run in an event loop.
+
+        Args:
+            api_key: The key.
+            address: Where the request comes from; wrong keys are limited per address.
 
         Raises:
             UnauthorizedError: If the key is missing or unknown.
-            RateLimitError: If it has sent too many requests.
+            RateLimitError: If it has sent too many requests, or the address too many wrong keys.
         """
         if self._open_tenant is not None:
             return Client(self._open_tenant, "", self._engine(self._open_tenant))
-        tenant, key_name = self._look_up(api_key or "")
+        try:
+            tenant, key_name = self._look_up(api_key or "")
+        except UnauthorizedError:
+            self._failure_limiter.hit("", address)
+            raise
         self._rate_limiter.hit(tenant, key_name)
         return Client(tenant, key_name, self._engine(tenant))
 
@@ -100,17 +110,12 @@ class Tenants:
         if time.monotonic() < valid_until:
             return tenant, key_name
         self._known_keys.pop(api_key, None)
+        # Anyone can write a tenant into a key, so nothing is kept for a wrong one, and the same is
+        # done for every tenant, active or not.
         name, claimed_tenant = None, tenant_of(api_key)
-        if claimed_tenant is not None:
-            engine = self._engines.get(claimed_tenant)
-            if engine is not None:
-                name = engine.store.name_of_api_key(api_key)
-            else:  # anyone can write a tenant into a key, so nothing is kept for a wrong one
-                with (
-                    contextlib.suppress(UnknownNameError),  # a name that no tenant can have
-                    PrefixStore(self._store, tenant=claimed_tenant) as store,
-                ):
-                    name = store.name_of_api_key(api_key)
+        if claimed_tenant is not None and claimed_tenant.isprintable():
+            database = self._database.for_tenant(claimed_tenant)
+            name = database.run(lambda session, tenant: name_of(session, tenant, api_key))
         if claimed_tenant is None or name is None:
             raise UnauthorizedError("the API key is missing, unknown or revoked")
         self._known_keys[api_key] = (claimed_tenant, name, time.monotonic() + _KEY_CACHE_S)

@@ -2,7 +2,6 @@
 
 from fastapi import APIRouter
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from controlprefix.attributes import Label
 from controlprefix.errors import ModelNotFoundError
@@ -52,13 +51,13 @@ class Classification(BaseModel):
 @router.get("/models")
 async def list_models(client: ClientDependency, server: ServerDependency) -> ModelList:
     """The model, and the model with each task of the tenant."""
-    return await run_in_threadpool(_models, client, server)
+    return await server.work.with_store(_models, client, server)
 
 
 @router.get("/models/{name:path}")
 async def get_model(name: str, client: ClientDependency, server: ServerDependency) -> ModelEntry:
     """The model, or the model with a task, by name."""
-    models = (await run_in_threadpool(_models, client, server)).data
+    models = (await server.work.with_store(_models, client, server)).data
     for model in models:
         if model.id == name:
             return model
@@ -67,9 +66,9 @@ async def get_model(name: str, client: ClientDependency, server: ServerDependenc
 
 
 @router.get("/attributes")
-async def list_attributes(client: ClientDependency) -> AttributeList:
+async def list_attributes(client: ClientDependency, server: ServerDependency) -> AttributeList:
     """The attributes and labels that have a prefix, with their descriptions."""
-    names = await run_in_threadpool(client.cp.names, "attribute")
+    names = await server.work.with_store(client.cp.names, "attribute")
     attributes: dict[str, AttributeEntry] = {}
     space = client.cp.attributes
     described = space.keys() if space else set()
@@ -96,7 +95,7 @@ async def classify(
                 row[classifier.attribute] = dict(zip(classifier.labels, values, strict=True))
         return rows
 
-    return Classification(results=await run_in_threadpool(results))
+    return Classification(results=await server.work.with_model(client.tenant, results))
 
 
 def _models(client: Client, server: Server) -> ModelList:

@@ -5,7 +5,6 @@ from importlib import resources
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from controlprefix.serving.dependencies import ServerDependency
 
@@ -27,7 +26,7 @@ async def health() -> Status:
 @router.get("/ready")
 async def ready(server: ServerDependency) -> Status:
     """Whether requests can be served: engine and store answer; otherwise 503."""
-    await run_in_threadpool(server.check_health)
+    await server.work.with_store(server.check_health)
     return Status(status="ready")
 
 

@@ -2,7 +2,6 @@
 
 from fastapi import APIRouter
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from controlprefix.errors import RequestError
 from controlprefix.serving.bodies import EnrolmentBody
@@ -52,9 +51,9 @@ class ForgottenUser(BaseModel):
 
 
 @router.get("")
-async def list_users(client: ClientDependency) -> UserList:
+async def list_users(client: ClientDependency, server: ServerDependency) -> UserList:
     """The tenant's users that have a prefix."""
-    names = await run_in_threadpool(client.cp.names, "user")
+    names = await server.work.with_store(client.cp.names, "user")
     return UserList(users=names[:_MAX_LISTED_USERS], num_users=len(names))
 
 
@@ -66,18 +65,15 @@ async def enroll_user(
     limit = server.limits.max_texts
     if len(body.texts) > limit:
         raise RequestError(f"{len(body.texts)} texts; this server takes {limit} at once")
-    server.begin_enrolment()
-    try:
-        version = await run_in_threadpool(client.cp.enroll, user, **body.model_dump())
-    finally:
-        server.end_enrolment()
+    fields = body.model_dump()
+    version = await server.work.with_model(client.tenant, client.cp.enroll, user, **fields)
     return EnrolledUser(user=user, version=version)
 
 
 @router.get("/{user:path}")
-async def get_user(user: str, client: ClientDependency) -> UserVersions:
+async def get_user(user: str, client: ClientDependency, server: ServerDependency) -> UserVersions:
     """The versions of a user's prefix."""
-    infos = await run_in_threadpool(client.cp.versions, "user", user)
+    infos = await server.work.with_store(client.cp.versions, "user", user)
     versions = [
         UserVersion(
             version=info.version,
@@ -92,7 +88,9 @@ async def get_user(user: str, client: ClientDependency) -> UserVersions:
 
 
 @router.delete("/{user:path}")
-async def forget_user(user: str, client: ClientDependency) -> ForgottenUser:
+async def forget_user(
+    user: str, client: ClientDependency, server: ServerDependency
+) -> ForgottenUser:
     """Remove every version of a user's prefix, their kept texts and profile."""
-    num_versions = await run_in_threadpool(client.cp.forget_user, user)
+    num_versions = await server.work.with_store(client.cp.forget_user, user)
     return ForgottenUser(user=user, num_versions=num_versions)

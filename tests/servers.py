@@ -1,0 +1,63 @@
+"""A server of this process for tests, and a store with two prefixes each."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import uvicorn
+
+from controlprefix import ControlPrefix, Prefix
+from controlprefix.serving import Server, create_app
+from controlprefix.serving.connections import config_for
+from controlprefix.store import PrefixStore
+
+from helpers import frozen
+from models import build, byte_tokenizer
+
+MODEL = build("llama")
+TOKENIZER = byte_tokenizer(chat=True)
+
+
+def fill(url: str, tenant: str, scale: float) -> None:
+    cp = ControlPrefix(frozen(MODEL, TOKENIZER), PrefixStore(url, tenant=tenant))
+    for seed, (kind, part) in enumerate(
+        (("task", "email"), ("attribute", "tone=warm"), ("user", "ana"))
+    ):
+        prefix = Prefix.random(cp.geometry, num_slots=3, scale=scale, seed=seed)
+        cp.put(kind, part, prefix)  # type: ignore[arg-type]
+    cp.store.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Served:
+    """A server of this process, on a port of its own."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.url = url
+        self.gateway = Server(frozen(MODEL, TOKENIZER), url, name="tiny", **options)
+        self.batcher: Any = self.gateway._runner
+        config = config_for(
+            create_app(self.gateway), host="127.0.0.1", port=0, limits=self.gateway.limits
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.base = f"http://127.0.0.1:{port}"
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.base}/v1", api_key=key, max_retries=0)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()

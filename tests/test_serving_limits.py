@@ -1,0 +1,252 @@
+"""One tenant never costs another: pools, connections, bodies, hosts, keys."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from servers import Served, fill, wait_for
+
+from controlprefix import ControlPrefix
+from controlprefix.serving import ServerLimits
+from controlprefix.store import PrefixStore
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = f"sqlite:///{tmp_path_factory.mktemp('limits')}/prefixes.db"
+    fill(url, "a", 2.0)
+    fill(url, "b", 3.0)
+    return url
+
+
+@pytest.fixture(scope="module")
+def keys(store: str) -> dict[str, dict[str, str]]:
+    headers = {}
+    for tenant in ("a", "b"):
+        with PrefixStore(store, tenant=tenant) as own:
+            headers[tenant] = {"Authorization": f"Bearer {own.create_api_key('web')}"}
+    return headers
+
+
+@pytest.fixture(scope="module")
+def served(store: str) -> Iterator[Served]:
+    limits = ServerLimits(
+        body_timeout_s=1.0, header_timeout_s=1.0, max_connections=20, max_sequences=16
+    )
+    built = Served(store, limits=limits)
+    yield built
+    built.close()
+
+
+Keys = dict[str, dict[str, str]]
+
+
+def ask(served: Served, key: dict[str, str], **fields: Any) -> httpx.Response:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 4,
+        "temperature": 0,
+        **fields,
+    }
+    return httpx.post(served.base + CHAT, json=body, headers=key, timeout=60)
+
+
+def test_work_with_the_model_of_one_tenant_keeps_no_other_waiting(
+    served: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    begun: list[str] = []
+
+    def enroll(self: ControlPrefix, user: str, **_: Any) -> int:
+        begun.append(user)
+        if user.startswith("slow"):
+            release.wait(30)
+        return 1
+
+    monkeypatch.setattr(ControlPrefix, "enroll", enroll)
+
+    def put(tenant: str, user: str) -> int:
+        url = f"{served.base}/v1/users/{user}"
+        return httpx.put(url, json={"texts": ["x"]}, headers=keys[tenant], timeout=60).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        slow = [pool.submit(put, "a", f"slow{i}") for i in range(10)]
+        wait_for(lambda: len(begun) == 1)
+        wait_for(lambda: sum(future.done() for future in slow) == 6)  # four may wait
+        assert {future.result() for future in slow if future.done()} == {503}
+        assert put("b", "quick") == 200
+        assert httpx.get(served.base + "/ready").status_code == 200
+        assert ask(served, keys["a"]).status_code == 200
+        assert len(begun) == 2
+        release.set()
+        assert sorted(future.result() for future in slow) == [200] * 4 + [503] * 6
+
+
+def test_several_choices_are_resolved_once(
+    served: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    resolve = ControlPrefix.resolve
+
+    def counting(self: ControlPrefix, request: Any) -> Any:
+        calls.append(request)
+        return resolve(self, request)
+
+    monkeypatch.setattr(ControlPrefix, "resolve", counting)
+    fields = {"n": 3, "seed": 1, "temperature": 1.5, "user": "ana", "max_tokens": 8}
+    answer = ask(served, keys["a"], **fields).json()
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert len(calls) == 1
+    assert len(set(texts)) == 3
+    alone = ask(served, keys["a"], **{**fields, "n": 1, "seed": 2}).json()
+    assert alone["choices"][0]["message"]["content"] == texts[1]
+    whole = httpx.post(
+        served.base + "/v1/completions",
+        json={"model": "tiny", "prompt": ["hi", "hello there"], "max_tokens": 4, "temperature": 0},
+        headers=keys["a"],
+    ).json()
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1]
+    assert whole["choices"][0]["text"] != whole["choices"][1]["text"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [1] * 100_000},
+        {"messages": [{"role": "user", "content": [1] * 100_000}]},
+        {"attributes": {f"a{i}": 1.5 for i in range(50_000)}},
+        {"attributes": {f"a{i}": [] for i in range(50_000)}},
+        {"strengths": {f"a{i}": "x" for i in range(50_000)}},
+        {"schedules": {"user": [["x", "y"]] * 50_000}},
+        {"stop": [1] * 100_000},
+        {"model": "m" * 900_000},
+        {"logit_bias": {str(i): "x" for i in range(50_000)}},
+        {"temperature": "t" * 900_000},
+        {"user": "u" * 900_000},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_megabyte_of_mistakes_has_a_short_answer(
+    served: Served, keys: Keys, fields: dict[str, Any]
+) -> None:
+    response = ask(served, keys["a"], **fields)
+    assert 400 <= response.status_code < 500
+    assert len(response.content) < 8_000
+    assert response.json()["error"]["message"]
+
+
+def test_idle_and_slow_connections_end_and_keep_nobody_out(served: Served, keys: Keys) -> None:
+    address = ("127.0.0.1", int(served.base.rpartition(":")[2]))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n"
+    auth = f"Authorization: {keys['a']['Authorization']}\r\n"
+    starts = [b"", b"POST / HT", (head + auth + "\r\n{").encode()]
+    connections = [socket.create_connection(address) for _ in range(60)]
+    try:
+        for i, connection in enumerate(connections):
+            connection.sendall(starts[i % 3])
+        assert ask(served, keys["b"]).status_code == 200
+        answers = []
+        for connection in connections:
+            connection.settimeout(10)
+            try:
+                answers.append(connection.recv(4096))
+            except ConnectionResetError:
+                answers.append(b"")
+        assert all(not answer or answer.startswith(b"HTTP/1.1 4") for answer in answers)
+        assert any(b" 408 " in answer for answer in answers)
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def test_a_half_sent_body_does_not_keep_the_server_from_ending(store: str) -> None:
+    limits = ServerLimits(body_timeout_s=1.0, header_timeout_s=1.0, timeout_s=5.0)
+    served = Served(store, open_tenant="a", limits=limits)
+    address = ("127.0.0.1", int(served.base.rpartition(":")[2]))
+    with socket.create_connection(address) as connection:
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{{".encode()
+        )
+        time.sleep(0.2)
+        start = time.monotonic()
+        served.close()
+        assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("localhost:8000", 200),
+        ("[::1]:80", 200),
+        ("10.1.2.3", 200),
+        ("ours.example", 200),
+        ("OURS.example:443", 200),
+        ("evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("", 421),
+    ],
+)
+def test_a_server_without_keys_knows_its_names(store: str, host: str, status: int) -> None:
+    served = Served(store, open_tenant="a", allowed_hosts=["ours.example"])
+    try:
+        response = httpx.get(f"{served.base}/v1/models", headers={"Host": host})
+        assert response.status_code == (status if host else response.status_code)
+        assert host or response.status_code >= 400
+    finally:
+        served.close()
+
+
+def test_wrong_keys_are_limited_and_right_ones_are_not(store: str, keys: Keys) -> None:
+    served = Served(store)
+    try:
+        url = f"{served.base}/v1/models"
+        wrong = [
+            httpx.get(url, headers={"Authorization": f"Bearer cp.YQ.{i}"}).status_code
+            for i in range(65)
+        ]
+        assert set(wrong[:60]) == {401}
+        assert set(wrong[60:]) == {429}
+        assert httpx.get(url, headers=keys["a"]).status_code == 200
+    finally:
+        served.close()
+
+
+def test_an_abandoned_prompt_is_not_prefilled_to_its_end(served: Served, keys: Keys) -> None:
+    """Requests of one tenant that are given up, and a short one of another behind them."""
+    forward = served.batcher._forward
+    lengths: list[int] = []
+
+    def slowly(ids: Any, *inputs: Any) -> Any:
+        lengths.append(ids.numel())
+        time.sleep(0.05)
+        return forward(ids, *inputs)
+
+    served.batcher._forward = slowly
+    served.batcher._prefills._max_tokens = 64  # so that these prompts take many steps
+    long = {"model": "tiny", "prompt": ["x" * 200] * 8, "max_tokens": 4}
+
+    async def abandon() -> None:
+        async with httpx.AsyncClient(headers=keys["a"]) as client:
+            task = asyncio.create_task(client.post(f"{served.base}/v1/completions", json=long))
+            await asyncio.to_thread(wait_for, lambda: bool(lengths))
+            task.cancel()
+
+    try:
+        asyncio.run(abandon())
+        assert served.batcher.load[0] > 0
+        assert ask(served, keys["b"]).status_code == 200
+        wait_for(lambda: served.batcher.load == (0, 0))
+        assert sum(lengths) < 8 * 200
+    finally:
+        served.batcher._forward = forward
+        served.batcher._prefills._max_tokens = 512
