@@ -33,9 +33,14 @@ READERS: tuple[Callable[[bytes], object], ...] = (
 
 
 def payloads() -> list[bytes]:
-    made = decoder()
+    user_decoder = decoder()
     prefix = Prefix.random(GEOMETRY, num_slots=3, seed=1)
-    return [prefix.to_bytes(), prefix.to_bytes("int8"), made.to_bytes(), coded(made).to_bytes()]
+    return [
+        prefix.to_bytes(),
+        prefix.to_bytes("int8"),
+        user_decoder.to_bytes(),
+        coded(user_decoder).to_bytes(),
+    ]
 
 
 def bomb(header: dict[str, Any], **tensors: torch.Tensor) -> bytes:

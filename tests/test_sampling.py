@@ -94,10 +94,10 @@ def test_a_row_draws_the_same_in_any_batch(data: st.DataObject) -> None:
     fields = [{**f, **data.draw(st.sampled_from([{}, *extra]))} for f in fields]
     steps = torch.randn(4, 5, size, generator=torch.Generator().manual_seed(size)) * scale
     together = BatchSampler(rows_of(*fields), CPU)
-    chosen = torch.stack([together(step.clone()) for step in steps], 1)
+    tokens = torch.stack([together(step.clone()) for step in steps], 1)
     for i, own in enumerate(fields):
         alone = BatchSampler(rows_of(own), CPU)
-        assert chosen[i].tolist() == [int(alone(step[i : i + 1].clone())) for step in steps]
+        assert tokens[i].tolist() == [int(alone(step[i : i + 1].clone())) for step in steps]
 
 
 def test_few_tokens_kept_or_all_of_them_draw_alike() -> None:
@@ -105,8 +105,8 @@ def test_few_tokens_kept_or_all_of_them_draw_alike() -> None:
     logits = torch.randn(64, 5000)
     for fields in ({"top_k": 100}, {"top_k": 200}, {"top_p": 1.0, "top_k": 5000}):
         rows = rows_of(*({**fields, "seed": i} for i in range(64)))
-        chosen = BatchSampler(rows, CPU)(logits.clone())
-        ranks = (logits > logits.gather(1, chosen[:, None])).sum(1)
+        tokens = BatchSampler(rows, CPU)(logits.clone())
+        ranks = (logits > logits.gather(1, tokens[:, None])).sum(1)
         assert int(ranks.max()) < fields["top_k"]
         assert int(ranks.max()) > fields["top_k"] / 4
 
@@ -144,11 +144,11 @@ def test_penalties_count_what_was_generated() -> None:
     row = SampledRow(request(presence_penalty=1.0, frequency_penalty=0.5), prompt=[2])
     sampler = BatchSampler([row], CPU)
     logits = torch.tensor([[0.0, 2.0, 1.9]])
-    chosen = [int(sampler(logits.clone())) for _ in range(5)]
+    tokens = [int(sampler(logits.clone())) for _ in range(5)]
     # token 1 at 2.0, 0.5, 0.0 ...; token 2 at 1.9, 0.4, -0.1 ...; token 0 at 0
-    assert chosen == [1, 2, 1, 2, 0]
-    again = SampledRow(request(presence_penalty=1.0, frequency_penalty=0.5), [2], chosen[:3])
-    assert int(BatchSampler([again], CPU)(logits.clone())) == chosen[3]
+    assert tokens == [1, 2, 1, 2, 0]
+    again = SampledRow(request(presence_penalty=1.0, frequency_penalty=0.5), [2], tokens[:3])
+    assert int(BatchSampler([again], CPU)(logits.clone())) == tokens[3]
 
 
 def test_a_bias_is_added_and_ids_beyond_the_vocabulary_are_ignored() -> None:

@@ -146,9 +146,10 @@ def _parse_request_fields(values: dict[str, Any]) -> dict[str, Any]:
         },
         "schedules": dict(_parse_schedule(text) for text in values["schedules"] or ()),
         "stop": values["stop"] or (),
-        "chat_template_kwargs": parse_json_object(
-            "--chat-template-kwargs", values["chat_template_kwargs"]
-        ),
+        **{
+            name: parse_json_object(f"--{name.replace('_', '-')}", values[name])
+            for name in ("chat_template_kwargs", "logit_bias")
+        },
     }
 
 

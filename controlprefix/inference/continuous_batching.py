@@ -196,8 +196,8 @@ class ContinuousBatcher(Batcher):
         Args:
             sequences: Sequences of the batch.
             firsts: The first row of each.
-            logits: Of all rows, `(num_rows, vocab_size)`.
-            sampler: Of all rows.
+            logits: Logits of all rows, `(num_rows, vocab_size)`.
+            sampler: Chooses tokens for all rows.
         """
         logits = logits.float()
         invalid = logits.amax(1).isnan()

@@ -108,16 +108,16 @@ class BatchSampler:
             uniform = [self._rows[i].generator.random() for i in self._sampled]  # type: ignore[union-attr]
             is_whole = len(self._sampled) == len(logits)
             of_rows: Any = slice(None) if is_whole else self._sampled
-            drawn = _draw(
+            sampled_tokens = _draw(
                 logits[of_rows],
                 top[of_rows],
                 self._settings,
                 torch.tensor(uniform, dtype=torch.float64, device=logits.device),
             )
-            tokens[of_rows] = torch.where(top[of_rows].isfinite(), drawn, tokens[of_rows])
+            tokens[of_rows] = torch.where(top[of_rows].isfinite(), sampled_tokens, tokens[of_rows])
         if self._counts is not None:
-            chosen = tokens[self._penalized][:, None]
-            self._counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float32))
+            new = tokens[self._penalized][:, None]
+            self._counts.scatter_add_(1, new, torch.ones_like(new, dtype=torch.float32))
         return tokens
 
     def _penalize(self, logits: Tensor) -> None:
@@ -192,7 +192,7 @@ def _draw(logits: Tensor, top: Tensor, settings: _Settings, uniform: Tensor) -> 
     Args:
         logits: `(num_rows, vocab_size)`, float32.
         top: Their maxima, `(num_rows,)`.
-        settings: Of the rows.
+        settings: The rows' settings.
         uniform: A number from [0, 1) per row, `(num_rows,)`, float64.
     """
     if not settings.truncated:
@@ -202,9 +202,11 @@ def _draw(logits: Tensor, top: Tensor, settings: _Settings, uniform: Tensor) -> 
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     is_truncated = torch.zeros(len(logits), dtype=torch.bool)
     is_truncated[settings.truncated] = True
-    some = is_truncated.nonzero()[:, 0].to(logits.device)
+    truncated = is_truncated.nonzero()[:, 0].to(logits.device)
     others = (~is_truncated).nonzero()[:, 0].to(logits.device)
-    tokens[some] = _draw_truncated(logits[some], top[some], settings.rows(some), uniform[some])
+    tokens[truncated] = _draw_truncated(
+        logits[truncated], top[truncated], settings.rows(truncated), uniform[truncated]
+    )
     tokens[others] = _draw_from_all(
         logits[others], top[others], settings.temperature[others], uniform[others]
     )
@@ -226,8 +228,8 @@ def _draw_from_all(logits: Tensor, top: Tensor, temperature: Tensor, uniform: Te
     tokens = block * _BLOCK_SIZE + torch.arange(_BLOCK_SIZE, device=logits.device)
     inside = weights.gather(1, tokens.clamp(max=vocab_size - 1)).double()
     inside = torch.where(tokens < vocab_size, inside, 0.0).cumsum(1)
-    chosen = tokens.gather(1, _first_above(inside, target - before))[:, 0]
-    return chosen.clamp(max=vocab_size - 1)
+    result = tokens.gather(1, _first_above(inside, target - before))[:, 0]
+    return result.clamp(max=vocab_size - 1)
 
 
 def _draw_truncated(logits: Tensor, top: Tensor, settings: _Settings, uniform: Tensor) -> Tensor:
