@@ -179,6 +179,30 @@ class Database:
         if self.is_postgresql or not _is_in_memory(self.url):
             self._engine.dispose(close=False)
 
+    def purge(self) -> None:
+        """Overwrite what was removed: rewrite the tables, and empty the write-ahead log.
+
+        Raises:
+            StoreError: If the role may not do that, or somebody else uses the database.
+        """
+        if self.is_postgresql:
+            tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
+            statements = [f"VACUUM (FULL) {tables}", "CHECKPOINT"]
+        else:
+            statements = ["VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"]
+        try:
+            with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as link:
+                driver = link.connection.driver_connection
+                for statement in statements:
+                    # Below SQLAlchemy, which would begin a transaction.
+                    driver.execute(statement)  # type: ignore[union-attr]
+        except Exception as error:
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            raise StoreError(
+                f"cannot purge the store {self.label!r}: {reason}; on PostgreSQL run it as the "
+                "tables' owner with the role pg_checkpoint"
+            ) from error
+
     def close(self) -> None:
         """Close all connections."""
         with self._lock:

@@ -294,6 +294,18 @@ class PrefixStore:
         """
         return self._reader.verify_all()
 
+    def purge(self) -> None:
+        """Overwrite what was removed or forgotten, for all tenants; others wait meanwhile.
+
+        An SQLite file without write-ahead log never keeps it. PostgreSQL does, in tables until
+        they are rewritten, and in segments of its log until these are recycled, archived ones
+        and backups aside.
+
+        Raises:
+            StoreError: If the database does not allow it.
+        """
+        self._database.purge()
+
     def rotate_keys(self) -> int:
         """Re-encrypt everything not encrypted with the current key; returns the versions.
 

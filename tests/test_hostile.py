@@ -20,8 +20,10 @@ from controlprefix import ControlPrefix, ControlPrefixError, Prefix, PrefixForma
 from controlprefix.prefixes import Geometry, PrefixDecoder, UserCode, container
 from controlprefix.prefixes.key import content_hash
 from controlprefix.store import PrefixStore
+from controlprefix.users.text_features import TextFeatures
 from controlprefix.vllm.prefix_folder import PrefixFolder
 
+from databases import own_server
 from helpers import coded, decoder, engine
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4)
@@ -279,6 +281,54 @@ def test_a_store_that_cannot_be_written_is_found_out_before_training(tmp_path: P
     assert sqlite3.connect(path).execute("SELECT count(*) FROM controlprefix_audit").fetchone() == (
         0,
     )
+
+
+def test_a_decoder_from_elsewhere_does_not_choose_what_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = TextFeatures("trusted/model")
+    assert TextFeatures.by_name(own.name).name == own.name
+    elsewhere = own.name.replace("trusted", "evil")
+    with pytest.raises(ControlPrefixError, match="CONTROLPREFIX_EMBEDDERS=evil/model"):
+        TextFeatures.by_name(elsewhere)
+    monkeypatch.setenv("CONTROLPREFIX_EMBEDDERS", "other,evil/model")
+    assert TextFeatures.by_name(elsewhere).name == elsewhere
+
+
+@pytest.mark.slow
+def test_postgresql_keeps_nothing_of_a_forgotten_user_after_a_purge(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    secret = "a sentence that only anastasia wrote"
+
+    def files_with(text: str) -> list[str]:
+        files = (path for path in (data / "base").rglob("*") if path.is_file())
+        return [path.name for path in files if text.encode() in path.read_bytes()]
+
+    with own_server(data) as (server, url):
+        server.psql("GRANT pg_checkpoint TO app")
+        cp = engine(store=url)
+        cp.enroll("anastasia", [secret], keep_texts=True)
+        cp.enroll("bo", ["another sentence of bo"], keep_texts=True)
+        server.psql("CHECKPOINT")
+        assert files_with(secret)
+        cp.forget_user("anastasia")
+        cp.store.purge()
+        assert not files_with(secret)
+        assert cp.names("user") == ["bo"]
+        cp.store.close()
+
+
+def test_purge_empties_the_write_ahead_log(tmp_path: Path) -> None:
+    path = tmp_path / "prefixes.db"
+    cp = engine(store=f"sqlite:///{path}")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        cp.enroll("anastasia", ["a sentence that only anastasia wrote"], keep_texts=True)
+        cp.forget_user("anastasia")
+        log = path.with_name("prefixes.db-wal")
+        assert b"only anastasia wrote" in log.read_bytes()
+        cp.store.purge()
+        assert b"only anastasia wrote" not in log.read_bytes() + path.read_bytes()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -66,6 +66,15 @@ def prune_store(
         out.print(f"{opened.prune(keep=keep)} versions removed")
 
 
+@store_app.command("purge")
+@grouped
+def purge_store(*, store: StoreArguments) -> None:
+    """Overwrite what was removed or forgotten in the database's files; others wait meanwhile."""
+    with store.open_store() as opened:
+        opened.purge()
+    out.print("purged; backups and archived logs are not touched")
+
+
 @store_app.command("rotate-keys")
 @grouped
 def rotate_keys(
