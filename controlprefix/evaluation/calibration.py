@@ -246,7 +246,7 @@ def _fit_hill_curve(
     """Least-squares `m`, `n`, and the effect of strength 1; a straight line if it fits as well."""
     with requires_extra("eval", "a calibration"):
         import numpy
-        from scipy.optimize import curve_fit
+        from scipy.optimize import least_squares
 
     x, y = numpy.array(strengths, dtype=float), numpy.array(effects, dtype=float)
 
@@ -254,17 +254,18 @@ def _fit_hill_curve(
         m, power = numpy.exp(log_m), x**n
         return base + effect * (1 + m) * power / (1 + m * power)
 
+    def residuals(parameters: Any) -> Any:
+        return curve(x, *parameters) - y
+
     slope, intercept = numpy.polyfit(x, y, 1)
     best = (0.0, 1.0, float(slope))
     best_error = float(((intercept + slope * x - y) ** 2).sum())
     bounds = ([math.log(1e-2), 0.3, -1.0, -1.0], [math.log(1e4), 2.0, 1.0, 1.0])
     for start_m in (0.1, 1.0, 10.0, 100.0, 1000.0):
         start = (math.log(start_m), 1.0, min(1.0, max(-1.0, y[-1] - y[0])), y[0])
-        try:
-            (log_m, n, effect, base), _ = curve_fit(curve, x, y, p0=start, bounds=bounds)
-        except RuntimeError:  # no convergence from here
-            continue
-        error = float(((curve(x, log_m, n, effect, base) - y) ** 2).sum())
-        if error < best_error - 1e-9:
+        fit = least_squares(residuals, start, bounds=bounds)
+        log_m, n, effect, _ = fit.x
+        error = 2 * float(fit.cost)
+        if fit.success and error < best_error - 1e-9:
             best, best_error = (float(numpy.exp(log_m)), float(n), float(effect)), error
     return best
