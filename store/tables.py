@@ -228,17 +228,23 @@ class AuditRow(Base):
 def row_security(table: Table) -> list[str]:
     """PostgreSQL statements that restrict a session to the rows of its own tenant.
 
-    A transaction sets its tenant in `controlprefix.tenant`; without that it sees no rows.
+    A transaction sets its tenant in `controlprefix.tenant`; without that it sees no rows. A row
+    can only be added to a prefix that the session sees.
     """
     column = "id" if table.name == TenantRow.__tablename__ else "tenant_id"
     setting = "nullif(current_setting('controlprefix.tenant', true), '')"
     is_own = f"{column} = {setting}::bigint"
     if table.name == TenantRow.__tablename__:  # looked up by name before its id is known
         is_own = f"{is_own} OR name = current_setting('controlprefix.tenant_name', true)"
+    check = ""
+    if "prefix_id" in table.columns:
+        prefixes = PrefixRow.__tablename__
+        has_prefix = f"SELECT FROM {prefixes} WHERE {prefixes}.id = {table.name}.prefix_id"
+        check = f" WITH CHECK ({is_own} AND EXISTS ({has_prefix}))"
     return [
         f"ALTER TABLE {table.name} ENABLE ROW LEVEL SECURITY",
         f"ALTER TABLE {table.name} FORCE ROW LEVEL SECURITY",  # also for the owner of the tables
-        f"CREATE POLICY {table.name}_own ON {table.name} USING ({is_own})",
+        f"CREATE POLICY {table.name}_own ON {table.name} USING ({is_own}){check}",
     ]
 
 

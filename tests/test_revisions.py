@@ -96,7 +96,7 @@ def test_upgraded_tables_are_those_of_a_new_store(url: str) -> None:
         )
         assert compare_metadata(context, Base.metadata) == []
         if engine.dialect.name == "postgresql":
-            policies = "SELECT tablename, qual FROM pg_policies ORDER BY tablename"
+            policies = "SELECT tablename, qual, with_check FROM pg_policies ORDER BY tablename"
             upgraded = list(connection.execute(sa.text(policies)))
     with engine.begin() as connection:
         Base.metadata.drop_all(connection)

@@ -21,7 +21,6 @@ import httpx
 import openai
 import pytest
 import torch
-from servers import MODEL, TOKENIZER, Served, fill, wait_for
 
 from controlprefix import ControlPrefix, Request, StoreError
 from controlprefix.evaluation import AttributeClassifier
@@ -31,6 +30,7 @@ from controlprefix.store.model_store import ModelStore
 
 from databases import own_server, restart
 from helpers import frozen
+from servers import MODEL, TOKENIZER, Served, fill, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from servers import Served, fill, wait_for
 
 from controlprefix import ControlPrefix
 from controlprefix.serving import ServerLimits
 from controlprefix.store import PrefixStore
+
+from servers import Served, fill, wait_for
 
 CHAT = "/v1/chat/completions"
 

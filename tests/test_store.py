@@ -161,6 +161,13 @@ def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> No
             " VALUES (1, now(), 'x', 'user', 'x', 0), (2, now(), 'x', 'user', 'x', 0)",
             "mine",
         )
+    # Of its own tenant, but for a prefix of the other one.
+    query = "SELECT prefix_id, tenant_id FROM controlprefix_aliases"
+    ((their_prefix, _),) = raw(url, query, "theirs")
+    ((_, own_tenant),) = raw(url, query, "mine")
+    statement = "INSERT INTO controlprefix_aliases (prefix_id, alias, version, tenant_id)"
+    with pytest.raises(sqlalchemy.exc.ProgrammingError, match="row-level security"):
+        raw(url, f"{statement} VALUES ({their_prefix}, 'x', 1, {own_tenant})", "mine")
 
 
 def test_publishing_several_is_all_or_nothing(store: PrefixStore) -> None:

@@ -51,7 +51,7 @@ def write(header: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -
     header = {"format": FORMAT, **header}
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     _require_finite(tensors, name)
-    header["sha256"] = _digest(header, tensors)
+    header["sha256"] = digest(header, tensors)
     return save_safetensors(tensors, metadata={"controlprefix": json.dumps(header)})
 
 
@@ -70,8 +70,8 @@ def read(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with reading(name):
         tensors = load_safetensors(data)  # compares the declared sizes with the file's first
         stored_digest = header.pop("sha256", None)
-        digest = _digest(header, tensors)
-    if stored_digest != digest:
+        actual_digest = digest(header, tensors)
+    if stored_digest != actual_digest:
         raise PrefixFormatError(
             f"{name} is damaged: its content does not match its own hash; restore it from a "
             "backup, or roll back to an earlier version"
@@ -157,7 +157,7 @@ def _require_finite(tensors: Mapping[str, Tensor], name: str) -> None:
             raise PrefixFormatError(f"{name} has NaN or infinite values in {key!r}")
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the header and the names, dtypes, shapes and values of all tensors."""
     sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):

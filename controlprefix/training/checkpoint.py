@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from controlprefix._io import atomic_path
 from controlprefix.errors import StoreError, TrainingDataError
+from controlprefix.prefixes.container import digest
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.settings import TrainingSettings
@@ -79,11 +80,14 @@ def save(
     for index, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
     tensors.update({f"best.{name}": value for name, value in best.items()})
-    metadata = {"identity": identity, "progress": asdict(progress)}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata: dict[str, Any] = {"identity": identity, "progress": asdict(progress)}
+    metadata["sha256"] = digest(json.loads(json.dumps(metadata)), tensors)
     try:
         with atomic_path(folder / FILE) as unfinished:
+            unfinished.touch(mode=0o600)
             save_file(
-                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                tensors,
                 unfinished,
                 metadata={"controlprefix": json.dumps(metadata)},
             )
@@ -116,6 +120,8 @@ def load(
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["controlprefix"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.pop("sha256", None) != digest(metadata, tensors):
+            raise ValueError("its content does not match its own hash")
         _require_same_run(folder, metadata["identity"], identity)
         progress = Progress(**metadata["progress"])
         progress.validation = [(step, loss) for step, loss in progress.validation]
@@ -133,7 +139,7 @@ def load(
             raise ValueError("the best step's parameters are not those of the run")
     except TrainingDataError:
         raise
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever damaged bytes can do
         raise StoreError(
             f"the checkpoint {path} cannot be read: {error}; remove it to start from step 0"
         ) from error

@@ -92,7 +92,8 @@ class PrefixFolder:
         with self._lock:
             now = time.time()
             fits = self._size_bytes + num_bytes <= self._max_bytes
-            if fits and now < self._last_sweep + _SWEEP_INTERVAL_S:
+            # A clock that was set back does not put the next sweep off.
+            if fits and 0 <= now - self._last_sweep < _SWEEP_INTERVAL_S:
                 self._size_bytes += num_bytes
                 return
             self._last_sweep = now
@@ -104,7 +105,12 @@ class PrefixFolder:
             self._size_bytes = sum(size for _, size, _ in files)
             for used_at, size, path in sorted(files):
                 too_full = self._size_bytes + num_bytes > _TARGET_FRACTION * self._max_bytes
-                if used_at < now - _MAX_AGE_S or (too_full and used_at < now - _IN_USE_S):
+                is_of_future = used_at > now + _MAX_AGE_S
+                if (
+                    is_of_future
+                    or used_at < now - _MAX_AGE_S
+                    or (too_full and used_at < now - _IN_USE_S)
+                ):
                     path.unlink(missing_ok=True)
                     self._size_bytes -= size
             if self._size_bytes + num_bytes > self._max_bytes:
