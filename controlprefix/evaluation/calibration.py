@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from controlprefix._io import requires_extra
+from controlprefix._io import progress_bar, requires_extra
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.evaluation.classifier import AttributeClassifier
@@ -53,6 +53,7 @@ def strength_curve(
     num_samples: int = 64,
     calibrated: bool = False,
     seed: int = 0,
+    progress: bool = True,
 ) -> tuple[CurvePoint, ...]:
     """Measure what strengths of a label do.
 
@@ -67,6 +68,7 @@ def strength_curve(
         num_samples: Texts per strength.
         calibrated: `strengths` are positions of the label's dial.
         seed: Seed of the sampling; the same draws at each strength.
+        progress: Show progress on standard error.
 
     Raises:
         TrainingDataError: If `num_samples` is below 1, or the classifier does not know the label.
@@ -88,20 +90,29 @@ def strength_curve(
         prompts[i % len(prompts)] if prompts else request.prompt for i in range(num_samples)
     ]
     points = []
-    for strength in sorted(strengths):
-        requests = [
-            request.model_copy(
-                update={
-                    "prompt": prompt,
-                    "attributes": {**request.attributes, attribute: {label: float(strength)}},
-                    "calibrated": calibrated,
-                    "seed": seed + i,
-                    "temperature": request.temperature or _DEFAULT_TEMPERATURE,
-                }
-            )
-            for i, prompt in enumerate(sample_prompts)
-        ]
-        texts = [c.text for c in cp.generate(requests, batch_size=_BATCH_SIZE)]
+    texts_of: dict[float, list[str]] = {}
+    levels = sorted(set(strengths))
+    total = len(levels) * num_samples
+    with progress_bar(f"texts of {attribute}={label}", total, visible=progress) as update:
+        for strength in levels:
+            requests = [
+                request.model_copy(
+                    update={
+                        "prompt": prompt,
+                        "attributes": {**request.attributes, attribute: {label: float(strength)}},
+                        "calibrated": calibrated,
+                        "seed": seed + i,
+                        "temperature": request.temperature or _DEFAULT_TEMPERATURE,
+                    }
+                )
+                for i, prompt in enumerate(sample_prompts)
+            ]
+            texts = texts_of[strength] = []
+            for first in range(0, num_samples, _BATCH_SIZE):
+                batch = requests[first : first + _BATCH_SIZE]
+                texts += [c.text for c in cp.generate(batch, batch_size=_BATCH_SIZE)]
+                update(sum(map(len, texts_of.values())), f"strength {strength:g}")
+    for strength, texts in texts_of.items():
         column = classifier.labels.index(label)
         probabilities = classifier.probabilities(texts)[:, column].tolist()
         estimate = bootstrap_mean(probabilities, sample_prompts if prompts else None)
@@ -120,6 +131,7 @@ def calibrate(
     strengths: Sequence[float] = STRENGTHS,
     num_samples: int = 64,
     seed: int = 0,
+    progress: bool = True,
 ) -> Calibration:
     """Measure a label's strength curve, and store its prefix with a dial that makes it even.
 
@@ -128,7 +140,7 @@ def calibrate(
     was measured. Requests with `calibrated=True` then give positions.
 
     Args:
-        cp, request, attribute, label, classifier, prompts, num_samples, seed: As in
+        cp, request, attribute, label, classifier, prompts, num_samples, seed, progress: As in
             `strength_curve`.
         strengths: None below 0; 0 and 1 must be among them. Smaller ones are added while the
             smallest has much of the effect of 1.
@@ -160,6 +172,7 @@ def calibrate(
             strengths=values,
             num_samples=num_samples,
             seed=seed,
+            progress=progress,
         )
 
     curve = measure(strengths)
