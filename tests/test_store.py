@@ -161,7 +161,7 @@ def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> No
             " VALUES (1, now(), 'x', 'user', 'x', 0), (2, now(), 'x', 'user', 'x', 0)",
             "mine",
         )
-    # Of its own tenant, but for a prefix of the other one.
+    # A row with its own tenant, but for a prefix that belongs to the other one.
     query = "SELECT prefix_id, tenant_id FROM controlprefix_aliases"
     ((their_prefix, _),) = raw(url, query, "theirs")
     ((_, own_tenant),) = raw(url, query, "mine")
