@@ -155,6 +155,11 @@ class InternalServerError(ServerError):
     """A failure whose details go to the server's log only."""
 
 
+def short_reason(error: Exception) -> str:
+    """What an error of a library says, in one line of up to 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def shortened(items: Sequence[str], separator: str = ", ", limit: int = 10) -> str:
     """The first items, and how many more there are.
 

@@ -197,10 +197,9 @@ class Database:
                     # Below SQLAlchemy, which would begin a transaction.
                     driver.execute(statement)  # type: ignore[union-attr]
         except Exception as error:
-            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
             raise StoreError(
-                f"cannot purge the store {self.label!r}: {reason}; on PostgreSQL run it as the "
-                "tables' owner with the role pg_checkpoint"
+                f"cannot purge the store {self.label!r}: {_reason(error)}; on PostgreSQL run it as "
+                "the tables' owner with the role pg_checkpoint"
             ) from error
 
     def close(self) -> None:
@@ -289,8 +288,7 @@ class Database:
             raise _TransactionError(error, dropped=False, committing=committing) from error
 
     def _explain(self, error: SQLAlchemyError, write: bool, *, unsure: bool) -> StoreError:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        url = self.label
+        reason, url = _reason(error), self.label
         if unsure:
             return StoreError(
                 f"the connection to the store {url!r} broke while a change was committed: "
@@ -358,6 +356,12 @@ def _sqlite_path(url: str) -> Path | None:
 def _label(url: str) -> str:
     path = _sqlite_path(url)
     return without_password(url) if path is None else str(path.absolute())
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the driver said."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _can_be_repeated(error: BaseException, write: bool) -> bool:

@@ -19,6 +19,7 @@ from controlprefix.errors import (
     DamagedRowError,
     PrefixFormatError,
     StoreError,
+    short_reason,
 )
 from controlprefix.prefixes import PrefixKey, content_hash
 from controlprefix.store import codes
@@ -117,10 +118,9 @@ def import_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
     except Exception as error:  # whatever a damaged or hostile zip or JSON can do
         if isinstance(error, ControlPrefixError) and not isinstance(error, DamagedRowError):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise PrefixFormatError(
-            f"{str(path)!r} is damaged or not an export of controlprefix: {reason}; nothing was "
-            "changed"
+            f"{str(path)!r} is damaged or not an export of controlprefix: {short_reason(error)}; "
+            "nothing was changed"
         ) from error
 
 
@@ -288,11 +288,11 @@ def _add_version(
     details = dict(version["details"])
     session.add(VersionRow(**ids, **fields, created_at=created_at, details=details))
     session.flush()
-    from controlprefix.prefixes import UserCode
+    from controlprefix.prefixes.user_code import UserCode, is_user_code
 
-    value = parse_payload(key, payload, name)
-    if isinstance(value, UserCode):
-        decoder = codes.find_decoder(session, tenant, value.decoder_hash)
+    if key.kind == "user" and is_user_code(payload, name):
+        code = UserCode.from_bytes(payload, name=name)
+        decoder = codes.find_decoder(session, tenant, code.decoder_hash)
         codes.link_to_decoder(session, tenant, decoder, prefix_id, number)
     codes.add_sources(session, tenant, prefix_id, number, version["sources"])
     stored, key_id = cipher.encrypt(payload, version_id(key, fingerprint, number))

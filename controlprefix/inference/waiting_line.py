@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -40,9 +40,6 @@ class WaitingLine(Generic[Item]):
 
     def __len__(self) -> int:
         return sum(len(queue.items) for queue in self._queues.values())
-
-    def __iter__(self) -> Iterator[Item]:
-        return (item for queue in self._queues.values() for item in queue.items)
 
     @property
     def tenants(self) -> list[str]:

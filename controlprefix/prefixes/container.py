@@ -11,14 +11,13 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from controlprefix.errors import ControlPrefixError, PrefixFormatError
+from controlprefix.errors import ControlPrefixError, PrefixFormatError, short_reason
 
 StorageDtype = Literal["float32", "bfloat16", "float16", "int8"]
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 FORMAT = 1
 _MAX_HEADER_BYTES = 1 << 20
-_MAX_REASON_CHARACTERS = 200
 
 
 @contextlib.contextmanager
@@ -33,8 +32,7 @@ def reading(name: str) -> Iterator[None]:
     except ControlPrefixError:
         raise
     except Exception as error:  # whatever bytes can do to the libraries that read them
-        reason = " ".join(str(error).split())[:_MAX_REASON_CHARACTERS] or type(error).__name__
-        raise PrefixFormatError(f"{name} is damaged: {reason}") from error
+        raise PrefixFormatError(f"{name} is damaged: {short_reason(error)}") from error
 
 
 def write(header: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> bytes:
