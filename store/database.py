@@ -183,8 +183,10 @@ class Database:
         """Overwrite what was removed: rewrite the tables, and empty the write-ahead log.
 
         Raises:
-            StoreError: If the role may not do that, or somebody else uses the database.
+            StoreError: If it has no files, the role may not do that, or somebody else uses it.
         """
+        if not self.is_postgresql and _is_in_memory(self.url):
+            raise StoreError(f"the store {self.label!r} has no file to purge; check its path")
         if self.is_postgresql:
             tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
             statements = [f"VACUUM (FULL) {tables}", "CHECKPOINT"]

@@ -318,6 +318,13 @@ def test_postgresql_keeps_nothing_of_a_forgotten_user_after_a_purge(tmp_path: Pa
         cp.store.close()
 
 
+def test_purge_of_a_store_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with PrefixStore(str(tmp_path / "missing.db"), create=False) as store:
+        with pytest.raises(StoreError, match=r"missing.db \(no such file\)' has no file to purge"):
+            store.purge()
+    assert not list(tmp_path.iterdir())
+
+
 def test_purge_empties_the_write_ahead_log(tmp_path: Path) -> None:
     path = tmp_path / "prefixes.db"
     cp = engine(store=f"sqlite:///{path}")
