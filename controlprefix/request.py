@@ -238,12 +238,24 @@ class Request(SteeringFields):
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     """Seed of this request's sampling; the result is the same in any batch."""
 
+    _source: str = PrivateAttr("")
+
     def __init__(self, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
             message = validation_message(error, type(self).model_fields, "a request")
             raise RequestError(message) from None
+
+    def from_source(self, source: str) -> Self:
+        """The same with where it was read from, such as `rows.csv line 3`, for errors."""
+        copied = self.model_copy()
+        copied._source = source
+        return copied
+
+    def place(self, number: int) -> str:
+        """Where it is, for errors: where it was read from, or its number from 1."""
+        return self._source or f"row {number}"
 
     @property
     def samples(self) -> bool:
@@ -370,23 +382,11 @@ class Example(Request):
     completion: str
     """The text that answers the prompt."""
 
-    _source: str = PrivateAttr("")
-
     def __init__(self, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except RequestError as error:
             raise TrainingDataError(str(error)) from None
-
-    def from_source(self, source: str) -> Self:
-        """The example, with where it was read from, such as `rows.csv line 3`, for errors."""
-        copied = self.model_copy()
-        copied._source = source
-        return copied
-
-    def place(self, number: int) -> str:
-        """Where the example is, for errors: where it was read from, or its number from 1."""
-        return self._source or f"row {number}"
 
     def _check_prompt(self) -> None:
         if self.schedules:

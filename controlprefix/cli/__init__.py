@@ -8,6 +8,7 @@ from controlprefix.cli import (  # noqa: F401 (they add commands)
     evaluate,
     generate,
     prefixes,
+    reinforce,
     serve,
     store,
     train,

@@ -83,6 +83,19 @@ def training_options(
     return decorate
 
 
+def policy_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command options of `PolicySettings`, as the argument `policy_fields`."""
+    from controlprefix.training.policy import PolicySettings
+
+    fields: Mapping[str, FieldInfo] = vars(PolicySettings)["__pydantic_fields__"]
+
+    def parse(values: dict[str, Any]) -> dict[str, Any]:
+        PolicySettings.split_off(values)  # a mistake is told before a model is loaded
+        return values
+
+    return _with_fields(command, "policy_fields", fields, parse)
+
+
 def _with_fields(
     command: Callable[..., None],
     argument: str,

@@ -1,6 +1,6 @@
 """Data: files, data frames and lists of rows -> examples and texts."""
 
-from controlprefix.data.rows import Columns, Rows, as_examples
+from controlprefix.data.rows import Columns, Rows, as_examples, as_requests
 from controlprefix.data.summary import DataSummary, summarize
 from controlprefix.data.texts import (
     TextSplit,
@@ -18,6 +18,7 @@ __all__ = [
     "TextSplit",
     "UserTexts",
     "as_examples",
+    "as_requests",
     "as_texts",
     "read_labelled",
     "read_texts",

@@ -5,11 +5,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from controlprefix.data.files import Record, read_records
 from controlprefix.errors import TrainingDataError, known_names, shortened
-from controlprefix.request import Example, label_text
+from controlprefix.request import Example, Request, label_text
 
 # Examples, dicts, a path, a `datasets.Dataset`, or a DataFrame of pandas or polars.
 Rows = Iterable[Any] | str | os.PathLike[str]
@@ -100,34 +100,64 @@ def as_examples(
     Raises:
         TrainingDataError: With all rows that are no examples, or if there are no rows.
     """
-    examples: list[Example] = []
+    return _read(rows, columns, defaults or {}, Example)
+
+
+def as_requests(
+    rows: Rows, *, columns: Columns | None = None, defaults: Mapping[str, Any] | None = None
+) -> list[Request]:
+    """Rows of any form as requests.
+
+    A row is a `Request`, or a mapping as for `as_examples` that may lack the completion. One
+    with a completion is an `Example`.
+
+    Args:
+        rows, columns, defaults: As in `as_examples`.
+
+    Raises:
+        TrainingDataError: With all rows that are no requests, or if there are no rows.
+    """
+    return _read(rows, columns, defaults or {}, Request)
+
+
+_Row = TypeVar("_Row", bound=Request)
+
+
+def _read(
+    rows: Rows, columns: Columns | None, defaults: Mapping[str, Any], form: type[_Row]
+) -> list[_Row]:
+    """The rows of any source as examples, or as requests."""
+    read: list[_Row] = []
     problems: list[str] = []
     records = list(_records(rows))
     if columns is not None:
         existing = {name for row in records if isinstance(row, Record) for name in row.fields}
         if existing:
-            columns.require_in(existing, has_task="task" in (defaults or {}))
-    for row in records:
-        if isinstance(row, Example):
-            examples.append(row)
+            columns.require_in(existing, has_task="task" in defaults)
+    for number, row in enumerate(records, 1):
+        if isinstance(row, form):
+            read.append(row)
             continue
         try:
+            if isinstance(row, Request):
+                raise ValueError("is a Request; give an Example, which has a completion")
             if row.problem:
                 raise ValueError(row.problem)
-            own = _examples_of(_without_gaps(row.fields), columns, defaults or {})
-            examples += [example.from_source(row.place) for example in own]
+            own = _rows_of(_without_gaps(row.fields), columns, defaults, form)
+            read += [example.from_source(row.place) for example in own]
         except (ValueError, TypeError) as error:  # TrainingDataError is a ValueError
-            problems.append(f"{row.place}: {error}")
+            place = row.place(number) if isinstance(row, Request) else row.place
+            problems.append(f"{place}: {error}")
     if problems:
         many = f"{len(problems)} rows cannot be used:\n" if len(problems) > 1 else ""
         raise TrainingDataError(f"{many}{shortened(problems, chr(10))}\nA row is {_FORMS}")
-    if not examples:
+    if not read:
         source = rows if isinstance(rows, (str, os.PathLike)) else "the list of rows"
         raise TrainingDataError(f"{source} has no examples")
-    return examples
+    return read
 
 
-def _records(rows: Rows) -> Iterator[Example | Record]:
+def _records(rows: Rows) -> Iterator[Request | Record]:
     """The rows of any source, each with its place.
 
     Raises:
@@ -136,14 +166,15 @@ def _records(rows: Rows) -> Iterator[Example | Record]:
     if isinstance(rows, (str, os.PathLike)):
         yield from read_records(os.fspath(rows))
         return
-    if isinstance(rows, Example):
-        raise TrainingDataError("expected a list of rows, got one Example; put it into a list")
+    if isinstance(rows, Request):
+        name = type(rows).__name__
+        raise TrainingDataError(f"expected a list of rows, got one {name}; put it into a list")
     if isinstance(rows, Mapping):
         splits = shortened([repr(name) for name in rows])
         raise TrainingDataError(f"expected rows, got a mapping of {splits}; give one of its values")
     class_names = _class_names(rows)
     for number, row in enumerate(_iterable(rows), 1):
-        if isinstance(row, Example):
+        if isinstance(row, Request):
             yield row
         elif isinstance(row, Mapping):
             fields = {str(name): value for name, value in row.items()}
@@ -204,10 +235,13 @@ def _is_missing(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _examples_of(
-    fields: Mapping[str, Any], columns: Columns | None, defaults: Mapping[str, Any]
-) -> list[Example]:
-    """The examples of one row: one per reference."""
+def _rows_of(
+    fields: Mapping[str, Any],
+    columns: Columns | None,
+    defaults: Mapping[str, Any],
+    form: type[_Row],
+) -> list[_Row]:
+    """The examples of one row, one per reference; or a request, if it has no completion."""
     own = dict(fields) if columns is None else columns.applied(fields)
     if "text" in own:
         if "completion" in own or "prompt" in own or "messages" in own:
@@ -216,8 +250,9 @@ def _examples_of(
     elif "messages" in own:
         messages = _plain_messages(own["messages"])
         own["messages"] = messages
-        if "completion" not in own:
-            if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        is_answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
+        if "completion" not in own and (is_answered or form is Example):
+            if not is_answered:
                 raise ValueError("messages must end with the assistant's message, which is learned")
             own |= {"messages": messages[:-1], "completion": messages[-1]["content"]}
     for name in ("user", "task"):
@@ -227,8 +262,10 @@ def _examples_of(
     if isinstance(completions, (list, tuple)):
         if not completions:
             raise ValueError("completion is an empty list; give one text or several")
-        return [Example(**{**defaults, **own, "completion": text}) for text in completions]
-    return [Example(**{**defaults, **own})]
+        return [cast(_Row, Example(**{**defaults, **own, "completion": t})) for t in completions]
+    if "completion" not in own and form is not Example:
+        return [form(**{**defaults, **own})]
+    return [cast(_Row, Example(**{**defaults, **own}))]
 
 
 def _plain_messages(messages: Any) -> list[dict[str, Any]]:

@@ -13,9 +13,10 @@ from controlprefix.attributes.ordinal import (
     interpolate,
     is_inside,
 )
-from controlprefix.data import Columns, Rows, as_examples
+from controlprefix.data import Columns, Rows, as_examples, as_requests
 from controlprefix.engine.generation import GenerationMethods
 from controlprefix.errors import TrainingDataError
+from controlprefix.inference.resolved_request import AnyRequest
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.request import Example, Request, label_text, weighted_labels
 from controlprefix.training import (
@@ -23,7 +24,10 @@ from controlprefix.training import (
     Initializations,
     Learnable,
     ParameterizationName,
+    PolicySettings,
     PrefixModel,
+    ReinforcementOptions,
+    Reward,
     RunControl,
     ShorteningReport,
     SweepReport,
@@ -233,6 +237,76 @@ class TrainingMethods(GenerationMethods):
             control=control,
         )
 
+    def reinforce(
+        self,
+        requests: Rows,
+        *,
+        reward: Reward,
+        demonstrations: Rows | None = None,
+        columns: Columns | None = None,
+        task: str | None = None,
+        learn: Learnable | Sequence[Learnable] | None = None,
+        **options: Unpack[ReinforcementOptions],
+    ) -> TrainingReport:
+        """Train stored prefixes further on rewards of the texts they produce.
+
+        Each step samples texts for some requests under all of their parts together, and makes
+        those with a higher reward more likely. So parts that were trained apart learn to work
+        together, and what can be checked but not shown by examples can be learned. Prefixes
+        must be stored: train them on examples first.
+
+        Args:
+            requests: What to sample for, in any form: `Request`s, dicts, a file (see
+                `controlprefix.data.as_requests`). Their `max_new_tokens` and `stop` apply;
+                sampling has temperature 1.
+            reward: A function of requests and texts that gives a number per text: one of
+                `controlprefix.evaluation.rewards`, or your own.
+            demonstrations: Examples that name the same prefixes; their likelihood is part of
+                the objective, which keeps length and variety.
+            columns: Which columns of the rows hold what, if they have other names.
+            task: Task of rows that name none.
+            learn: As in `train`; what it leaves out is attached and not changed.
+            **options: Fields of `PolicySettings`, of `TrainingSettings` and of `RunControl`.
+                `steps` is 40, `learning_rate` .01 and `parameterization` `direct` by default;
+                the last step is kept.
+
+        Returns:
+            As `train`; its `metrics` have each step's mean `reward`, the divergence `kl` from
+            the reference, the mean `length` in tokens, and the `diversity` of samples.
+
+        Raises:
+            UnknownNameError: If a prefix is not stored.
+            TrainingDataError: If the reward gives no finite number per text, or an option is
+                invalid.
+            StoreError: If the store or the folder cannot be written.
+
+        Reference:
+            See `controlprefix.training.policy.PolicyObjective`.
+        """
+        defaults = {} if task is None else {"task": task}
+        rows = self.with_default_labels(as_requests(requests, columns=columns, defaults=defaults))
+        examples: list[Example] = []
+        if demonstrations is not None:
+            examples = self._rows(demonstrations, columns, task)
+        control, fields = RunControl.split_off(options)
+        policy, fields = PolicySettings.split_off(fields)
+        by_default = {"steps": 40, "learning_rate": 0.01, "parameterization": "direct"}
+        settings = TrainingSettings.from_options({**by_default, "validation": 0.0, **fields})
+        if settings.validation or settings.patience:
+            raise TrainingDataError("nothing is held out here; leave validation and patience out")
+        if not callable(reward):
+            raise TrainingDataError(f"reward is {reward!r}; give a function of requests and texts")
+        labels = self._ordinal_labels([*rows, *examples], learn)
+        return self._trainer.reinforce(
+            _interpolated(rows, labels),
+            _interpolated(examples, labels),
+            reward,
+            settings,
+            policy,
+            learn=learn,
+            control=control,
+        )
+
     def sweep(
         self,
         examples: Rows,
@@ -300,7 +374,7 @@ class TrainingMethods(GenerationMethods):
         return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
 
     def _ordinal_labels(
-        self, rows: Sequence[Example], learn: Learnable | Sequence[Learnable] | None = None
+        self, rows: Sequence[Request], learn: Learnable | Sequence[Learnable] | None = None
     ) -> dict[str, Collection[str]]:
         """Per attribute with numbers as labels, the labels that other numbers are mixtures of.
 
@@ -368,7 +442,9 @@ class TrainingMethods(GenerationMethods):
         return space.attributes[key.attribute].num_slots if space and key.attribute else None
 
 
-def _interpolated(rows: Sequence[Example], labels: Mapping[str, Collection[str]]) -> list[Example]:
+def _interpolated(
+    rows: Sequence[AnyRequest], labels: Mapping[str, Collection[str]]
+) -> list[AnyRequest]:
     """Rows with the numbers of ordinal attributes as mixtures of labels."""
     if not labels:
         return list(rows)

@@ -46,11 +46,38 @@ def generate_batch(
     A request whose logits are no numbers has an error in its place.
 
     Args:
+        frozen, resolved, prompts, streamer, cancelled: As in `generate_tokens`.
+    """
+    rows = generate_tokens(frozen, resolved, prompts, streamer=streamer, cancelled=cancelled)
+    tokenizer = frozen.request_tokenizer
+    return [
+        ModelOutputError()
+        if new is None
+        else request.report_in(completion_from_tokens(tokenizer, request.request, prompt, new))
+        for request, prompt, new in zip(resolved, prompts, rows, strict=True)
+    ]
+
+
+def generate_tokens(
+    frozen: FrozenModel,
+    resolved: Sequence[ResolvedRequest[Any]],
+    prompts: Sequence[Sequence[int]],
+    *,
+    streamer: Any = None,
+    cancelled: threading.Event | None = None,
+) -> list[list[int] | None]:
+    """Generate token ids for requests that have the same `batch_key`, in one batch.
+
+    Args:
         frozen: The model.
         resolved: At least one.
         prompts: Token ids of each request's prompt.
         streamer: A transformers streamer, for a single request.
         cancelled: Generation ends at the next token when it is set.
+
+    Returns:
+        The new token ids of each request, with what follows its end; None if its logits are no
+        numbers.
     """
     tokenizer = frozen.request_tokenizer
     plan = plan_rows(resolved)
@@ -103,12 +130,8 @@ def generate_batch(
         )
     invalid = {plan.request_of_row[i] for i in check.invalid.nonzero().flatten().tolist()}
     return [
-        ModelOutputError()
-        if i in invalid
-        else request.report_in(
-            completion_from_tokens(tokenizer, request.request, prompt, row[num_before:].tolist())
-        )
-        for i, (request, prompt, row) in enumerate(zip(resolved, prompts, sequences, strict=False))
+        None if i in invalid else row[num_before:].tolist()
+        for i, row in enumerate(sequences[: len(resolved)])
     ]
 
 

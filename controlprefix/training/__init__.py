@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from controlprefix.training.initialization import Initialization, Initializations
     from controlprefix.training.loop import train
     from controlprefix.training.objectives import TrainingRow
+    from controlprefix.training.policy import PolicySettings, ReinforcementOptions, Reward
     from controlprefix.training.preparation import Learnable
     from controlprefix.training.report import TrainingReport
     from controlprefix.training.settings import (
@@ -29,7 +30,10 @@ _HOMES = {
     "Initializations": "initialization",
     "Learnable": "preparation",
     "ParameterizationName": "settings",
+    "PolicySettings": "policy",
     "PrefixModel": "trainable",
+    "ReinforcementOptions": "policy",
+    "Reward": "policy",
     "ShorteningReport": "shortening",
     "SweepPoint": "sweep",
     "SweepReport": "sweep",
@@ -47,7 +51,10 @@ __all__ = [
     "Initializations",
     "Learnable",
     "ParameterizationName",
+    "PolicySettings",
     "PrefixModel",
+    "ReinforcementOptions",
+    "Reward",
     "RunControl",
     "ShorteningReport",
     "StepInfo",

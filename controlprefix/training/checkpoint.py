@@ -39,6 +39,7 @@ class Progress:
         step: Steps done.
         losses: Loss of each step, nats per target token.
         grad_norms: Norm of each step's gradients before clipping.
+        metrics: Further figures of each step, by name.
         validation: `(step, validation loss)`.
         best_step: The step with the lowest validation loss.
         num_rows, num_tokens: Trained on so far, repeats counted.
@@ -48,6 +49,7 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     best_step: int = 0
     num_rows: int = 0
@@ -151,6 +153,7 @@ def run_identity(
     rows: Iterable[TrainingRow],
     held_out: Iterable[TrainingRow],
     prefixes: TrainablePrefixes,
+    objective_identity: Any = None,
 ) -> dict[str, Any]:
     """What must be equal for a run to be resumed: settings, rows, and the initialization."""
     sha = hashlib.sha256()
@@ -158,10 +161,12 @@ def run_identity(
         for row in part_of_data:
             parts = [(part.prefix.digest, part.strength) for part in row.frozen]
             learned = [(tuple(key), strength) for key, strength in row.learned]
-            content = (list(row.prompt), list(row.targets), parts, learned, row.teacher)
+            request = None if row.request is None else row.request.model_dump_json()
+            content = (list(row.prompt), list(row.targets), parts, learned, row.teacher, request)
             sha.update(repr(content).encode())
         sha.update(b"held out")
     sha.update(prefixes.initial_digest().encode())
+    sha.update(json.dumps(objective_identity).encode())
     fixed = {name: v for name, v in settings.to_dict().items() if name not in _MAY_CHANGE}
     return {"settings": fixed, "data": sha.hexdigest()}
 

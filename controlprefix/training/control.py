@@ -26,6 +26,7 @@ class StepInfo(NamedTuple):
         learning_rate: Learning rate of the step.
         grad_norm: Norm of the gradients before clipping.
         validation_loss: The latest validation loss; None if nothing is held out.
+        metrics: Further figures of the step, such as the mean `reward`.
     """
 
     step: int
@@ -34,6 +35,7 @@ class StepInfo(NamedTuple):
     learning_rate: float
     grad_norm: float
     validation_loss: float | None
+    metrics: Mapping[str, float]
 
 
 Callback = Callable[[StepInfo], None]

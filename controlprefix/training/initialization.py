@@ -1,7 +1,7 @@
 """Initialization: what a prefix starts from, and the scale of the model's keys and values."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -141,6 +141,14 @@ def slots_from_text(
 def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]:
     """The scale of the model's own keys and values of some tokens: see `scale_of`."""
     return scale_of(prefix_from_tokens(frozen, ids[:_MAX_SCALE_TOKENS]))
+
+
+def scale_of_all(prefixes: Iterable[Prefix]) -> dict[Site, Tensor]:
+    """The scale of the slots of several prefixes of one geometry: see `scale_of`."""
+    prefixes = list(prefixes)
+    geometry = prefixes[0].geometry
+    joined = {site: torch.cat([p.slots[site].float() for p in prefixes]) for site in geometry.sites}
+    return scale_of(Prefix(geometry, joined))
 
 
 def scale_of(prefix: Prefix) -> dict[Site, Tensor]:

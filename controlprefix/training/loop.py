@@ -37,6 +37,7 @@ def train(
     settings: TrainingSettings,
     held_out: Sequence[TrainingRow] = (),
     control: RunControl = RunControl(),  # noqa: B008 (it cannot be changed)
+    objective: Objective | None = None,
 ) -> TrainingRun:
     """Train prefixes on rows; nothing else changes, above all not the model.
 
@@ -49,6 +50,7 @@ def train(
         settings: Hyperparameters.
         held_out: Rows to choose the best step by; without any, the last step is kept.
         control: Where the run is recorded, and who watches it.
+        objective: What is minimized; left out, the one that the rows and the settings name.
 
     Returns:
         The finished run, with the parameters of its best step; nothing is stored yet.
@@ -64,11 +66,12 @@ def train(
         https://arxiv.org/abs/2110.08329.
     """
     accelerator = control.make_accelerator()
-    run = TrainingRun(rows, held_out, prefixes, settings, frozen.device)
+    objective = objective or Objective(frozen, contrast=settings.contrast)
+    run = TrainingRun(rows, held_out, prefixes, settings, frozen.device, objective.identity())
     folder = control.folder
     if folder is not None and control.resume:
         run.resume_from(folder)
-    loop = TrainingLoop(frozen, settings, accelerator)
+    loop = TrainingLoop(frozen, settings, accelerator, objective)
     is_main = accelerator.is_main_process
     earlier_s, started = run.progress.seconds, time.monotonic()
     visible = control.progress and is_main
@@ -89,11 +92,12 @@ def train(
                 run.save(folder)
             info = run.step_info()
             metrics = {"loss": info.loss, "learning_rate": info.learning_rate}
-            metrics["grad_norm"] = info.grad_norm
+            metrics |= {"grad_norm": info.grad_norm, **info.metrics}
             if info.validation_loss is not None:
                 metrics["validation"] = info.validation_loss
             accelerator.log(metrics, step=info.step)
-            notes = [f"{k} {metrics[k]:.3f}" for k in ("loss", "validation") if k in metrics]
+            names = info.metrics or [name for name in ("loss", "validation") if name in metrics]
+            notes = [f"{name} {metrics[name]:.3f}" for name in names]
             update(info.step, ", ".join(notes))
             if control.on_step is not None:
                 control.on_step(info)
@@ -122,6 +126,7 @@ class TrainingLoop:
         frozen: The model.
         settings: Hyperparameters that all runs have in common.
         accelerator: Shares a single run's rows between processes; None for several runs.
+        objective: What is minimized; left out, the one that the rows and the settings name.
     """
 
     def __init__(
@@ -129,10 +134,11 @@ class TrainingLoop:
         frozen: FrozenModel,
         settings: TrainingSettings,
         accelerator: Accelerator | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self._frozen = frozen
         self._accelerator = accelerator
-        self._objective = Objective(frozen, contrast=settings.contrast)
+        self._objective = objective or Objective(frozen, contrast=settings.contrast)
         self._max_rows = settings.micro_batch_size or _MAX_ROWS_PER_PASS
         self._prepared_optimizers: dict[TrainingRun, Any] = {}
 
@@ -145,11 +151,15 @@ class TrainingLoop:
         failures: dict[TrainingRun, str] = {}
         self._validate(runs, failures)
         active = [run for run in runs if run not in failures and not run.is_finished]
-        steps = {run: run.begin_step() for run in active}
+        steps = {}
+        for run in active:
+            pairs, seed = run.begin_step()
+            steps[run] = self._objective.expand(pairs, run.prefixes, seed), seed
         losses = self._losses(
             [(run, pair) for run, (pairs, _) in steps.items() for pair in pairs],
             {run: seed for run, (_, seed) in steps.items()},
         )
+        metrics = self._objective.take_metrics()
         for run, (pairs, _) in steps.items():
             try:
                 run.require_finite(losses[run])
@@ -157,7 +167,7 @@ class TrainingLoop:
                 failures[run] = str(error)
                 continue
             grad_norm = self._update_parameters(run)
-            run.record_step(pairs, losses[run], grad_norm)
+            run.record_step(pairs, losses[run], grad_norm, metrics)
         self._validate([run for run in active if run not in failures], failures)
         return failures
 

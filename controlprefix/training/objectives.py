@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,22 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.log_probs import kl_divergences, target_logits, token_log_probs
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import Part, Prefix, PrefixBatch, PrefixKey
+from controlprefix.request import Request
+
+if TYPE_CHECKING:
+    from controlprefix.training.parameterization import TrainablePrefixes
+
+
+class Rollout(NamedTuple):
+    """What is known of a sampled completion.
+
+    Attributes:
+        advantage: Its reward minus the mean reward of the other samples of its request.
+        num_demonstrated: Tokens at its start that were not sampled but demonstrated.
+    """
+
+    advantage: float
+    num_demonstrated: int = 0
 
 
 class TrainingRow(NamedTuple):
@@ -24,6 +40,8 @@ class TrainingRow(NamedTuple):
         learned: Keys of the prefixes that are trained, with their strengths.
         teacher: For distillation: what the same model reads instead of the prompt and the
             trained parts.
+        request: For reinforcement learning: what to sample targets for.
+        rollout: For reinforcement learning: that the targets were sampled.
     """
 
     prompt: Sequence[int]
@@ -31,6 +49,8 @@ class TrainingRow(NamedTuple):
     frozen: Sequence[Part]
     learned: Sequence[tuple[PrefixKey, float]]
     teacher: Sequence[int] | None = None
+    request: Request | None = None
+    rollout: Rollout | None = None
 
     @classmethod
     def from_example(
@@ -68,6 +88,29 @@ class Objective:
     def __init__(self, frozen: FrozenModel, *, contrast: float = 0.0) -> None:
         self._frozen = frozen
         self._contrast = contrast
+
+    def expand(
+        self,
+        pairs: Sequence[ContrastPair],
+        prefixes: "TrainablePrefixes",
+        seed: int,
+    ) -> list[ContrastPair]:
+        """What a step computes losses of, from the pairs that the run has drawn for it.
+
+        Args:
+            pairs: Of the step's rows.
+            prefixes: What is trained, at its current step.
+            seed: Seed of the step.
+        """
+        return list(pairs)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Figures of the losses since the last call, by name."""
+        return {}
+
+    def identity(self) -> Any:
+        """What must be equal, beside rows and settings, for a run to be resumed; as JSON."""
+        return None
 
     def assemble(
         self, pairs: Sequence[ContrastPair], prefixes: Mapping[PrefixKey, Prefix]

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,8 @@ from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.inference.resolver import Resolver, part_at_strength
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Kind, Part, Prefix, PrefixKey, Site
-from controlprefix.request import Example
+from controlprefix.request import Example, Request
+from controlprefix.store import StoredVersion
 from controlprefix.training.context_fit import fit_to_context
 from controlprefix.training.held_out import check_validation, split_examples
 from controlprefix.training.initialization import (
@@ -109,13 +110,8 @@ def prepare(
     for example, ids in zip(
         all_examples, (*fitted.tokenized, *fitted_validation.tokenized), strict=True
     ):
-        frozen_parts: list[Part] = [
-            part_at_strength(part.key, stored[part.key], part.strength).part
-            for part in example.named_parts
-            if part.key in stored
-        ]
-        own = [(part.key, part.strength) for part in example.named_parts if part.key in keys]
-        row = TrainingRow.from_example(ids, tokenizer.end_id, frozen_parts, own)
+        parts = _divide_parts(example, keys, stored)
+        row = TrainingRow.from_example(ids, tokenizer.end_id, *parts)
         rows.append(row._replace(teacher=teacher_ids(example)) if teacher_ids else row)
 
     if validation:
@@ -155,6 +151,89 @@ def prepare(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RequestPreparation:
+    """What reinforcement learning needs.
+
+    Attributes:
+        rows: One per request, without targets.
+        demonstrations: Rows with targets.
+        initial: The prefixes to train, as they are stored.
+        users: Users whose rows they are.
+    """
+
+    rows: list[TrainingRow]
+    demonstrations: list[TrainingRow]
+    initial: dict[PrefixKey, Prefix]
+    users: frozenset[str]
+
+
+def prepare_requests(
+    requests: Sequence[Request],
+    demonstrations: Sequence[Example],
+    frozen: FrozenModel,
+    resolver: Resolver,
+    *,
+    learn: Learnable | Sequence[Learnable] | None,
+) -> RequestPreparation:
+    """Divide the parts that requests name into trained and frozen; all must be stored.
+
+    Args:
+        requests: At least one, with default labels.
+        demonstrations: Examples, with default labels.
+        frozen: The model.
+        resolver: Finds all parts.
+        learn: Which kinds of parts to train; None for the task and attributes that there are.
+
+    Raises:
+        TrainingDataError: If the requests cannot be trained on.
+        UnknownNameError: If a part is not stored.
+        ContextLengthError: If a prompt or a demonstration does not fit the context.
+    """
+    kinds = _kinds_to_learn(requests, learn)
+    check_trainable(demonstrations)
+    tokenizer = frozen.request_tokenizer
+    all_rows = [*requests, *demonstrations]
+    named = [part.key for row in all_rows for part in row.named_parts]
+    keys = [key for key in dict.fromkeys(named) if key.kind in kinds]
+    resolver.resolve(all_rows)  # names whatever is not stored
+    stored = resolver.current(set(named))
+    rows = [
+        TrainingRow(
+            tokenizer.prompt_ids(request),
+            (),
+            *_divide_parts(request, keys, stored),
+            request=request,
+        )
+        for request in requests
+    ]
+    tokenized = tokenizer.ids_of_examples(demonstrations)
+    demonstrated = [
+        TrainingRow.from_example(ids, tokenizer.end_id, *_divide_parts(example, keys, stored))
+        for example, ids in zip(demonstrations, tokenized, strict=True)
+    ]
+    initial: dict[PrefixKey, Prefix] = {}
+    for key in keys:
+        value = stored[key].value
+        assert isinstance(value, Prefix)
+        initial[key] = value
+    users = frozenset(row.user for row in all_rows if row.user is not None)
+    return RequestPreparation(rows, demonstrated, initial, users)
+
+
+def _divide_parts(
+    request: Request, keys: Collection[PrefixKey], stored: Mapping[PrefixKey, StoredVersion]
+) -> tuple[list[Part], list[tuple[PrefixKey, float]]]:
+    """A request's parts that are not trained, as far as they are stored, and the trained ones."""
+    others = [part for part in request.named_parts if part.key not in keys]
+    frozen_parts = [
+        part_at_strength(part.key, stored[part.key], part.strength).part
+        for part in others
+        if part.key in stored
+    ]
+    return frozen_parts, [(p.key, p.strength) for p in request.named_parts if p.key in keys]
+
+
 def _initial_prefixes(
     frozen: FrozenModel,
     resolver: Resolver,
@@ -190,8 +269,8 @@ def _initial_prefixes(
     return initial
 
 
-def check_trainable(examples: Sequence[Example]) -> None:
-    """Check that examples use no field that means something else in training.
+def check_trainable(examples: Sequence[Request]) -> None:
+    """Check that rows use no field that means something else in training.
 
     Raises:
         TrainingDataError: With the row.
@@ -211,7 +290,7 @@ def check_trainable(examples: Sequence[Example]) -> None:
 
 
 def _kinds_to_learn(
-    examples: Sequence[Example], learn: Learnable | Sequence[Learnable] | None
+    examples: Sequence[Request], learn: Learnable | Sequence[Learnable] | None
 ) -> set[Kind]:
     """The kinds of parts to train, after a check that each example has one of them."""
     if not examples:

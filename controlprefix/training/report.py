@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ class TrainingReport:
         validation: `(step, validation loss)`; step 0 is the initialization.
         best_step: The step whose prefixes were kept.
         learning_rates, grad_norms: One per step; the norm is before clipping.
+        metrics: Further figures of each step, such as the mean `reward`.
         num_examples, num_held_out: Rows to train on, and for validation.
         num_rows, num_tokens: Rows and tokens trained on, repeats counted.
         seconds: Wall-clock time.
@@ -42,6 +44,7 @@ class TrainingReport:
     best_step: int
     learning_rates: tuple[float, ...]
     grad_norms: tuple[float, ...]
+    metrics: tuple[Mapping[str, float], ...]
     num_examples: int
     num_held_out: int
     num_rows: int
@@ -79,9 +82,10 @@ class TrainingReport:
                 unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             with (folder / "history.csv").open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file)
-                writer.writerow(["step", "loss", "learning_rate", "grad_norm", "validation_loss"])
+                names = ["step", "loss", "learning_rate", "grad_norm", "validation_loss"]
+                writer.writerow([*names, *self._metric_names])
                 writer.writerows(self._history())
-            draw_curves(folder / "curves.png", self.losses, self.validation, self.best_step)
+            draw_curves(folder / "curves.png", self)
         except OSError as error:
             raise StoreError(f"cannot write the report to {folder}: {error}") from error
 
@@ -100,37 +104,46 @@ class TrainingReport:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _history(self) -> list[tuple[Any, ...]]:
+    @property
+    def _metric_names(self) -> list[str]:
+        return list(dict.fromkeys(name for metrics in self.metrics for name in metrics))
+
+    def _history(self) -> list[list[Any]]:
         """A row per step, and one for the validation of the initialization."""
-        validation = dict(self.validation)
-        steps = zip(self.losses, self.learning_rates, self.grad_norms, strict=True)
-        rows: list[tuple[Any, ...]] = [
-            (step, *values, validation.get(step, "")) for step, values in enumerate(steps, 1)
+        validation, names = dict(self.validation), self._metric_names
+        steps = zip(self.losses, self.learning_rates, self.grad_norms, self.metrics, strict=True)
+        rows: list[list[Any]] = [
+            [step, *values, validation.get(step, ""), *(metrics.get(name, "") for name in names)]
+            for step, (*values, metrics) in enumerate(steps, 1)
         ]
-        return [(0, "", "", "", validation[0]), *rows] if 0 in validation else rows
+        first = [0, "", "", "", validation.get(0), *("" for _ in names)]
+        return [first, *rows] if 0 in validation else rows
 
 
-def draw_curves(
-    path: Path,
-    losses: Sequence[float],
-    validation: Sequence[tuple[int, float]],
-    best_step: int,
-) -> None:
-    """Plot the loss of each step, its running mean, and the validation loss."""
+def draw_curves(path: Path, report: TrainingReport) -> None:
+    """Plot each metric of the steps; without any, the losses, and the validation loss."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return  # installed with the extra `eval`
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color="0.8", label="batch")
-    axes.plot(steps, _running_mean(losses), color="tab:blue", label="running mean")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation")
-        axes.axvline(best_step, color="tab:orange", linestyle=":", label=f"kept: step {best_step}")
-    axes.set(xlabel="step", ylabel="nats per target token")
-    axes.legend()
+    names = dict.fromkeys(name for metrics in report.metrics for name in metrics)
+    curves = {name: [m.get(name, math.nan) for m in report.metrics] for name in names}
+    curves = curves or {"nats per target token": list(report.losses)}
+    figure = Figure(figsize=(7, 1 + 3 * len(curves)), layout="constrained")
+    steps = range(1, len(report.losses) + 1)
+    for axes, (name, values) in zip(
+        figure.subplots(len(curves), squeeze=False)[:, 0], curves.items(), strict=True
+    ):
+        axes.plot(steps, values, color="0.8", label="batch")
+        axes.plot(steps, _running_mean(values), color="tab:blue", label="running mean")
+        if report.validation and not names:
+            axes.plot(
+                *zip(*report.validation, strict=True), "o-", color="tab:orange", label="validation"
+            )
+            best = report.best_step
+            axes.axvline(best, color="tab:orange", linestyle=":", label=f"kept: step {best}")
+        axes.set(xlabel="step", ylabel=name)
+        axes.legend()
     figure.savefig(path, dpi=120)
 
 

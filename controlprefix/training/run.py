@@ -3,9 +3,10 @@
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class TrainingRun:
         prefixes: What is trained.
         settings: Hyperparameters.
         device: Device to train on.
+        objective_identity: See `Objective.identity`.
 
     Attributes:
         held_out: As given.
@@ -59,13 +61,16 @@ class TrainingRun:
         prefixes: TrainablePrefixes,
         settings: TrainingSettings,
         device: torch.device,
+        objective_identity: Any = None,
     ) -> None:
         if not rows:
             raise TrainingDataError("there are no examples to train on")
         self.settings = settings
         self.held_out = held_out
         self._rows = rows
-        self._identity = checkpoint.run_identity(settings, rows, held_out, prefixes)
+        self._identity = checkpoint.run_identity(
+            settings, rows, held_out, prefixes, objective_identity
+        )
         steps_per_epoch = math.ceil(len(rows) / settings.batch_size)
         self.num_steps = settings.steps or math.ceil(settings.epochs * steps_per_epoch)
         num_evaluations = settings.num_evaluations
@@ -73,7 +78,9 @@ class TrainingRun:
             round(self.num_steps * (i + 1) / num_evaluations) for i in range(num_evaluations)
         }
         # Batches have rows of similar length, so a mean per batch would weight tokens unequally.
-        self.targets_per_step = settings.batch_size * mean(len(row.targets) for row in rows)
+        # Rows whose targets are sampled have none yet.
+        num_targets = mean(len(row.targets) for row in rows) or 1.0
+        self.targets_per_step = settings.batch_size * num_targets
         self._learning_rate_at = learning_rate_schedule(self.num_steps)
         self._batches = self._all_batches()
         self.prefixes = prefixes.to_device(device)
@@ -153,9 +160,16 @@ class TrainingRun:
                 f"learning_rate (now {self.settings.peak_learning_rate})"
             )
 
-    def record_step(self, pairs: Sequence[ContrastPair], loss: float, grad_norm: float) -> None:
+    def record_step(
+        self,
+        pairs: Sequence[ContrastPair],
+        loss: float,
+        grad_norm: float,
+        metrics: Mapping[str, float],
+    ) -> None:
         """Record a step whose gradients have been applied."""
         self.progress.losses.append(loss)
+        self.progress.metrics.append(dict(metrics))
         self.progress.grad_norms.append(grad_norm)
         self.progress.num_rows += len(pairs)
         self.progress.num_tokens += sum(pair.row.num_tokens for pair in pairs)
@@ -178,6 +192,7 @@ class TrainingRun:
             learning_rate=self._learning_rate(progress.step),
             grad_norm=progress.grad_norms[-1],
             validation_loss=progress.validation[-1][1] if progress.validation else None,
+            metrics=progress.metrics[-1],
         )
 
     def restore_best(self) -> None:
@@ -201,6 +216,7 @@ class TrainingRun:
             best_step=progress.best_step,
             learning_rates=tuple(map(self._learning_rate, range(1, len(progress.losses) + 1))),
             grad_norms=tuple(progress.grad_norms),
+            metrics=tuple(progress.metrics),
             num_examples=len(self._rows),
             num_held_out=len(self.held_out),
             num_rows=progress.num_rows,

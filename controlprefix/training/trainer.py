@@ -13,14 +13,21 @@ from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixKey
-from controlprefix.request import Example
+from controlprefix.request import Example, Request
 from controlprefix.store import NewVersion, PrefixStore
 from controlprefix.training.control import RunControl
-from controlprefix.training.initialization import Initialization, Initializations
+from controlprefix.training.initialization import Initialization, Initializations, scale_of_all
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
 from controlprefix.training.parameterization import parameterize
-from controlprefix.training.preparation import Learnable, Preparation, check_trainable, prepare
+from controlprefix.training.policy import PolicyObjective, PolicySettings, Reward
+from controlprefix.training.preparation import (
+    Learnable,
+    Preparation,
+    check_trainable,
+    prepare,
+    prepare_requests,
+)
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.run import batches_by_length
 from controlprefix.training.settings import ParameterizationName, TrainingSettings
@@ -120,6 +127,44 @@ class Trainer:
             teacher_ids=teacher_ids,
         )
         return self._train_and_publish(preparation, settings, control)
+
+    def reinforce(
+        self,
+        requests: Sequence[Request],
+        demonstrations: Sequence[Example],
+        reward: Reward,
+        settings: TrainingSettings,
+        policy: PolicySettings,
+        *,
+        learn: Learnable | Sequence[Learnable] | None,
+        control: RunControl,
+    ) -> TrainingReport:
+        """Train on rewards of sampled texts: see `ControlPrefix.reinforce`.
+
+        Args:
+            requests, demonstrations: With default labels.
+            reward: Scores sampled texts.
+            settings, policy: Hyperparameters.
+            learn: As there.
+            control: Where the run is recorded, and who watches it.
+        """
+        prepared = prepare_requests(
+            requests, demonstrations, self._frozen, self._resolver, learn=learn
+        )
+        objective = PolicyObjective(
+            self._frozen, policy, reward, prepared.initial, prepared.demonstrations
+        )
+        preparation = Preparation(
+            rows=prepared.rows,
+            held_out=[],
+            initial=prepared.initial,
+            scale=scale_of_all(prepared.initial.values()),
+            left_out=(),
+            num_cut=0,
+            num_skipped=0,
+            users=prepared.users,
+        )
+        return self._train_and_publish(preparation, settings, control, objective)
 
     def trainable(
         self,
@@ -222,7 +267,11 @@ class Trainer:
         return replace(report, version=version)
 
     def _train_and_publish(
-        self, preparation: Preparation, settings: TrainingSettings, control: RunControl
+        self,
+        preparation: Preparation,
+        settings: TrainingSettings,
+        control: RunControl,
+        objective: Objective | None = None,
     ) -> TrainingReport:
         """Train, and publish all trained prefixes together, or none."""
         self._store.require_writable(preparation.initial)
@@ -235,6 +284,7 @@ class Trainer:
             settings=settings,
             held_out=preparation.held_out,
             control=control,
+            objective=objective,
         )
         origin: dict[str, Any] = {
             "store": self._store.label,

@@ -1,0 +1,302 @@
+"""Reinforcement learning: prefixes learn from rewards of the texts that they produce."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from itertools import pairwise
+from statistics import fmean
+from typing import Annotated, Any, Literal, Protocol, Self
+
+import torch
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from controlprefix.completion import PartUsed
+from controlprefix.errors import TrainingDataError, validation_message
+from controlprefix.inference.generation import generate_tokens
+from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
+from controlprefix.inference.stopping import completion_from_tokens
+from controlprefix.model import FrozenModel
+from controlprefix.model.log_probs import kl_divergences, target_logits, target_losses
+from controlprefix.prefixes import Part, Prefix, PrefixKey
+from controlprefix.request import Request
+from controlprefix.training.objectives import ContrastPair, Objective, Rollout, TrainingRow
+from controlprefix.training.parameterization import TrainablePrefixes
+from controlprefix.training.settings import TrainingOptions
+
+_MAX_ROWS_PER_BATCH = 64  # samples that are generated at a time
+_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Reward(Protocol):
+    """Scores texts; see `controlprefix.evaluation.rewards` for ready ones."""
+
+    def __call__(self, requests: Sequence[Request], texts: Sequence[str]) -> Sequence[float]:
+        """A number per text, higher is better.
+
+        Args:
+            requests: What each text was generated for.
+            texts: Generated texts, without the end token.
+        """
+
+
+@dataclass(
+    frozen=True,
+    config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True),
+)
+class PolicySettings:
+    """Hyperparameters of reinforcement learning. Make one with `from_options`."""
+
+    num_samples: Annotated[int, Field(ge=2)] = 4
+    """Samples per request and step; each is compared with the mean of the others."""
+
+    kl: _NonNegative = 0.05
+    """Weight of the KL divergence (nats per token) from the reference."""
+
+    reference: Literal["start", "plain"] = "start"
+    """What the divergence is from: the prefixes at the run's start, or the model without any."""
+
+    diversity: _NonNegative = 1.0
+    """Weight of a further reward: the share of a sample's token pairs (bigrams) that no other
+    sample of the step has."""
+
+    demonstration_weight: _NonNegative = 0.1
+    """Weight of the negative log-likelihood of demonstrations, if there are any."""
+
+    @classmethod
+    def split_off(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """The settings among some options, and the other options.
+
+        Raises:
+            TrainingDataError: If a value is out of range.
+        """
+        names = [field.name for field in fields(cls)]
+        own = {name: value for name, value in options.items() if name in names}
+        try:
+            settings = cls(**own)
+        except ValidationError as error:
+            message = validation_message(error, names, "reinforcement learning", show_values=True)
+            raise TrainingDataError(message) from None
+        return settings, {name: value for name, value in options.items() if name not in names}
+
+
+class ReinforcementOptions(TrainingOptions, total=False):
+    """Keyword arguments of `reinforce`: `PolicySettings` and those of the training functions."""
+
+    num_samples: int
+    kl: float
+    reference: Literal["start", "plain"]
+    diversity: float
+    demonstration_weight: float
+
+
+class PolicyObjective(Objective):
+    """Policy gradient with leave-one-out advantages, beside the likelihood of demonstrations.
+
+    For each request of a step, completions are sampled under the prefixes as they are. The
+    loss of a completion with advantage A, its reward minus the mean reward of the request's
+    other samples, is -A times its log-likelihood, plus `kl` times the divergence of the
+    next-token distributions from the reference, both summed over its tokens.
+
+    Args:
+        frozen: The model.
+        settings: Hyperparameters.
+        reward: Scores sampled texts.
+        initial: The prefixes at the run's start.
+        demonstrations: Rows with targets; each step takes as many as it has requests.
+
+    Raises:
+        TrainingDataError: While training, if the reward is no finite number per text.
+
+    Reference:
+        Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization", 2024,
+        https://arxiv.org/abs/2402.14740, with the divergence as a loss, over the vocabulary.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenModel,
+        settings: PolicySettings,
+        reward: Reward,
+        initial: Mapping[PrefixKey, Prefix],
+        demonstrations: Sequence[TrainingRow] = (),
+    ) -> None:
+        super().__init__(frozen)
+        self._settings = settings
+        self._reward = reward
+        self._initial = initial
+        self._demonstrations = demonstrations
+        self._metrics: dict[str, float] = {}
+        self._divergences: list[float] = []
+
+    def identity(self) -> Any:
+        """The settings and the demonstrations."""
+        rows = [
+            (list(row.prompt), list(row.targets), [(tuple(k), s) for k, s in row.learned])
+            for row in self._demonstrations
+        ]
+        return {**asdict(self._settings), "demonstrations": rows}
+
+    def take_metrics(self) -> dict[str, float]:
+        """Reward, divergence, length and diversity of the last step's samples."""
+        metrics = dict(self._metrics)
+        if metrics and self._divergences:
+            metrics["kl"] = fmean(self._divergences)
+        self._metrics, self._divergences = {}, []
+        return metrics
+
+    def expand(
+        self, pairs: Sequence[ContrastPair], prefixes: TrainablePrefixes, seed: int
+    ) -> list[ContrastPair]:
+        """Sampled completions of each request, and demonstrations."""
+        draw = random.Random(seed)
+        count = self._settings.num_samples
+        rows = [pair.row for pair in pairs for _ in range(count)]
+        keys = {key for row in rows for key, _ in row.learned}
+        with torch.no_grad():
+            values = prefixes.prefixes(keys)
+        completions = self._sample(rows, values, draw)
+        texts = [text for _, text in completions]
+        rewards = self._rewards(rows, texts)
+        novelty = distinct_shares([tokens for tokens, _ in completions])
+        totals = [
+            reward + self._settings.diversity * share
+            for reward, share in zip(rewards, novelty, strict=True)
+        ]
+        lengths = [len(tokens) for tokens, _ in completions]
+        self._metrics = {
+            "reward": fmean(rewards),
+            "diversity": fmean(novelty),
+            "length": fmean(lengths),
+        }
+        expanded = []
+        for at in range(0, len(rows), count):
+            group = totals[at : at + count]
+            for i, total in enumerate(group):
+                advantage = total - (sum(group) - total) / (count - 1)
+                row = rows[at + i]._replace(
+                    targets=completions[at + i][0], rollout=Rollout(advantage)
+                )
+                expanded.append(ContrastPair(row))
+        if self._demonstrations and self._settings.demonstration_weight:
+            shown = min(len(pairs), len(self._demonstrations))
+            expanded += map(ContrastPair, draw.sample(list(self._demonstrations), shown))
+        return expanded
+
+    def __call__(self, pairs: Sequence[ContrastPair]) -> Tensor:
+        """The loss of each sampled completion and of each demonstration, `(num_pairs,)`."""
+        rows = [pair.row for pair in pairs]
+        targets = [row.targets for row in rows]
+        logits, target_ids, _ = target_logits(self._frozen, [row.prompt for row in rows], targets)
+        log_probs = -target_losses(logits, target_ids)
+        divergences = torch.zeros_like(log_probs)
+        sampled = torch.tensor(
+            [row.rollout is not None for row in rows for _ in row.targets], device=logits.device
+        )
+        if self._settings.kl and sampled.any():
+            reference = self._reference_logits([row for row in rows if row.rollout])
+            divergences = divergences.masked_scatter(
+                sampled, kl_divergences(reference, logits[sampled])
+            )
+            self._divergences += divergences[sampled].detach().tolist()
+        lengths = [len(target) for target in targets]
+        losses = []
+        for row, own, own_divergences in zip(
+            rows, log_probs.split(lengths), divergences.split(lengths), strict=True
+        ):
+            if row.rollout is None:
+                losses.append(-self._settings.demonstration_weight * own.sum())
+                continue
+            loss = -row.rollout.advantage * own.sum() + self._settings.kl * own_divergences.sum()
+            losses.append(loss / self._settings.num_samples)
+        return torch.stack(losses)
+
+    def _sample(
+        self,
+        rows: Sequence[TrainingRow],
+        prefixes: Mapping[PrefixKey, Prefix],
+        draw: random.Random,
+    ) -> list[tuple[Sequence[int], str]]:
+        """A completion of each row's request: its token ids with the end token, and its text."""
+        resolved = []
+        for row in rows:
+            assert row.request is not None
+            request = row.request.model_copy(
+                update={
+                    # What is learned from is the model's own distribution.
+                    "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None,
+                    "seed": draw.randrange(1 << 62),
+                }
+            )  # fmt: skip
+            parts = [*row.frozen, *(Part(prefixes[key], weight) for key, weight in row.learned)]
+            used = PartUsed(kind="task", name="", version=0, strength=1.0)
+            resolved.append(
+                ResolvedRequest(request, tuple(ResolvedPart(used, part) for part in parts))
+            )
+        tokenizer = self._frozen.request_tokenizer
+        completions: dict[int, tuple[Sequence[int], str]] = {}
+        lengths = [
+            len(row.prompt) + r.request.max_new_tokens
+            for row, r in zip(rows, resolved, strict=True)
+        ]
+        for batch in self._frozen.batches(lengths, _MAX_ROWS_PER_BATCH):
+            prompts = [rows[i].prompt for i in batch]
+            results = generate_tokens(self._frozen, [resolved[i] for i in batch], prompts)
+            for i, prompt, new in zip(batch, prompts, results, strict=True):
+                if new is None:
+                    raise TrainingDataError(
+                        "the model's logits became NaN while sampling; nothing was stored; lower "
+                        "learning_rate"
+                    )
+                completion = completion_from_tokens(
+                    tokenizer, resolved[i].request, prompt, list(new)
+                )
+                # The end token is learned as well, where the completion has come to its end.
+                ended = completion.num_tokens < len(new) and new[completion.num_tokens] in (
+                    tokenizer.end_ids
+                )
+                tokens = new[: completion.num_tokens + ended] or new[:1]
+                completions[i] = tokens, completion.text
+        return [completions[i] for i in range(len(rows))]
+
+    def _rewards(self, rows: Sequence[TrainingRow], texts: Sequence[str]) -> list[float]:
+        requests = [row.request for row in rows if row.request is not None]
+        rewards = [float(value) for value in self._reward(requests, texts)]
+        if len(rewards) != len(texts):
+            raise TrainingDataError(
+                f"the reward gave {len(rewards)} numbers for {len(texts)} texts; give one each"
+            )
+        for text, value in zip(texts, rewards, strict=True):
+            if not math.isfinite(value):
+                raise TrainingDataError(f"the reward of {text[:80]!r} is {value}; give a number")
+        return rewards
+
+    def _reference_logits(self, rows: Sequence[TrainingRow]) -> Tensor:
+        parts: list[list[Part]] = [[] for _ in rows]
+        if self._settings.reference == "start":
+            parts = [
+                [*row.frozen, *(Part(self._initial[key], weight) for key, weight in row.learned)]
+                for row in rows
+            ]
+        with torch.no_grad(), self._frozen.attached(self._frozen.assemble(parts)):
+            logits, *_ = target_logits(
+                self._frozen, [row.prompt for row in rows], [row.targets for row in rows]
+            )
+        return logits
+
+
+def distinct_shares(samples: Sequence[Sequence[int]]) -> list[float]:
+    """Per sample, the share of its bigrams that no other sample has; 1 if it has none.
+
+    Example:
+        >>> distinct_shares([[1, 2, 3], [1, 2, 4]])
+        [0.5, 0.5]
+    """
+    bigrams = [set(pairwise(tokens)) for tokens in samples]
+    counts = Counter(bigram for own in bigrams for bigram in own)
+    return [
+        sum(counts[bigram] == 1 for bigram in own) / len(own) if own else 1.0 for own in bigrams
+    ]

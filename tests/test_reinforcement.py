@@ -1,0 +1,406 @@
+"""Reinforcement learning raises the reward, changes what it may, and resumes exactly."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from controlprefix import (
+    ControlPrefix,
+    ControlPrefixError,
+    Example,
+    Part,
+    Prefix,
+    Request,
+    RequestError,
+    TrainingDataError,
+    UnknownNameError,
+)
+from controlprefix.cli.reinforce import parse_rewards
+from controlprefix.data import as_requests
+from controlprefix.evaluation.rewards import (
+    AttributeReward,
+    JsonReward,
+    LengthReward,
+    PatternReward,
+    WeightedReward,
+)
+from controlprefix.inference import generation
+from controlprefix.prefixes import PrefixKey
+from controlprefix.training.objectives import ContrastPair, Rollout, TrainingRow
+from controlprefix.training.parameterization import parameterize
+from controlprefix.training.policy import PolicyObjective, PolicySettings, distinct_shares
+from controlprefix.training.settings import TrainingSettings
+
+from helpers import QUICK, engine, greetings
+
+TRAINED = ("greet", "formal", "informal")
+OPTIONS: dict[str, Any] = {"steps": 3, "batch_size": 2, "num_samples": 2, "progress": False}
+
+
+def requests(num: int = 4, max_new_tokens: int = 6) -> list[Request]:
+    labels = ("formal", "informal")
+    return [
+        Request(
+            prompt=f"Greet {i}",
+            task="greet",
+            attributes={"formality": labels[i % 2]},
+            max_new_tokens=max_new_tokens,
+        )
+        for i in range(num)
+    ]
+
+
+def trained(store: str = "sqlite://") -> ControlPrefix:
+    cp = engine(store=store)
+    cp.train(greetings(), **QUICK)
+    return cp
+
+
+def share_of_vowels(requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in texts]
+
+
+def slots(cp: ControlPrefix, kind: Any, name: str) -> torch.Tensor:
+    return cp.get(kind, name).slots["decoder"]
+
+
+def letter_probability(cp: ControlPrefix) -> float:
+    """The probability that the first byte of an answer is a letter, a mean over requests."""
+    frozen = cp.frozen_model
+    prompts = [frozen.request_tokenizer.prompt_ids(request) for request in requests()]
+    letters = [i for i in range(200) if frozen.request_tokenizer.decode([i]).isalpha()]
+    total = 0.0
+    for request, prompt in zip(requests(), prompts, strict=True):
+        with torch.no_grad(), cp.assembled(request):
+            logits = cp.model(input_ids=torch.tensor([prompt])).logits[0, -1]
+        total += float(logits.softmax(0)[letters].sum())
+    return total / len(prompts)
+
+
+def test_the_reward_rises_and_the_model_stays() -> None:
+    cp = engine()
+    cp.train(greetings(), **{**QUICK, "steps": 40, "learning_rate": 0.2})
+    before = {n: p.clone() for n, p in cp.model.state_dict().items()}
+    probability = letter_probability(cp)
+    report = cp.reinforce(
+        requests(max_new_tokens=1),
+        reward=lambda requests, texts: [float(text.isalpha()) for text in texts],
+        steps=20,
+        batch_size=4,
+        num_samples=16,
+        learning_rate=0.5,
+        kl=0.0,
+        diversity=0.0,
+        progress=False,
+    )
+    assert letter_probability(cp) > 1.1 * probability
+    assert all(torch.equal(p, before[n]) for n, p in cp.model.state_dict().items())
+    assert set(report.saved.values()) == {2}
+    assert len(report.metrics) == 20
+    assert all({"reward", "length", "diversity"} <= m.keys() for m in report.metrics)
+
+
+def test_only_what_is_learned_changes() -> None:
+    cp = trained()
+    task, label = slots(cp, "task", "greet"), slots(cp, "attribute", "formality=formal")
+    report = cp.reinforce(
+        requests(), reward=share_of_vowels, learn="attributes", learning_rate=0.1, **OPTIONS
+    )
+    assert torch.equal(task, slots(cp, "task", "greet"))
+    assert not torch.equal(label, slots(cp, "attribute", "formality=formal"))
+    assert not any("greet" in name for name in report.saved)
+
+
+def test_a_constant_reward_and_no_divergence_have_no_gradient() -> None:
+    """Leave-one-out advantages of equal rewards are 0, and the start is its own reference."""
+    cp = trained()
+    report = cp.reinforce(
+        requests(),
+        reward=lambda requests, texts: [1.0] * len(texts),
+        learning_rate=0.1,
+        diversity=0.0,
+        kl=1.0,
+        **OPTIONS,
+    )
+    assert report.grad_norms[0] < 1e-5
+    assert report.metrics[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_divergence_from_the_plain_model_is_measured() -> None:
+    cp = trained()
+    report = cp.reinforce(requests(), reward=share_of_vowels, reference="plain", **OPTIONS)
+    assert report.metrics[0]["kl"] > 0.01
+
+
+@pytest.mark.parametrize("reference", ["start", "plain"])
+def test_the_loss_is_that_of_the_formula(reference: Any) -> None:
+    """Against the definition, computed with transformers' own forward pass per row."""
+    cp = trained()
+    frozen = cp.frozen_model
+    key = PrefixKey("task", "greet")
+    initial = {key: cp.get("task", "greet")}
+    settings = PolicySettings(num_samples=2, kl=0.3, reference=reference, demonstration_weight=0.5)
+    objective = PolicyObjective(frozen, settings, share_of_vowels, initial)
+    now = {key: Prefix.random(cp.geometry, num_slots=4, scale=0.5, seed=3)}
+    rows = [
+        TrainingRow([5, 6, 7], [8, 9], (), [(key, 1.0)], rollout=Rollout(0.7)),
+        TrainingRow([5, 6], [10, 11, 12], (), [(key, 1.0)], rollout=Rollout(-0.4)),
+        TrainingRow([5], [13, 14], (), [(key, 1.0)]),
+    ]
+    pairs = [ContrastPair(row) for row in rows]
+    with torch.no_grad(), frozen.attached(objective.assemble(pairs, now)):
+        losses = objective(pairs)
+
+    def log_probs(row: TrainingRow, prefix: Prefix | None) -> torch.Tensor:
+        parts = [] if prefix is None else [Part(prefix)]
+        ids = torch.tensor([[*row.prompt, *row.targets]])
+        with torch.no_grad(), frozen.attached(frozen.assemble([parts])):
+            logits = cp.model(input_ids=ids).logits[0]
+        return logits[len(row.prompt) - 1 : -1].log_softmax(1)
+
+    reference_prefix = initial[key] if reference == "start" else None
+    for row, loss in zip(rows, losses.tolist(), strict=True):
+        own = log_probs(row, now[key])
+        likelihood = own[range(len(row.targets)), list(row.targets)].sum()
+        if row.rollout is None:
+            assert loss == pytest.approx(float(-0.5 * likelihood), rel=1e-4)
+            continue
+        divergence = (own.exp() * (own - log_probs(row, reference_prefix))).sum()
+        expected = (-row.rollout.advantage * likelihood + 0.3 * divergence) / 2
+        assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_advantages_leave_the_own_sample_out() -> None:
+    cp = trained()
+    values = iter([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
+    objective = PolicyObjective(
+        cp.frozen_model,
+        PolicySettings(num_samples=3, diversity=0.0),
+        lambda requests, texts: [next(values) for _ in texts],
+        {},
+    )
+    keys = {PrefixKey("task", "greet"): cp.get("task", "greet")}
+    prefixes = parameterize(
+        TrainingSettings(parameterization="direct"),
+        keys,
+        {"decoder": torch.ones(cp.geometry.slot_size("decoder"))},
+    )
+    rows = [
+        TrainingRow([5, 6], (), (), [(key, 1.0)], request=request)
+        for key in keys
+        for request in requests(2)
+    ]
+    pairs = objective.expand([ContrastPair(row) for row in rows], prefixes, seed=0)
+    advantages = [pair.row.rollout.advantage for pair in pairs if pair.row.rollout]
+    assert advantages == [1 - 4, 2 - 3.5, 6 - 1.5, 0 - 1.5, 0 - 1.5, 3.0]
+    assert all(0 < len(pair.row.targets) <= 6 for pair in pairs)
+
+
+def test_requests_are_sampled_with_all_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `generate` writes with the same seed at temperature 1 is what the reward gets."""
+    cp = trained()
+    cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=3, scale=0.5, seed=5))
+    seeds: list[int] = []
+    rewarded: list[str] = []
+
+    def spying(frozen: Any, resolved: Any, prompts: Any) -> Any:
+        seeds.extend(request.request.seed for request in resolved)
+        return generation.generate_tokens(frozen, resolved, prompts)
+
+    def reward(requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
+        rewarded.extend(texts)
+        return [0.0] * len(texts)
+
+    monkeypatch.setattr("controlprefix.training.policy.generate_tokens", spying)
+    asked = [r.model_copy(update={"user": "ana", "stop": ("e",)}) for r in requests(2)]
+    before = cp.without_defaults()
+    cp.reinforce(asked, reward=reward, **{**OPTIONS, "steps": 1, "learning_rate": 1e-9})
+    twice = [request for request in asked for _ in range(2)]
+    for order in (twice, [*twice[2:], *twice[:2]]):  # the step's batch is shuffled
+        expected = before.generate(
+            [
+                request.model_copy(update={"temperature": 1.0, "seed": seed})
+                for request, seed in zip(order, seeds, strict=True)
+            ]
+        )
+        if [completion.text for completion in expected] == rewarded:
+            return
+    raise AssertionError(rewarded)
+
+
+def test_demonstrations_are_learned_beside_the_reward() -> None:
+    examples = greetings(4)
+    losses = []
+    for weight in (0.0, 1.0):
+        cp = trained()
+        cp.reinforce(
+            requests(),
+            reward=lambda requests, texts: [0.0] * len(texts),
+            demonstrations=examples,
+            demonstration_weight=weight,
+            diversity=0.0,
+            learning_rate=0.05,
+            **{**OPTIONS, "steps": 12, "batch_size": 4},
+        )
+        scores = cp.score(examples)
+        losses.append(-sum(score.log_likelihood for score in scores))
+    assert losses[1] < losses[0] - 1
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
+    def run(steps: int, **options: Any) -> ControlPrefix:
+        cp = trained()
+        cp.reinforce(
+            requests(),
+            reward=share_of_vowels,
+            demonstrations=greetings(2),
+            learning_rate=0.1,
+            save_steps=1,
+            **{**OPTIONS, "steps": steps, **options},
+        )
+        return cp
+
+    class Stop(Exception):
+        pass
+
+    def stop(info: Any) -> None:
+        if info.step == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(4, folder=tmp_path, on_step=stop)
+    resumed, whole = run(4, folder=tmp_path, resume=True), run(4)
+    assert torch.equal(slots(resumed, "task", "greet"), slots(whole, "task", "greet"))
+    header, *lines = (tmp_path / "history.csv").read_text().splitlines()
+    assert "reward" in header
+    assert len(lines) == 4
+    with pytest.raises(TrainingDataError, match="another run"):
+        run(4, folder=tmp_path, resume=True, kl=0.9)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"reward": lambda requests, texts: [1.0]}, "1 numbers for 4 texts"),
+        ({"reward": lambda requests, texts: [math.nan] * len(texts)}, "is nan"),
+        ({"reward": "length"}, "give a function"),
+        ({"num_samples": 1}, "num_samples"),
+        ({"kl": -1.0}, "kl"),
+        ({"reference": "other"}, "reference"),
+        ({"validation": 0.5}, "nothing is held out"),
+        ({"klx": 1}, "klx"),
+        ({"learn": "user"}, "no example has one"),
+    ],
+)
+def test_mistakes_are_told_and_store_nothing(change: dict[str, Any], match: str) -> None:
+    cp = trained()
+    options = {"reward": share_of_vowels, **OPTIONS, **change}
+    with pytest.raises(TrainingDataError, match=match):
+        cp.reinforce(requests(), **options)
+    assert [v.version for v in cp.versions("task", "greet")] == [1]
+
+
+def test_a_prefix_must_be_stored() -> None:
+    cp = trained()
+    asked = [request.model_copy(update={"task": "grete"}) for request in requests()]
+    with pytest.raises(UnknownNameError, match="greet"):
+        cp.reinforce(asked, reward=share_of_vowels, **OPTIONS)
+
+
+def test_rows_are_read_as_requests(tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl"
+    rows = [
+        {"prompt": "Hi", "task": "greet", "max_new_tokens": 3},
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"prompt": "Hi", "completion": "Hello"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    first, second, third = as_requests(path)
+    assert (first.prompt, first.max_new_tokens) == ("Hi", 3)
+    assert second.messages is not None
+    assert isinstance(third, Example)
+    assert not isinstance(first, Example)
+    path.write_text('{"prompt": "Hi", "tsk": "greet"}')
+    with pytest.raises(TrainingDataError, match=r"line 1.*tsk"):
+        as_requests(path)
+    with pytest.raises(TrainingDataError, match="is a Request"):
+        engine().train([first], **QUICK)
+
+
+def test_checks_of_texts() -> None:
+    texts = ["one two", "[1]", "one two three four five six"]
+    asked = requests(3)
+    assert LengthReward(2, 4)(asked, texts) == pytest.approx([0.0, -0.5, -0.5])
+    assert PatternReward("t[wh]")(asked, texts) == [1.0, 0.0, 1.0]
+    assert JsonReward()(asked, texts) == [0.0, 1.0, 0.0]
+    both = WeightedReward([(JsonReward(), 2.0), (PatternReward("t"), 0.5)])
+    assert both(asked, texts) == [0.5, 2.0, 0.5]
+    assert distinct_shares([[1, 2, 3], [1, 2, 4], [5]]) == [0.5, 0.5, 1.0]
+    for bad in (lambda: LengthReward(4, 2), lambda: PatternReward("(")):
+        with pytest.raises(TrainingDataError):
+            bad()
+
+
+class Fixed:
+    """A classifier with given probabilities."""
+
+    labels = ("formal", "informal")
+
+    def __init__(self, attribute: str, probability: float) -> None:
+        self.attribute, self.probability = attribute, probability
+
+    def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[self.probability, 1 - self.probability]] * len(texts))
+
+
+def test_the_reward_of_labels_is_their_mean_log_probability() -> None:
+    reward = AttributeReward([Fixed("formality", 0.8), Fixed("formality", 0.4)])
+    formal, informal = requests(2)
+    expected = (math.log(0.8) + math.log(0.4)) / 2, (math.log(0.2) + math.log(0.6)) / 2
+    assert reward([formal, informal], ["", "x"]) == pytest.approx(expected)
+    sure = AttributeReward([Fixed("formality", 1.0)])
+    assert sure([informal], ["x"]) == pytest.approx([math.log(0.01)])
+    mixed = Request(prompt="x", attributes={"formality": {"formal": 0.3, "informal": 0.7}})
+    assert sure([mixed], ["x"]) == pytest.approx([math.log(0.01)])
+    assert sure([Request(prompt="x")], ["x"]) == [0.0]
+    with pytest.raises(TrainingDataError, match="no classifier of 'tone'"):
+        sure([Request(prompt="x", attributes={"tone": "warm"})], ["x"])
+    with pytest.raises(TrainingDataError, match="no label 'casual'"):
+        sure([Request(prompt="x", attributes={"formality": "casual"})], ["x"])
+
+
+def test_the_command_line_names_rewards(tmp_path: Path) -> None:
+    asked = requests(1)
+    reward = parse_rewards(["0.5*length=1..2", "pattern=a", "python=helpers:letters_reward"])
+    assert reward(asked, ["a b"]) == [0.0 + 1.0 + 3.0]
+    for bad in ("length=3", "size=3", "python=helpers", "python=helpers:nothing", "=", "json=1"):
+        with pytest.raises(ControlPrefixError, match="reward"):
+            parse_rewards([bad])
+    with pytest.raises(RequestError, match="regular|reward"):
+        parse_rewards(["-1*json"])
+
+
+def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from controlprefix.cli import app
+    from controlprefix.cli.groups import EngineArguments
+
+    cp = trained()
+    monkeypatch.setattr(EngineArguments, "open", lambda self, **_: cp)
+    path = tmp_path / "asked.jsonl"
+    path.write_text(
+        "\n".join(request.model_dump_json(exclude_unset=True) for request in requests())
+    )
+    result = CliRunner().invoke(
+        app,
+        ["reinforce", str(path), "--reward", "length=3..5", "--steps", "2", "--num-samples", "2",
+         "--folder", str(tmp_path / "run")],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "stored task 'greet' version 2" in result.output
+    assert "reward" in result.output
