@@ -40,7 +40,7 @@ class LabelClassifier(Protocol):
 class AttributeReward:
     """The log-probability of the requested labels, summed over a request's attributes.
 
-    Several classifiers of an attribute are averaged. Of a mixture of labels, the one with the
+    Several classifiers of an attribute are averaged. In a mixture of labels, the one with the
     largest weight counts. A text's log-probability counts as at least log .01.
 
     Attributes:
@@ -83,9 +83,9 @@ class AttributeReward:
         for attribute in dict.fromkeys(name for own in labels for name in own):
             classifiers = [c for c in self.classifiers if c.attribute == attribute]
             if not classifiers:
-                known = known_names(attribute, {c.attribute for c in self.classifiers})
+                names = known_names(attribute, {c.attribute for c in self.classifiers})
                 raise TrainingDataError(
-                    f"there is no classifier of {attribute!r}; classifiers: {known}"
+                    f"there is no classifier of {attribute!r}; classifiers: {names}"
                 )
             rows = [i for i, own in enumerate(labels) if attribute in own]
             for classifier in classifiers:
@@ -93,10 +93,10 @@ class AttributeReward:
                 for i, probabilities in zip(rows, table.log().tolist(), strict=True):
                     label = labels[i][attribute]
                     if label not in classifier.labels:
-                        known = known_names(label, classifier.labels)
+                        names = known_names(label, classifier.labels)
                         raise TrainingDataError(
                             f"the classifier of {attribute!r} has no label {label!r}; it has: "
-                            f"{known}"
+                            f"{names}"
                         )
                     value = probabilities[list(classifier.labels).index(label)]
                     rewards[i] += max(value, _MIN_LOG_PROBABILITY) / len(classifiers)

@@ -98,7 +98,7 @@ class Objective:
         """What a step computes losses of, from the pairs that the run has drawn for it.
 
         Args:
-            pairs: Of the step's rows.
+            pairs: One per row of the step.
             prefixes: What is trained, at its current step.
             seed: Seed of the step.
         """

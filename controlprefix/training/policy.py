@@ -182,8 +182,10 @@ class PolicyObjective(Objective):
                 )
                 expanded.append(ContrastPair(row))
         if self._demonstrations and self._settings.demonstration_weight:
-            shown = min(len(pairs), len(self._demonstrations))
-            expanded += map(ContrastPair, draw.sample(list(self._demonstrations), shown))
+            num_demonstrations = min(len(pairs), len(self._demonstrations))
+            expanded += map(
+                ContrastPair, draw.sample(list(self._demonstrations), num_demonstrations)
+            )
         return expanded
 
     def __call__(self, pairs: Sequence[ContrastPair]) -> Tensor:
