@@ -218,10 +218,10 @@ def test_requests_are_sampled_with_all_their_parts(monkeypatch: pytest.MonkeyPat
         return [0.0] * len(texts)
 
     monkeypatch.setattr("controlprefix.training.policy.generate_tokens", spying)
-    wanted = [r.model_copy(update={"user": "ana", "stop": ("e",)}) for r in requests(2)]
+    sampled = [r.model_copy(update={"user": "ana", "stop": ("e",)}) for r in requests(2)]
     before = cp.without_defaults()
-    cp.reinforce(wanted, reward=reward, **{**OPTIONS, "steps": 1, "learning_rate": 1e-9})
-    twice = [request for request in wanted for _ in range(2)]
+    cp.reinforce(sampled, reward=reward, **{**OPTIONS, "steps": 1, "learning_rate": 1e-9})
+    twice = [request for request in sampled for _ in range(2)]
     for order in (twice, [*twice[2:], *twice[:2]]):  # the step's batch is shuffled
         expected = before.generate(
             [
@@ -308,9 +308,9 @@ def test_mistakes_are_told_and_store_nothing(change: dict[str, Any], match: str)
 
 def test_a_prefix_must_be_stored() -> None:
     cp = trained()
-    wanted = [request.model_copy(update={"task": "grete"}) for request in requests()]
+    sampled = [request.model_copy(update={"task": "grete"}) for request in requests()]
     with pytest.raises(UnknownNameError, match="greet"):
-        cp.reinforce(wanted, reward=share_of_vowels, **OPTIONS)
+        cp.reinforce(sampled, reward=share_of_vowels, **OPTIONS)
 
 
 def test_rows_are_read_as_requests(tmp_path: Path) -> None:
@@ -335,12 +335,12 @@ def test_rows_are_read_as_requests(tmp_path: Path) -> None:
 
 def test_checks_of_texts() -> None:
     texts = ["one two", "[1]", "one two three four five six"]
-    wanted = requests(3)
-    assert LengthReward(2, 4)(wanted, texts) == pytest.approx([0.0, -0.5, -0.5])
-    assert PatternReward("t[wh]")(wanted, texts) == [1.0, 0.0, 1.0]
-    assert JsonReward()(wanted, texts) == [0.0, 1.0, 0.0]
+    sampled = requests(3)
+    assert LengthReward(2, 4)(sampled, texts) == pytest.approx([0.0, -0.5, -0.5])
+    assert PatternReward("t[wh]")(sampled, texts) == [1.0, 0.0, 1.0]
+    assert JsonReward()(sampled, texts) == [0.0, 1.0, 0.0]
     both = WeightedReward([(JsonReward(), 2.0), (PatternReward("t"), 0.5)])
-    assert both(wanted, texts) == [0.5, 2.0, 0.5]
+    assert both(sampled, texts) == [0.5, 2.0, 0.5]
     assert distinct_shares([[1, 2, 3], [1, 2, 4], [5]]) == [0.5, 0.5, 1.0]
     for bad in (lambda: LengthReward(4, 2), lambda: PatternReward("(")):
         with pytest.raises(TrainingDataError):
@@ -376,9 +376,9 @@ def test_the_reward_of_labels_is_their_mean_log_probability() -> None:
 
 
 def test_the_command_line_names_rewards(tmp_path: Path) -> None:
-    wanted = requests(1)
+    sampled = requests(1)
     reward = parse_rewards(["0.5*length=1..2", "pattern=a", "python=helpers:letters_reward"])
-    assert reward(wanted, ["a b"]) == [0.0 + 1.0 + 3.0]
+    assert reward(sampled, ["a b"]) == [0.0 + 1.0 + 3.0]
     for bad in ("length=3", "size=3", "python=helpers", "python=helpers:nothing", "=", "json=1"):
         with pytest.raises(ControlPrefixError, match="reward"):
             parse_rewards([bad])
@@ -392,7 +392,7 @@ def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     cp = trained()
     monkeypatch.setattr(EngineArguments, "open", lambda self, **_: cp)
-    path = tmp_path / "wanted.jsonl"
+    path = tmp_path / "sampled.jsonl"
     path.write_text(
         "\n".join(request.model_dump_json(exclude_unset=True) for request in requests())
     )
