@@ -26,18 +26,20 @@ if TYPE_CHECKING:
     from controlprefix.attributes import AttributeSpace
     from controlprefix.completion import Completion, Score
     from controlprefix.engine import ControlPrefix
+    from controlprefix.example import Example, Preference
     from controlprefix.prefixes import Geometry, Part, Prefix, PrefixBatch, assemble
-    from controlprefix.request import Example, Message, Request
+    from controlprefix.request import Message, Request
 
 
 _HOMES = {
     "AttributeSpace": "attributes",
     "Completion": "completion",
     "ControlPrefix": "engine",
-    "Example": "request",
+    "Example": "example",
     "Geometry": "prefixes",
     "Message": "request",
     "Part": "prefixes",
+    "Preference": "example",
     "Prefix": "prefixes",
     "PrefixBatch": "prefixes",
     "Request": "request",
@@ -60,6 +62,7 @@ __all__ = [
     "MissingDependencyError",
     "OverloadedError",
     "Part",
+    "Preference",
     "Prefix",
     "PrefixBatch",
     "PrefixFormatError",

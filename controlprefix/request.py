@@ -16,7 +16,6 @@ from pydantic import (
 
 from controlprefix.errors import (
     RequestError,
-    TrainingDataError,
     known_names,
     validation_message,
 )
@@ -370,30 +369,6 @@ class Request(SteeringFields):
             raise ValueError("the prompt is empty; write what to answer, or give raw=True for any")
         if self.messages is not None and not any(m.content.strip() for m in self.messages):
             raise ValueError("messages are empty; write what to answer")
-
-
-class Example(Request):
-    """A Request whose completion is known: to train on, or to score.
-
-    Raises:
-        TrainingDataError: If a field is unknown, missing or out of range.
-    """
-
-    completion: str
-    """The text that answers the prompt."""
-
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except RequestError as error:
-            raise TrainingDataError(str(error)) from None
-
-    def _check_prompt(self) -> None:
-        if self.schedules:
-            raise ValueError("schedules apply while generating; an example has its text already")
-        if not self.completion.strip():
-            raise ValueError("the completion is empty; an example needs the text to learn")
-        super()._check_prompt()
 
 
 class RequestFields(TypedDict, total=False):

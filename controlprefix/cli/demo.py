@@ -13,8 +13,9 @@ from rich.text import Text
 
 from controlprefix.data import as_examples
 from controlprefix.engine import ControlPrefix
+from controlprefix.example import Example
 from controlprefix.prefixes import Kind
-from controlprefix.request import Example, Request
+from controlprefix.request import Request
 
 TASK = "message"
 TENANT = "demo"  # so that the demo neither finds nor changes other prefixes

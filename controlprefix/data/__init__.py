@@ -1,6 +1,12 @@
 """Data: files, data frames and lists of rows -> examples and texts."""
 
-from controlprefix.data.rows import Columns, Rows, as_examples, as_requests
+from controlprefix.data.rows import (
+    Columns,
+    Rows,
+    as_examples,
+    as_preferences,
+    as_requests,
+)
 from controlprefix.data.summary import DataSummary, summarize
 from controlprefix.data.texts import (
     TextSplit,
@@ -18,6 +24,7 @@ __all__ = [
     "TextSplit",
     "UserTexts",
     "as_examples",
+    "as_preferences",
     "as_requests",
     "as_texts",
     "read_labelled",

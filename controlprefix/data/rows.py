@@ -9,7 +9,8 @@ from typing import Any, TypeVar, cast
 
 from controlprefix.data.files import Record, read_records
 from controlprefix.errors import TrainingDataError, known_names, shortened
-from controlprefix.request import Example, Request, label_text
+from controlprefix.example import Example, Preference
+from controlprefix.request import Request, label_text
 
 # Examples, dicts, a path, a `datasets.Dataset`, or a DataFrame of pandas or polars.
 Rows = Iterable[Any] | str | os.PathLike[str]
@@ -18,6 +19,10 @@ _OWN_FIELDS = tuple(Example.model_fields)
 _RENAMED = ("text", "prompt", "completion", "user", "task")
 _INSTEAD_OF_TEXT = ("prompt", "messages", "completion")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_PREFERENCE_FORM = (
+    '{"prompt": "…", "chosen": "…", "rejected": "…"}, each with "task", "attributes" and "user" '
+    "as needed"
+)
 _FORMS = (
     '{"prompt": "…", "completion": "…"}, {"text": "…"} or {"messages": […]}, each with "task", '
     '"attributes" and "user" as needed'
@@ -120,6 +125,23 @@ def as_requests(
     return _read(rows, columns, defaults or {}, Request)
 
 
+def as_preferences(
+    rows: Rows, *, columns: Columns | None = None, defaults: Mapping[str, Any] | None = None
+) -> list[Preference]:
+    """Rows of any form as preferences.
+
+    A row is a `Preference`, or a mapping with `prompt` (or `messages`), `chosen` and `rejected`,
+    as TRL has them; these two may be conversations that end with the assistant's message.
+
+    Args:
+        rows, columns, defaults: As in `as_examples`.
+
+    Raises:
+        TrainingDataError: With all rows that are no preferences, or if there are no rows.
+    """
+    return _read(rows, columns, defaults or {}, Preference)
+
+
 _Row = TypeVar("_Row", bound=Request)
 
 
@@ -140,7 +162,7 @@ def _read(
             continue
         try:
             if isinstance(row, Request):
-                raise ValueError("is a Request; give an Example, which has a completion")
+                raise ValueError(f"is a {type(row).__name__}; expected a {form.__name__}")
             if row.problem:
                 raise ValueError(row.problem)
             own = _rows_of(_without_gaps(row.fields), columns, defaults, form)
@@ -150,7 +172,8 @@ def _read(
             problems.append(f"{place}: {error}")
     if problems:
         many = f"{len(problems)} rows cannot be used:\n" if len(problems) > 1 else ""
-        raise TrainingDataError(f"{many}{shortened(problems, chr(10))}\nA row is {_FORMS}")
+        forms = _PREFERENCE_FORM if form is Preference else _FORMS
+        raise TrainingDataError(f"{many}{shortened(problems, chr(10))}\nA row is {forms}")
     if not read:
         source = rows if isinstance(rows, (str, os.PathLike)) else "the list of rows"
         raise TrainingDataError(f"{source} has no examples")
@@ -243,11 +266,13 @@ def _rows_of(
 ) -> list[_Row]:
     """The examples of one row, one per reference; or a request, if it has no completion."""
     own = dict(fields) if columns is None else columns.applied(fields)
+    if form is Preference:
+        own = _preference_fields(own)
     if "text" in own:
         if "completion" in own or "prompt" in own or "messages" in own:
             raise ValueError("has a text and a prompt or completion; leave the text out")
         own |= {"prompt": "", "raw": True, "completion": own.pop("text")}
-    elif "messages" in own:
+    elif "messages" in own and form is not Preference:
         messages = _plain_messages(own["messages"])
         own["messages"] = messages
         is_answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
@@ -263,9 +288,32 @@ def _rows_of(
         if not completions:
             raise ValueError("completion is an empty list; give one text or several")
         return [cast(_Row, Example(**{**defaults, **own, "completion": t})) for t in completions]
-    if "completion" not in own and form is not Example:
+    if form is Preference or ("completion" not in own and form is not Example):
         return [form(**{**defaults, **own})]
     return [cast(_Row, Example(**{**defaults, **own}))]
+
+
+def _preference_fields(own: dict[str, Any]) -> dict[str, Any]:
+    """A preference's fields, where its texts may be conversations.
+
+    Raises:
+        ValueError: If the conversations differ before their last messages.
+    """
+    if "messages" in own:
+        own = {**own, "messages": _plain_messages(own["messages"])}
+    if isinstance(own.get("prompt"), (list, tuple)):
+        own = {**own, "messages": _plain_messages(own["prompt"])}
+        del own["prompt"]
+    for name in ("chosen", "rejected"):
+        if not isinstance(own.get(name), (list, tuple)):
+            continue
+        *before, last = _plain_messages(own[name])
+        if last["role"] != "assistant":
+            raise ValueError(f"{name} must end with the assistant's message")
+        if before and own.setdefault("messages", before) != before:
+            raise ValueError("chosen and rejected differ before their last messages")
+        own[name] = last["content"]
+    return own
 
 
 def _plain_messages(messages: Any) -> list[dict[str, Any]]:

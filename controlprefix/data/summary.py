@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from controlprefix.request import Example, weighted_labels
+from controlprefix.example import Example
+from controlprefix.request import weighted_labels
 
 CountTokens = Callable[[Example], tuple[int, int]]
 

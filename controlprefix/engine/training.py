@@ -13,18 +13,21 @@ from controlprefix.attributes.ordinal import (
     interpolate,
     is_inside,
 )
-from controlprefix.data import Columns, Rows, as_examples, as_requests
+from controlprefix.data import Columns, Rows, as_examples, as_preferences, as_requests
 from controlprefix.engine.generation import GenerationMethods
 from controlprefix.errors import TrainingDataError
+from controlprefix.example import Example
 from controlprefix.inference.resolved_request import AnyRequest
 from controlprefix.prefixes import Kind, PrefixKey
-from controlprefix.request import Example, Request, label_text, weighted_labels
+from controlprefix.request import Request, label_text, weighted_labels
 from controlprefix.training import (
     Initialization,
     Initializations,
     Learnable,
     ParameterizationName,
     PolicySettings,
+    PreferenceOptions,
+    PreferenceSettings,
     PrefixModel,
     ReinforcementOptions,
     Reward,
@@ -304,6 +307,69 @@ class TrainingMethods(GenerationMethods):
             settings,
             policy,
             learn=learn,
+            control=control,
+        )
+
+    def train_preferences(
+        self,
+        preferences: Rows,
+        *,
+        columns: Columns | None = None,
+        task: str | None = None,
+        learn: Learnable | Sequence[Learnable] | None = None,
+        num_slots: int | Mapping[Learnable, int] = 16,
+        **options: Unpack[PreferenceOptions],
+    ) -> TrainingReport:
+        """Train prefixes on which of two completions was preferred, such as users' feedback.
+
+        The same frozen model under the prefixes as they are, or without them, is the
+        reference, so no second model is needed. Many users may learn in one run. A prefix that is
+        stored is trained further; another one starts from random tokens of the texts.
+
+        Args:
+            preferences: Rows in any form: `Preference`s, dicts, a file (see
+                `controlprefix.data.as_preferences`).
+            columns: Which columns of the rows hold what, if they have other names.
+            task: Task of rows that name none.
+            learn: Any of `task`, `attributes`, `user`; left out, the users if rows name any, or
+                else the task and the attributes. What it leaves out is attached and not changed.
+            num_slots: Slots of prefixes that are new.
+            **options: Fields of `PreferenceSettings`, of `TrainingSettings` and of `RunControl`.
+                `parameterization` is `direct` and `learning_rate` .01 by default.
+
+        Returns:
+            As `train`; its `metrics` have each step's `accuracy`, the share of its preferences
+            of which the chosen text became likelier than the rejected one, compared with the
+            reference, and the mean `margin` in nats.
+
+        Raises:
+            TrainingDataError: If the rows cannot be trained on, or an option is invalid.
+            ContextLengthError: If a text does not fit the model's context.
+            StoreError: If the store or the folder cannot be written.
+
+        Reference:
+            Rafailov et al., "Direct Preference Optimization", 2023,
+            https://arxiv.org/abs/2305.18290, plus a weighted likelihood of the chosen text.
+        """
+        defaults = {} if task is None else {"task": task}
+        rows = as_preferences(preferences, columns=columns, defaults=defaults)
+        rows = self.with_default_labels(rows)
+        if learn is None and any(row.user is not None for row in rows):
+            learn = "user"
+        control, fields = RunControl.split_off(options)
+        own_settings, fields = PreferenceSettings.split_off(fields)
+        by_default = {"learning_rate": 0.01, "parameterization": "direct"}
+        settings = TrainingSettings.from_options({**by_default, **fields})
+        if settings.contrast:
+            raise TrainingDataError("contrast compares labels, not preferences; leave it out")
+        labels = self._ordinal_labels(rows, learn)
+        return self._trainer.train_preferences(
+            _interpolated(rows, labels),
+            settings,
+            own_settings,
+            learn=learn,
+            num_slots=num_slots,
+            num_slots_of=self._num_slots_of,
             control=control,
         )
 

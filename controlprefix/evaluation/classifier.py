@@ -12,7 +12,7 @@ from torch import Tensor
 from controlprefix._io import atomic_path, requires_extra
 from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
 from controlprefix.errors import ControlPrefixError, StoreError, TrainingDataError
-from controlprefix.request import Example
+from controlprefix.example import Example
 
 _HELD_OUT_FRACTION = 0.2
 _MIN_TEXTS_PER_LABEL = 5

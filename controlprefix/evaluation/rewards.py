@@ -15,7 +15,8 @@ from torch import Tensor
 from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.errors import TrainingDataError, known_names
 from controlprefix.evaluation.classifier import AttributeClassifier
-from controlprefix.request import Example, Request, weighted_labels
+from controlprefix.example import Example
+from controlprefix.request import Request, weighted_labels
 from controlprefix.training import Reward
 
 _MIN_LOG_PROBABILITY = math.log(0.01)  # so that no single text outweighs the others

@@ -8,7 +8,8 @@ from pathlib import Path
 from controlprefix._io import progress_bar
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import StoreError
-from controlprefix.request import Example, Request
+from controlprefix.example import Example
+from controlprefix.request import Request
 
 _BATCH_SIZE = 32
 _FILE = "texts.jsonl"

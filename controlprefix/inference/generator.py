@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from controlprefix.completion import Completion, Score
 from controlprefix.errors import RequestError
+from controlprefix.example import Example
 from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.continuous_batching import ContinuousBatcher
 from controlprefix.inference.generation import batch_key, generate_batch
@@ -22,7 +23,7 @@ from controlprefix.inference.stopping import TextStream
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import rows_can_move
 from controlprefix.prefixes import PrefixBatch
-from controlprefix.request import Example, Request
+from controlprefix.request import Request
 
 
 class Generator:

@@ -19,8 +19,9 @@ from controlprefix.errors import (
     UnsupportedModelError,
     shortened,
 )
+from controlprefix.example import Example
 from controlprefix.model.chat_template import ChatTemplate, control_token_pattern
-from controlprefix.request import Example, Request
+from controlprefix.request import Request
 
 _ANY_TEXT = "a"
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")

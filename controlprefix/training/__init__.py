@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from controlprefix.training.report import TrainingReport
     from controlprefix.training.settings import (
         ParameterizationName,
+        PreferenceOptions,
+        PreferenceSettings,
         TrainingOptions,
         TrainingSettings,
     )
@@ -31,6 +33,8 @@ _HOMES = {
     "Learnable": "preparation",
     "ParameterizationName": "settings",
     "PolicySettings": "policy",
+    "PreferenceOptions": "settings",
+    "PreferenceSettings": "settings",
     "PrefixModel": "trainable",
     "ReinforcementOptions": "policy",
     "Reward": "policy",
@@ -52,6 +56,8 @@ __all__ = [
     "Learnable",
     "ParameterizationName",
     "PolicySettings",
+    "PreferenceOptions",
+    "PreferenceSettings",
     "PrefixModel",
     "ReinforcementOptions",
     "Reward",

@@ -162,7 +162,8 @@ def run_identity(
             parts = [(part.prefix.digest, part.strength) for part in row.frozen]
             learned = [(tuple(key), strength) for key, strength in row.learned]
             request = None if row.request is None else row.request.model_dump_json()
-            content = (list(row.prompt), list(row.targets), parts, learned, row.teacher, request)
+            content: list[Any] = [list(row.prompt), list(row.targets), parts, learned]
+            content += [row.teacher, request, row.rejected and list(row.rejected.targets)]
             sha.update(repr(content).encode())
         sha.update(b"held out")
     sha.update(prefixes.initial_digest().encode())

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from controlprefix.errors import ContextLengthError, TrainingDataError
+from controlprefix.example import Example
 from controlprefix.model.tokenization import RequestTokenizer, TokenizedExample
-from controlprefix.request import Example
 from controlprefix.training.settings import TooLong
 
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from controlprefix.errors import TrainingDataError, shortened
+from controlprefix.example import Example
 from controlprefix.prefixes import PrefixKey
-from controlprefix.request import Example
 from controlprefix.training.objectives import TrainingRow
 
 _MAX_SHARE = 0.3  # of the rows, that one prompt or user may take out of training

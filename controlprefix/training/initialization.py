@@ -14,7 +14,7 @@ from controlprefix.prefixes import Kind, Prefix, PrefixKey, Site
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.slot_attention import most_attended, slot_masses
 
-Initialization = Literal["text", "tokens", "random", "stored"]
+Initialization = Literal["text", "tokens", "random", "stored", "stored or tokens"]
 INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
 # Per prefix, a text or another prefix to start from.
 Initializations = Mapping[tuple[Kind, str], str | Prefix]
@@ -101,11 +101,11 @@ def make_slots(
     if isinstance(start, Prefix):
         frozen.geometry.require(start.geometry, f"the initialization of {key}")
         return start
-    if start is None and spec.default == "stored" and stored is not None:
+    if start is None and spec.default.startswith("stored") and stored is not None:
         return stored
     if start is None and spec.default == "random":
         return Prefix.random(frozen.geometry, num_slots=num_slots, seed=seed + index)
-    if start is None and spec.default == "tokens":
+    if start is None and spec.default.endswith("tokens"):
         vocabulary = sorted({token for ids in completions for token in ids})
         ids = random.Random(f"{seed}:{index}").choices(vocabulary, k=num_slots)
         return prefix_from_tokens(frozen, ids)

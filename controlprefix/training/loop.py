@@ -150,6 +150,7 @@ class TrainingLoop:
         """
         failures: dict[TrainingRun, str] = {}
         self._validate(runs, failures)
+        self._objective.take_metrics()  # those of the validation pass
         active = [run for run in runs if run not in failures and not run.is_finished]
         steps = {}
         for run in active:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -16,6 +17,19 @@ from controlprefix.request import Request
 
 if TYPE_CHECKING:
     from controlprefix.training.parameterization import TrainablePrefixes
+
+
+class Rejected(NamedTuple):
+    """The other completion of a preference.
+
+    Attributes:
+        targets: Token ids of the rejected completion, with the end token.
+        reference_margin: By how much the reference finds the chosen completion more likely, in
+            nats.
+    """
+
+    targets: Sequence[int]
+    reference_margin: float
 
 
 class Rollout(NamedTuple):
@@ -40,6 +54,7 @@ class TrainingRow(NamedTuple):
         learned: Keys of the prefixes that are trained, with their strengths.
         teacher: For distillation: what the same model reads instead of the prompt and the
             trained parts.
+        rejected: For preferences: the completion that the targets are preferred to.
         request: For reinforcement learning: what to sample targets for.
         rollout: For reinforcement learning: that the targets were sampled.
     """
@@ -49,6 +64,7 @@ class TrainingRow(NamedTuple):
     frozen: Sequence[Part]
     learned: Sequence[tuple[PrefixKey, float]]
     teacher: Sequence[int] | None = None
+    rejected: Rejected | None = None
     request: Request | None = None
     rollout: Rollout | None = None
 
@@ -66,8 +82,9 @@ class TrainingRow(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt and of the targets."""
-        return len(self.prompt) + len(self.targets)
+        """Tokens of the prompt and of the longest completion."""
+        rejected = self.rejected.targets if self.rejected else ()
+        return len(self.prompt) + max(len(self.targets), len(rejected))
 
 
 class ContrastPair(NamedTuple):
@@ -83,11 +100,23 @@ class Objective:
     Args:
         frozen: The model.
         contrast: See `TrainingSettings`.
+        beta, likelihood_weight: See `PreferenceSettings`; they apply to rows with a rejected
+            completion.
     """
 
-    def __init__(self, frozen: FrozenModel, *, contrast: float = 0.0) -> None:
+    def __init__(
+        self,
+        frozen: FrozenModel,
+        *,
+        contrast: float = 0.0,
+        beta: float = 0.1,
+        likelihood_weight: float = 0.0,
+    ) -> None:
         self._frozen = frozen
         self._contrast = contrast
+        self._beta = beta
+        self._likelihood_weight = likelihood_weight
+        self._margins: list[float] = []
 
     def expand(
         self,
@@ -106,17 +135,20 @@ class Objective:
 
     def take_metrics(self) -> dict[str, float]:
         """Figures of the losses since the last call, by name."""
-        return {}
+        margins, self._margins = self._margins, []
+        if not margins:
+            return {}
+        return {"accuracy": fmean(m > 0 for m in margins), "margin": fmean(margins)}
 
     def identity(self) -> Any:
         """What must be equal, beside rows and settings, for a run to be resumed; as JSON."""
-        return None
+        return [self._beta, self._likelihood_weight]
 
     def assemble(
         self, pairs: Sequence[ContrastPair], prefixes: Mapping[PrefixKey, Prefix]
     ) -> PrefixBatch:
         """The prefix batch of pairs: first each pair's row, then the contrasted rows."""
-        rows = [*(pair.row for pair in pairs), *(pair.other for pair in pairs if pair.other)]
+        rows = [*(pair.row for pair in pairs), *_others(pairs)]
         parts = [
             [*row.frozen, *(Part(prefixes[key], strength) for key, strength in row.learned)]
             for row in rows
@@ -131,16 +163,21 @@ class Objective:
         The loss is the negative log-likelihood of the targets; for distillation, the KL
         divergence from the teacher's predictions; with contrast c, (1 - c) of the negative
         log-likelihood plus c of softplus(m_other - m_own) per token, where m is the mean
-        log-probability of the targets under a label.
+        log-probability of the targets under a label. With a rejected completion it is
+        softplus(-beta (margin - reference margin)) per token, where a margin is the
+        log-likelihood of the chosen completion minus that of the rejected one, plus the
+        weighted negative log-likelihood of the chosen one.
 
         Reference:
             Qian et al., "Controllable Natural Language Generation with Contrastive
-            Prefixes", 2022, https://arxiv.org/abs/2202.13257, with one other label per row.
+            Prefixes", 2022, https://arxiv.org/abs/2202.13257, with one other label per row;
+            Rafailov et al., "Direct Preference Optimization", 2023,
+            https://arxiv.org/abs/2305.18290.
         """
         rows = [pair.row for pair in pairs]
         if rows[0].teacher is not None:
             return self._distillation_losses(rows)
-        others = [pair.other for pair in pairs if pair.other]
+        others = _others(pairs)
         log_probs, _ = token_log_probs(
             self._frozen,
             [row.prompt for row in (*rows, *others)],
@@ -150,10 +187,16 @@ class Objective:
         own_sums, other_sums = sums[: len(rows)], iter(sums[len(rows) :])
         losses = []
         for pair, own in zip(pairs, own_sums, strict=True):
+            num_targets = len(pair.row.targets)
+            if pair.row.rejected is not None:
+                margin = own - next(other_sums) - pair.row.rejected.reference_margin
+                self._margins.append(float(margin.detach()))
+                likelihood = self._likelihood_weight * -own
+                losses.append(num_targets * softplus(-self._beta * margin) + likelihood)
+                continue
             if pair.other is None:
                 losses.append(-own)
                 continue
-            num_targets = len(pair.row.targets)
             contrast = num_targets * softplus((next(other_sums) - own) / num_targets)
             losses.append((1 - self._contrast) * -own + self._contrast * contrast)
         return torch.stack(losses)
@@ -166,6 +209,17 @@ class Objective:
         student, *_ = target_logits(self._frozen, [row.prompt for row in rows], targets)
         per_row = kl_divergences(student, teacher).split([len(target) for target in targets])
         return torch.stack([divergences.sum() for divergences in per_row])
+
+
+def _others(pairs: Sequence[ContrastPair]) -> list[TrainingRow]:
+    """What pairs are compared with, in their order, as far as they are."""
+    others = []
+    for pair in pairs:
+        if pair.row.rejected is not None:
+            others.append(pair.row._replace(targets=pair.row.rejected.targets))
+        elif pair.other is not None:
+            others.append(pair.other)
+    return others
 
 
 def add_contrast(

@@ -4,18 +4,18 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import pairwise
 from statistics import fmean
 from typing import Annotated, Any, Literal, Protocol, Self
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from controlprefix.completion import PartUsed
-from controlprefix.errors import TrainingDataError, validation_message
+from controlprefix.errors import TrainingDataError
 from controlprefix.inference.generation import generate_tokens
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.inference.stopping import completion_from_tokens
@@ -25,7 +25,7 @@ from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.request import Request
 from controlprefix.training.objectives import ContrastPair, Objective, Rollout, TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
-from controlprefix.training.settings import TrainingOptions
+from controlprefix.training.settings import TrainingOptions, split_settings
 
 _MAX_ROWS_PER_BATCH = 64  # samples that are generated at a time
 _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -73,14 +73,7 @@ class PolicySettings:
         Raises:
             TrainingDataError: If a value is out of range.
         """
-        names = [field.name for field in fields(cls)]
-        own = {name: value for name, value in options.items() if name in names}
-        try:
-            settings = cls(**own)
-        except ValidationError as error:
-            message = validation_message(error, names, "reinforcement learning", show_values=True)
-            raise TrainingDataError(message) from None
-        return settings, {name: value for name, value in options.items() if name not in names}
+        return split_settings(cls, options, "reinforcement learning")
 
 
 class ReinforcementOptions(TrainingOptions, total=False):

@@ -9,10 +9,11 @@ from typing import Literal
 from torch import Tensor
 
 from controlprefix.errors import TrainingDataError, shortened
+from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver, part_at_strength
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Kind, Part, Prefix, PrefixKey, Site
-from controlprefix.request import Example, Request
+from controlprefix.request import Request
 from controlprefix.store import StoredVersion
 from controlprefix.training.context_fit import fit_to_context
 from controlprefix.training.held_out import check_validation, split_examples
@@ -67,7 +68,7 @@ def prepare(
     init: Initialization | Initializations,
     validation: Sequence[Example] = (),
     num_slots_of: Callable[[PrefixKey], int | None] | None = None,
-    teacher_ids: Callable[[Example], Sequence[int]] | None = None,
+    complete: Callable[[Example, TrainingRow], TrainingRow] = lambda _, row: row,
 ) -> Preparation:
     """Divide the parts that examples name into trained and frozen, and initialize the trained.
 
@@ -83,7 +84,7 @@ def prepare(
         init: See `ControlPrefix.train`.
         validation: Held-out rows, instead of a fraction of `examples`.
         num_slots_of: Slots of one prefix, where that differs from `num_slots`.
-        teacher_ids: For distillation, what the teacher reads for an example.
+        complete: Adds to an example's row what another objective needs.
 
     Raises:
         TrainingDataError: If the examples cannot be trained on.
@@ -111,8 +112,7 @@ def prepare(
         all_examples, (*fitted.tokenized, *fitted_validation.tokenized), strict=True
     ):
         parts = _divide_parts(example, keys, stored)
-        row = TrainingRow.from_example(ids, tokenizer.end_id, *parts)
-        rows.append(row._replace(teacher=teacher_ids(example)) if teacher_ids else row)
+        rows.append(complete(example, TrainingRow.from_example(ids, tokenizer.end_id, *parts)))
 
     if validation:
         check_validation(fitted_validation.examples, fitted.examples, rows[len(learned) :])
@@ -246,7 +246,7 @@ def _initial_prefixes(
     num_slots_of: Callable[[PrefixKey], int | Mapping[Learnable, int]],
 ) -> dict[PrefixKey, Prefix]:
     """What each prefix starts from, given the training rows and their completions."""
-    stored_keys = set(keys) if spec.default == "stored" else set()
+    stored_keys = set(keys) if spec.default.startswith("stored") else set()
     stored_prefixes = {k: v.value for k, v in resolver.current(stored_keys).items()}
     context_length = frozen.request_tokenizer.context_length
     initial: dict[PrefixKey, Prefix] = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -112,6 +112,55 @@ class TrainingSettings:
         return {**asdict(self), "learning_rate": self.peak_learning_rate}
 
 
+@dataclass(
+    frozen=True,
+    config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True),
+)
+class PreferenceSettings:
+    """Hyperparameters of learning from preferences. Make one with `split_off`."""
+
+    beta: _Positive = 0.1
+    """How strongly a preferred completion must be more likely than with the reference: margins
+    are divided by 1 / beta nats."""
+
+    likelihood_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """Weight of the negative log-likelihood of chosen completions, which keeps them likely."""
+
+    reference: Literal["start", "plain"] = "start"
+    """What a completion's likelihood is compared with: the same request under the prefixes at the
+    run's start, or without those that are trained."""
+
+    @classmethod
+    def split_off(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """The settings among some options, and the other options.
+
+        Raises:
+            TrainingDataError: If a value is out of range.
+        """
+        return split_settings(cls, options, "learning from preferences")
+
+
+_Settings = TypeVar("_Settings")
+
+
+def split_settings(
+    form: type[_Settings], options: Mapping[str, Any], what: str
+) -> tuple[_Settings, dict[str, Any]]:
+    """The settings of a pydantic dataclass among some options, and the other options.
+
+    Raises:
+        TrainingDataError: If a value is out of range.
+    """
+    names = list(form.__dataclass_fields__)  # type: ignore[attr-defined]  # a dataclass
+    own = {name: value for name, value in options.items() if name in names}
+    try:
+        settings = form(**own)
+    except ValidationError as error:
+        message = validation_message(error, names, what, show_values=True)
+        raise TrainingDataError(message) from None
+    return settings, {name: value for name, value in options.items() if name not in names}
+
+
 class TrainingOptions(RunOptions, total=False):
     """Keyword arguments of the training functions: `TrainingSettings` and `RunControl`."""
 
@@ -133,3 +182,11 @@ class TrainingOptions(RunOptions, total=False):
     gradient_checkpointing: bool
     save_steps: int
     seed: int
+
+
+class PreferenceOptions(TrainingOptions, total=False):
+    """Keyword arguments of `train_preferences`: `PreferenceSettings` and those of training."""
+
+    beta: float
+    likelihood_weight: float
+    reference: Literal["start", "plain"]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from controlprefix.errors import TrainingDataError, known_names
+from controlprefix.example import Example
 from controlprefix.model import FrozenModel
 from controlprefix.model.tokenization import pad_rows
 from controlprefix.prefixes import Part, Prefix, PrefixKey
-from controlprefix.request import Example
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.preparation import check_trainable

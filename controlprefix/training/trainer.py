@@ -10,17 +10,19 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from controlprefix.errors import TrainingDataError, shortened
+from controlprefix.example import Example, Preference
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixKey
-from controlprefix.request import Example, Request
+from controlprefix.request import Request
 from controlprefix.store import NewVersion, PrefixStore
 from controlprefix.training.control import RunControl
 from controlprefix.training.initialization import Initialization, Initializations, scale_of_all
 from controlprefix.training.loop import train
-from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
+from controlprefix.training.objectives import ContrastPair, Objective, Rejected, TrainingRow
 from controlprefix.training.parameterization import parameterize
 from controlprefix.training.policy import PolicyObjective, PolicySettings, Reward
+from controlprefix.training.preferences import with_margins
 from controlprefix.training.preparation import (
     Learnable,
     Preparation,
@@ -30,7 +32,11 @@ from controlprefix.training.preparation import (
 )
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.run import batches_by_length
-from controlprefix.training.settings import ParameterizationName, TrainingSettings
+from controlprefix.training.settings import (
+    ParameterizationName,
+    PreferenceSettings,
+    TrainingSettings,
+)
 from controlprefix.training.shortening import ShorteningReport, shorten
 from controlprefix.training.slot_attention import slot_masses
 from controlprefix.training.sweep import SweepPoint, SweepReport
@@ -112,9 +118,10 @@ class Trainer:
         """
         tokenizer = self._frozen.request_tokenizer
 
-        def teacher_ids(example: Example) -> Sequence[int]:
+        def with_teacher(example: Example, row: TrainingRow) -> TrainingRow:
             prompt = with_instruction(instruction, example.prompt or "")
-            return tokenizer.prompt_ids(example.model_copy(update={"prompt": prompt}))
+            ids = tokenizer.prompt_ids(example.model_copy(update={"prompt": prompt}))
+            return row._replace(teacher=ids)
 
         preparation = prepare(
             examples,
@@ -124,7 +131,7 @@ class Trainer:
             learn=cast(Learnable, "attributes" if key.kind == "attribute" else key.kind),
             num_slots=num_slots,
             init={key: instruction},
-            teacher_ids=teacher_ids,
+            complete=with_teacher,
         )
         return self._train_and_publish(preparation, settings, control)
 
@@ -163,6 +170,60 @@ class Trainer:
             num_cut=0,
             num_skipped=0,
             users=prepared.users,
+        )
+        return self._train_and_publish(preparation, settings, control, objective)
+
+    def train_preferences(
+        self,
+        preferences: Sequence[Preference],
+        settings: TrainingSettings,
+        own_settings: PreferenceSettings,
+        *,
+        learn: Learnable | Sequence[Learnable] | None,
+        num_slots: int | Mapping[Learnable, int],
+        num_slots_of: Callable[[PrefixKey], int | None],
+        control: RunControl,
+    ) -> TrainingReport:
+        """Train on preferences: see `ControlPrefix.train_preferences`.
+
+        Args:
+            preferences: With default labels.
+            settings, own_settings: Hyperparameters.
+            learn, num_slots: As there.
+            num_slots_of: Slots of one prefix, where that differs from `num_slots`.
+            control: Where the run is recorded, and who watches it.
+        """
+        pairs = [preference.examples() for preference in preferences]
+        rejected = {id(chosen): other for chosen, other in pairs}
+        tokenizer = self._frozen.request_tokenizer
+
+        def with_rejected(example: Example, row: TrainingRow) -> TrainingRow:
+            ids = tokenizer.example_ids(rejected[id(example)])
+            other = TrainingRow.from_example(ids, tokenizer.end_id, (), ())
+            return row._replace(rejected=Rejected(other.targets, 0.0))
+
+        preparation = prepare(
+            [chosen for chosen, _ in pairs],
+            self._frozen,
+            self._resolver,
+            settings,
+            learn=learn,
+            num_slots=num_slots,
+            init="stored or tokens",
+            num_slots_of=num_slots_of,
+            complete=with_rejected,
+        )
+        is_start = own_settings.reference == "start"
+        reference = preparation.initial if is_start else {}
+        preparation = replace(
+            preparation,
+            rows=with_margins(self._frozen, preparation.rows, reference),
+            held_out=with_margins(self._frozen, preparation.held_out, reference),
+        )
+        objective = Objective(
+            self._frozen,
+            beta=own_settings.beta,
+            likelihood_weight=own_settings.likelihood_weight,
         )
         return self._train_and_publish(preparation, settings, control, objective)
 

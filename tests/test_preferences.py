@@ -1,0 +1,191 @@
+"""Preferences: the loss is DPO's, users learn their own, and mistakes are told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from controlprefix import (
+    ControlPrefix,
+    Example,
+    Part,
+    Preference,
+    Prefix,
+    Request,
+    TrainingDataError,
+)
+from controlprefix.data import as_preferences
+from controlprefix.prefixes import PrefixKey
+from controlprefix.training.objectives import ContrastPair, Objective, Rejected, TrainingRow
+from controlprefix.training.preferences import with_margins
+
+from helpers import engine
+
+OPTIONS: dict[str, Any] = {
+    "steps": 30,
+    "batch_size": 8,
+    "learning_rate": 0.2,
+    "num_slots": 4,
+    "progress": False,
+}
+TEXTS = ("Good day.", "hey you")
+
+
+def preferences(num_each: int = 8) -> list[Preference]:
+    """Ana prefers the one text, Bo the other."""
+    rows = []
+    for i in range(num_each):
+        for user, (chosen, rejected) in {"ana": TEXTS, "bo": TEXTS[::-1]}.items():
+            rows.append(
+                Preference(prompt=f"Greet {i}", user=user, chosen=chosen, rejected=rejected)
+            )
+    return rows
+
+
+def margin(cp: ControlPrefix, prompt: str, **steering: Any) -> float:
+    """By how much the first text is likelier than the other one, in nats."""
+    scores = cp.score([Example(prompt=prompt, completion=text, **steering) for text in TEXTS])
+    return scores[0].log_likelihood - scores[1].log_likelihood
+
+
+def test_each_user_learns_their_own_preference() -> None:
+    cp = engine()
+    before = {n: p.clone() for n, p in cp.model.state_dict().items()}
+    plain = margin(cp, "Greet 99")
+    report = cp.train_preferences(preferences(), reference="plain", **OPTIONS)
+    assert report.saved == {"user 'ana'": 1, "user 'bo'": 1}
+    assert margin(cp, "Greet 99", user="ana") > plain + 1
+    assert margin(cp, "Greet 99", user="bo") < plain - 1
+    assert all(torch.equal(p, before[n]) for n, p in cp.model.state_dict().items())
+    last = report.metrics[-1]
+    assert last["accuracy"] == 1.0
+    assert last["margin"] > report.metrics[0]["margin"]
+
+
+def test_a_stored_prefix_is_trained_further_and_others_are_not_touched() -> None:
+    cp = engine()
+    cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=3, scale=0.5, seed=1))
+    cp.put("task", "greet", Prefix.random(cp.geometry, num_slots=2, scale=0.5, seed=2))
+    rows = [row.model_copy(update={"task": "greet"}) for row in preferences() if row.user == "ana"]
+    before = margin(cp, "Greet 99", user="ana", task="greet")
+    report = cp.train_preferences(rows, **OPTIONS)
+    assert report.saved == {"user 'ana'": 2}
+    assert report.metrics[0]["margin"] == pytest.approx(0.0, abs=1e-4)  # the start is the reference
+    assert cp.get("user", "ana").num_slots == 3
+    assert margin(cp, "Greet 99", user="ana", task="greet") > before + 1
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_the_loss_is_that_of_the_formula(has_prefix: bool) -> None:
+    """Against the definition, computed with transformers' own forward pass per row."""
+    cp = engine()
+    frozen, key = cp.frozen_model, PrefixKey("user", "ana")
+    now, start = (
+        {key: Prefix.random(cp.geometry, num_slots=4, scale=0.5, seed=seed)} for seed in (3, 4)
+    )
+    reference = start if has_prefix else {}
+    task = Part(Prefix.random(cp.geometry, num_slots=2, scale=0.5, seed=5))
+    rows = [
+        TrainingRow([5, 6], [8, 9], [task], [(key, 1.0)], rejected=Rejected([7, 7, 7], 0.0)),
+        TrainingRow([5], [10, 11, 12], (), [(key, 0.5)], rejected=Rejected([13], 0.0)),
+    ]
+    objective = Objective(frozen, beta=0.7, likelihood_weight=0.2)
+    pairs = [ContrastPair(row) for row in with_margins(frozen, rows, reference)]
+    with torch.no_grad(), frozen.attached(objective.assemble(pairs, now)):
+        losses = objective(pairs).tolist()
+
+    def likelihood(row: TrainingRow, targets: Any, prefixes: dict[PrefixKey, Prefix]) -> Any:
+        parts = [*row.frozen, *(Part(prefixes[k], w) for k, w in row.learned if k in prefixes)]
+        ids = torch.tensor([[*row.prompt, *targets]])
+        with torch.no_grad(), frozen.attached(frozen.assemble([parts])):
+            logits = cp.model(input_ids=ids).logits[0]
+        log_probs = logits[len(row.prompt) - 1 : -1].log_softmax(1)
+        return log_probs[range(len(targets)), list(targets)].sum()
+
+    for row, loss in zip(rows, losses, strict=True):
+        assert row.rejected is not None
+        chosen, rejected = row.targets, row.rejected.targets
+        own = likelihood(row, chosen, now) - likelihood(row, rejected, now)
+        base = likelihood(row, chosen, reference) - likelihood(row, rejected, reference)
+        expected = -len(chosen) * logsigmoid(0.7 * (own - base)) - 0.2 * likelihood(
+            row, chosen, now
+        )
+        assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_rows_of_trl_and_of_files_are_read(tmp_path: Path) -> None:
+    assistant = [{"role": "assistant", "content": text} for text in TEXTS]
+    question = {"role": "user", "content": "Greet me"}
+    path = tmp_path / "feedback.jsonl"
+    rows = [
+        {"prompt": "Greet me", "chosen": TEXTS[0], "rejected": TEXTS[1], "user": "ana"},
+        {"prompt": [question], "chosen": [assistant[0]], "rejected": [assistant[1]]},
+        {"chosen": [question, assistant[0]], "rejected": [question, assistant[1]]},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    read = as_preferences(path)
+    assert [(row.chosen, row.rejected) for row in read] == [TEXTS] * 3
+    assert read[0].prompt == "Greet me"
+    assert all(row.messages and row.messages[-1].content == "Greet me" for row in read[1:])
+    path.write_text(json.dumps({**rows[2], "rejected": [assistant[0], assistant[1]]}))
+    with pytest.raises(TrainingDataError, match="differ before"):
+        as_preferences(path)
+    with pytest.raises(TrainingDataError, match=r"expected a Preference"):
+        as_preferences([Request(prompt="x")])
+    with pytest.raises(TrainingDataError, match=r"completion"):
+        as_preferences([{"prompt": "x", "completion": "y"}])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"likelihood_weight": -1.0}, "likelihood_weight"),
+        ({"reference": "other"}, "reference"),
+        ({"contrast": 0.5}, "contrast"),
+        ({"learn": "task"}, "no example has one"),
+        ({"betta": 1}, "betta"),
+    ],
+)
+def test_mistakes_are_told_and_store_nothing(change: dict[str, Any], match: str) -> None:
+    cp = engine()
+    with pytest.raises(TrainingDataError, match=match):
+        cp.train_preferences(preferences(2), **{**OPTIONS, "steps": 1, **change})
+    assert not list(cp.store.for_model(cp.geometry.fingerprint).names("user"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chosen": "a", "rejected": "a"},
+        {"chosen": "a", "rejected": " "},
+        {"chosen": "a"},
+        {"chosen": "a", "rejected": "b", "schedules": {"user": [(0, 1)]}},
+    ],
+)
+def test_a_preference_needs_two_different_texts(fields: dict[str, Any]) -> None:
+    with pytest.raises(TrainingDataError):
+        Preference(prompt="x", **fields)
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
+    def run(steps: int, **options: Any) -> torch.Tensor:
+        cp = engine()
+        cp.train_preferences(preferences(2), save_steps=1, **{**OPTIONS, "steps": steps, **options})
+        return cp.get("user", "ana").slots["decoder"]
+
+    class Stop(Exception):
+        pass
+
+    def stop(info: Any) -> None:
+        if info.step == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(4, folder=tmp_path, on_step=stop)
+    assert torch.equal(run(4, folder=tmp_path, resume=True), run(4))
+    with pytest.raises(TrainingDataError, match="another run"):
+        run(4, folder=tmp_path, resume=True, beta=0.9)
