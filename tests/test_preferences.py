@@ -120,7 +120,7 @@ def test_rows_of_trl_and_of_files_are_read(tmp_path: Path) -> None:
     assistant = [{"role": "assistant", "content": text} for text in TEXTS]
     question = {"role": "user", "content": "Greet me"}
     path = tmp_path / "feedback.jsonl"
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "Greet me", "chosen": TEXTS[0], "rejected": TEXTS[1], "user": "ana"},
         {"prompt": [question], "chosen": [assistant[0]], "rejected": [assistant[1]]},
         {"chosen": [question, assistant[0]], "rejected": [question, assistant[1]]},
@@ -189,3 +189,19 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     assert torch.equal(run(4, folder=tmp_path, resume=True), run(4))
     with pytest.raises(TrainingDataError, match="another run"):
         run(4, folder=tmp_path, resume=True, beta=0.9)
+
+
+def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from controlprefix.cli import app
+    from controlprefix.cli.groups import EngineArguments
+
+    monkeypatch.setattr(EngineArguments, "open", lambda self, **_: engine())
+    path = tmp_path / "feedback.jsonl"
+    path.write_text("\n".join(row.model_dump_json(exclude_unset=True) for row in preferences(4)))
+    arguments = ["--steps", "2", "--num-slots", "2", "--folder", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, ["train-preferences", str(path), *arguments])
+    assert result.exit_code == 0, result.output
+    assert "stored user 'ana' version 1" in result.output
+    assert "right" in result.output

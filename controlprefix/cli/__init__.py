@@ -7,6 +7,7 @@ from controlprefix.cli import (  # noqa: F401 (they add commands)
     data,
     evaluate,
     generate,
+    preferences,
     prefixes,
     reinforce,
     serve,

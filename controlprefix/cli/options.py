@@ -83,17 +83,26 @@ def training_options(
     return decorate
 
 
-def policy_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command options of `PolicySettings`, as the argument `policy_fields`."""
-    from controlprefix.training.policy import PolicySettings
+def objective_options(
+    load_form: Callable[[], Any],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options of an objective's settings, as the argument `objective_fields`.
 
-    fields: Mapping[str, FieldInfo] = vars(PolicySettings)["__pydantic_fields__"]
+    Args:
+        load_form: Imports `PolicySettings` or `PreferenceSettings`, which needs torch.
+    """
 
-    def parse(values: dict[str, Any]) -> dict[str, Any]:
-        PolicySettings.split_off(values)  # a mistake is told before a model is loaded
-        return values
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        form = load_form()
 
-    return _with_fields(command, "policy_fields", fields, parse)
+        def parse(values: dict[str, Any]) -> dict[str, Any]:
+            form.split_off(values)  # a mistake is told before a model is loaded
+            return values
+
+        fields: Mapping[str, FieldInfo] = vars(form)["__pydantic_fields__"]
+        return _with_fields(command, "objective_fields", fields, parse)
+
+    return decorate
 
 
 def _with_fields(

@@ -9,7 +9,7 @@ import typer
 
 from controlprefix.cli.common import app, out
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
-from controlprefix.cli.options import parse_list, policy_options, training_options
+from controlprefix.cli.options import objective_options, parse_list, training_options
 from controlprefix.cli.runs import RunArguments, exit_when_interrupted
 from controlprefix.cli.train import LearnOption
 from controlprefix.errors import RequestError
@@ -20,6 +20,12 @@ _FORMS = (
     "pattern=REGEX, json, or python=module:function"
 )
 _SPEC = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<kind>\w+)(?:=(?P<value>.*))?", re.DOTALL)
+
+
+def _policy_settings() -> Any:
+    from controlprefix.training.policy import PolicySettings
+
+    return PolicySettings
 
 
 @app.command()
@@ -34,14 +40,14 @@ _SPEC = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<kind>\w+)(?:=(?P<value>.*))
     steps=40,
     learning_rate=0.01,
 )
-@policy_options
+@objective_options(_policy_settings)
 @grouped
 def reinforce(
     requests: Annotated[
         Path, typer.Argument(help="Requests to sample for: rows that need no completion.")
     ],
     training_fields: dict[str, Any],
-    policy_fields: dict[str, Any],
+    objective_fields: dict[str, Any],
     reward: Annotated[
         list[str],
         typer.Option(
@@ -81,7 +87,7 @@ def reinforce(
             demonstrations=examples,
             learn=cast(Any, None if learn is None else parse_list(learn)),
             **run.options(requests),
-            **policy_fields,
+            **objective_fields,
             **training_fields,
         )
     for name, version in report.saved.items():

@@ -1,0 +1,83 @@
+"""The command that trains on preferences: train-preferences."""
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from controlprefix.cli.common import app, out
+from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
+from controlprefix.cli.options import objective_options, parse_list, training_options
+from controlprefix.cli.runs import RunArguments, exit_when_interrupted
+from controlprefix.cli.train import NumSlotsOption
+
+
+def _preference_settings() -> Any:
+    from controlprefix.training.settings import PreferenceSettings
+
+    return PreferenceSettings
+
+
+@app.command("train-preferences")
+@training_options(
+    "epochs",
+    "steps",
+    "batch_size",
+    "micro_batch_size",
+    "learning_rate",
+    "patience",
+    "gradient_checkpointing",
+    "save_steps",
+    "seed",
+    learning_rate=0.01,
+)
+@objective_options(_preference_settings)
+@grouped
+def train_preferences(
+    data: Annotated[
+        Path, typer.Argument(help="Rows with a prompt, a chosen and a rejected completion.")
+    ],
+    training_fields: dict[str, Any],
+    objective_fields: dict[str, Any],
+    learn: Annotated[
+        str | None,
+        typer.Option(
+            help="What to train: any of task, attributes, user, with commas. Left out, the users "
+            "if rows name any, or else the task and the attributes."
+        ),
+    ] = None,
+    validation: Annotated[
+        float, typer.Option(help="Fraction of the rows to hold out to choose the best step.")
+    ] = 0.1,
+    num_slots: NumSlotsOption = 16,
+    *,
+    columns: ColumnArguments,
+    run: RunArguments,
+    engine: EngineArguments,
+) -> None:
+    """Train prefixes on which of two completions was preferred, such as users' feedback.
+
+    A row is a preference, such as {"user": "ana", "prompt": "Tell Sam I will be late.",
+    "chosen": "Running late, sorry!", "rejected": "Dear Sam, …"}.
+    """
+    from controlprefix.data import as_preferences
+
+    rows = as_preferences(data, columns=columns.columns(), defaults=columns.defaults())
+    cp = engine.open(create=True)
+    with exit_when_interrupted():
+        report = cp.train_preferences(
+            rows,
+            learn=cast(Any, None if learn is None else parse_list(learn)),
+            validation=validation,
+            num_slots=num_slots,
+            **run.options(data),
+            **objective_fields,
+            **training_fields,
+        )
+    for name, version in report.saved.items():
+        out.print(f"stored {name} version {version}")
+    accuracy = report.metrics[-1]["accuracy"]
+    out.print(
+        f"{len(report.losses)} steps on {report.num_examples} preferences ({report.num_held_out} "
+        f"held out), {report.seconds:.0f} s; the last step had {accuracy:.2f} of them right"
+    )
