@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from controlprefix import ControlPrefix, Example
+from controlprefix.model.attention_matching import matched
+from controlprefix.model.slot_attention import Reference, observe
 from controlprefix.prefixes import PrefixKey
 from controlprefix.training import ParameterizationName
-from controlprefix.training.slot_attention import most_attended, slot_masses
 
 from lib import plots
 from lib.datasets import Row, load
@@ -84,15 +85,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 **rate,
             )
             curves.setdefault(f"trained, {name}", []).append((num_slots, nll(cp, held_out)))
-    # The last prefix is the longest. Slots are chosen by their attention on dev rows.
+    # The last prefix is the longest. Slots are matched to their attention on dev rows.
     dev = as_examples(data.dev[: options.rows])
     report = cp.shorten("task", "sentence", dev, keep=KEEP)
     longest = cp.get("task", "sentence", version=1)
     rows = cp._trainer._rows_naming(PrefixKey("task", "sentence"), dev)
-    masses = slot_masses(cp.frozen_model, rows, longest)
+    references = [Reference(row.prompt, row.targets, row.frozen) for row in rows]
+    attention = observe(cp.frozen_model, longest, references)
     for num_slots, _ in report.curve:
         if num_slots:
-            cp.put("task", "sentence", most_attended(longest, masses, num_slots))
+            cp.put("task", "sentence", matched(longest, attention, num_slots))
             curves.setdefault("shortened", []).append((num_slots, nll(cp, held_out)))
     results = {
         "model": describe(frozen),

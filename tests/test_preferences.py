@@ -133,7 +133,7 @@ def test_rows_of_trl_and_of_files_are_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({**rows[2], "rejected": [assistant[0], assistant[1]]}))
     with pytest.raises(TrainingDataError, match="differ before"):
         as_preferences(path)
-    with pytest.raises(TrainingDataError, match=r"expected a Preference"):
+    with pytest.raises(TrainingDataError, match="expected a Preference or a dict, got Request"):
         as_preferences([Request(prompt="x")])
     with pytest.raises(TrainingDataError, match=r"completion"):
         as_preferences([{"prompt": "x", "completion": "y"}])

@@ -329,7 +329,7 @@ def test_rows_are_read_as_requests(tmp_path: Path) -> None:
     path.write_text('{"prompt": "Hi", "tsk": "greet"}')
     with pytest.raises(TrainingDataError, match=r"line 1.*tsk"):
         as_requests(path)
-    with pytest.raises(TrainingDataError, match="is a Request"):
+    with pytest.raises(TrainingDataError, match="expected an Example or a dict, got Request"):
         engine().train([first], **QUICK)
 
 

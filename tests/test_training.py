@@ -16,14 +16,16 @@ from controlprefix import (
     StoreError,
     TrainingDataError,
 )
+from controlprefix.model import prefix_from_tokens
 from controlprefix.model.attention import LAYER_ATTRIBUTE
+from controlprefix.model.attention_matching import matched
 from controlprefix.model.log_probs import token_log_probs
 from controlprefix.model.probing import probe
+from controlprefix.model.slot_attention import Reference, observe
 from controlprefix.prefixes import Kind, PrefixKey
-from controlprefix.training import TrainingRow, TrainingSettings
+from controlprefix.training import TrainingSettings
 from controlprefix.training.held_out import split_examples
 from controlprefix.training.preparation import prepare
-from controlprefix.training.slot_attention import most_attended, slot_masses
 
 from helpers import QUICK, engine, nats_per_token
 from models import ALL
@@ -208,15 +210,17 @@ def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
         assert report.best_step == 1
         random.Random(1).shuffle(texts)  # as the seed has it
         looking = texts[-8:] if len(texts) > 1 else []
-        expected = cp.prefix_from_text("\n".join(texts), max_slots=None if looking else 4)
-        if looking:  # in each head what rows attend to most
+        expected = cp.prefix_from_text("\n".join(texts))
+        if not looking:
+            ids = cp.frozen_model.request_tokenizer.text_ids(texts[0])
+            expected = prefix_from_tokens(cp.frozen_model, ids, num_slots=4)
+        if looking:  # what does for rows what the whole text does
             encoded = [
                 cp.frozen_model.request_tokenizer.example_ids(Example(prompt="Hi", completion=text))
                 for text in looking
             ]
-            calls = [TrainingRow.from_example(item, 1, (), ()) for item in encoded]
-            masses = slot_masses(cp.frozen_model, calls, expected)
-            expected = most_attended(expected, masses, 4)
+            references = [Reference(item.prompt, (*item.completion, 1)) for item in encoded]
+            expected = matched(expected, observe(cp.frozen_model, expected, references), 4)
         stored = cp.get("user", "ana")
         assert stored.num_slots == 4
         assert torch.allclose(stored.slots["decoder"], expected.slots["decoder"], atol=1e-6)

@@ -143,6 +143,7 @@ def as_preferences(
 
 
 _Row = TypeVar("_Row", bound=Request)
+_NAMES = {Request: "a Request", Example: "an Example", Preference: "a Preference"}
 
 
 def _read(
@@ -162,7 +163,7 @@ def _read(
             continue
         try:
             if isinstance(row, Request):
-                raise ValueError(f"is a {type(row).__name__}; expected a {form.__name__}")
+                raise ValueError(f"expected {_NAMES[form]} or a dict, got {type(row).__name__}")
             if row.problem:
                 raise ValueError(row.problem)
             own = _rows_of(_without_gaps(row.fields), columns, defaults, form)

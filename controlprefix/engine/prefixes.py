@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from controlprefix.engine.components import Components
-from controlprefix.model.text_prefix import prefix_from_text
+from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.prefixes import Kind, Prefix, PrefixKey, StorageDtype
 from controlprefix.store import NewVersion, VersionInfo
 

@@ -129,8 +129,9 @@ class UserMethods(ExchangeMethods):
     ) -> int:
         """Store a usable prefix for a user at once, from texts they wrote, without training.
 
-        With a decoder it is the code predicted from the texts; without, the exact keys and
-        values of the texts, as far as `num_slots` tokens go.
+        With a decoder it is the code predicted from the texts. Without, all texts are read, and
+        `num_slots` slots are matched to what the model gets from all of their tokens (see
+        `controlprefix.model.attention_matching`); so the prefix tells more of them than a code.
 
         Args:
             user: Name of the user.

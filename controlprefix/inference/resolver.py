@@ -13,7 +13,7 @@ from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.inference.resolved_request import AnyRequest, ResolvedPart, ResolvedRequest
 from controlprefix.inference.unseen_labels import replace_unseen
 from controlprefix.model import FrozenModel
-from controlprefix.model.text_prefix import prefix_from_text
+from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.prefixes import Part, Prefix, PrefixDecoder, PrefixKey, Schedule, UserCode
 from controlprefix.request import NamedPart, Request, weighted_labels
 from controlprefix.store import PrefixCache, PrefixStore, SingleFlight, StoredVersion

@@ -56,6 +56,7 @@ class AttentionCall:
     query: Tensor  # (batch, num_heads, num_queries, key_dim)
     key: Tensor  # (batch, num_kv_heads, num_keys, key_dim), after rotary embedding
     value: Tensor  # (batch, num_kv_heads, num_keys, value_dim)
+    scaling: float | None  # of the products of queries and keys; None: the root of the key size
 
 
 # The arguments of transformers' attention functions that `_attend_in_graph` has.
@@ -203,7 +204,7 @@ def _attend(
     # `original` is an argument, since another thread may unregister it during this call.
     base = original or _eager_function(type(module))  # type: ignore[arg-type]  # a class
     if _recordings and (calls := _recordings.get(threading.get_ident())) is not None:
-        calls.append(AttentionCall(module, query, key, value))
+        calls.append(AttentionCall(module, query, key, value, kwargs.get("scaling")))
     layer: SteeredLayer | None = module.__dict__.get(LAYER_ATTRIBUTE)
     blocks = layer.blocks(query.shape[0]) if layer else ()
     if layer is None or not blocks:

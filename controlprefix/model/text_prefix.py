@@ -1,18 +1,14 @@
 """The keys and values of a text as a prefix."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.model.frozen import FrozenModel
-from controlprefix.prefixes import LayerSlots, Part, Prefix, PrefixBatch
+from controlprefix.prefixes import LayerSlots, Prefix
 
-_NUM_PROBED = 4
-_MAX_DIFFERENCE, _MAX_DIFFERENCE_IN_HALF = 0.005, 0.05  # of the largest logit
 _MAX_VALUE_SHIFT = 0.1  # relative change of values that still counts as rounding
 
 
@@ -89,58 +85,3 @@ def keys_and_values(
             if layer is not None:
                 layers.setdefault(layer.site, []).append((call.key[0], call.value[0]))
     return layers
-
-
-def prefix_from_text(frozen: FrozenModel, text: str, *, max_slots: int | None = None) -> Prefix:
-    """The keys and values of a text: see `prefix_from_tokens`.
-
-    The result's `is_exact` says whether attending to it equals prompting with the text.
-
-    Args:
-        frozen: The model.
-        text: One slot per token.
-        max_slots: Keep only the first tokens.
-
-    Raises:
-        RequestError: If the text is empty, or `max_slots` is below 1.
-        ContextLengthError: If it does not fit the context.
-    """
-    if not isinstance(text, str):
-        raise RequestError(f"expected a text (str), got {type(text).__name__}")
-    if max_slots is not None and max_slots < 1:
-        raise RequestError(f"max_slots is {max_slots}; it must be 1 or more")
-    tokenizer = frozen.request_tokenizer
-    ids = tokenizer.text_ids(text)[:max_slots] if text.strip() else ()
-    if not ids:
-        raise RequestError("cannot make a prefix from an empty text")
-    if tokenizer.context_length is not None and len(ids) > tokenizer.context_length:
-        raise ContextLengthError(
-            f"the text has {len(ids)} tokens, but the context of this model is "
-            f"{tokenizer.context_length}; shorten it, or give max_slots"
-        )
-    prefix = prefix_from_tokens(frozen, ids)
-    return replace(prefix, is_exact=_equals_prompting(frozen, ids, prefix))
-
-
-def _equals_prompting(frozen: FrozenModel, ids: Sequence[int], prefix: Prefix) -> bool:
-    """Whether a few tokens have the same logits after the prefix as after its text."""
-    if frozen.is_encoder_decoder:
-        return False
-    probe = [ids[i % len(ids)] for i in range(_NUM_PROBED)]
-    with torch.no_grad(), frozen.exclusive():
-        with frozen.attached(PrefixBatch(num_rows=1, blocks={})):
-            expected = _last_logits(frozen, [*ids, *probe])
-        with frozen.attached(frozen.assemble([[Part(prefix)]])):
-            logits = _last_logits(frozen, probe)
-    difference = (logits - expected).abs().max() / expected.abs().max()
-    full = frozen.dtype in (torch.float32, torch.float64)
-    return bool(difference <= (_MAX_DIFFERENCE if full else _MAX_DIFFERENCE_IN_HALF))
-
-
-def _last_logits(frozen: FrozenModel, ids: Sequence[int]) -> Tensor:
-    """Logits of the probed tokens, `(num_probed, vocab_size)`, float32."""
-    tokens = torch.tensor([list(ids)], device=frozen.device)
-    logits: Tensor = frozen.model(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
-    ).logits
-    return logits[0, -_NUM_PROBED:].float()

@@ -263,6 +263,10 @@ class RequestTokenizer:
         """The ids of a text at the start of a prompt, without an end token."""
         return tuple(self._require_embedded(self._at_start(self._ids_of_text(text))))
 
+    def inner_ids(self, text: str) -> tuple[int, ...]:
+        """The ids of a text that follows another one, without a start or an end token."""
+        return tuple(self._require_embedded(self._ids_of_text(text)))
+
     def num_unsettled(self, ids: Sequence[int]) -> int:
         """How many of the last tokens are bytes, whose text the next byte may change."""
         if not self._has_byte_tokens:

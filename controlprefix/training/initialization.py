@@ -10,9 +10,10 @@ from torch import Tensor
 
 from controlprefix.errors import TrainingDataError
 from controlprefix.model import FrozenModel, prefix_from_tokens
+from controlprefix.model.attention_matching import matched
+from controlprefix.model.slot_attention import Reference, observe
 from controlprefix.prefixes import Kind, Prefix, PrefixKey, Site
 from controlprefix.training.objectives import TrainingRow
-from controlprefix.training.slot_attention import most_attended, slot_masses
 
 Initialization = Literal["text", "tokens", "random", "stored", "stored or tokens"]
 INITIALIZATIONS: tuple[str, ...] = get_args(Initialization)
@@ -120,7 +121,7 @@ def slots_from_text(
 ) -> Prefix:
     """The keys and values of a text.
 
-    If it has more tokens than slots, each kv head keeps those that the rows attend to most.
+    If it has more tokens than slots, they are matched to what the rows get from all of them.
 
     Args:
         frozen: The model.
@@ -135,7 +136,8 @@ def slots_from_text(
     if len(ids) <= num_slots or not rows:
         return prefix_from_tokens(frozen, ids, num_slots=num_slots)
     whole = prefix_from_tokens(frozen, ids)
-    return most_attended(whole, slot_masses(frozen, rows, whole), num_slots)
+    references = [Reference(row.prompt, row.targets, row.frozen) for row in rows]
+    return matched(whole, observe(frozen, whole, references), num_slots)
 
 
 def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from controlprefix.errors import TrainingDataError
+from controlprefix.model.attention_matching import matched
+from controlprefix.model.slot_attention import SlotAttention, mean_masses
 from controlprefix.prefixes import Prefix
-from controlprefix.training.slot_attention import SlotMasses, mean_masses, most_attended
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +16,7 @@ class ShorteningReport:
     Attributes:
         masses: Per slot of the whole prefix, the share of attention it receives: the mean
             over layers, heads and queries.
-        curve: `(num_slots, nats per target token)`, from none to all slots; each head keeps
-            those with the largest mass in it.
+        curve: `(num_slots, nats per target token)`, from none to all slots.
         num_slots: The chosen number: the fewest that keep the required share of the gain.
         version: Version of the shorter prefix in the store; None if it was not stored.
     """
@@ -29,7 +29,7 @@ class ShorteningReport:
 
 def shorten(
     prefix: Prefix,
-    masses: SlotMasses,
+    attention: SlotAttention,
     loss_with: Callable[[Prefix | None], float],
     *,
     keep: float,
@@ -38,7 +38,7 @@ def shorten(
 
     Args:
         prefix: The whole prefix.
-        masses: Attention that its slots receive.
+        attention: How examples attend to it.
         loss_with: The loss with a prefix, or without any.
         keep: Share of the gain to keep, above 0 and up to 1.
 
@@ -57,7 +57,7 @@ def shorten(
     max_loss = loss_without - keep * (loss_without - loss_whole)
     candidates = {prefix.num_slots: prefix}
     for count in _candidate_counts(prefix.num_slots):
-        candidates[count] = most_attended(prefix, masses, count)
+        candidates[count] = matched(prefix, attention, count)
         curve[count] = loss_with(candidates[count])
     # The curve is not quite monotonic: take the fewest from which on all are good enough.
     num_slots = prefix.num_slots
@@ -66,7 +66,7 @@ def shorten(
             break
         num_slots = count
     report = ShorteningReport(
-        masses=tuple(mean_masses(masses).tolist()),
+        masses=tuple(mean_masses(attention).tolist()),
         curve=tuple(sorted(curve.items())),
         num_slots=num_slots,
     )

@@ -13,6 +13,7 @@ from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.example import Example, Preference
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
+from controlprefix.model.slot_attention import Reference, observe
 from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.request import Request
 from controlprefix.store import NewVersion, PrefixStore
@@ -38,7 +39,6 @@ from controlprefix.training.settings import (
     TrainingSettings,
 )
 from controlprefix.training.shortening import ShorteningReport, shorten
-from controlprefix.training.slot_attention import slot_masses
 from controlprefix.training.sweep import SweepPoint, SweepReport
 from controlprefix.training.trainable import PrefixModel
 
@@ -317,12 +317,13 @@ class Trainer:
         """Store a prefix with only the slots it needs: see `ControlPrefix.shorten`."""
         prefix = self._resolver.get(key).to(device=self._frozen.device)
         rows = self._rows_naming(key, examples)
-        masses = slot_masses(self._frozen, rows, prefix)
+        references = [Reference(row.prompt, row.targets, row.frozen) for row in rows]
+        attention = observe(self._frozen, prefix, references)
 
         def loss_with(candidate: Prefix | None) -> float:
             return self._loss(rows, {} if candidate is None else {key: candidate})
 
-        shorter, report = shorten(prefix, masses, loss_with, keep=keep)
+        shorter, report = shorten(prefix, attention, loss_with, keep=keep)
         details = {"shortened": {"from": prefix.num_slots, "keep": keep}}
         (version,) = self._store.put([NewVersion(key, shorter, details)])
         return replace(report, version=version)

@@ -3,22 +3,25 @@
 from collections.abc import Sequence
 
 from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
-from controlprefix.model import FrozenModel, prefix_from_tokens
+from controlprefix.model import FrozenModel
+from controlprefix.model.condensed_text import prefix_from_pieces
 from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
 from controlprefix.store import Profile
 from controlprefix.users.text_features import TextFeatures
 
 
 def prefix_from_texts(frozen: FrozenModel, texts: Sequence[str], num_slots: int) -> Prefix:
-    """The exact keys and values of a user's texts, as far as `num_slots` tokens go.
+    """A prefix of all of a user's texts, matched if they have more tokens than slots.
 
     Args:
         frozen: The model.
         texts: At least one that is not empty.
-        num_slots: Slots at most; one per token.
+        num_slots: Slots at most.
     """
-    ids = frozen.request_tokenizer.text_ids("\n\n".join(texts))[:num_slots]
-    return prefix_from_tokens(frozen, ids)
+    tokenizer = frozen.request_tokenizer
+    pieces = [tokenizer.text_ids(texts[0])]
+    pieces += [tokenizer.inner_ids(f"\n\n{text}") for text in texts[1:]]
+    return prefix_from_pieces(frozen, pieces, num_slots)
 
 
 def predict_code(decoder: PrefixDecoder, texts: Sequence[str]) -> UserCode:

@@ -191,7 +191,8 @@ class UserTrainer:
                 raise TrainingDataError(report.failed[user])
             (version,) = report.users[user].saved.values()
             return version
-        details = {"enrolled": {"texts": len(texts), "decoder": decoder}}
+        num_tokens = sum(len(self._frozen.request_tokenizer.inner_ids(text)) for text in texts)
+        details = {"enrolled": {"texts": len(texts), "tokens": num_tokens, "decoder": decoder}}
         return self._put(user, self._enrolled(texts, decoder, num_slots), details, **extras)
 
     def similar_users(self, texts: Sequence[str], limit: int) -> list[SimilarUser]:
