@@ -339,12 +339,25 @@ def _attend_with_slots_first(
     mask = mask_with_slots(mask, blocks, key, num_queries, causal)
     output, weights = base(module, query, keys, values, mask, **kwargs)
     if watch is not None:
-        # Attention is linear in the values, so one-hot values give the weights on the slots.
         num_slots = keys.shape[2] - key.shape[2]
-        one_hot = torch.eye(keys.shape[2], num_slots, dtype=keys.dtype, device=keys.device)
-        one_hot = one_hot.expand(*keys.shape[:2], -1, -1)
-        watch(base(module, query, keys, one_hot, mask, **kwargs)[0])
+        if is_sdpa and position_bias is None:
+            watch(_weights(query, keys, mask, kwargs.get("scaling"))[..., :num_slots])
+        else:
+            # Attention is linear in the values, so one-hot values give the weights on the slots.
+            one_hot = torch.eye(keys.shape[2], num_slots, dtype=keys.dtype, device=keys.device)
+            one_hot = one_hot.expand(*keys.shape[:2], -1, -1)
+            watch(base(module, query, keys, one_hot, mask, **kwargs)[0])
     return output, None if weights is None else weights[..., -key.shape[2] :]
+
+
+def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """The attention weights of scaled dot products, `(batch, num_queries, num_heads, num_keys)`."""
+    grouped = query.unflatten(1, (keys.shape[1], -1)).float()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = (grouped * scale @ keys[:, :, None].float().transpose(3, 4)).flatten(1, 2)
+    if mask is not None:
+        logits = logits + mask
+    return logits.softmax(dim=3).transpose(1, 2)
 
 
 @cache

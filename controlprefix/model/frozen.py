@@ -97,6 +97,13 @@ class FrozenModel:
 
         return Rotation.of(self)
 
+    @functools.cached_property
+    def reads_before_zero(self) -> bool:
+        """Whether the model reads tokens at negative positions as it does at others."""
+        from controlprefix.model.text_prefix import reads_before_zero
+
+        return reads_before_zero(self)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the weights."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from controlprefix.model.frozen import FrozenModel
 from controlprefix.prefixes import LayerSlots, Prefix
 
+_PROBE = (5, 11, 17, 23, 29, 31, 37, 41)  # token ids; every vocabulary has them
 _MAX_VALUE_SHIFT = 0.1  # relative change of values that still counts as rounding
 
 
@@ -39,15 +40,22 @@ def prefix_before_text(frozen: FrozenModel, tokens: Sequence[int] | Tensor) -> P
         frozen: The model.
         tokens: Token ids; or embeddings, `(num_tokens, hidden_size)`, as prompt tuning trains.
     """
-    layers = keys_and_values(frozen, tokens)
-    if not frozen.is_encoder_decoder and is_rotary(frozen.model):
-        before_zero = keys_and_values(frozen, tokens, first_position=-len(tokens))
-        # Values carry no rotation, so moving the text must not change them. Where it does, the
-        # model uses positions in another way too, and negative ones may be meaningless to it.
-        values, moved = (read["decoder"][-1][1].float() for read in (layers, before_zero))
-        if bool((values - moved).norm() <= _MAX_VALUE_SHIFT * values.norm()):
-            layers = before_zero
+    first_position = -len(tokens) if frozen.reads_before_zero else 0
+    layers = keys_and_values(frozen, tokens, first_position=first_position)
     return Prefix.from_layers(frozen.geometry, **layers)
+
+
+def reads_before_zero(frozen: FrozenModel) -> bool:
+    """Whether a model reads tokens at negative positions as it does at others.
+
+    Values carry no rotation, so moving a text must not change them. Where it does, the model uses
+    positions in another way too, and negative ones may be meaningless to it.
+    """
+    if frozen.is_encoder_decoder or not is_rotary(frozen.model):
+        return False
+    here = keys_and_values(frozen, _PROBE)["decoder"][-1][1].float()
+    moved = keys_and_values(frozen, _PROBE, first_position=-len(_PROBE))["decoder"][-1][1].float()
+    return bool((here - moved).norm() <= _MAX_VALUE_SHIFT * here.norm())
 
 
 def is_rotary(model: PreTrainedModel) -> bool:
