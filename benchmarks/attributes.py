@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--reward-steps", type=int, default=40, help="of reinforcement learning")
     parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--texts", type=int, default=16, help="texts per combination")
     parser.add_argument("--new-tokens", type=int, default=24)

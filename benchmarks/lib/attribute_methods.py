@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from controlprefix import Example, Request
 from controlprefix.evaluation import AttributeClassifier, pseudo_label
 from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.evaluation.rewards import AttributeReward
 from controlprefix.model import FrozenModel
 
 from lib import peft_training
@@ -49,6 +50,7 @@ IN_WORDS = {
 BATCH_SIZE = 8
 MAX_CLASSIFIER_ROWS = 4000
 NUM_TEST_ROWS = 128
+MIN_REWARD_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Study:
         rows: Training rows, each with one label such as `topic=sports`.
         word_classifiers, classifiers: Per attribute, over words and over sentence embeddings.
         test_rows: Rows of the test splits, like `rows`.
+        reward_rows: Rows that train the classifiers of a reward, like `rows`.
     """
 
     name: str
@@ -71,6 +74,16 @@ class Study:
     word_classifiers: dict[str, Pipeline]
     classifiers: dict[str, AttributeClassifier]
     test_rows: list[Row]
+    reward_rows: list[Row]
+
+    @cached_property
+    def reward(self) -> AttributeReward:
+        """Classifiers over embeddings, of rows that no other classifier and no method gets."""
+        rows = [
+            Example(prompt="", raw=True, completion=row.completion, attributes=attributes_of(row))
+            for row in self.reward_rows
+        ]
+        return AttributeReward.train(rows)
 
     @cached_property
     def base_model_nll(self) -> float:
@@ -92,6 +105,7 @@ def load_study(folder: Path, name: str, num_rows: int, frozen: FrozenModel) -> S
     labels: dict[str, list[str]] = {}
     rows: list[Row] = []
     test_rows: list[Row] = []
+    reward_rows: list[Row] = []
     word_classifiers, classifiers = {}, {}
     share = num_rows // len(STUDIES[name])
     for attribute, file in STUDIES[name].items():
@@ -101,12 +115,16 @@ def load_study(folder: Path, name: str, num_rows: int, frozen: FrozenModel) -> S
         rows += [replace(row, label=f"{attribute}={row.label}") for row in train[:share]]
         test_rows += [replace(row, label=f"{attribute}={row.label}") for row in test]
         others = train[share : share + MAX_CLASSIFIER_ROWS]
+        rest = train[share + MAX_CLASSIFIER_ROWS :][:MAX_CLASSIFIER_ROWS]
+        if len(rest) < MIN_REWARD_ROWS:
+            rest = shuffled(labelled(folder, file, attribute, "dev"), 0)
+        reward_rows += [replace(row, label=f"{attribute}={row.label}") for row in rest]
         word_classifiers[attribute] = word_classifier(others)
         classifiers[attribute] = AttributeClassifier.train(
             attribute, [row.completion for row in others], [str(row.label) for row in others]
         )
     rows = shuffled(rows, 0)
-    return Study(name, frozen, labels, rows, word_classifiers, classifiers, test_rows)
+    return Study(name, frozen, labels, rows, word_classifiers, classifiers, test_rows, reward_rows)
 
 
 def parts_of(combination: Combination) -> list[str]:
@@ -294,6 +312,43 @@ class ControlPrefixMethod(Method):
         return self.generate([self.request(combination)] * count, seed)
 
 
+class Reinforced(ControlPrefixMethod):
+    """This library: the prefixes of a trained method, then rewards of composed requests."""
+
+    def train_from(self, other: Method) -> None:
+        """Start from another method's prefixes."""
+        for kind in ("task", "attribute"):
+            for name in other.cp.names(kind):
+                self.cp.put(kind, name, other.cp.get(kind, name))
+        requests = [
+            Request(
+                prompt=str(self.cp.tokenizer.bos_token),
+                raw=True,
+                max_new_tokens=self.options.new_tokens,
+                stop=("\n",),
+                **self.request(combination),
+            )
+            for combination in self.study.combinations()
+        ]
+        demonstrations = [
+            Example(
+                prompt="",
+                raw=True,
+                completion=row.completion,
+                task="text",
+                attributes=attributes_of(row),
+            )
+            for row in self.study.rows
+        ]
+        self.cp.reinforce(
+            requests,
+            reward=self.study.reward,
+            demonstrations=demonstrations,
+            steps=self.options.reward_steps,
+            progress=False,
+        )
+
+
 class AdapterPerLabel(Method):
     """An adapter of PEFT for each label, trained on its rows."""
 
@@ -378,6 +433,7 @@ class SteeringVectors(Method):
 
 LOGITS: dict[str, Any] = {"mixing": "logits", "coefficients": (0.5, 1.0, 2.0)}
 JOINT = "controlprefix"
+REINFORCED = "controlprefix, reinforced"
 PSEUDO_LABELS = "controlprefix, pseudo-labels"
 SEPARATE = "controlprefix, trained separately"
 own = partial(partial, ControlPrefixMethod)
@@ -389,6 +445,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "controlprefix, chosen strength": own(coefficients=(1.0, 1.5, 2.0)),
     "controlprefix, logits": own(**LOGITS),
     "controlprefix, logits, for and against": own(**LOGITS, against=True),
+    REINFORCED: Reinforced,
     PSEUDO_LABELS: own(pseudo_labels=True, coefficients=(1.0, 1.5, 2.0)),
     "controlprefix, pseudo-labels, for and against": own(
         **LOGITS, pseudo_labels=True, against=True
@@ -422,6 +479,11 @@ def trained(
 ) -> Method:
     """A trained method; it shares the prefixes of an earlier one that was trained alike."""
     method = METHODS[name](study, options)
+    if isinstance(method, Reinforced):
+        if JOINT not in earlier:
+            trained(JOINT, study, options, earlier)
+        method.train_from(earlier[JOINT])
+        return method
     trained_as = TRAINED_AS.get(name, name)
     if trained_as in earlier:
         method.cp = earlier[trained_as].cp

@@ -78,9 +78,13 @@ def _key_shift(queries: Tensor, weights: Tensor, log_masses: Tensor) -> Tensor:
         log_masses: `(heads, num_slots)`.
     """
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-30)
-    gram = torch.einsum("hqs,hqd,hqe->hsde", weights, queries, queries)
-    right = torch.einsum("hqs,hqd->hsd", weights, queries) * log_masses[..., None]
-    return torch.linalg.solve(_penalized(gram, _KEY_PENALTY), right[..., None])[..., 0]
+    shifts = []
+    for own, head_weights, masses in zip(queries, weights, log_masses, strict=True):
+        squares = own[:, :, None] * own[:, None]
+        gram = (head_weights.T @ squares.flatten(1)).unflatten(1, squares.shape[1:])
+        right = head_weights.T @ own * masses[:, None]
+        shifts.append(torch.linalg.solve(_penalized(gram, _KEY_PENALTY), right[..., None])[..., 0])
+    return torch.stack(shifts)
 
 
 def _ridge(inputs: Tensor, targets: Tensor, penalty: float) -> Tensor:

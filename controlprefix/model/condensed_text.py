@@ -14,7 +14,8 @@ from controlprefix.model.slot_attention import Reference, observe
 from controlprefix.model.text_prefix import prefix_from_tokens
 from controlprefix.prefixes import Part, Prefix, PrefixBatch
 
-_MAX_REFERENCES = 8
+_MAX_REFERENCES = 16
+_CHAT_SHARE = 4  # one reference in so many is an answer in a chat
 _MAX_REFERENCE_TOKENS = 96
 _MAX_QUERIES = 24  # tokens per reference
 _PIECE_TOKENS = 64  # a text that is alone is cut into pieces of so many
@@ -120,11 +121,11 @@ def _groups(pieces: Sequence[Sequence[int]], max_tokens: int) -> list[list[Seque
 def _references(
     frozen: FrozenModel, pieces: Sequence[Sequence[int]], hidden: Sequence[range]
 ) -> list[Reference]:
-    """Some of the texts as references, from an empty prompt and as answers, by turns."""
+    """Some of the texts as references, most from an empty prompt, some as answers in a chat."""
     tokenizer = frozen.request_tokenizer
-    prompts = [tokenizer.prompt_ids(Example(prompt="", raw=True, completion="-"))]
+    prompts = [tokenizer.prompt_ids(Example(prompt="", raw=True, completion="-"))] * _CHAT_SHARE
     if tokenizer.has_chat_template:
-        prompts.append(tokenizer.prompt_ids(Example(prompt="Write a text.", completion="-")))
+        prompts[-1] = tokenizer.prompt_ids(Example(prompt="Write a text.", completion="-"))
     count = min(_MAX_REFERENCES, len(pieces))
     chosen = [i * len(pieces) // count for i in range(count)]
     return [
