@@ -34,7 +34,12 @@ from controlprefix.inference import generation
 from controlprefix.prefixes import PrefixKey
 from controlprefix.training.objectives import ContrastPair, Rollout, TrainingRow
 from controlprefix.training.parameterization import parameterize
-from controlprefix.training.policy import PolicyObjective, PolicySettings, distinct_shares
+from controlprefix.training.policy import (
+    PolicyObjective,
+    PolicySettings,
+    _uncertain,
+    distinct_shares,
+)
 from controlprefix.training.settings import TrainingSettings
 
 from helpers import QUICK, engine, greetings
@@ -404,3 +409,66 @@ def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 0, result.output
     assert "stored task 'greet' version 2" in result.output
     assert "reward" in result.output
+
+
+def test_a_demonstrated_part_is_continued_and_shortens(monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = trained()
+    texts: list[str] = []
+
+    def reward(requests: Sequence[Request], sampled: Sequence[str]) -> list[float]:
+        texts.extend(sampled)
+        return [float(len(text)) for text in sampled]
+
+    key = PrefixKey("task", "greet")
+    initial = {key: cp.get("task", "greet")}
+    settings = PolicySettings(num_samples=2, demonstrated=1.0, demonstration_weight=0.0, kl=0.1)
+    target = [72, 73, 74, 75, 76, 77, 78, 79, 80, 81]
+    (request,) = requests(1, max_new_tokens=12)
+    row = TrainingRow([5, 6], target, (), [(key, 1.0)], request=request)
+    objective = PolicyObjective(cp.frozen_model, settings, reward, initial, [row])
+    prefixes = parameterize(
+        TrainingSettings(parameterization="direct"),
+        initial,
+        {"decoder": torch.ones(cp.geometry.slot_size("decoder"))},
+    )
+    lengths = []
+    for elapsed in (0.0, 0.5, 1.0):
+        seeds = range(6)
+        pairs = [
+            objective.expand([ContrastPair(row._replace(targets=()))], prefixes, seed, elapsed)
+            for seed in seeds
+        ]
+        own = [pair[0].row for pair in pairs]
+        for first in own:
+            assert first.rollout is not None
+            count = first.rollout.num_demonstrated
+            assert list(first.targets[:count]) == target[:count]
+            assert len(first.targets) <= 12
+        assert all(pair[1].row.rollout.num_demonstrated == 0 for pair in pairs)  # type: ignore[union-attr]
+        lengths.append(sum(first.rollout.num_demonstrated for first in own if first.rollout))
+    assert lengths[0] == 9 * 6
+    assert lengths[0] > lengths[1] > lengths[2] > 0
+    decoded = cp.frozen_model.request_tokenizer.decode(target[:9])
+    assert texts[0].startswith(decoded)
+
+
+def test_only_uncertain_tokens_of_a_demonstrated_part_count() -> None:
+    """The gradient at a token of the part is that of its likelihood, or none."""
+    logits = torch.zeros(10, 7)
+    logits[:, 0] = torch.tensor([9.0, 0, 8, 7, 6, 5, 0, 9, 9, 9])
+    weights = _uncertain(logits, 6).tolist()
+    assert weights == [0, 1, 0, 0, 0, 1, 1, 1, 1, 1]  # 2 of 6: the flattest ones
+
+
+def test_demonstrated_needs_demonstrations() -> None:
+    with pytest.raises(TrainingDataError, match="demonstrations="):
+        trained().reinforce(requests(), reward=share_of_vowels, demonstrated=0.5, **OPTIONS)
+    cp = trained()
+    report = cp.reinforce(
+        requests(),
+        reward=share_of_vowels,
+        demonstrations=greetings(2),
+        demonstrated=0.5,
+        **OPTIONS,
+    )
+    assert report.saved

@@ -155,7 +155,8 @@ class TrainingLoop:
         steps = {}
         for run in active:
             pairs, seed = run.begin_step()
-            steps[run] = self._objective.expand(pairs, run.prefixes, seed), seed
+            elapsed = (run.progress.step - 1) / run.num_steps
+            steps[run] = self._objective.expand(pairs, run.prefixes, seed, elapsed), seed
         losses = self._losses(
             [(run, pair) for run, (pairs, _) in steps.items() for pair in pairs],
             {run: seed for run, (_, seed) in steps.items()},

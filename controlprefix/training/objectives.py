@@ -123,6 +123,7 @@ class Objective:
         pairs: Sequence[ContrastPair],
         prefixes: "TrainablePrefixes",
         seed: int,
+        elapsed: float = 0.0,
     ) -> list[ContrastPair]:
         """What a step computes losses of, from the pairs that the run has drawn for it.
 
@@ -130,6 +131,7 @@ class Objective:
             pairs: One per row of the step.
             prefixes: What is trained, at its current step.
             seed: Seed of the step.
+            elapsed: Share of the run's steps that are done, 0 to 1.
         """
         return list(pairs)
 

@@ -28,6 +28,9 @@ from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.settings import TrainingOptions, split_settings
 
 _MAX_ROWS_PER_BATCH = 64  # samples that are generated at a time
+# As in Prefix-RFT: the longest part of a demonstration, and its share of tokens with a gradient.
+MAX_DEMONSTRATED = 0.95
+UNCERTAIN_SHARE = 0.2
 _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -66,6 +69,10 @@ class PolicySettings:
     demonstration_weight: _NonNegative = 0.1
     """Weight of the negative log-likelihood of demonstrations, if there are any."""
 
+    demonstrated: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a step's requests that are replaced by demonstrations' own, of which one sample
+    starts with the first part of the demonstration (Prefix-RFT)."""
+
     @classmethod
     def split_off(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
         """The settings among some options, and the other options.
@@ -84,6 +91,7 @@ class ReinforcementOptions(TrainingOptions, total=False):
     reference: Literal["start", "plain"]
     diversity: float
     demonstration_weight: float
+    demonstrated: float
 
 
 class PolicyObjective(Objective):
@@ -93,6 +101,10 @@ class PolicyObjective(Objective):
     loss of a completion with advantage A, its reward minus the mean reward of the request's
     other samples, is -A times its log-likelihood, plus `kl` times the divergence of the
     next-token distributions from the reference, both summed over its tokens.
+
+    With `demonstrated`, one sample of some groups starts with the first part of a demonstration,
+    which becomes shorter in the course of the run; of that part only the tokens that the model
+    is least certain of have a gradient.
 
     Args:
         frozen: The model.
@@ -106,7 +118,9 @@ class PolicyObjective(Objective):
 
     Reference:
         Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization", 2024,
-        https://arxiv.org/abs/2402.14740, with the divergence as a loss, over the vocabulary.
+        https://arxiv.org/abs/2402.14740, with the divergence as a loss, over the vocabulary;
+        Huang et al., "Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling",
+        2025, https://arxiv.org/abs/2507.01679, for demonstrated parts.
     """
 
     def __init__(
@@ -142,16 +156,30 @@ class PolicyObjective(Objective):
         return metrics
 
     def expand(
-        self, pairs: Sequence[ContrastPair], prefixes: TrainablePrefixes, seed: int
+        self,
+        pairs: Sequence[ContrastPair],
+        prefixes: TrainablePrefixes,
+        seed: int,
+        elapsed: float = 0.0,
     ) -> list[ContrastPair]:
         """Sampled completions of each request, and demonstrations."""
         draw = random.Random(seed)
         count = self._settings.num_samples
-        rows = [pair.row for pair in pairs for _ in range(count)]
+        requests = [pair.row for pair in pairs]
+        num_demonstrated = round(self._settings.demonstrated * len(requests))
+        if num_demonstrated and self._demonstrations:
+            requests[:num_demonstrated] = draw.choices(self._demonstrations, k=num_demonstrated)
+        rows = [row for row in requests for _ in range(count)]
+        heads: list[Sequence[int]] = [()] * len(rows)
+        for row, at in zip(requests, range(0, len(rows), count), strict=True):
+            if row.targets:
+                shortest = MAX_DEMONSTRATED * (1 + math.cos(math.pi * elapsed)) / 2
+                length = int(draw.uniform(shortest, MAX_DEMONSTRATED) * len(row.targets))
+                heads[at] = row.targets[:length]
         keys = {key for row in rows for key, _ in row.learned}
         with torch.no_grad():
             values = prefixes.prefixes(keys)
-        completions = self._sample(rows, values, draw)
+        completions = self._sample(rows, heads, values, draw)
         texts = [text for _, text in completions]
         rewards = self._rewards(rows, texts)
         novelty = distinct_shares([tokens for tokens, _ in completions])
@@ -171,7 +199,8 @@ class PolicyObjective(Objective):
             for i, total in enumerate(group):
                 advantage = total - (sum(group) - total) / (count - 1)
                 row = rows[at + i]._replace(
-                    targets=completions[at + i][0], rollout=Rollout(advantage)
+                    targets=completions[at + i][0],
+                    rollout=Rollout(advantage, len(heads[at + i])),
                 )
                 expanded.append(ContrastPair(row))
         if self._demonstrations and self._settings.demonstration_weight:
@@ -188,23 +217,37 @@ class PolicyObjective(Objective):
         logits, target_ids, _ = target_logits(self._frozen, [row.prompt for row in rows], targets)
         log_probs = -target_losses(logits, target_ids)
         divergences = torch.zeros_like(log_probs)
-        sampled = torch.tensor(
+        rollouts = torch.tensor(
             [row.rollout is not None for row in rows for _ in row.targets], device=logits.device
+        )
+        sampled = rollouts & torch.tensor(
+            [
+                i >= (row.rollout.num_demonstrated if row.rollout else 0)
+                for row in rows
+                for i in range(len(row.targets))
+            ],
+            device=logits.device,
         )
         if self._settings.kl and sampled.any():
             reference = self._reference_logits([row for row in rows if row.rollout])
             divergences = divergences.masked_scatter(
-                sampled, kl_divergences(reference, logits[sampled])
+                sampled, kl_divergences(reference[sampled[rollouts]], logits[sampled])
             )
             self._divergences += divergences[sampled].detach().tolist()
         lengths = [len(target) for target in targets]
         losses = []
-        for row, own, own_divergences in zip(
-            rows, log_probs.split(lengths), divergences.split(lengths), strict=True
+        for row, own, own_divergences, own_logits in zip(
+            rows,
+            log_probs.split(lengths),
+            divergences.split(lengths),
+            logits.detach().split(lengths),
+            strict=True,
         ):
             if row.rollout is None:
                 losses.append(-self._settings.demonstration_weight * own.sum())
                 continue
+            if row.rollout.num_demonstrated:
+                own = own * _uncertain(own_logits, row.rollout.num_demonstrated)
             loss = -row.rollout.advantage * own.sum() + self._settings.kl * own_divergences.sum()
             losses.append(loss / self._settings.num_samples)
         return torch.stack(losses)
@@ -212,18 +255,27 @@ class PolicyObjective(Objective):
     def _sample(
         self,
         rows: Sequence[TrainingRow],
+        heads: Sequence[Sequence[int]],
         prefixes: Mapping[PrefixKey, Prefix],
         draw: random.Random,
     ) -> list[tuple[Sequence[int], str]]:
-        """A completion of each row's request: its token ids with the end token, and its text."""
+        """A completion of each row's request: its token ids with the end token, and its text.
+
+        Args:
+            rows: With requests.
+            heads: Token ids that each completion starts with.
+            prefixes: The trained prefixes as they are.
+            draw: Draws seeds.
+        """
         resolved = []
-        for row in rows:
+        for row, head in zip(rows, heads, strict=True):
             assert row.request is not None
             request = row.request.model_copy(
                 update={
                     # What is learned from is the model's own distribution.
                     "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None,
                     "seed": draw.randrange(1 << 62),
+                    "max_new_tokens": max(1, row.request.max_new_tokens - len(head)),
                 }
             )  # fmt: skip
             parts = [*row.frozen, *(Part(prefixes[key], weight) for key, weight in row.learned)]
@@ -238,7 +290,7 @@ class PolicyObjective(Objective):
             for row, r in zip(rows, resolved, strict=True)
         ]
         for batch in self._frozen.batches(lengths, _MAX_ROWS_PER_BATCH):
-            prompts = [rows[i].prompt for i in batch]
+            prompts = [(*rows[i].prompt, *heads[i]) for i in batch]
             results = generate_tokens(self._frozen, [resolved[i] for i in batch], prompts)
             for i, prompt, new in zip(batch, prompts, results, strict=True):
                 if new is None:
@@ -254,7 +306,10 @@ class PolicyObjective(Objective):
                     tokenizer.end_ids
                 )
                 tokens = new[: completion.num_tokens + ended] or new[:1]
-                completions[i] = tokens, completion.text
+                text = completion.text
+                if heads[i]:
+                    text = tokenizer.decode([*heads[i], *new[: completion.num_tokens]])
+                completions[i] = (*heads[i], *tokens), text
         return [completions[i] for i in range(len(rows))]
 
     def _rewards(self, rows: Sequence[TrainingRow], texts: Sequence[str]) -> list[float]:
@@ -281,6 +336,22 @@ class PolicyObjective(Objective):
                 self._frozen, [row.prompt for row in rows], [row.targets for row in rows]
             )
         return logits
+
+
+def _uncertain(logits: Tensor, num_demonstrated: int) -> Tensor:
+    """1 per token, but 0 for the demonstrated ones that the model is more certain of.
+
+    Args:
+        logits: At the tokens of one completion, `(num_tokens, vocab_size)`.
+        num_demonstrated: How many of them, from the first, were demonstrated.
+    """
+    log_probs = logits[:num_demonstrated].float().log_softmax(1)
+    entropies = -(log_probs.exp() * log_probs).sum(1)
+    count = math.ceil(UNCERTAIN_SHARE * num_demonstrated)
+    weights = torch.ones(len(logits), device=logits.device)
+    weights[:num_demonstrated] = 0
+    weights[entropies.topk(count).indices] = 1
+    return weights
 
 
 def distinct_shares(samples: Sequence[Sequence[int]]) -> list[float]:

@@ -209,7 +209,9 @@ def prepare_requests(
     ]
     tokenized = tokenizer.ids_of_examples(demonstrations)
     demonstrated = [
-        TrainingRow.from_example(ids, tokenizer.end_id, *_divide_parts(example, keys, stored))
+        TrainingRow.from_example(
+            ids, tokenizer.end_id, *_divide_parts(example, keys, stored)
+        )._replace(request=example)
         for example, ids in zip(demonstrations, tokenized, strict=True)
     ]
     initial: dict[PrefixKey, Prefix] = {}

@@ -155,6 +155,11 @@ class Trainer:
             learn: As there.
             control: Where the run is recorded, and who watches it.
         """
+        if policy.demonstrated and (self._frozen.is_encoder_decoder or not demonstrations):
+            raise TrainingDataError(
+                "demonstrated continues demonstrations, which needs demonstrations= and a model "
+                "without an encoder; leave it out"
+            )
         prepared = prepare_requests(
             requests, demonstrations, self._frozen, self._resolver, learn=learn
         )
