@@ -413,11 +413,11 @@ def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_demonstrated_part_is_continued_and_shortens(monkeypatch: pytest.MonkeyPatch) -> None:
     cp = trained()
-    texts: list[str] = []
+    rewarded: list[str] = []
 
-    def reward(requests: Sequence[Request], sampled: Sequence[str]) -> list[float]:
-        texts.extend(sampled)
-        return [float(len(text)) for text in sampled]
+    def reward(requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
+        rewarded.extend(texts)
+        return [float(len(text)) for text in texts]
 
     key = PrefixKey("task", "greet")
     initial = {key: cp.get("task", "greet")}
@@ -449,7 +449,7 @@ def test_a_demonstrated_part_is_continued_and_shortens(monkeypatch: pytest.Monke
     assert lengths[0] == 9 * 6
     assert lengths[0] > lengths[1] > lengths[2] > 0
     decoded = cp.frozen_model.request_tokenizer.decode(target[:9])
-    assert texts[0].startswith(decoded)
+    assert rewarded[0].startswith(decoded)
 
 
 def test_only_uncertain_tokens_of_a_demonstrated_part_count() -> None:

@@ -8,7 +8,7 @@ from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Geometry
 from controlprefix.store import PrefixStore
-from controlprefix.training import Trainer
+from controlprefix.training import FeedbackTrainer
 from controlprefix.users import UserTrainer
 
 
@@ -38,7 +38,7 @@ class Components:
 
     def _use_resolver(self, resolver: Resolver) -> None:
         self._resolver = resolver
-        self._trainer = Trainer(self._frozen, self.store, resolver)
+        self._trainer = FeedbackTrainer(self._frozen, self.store, resolver)
         self._user_trainer = UserTrainer(self._frozen, self.store, resolver)
 
     @property

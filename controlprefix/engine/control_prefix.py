@@ -8,13 +8,13 @@ from typing import Any, Self, Unpack
 from torch import nn
 
 from controlprefix.attributes import AttributeSpace
-from controlprefix.engine.training import TrainingMethods
+from controlprefix.engine.feedback import FeedbackMethods
 from controlprefix.engine.users import UserMethods
 from controlprefix.model import FrozenModel, LoadOptions
 from controlprefix.store import EncryptionKeys, PrefixStore
 
 
-class ControlPrefix(TrainingMethods, UserMethods):
+class ControlPrefix(FeedbackMethods, UserMethods):
     """A frozen model and the prefixes that one tenant has stored for it.
 
     Make one with `from_pretrained`. The methods are defined in the modules of this package.

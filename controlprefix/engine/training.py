@@ -13,7 +13,7 @@ from controlprefix.attributes.ordinal import (
     interpolate,
     is_inside,
 )
-from controlprefix.data import Columns, Rows, as_examples, as_preferences, as_requests
+from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.generation import GenerationMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.example import Example
@@ -25,12 +25,7 @@ from controlprefix.training import (
     Initializations,
     Learnable,
     ParameterizationName,
-    PolicySettings,
-    PreferenceOptions,
-    PreferenceSettings,
     PrefixModel,
-    ReinforcementOptions,
-    Reward,
     RunControl,
     ShorteningReport,
     SweepReport,
@@ -151,10 +146,10 @@ class TrainingMethods(GenerationMethods):
         labels = self._ordinal_labels(rows, learn)
 
         def prepared(example: Example) -> Example:
-            return _interpolated(self.with_default_labels([example]), labels)[0]
+            return interpolated(self.with_default_labels([example]), labels)[0]
 
         return self._trainer.trainable(
-            _interpolated(rows, labels),
+            interpolated(rows, labels),
             settings,
             prepared=prepared,
             learn=learn,
@@ -237,139 +232,6 @@ class TrainingMethods(GenerationMethods):
             examples,
             settings,
             num_slots=num_slots,
-            control=control,
-        )
-
-    def reinforce(
-        self,
-        requests: Rows,
-        *,
-        reward: Reward,
-        demonstrations: Rows | None = None,
-        columns: Columns | None = None,
-        task: str | None = None,
-        learn: Learnable | Sequence[Learnable] | None = None,
-        **options: Unpack[ReinforcementOptions],
-    ) -> TrainingReport:
-        """Train stored prefixes further on rewards of the texts they produce.
-
-        Each step samples texts for some requests under all of their parts together, and makes
-        those with a higher reward more likely. So parts that were trained apart learn to work
-        together, and what can be checked but not shown by examples can be learned. Prefixes
-        must be stored: train them on examples first.
-
-        Args:
-            requests: What to sample for, in any form: `Request`s, dicts, a file (see
-                `controlprefix.data.as_requests`). Their `max_new_tokens` and `stop` apply;
-                sampling has temperature 1.
-            reward: A function of requests and texts that gives a number per text: one of
-                `controlprefix.evaluation.rewards`, or your own.
-            demonstrations: Examples that name the same prefixes; their likelihood is part of
-                the objective, which keeps length and variety.
-            columns: Which columns of the rows hold what, if they have other names.
-            task: Task of rows that name none.
-            learn: As in `train`; what it leaves out is attached and not changed.
-            **options: Fields of `PolicySettings`, of `TrainingSettings` and of `RunControl`.
-                `steps` is 40, `learning_rate` .01 and `parameterization` `direct` by default;
-                the last step is kept.
-
-        Returns:
-            As `train`; its `metrics` have each step's mean `reward`, the divergence `kl` from
-            the reference, the mean `length` in tokens, and the `diversity` of samples.
-
-        Raises:
-            UnknownNameError: If a prefix is not stored.
-            TrainingDataError: If the reward gives no finite number per text, or an option is
-                invalid.
-            StoreError: If the store or the folder cannot be written.
-
-        Reference:
-            See `controlprefix.training.policy.PolicyObjective`.
-        """
-        defaults = {} if task is None else {"task": task}
-        rows = self.with_default_labels(as_requests(requests, columns=columns, defaults=defaults))
-        examples: list[Example] = []
-        if demonstrations is not None:
-            examples = self._rows(demonstrations, columns, task)
-        control, fields = RunControl.split_off(options)
-        policy, fields = PolicySettings.split_off(fields)
-        by_default = {"steps": 40, "learning_rate": 0.01, "parameterization": "direct"}
-        settings = TrainingSettings.from_options({**by_default, "validation": 0.0, **fields})
-        if settings.validation or settings.patience:
-            raise TrainingDataError("nothing is held out here; leave validation and patience out")
-        if not callable(reward):
-            raise TrainingDataError(f"reward is {reward!r}; give a function of requests and texts")
-        labels = self._ordinal_labels([*rows, *examples], learn)
-        return self._trainer.reinforce(
-            _interpolated(rows, labels),
-            _interpolated(examples, labels),
-            reward,
-            settings,
-            policy,
-            learn=learn,
-            control=control,
-        )
-
-    def train_preferences(
-        self,
-        preferences: Rows,
-        *,
-        columns: Columns | None = None,
-        task: str | None = None,
-        learn: Learnable | Sequence[Learnable] | None = None,
-        num_slots: int | Mapping[Learnable, int] = 16,
-        **options: Unpack[PreferenceOptions],
-    ) -> TrainingReport:
-        """Train prefixes on which of two completions was preferred, such as users' feedback.
-
-        The same frozen model under the prefixes as they are, or without them, is the
-        reference, so no second model is needed. Many users may learn in one run. A prefix that is
-        stored is trained further; another one starts from random tokens of the texts.
-
-        Args:
-            preferences: Rows in any form: `Preference`s, dicts, a file (see
-                `controlprefix.data.as_preferences`).
-            columns: Which columns of the rows hold what, if they have other names.
-            task: Task of rows that name none.
-            learn: Any of `task`, `attributes`, `user`; left out, the users if rows name any, or
-                else the task and the attributes. What it leaves out is attached and not changed.
-            num_slots: Slots of prefixes that are new.
-            **options: Fields of `PreferenceSettings`, of `TrainingSettings` and of `RunControl`.
-                `parameterization` is `direct` and `learning_rate` .01 by default.
-
-        Returns:
-            As `train`; its `metrics` have each step's `accuracy`, the share of its preferences
-            of which the chosen text became likelier than the rejected one, compared with the
-            reference, and the mean `margin` in nats.
-
-        Raises:
-            TrainingDataError: If the rows cannot be trained on, or an option is invalid.
-            ContextLengthError: If a text does not fit the model's context.
-            StoreError: If the store or the folder cannot be written.
-
-        Reference:
-            Rafailov et al., "Direct Preference Optimization", 2023,
-            https://arxiv.org/abs/2305.18290, plus a weighted likelihood of the chosen text.
-        """
-        defaults = {} if task is None else {"task": task}
-        rows = as_preferences(preferences, columns=columns, defaults=defaults)
-        rows = self.with_default_labels(rows)
-        if learn is None and any(row.user is not None for row in rows):
-            learn = "user"
-        control, fields = RunControl.split_off(options)
-        own_settings, fields = PreferenceSettings.split_off(fields)
-        by_default = {"learning_rate": 0.01, "parameterization": "direct"}
-        settings = TrainingSettings.from_options({**by_default, **fields})
-        if settings.contrast:
-            raise TrainingDataError("contrast compares labels, not preferences; leave it out")
-        labels = self._ordinal_labels(rows, learn)
-        return self._trainer.train_preferences(
-            _interpolated(rows, labels),
-            settings,
-            own_settings,
-            learn=learn,
-            num_slots=num_slots,
-            num_slots_of=self._num_slots_of,
             control=control,
         )
 
@@ -500,7 +362,7 @@ class TrainingMethods(GenerationMethods):
         if not isinstance(validation, (int, float)):
             held_out, fields["validation"] = self._rows(validation, columns, task), 0.0
         labels = self._ordinal_labels(examples, learn)
-        return _interpolated(examples, labels), _interpolated(held_out, labels), fields
+        return interpolated(examples, labels), interpolated(held_out, labels), fields
 
     def _num_slots_of(self, key: PrefixKey) -> int | None:
         """The attribute space's number of slots for a label."""
@@ -508,7 +370,7 @@ class TrainingMethods(GenerationMethods):
         return space.attributes[key.attribute].num_slots if space and key.attribute else None
 
 
-def _interpolated(
+def interpolated(
     rows: Sequence[AnyRequest], labels: Mapping[str, Collection[str]]
 ) -> list[AnyRequest]:
     """Rows with the numbers of ordinal attributes as mixtures of labels."""

@@ -6,6 +6,7 @@ from controlprefix._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from controlprefix.training.control import Callback, RunControl, StepInfo
+    from controlprefix.training.feedback_trainer import FeedbackTrainer
     from controlprefix.training.initialization import Initialization, Initializations
     from controlprefix.training.loop import train
     from controlprefix.training.objectives import TrainingRow
@@ -28,6 +29,7 @@ _HOMES = {
     "Callback": "control",
     "RunControl": "control",
     "StepInfo": "control",
+    "FeedbackTrainer": "feedback_trainer",
     "Initialization": "initialization",
     "Initializations": "initialization",
     "Learnable": "preparation",
@@ -51,6 +53,7 @@ _HOMES = {
 
 __all__ = [
     "Callback",
+    "FeedbackTrainer",
     "Initialization",
     "Initializations",
     "Learnable",
