@@ -1,5 +1,6 @@
 """Commands about users: enroll, users, audit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,9 +47,7 @@ def enroll(
     refine: Annotated[
         bool, typer.Option("--refine", help="Then train the prefix on the texts, for some seconds.")
     ] = False,
-    num_slots: Annotated[
-        int, typer.Option(help="Without a decoder: slots at most, one per token of text.")
-    ] = 64,
+    num_slots: Annotated[int, typer.Option(help="Without a decoder: slots at most.")] = 64,
     keep_texts: Annotated[
         bool, typer.Option("--keep-texts", help="Store the texts too, for `users train`.")
     ] = False,
@@ -69,13 +68,11 @@ def enroll(
         num_slots=num_slots,
         keep_texts=keep_texts,
     )
-    out.print(f"stored user {user!r} version {version}, from {len(user_texts)} texts")
-    num_tokens = len(cp.frozen_model.request_tokenizer.text_ids("\n\n".join(user_texts)))
-    if decoder is None and not refine and num_tokens > num_slots:
-        out.print(
-            f"only the first {num_slots} of {num_tokens} tokens are used; --refine trains on all, "
-            "--decoder reads all, --num-slots takes more"
-        )
+    read = f"{len(user_texts)} texts"
+    if decoder is None and not refine:
+        num_tokens = cp.versions("user", user)[0].details["enrolled"]["tokens"]
+        read += f", {num_tokens} tokens, in {cp.get('user', user).num_slots} slots"
+    out.print(f"stored user {user!r} version {version}, from {read}")
 
 
 @users_app.command("train")
@@ -121,6 +118,33 @@ def train_users(
     num_users = len(report.users) + len(report.failed) + len(report.skipped)
     skipped = f", {len(report.skipped)} were finished before" if report.skipped else ""
     out.print(f"stored {len(report.users)} of {num_users} users in {report.seconds:.0f} s{skipped}")
+
+
+@users_app.command("migrate")
+@grouped
+def migrate_users(
+    source: Annotated[
+        str, typer.Option("--from", help="The model that users have codes of, as in --model.")
+    ],
+    decoder: Annotated[
+        str, typer.Option("--decoder", help="The new model's decoder: see `users decoder`.")
+    ] = "users",
+    *,
+    engine: EngineArguments,
+) -> None:
+    """Give the users of one model codes of another, without their texts.
+
+    What codes become is learned from users who have one on both: eight at least.
+    """
+    new = engine.open()
+    old = replace(engine, model=source).open()
+    report = new.migrate_users(old, decoder=decoder)
+    for user, reason in report.skipped.items():
+        out.print(f"not migrated: user {user!r}: {reason}")
+    out.print(
+        f"stored {len(report.saved)} users; learned from {report.num_shared}, cross-validated R² "
+        f"{report.r2:.2f}"
+    )
 
 
 @users_app.command("decoder")

@@ -14,15 +14,16 @@ class PrefixMethods(Components):
     """Names -> stored prefixes and their versions."""
 
     def prefix_from_text(self, text: str, *, max_slots: int | None = None) -> Prefix:
-        """The keys and values of a text, computed just before position 0.
+        """A text as a prefix: its keys and values, computed just before position 0.
 
         On a rotary model, attending to it equals prompting with the text, as long as both fit
         a layer's sliding window. Elsewhere (absolute positions, encoder-decoder, recurrent
         layers) it is a good initialization for training. `is_exact` of the result says which.
 
         Args:
-            text: One slot per token.
-            max_slots: Keep only the first tokens.
+            text: Any text; without `max_slots`, each token is a slot.
+            max_slots: Slots at most. A longer text, however long, becomes slots that stand for all
+                of it (see `controlprefix.model.attention_matching`).
 
         Raises:
             RequestError: If the text is empty.

@@ -8,7 +8,7 @@ from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.engine.exchange import ExchangeMethods
 from controlprefix.store import SimilarUser
 from controlprefix.training import RunControl, TrainingOptions
-from controlprefix.users import DecoderReport, PrivacyReport, UsersReport
+from controlprefix.users import DecoderReport, MigrationReport, PrivacyReport, UsersReport
 
 
 class UserMethods(ExchangeMethods):
@@ -160,6 +160,30 @@ class UserMethods(ExchangeMethods):
             keep_texts=keep_texts,
             keep_profile=keep_profile,
         )
+
+    def migrate_users(self, source: "UserMethods", *, decoder: str = "users") -> MigrationReport:
+        """Give the users of another model codes of this one, without their texts.
+
+        What a code becomes is learned by ridge regression from users who have a code on both
+        models: enroll or train some dozens on this model first. Users who have something stored
+        for this model are left as they are.
+
+        Args:
+            source: The other model, with the store that holds its users' codes.
+            decoder: This model's decoder of the new codes.
+
+        Returns:
+            The cross-validated R², the versions of migrated users, and why others were not.
+
+        Raises:
+            UnknownNameError: If there is no such decoder.
+            TrainingDataError: If fewer than eight users have a code on both.
+            StoreError: If the store cannot be written; nothing is stored then.
+
+        Reference:
+            See `controlprefix.users.migration.fit_code_map`.
+        """
+        return self._user_trainer.migrate(source._model_store, decoder)
 
     def audit_user(
         self,

@@ -1,14 +1,17 @@
 """UserTrainer: texts of users -> their stored prefixes or codes."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
+
+import torch
 
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
-from controlprefix.store import NewVersion, PrefixStore, SimilarUser, StoredVersion
+from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser, StoredVersion
 from controlprefix.training.control import RunControl
 from controlprefix.training.initialization import typical_scale
 from controlprefix.training.parameterization import TrainablePrefixes, parameterize
@@ -16,6 +19,7 @@ from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
 from controlprefix.users.enrolment import predict_code, prefix_from_texts, profile_of
+from controlprefix.users.migration import MigrationReport, fit_code_map
 from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
 from controlprefix.users.text_features import TextFeatures
 from controlprefix.users.user_codes import TrainableCodes
@@ -194,6 +198,57 @@ class UserTrainer:
         num_tokens = sum(len(self._frozen.request_tokenizer.inner_ids(text)) for text in texts)
         details = {"enrolled": {"texts": len(texts), "tokens": num_tokens, "decoder": decoder}}
         return self._put(user, self._enrolled(texts, decoder, num_slots), details, **extras)
+
+    def migrate(self, source: ModelStore, decoder: str) -> MigrationReport:
+        """Give users of another model codes of this one: see `ControlPrefix.migrate_users`.
+
+        Args:
+            source: The other model's stored prefixes.
+            decoder: Name of this model's decoder.
+        """
+        self._store.require_writable(())
+        value = self._model_store.get(PrefixKey("decoder", decoder)).value
+        assert isinstance(value, PrefixDecoder)
+        existing = set(self._model_store.names("user"))
+        codes: dict[str, UserCode] = {}
+        skipped: dict[str, str] = {}
+        for user in source.names("user"):
+            code = source.get(PrefixKey("user", user)).value
+            if isinstance(code, UserCode):
+                codes[user] = code
+            elif user not in existing:
+                skipped[user] = "it has all slots there, not a code"
+        hashes = Counter(code.decoder_hash for code in codes.values())
+        main_hash = hashes.most_common(1)[0][0] if hashes else ""
+        old, new = [], []
+        for user, code in list(codes.items()):
+            if code.decoder_hash != main_hash:
+                del codes[user]
+                if user not in existing:
+                    skipped[user] = "its code is of another decoder than most"
+            elif user in existing:
+                own = self._model_store.get(PrefixKey("user", user)).value
+                if isinstance(own, UserCode) and own.decoder_hash == value.content_hash:
+                    old.append(code.values.flatten())
+                    new.append(own.values.flatten())
+        size = value.mean_code.values.shape
+        code_map = fit_code_map(
+            torch.stack(old) if old else torch.zeros(0, 1),
+            torch.stack(new) if new else torch.zeros(0, 1),
+        )
+        details = {"migrated": {"shared_users": len(old), "r2": round(code_map.r2, 4)}}
+        versions = [
+            NewVersion(
+                PrefixKey("user", user),
+                UserCode(value.content_hash, code_map(code.values).float().reshape(size)),
+                details,
+            )
+            for user, code in codes.items()
+            if user not in existing
+        ]
+        numbers = self._store.put(versions)
+        saved = {new.key.name: number for new, number in zip(versions, numbers, strict=True)}
+        return MigrationReport(len(old), max(0.0, code_map.r2), saved, skipped)
 
     def similar_users(self, texts: Sequence[str], limit: int) -> list[SimilarUser]:
         """Users with a kept profile that is most similar to texts.

@@ -1,0 +1,109 @@
+"""Migration: users' codes of one decoder -> codes of another, such as that of a newer model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from controlprefix.errors import TrainingDataError
+
+MIN_SHARED_USERS = 8
+_PENALTIES = tuple(10.0**exponent for exponent in range(-4, 5))  # relative to the mean variance
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationReport:
+    """The result of a migration.
+
+    Attributes:
+        num_shared: Users with a code on both models, from whom the map was learned.
+        r2: R² of new codes predicted from old ones, each shared user left out; 0 at least.
+        saved: Version numbers of the migrated users.
+        skipped: Why other users were not migrated, by name.
+    """
+
+    num_shared: int
+    r2: float
+    saved: Mapping[str, int]
+    skipped: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class CodeMap:
+    """An affine map from old codes to new ones.
+
+    Attributes:
+        old_mean, new_mean: Mean codes of the shared users, flattened.
+        weights: `(old_size, new_size)`.
+        r2: See `MigrationReport`.
+    """
+
+    old_mean: Tensor
+    new_mean: Tensor
+    weights: Tensor
+    r2: float
+
+    def __call__(self, code: Tensor) -> Tensor:
+        """The new code of an old one, flattened."""
+        change: Tensor = (code.flatten().double() - self.old_mean) @ self.weights
+        return self.new_mean + change
+
+
+def fit_code_map(old: Tensor, new: Tensor) -> CodeMap:
+    """Ridge regression of new codes on old ones.
+
+    The penalty is the one with the smallest error where each user is left out. Where old codes
+    tell nothing of the new ones, every user gets the mean code.
+
+    Args:
+        old: `(num_users, old_size)`.
+        new: `(num_users, new_size)`, of the same users.
+
+    Raises:
+        TrainingDataError: If there are fewer than eight users.
+
+    Reference:
+        Migration of soft prompts between models, learned from selected users: "Don't Start
+        Over", 2026, https://arxiv.org/abs/2601.12034, there with a network and task losses.
+    """
+    count = len(old)
+    if count < MIN_SHARED_USERS:
+        raise TrainingDataError(
+            f"{count} users have a code on both models, and a migration is learned from "
+            f"{MIN_SHARED_USERS} or more; enroll or train some users on the new model first"
+        )
+    old, new = old.double(), new.double()
+    old_mean, new_mean = old.mean(0), new.mean(0)
+    inputs, targets = old - old_mean, new - new_mean
+    # There are fewer users than values of a code, so the problem is solved between users.
+    gram = inputs @ inputs.T
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp(min=0)
+    rotated = vectors.T @ targets
+    scale = values.mean().clamp(min=1e-30)
+    # The mean is fitted too: leaving a user out changes it.
+    best_error, best_penalty = float(_left_out(torch.zeros_like(gram), targets)), float("inf")
+    for penalty in _PENALTIES:
+        hat = vectors * (values / (values + penalty * scale)) @ vectors.T
+        error = float(_left_out(hat, targets))
+        if error < best_error:
+            best_error, best_penalty = error, penalty
+    baseline = float(_left_out(torch.zeros_like(gram), targets))
+    weights = inputs.new_zeros(inputs.shape[1], targets.shape[1])
+    if best_penalty < float("inf"):
+        weights = inputs.T @ (vectors @ (rotated / (values + best_penalty * scale)[:, None]))
+    r2 = 1 - best_error / baseline if baseline else 0.0
+    return CodeMap(old_mean, new_mean, weights, r2)
+
+
+def _left_out(hat: Tensor, targets: Tensor) -> Tensor:
+    """The squared error of linear predictions of each user from the others, in closed form.
+
+    Args:
+        hat: The matrix that turns targets into fitted values, without the mean.
+        targets: Centred.
+    """
+    hat = hat + 1 / len(hat)
+    residuals = targets - hat @ targets
+    return (residuals / (1 - hat.diagonal()).clamp(min=1e-6)[:, None]).square().sum()
