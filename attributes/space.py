@@ -25,6 +25,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from controlprefix.attributes.labels import require_known
+from controlprefix.attributes.ordinal import as_number
 from controlprefix.errors import AttributeSpaceError, RequestError, known_names
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import Attributes, check_attribute_name, weighted_labels
@@ -67,6 +68,14 @@ class Attribute(BaseModel):
     default: str | None = None
     exclusive: bool = False
     num_slots: int | None = Field(default=None, ge=1)
+
+    @property
+    def poles(self) -> tuple[str, str] | None:
+        """The ends of the attribute's dial, at 1 and -1: its first label with an opposite."""
+        for name, label in self.labels.items():
+            if label.opposite is not None:
+                return name, label.opposite
+        return None
 
     @model_validator(mode="before")
     @classmethod
@@ -184,14 +193,18 @@ class AttributeSpace(BaseModel):
     ) -> dict[str, str | Mapping[str, float]]:
         """A request's attributes, with the default labels of those it leaves out.
 
+        A number for an attribute with opposite labels is a position between them, from -1 to 1.
+
         Args:
             attributes: Labels per attribute, as in a request.
             strict: Refuse labels that are not in the space.
 
         Raises:
             UnknownNameError: If a label is not in the space.
-            RequestError: If labels of an exclusive attribute are mixed.
+            RequestError: If labels of an exclusive attribute are mixed, or a position is beyond
+                the opposites.
         """
+        attributes = {name: self._at_position(name, value) for name, value in attributes.items()}
         if strict:
             require_known(weighted_labels(attributes), self.keys())
         for name, labels in attributes.items():
@@ -209,6 +222,23 @@ class AttributeSpace(BaseModel):
             if attribute.default is not None and name not in attributes
         }
         return {**attributes, **defaults}
+
+    def _at_position(
+        self, name: str, value: str | Mapping[str, float]
+    ) -> str | Mapping[str, float]:
+        """An attribute's labels, where a number between opposites is given instead."""
+        attribute = self.attributes.get(name)
+        position = as_number(value) if isinstance(value, str) else None
+        if attribute is None or position is None or value in attribute.labels:
+            return value
+        poles = attribute.poles
+        if poles is None:
+            return value
+        if not -1 <= position <= 1:
+            raise RequestError(
+                f"{name} is {value}; give a number from -1 ({poles[1]}) to 1 ({poles[0]})"
+            )
+        return {poles[0]: position} if position >= 0 else {poles[1]: -position}
 
 
 def _not_a_name(label: object) -> str:

@@ -117,6 +117,52 @@ def test_defaults_are_filled_in_and_others_are_refused() -> None:
         space.with_default_labels({"mood": "x"})
 
 
+@pytest.mark.parametrize(
+    ("position", "labels"),
+    [
+        (1, {"formal": 1.0}),
+        (0.25, {"formal": 0.25}),
+        (0, {"formal": 0.0}),
+        (-0.5, {"casual": 0.5}),
+        (-1, {"casual": 1.0}),
+    ],
+)
+def test_a_number_is_a_position_between_opposites(
+    position: float, labels: dict[str, float]
+) -> None:
+    space = AttributeSpace.parse(FILE)
+    request = Request(prompt="Hi", attributes={"formality": position})
+    assert space.with_default_labels(request.attributes) == {"formality": labels}
+
+
+@pytest.mark.parametrize("position", [1.5, -1.01])
+def test_a_position_beyond_the_opposites_is_refused(position: float) -> None:
+    request = Request(prompt="Hi", attributes={"formality": position})
+    with pytest.raises(RequestError, match=r"from -1 \(casual\) to 1 \(formal\)"):
+        AttributeSpace.parse(FILE).with_default_labels(request.attributes)
+    tone = Request(prompt="Hi", attributes={"tone": 0.5})
+    with pytest.raises(UnknownNameError, match="no label '0.5'"):
+        AttributeSpace.parse(FILE).with_default_labels(tone.attributes)
+
+
+def test_a_position_steers_as_its_label_at_that_strength() -> None:
+    cp = ControlPrefix.from_pretrained(
+        build("llama"),
+        tokenizer=byte_tokenizer(),
+        store="sqlite://",
+        attributes=AttributeSpace.parse(FILE),
+    )
+    for i, label in enumerate(("formal", "casual", "neutral")):
+        prefix = Prefix.random(cp.geometry, num_slots=3, scale=0.5, seed=i)
+        cp.put("attribute", f"formality={label}", prefix)
+    for position, label in ((0.5, {"formal": 0.5}), (-1, {"casual": 1.0}), (0, {"neutral": 0.0})):
+        texts = [
+            cp.generate("Hi", attributes={"formality": value}, max_new_tokens=12).text
+            for value in (position, label)
+        ]
+        assert texts[0] == texts[1]
+
+
 def test_requests_and_training_follow_the_space(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(FILE)
     cp = ControlPrefix.from_pretrained(
