@@ -25,7 +25,8 @@ class StandIn(BaseModel):
 
     Attributes:
         label: The label that was asked for, such as `tone=stern`.
-        how: `nearest` trained labels, a prefix made from a `text`, `interpolated` between the
+        how: `nearest` trained labels, the `opposite` at a negative strength, a prefix made from a
+            `text`, `interpolated` between the
             trained numbers beside it, or `left out`.
         used: Trained labels and their shares of the mixture; or the text, with 1.
         similarity: Cosine of the sentence embeddings of the label and the nearest trained
@@ -33,7 +34,7 @@ class StandIn(BaseModel):
     """
 
     label: str
-    how: Literal["nearest", "text", "interpolated", "left out"]
+    how: Literal["nearest", "opposite", "text", "interpolated", "left out"]
     used: dict[str, float]
     similarity: float
 

@@ -157,8 +157,9 @@ class SteeringFields(BaseModel):
     (see `controlprefix.evaluation.calibrate`)."""
 
     unseen: Unseen = "refuse"
-    """What to do with a label that has no prefix. `refuse` refuses it, `nearest` mixes the trained
-    labels nearest by sentence embedding, `text` makes a prefix from a text (the description in
+    """What to do with a label that has no prefix. `refuse` refuses it, `nearest` steers away from
+    its opposite, if the attribute file names one that is trained, or else mixes the trained labels
+    nearest by sentence embedding, `text` makes a prefix from a text (the description in
     the attribute file, or a sentence that names the label)."""
 
     schedules: dict[str, Annotated[tuple[tuple[int, float], ...], Field(max_length=1000)]] = Field(

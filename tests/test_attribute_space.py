@@ -155,10 +155,15 @@ def test_a_position_steers_as_its_label_at_that_strength() -> None:
     for i, label in enumerate(("formal", "casual", "neutral")):
         prefix = Prefix.random(cp.geometry, num_slots=3, scale=0.5, seed=i)
         cp.put("attribute", f"formality={label}", prefix)
-    for position, label in ((0.5, {"formal": 0.5}), (-1, {"casual": 1.0}), (0, {"neutral": 0.0})):
+    mixtures: tuple[tuple[float, dict[str, float]], ...] = (
+        (0.5, {"formal": 0.5}),
+        (-1, {"casual": 1.0}),
+        (0, {"neutral": 0.0}),
+    )
+    for position, mixture in mixtures:
         texts = [
             cp.generate("Hi", attributes={"formality": value}, max_new_tokens=12).text
-            for value in (position, label)
+            for value in (position, mixture)
         ]
         assert texts[0] == texts[1]
 

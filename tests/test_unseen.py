@@ -65,6 +65,47 @@ def test_an_unseen_label_is_refused_unless_asked_otherwise(cp: ControlPrefix) ->
         cp.generate(asked("stern", "refuse"))
 
 
+SPACE = """\
+attributes:
+  tone:
+    labels:
+      strict: {}
+      firm: {}
+      warm: {opposite: stern}
+      stern: {opposite: warm}
+      banana: {}
+"""
+
+
+def with_space(cp: ControlPrefix, text: str) -> ControlPrefix:
+    return ControlPrefix(cp.frozen_model, cp.store, AttributeSpace.parse(text))
+
+
+def test_a_trained_opposite_is_steered_away_from(cp: ControlPrefix) -> None:
+    outcome = with_space(cp, SPACE).generate(asked("stern", "nearest"))
+    (instead,) = outcome.stand_ins
+    assert (instead.how, instead.used) == ("opposite", {"tone=warm": -1.0})
+    expected = cp.generate(
+        Request(prompt="ab", raw=True, max_new_tokens=8, attributes={"tone": {"warm": -1.0}})
+    )
+    assert outcome.text == expected.text
+    # Where it cannot be steered away from, it is not taken for its opposite either.
+    faded = with_space(cp, SPACE).generate(
+        asked("stern", "nearest", schedules={"tone": [(0, 1.0), (4, 0.0)]})
+    )
+    (instead,) = faded.stand_ins
+    assert instead.how == "nearest"
+    assert "tone=warm" not in instead.used
+
+
+def test_nothing_stands_in_where_opposites_are_equally_near(cp: ControlPrefix) -> None:
+    labels = "attributes: {tone: {labels: {strict: {opposite: %s}, firm: {}, warm: {}, stern: {}}}}"
+    (instead,) = with_space(cp, labels % "warm").generate(asked("stern", "nearest")).stand_ins
+    assert set(instead.used) == {"tone=strict", "tone=firm"}
+    (instead,) = with_space(cp, labels % "firm").generate(asked("stern", "nearest")).stand_ins
+    assert (instead.how, instead.used) == ("left out", {})
+
+
 def test_the_nearest_labels_stand_in_by_their_shares(cp: ControlPrefix) -> None:
     outcome = cp.generate(asked("stern", "nearest", strengths={"tone": 1.5}))
     (instead,) = outcome.stand_ins

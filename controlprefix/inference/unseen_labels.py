@@ -20,6 +20,7 @@ from controlprefix.inference.resolved_request import AnyRequest
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import RESERVED_PARTS, Request, WeightedLabel, weighted_labels
 
+MIN_LEAD = 0.1  # of the nearest label over its opposite
 MIN_SIMILARITY = 0.3  # cosine of sentence embeddings, below which no label counts as near
 _MAX_TEXT_CHARACTERS = 2000
 _MAX_LABELS = 3  # labels in a mixture
@@ -51,7 +52,12 @@ def nearest_labels(
         space: For descriptions, which say more than a name, and exclusive attributes.
         embed: Texts -> embeddings of length 1.
     """
-    candidates = sorted(key.label for key in trained if key.attribute == label.attribute)
+    opposites = _opposites(label.attribute, space)
+    candidates = sorted(
+        key.label
+        for key in trained
+        if key.attribute == label.attribute and {key.label, label.label} not in opposites
+    )
     if not candidates:
         return NearestLabels({}, 0.0)
     texts = [describe(label.attribute, name, space) for name in (label.label, *candidates)]
@@ -61,11 +67,25 @@ def nearest_labels(
     max_labels = 1 if attribute is not None and attribute.exclusive else _MAX_LABELS
     best = cosines.argsort(descending=True)[:max_labels]
     near = [int(i) for i in best if cosines[i] >= MIN_SIMILARITY]
+    # Embeddings know topics better than polarity: between opposites they can only guess.
+    for i in near[1:]:
+        if {candidates[near[0]], candidates[i]} in opposites:
+            near = [j for j in near if j != i]
+            if cosines[best[0]] - cosines[i] < MIN_LEAD:
+                near = []
+                break
     if not near:
         return NearestLabels({}, float(cosines.max()))
     shares = torch.softmax(_SOFTMAX_SCALE * cosines[near], dim=0).tolist()
     by_label = {candidates[i]: share for i, share in zip(near, shares, strict=True)}
     return NearestLabels(by_label, float(cosines.max()))
+
+
+def _opposites(attribute: str, space: AttributeSpace | None) -> list[set[str]]:
+    """The pairs of an attribute's labels that the space calls opposites."""
+    entry = space.attributes.get(attribute) if space else None
+    labels = entry.labels if entry else {}
+    return [{name, label.opposite} for name, label in labels.items() if label.opposite is not None]
 
 
 def describe(attribute: str, label: str, space: AttributeSpace | None) -> str:
@@ -145,6 +165,15 @@ def _stand_in(
         make_prefix(PrefixKey.for_label(label.attribute, name), text)
         stand_in = StandIn(label=label.key.name, how="text", used={text: 1.0}, similarity=1.0)
         return stand_in, {name: 1.0}
+    entry = space.attributes.get(label.attribute) if space else None
+    own = entry.labels.get(label.label) if entry else None
+    if own and own.opposite and not request.schedules and request.num_beams == 1:
+        opposite = PrefixKey.for_label(label.attribute, own.opposite)
+        if opposite in trained and not request.calibrated:
+            stand_in = StandIn(
+                label=label.key.name, how="opposite", used={opposite.name: -1.0}, similarity=1.0
+            )
+            return stand_in, {own.opposite: -1.0}
     nearest = nearest_labels(label, trained, space)
     used = {
         PrefixKey.for_label(label.attribute, name).name: share
