@@ -46,13 +46,15 @@ RUNS = {
     "store": "--small 40 --large 40 --times 2",
     "quality": "DATA --seeds 0 --steps 1 --batch-size 4 --num-slots 2 --rows 4 --texts 2 "
     "--new-tokens 2",
-    "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.01",
-    "attributes": "DATA --studies styles --steps 6 --num-slots 2 --texts 2 --new-tokens 2",
+    "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.05",
+    "attributes": "DATA --studies styles --steps 6 --reward-steps 1 --num-slots 2 --texts 2 "
+    "--new-tokens 2",
     "strengths": "DATA --steps 6 --user-steps 1 --num-slots 2 --texts 24 --curve-texts 4 "
     "--new-tokens 2",
     "unseen_labels": "DATA --topics business --steps 3 --rows 4 --distill-steps 1 --num-slots 2 "
     "--texts 2 --new-tokens 2",
     "ordinal": "DATA --steps 2 --num-slots 2 --rows 4 --lengths 0.35 0.45 --new-tokens 8",
+    "preferences": "DATA --counts 2 --held-out 2 --num-slots 2 --steps 1",
     "matching": "DATA --posts 2 --rows 2 --authors 2 --num-slots 2",
     "authors": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 2 --counts 2",
     "user_training_speed": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 2 "
@@ -81,7 +83,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def text(label: int, count: int = 5) -> str:
         return " ".join(rng.choices(list(WORDS.values())[label], k=count))
 
-    for split, size in (("train", 64), ("dev", 8), ("test", 8)):
+    for split, size in (("train", 64), ("dev", 16), ("test", 8)):
         for name, attributes in LABELS.items():
             rows: list[dict[str, object]] = [
                 {"text": text(i % 2), "attrs": {attribute: labels[i % 2]}}
