@@ -46,7 +46,7 @@ RUNS = {
     "store": "--small 40 --large 40 --times 2",
     "quality": "DATA --seeds 0 --steps 1 --batch-size 4 --num-slots 2 --rows 4 --texts 2 "
     "--new-tokens 2",
-    "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.05",
+    "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.001",
     "attributes": "DATA --studies styles --steps 6 --reward-steps 1 --num-slots 2 --texts 2 "
     "--new-tokens 2",
     "strengths": "DATA --steps 6 --user-steps 1 --num-slots 2 --texts 24 --curve-texts 4 "
