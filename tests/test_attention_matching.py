@@ -156,8 +156,10 @@ def test_every_text_counts(name: str) -> None:
     assert exact.num_slots == 40
 
 
-def test_texts_longer_than_the_context_are_read_in_several_passes() -> None:
-    cp = engine(max_position_embeddings=64)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_texts_longer_than_the_context_are_read_in_several_passes(name: str) -> None:
+    field = "n_positions" if name == "gpt2" else "max_position_embeddings"
+    cp = engine(name, **{field: 64})
     context = cp.frozen_model.request_tokenizer.context_length
     assert context == 64
     text = " ".join(f"word {i}" for i in range(60))

@@ -1,5 +1,6 @@
 """Texts of any length as a prefix with few slots."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from controlprefix.prefixes import Part, Prefix, PrefixBatch
 
 _MAX_REFERENCES = 16
 _CHAT_SHARE = 4  # one reference in so many is an answer in a chat
-_MAX_REFERENCE_TOKENS = 96
+_MIN_REFERENCE_TOKENS, _MAX_REFERENCE_TOKENS = 16, 96
 _MAX_QUERIES = 24  # tokens per reference
 _PIECE_TOKENS = 64  # a text that is alone is cut into pieces of so many
 _MAX_PASS_TOKENS = 2048  # tokens that see each other
@@ -123,15 +124,22 @@ def _references(
 ) -> list[Reference]:
     """Some of the texts as references, most from an empty prompt, some as answers in a chat."""
     tokenizer = frozen.request_tokenizer
-    prompts = [tokenizer.prompt_ids(Example(prompt="", raw=True, completion="-"))] * _CHAT_SHARE
+    start = tokenizer.prompt_ids(Example(prompt="", raw=True, completion="-"))
+    prompts = [start] * _CHAT_SHARE
     if tokenizer.has_chat_template:
-        prompts[-1] = tokenizer.prompt_ids(Example(prompt="Write a text.", completion="-"))
+        with contextlib.suppress(RequestError):  # a template may want other messages
+            prompts[-1] = tokenizer.prompt_ids(Example(prompt="Write a text.", completion="-"))
     count = min(_MAX_REFERENCES, len(pieces))
-    chosen = [i * len(pieces) // count for i in range(count)]
-    return [
-        Reference(prompts[n % len(prompts)], pieces[i][:_MAX_REFERENCE_TOKENS], hidden=hidden[i])
-        for n, i in enumerate(chosen)
-    ]
+    references = []
+    for n in range(count):
+        i, prompt = n * len(pieces) // count, prompts[n % len(prompts)]
+        room = _MAX_REFERENCE_TOKENS
+        if tokenizer.context_length is not None:
+            if len(prompt) + _MIN_REFERENCE_TOKENS > tokenizer.context_length:
+                prompt = start
+            room = min(room, max(1, tokenizer.context_length - len(prompt)))
+        references.append(Reference(prompt, pieces[i][:room], hidden=hidden[i]))
+    return references
 
 
 def _equals_prompting(frozen: FrozenModel, ids: Sequence[int], prefix: Prefix) -> bool:
