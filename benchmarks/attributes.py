@@ -23,17 +23,8 @@ from controlprefix import ControlPrefix
 from controlprefix.evaluation.harness import base_model_nlls
 from controlprefix.evaluation.metrics import distinct_n
 
-from lib.attribute_methods import (
-    BATCH_SIZE,
-    METHODS,
-    STUDIES,
-    Combination,
-    ControlPrefixMethod,
-    Method,
-    Study,
-    load_study,
-    trained,
-)
+from lib.attribute_methods import METHODS, ControlPrefixMethod, Method, trained
+from lib.attribute_studies import BATCH_SIZE, STUDIES, Combination, Study, load_study
 from lib.models import add_model_options, load_from
 from lib.results import ResultFile, arguments
 from lib.tables import Column, table

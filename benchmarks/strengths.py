@@ -23,13 +23,8 @@ from controlprefix.evaluation.metrics import spearman
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 
 from lib import plots
-from lib.attribute_methods import (
-    BATCH_SIZE,
-    ControlPrefixMethod,
-    Study,
-    attributes_of,
-    load_study,
-)
+from lib.attribute_methods import ControlPrefixMethod
+from lib.attribute_studies import BATCH_SIZE, Study, attributes_of, load_study
 from lib.methods import TEMPERATURE
 from lib.models import add_model_options, load_from
 from lib.results import ResultFile, arguments

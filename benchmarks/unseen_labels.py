@@ -16,13 +16,8 @@ from controlprefix import Example
 from controlprefix.model import FrozenModel
 
 from lib import datasets
-from lib.attribute_methods import (
-    BATCH_SIZE,
-    IN_WORDS,
-    ControlPrefixMethod,
-    attributes_of,
-    load_study,
-)
+from lib.attribute_methods import ControlPrefixMethod
+from lib.attribute_studies import BATCH_SIZE, IN_WORDS, attributes_of, load_study
 from lib.datasets import Row
 from lib.models import add_model_options, engine, load_from
 from lib.results import ResultFile, arguments

@@ -1,5 +1,7 @@
 """Few matched slots do in attention what many slots did, and stand for all of a text."""
 
+from typing import Any
+
 import numpy
 import pytest
 import torch
@@ -158,8 +160,8 @@ def test_every_text_counts(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_texts_longer_than_the_context_are_read_in_several_passes(name: str) -> None:
-    field = "n_positions" if name == "gpt2" else "max_position_embeddings"
-    cp = engine(name, **{field: 64})
+    changes: Any = {"n_positions" if name == "gpt2" else "max_position_embeddings": 64}
+    cp = engine(name, **changes)
     context = cp.frozen_model.request_tokenizer.context_length
     assert context == 64
     text = " ".join(f"word {i}" for i in range(60))

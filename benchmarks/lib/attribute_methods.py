@@ -3,139 +3,22 @@
 import argparse
 import copy
 import importlib
-import itertools
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy
 import torch
-from sklearn.pipeline import Pipeline
 from transformers import DynamicCache
 
 from controlprefix import Example, Request
-from controlprefix.evaluation import AttributeClassifier, pseudo_label
-from controlprefix.evaluation.harness import base_model_nlls
-from controlprefix.evaluation.rewards import AttributeReward
-from controlprefix.model import FrozenModel
+from controlprefix.evaluation import pseudo_label
 
 from lib import peft_training
-from lib.datasets import DataSet, Row, labelled, shuffled, word_classifier
+from lib.attribute_studies import BATCH_SIZE, IN_WORDS, Combination, Study, attributes_of, parts_of
+from lib.datasets import DataSet, shuffled
 from lib.methods import TEMPERATURE, PeftMethod
 from lib.models import engine
-
-Combination = Mapping[str, str]  # attribute -> label
-
-STUDIES: dict[str, dict[str, str]] = {  # study -> attribute -> file
-    "aspects": dict.fromkeys(
-        ("sentiment", "topic", "toxicity"), "aspects_sentiment_topic_toxicity"
-    ),
-    "styles": {
-        "formality": "formality_pavlick",
-        "sentiment": "sentiment_yelp",
-        "politeness": "politeness_stanford",
-    },
-}
-IN_WORDS = {
-    "world": "about world politics",
-    "sports": "about sports",
-    "business": "about business",
-    "sci/tech": "about science and technology",
-    "nontoxic": "decent, without insults",
-    "toxic": "rude and insulting",
-}
-BATCH_SIZE = 8
-MAX_CLASSIFIER_ROWS = 4000
-NUM_TEST_ROWS = 128
-MIN_REWARD_ROWS = 1000
-
-
-@dataclass(frozen=True)
-class Study:
-    """A set of attributes and its rows.
-
-    Attributes:
-        name: Its name.
-        frozen: The model.
-        labels: Attribute -> its labels.
-        rows: Training rows, each with one label such as `topic=sports`.
-        word_classifiers, classifiers: Per attribute, over words and over sentence embeddings.
-        test_rows: Rows of the test splits, like `rows`.
-        reward_rows: Rows that train the classifiers of a reward, like `rows`.
-    """
-
-    name: str
-    frozen: FrozenModel
-    labels: dict[str, list[str]]
-    rows: list[Row]
-    word_classifiers: dict[str, Pipeline]
-    classifiers: dict[str, AttributeClassifier]
-    test_rows: list[Row]
-    reward_rows: list[Row]
-
-    @cached_property
-    def reward(self) -> AttributeReward:
-        """Classifiers over embeddings, of rows that no other classifier and no method gets."""
-        rows = [
-            Example(prompt="", raw=True, completion=row.completion, attributes=attributes_of(row))
-            for row in self.reward_rows
-        ]
-        return AttributeReward.train(rows)
-
-    @cached_property
-    def base_model_nll(self) -> float:
-        """Nats per token of the test rows under the plain model."""
-        texts = [row.completion for row in self.test_rows]
-        return statistics.fmean(base_model_nlls(engine(self.frozen), texts))
-
-    def combinations(self) -> list[Combination]:
-        """Every combination of one label per attribute."""
-        return [
-            dict(zip(self.labels, labels, strict=True))
-            for labels in itertools.product(*self.labels.values())
-        ]
-
-
-@cache
-def load_study(folder: Path, name: str, num_rows: int, frozen: FrozenModel) -> Study:
-    """A study with `num_rows` training rows in all; other rows train its classifiers."""
-    labels: dict[str, list[str]] = {}
-    rows: list[Row] = []
-    test_rows: list[Row] = []
-    reward_rows: list[Row] = []
-    word_classifiers, classifiers = {}, {}
-    share = num_rows // len(STUDIES[name])
-    for attribute, file in STUDIES[name].items():
-        train = shuffled(labelled(folder, file, attribute, "train"), 0)
-        test = shuffled(labelled(folder, file, attribute, "test"), 0)[:NUM_TEST_ROWS]
-        labels[attribute] = sorted({str(row.label) for row in train})
-        rows += [replace(row, label=f"{attribute}={row.label}") for row in train[:share]]
-        test_rows += [replace(row, label=f"{attribute}={row.label}") for row in test]
-        others = train[share : share + MAX_CLASSIFIER_ROWS]
-        rest = train[share + MAX_CLASSIFIER_ROWS :][:MAX_CLASSIFIER_ROWS]
-        if len(rest) < MIN_REWARD_ROWS:
-            rest = shuffled(labelled(folder, file, attribute, "dev"), 0)
-        reward_rows += [replace(row, label=f"{attribute}={row.label}") for row in rest]
-        word_classifiers[attribute] = word_classifier(others)
-        classifiers[attribute] = AttributeClassifier.train(
-            attribute, [row.completion for row in others], [str(row.label) for row in others]
-        )
-    rows = shuffled(rows, 0)
-    return Study(name, frozen, labels, rows, word_classifiers, classifiers, test_rows, reward_rows)
-
-
-def parts_of(combination: Combination) -> list[str]:
-    """Names such as `topic=sports`."""
-    return [f"{attribute}={label}" for attribute, label in combination.items()]
-
-
-def attributes_of(row: Row) -> dict[str, str]:
-    """The attribute and label of a training row."""
-    attribute, _, label = str(row.label).partition("=")
-    return {attribute: label}
 
 
 class Method:
