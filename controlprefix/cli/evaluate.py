@@ -1,5 +1,6 @@
-"""Commands that measure what prefixes do: eval, calibrate."""
+"""Commands that measure what prefixes do: eval, eval-users, calibrate."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,6 +75,65 @@ def evaluate(
         out.print(f"not classified: {', '.join(report.not_classified)}")
     out.print(f"base-model NLL {report.base_model_nll.mean:.2f} nats per token")
     out.print(f"the report is in {report.save(folder)}")
+
+
+@app.command("eval-users")
+@grouped
+def evaluate_users(
+    rows: Annotated[Path, typer.Argument(help="Rows with users that nothing was trained on.")],
+    groups: Annotated[
+        Path | None,
+        typer.Option(help='JSON file of groupings: {"gender": {"ana": "female", …}}.'),
+    ] = None,
+    min_group_size: Annotated[
+        int, typer.Option(help="Groups with fewer users are not reported.")
+    ] = 8,
+    folder: Annotated[Path, typer.Option(help="Folder of users.json and users.png.")] = Path(
+        "report"
+    ),
+    seed: SeedOption = 0,
+    *,
+    columns: ColumnArguments,
+    engine: EngineArguments,
+) -> None:
+    """Measure for whom user prefixes work: gains over other users' prefixes, harm, groups."""
+    from controlprefix import evaluation
+    from controlprefix.data import as_examples
+
+    groupings = {} if groups is None else _read_groups(groups)
+    examples = as_examples(rows, columns=columns.columns(), defaults=columns.defaults())
+    cp = engine.open()
+    result = evaluation.evaluate_users(
+        cp, examples, groups=groupings, min_group_size=min_group_size, seed=seed
+    )
+    table = Table("users", "gain, nats per token", "95 % interval")
+    gains = [("all", result.gain)]
+    for grouping, by_group in result.groups.items():
+        gains += [(f"{grouping}={group}", gain) for group, gain in by_group.items()]
+    for name, gain in gains:
+        table.add_row(name, f"{gain.mean:.3f}", f"{gain.low:.3f} to {gain.high:.3f}")
+    out.print(table)
+    out.print(
+        f"{len(result.users)} users; harmed: {result.harmed.mean:.1%} (up to "
+        f"{result.harmed.high:.1%}); worst tenth: {result.worst_decile:.3f} nats per token"
+    )
+    if result.too_small:
+        out.print(f"fewer than {min_group_size} users: {', '.join(result.too_small)}")
+    out.print(f"written to {result.save(folder)}")
+
+
+def _read_groups(path: Path) -> dict[str, dict[str, str]]:
+    try:
+        groups: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+        pairs = [pair for group_of in groups.values() for pair in group_of.items()]
+    except (OSError, ValueError, AttributeError) as error:
+        raise RequestError(
+            f"cannot read groupings from {path}: {error}; a file is such as "
+            '{"gender": {"ana": "female"}}'
+        ) from error
+    if not all(isinstance(name, str) for pair in pairs for name in pair):
+        raise RequestError(f"the groups in {path} must be texts")
+    return groups
 
 
 @app.command()

@@ -5,6 +5,7 @@ from controlprefix.evaluation.classifier import AttributeClassifier, pseudo_labe
 from controlprefix.evaluation.harness import evaluate
 from controlprefix.evaluation.metrics import Estimate
 from controlprefix.evaluation.report import CurvePoint, EvaluationReport
+from controlprefix.evaluation.users import UserResult, UsersEvaluation, evaluate_users
 
 __all__ = [
     "AttributeClassifier",
@@ -12,8 +13,11 @@ __all__ = [
     "CurvePoint",
     "Estimate",
     "EvaluationReport",
+    "UserResult",
+    "UsersEvaluation",
     "calibrate",
     "evaluate",
+    "evaluate_users",
     "pseudo_label",
     "strength_curve",
 ]

@@ -197,7 +197,7 @@ def _interval(estimate: Estimate) -> str:
 
 
 def _plot_curves(report: EvaluationReport) -> bytes:
-    figure = _figure((8, 3.5))
+    figure = figure_of((8, 3.5))
     left, right = figure.subplots(1, 2)
     for name, points in report.curves.items():
         strengths = [point.strength for point in points]
@@ -215,7 +215,7 @@ def _plot_curves(report: EvaluationReport) -> bytes:
         axes.set_title(title)
     left.set_ylim(0, 1)
     left.legend(fontsize="small")
-    return _to_png(figure)
+    return to_png(figure)
 
 
 def _plot_cross_talk(report: EvaluationReport) -> bytes:
@@ -223,7 +223,7 @@ def _plot_cross_talk(report: EvaluationReport) -> bytes:
     columns = list(next(iter(report.cross_talk.values())))
     estimates = [[report.cross_talk[row][column] for column in columns] for row in rows]
     means = [[estimate.mean for estimate in row] for row in estimates]
-    figure = _figure((2 + 0.9 * len(columns), 1.5 + 0.6 * len(rows)))
+    figure = figure_of((2 + 0.9 * len(columns), 1.5 + 0.6 * len(rows)))
     axes = figure.subplots()
     axes.imshow(means, cmap="RdBu", vmin=-1, vmax=1)
     axes.set_xticks(range(len(columns)), map(_escape, columns), rotation=30, ha="right")
@@ -234,7 +234,7 @@ def _plot_cross_talk(report: EvaluationReport) -> bytes:
         for j, estimate in enumerate(row):
             color = "#999" if estimate.low <= 0 <= estimate.high else "#000"
             axes.text(j, i, f"{estimate.mean:+.2f}", ha="center", va="center", color=color)
-    return _to_png(figure)
+    return to_png(figure)
 
 
 def _escape(label: str) -> str:
@@ -242,14 +242,20 @@ def _escape(label: str) -> str:
     return " " * label.startswith("_") + label.replace("$", r"\$")
 
 
-def _figure(size: Sequence[float]) -> Any:
+def figure_of(size: Sequence[float]) -> Any:
+    """An empty matplotlib figure.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+    """
     with requires_extra("eval", "a report"):
         from matplotlib.figure import Figure
 
     return Figure(figsize=(size[0], size[1]), layout="constrained", dpi=120)
 
 
-def _to_png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """A matplotlib figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,0 +1,242 @@
+"""For whom user prefixes work: the distribution of their gain over users and groups of users."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from controlprefix.data import Columns, Rows, as_examples
+from controlprefix.engine import ControlPrefix
+from controlprefix.errors import StoreError, TrainingDataError
+from controlprefix.evaluation.metrics import Estimate, bootstrap_mean, wilson_proportion
+from controlprefix.evaluation.report import figure_of, to_png
+from controlprefix.example import Example
+from controlprefix.model.log_probs import kl_divergences, target_logits
+from controlprefix.request import Request
+
+IMPERSONAL_PROMPTS = (
+    "What is the capital of France?",
+    "How does a bicycle stay upright?",
+    "List three uses of salt.",
+    "What is 12 times 12?",
+)
+MIN_GROUP_SIZE = 8
+_NUM_OTHERS = 2  # users whose prefixes a row is scored with for comparison
+_MAX_NEW_TOKENS = 24
+_WORST_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class UserResult:
+    """What one user's prefix does for their own rows.
+
+    Attributes:
+        num_rows: Rows of the user.
+        gain: By how many nats per token their rows are likelier with their prefix than with
+            those of other users, a mean over rows.
+        gain_over_none: The same over no user prefix.
+        off_context: KL(without || with the prefix), nats per token, on what the model without
+            the prefix answers to impersonal prompts; lower is better.
+    """
+
+    num_rows: int
+    gain: Estimate
+    gain_over_none: Estimate
+    off_context: float
+
+    @property
+    def is_harmed(self) -> bool:
+        """Whether the user's rows are less likely with their own prefix than with others'."""
+        return self.gain.high < 0
+
+
+@dataclass(frozen=True, slots=True)
+class UsersEvaluation:
+    """The distribution over users of what their prefixes do.
+
+    Attributes:
+        users: The results of each user.
+        gain: Mean gain over users, with an interval over users.
+        worst_decile: Mean gain of the tenth of the users with the lowest.
+        harmed: Share of users who are harmed.
+        groups: Per grouping and group, the mean gain of its users.
+        too_small: Groups with fewer users than are reported.
+    """
+
+    users: dict[str, UserResult]
+    gain: Estimate
+    worst_decile: float
+    harmed: Estimate
+    groups: dict[str, dict[str, Estimate]]
+    too_small: tuple[str, ...]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `users.json` and `users.png`, the gain of each user in order.
+
+        Returns:
+            The JSON file.
+
+        Raises:
+            StoreError: If the folder cannot be written.
+            MissingDependencyError: If matplotlib is not installed.
+        """
+        image, path = _plot(self), Path(folder) / "users.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            path.with_suffix(".png").write_bytes(image)
+        except OSError as error:
+            raise StoreError(f"cannot write the results to {folder}: {error}") from error
+        return path
+
+
+def evaluate_users(
+    cp: ControlPrefix,
+    rows: Rows,
+    *,
+    columns: Columns | None = None,
+    groups: Mapping[str, Mapping[str, str]] | None = None,
+    min_group_size: int = MIN_GROUP_SIZE,
+    prompts: Sequence[str] = IMPERSONAL_PROMPTS,
+    seed: int = 0,
+) -> UsersEvaluation:
+    """Measure what each user's prefix does for rows of that user, and how it is distributed.
+
+    Most of what a user prefix gains over none is what all users have in common, so the gain is
+    over the prefixes of other users. Intervals are 95 %, by bootstrap over a user's rows, and
+    over users.
+
+    Args:
+        cp: With the prefixes of the rows' users.
+        rows: Held-out rows with users, in any form (see `controlprefix.data.as_examples`).
+        columns: Which columns of the rows hold what, if they have other names.
+        groups: Groupings, such as `{"gender": {"ana": "female", "bo": "male"}}`.
+        min_group_size: Groups with fewer users are not reported, only named.
+        prompts: Impersonal prompts, on which a user's prefix should change little.
+        seed: Seed of the choice of other users.
+
+    Raises:
+        TrainingDataError: If there are rows of fewer than two users.
+        UnknownNameError: If a user has no prefix.
+    """
+    examples = [row for row in as_examples(rows, columns=columns) if row.user is not None]
+    row_ids: dict[str, list[int]] = {}
+    for i, row in enumerate(examples):
+        row_ids.setdefault(str(row.user), []).append(i)
+    if len(row_ids) < 2:
+        raise TrainingDataError(
+            f"there are rows of {len(row_ids)} users; a user is compared with others: give rows "
+            "of two or more"
+        )
+    draw, names = random.Random(seed), sorted(row_ids)
+    num_others = min(_NUM_OTHERS, len(names) - 1)
+    others = {
+        user: draw.sample([name for name in names if name != user], num_others) for user in names
+    }
+    own = _nats(cp, examples)
+    none = _nats(cp, [_of_user(row, None) for row in examples])
+    other = [
+        _nats(cp, [_of_user(row, others[str(row.user)][k]) for row in examples])
+        for k in range(num_others)
+    ]
+    answers = _plain_answers(cp, prompts)
+    users = {}
+    for user in names:
+        ids = row_ids[user]
+        gains = [sum(nats[i] for nats in other) / num_others - own[i] for i in ids]
+        users[user] = UserResult(
+            len(ids),
+            bootstrap_mean(gains),
+            bootstrap_mean([none[i] - own[i] for i in ids]),
+            _off_context(cp, user, answers),
+        )
+    means = sorted(result.gain.mean for result in users.values())
+    worst = means[: max(1, round(_WORST_SHARE * len(means)))]
+    by_group, too_small = _by_group(users, groups or {}, min_group_size)
+    return UsersEvaluation(
+        users,
+        bootstrap_mean(means),
+        sum(worst) / len(worst),
+        wilson_proportion([result.is_harmed for result in users.values()]),
+        by_group,
+        too_small,
+    )
+
+
+def _nats(cp: ControlPrefix, examples: Sequence[Example]) -> list[float]:
+    """Nats per token of each example's completion."""
+    scores = cp.score(examples)
+    return [-score.log_likelihood / max(1, score.num_tokens) for score in scores]
+
+
+def _of_user(row: Example, user: str | None) -> Example:
+    strengths = {name: v for name, v in row.strengths.items() if user is not None or name != "user"}
+    return row.model_copy(update={"user": user, "strengths": strengths})
+
+
+def _by_group(
+    users: Mapping[str, UserResult], groups: Mapping[str, Mapping[str, str]], min_size: int
+) -> tuple[dict[str, dict[str, Estimate]], tuple[str, ...]]:
+    """The mean gain of each group that is large enough, and the names of those that are not."""
+    by_group: dict[str, dict[str, Estimate]] = {}
+    too_small = []
+    for grouping, group_of in groups.items():
+        by_group[grouping] = {}
+        for group in sorted(set(group_of.values())):
+            gains = [users[u].gain.mean for u in users if group_of.get(u) == group]
+            if len(gains) < min_size:
+                too_small.append(f"{grouping}={group}")
+                continue
+            by_group[grouping][group] = bootstrap_mean(gains)
+    return by_group, tuple(too_small)
+
+
+def _plain_answers(
+    cp: ControlPrefix, prompts: Sequence[str]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Prompt and answer of the model without prefixes, as token ids."""
+    tokenizer = cp.frozen_model.request_tokenizer
+    requests = [
+        Request(prompt=prompt, raw=not tokenizer.has_chat_template, max_new_tokens=_MAX_NEW_TOKENS)
+        for prompt in prompts
+    ]
+    answers = []
+    plain = cp.without_defaults()
+    for request, completion in zip(requests, plain.generate(requests), strict=True):
+        ids = tokenizer.inner_ids(completion.text) if completion.text.strip() else ()
+        if ids:
+            answers.append((tokenizer.prompt_ids(request), ids))
+    return answers
+
+
+def _off_context(
+    cp: ControlPrefix, user: str, answers: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> float:
+    """KL(plain || with a user's prefix), nats per token."""
+    if not answers:
+        return 0.0
+    frozen = cp.frozen_model
+    resolved = cp.without_defaults().resolve(Request(prompt="-", raw=True, user=user))
+    prompts, targets = [prompt for prompt, _ in answers], [ids for _, ids in answers]
+    logits = []
+    for parts in ([], [part.part for part in resolved.parts]):
+        with torch.no_grad(), frozen.attached(frozen.assemble([parts] * len(answers))):
+            logits.append(target_logits(frozen, prompts, targets)[0])
+    plain, steered = logits
+    return float(kl_divergences(steered, plain).mean())
+
+
+def _plot(evaluation: UsersEvaluation) -> bytes:
+    figure: Any = figure_of((6, 3.5))
+    axes = figure.subplots()
+    results = sorted(evaluation.users.values(), key=lambda result: result.gain.mean)
+    places = range(len(results))
+    axes.axhline(0, color="0.6", linewidth=1)
+    axes.vlines(places, [r.gain.low for r in results], [r.gain.high for r in results], color="0.8")
+    axes.plot(places, [r.gain.mean for r in results], "o", markersize=3)
+    axes.set(xlabel="users, by gain", ylabel="gain over other users' prefixes, nats/token")
+    return to_png(figure)

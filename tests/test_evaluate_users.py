@@ -1,0 +1,125 @@
+"""For whom user prefixes work: gains over others, who is harmed, groups, and impersonal prompts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from controlprefix import ControlPrefix, Example, Prefix, TrainingDataError
+from controlprefix.evaluation import evaluate_users
+
+from helpers import engine
+
+STYLES = {"ana": "so good!! xo", "bo": "Fair wind. Bo out.", "cleo": "One must suppose."}
+
+
+def rows(users: list[str], count: int = 4) -> list[Example]:
+    return [
+        Example(prompt=f"Say {i}", completion=f"{STYLES[user]} {i}", user=user)
+        for user in users
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def cp() -> ControlPrefix:
+    """Three users who are trained on what they write, but cleo on what bo writes."""
+    built = engine()
+    texts = {user: [f"{STYLES[user]} {i}" for i in range(6)] for user in STYLES}
+    built.train_users(
+        {**texts, "cleo": texts["bo"]},
+        num_slots=4,
+        steps=40,
+        learning_rate=0.2,
+        validation=0,
+        progress=False,
+    )
+    return built
+
+
+def nats(cp: ControlPrefix, row: Example, user: str | None) -> float:
+    (score,) = cp.score([row.model_copy(update={"user": user})])
+    return -score.log_likelihood / score.num_tokens
+
+
+def test_gains_are_over_other_users_and_over_none(cp: ControlPrefix) -> None:
+    examples = rows(["ana", "bo", "cleo"])
+    result = evaluate_users(cp, examples)
+    assert set(result.users) == {"ana", "bo", "cleo"}
+    for user, own in result.users.items():
+        others = [name for name in STYLES if name != user]
+        own_rows = [row for row in examples if row.user == user]
+        gains = [
+            sum(nats(cp, row, other) for other in others) / 2 - nats(cp, row, user)
+            for row in own_rows
+        ]
+        assert own.gain.mean == pytest.approx(sum(gains) / len(gains), abs=1e-4)
+        over_none = [nats(cp, row, None) - nats(cp, row, user) for row in own_rows]
+        assert own.gain_over_none.mean == pytest.approx(sum(over_none) / len(gains), abs=1e-4)
+        assert own.num_rows == 4
+    means = [own.gain.mean for own in result.users.values()]
+    assert result.gain.mean == pytest.approx(sum(means) / 3, abs=1e-6)
+    assert result.worst_decile == pytest.approx(min(means))
+
+
+def test_who_is_harmed_is_named_by_the_interval(cp: ControlPrefix) -> None:
+    result = evaluate_users(cp, rows(["ana", "bo", "cleo"]))
+    assert not result.users["ana"].is_harmed
+    assert not result.users["bo"].is_harmed
+    # Cleo's prefix is bo's: her rows are as likely with his, and less likely than with no prefix.
+    assert result.users["cleo"].gain.mean < result.users["ana"].gain.mean
+    assert result.harmed.mean == sum(u.is_harmed for u in result.users.values()) / 3
+
+
+def test_divergence_on_impersonal_prompts_is_zero_without_effect(cp: ControlPrefix) -> None:
+    silent = Prefix(cp.geometry, {"decoder": torch.zeros(1, cp.geometry.slot_size("decoder"))})
+    # Keys that no query likes: all attention stays on the tokens.
+    cp.put("user", "silent", silent)
+    cp.put("user", "loud", Prefix.random(cp.geometry, num_slots=4, scale=2.0, seed=1))
+    try:
+        examples = [
+            Example(prompt="Say", completion="Well well", user=user) for user in ("silent", "loud")
+        ]
+        result = evaluate_users(cp, examples)
+        assert 0 <= result.users["silent"].off_context < result.users["loud"].off_context
+        assert evaluate_users(cp, examples, prompts=()).users["loud"].off_context == 0
+    finally:
+        cp.forget_user("silent")
+        cp.forget_user("loud")
+
+
+def test_small_groups_are_only_named(cp: ControlPrefix) -> None:
+    groups = {"sea": {"ana": "no", "bo": "yes", "cleo": "no"}}
+    result = evaluate_users(cp, rows(list(STYLES)), groups=groups, min_group_size=2)
+    assert set(result.groups["sea"]) == {"no"}
+    assert result.too_small == ("sea=yes",)
+    gains = [result.users[user].gain.mean for user in ("ana", "cleo")]
+    assert result.groups["sea"]["no"].mean == pytest.approx(sum(gains) / 2)
+    with pytest.raises(TrainingDataError, match="rows of 1 users"):
+        evaluate_users(cp, rows(["ana"]))
+
+
+def test_the_command_reports_and_writes(
+    cp: ControlPrefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from controlprefix.cli import app
+    from controlprefix.cli.groups import EngineArguments
+
+    monkeypatch.setattr(EngineArguments, "open", lambda self, **_: cp)
+    data, groups = tmp_path / "rows.jsonl", tmp_path / "groups.json"
+    data.write_text(
+        "\n".join(row.model_dump_json(exclude_unset=True) for row in rows(list(STYLES)))
+    )
+    groups.write_text('{"sea": {"ana": "no", "bo": "yes"}}')
+    folder = tmp_path / "report"
+    arguments = ["eval-users", str(data), "--groups", str(groups), "--folder", str(folder)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "3 users; harmed" in result.output
+    assert "sea=yes" in result.output
+    assert set(json.loads((folder / "users.json").read_text())["users"]) == set(STYLES)
+    assert (folder / "users.png").stat().st_size > 1000
+    groups.write_text('["ana"]')
+    assert CliRunner().invoke(app, arguments).exit_code != 0
