@@ -33,7 +33,13 @@ def token_log_probs(
         of the same shape.
     """
     logits, target_ids, mask = target_logits(frozen, prompts, targets)
-    losses = torch.cat(
+    losses = chunked_losses(logits, target_ids)
+    return losses.new_zeros(mask.shape).masked_scatter(mask, -losses), mask
+
+
+def chunked_losses(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """`target_losses` of many tokens, a chunk at a time, forward and backward."""
+    return torch.cat(
         [
             checkpoint(target_losses, chunk, ids, use_reentrant=False)
             for chunk, ids in zip(
@@ -41,7 +47,6 @@ def token_log_probs(
             )
         ]
     )
-    return losses.new_zeros(mask.shape).masked_scatter(mask, -losses), mask
 
 
 def kl_divergences(logits: Tensor, teacher: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from controlprefix.inference.generation import generate_tokens
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.inference.stopping import completion_from_tokens
 from controlprefix.model import FrozenModel
-from controlprefix.model.log_probs import kl_divergences, target_logits, target_losses
+from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
 from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.request import Request
 from controlprefix.training.objectives import ContrastPair, Objective, Rollout, TrainingRow
@@ -215,7 +215,7 @@ class PolicyObjective(Objective):
         rows = [pair.row for pair in pairs]
         targets = [row.targets for row in rows]
         logits, target_ids, _ = target_logits(self._frozen, [row.prompt for row in rows], targets)
-        log_probs = -target_losses(logits, target_ids)
+        log_probs = -chunked_losses(logits, target_ids)
         divergences = torch.zeros_like(log_probs)
         rollouts = torch.tensor(
             [row.rollout is not None for row in rows for _ in row.targets], device=logits.device
