@@ -36,11 +36,10 @@ from controlprefix.training.objectives import ContrastPair, Rollout, TrainingRow
 from controlprefix.training.parameterization import parameterize
 from controlprefix.training.policy import (
     PolicyObjective,
-    PolicySettings,
     _uncertain,
     distinct_shares,
 )
-from controlprefix.training.settings import TrainingSettings
+from controlprefix.training.settings import PolicySettings, TrainingSettings
 
 from helpers import QUICK, engine, greetings
 

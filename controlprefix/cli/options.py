@@ -83,17 +83,17 @@ def training_options(
     return decorate
 
 
-def objective_options(
-    load_form: Callable[[], Any],
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def objective_options(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command options of an objective's settings, as the argument `objective_fields`.
 
     Args:
-        load_form: Imports `PolicySettings` or `PreferenceSettings`, which needs torch.
+        name: `PolicySettings` or `PreferenceSettings`.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        form = load_form()
+        from controlprefix.training import settings
+
+        form = getattr(settings, name)
 
         def parse(values: dict[str, Any]) -> dict[str, Any]:
             form.split_off(values)  # a mistake is told before a model is loaded

@@ -12,12 +12,6 @@ from controlprefix.cli.runs import RunArguments, exit_when_interrupted
 from controlprefix.cli.train import NumSlotsOption
 
 
-def _preference_settings() -> Any:
-    from controlprefix.training.settings import PreferenceSettings
-
-    return PreferenceSettings
-
-
 @app.command("train-preferences")
 @training_options(
     "epochs",
@@ -31,7 +25,7 @@ def _preference_settings() -> Any:
     "seed",
     learning_rate=0.01,
 )
-@objective_options(_preference_settings)
+@objective_options("PreferenceSettings")
 @grouped
 def train_preferences(
     data: Annotated[

@@ -3,7 +3,7 @@
 import importlib
 import re
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -13,19 +13,15 @@ from controlprefix.cli.options import objective_options, parse_list, training_op
 from controlprefix.cli.runs import RunArguments, exit_when_interrupted
 from controlprefix.cli.train import LearnOption
 from controlprefix.errors import RequestError
-from controlprefix.training import Reward
+
+if TYPE_CHECKING:
+    from controlprefix.training import Reward
 
 _FORMS = (
     "labels=rows.jsonl, classifier=tone.json,formality.json, length=10..30 (words), "
     "pattern=REGEX, json, or python=module:function"
 )
 _SPEC = re.compile(r"(?:(?P<weight>\d*\.?\d+)\*)?(?P<kind>\w+)(?:=(?P<value>.*))?", re.DOTALL)
-
-
-def _policy_settings() -> Any:
-    from controlprefix.training.policy import PolicySettings
-
-    return PolicySettings
 
 
 @app.command()
@@ -40,7 +36,7 @@ def _policy_settings() -> Any:
     steps=40,
     learning_rate=0.01,
 )
-@objective_options(_policy_settings)
+@objective_options("PolicySettings")
 @grouped
 def reinforce(
     requests: Annotated[
@@ -97,7 +93,7 @@ def reinforce(
     out.print(f"{len(report.losses)} steps, {report.seconds:.0f} s: {', '.join(changes)}")
 
 
-def parse_rewards(specs: list[str]) -> Reward:
+def parse_rewards(specs: list[str]) -> "Reward":
     """The reward that `--reward` options name: their weighted sum.
 
     Raises:
@@ -116,7 +112,7 @@ def parse_rewards(specs: list[str]) -> Reward:
     return rewards[0][0] if len(rewards) == 1 else WeightedReward(rewards)
 
 
-def _reward(kind: str, value: str, spec: str) -> Reward:
+def _reward(kind: str, value: str, spec: str) -> "Reward":
     from controlprefix.data import as_examples
     from controlprefix.evaluation import rewards
     from controlprefix.evaluation.classifier import AttributeClassifier
@@ -136,7 +132,7 @@ def _reward(kind: str, value: str, spec: str) -> Reward:
     raise RequestError(f"--reward {spec!r} has another form than {_FORMS}")
 
 
-def _python_reward(path: str) -> Reward:
+def _python_reward(path: str) -> "Reward":
     module, _, name = path.partition(":")
     try:
         reward: Reward = getattr(importlib.import_module(module), name)

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from controlprefix.training.initialization import Initialization, Initializations
     from controlprefix.training.loop import train
     from controlprefix.training.objectives import TrainingRow
-    from controlprefix.training.policy import PolicySettings, ReinforcementOptions, Reward
+    from controlprefix.training.policy import Reward
     from controlprefix.training.preparation import Learnable
     from controlprefix.training.report import TrainingReport
     from controlprefix.training.settings import (
         ParameterizationName,
+        PolicySettings,
         PreferenceOptions,
         PreferenceSettings,
+        ReinforcementOptions,
         TrainingOptions,
         TrainingSettings,
     )
@@ -34,11 +36,11 @@ _HOMES = {
     "Initializations": "initialization",
     "Learnable": "preparation",
     "ParameterizationName": "settings",
-    "PolicySettings": "policy",
+    "PolicySettings": "settings",
     "PreferenceOptions": "settings",
     "PreferenceSettings": "settings",
     "PrefixModel": "trainable",
-    "ReinforcementOptions": "policy",
+    "ReinforcementOptions": "settings",
     "Reward": "policy",
     "ShorteningReport": "shortening",
     "SweepPoint": "sweep",

@@ -10,11 +10,11 @@ from controlprefix.request import Request
 from controlprefix.training.control import RunControl
 from controlprefix.training.initialization import scale_of_all
 from controlprefix.training.objectives import Objective, Rejected, TrainingRow
-from controlprefix.training.policy import PolicyObjective, PolicySettings, Reward
+from controlprefix.training.policy import PolicyObjective, Reward
 from controlprefix.training.preferences import with_margins
 from controlprefix.training.preparation import Learnable, Preparation, prepare, prepare_requests
 from controlprefix.training.report import TrainingReport
-from controlprefix.training.settings import PreferenceSettings, TrainingSettings
+from controlprefix.training.settings import PolicySettings, PreferenceSettings, TrainingSettings
 from controlprefix.training.trainer import Trainer
 
 

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from statistics import fmean
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Any, Protocol
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from controlprefix.completion import PartUsed
@@ -25,13 +23,12 @@ from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.request import Request
 from controlprefix.training.objectives import ContrastPair, Objective, Rollout, TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
-from controlprefix.training.settings import TrainingOptions, split_settings
+from controlprefix.training.settings import PolicySettings
 
 _MAX_ROWS_PER_BATCH = 64  # samples that are generated at a time
 # As in Prefix-RFT: the longest part of a demonstration, and its share of tokens with a gradient.
 MAX_DEMONSTRATED = 0.95
 UNCERTAIN_SHARE = 0.2
-_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Reward(Protocol):
@@ -44,54 +41,6 @@ class Reward(Protocol):
             requests: What each text was generated for.
             texts: Generated texts, without the end token.
         """
-
-
-@dataclass(
-    frozen=True,
-    config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True),
-)
-class PolicySettings:
-    """Hyperparameters of reinforcement learning. Make one with `from_options`."""
-
-    num_samples: Annotated[int, Field(ge=2)] = 4
-    """Samples per request and step; each is compared with the mean of the others."""
-
-    kl: _NonNegative = 0.05
-    """Weight of the KL divergence (nats per token) from the reference."""
-
-    reference: Literal["start", "plain"] = "start"
-    """What the divergence is from: the prefixes at the run's start, or the model without any."""
-
-    diversity: _NonNegative = 1.0
-    """Weight of a further reward: the share of a sample's token pairs (bigrams) that no other
-    sample of the step has."""
-
-    demonstration_weight: _NonNegative = 0.1
-    """Weight of the negative log-likelihood of demonstrations, if there are any."""
-
-    demonstrated: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of a step's requests that are replaced by demonstrations' own, of which one sample
-    starts with the first part of the demonstration (Prefix-RFT)."""
-
-    @classmethod
-    def split_off(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """The settings among some options, and the other options.
-
-        Raises:
-            TrainingDataError: If a value is out of range.
-        """
-        return split_settings(cls, options, "reinforcement learning")
-
-
-class ReinforcementOptions(TrainingOptions, total=False):
-    """Keyword arguments of `reinforce`: `PolicySettings` and those of the training functions."""
-
-    num_samples: int
-    kl: float
-    reference: Literal["start", "plain"]
-    diversity: float
-    demonstration_weight: float
-    demonstrated: float
 
 
 class PolicyObjective(Objective):

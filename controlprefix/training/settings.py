@@ -16,6 +16,7 @@ TooLong = Literal["refuse", "cut", "skip"]
 
 _PositiveInt = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # Measured to be good per parameterization: see docs/decisions.md.
@@ -46,7 +47,7 @@ class TrainingSettings:
     before a cosine decay to a tenth, in units of the size of the model's own keys and values.
     Left out, the tested default of the parameterization."""
 
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: _NonNegative = 0.0
     """Weight decay of AdamW, towards the initialization."""
 
     max_grad_norm: _Positive = 1.0
@@ -123,7 +124,7 @@ class PreferenceSettings:
     """How strongly a preferred completion must be more likely than with the reference: margins
     are divided by 1 / beta nats."""
 
-    likelihood_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    likelihood_weight: _NonNegative = 0.1
     """Weight of the negative log-likelihood of chosen completions, which keeps them likely."""
 
     reference: Literal["start", "plain"] = "start"
@@ -138,6 +139,43 @@ class PreferenceSettings:
             TrainingDataError: If a value is out of range.
         """
         return split_settings(cls, options, "learning from preferences")
+
+
+@dataclass(
+    frozen=True,
+    config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True),
+)
+class PolicySettings:
+    """Hyperparameters of reinforcement learning. Make one with `from_options`."""
+
+    num_samples: Annotated[int, Field(ge=2)] = 4
+    """Samples per request and step; each is compared with the mean of the others."""
+
+    kl: _NonNegative = 0.05
+    """Weight of the KL divergence (nats per token) from the reference."""
+
+    reference: Literal["start", "plain"] = "start"
+    """What the divergence is from: the prefixes at the run's start, or the model without any."""
+
+    diversity: _NonNegative = 1.0
+    """Weight of a further reward: the share of a sample's token pairs (bigrams) that no other
+    sample of the step has."""
+
+    demonstration_weight: _NonNegative = 0.1
+    """Weight of the negative log-likelihood of demonstrations, if there are any."""
+
+    demonstrated: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a step's requests that are replaced by demonstrations' own, of which one sample
+    starts with the first part of the demonstration (Prefix-RFT)."""
+
+    @classmethod
+    def split_off(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """The settings among some options, and the other options.
+
+        Raises:
+            TrainingDataError: If a value is out of range.
+        """
+        return split_settings(cls, options, "reinforcement learning")
 
 
 _Settings = TypeVar("_Settings")
@@ -190,3 +228,14 @@ class PreferenceOptions(TrainingOptions, total=False):
     beta: float
     likelihood_weight: float
     reference: Literal["start", "plain"]
+
+
+class ReinforcementOptions(TrainingOptions, total=False):
+    """Keyword arguments of `reinforce`: `PolicySettings` and those of the training functions."""
+
+    num_samples: int
+    kl: float
+    reference: Literal["start", "plain"]
+    diversity: float
+    demonstration_weight: float
+    demonstrated: float
