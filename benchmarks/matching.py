@@ -20,7 +20,6 @@ from lib.tables import Column, table
 COLUMNS: tuple[Column, ...] = (
     ("nll", "NLL", 3),
     ("nll, another's", "NLL, another's", 3),
-    ("seconds per user", "s per user", 1),
     ("bytes per user", "bytes per user", 0),
 )
 FIRST_TOKENS = 64
@@ -53,7 +52,7 @@ def page(results: dict[str, Any]) -> str:
             f"`{results['command']}` at commit {results['commit']}, {results['date']}.",
             f"**NLL**: nats per token of the {options['rows']} newest posts with the author's "
             "prefix; **NLL, another's**: with another author's, made in the same way (the "
-            "difference is what is personal). Seconds are of a shared machine.",
+            "difference is what is personal).",
             table("prefix", results["ways"], COLUMNS),
         ]
     )
@@ -79,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, way in ways.items():
         if file.get("ways", name) is None:
             figures = authors.measure(way, options.posts)
+            figures.pop("seconds per user", None)  # user-training-speed.json has times
             Console(width=200).print(f"{name}: {figures}")
             file.set("ways", name, value=figures)
 
