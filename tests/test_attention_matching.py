@@ -16,9 +16,9 @@ from controlprefix.model.slot_attention import (
     LayerAttention,
     Reference,
     SlotAttention,
+    most_attended,
     observe,
 )
-from controlprefix.prefixes import LayerSlots
 
 from helpers import engine, frozen
 
@@ -43,18 +43,6 @@ def output_error(
             error += float((output - short_output).square().sum())
             size += float(output.square().sum())
     return error / size
-
-
-def most_attended(prefix: Prefix, attention: SlotAttention, num_slots: int) -> Prefix:
-    """The simple way: per head the slots with the most attention, as they are."""
-    layers: dict[str, list[LayerSlots]] = {}
-    for site in prefix.geometry.sites:
-        layers[site] = []
-        for i, layer in enumerate(attention[site]):
-            best = layer.weights.square().sum(dim=1).topk(num_slots).indices[..., None]
-            keys, values = prefix.layer(site, i)
-            layers[site].append((keys.take_along_dim(best, 1), values.take_along_dim(best, 1)))
-    return Prefix.from_layers(prefix.geometry, **layers)
 
 
 @pytest.mark.slow

@@ -18,10 +18,9 @@ from controlprefix import (
 )
 from controlprefix.model import prefix_from_tokens
 from controlprefix.model.attention import LAYER_ATTRIBUTE
-from controlprefix.model.attention_matching import matched
 from controlprefix.model.log_probs import token_log_probs
 from controlprefix.model.probing import probe
-from controlprefix.model.slot_attention import Reference, observe
+from controlprefix.model.slot_attention import Reference, most_attended, observe
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.training import TrainingSettings
 from controlprefix.training.held_out import split_examples
@@ -214,13 +213,13 @@ def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
         if not looking:
             ids = cp.frozen_model.request_tokenizer.text_ids(texts[0])
             expected = prefix_from_tokens(cp.frozen_model, ids, num_slots=4)
-        if looking:  # what does for rows what the whole text does
+        if looking:  # in each head what rows attend to most
             encoded = [
                 cp.frozen_model.request_tokenizer.example_ids(Example(prompt="Hi", completion=text))
                 for text in looking
             ]
             references = [Reference(item.prompt, (*item.completion, 1)) for item in encoded]
-            expected = matched(expected, observe(cp.frozen_model, expected, references), 4)
+            expected = most_attended(expected, observe(cp.frozen_model, expected, references), 4)
         stored = cp.get("user", "ana")
         assert stored.num_slots == 4
         assert torch.allclose(stored.slots["decoder"], expected.slots["decoder"], atol=1e-6)

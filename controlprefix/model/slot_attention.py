@@ -10,7 +10,7 @@ from torch import Tensor
 from controlprefix.model.attention import AttentionCall, SteeredLayer, recording
 from controlprefix.model.frozen import FrozenModel
 from controlprefix.model.log_probs import token_log_probs
-from controlprefix.prefixes import Part, Prefix, Site
+from controlprefix.prefixes import LayerSlots, Part, Prefix, Site
 
 
 class Reference(NamedTuple):
@@ -112,6 +112,27 @@ def _record(
             whole.transpose(0, 1).unflatten(0, (num_kv_heads, -1)).flatten(1, 2),
         )
     )
+
+
+def most_attended(prefix: Prefix, attention: SlotAttention, num_slots: int) -> Prefix:
+    """A shorter prefix: in each kv head, the keys and values of the most attended slots.
+
+    Each kv head has rows of its own in a slot, and heads attend to different slots, so each
+    head keeps its own choice.
+
+    Reference:
+        Li et al., "SnapKV", 2024, https://arxiv.org/abs/2404.14469, for KV caches.
+    """
+    layers: dict[str, list[LayerSlots]] = {}
+    for site in prefix.geometry.sites:
+        layers[site] = []
+        for i, layer in enumerate(attention[site]):
+            mass = layer.weights.mean(dim=1)
+            best = mass.topk(min(num_slots, mass.shape[1])).indices.sort().values[..., None]
+            keys, values = prefix.layer(site, i)
+            best = best.to(keys.device)
+            layers[site].append((keys.take_along_dim(best, 1), values.take_along_dim(best, 1)))
+    return Prefix.from_layers(prefix.geometry, **layers)
 
 
 def mean_masses(attention: SlotAttention) -> Tensor:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from controlprefix.errors import TrainingDataError
 from controlprefix.model import FrozenModel, prefix_from_tokens
-from controlprefix.model.attention_matching import matched
-from controlprefix.model.slot_attention import Reference, observe
+from controlprefix.model.slot_attention import Reference, most_attended, observe
 from controlprefix.prefixes import Kind, Prefix, PrefixKey, Site
 from controlprefix.training.objectives import TrainingRow
 
@@ -121,7 +120,7 @@ def slots_from_text(
 ) -> Prefix:
     """The keys and values of a text.
 
-    If it has more tokens than slots, they are matched to what the rows get from all of them.
+    If it has more tokens than slots, each kv head keeps those that the rows attend to most.
 
     Args:
         frozen: The model.
@@ -137,7 +136,7 @@ def slots_from_text(
         return prefix_from_tokens(frozen, ids, num_slots=num_slots)
     whole = prefix_from_tokens(frozen, ids)
     references = [Reference(row.prompt, row.targets, row.frozen) for row in rows]
-    return matched(whole, observe(frozen, whole, references), num_slots)
+    return most_attended(whole, observe(frozen, whole, references), num_slots)
 
 
 def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]:
