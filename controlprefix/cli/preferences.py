@@ -8,7 +8,7 @@ import typer
 from controlprefix.cli.common import app, out
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import objective_options, parse_list, training_options
-from controlprefix.cli.runs import RunArguments, exit_when_interrupted
+from controlprefix.cli.runs import RunArguments, exit_when_interrupted, print_saved
 from controlprefix.cli.train import NumSlotsOption
 
 
@@ -68,8 +68,7 @@ def train_preferences(
             **objective_fields,
             **training_fields,
         )
-    for name, version in report.saved.items():
-        out.print(f"stored {name} version {version}")
+    print_saved(report)
     accuracy = report.metrics[-1]["accuracy"]
     out.print(
         f"{len(report.losses)} steps on {report.num_examples} preferences ({report.num_held_out} "

@@ -10,7 +10,7 @@ import typer
 from controlprefix.cli.common import app, out
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import objective_options, parse_list, training_options
-from controlprefix.cli.runs import RunArguments, exit_when_interrupted
+from controlprefix.cli.runs import RunArguments, exit_when_interrupted, print_saved
 from controlprefix.cli.train import LearnOption
 from controlprefix.errors import RequestError
 
@@ -86,8 +86,7 @@ def reinforce(
             **objective_fields,
             **training_fields,
         )
-    for name, version in report.saved.items():
-        out.print(f"stored {name} version {version}")
+    print_saved(report)
     first, last = report.metrics[0], report.metrics[-1]
     changes = [f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in first]
     out.print(f"{len(report.losses)} steps, {report.seconds:.0f} s: {', '.join(changes)}")

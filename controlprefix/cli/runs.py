@@ -4,12 +4,15 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from controlprefix.cli.common import err
+from controlprefix.cli.common import err, out
 from controlprefix.errors import RequestError, TrainingInterrupted
+
+if TYPE_CHECKING:
+    from controlprefix.training import TrainingReport
 
 RUNS = Path("runs")
 
@@ -62,6 +65,12 @@ class RunArguments:
                 "without --resume"
             )
         return max(existing, key=lambda path: path.stat().st_mtime)
+
+
+def print_saved(report: "TrainingReport") -> None:
+    """Print what a run stored."""
+    for name, version in report.saved.items():
+        out.print(f"stored {name} version {version}")
 
 
 @contextlib.contextmanager

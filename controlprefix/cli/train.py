@@ -15,7 +15,7 @@ from controlprefix.cli.options import (
     parse_validation,
     training_options,
 )
-from controlprefix.cli.runs import RunArguments, exit_when_interrupted
+from controlprefix.cli.runs import RunArguments, exit_when_interrupted, print_saved
 
 DataArgument = Annotated[
     Path,
@@ -88,8 +88,7 @@ def train(
         )
     if not is_main_process():
         return
-    for name, version in report.saved.items():
-        out.print(f"stored {name} version {version}")
+    print_saved(report)
     if report.num_cut or report.num_skipped:
         out.print(
             f"too long for the model's context: {report.num_cut} rows cut, "
@@ -219,8 +218,7 @@ def distill(
             **run.options(prompts[0]),
             **training_fields,
         )
-    for saved, version in report.saved.items():
-        out.print(f"stored {saved} version {version}")
+    print_saved(report)
     out.print(
         f"{len(report.losses)} steps, {report.seconds:.0f} s; divergence from the instructed "
         f"model {report.best_loss:.3f} nats per token at step {report.best_step}"

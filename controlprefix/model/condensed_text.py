@@ -78,7 +78,9 @@ def prefix_from_pieces(
         pieces = [ids[at : at + _PIECE_TOKENS] for at in range(0, len(ids), _PIECE_TOKENS)]
     if sum(map(len, pieces)) <= num_slots:
         return prefix_from_tokens(frozen, [token for piece in pieces for token in piece])
-    groups = _groups(pieces, min(_MAX_PASS_TOKENS, frozen.request_tokenizer.context_length or 2048))
+    groups = _groups(
+        pieces, min(_MAX_PASS_TOKENS, frozen.request_tokenizer.context_length or _MAX_PASS_TOKENS)
+    )
     prefixes = [_match_group(frozen, group, num_slots) for group in groups]
     if len(prefixes) == 1:
         return prefixes[0]
