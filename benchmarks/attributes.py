@@ -23,7 +23,7 @@ from controlprefix import ControlPrefix
 from controlprefix.evaluation.harness import base_model_nlls
 from controlprefix.evaluation.metrics import distinct_n
 
-from lib.attribute_methods import METHODS, ControlPrefixMethod, Method, trained
+from lib.attribute_methods import METHODS, ControlPrefixMethod, Method, RealTexts, trained
 from lib.attribute_studies import BATCH_SIZE, STUDIES, Combination, Study, load_study
 from lib.models import add_model_options, load_from
 from lib.results import ResultFile, arguments
@@ -36,6 +36,7 @@ COLUMNS: tuple[Column, ...] = (
     ("alone, mean", "alone", 3),
     ("base-model nll", "base-model NLL", 2),
     ("distinct-2", "distinct-2", 2),
+    ("words", "words", 1),
     ("coefficient", "coefficient", 2),
 )
 
@@ -62,7 +63,7 @@ def classify(
     for name in ("accuracy", "accuracy (embeddings)"):
         values = [value for key, value in figures.items() if key.startswith(f"{name}, ")]
         figures[f"{name}, mean"] = statistics.fmean(values)
-    if len({len(hits) for hits in hits_by_attribute.values()}) == 1:
+    if all(combination.keys() == study.labels.keys() for combination, _ in texts):
         rows = zip(*hits_by_attribute.values(), strict=True)
         figures["all correct"] = statistics.fmean(map(all, rows))
     figures["base-model nll"] = statistics.fmean(base_model_nlls(cp, outputs))
@@ -108,7 +109,10 @@ def measure(method: Method, study: Study, options: argparse.Namespace) -> dict[s
     if method.coefficients:
         method.coefficient = choose_coefficient(method, study, options)
         figures["coefficient"] = method.coefficient
-    texts = sample(method, study.combinations(), options.texts, seed=0)
+    if isinstance(method, RealTexts):
+        texts = method.texts(len(study.combinations()) * options.texts)
+    else:
+        texts = sample(method, study.combinations(), options.texts, seed=0)
     for combination, text in texts[:: options.texts]:
         Console(width=200, highlight=False, markup=False).print(combination, repr(text))
     figures = {**classify(study, texts, method.cp), **figures}
@@ -160,7 +164,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--reward-steps", type=int, default=40, help="of reinforcement learning")
+    reward = parser.add_argument_group("reinforcement learning")
+    reward.add_argument("--reward-steps", type=int, default=40)
+    reward.add_argument("--requests", type=int, default=8, help="per step")
+    reward.add_argument("--samples", type=int, default=4, help="per request")
+    reward.add_argument("--diversity", type=float, default=1.0, help="weight")
+    reward.add_argument("--kl", type=float, default=0.05, help="weight")
+    reward.add_argument("--demonstrated", type=float, default=0.0, help="share of requests")
     parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--texts", type=int, default=16, help="texts per combination")
     parser.add_argument("--new-tokens", type=int, default=24)

@@ -52,7 +52,7 @@ class Method:
         slots: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> list[str]:
         """Texts from an empty prompt by transformers alone, after keys and values in the cache."""
-        tokenizer = self.cp.tokenizer
+        tokenizer, device = self.cp.tokenizer, self.cp.model.device
         options: dict[str, Any] = {}
         if slots:
             rows = [(k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1)) for k, v in slots]
@@ -63,8 +63,8 @@ class Method:
         torch.manual_seed(seed)
         with torch.no_grad():
             output = model.generate(
-                input_ids=torch.full((count, 1), int(tokenizer.bos_token_id)),
-                attention_mask=torch.ones(count, num_slots + 1, dtype=torch.long),
+                input_ids=torch.full((count, 1), int(tokenizer.bos_token_id), device=device),
+                attention_mask=torch.ones(count, num_slots + 1, dtype=torch.long, device=device),
                 max_new_tokens=self.options.new_tokens,
                 do_sample=True,
                 temperature=TEMPERATURE,
@@ -89,6 +89,18 @@ class Method:
             for i, fields in enumerate(requests)
         ]
         return [completion.text.strip() for completion in self.cp.generate(rows, batch_size=32)]
+
+
+class RealTexts(Method):
+    """Rows of the test splits, with one label each, cut to the length of samples."""
+
+    def texts(self, count: int) -> list[tuple[Combination, str]]:
+        """Texts and their labels."""
+        rows = shuffled(self.study.test_rows, 0)[:count]
+        ids = [self.cp.tokenizer.encode(row.completion) for row in rows]
+        limit = self.options.new_tokens
+        cut = self.cp.tokenizer.batch_decode([own[:limit] for own in ids])
+        return [(attributes_of(row), str(text)) for row, text in zip(rows, cut, strict=True)]
 
 
 def instruction(combination: Combination) -> dict[str, Any]:
@@ -228,6 +240,11 @@ class Reinforced(ControlPrefixMethod):
             reward=self.study.reward,
             demonstrations=demonstrations,
             steps=self.options.reward_steps,
+            batch_size=self.options.requests,
+            num_samples=self.options.samples,
+            diversity=self.options.diversity,
+            kl=self.options.kl,
+            demonstrated=self.options.demonstrated,
             progress=False,
         )
 
@@ -321,6 +338,7 @@ PSEUDO_LABELS = "controlprefix, pseudo-labels"
 SEPARATE = "controlprefix, trained separately"
 own = partial(partial, ControlPrefixMethod)
 METHODS: dict[str, Callable[..., Method]] = {
+    "real texts": RealTexts,
     "plain": Method,
     "instruction": Instruction,
     "few-shot": FewShot,
