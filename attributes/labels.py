@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from controlprefix.attributes.ordinal import are_numbers, as_number, between, by_attribute
 from controlprefix.errors import UnknownNameError, known_names
+from controlprefix.labels import WeightedLabel
 from controlprefix.prefixes import PrefixKey
-from controlprefix.request import WeightedLabel
 
 
 def require_known(labels: Iterable[WeightedLabel], known: Iterable[PrefixKey]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import quantiles
 
 from controlprefix.errors import RequestError
+from controlprefix.labels import Attributes, label_text, weighted_labels
 from controlprefix.prefixes.key import PrefixKey
-from controlprefix.request import Attributes, label_text, weighted_labels
 
 # Not what has a leading zero, which is a code.
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")

@@ -27,8 +27,8 @@ from ruamel.yaml.error import YAMLError
 from controlprefix.attributes.labels import require_known
 from controlprefix.attributes.ordinal import as_number
 from controlprefix.errors import AttributeSpaceError, RequestError, known_names
+from controlprefix.labels import Attributes, check_attribute_name, weighted_labels
 from controlprefix.prefixes import PrefixKey
-from controlprefix.request import Attributes, check_attribute_name, weighted_labels
 
 
 def _error_at(message: str, *path: str | int) -> PydanticCustomError:

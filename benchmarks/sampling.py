@@ -9,7 +9,7 @@ from typing import Any
 
 from controlprefix import ControlPrefix, Request
 from controlprefix.model import FrozenModel
-from controlprefix.model.tokenization import pad_rows
+from controlprefix.model.padding import pad_rows
 
 from lib.comparison import Comparison, compare, timed
 from lib.models import add_model_options, engine, load_from, random_prefix

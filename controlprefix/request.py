@@ -1,8 +1,7 @@
 """Request and Example: what a caller asks for."""
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -19,73 +18,21 @@ from controlprefix.errors import (
     known_names,
     validation_message,
 )
+from controlprefix.labels import (
+    RESERVED_PARTS,
+    check_attribute_name,
+    check_labels,
+    weighted_labels,
+)
 from controlprefix.prefixes.key import PrefixKey
 from controlprefix.prefixes.schedule import MAX_STRENGTH, Schedule, check_schedule
 
 Mixing = Literal["attention", "logits"]
 Unseen = Literal["refuse", "nearest", "text"]
-Attributes = Mapping[str, str | Mapping[str, float]]
 
-RESERVED_PARTS = ("task", "user")  # names in `strengths` and `schedules` beside attributes
 _MAX_LABELS = 64
 _MAX_ENTRIES = 256  # of any dict
-_MAX_STOP_TEXTS, _MAX_STOP_CHARACTERS = 16, 256
-
-
-def label_text(value: Any) -> Any:
-    """A number or a truth value as the name of a label; anything else as it is.
-
-    Example:
-        >>> [label_text(value) for value in (5, 5.0, 0.8, True, "warm")]
-        ['5', '5', '0.8', 'true', 'warm']
-    """
-    value = value.item() if hasattr(value, "item") else value  # numpy
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
-        return str(int(value))
-    return str(value) if isinstance(value, (int, float)) else value
-
-
-def _check_labels(attributes: Any) -> Any:
-    """A request's attributes with the names of labels as texts.
-
-    Raises:
-        ValueError: If a label is neither a text nor a finite number.
-    """
-    if not isinstance(attributes, Mapping):
-        return attributes
-    result: dict[Any, Any] = {}
-    for attribute, labels in attributes.items():
-        names = list(labels) if isinstance(labels, Mapping) else [labels]
-        for name in names:
-            plain = name.item() if hasattr(name, "item") else name
-            is_finite = isinstance(plain, (int, float)) and math.isfinite(plain)
-            if not isinstance(plain, str) and not is_finite:
-                raise ValueError(
-                    f"a label of {attribute!r} must be a text or a number, got "
-                    f"{type(name).__name__} {name!r}"
-                )
-        if not isinstance(labels, Mapping):
-            result[attribute] = label_text(labels)
-            continue
-        result[attribute] = {label_text(name): weight for name, weight in labels.items()}
-        if len(result[attribute]) < len(labels):
-            raise ValueError(f"the mixture of {attribute!r} names a label twice")
-    return result
-
-
-class WeightedLabel(NamedTuple):
-    """One label that a request names, and its weight in the mixture."""
-
-    attribute: str
-    label: str
-    weight: float
-
-    @property
-    def key(self) -> PrefixKey:
-        """The key of the label's prefix."""
-        return PrefixKey.for_label(self.attribute, self.label)
+_MAX_STOP_TEXTS, _MAX_STOP_CHARACTERS = 64, 256
 
 
 class NamedPart(NamedTuple):
@@ -94,30 +41,6 @@ class NamedPart(NamedTuple):
     key: PrefixKey
     strength: float
     schedule: Schedule = ()
-
-
-def weighted_labels(attributes: Attributes) -> tuple[WeightedLabel, ...]:
-    """The labels of a request's `attributes`, each with its weight; a single label has weight 1.
-
-    Example:
-        >>> [(w.label, w.weight) for w in weighted_labels({"tone": {"warm": 0.6, "brief": 0.4}})]
-        [('warm', 0.6), ('brief', 0.4)]
-    """
-    return tuple(
-        WeightedLabel(attribute, label, weight)
-        for attribute, labels in attributes.items()
-        for label, weight in ({labels: 1.0} if isinstance(labels, str) else labels).items()
-    )
-
-
-def check_attribute_name(name: str) -> None:
-    """Check that an attribute can have this name.
-
-    Raises:
-        ValueError: If it is empty, contains `=`, or is `task` or `user`.
-    """
-    if "=" in name or name in {"", *RESERVED_PARTS}:
-        raise ValueError(f"{name!r} cannot be the name of an attribute")
 
 
 class Message(BaseModel):
@@ -137,8 +60,8 @@ class SteeringFields(BaseModel):
     user: str | None = None
     """User whose prefix to add."""
 
-    attributes: Annotated[dict[str, str | dict[str, float]], BeforeValidator(_check_labels)] = (
-        Field(default_factory=dict, max_length=_MAX_ENTRIES)
+    attributes: Annotated[dict[str, str | dict[str, float]], BeforeValidator(check_labels)] = Field(
+        default_factory=dict, max_length=_MAX_ENTRIES
     )
     """Per attribute its label, or a mixture as a dict of labels and weights. A label may be a
     number: between two trained numbers, it is a mixture of both."""
@@ -216,6 +139,9 @@ class Request(SteeringFields):
     messages: tuple[Message, ...] | None = None
     """A conversation, instead of `prompt`."""
 
+    prompt_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Token ids to continue as they are, instead of `prompt`."""
+
     raw: bool = False
     """Continue `prompt` as it is, without a chat template; with an empty prompt the
     model writes unconditionally."""
@@ -224,7 +150,7 @@ class Request(SteeringFields):
     """Task whose prefix to use."""
 
     max_new_tokens: int = Field(default=128, ge=1)
-    """Maximum number of tokens to generate."""
+    """Maximum number of tokens to generate. Left out, fewer where the context has less room."""
 
     temperature: float | None = Field(default=None, ge=1e-3, allow_inf_nan=False)
     """Sampling temperature, 0.001 or more."""
@@ -234,6 +160,9 @@ class Request(SteeringFields):
 
     stop: tuple[str, ...] = ()
     """Texts that end the completion; they are cut off."""
+
+    json_schema: dict[str, Any] | None = None
+    """JSON schema of the completion; an empty one allows any JSON."""
 
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     """Seed of this request's sampling; the result is the same in any batch."""
@@ -251,6 +180,12 @@ class Request(SteeringFields):
         """The same with where it was read from, such as `rows.csv line 3`, for errors."""
         copied = self.model_copy()
         copied._source = source
+        return copied
+
+    def with_default_limit(self, max_new_tokens: int) -> Self:
+        """The same with a limit that still counts as left out."""
+        copied = self.model_copy(update={"max_new_tokens": max_new_tokens})
+        copied.model_fields_set.discard("max_new_tokens")
         return copied
 
     def place(self, number: int) -> str:
@@ -272,7 +207,9 @@ class Request(SteeringFields):
     @property
     def changes_logits(self) -> bool:
         """Whether the most likely token is not always chosen."""
-        return bool(self.samples or self.has_penalty or self.logit_bias)
+        return bool(
+            self.samples or self.has_penalty or self.logit_bias or self.json_schema is not None
+        )
 
     @property
     def named_parts(self) -> list[NamedPart]:
@@ -317,11 +254,14 @@ class Request(SteeringFields):
                 "num_beams above 1 does not sample; leave temperature, top_* and min_p out"
             )
         if self.num_beams > 1 and (
-            self.presence_penalty or self.frequency_penalty or self.logit_bias
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.json_schema is not None
         ):
             raise ValueError(
-                "num_beams above 1 cannot be combined with presence_penalty, frequency_penalty "
-                "or logit_bias"
+                "num_beams above 1 cannot be combined with presence_penalty, frequency_penalty, "
+                "logit_bias or json_schema"
             )
         if "" in self.stop:
             raise ValueError("stop contains an empty text, which ends every completion at once")
@@ -363,13 +303,19 @@ class Request(SteeringFields):
         return "mixing='logits'" if self.mixing == "logits" else ""
 
     def _check_prompt(self) -> None:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+        prompts = (self.prompt, self.messages, self.prompt_ids)
+        if sum(prompt is not None for prompt in prompts) != 1:
+            raise ValueError("give one of prompt, messages and prompt_ids")
+        if self.prompt_ids == ():
+            raise ValueError("prompt_ids is empty; give at least one id")
         starts_any_text = self.raw and self.prompt == ""
         if self.prompt is not None and not self.prompt.strip() and not starts_any_text:
             raise ValueError("the prompt is empty; write what to answer, or give raw=True for any")
         if self.messages is not None and not any(m.content.strip() for m in self.messages):
             raise ValueError("messages are empty; write what to answer")
+
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 
 class RequestFields(TypedDict, total=False):
@@ -397,6 +343,7 @@ class RequestFields(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     num_beams: int
     stop: tuple[str, ...] | list[str]
+    json_schema: Mapping[str, Any] | None
     seed: int | None
 
 

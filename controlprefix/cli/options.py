@@ -48,7 +48,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
     fields = {
         name: field
         for name, field in Request.model_fields.items()
-        if name not in {"prompt", "messages", "continue_final_message"}
+        if name not in {"prompt", "prompt_ids", "messages", "continue_final_message"}
     }
     return _with_fields(command, "request_fields", fields, _parse_request_fields)
 
@@ -172,6 +172,8 @@ def _parse_request_fields(values: dict[str, Any]) -> dict[str, Any]:
             name: parse_json_object(f"--{name.replace('_', '-')}", values[name])
             for name in ("chat_template_kwargs", "logit_bias")
         },
+        "json_schema": values["json_schema"]
+        and parse_json_object("--json-schema", values["json_schema"]),
     }
 
 

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, cast
 from controlprefix.data.files import Record, read_records
 from controlprefix.errors import TrainingDataError, known_names, shortened
 from controlprefix.example import Example, Preference
-from controlprefix.request import Request, label_text
+from controlprefix.labels import label_text
+from controlprefix.request import Request
 
 # Examples, dicts, a path, a `datasets.Dataset`, or a DataFrame of pandas or polars.
 Rows = Iterable[Any] | str | os.PathLike[str]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from controlprefix.example import Example
-from controlprefix.request import weighted_labels
+from controlprefix.labels import weighted_labels
 
 CountTokens = Callable[[Example], tuple[int, int]]
 

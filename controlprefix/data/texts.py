@@ -11,7 +11,7 @@ from controlprefix.data.files import decoded, has_records, read_bytes
 from controlprefix.data.rows import Columns, Rows, as_examples
 from controlprefix.errors import TrainingDataError, known_names
 from controlprefix.example import Example
-from controlprefix.request import weighted_labels
+from controlprefix.labels import weighted_labels
 
 TextSplit = Literal["line", "paragraph", "file"]
 UserTexts = Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]] | Rows

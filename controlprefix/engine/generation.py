@@ -12,9 +12,9 @@ from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.components import Components
 from controlprefix.errors import RequestError
 from controlprefix.inference.batcher import Batcher
-from controlprefix.inference.resolved_request import AnyRequest, ResolvedRequest
+from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.prefixes import PrefixBatch
-from controlprefix.request import Request, RequestFields
+from controlprefix.request import AnyRequest, Request, RequestFields
 
 if TYPE_CHECKING:
     from controlprefix.vllm.runner import VllmRunner

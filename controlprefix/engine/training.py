@@ -17,9 +17,9 @@ from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.generation import GenerationMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.example import Example
-from controlprefix.inference.resolved_request import AnyRequest
+from controlprefix.labels import label_text, weighted_labels
 from controlprefix.prefixes import Kind, PrefixKey
-from controlprefix.request import Request, label_text, weighted_labels
+from controlprefix.request import AnyRequest, Request
 from controlprefix.training import (
     Initialization,
     Initializations,

@@ -23,8 +23,8 @@ from controlprefix.evaluation.metrics import (
 from controlprefix.evaluation.report import CurvePoint, EvaluationReport
 from controlprefix.evaluation.text_cache import TextCache
 from controlprefix.example import Example
+from controlprefix.labels import weighted_labels
 from controlprefix.prefixes import PrefixKey
-from controlprefix.request import weighted_labels
 
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 

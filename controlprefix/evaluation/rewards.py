@@ -16,7 +16,8 @@ from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.errors import TrainingDataError, known_names
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.example import Example
-from controlprefix.request import Request, weighted_labels
+from controlprefix.labels import weighted_labels
+from controlprefix.request import Request
 from controlprefix.training import Reward
 
 _MIN_LOG_PROBABILITY = math.log(0.01)  # so that no single text outweighs the others

@@ -12,6 +12,7 @@ import torch
 from controlprefix.completion import Completion
 from controlprefix.errors import ControlPrefixError, OverloadedError, RequestError
 from controlprefix.inference.guidance import RowPlan, plan_rows
+from controlprefix.inference.json_constraint import require_valid_schema
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
 from controlprefix.inference.sampling import SampledRow
@@ -157,13 +158,16 @@ class Batcher(ABC):
                 "with mixing='logits', for each label, beside its own; it may have "
                 f"{self._max_per_tenant}"
             )
+        require_valid_schema(self._frozen, request.json_schema)
+        tokenizer = self._frozen.request_tokenizer
+        resolved, prompt = resolved.fitted(tokenizer)
         sequence = Sequence(
             resolved,
             Ticket(deliver),
-            self._frozen.request_tokenizer.prompt_ids(request),
+            prompt,
             plan_rows([resolved]),
             top_log_probs,
-            TextStream(self._frozen.request_tokenizer, request),
+            TextStream(tokenizer, resolved.request),
         )
         with self._wake:
             self.require_capacity()

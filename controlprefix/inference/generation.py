@@ -23,12 +23,14 @@ from transformers.generation.streamers import BaseStreamer
 from controlprefix.completion import Completion
 from controlprefix.errors import ModelOutputError
 from controlprefix.inference.guidance import RowPlan, guided_logits, plan_rows
+from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.sampling import RowSampling, SampledRow
 from controlprefix.inference.stopping import completion_from_tokens, has_stop
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import growing_cache
-from controlprefix.model.tokenization import RequestTokenizer, pad_rows
+from controlprefix.model.padding import pad_rows
+from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import Request
 
@@ -100,7 +102,13 @@ def generate_tokens(
     if not has_beams and any(request.changes_logits for request in own_requests):
         starts = tokenizer.decoder_start_ids if frozen.is_encoder_decoder else None
         rows = [
-            SampledRow(request, prompt if starts is None else starts)
+            SampledRow(
+                request,
+                prompt if starts is None else starts,
+                processors=[]
+                if request.json_schema is None
+                else [JsonConstraint(frozen, request.json_schema, len(starts or prompt))],
+            )
             for request, prompt in zip(own_requests, prompts, strict=True)
         ]
         processors.append(RowSampling(rows, frozen.device))

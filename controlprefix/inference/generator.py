@@ -45,7 +45,8 @@ class Generator:
             RequestError: If a prompt cannot be tokenized, or does not fit the context.
         """
         tokenizer = self._frozen.request_tokenizer
-        prompts = [tokenizer.prompt_ids(request.request) for request in resolved]
+        fitted = [request.fitted(tokenizer) for request in resolved]
+        resolved, prompts = [request for request, _ in fitted], [prompt for _, prompt in fitted]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, request in enumerate(resolved):
             groups.setdefault(batch_key(request.request), []).append(i)
@@ -79,7 +80,8 @@ class Generator:
         request = resolved.request
         if request.num_beams > 1:
             raise RequestError("beam search cannot be streamed; use generate, or num_beams=1")
-        prompt = self._frozen.request_tokenizer.prompt_ids(request)
+        resolved, prompt = resolved.fitted(self._frozen.request_tokenizer)
+        request = resolved.request
         streamer = _TokenStreamer()
         cancelled = threading.Event()
 

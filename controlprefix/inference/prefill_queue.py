@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from controlprefix.inference.batcher import Sequence
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import new_cache
-from controlprefix.model.tokenization import pad_rows
+from controlprefix.model.padding import pad_rows
 from controlprefix.prefixes import PrefixBatch
 
 _MIN_TOKENS = 128  # of a chunk; fewer take hardly less time

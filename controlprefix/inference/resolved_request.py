@@ -3,13 +3,12 @@
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic
 
 from controlprefix.completion import Completion, PartUsed, StandIn
+from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.prefixes import Part
-from controlprefix.request import Request
-
-AnyRequest = TypeVar("AnyRequest", bound=Request)
+from controlprefix.request import AnyRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +58,21 @@ class ResolvedRequest(Generic[AnyRequest]):
 
     def for_prompt(self, request: AnyRequest) -> "ResolvedRequest[AnyRequest]":
         """The same prefixes for a request that differs in prompt and seed alone."""
-        changes = {name: getattr(request, name) for name in ("prompt", "messages", "seed")}
+        changes = {
+            name: getattr(request, name) for name in ("prompt", "prompt_ids", "messages", "seed")
+        }
         return replace(self, request=self.request.model_copy(update=changes))
+
+    def fitted(
+        self, tokenizer: RequestTokenizer
+    ) -> tuple["ResolvedRequest[AnyRequest]", tuple[int, ...]]:
+        """The same with new tokens that fit the context, and the prompt's ids.
+
+        Raises:
+            RequestError, ContextLengthError: As `RequestTokenizer.fitted`.
+        """
+        request, prompt = tokenizer.fitted(self.request)
+        return replace(self, request=request), prompt
 
     def report_in(self, completion: Completion) -> Completion:
         """A completion that names the parts and stand-ins it was steered by."""

@@ -10,12 +10,13 @@ from controlprefix.attributes import AttributeSpace, require_known
 from controlprefix.attributes.ordinal import as_number, by_attribute, interpolate
 from controlprefix.completion import PartUsed, StandIn
 from controlprefix.errors import PrefixFormatError, RequestError
-from controlprefix.inference.resolved_request import AnyRequest, ResolvedPart, ResolvedRequest
+from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.inference.unseen_labels import replace_unseen
+from controlprefix.labels import weighted_labels
 from controlprefix.model import FrozenModel
 from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.prefixes import Part, Prefix, PrefixDecoder, PrefixKey, Schedule, UserCode
-from controlprefix.request import NamedPart, Request, weighted_labels
+from controlprefix.request import AnyRequest, NamedPart, Request
 from controlprefix.store import PrefixCache, PrefixStore, SingleFlight, StoredVersion
 
 _MAX_CURRENT = 10_000  # names whose current version is remembered

@@ -20,6 +20,7 @@ from controlprefix.request import Request
 # `top_k`, `top_p` and `min_p` are decided among so many of a row's most likely tokens; rows
 # for which that is not enough are sorted.
 _NUM_CANDIDATES = 128
+Processor = Callable[[Any, Any], Tensor]  # of ids and logits of one row, as in transformers
 _BLOCK_SIZE = 256  # tokens whose probabilities are summed before a block is searched
 
 
@@ -31,14 +32,15 @@ class SampledRow:
         request: Its sampling settings and seed.
         prompt: Token ids that a repetition penalty counts beside the generated ones.
         new: Ids generated so far; kept up to date by the caller.
-        processors: What the model's generation config does to the logits first.
+        processors: What is done to the logits first: by the model's generation config, and to
+            keep to a JSON schema.
         generator: Its random generator.
     """
 
     request: Request
     prompt: Sequence[int] = ()
     new: Sequence[int] = ()
-    processors: Sequence[Callable[[Any, Any], Tensor]] = ()
+    processors: Sequence[Processor] = ()
     generator: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -345,7 +347,8 @@ class RowSampling(LogitsProcessor):
     """
 
     def __init__(self, rows: Sequence[SampledRow], device: torch.device) -> None:
-        self._num_rows = len(rows)
+        self._rows, self._num_rows = rows, len(rows)
+        self._num_before: int | None = None  # ids before the first generated one
         self._sampler = BatchSampler(rows, device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -354,6 +357,11 @@ class RowSampling(LogitsProcessor):
         Returns:
             0 for each row's choice, and -inf elsewhere.
         """
+        if self._num_before is None:
+            self._num_before = input_ids.shape[1]
+        for i, row in enumerate(self._rows):
+            if row.processors:
+                row.new = input_ids[i, self._num_before :].tolist()
         tokens = self._sampler(scores[: self._num_rows].float())
         choices = scores.new_full((self._num_rows, scores.shape[1]), -math.inf)
         choices.scatter_(1, tokens[:, None], 0.0)

@@ -16,9 +16,9 @@ from controlprefix.attributes.ordinal import is_inside
 from controlprefix.completion import StandIn
 from controlprefix.embeddings import embed
 from controlprefix.errors import RequestError
-from controlprefix.inference.resolved_request import AnyRequest
+from controlprefix.labels import RESERVED_PARTS, WeightedLabel, weighted_labels
 from controlprefix.prefixes import PrefixKey
-from controlprefix.request import RESERVED_PARTS, Request, WeightedLabel, weighted_labels
+from controlprefix.request import AnyRequest, Request
 
 MIN_LEAD = 0.1  # of the nearest label over its opposite
 MIN_SIMILARITY = 0.3  # cosine of sentence embeddings, below which no label counts as near

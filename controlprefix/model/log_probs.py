@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from controlprefix.model.frozen import FrozenModel
-from controlprefix.model.tokenization import pad_rows
+from controlprefix.model.padding import pad_rows
 
 _CHUNK_TOKENS = 64  # tokens whose float32 logits are held at a time, forward and backward
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from controlprefix.errors import UnsupportedModelError
-from controlprefix.model.tokenization import pad_rows
+from controlprefix.model.padding import pad_rows
 
 _PROMPT, _NEIGHBOUR = (7, 11, 5, 9), (3, 8, 6, 4, 10, 5, 7, 12, 9, 6, 11)  # any token ids
 _TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}  # of the largest logit; else for half

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controlprefix.errors import (
@@ -21,7 +19,7 @@ from controlprefix.errors import (
 )
 from controlprefix.example import Example
 from controlprefix.model.chat_template import ChatTemplate, control_token_pattern
-from controlprefix.request import Request
+from controlprefix.request import AnyRequest, Request
 
 _ANY_TEXT = "a"
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -138,19 +136,42 @@ class RequestTokenizer:
 
         Raises:
             RequestError: If the tokenizer has no chat template and messages need one, or the
-                template refuses them.
-            ContextLengthError: If they and `max_new_tokens` do not fit the context.
+                template refuses them; or the model has no embedding of an id.
         """
-        ids = self._require_embedded(self._prompt_ids(request))
-        num_new = 0 if isinstance(request, Example) else request.max_new_tokens
-        needed = max(len(ids), num_new) if self.is_encoder_decoder else len(ids) + num_new
-        if self.context_length is not None and num_new and needed > self.context_length:
+        return tuple(self._require_embedded(self._prompt_ids(request)))
+
+    def fitted(
+        self, request: AnyRequest, *, num_slots: int = 0, context_length: int | None = None
+    ) -> tuple[AnyRequest, tuple[int, ...]]:
+        """A request whose new tokens fit the context, and the ids that they follow.
+
+        A `max_new_tokens` that was left out becomes smaller where there is less room.
+
+        Args:
+            request: Any request.
+            num_slots: Slots that take positions of the context.
+            context_length: The limit, if it is another than the model's.
+
+        Raises:
+            RequestError: As `prompt_ids`.
+            ContextLengthError: If the prompt and its new tokens do not fit the context.
+        """
+        ids = self.prompt_ids(request)
+        limit = context_length or self.context_length
+        if limit is None:
+            return request, ids
+        used = num_slots if self.is_encoder_decoder else len(ids) + num_slots
+        room = limit - used
+        if "max_new_tokens" not in request.model_fields_set and 1 <= room < request.max_new_tokens:
+            request = request.with_default_limit(room)
+        if len(ids) > limit or request.max_new_tokens > room:
+            beside = f" beside {num_slots} slots" if num_slots else ""
             raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens and asks for {num_new} more, but the context "
-                f"of this model is {self.context_length}; shorten the prompt or lower "
+                f"the prompt has {len(ids)} tokens and asks for {request.max_new_tokens} more, "
+                f"but the context of this model is {limit}{beside}; shorten the prompt or lower "
                 "max_new_tokens"
             )
-        return tuple(ids)
+        return request, ids
 
     def example_ids(self, example: Example) -> TokenizedExample:
         """Prompt and completion of an example.
@@ -283,6 +304,8 @@ class RequestTokenizer:
         return text
 
     def _prompt_ids(self, request: Request) -> Sequence[int]:
+        if request.prompt_ids is not None:
+            return request.prompt_ids
         if request.messages is None and (request.raw or not self.has_chat_template):
             # As it was written: control tokens are meant.
             return (
@@ -366,8 +389,9 @@ class RequestTokenizer:
         """
         if unknown := [token for token in ids if not self._is_embedded(token)]:
             raise RequestError(
-                f"the tokenizer gives the token id {unknown[0]}, but this model has "
-                f"{self._num_embeddings} embeddings; load the tokenizer that belongs to the model"
+                f"the prompt has the token id {unknown[0]}, but this model has "
+                f"{self._num_embeddings} embeddings; give ids of its own tokenizer, and load the "
+                "tokenizer that belongs to the model"
             )
         return ids
 
@@ -385,27 +409,6 @@ def _without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
     backend.no_truncation()
     backend.no_padding()
     return tokenizer
-
-
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Pad rows of token ids to the longest.
-
-    Args:
-        rows: At least one.
-        pad_id: Id of the padding.
-        left: Pad in front, as generation needs it, rather than behind.
-
-    Returns:
-        Ids and attention mask, `(num_rows, longest)` each.
-    """
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        columns = slice(longest - len(row), longest) if left else slice(len(row))
-        ids[i, columns] = torch.tensor(row, dtype=torch.long)
-        mask[i, columns] = 1
-    return ids, mask
 
 
 def _as_list(ids: int | Sequence[int] | None) -> list[int]:

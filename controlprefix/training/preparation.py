@@ -199,13 +199,8 @@ def prepare_requests(
     resolver.resolve(all_rows)  # names whatever is not stored
     stored = resolver.current(set(named))
     rows = [
-        TrainingRow(
-            tokenizer.prompt_ids(request),
-            (),
-            *_divide_parts(request, keys, stored),
-            request=request,
-        )
-        for request in requests
+        TrainingRow(prompt, (), *_divide_parts(request, keys, stored), request=request)
+        for request, prompt in map(tokenizer.fitted, requests)
     ]
     tokenized = tokenizer.ids_of_examples(demonstrations)
     demonstrated = [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from controlprefix.errors import TrainingDataError, known_names
 from controlprefix.example import Example
 from controlprefix.model import FrozenModel
-from controlprefix.model.tokenization import pad_rows
+from controlprefix.model.padding import pad_rows
 from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes

@@ -6,13 +6,12 @@ import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 
 from controlprefix.errors import (
-    ContextLengthError,
     ControlPrefixError,
     EngineError,
     OverloadedError,
@@ -142,15 +141,11 @@ class VllmRunner:
             )
         self.require_capacity()
         placement = self._place(resolved)
-        prompt = self._frozen.request_tokenizer.prompt_ids(request)
-        needed = placement.num_slots + len(prompt) + request.max_new_tokens
-        if needed > self._context_length:  # vLLM would generate less than was asked for
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, asks for {request.max_new_tokens} more, and "
-                f"its slots take {placement.num_slots} positions on this server's engine (vLLM), "
-                f"whose context is {self._context_length}; shorten the prompt or lower "
-                "max_new_tokens"
-            )
+        # vLLM would generate less than was asked for.
+        request, prompt = self._frozen.request_tokenizer.fitted(
+            request, num_slots=placement.num_slots, context_length=self._context_length
+        )
+        resolved = replace(resolved, request=request)
         self._write_slots(placement)
         remote = _RemoteRequest(resolved, Ticket(deliver), placement, prompt, top_log_probs)
         with self._lock:
@@ -224,6 +219,7 @@ class VllmRunner:
         top_log_probs: int | None,
     ) -> dict[str, Any]:
         """The body of the request: every setting, since vLLM would use the model's defaults."""
+        schema = request.json_schema
         slots = {"digest": placement.digest, "num_slots": placement.num_slots}
         return {
             "model": self._model_name,
@@ -239,6 +235,9 @@ class VllmRunner:
             "logit_bias": {str(token): bias for token, bias in request.logit_bias.items()} or None,
             "seed": request.seed,
             "stop": list(request.stop),
+            "response_format": None
+            if schema is None
+            else {"type": "json_schema", "json_schema": {"name": "completion", "schema": schema}},
             "stop_token_ids": list(self._frozen.request_tokenizer.end_ids),
             "logprobs": top_log_probs,
             "return_tokens_as_token_ids": True,

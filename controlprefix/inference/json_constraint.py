@@ -1,0 +1,122 @@
+"""JsonConstraint: only tokens that continue JSON of a schema can be chosen."""
+
+import json
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from controlprefix._io import requires_extra
+from controlprefix.errors import RequestError, UnsupportedModelError, short_reason
+from controlprefix.model import FrozenModel
+
+_MAX_SCHEMA_BYTES = 64 << 10
+# One line, as `json.dumps` writes it: models that may write blanks can do so without end.
+_FORMAT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_tokenizers: "weakref.WeakKeyDictionary[FrozenModel, Any]" = weakref.WeakKeyDictionary()
+
+
+class JsonConstraint:
+    """Rules out, for one completion, the tokens after which its text is no JSON of a schema.
+
+    The end token is possible once the JSON is complete.
+
+    Args:
+        frozen: The model.
+        schema: A JSON schema; an empty one allows any JSON.
+        num_before: Ids before the first generated one.
+
+    Raises:
+        MissingDependencyError: If llguidance is not installed.
+        RequestError: If the schema is not valid, or uses what llguidance does not support.
+        UnsupportedModelError: If the tokenizer cannot be used.
+
+    Reference:
+        Willard & Louf, "Efficient Guided Generation for Large Language Models", 2023,
+        https://arxiv.org/abs/2307.09702; computed by https://github.com/guidance-ai/llguidance.
+    """
+
+    def __init__(self, frozen: FrozenModel, schema: Mapping[str, Any], num_before: int) -> None:
+        self._matcher = _matcher(frozen, schema)
+        self._end_ids = list(frozen.request_tokenizer.end_ids)
+        self._num_consumed = num_before
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Mask one row's logits; it must be called at each token.
+
+        Args:
+            input_ids: The prompt and what was generated, `(1, num_tokens)`.
+            scores: Logits, `(1, vocab_size)`.
+
+        Returns:
+            Logits with -inf for tokens that are ruled out, `(1, vocab_size)`.
+        """
+        for token in input_ids[0, self._num_consumed :].tolist():
+            if not self._matcher.is_stopped():
+                self._matcher.consume_token(token)
+        self._num_consumed = input_ids.shape[1]
+        vocab_size = scores.shape[1]
+        if self._matcher.is_stopped():
+            allowed = numpy.zeros(vocab_size, dtype=bool)
+            allowed[self._end_ids] = True
+        else:
+            packed = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
+            bits = numpy.unpackbits(packed, bitorder="little").astype(bool)
+            allowed = numpy.zeros(vocab_size, dtype=bool)
+            allowed[: len(bits)] = bits[:vocab_size]
+        mask = torch.from_numpy(~allowed).to(scores.device)
+        return scores.masked_fill(mask, -torch.inf)
+
+
+def require_valid_schema(frozen: FrozenModel, schema: Mapping[str, Any] | None) -> None:
+    """Check a request's schema before it joins a batch.
+
+    Raises:
+        MissingDependencyError, RequestError, UnsupportedModelError: As `JsonConstraint`.
+    """
+    if schema is not None:
+        _matcher(frozen, schema)
+
+
+def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
+    with requires_extra("json", "JSON output"):
+        from llguidance import LLMatcher
+    text = json.dumps(schema)
+    if len(text) > _MAX_SCHEMA_BYTES:
+        raise RequestError(
+            f"the JSON schema has {len(text):,} bytes; up to {_MAX_SCHEMA_BYTES:,} are accepted"
+        )
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(text, defaults=_FORMAT)
+        matcher = LLMatcher(_tokenizer(frozen), grammar, log_level=0)
+        problem = matcher.get_error() if matcher.is_error() else ""
+    except (ValueError, RuntimeError) as error:
+        problem = short_reason(error)
+    if problem:
+        raise RequestError(f"the JSON schema cannot be used: {problem.splitlines()[0]}")
+    return matcher
+
+
+def _tokenizer(frozen: FrozenModel) -> Any:
+    if frozen not in _tokenizers:
+        from llguidance.hf import from_tokenizer
+
+        embeddings: Any = frozen.model.get_output_embeddings()
+        num_logits = frozen.model.config.get_text_config().vocab_size
+        if embeddings is not None and getattr(embeddings, "weight", None) is not None:
+            num_logits = embeddings.weight.shape[0]
+        try:
+            tokenizer: Any = frozen.tokenizer
+            _tokenizers[frozen] = from_tokenizer(
+                tokenizer,
+                n_vocab=max(num_logits, len(frozen.tokenizer)),
+                eos_token=list(frozen.request_tokenizer.end_ids) or None,
+            )
+        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise UnsupportedModelError(
+                f"JSON output is not possible with this tokenizer: {short_reason(error)}"
+            ) from error
+    return _tokenizers[frozen]
