@@ -30,6 +30,7 @@ from controlprefix.prefixes.schedule import MAX_STRENGTH, Schedule, check_schedu
 Mixing = Literal["attention", "logits"]
 Unseen = Literal["refuse", "nearest", "text"]
 
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p")
 _MAX_LABELS = 64
 _MAX_ENTRIES = 256  # of any dict
 _MAX_STOP_TEXTS, _MAX_STOP_CHARACTERS = 64, 256
@@ -195,7 +196,7 @@ class Request(SteeringFields):
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn at random."""
-        return any(x is not None for x in (self.temperature, self.top_k, self.top_p, self.min_p))
+        return any(getattr(self, name) is not None for name in SAMPLING_SETTINGS)
 
     @property
     def has_penalty(self) -> bool:
@@ -345,6 +346,34 @@ class RequestFields(TypedDict, total=False):
     stop: tuple[str, ...] | list[str]
     json_schema: Mapping[str, Any] | None
     seed: int | None
+
+
+def with_sampling_defaults(
+    fields: Mapping[str, Any], defaults: Mapping[str, float], *, num_choices: int = 1
+) -> dict[str, Any]:
+    """Fields of a request, with sampling settings in place of those that are left out.
+
+    A temperature of 0 is greedy. Without any setting, a request with a seed, or for several
+    choices, samples at temperature 1.
+
+    Args:
+        fields: Fields of `Request`.
+        defaults: Values of `temperature`, `top_k`, `top_p` and `min_p`.
+        num_choices: How many completions are asked for.
+    """
+    result = dict(fields)
+    if (result.get("num_beams") or 1) > 1:
+        return result
+    if result.get("temperature") == 0:
+        return {**result, **dict.fromkeys(SAMPLING_SETTINGS)}
+    for name in SAMPLING_SETTINGS:
+        if result.get(name) is None and name in defaults:
+            result[name] = defaults[name]
+    if all(result.get(name) is None for name in SAMPLING_SETTINGS) and (
+        num_choices > 1 or result.get("seed") is not None
+    ):
+        result["temperature"] = 1.0
+    return result
 
 
 def is_valid_unicode(text: str) -> bool:

@@ -198,6 +198,12 @@ def unknown_name(
             f"{key} has no prefix for this model, only for other weights "
             f"({', '.join(other_models)}); train it on this model, or load that one"
         )
+    if key.kind == "user":  # whose names are nobody else's business
+        error = UnknownNameError(
+            f"no {key} in the store; enroll or train the user, or check the store and the tenant"
+        )
+        error.add_note(f"the store is {session.info['label']}")
+        return error
     if fingerprint is not None:
         of_kind = of_kind.where(PrefixRow.fingerprint == fingerprint)
     query = of_kind.with_only_columns(PrefixRow.name).limit(_MAX_NAMES_SEARCHED)

@@ -158,7 +158,7 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "Hi", "--user", "ana"), "no user 'ana' in the store; known: none"),
+        (("generate", "Hi", "--user", "ana"), "no user 'ana' in the store; enroll or train"),
         (("generate", " "), "the prompt is empty"),
         (("generate", "Hi", "--strength", "user=nan"), "strength of 'user' is nan"),
         (("generate", "Hi", "-a", "formal"), "--attribute 'formal' is not of the form name=value"),
@@ -195,7 +195,7 @@ def test_a_mistake_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert result.stderr == (
-        "error: no user 'ana' in the store; known: none; train or enroll one, or check the store "
+        "error: no user 'ana' in the store; enroll or train the user, or check the store "
         f"and the tenant; the store is {tmp_path}/prefixes.db (no such file)\n"
     )
 

@@ -26,7 +26,9 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def cp() -> ControlPrefix:
-    cp = ControlPrefix.from_pretrained(build("llama"), tokenizer=byte_tokenizer(), store="sqlite://")
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
     cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=3, scale=2.0, seed=0))
     cp.put("attribute", "tone=warm", Prefix.random(cp.geometry, num_slots=3, scale=2.0, seed=1))
     return cp
@@ -86,7 +88,10 @@ def test_any_json_and_schemas_that_cannot_be_used(cp: ControlPrefix) -> None:
         wrong = request(7).model_copy(update={"json_schema": schema})
         with pytest.raises(RequestError, match="JSON schema"):
             cp.generate(wrong)
-        with contextlib.closing(cp.batcher()) as batcher, pytest.raises(RequestError, match="JSON schema"):
+        with (
+            contextlib.closing(cp.batcher()) as batcher,
+            pytest.raises(RequestError, match="JSON schema"),
+        ):
             batcher.submit(cp.resolve(wrong))
     with pytest.raises(RequestError, match="num_beams"):
         Request(prompt="a", num_beams=2, json_schema={})

@@ -20,10 +20,13 @@ def generate(
     engine: EngineArguments,
 ) -> None:
     """Generate text, printed as it is generated."""
-    from controlprefix.request import Request
+    from controlprefix.request import Request, with_sampling_defaults
 
-    request = Request(prompt=prompt, **request_fields)
+    # A mistake is told before a model is loaded.
+    Request(prompt=prompt, **with_sampling_defaults(request_fields, {}))
     cp = engine.open()
+    defaults = cp.frozen_model.sampling_defaults
+    request = Request(prompt=prompt, **with_sampling_defaults(request_fields, defaults))
     stand_ins = cp.resolve(request).stand_ins if request.unseen != "refuse" else ()
     for stand_in in stand_ins:
         used = ", ".join(f"{name} ({share:.2f})" for name, share in stand_in.used.items())

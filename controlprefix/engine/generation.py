@@ -13,6 +13,7 @@ from controlprefix.engine.components import Components
 from controlprefix.errors import RequestError
 from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.inference.runner import TokenLogProbs
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import AnyRequest, Request, RequestFields
 
@@ -104,6 +105,27 @@ class GenerationMethods(Components):
         """
         resolved = self._resolver.resolve(as_examples(examples, columns=columns))
         return self._generator.score(resolved, batch_size=batch_size)
+
+    def prompt_log_probs(
+        self, requests: Request | Sequence[Request], *, top: int = 0, batch_size: int = 16
+    ) -> list[list[TokenLogProbs | None]]:
+        """Log-probabilities of the tokens of prompts under the steered model.
+
+        Args:
+            requests: One or several.
+            top: How many of the most likely tokens at each position to add.
+            batch_size: Requests at a time.
+
+        Returns:
+            Per request an entry per token of its prompt, in nats; None for the first token.
+
+        Raises:
+            RequestError, UnknownNameError: As `generate`; and if the model is an
+                encoder-decoder.
+        """
+        rows = [_as_request(request, {}) for request in _as_rows(requests)]
+        resolved = self._resolver.resolve(rows)
+        return self._generator.prompt_log_probs(resolved, top=top, batch_size=batch_size)
 
     @contextlib.contextmanager
     def assembled(self, requests: Request | Sequence[Request]) -> Iterator[PrefixBatch]:

@@ -7,7 +7,6 @@ has its own prefix, position, sampling, stop texts and limit; its output does no
 other rows.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
@@ -22,7 +21,7 @@ from controlprefix.inference.generation import model_processors
 from controlprefix.inference.guidance import guided_logits
 from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
-from controlprefix.inference.runner import TokenLogProbs
+from controlprefix.inference.runner import token_log_probs_of
 from controlprefix.inference.sampling import BatchSampler, Processor
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import CacheRow, arrange_rows, overwrite_row
@@ -217,10 +216,12 @@ class ContinuousBatcher(Batcher):
             if sequence.top_log_probs is not None
         ]
         # Before sampling, which may write to the logits.
-        log_probs = {first: logits[first].log_softmax(-1) for _, first in recorded}
+        own_logits = {first: logits[first].clone() for _, first in recorded}
         columns = torch.stack([sampler(logits), invalid.long()]).tolist()
         for sequence, first in recorded:
-            self._record_log_probs(sequence, log_probs[first], columns[0][first])
+            sequence.ticket.tokens += token_log_probs_of(
+                own_logits[first][None], [columns[0][first]], sequence.top_log_probs or 0
+            )
         for sequence, first in zip(sequences, firsts, strict=True):
             token, is_invalid = columns[0][first], columns[1][first]
             if is_invalid:
@@ -230,13 +231,6 @@ class ContinuousBatcher(Batcher):
             sequence.new.append(token)
             if self._stream_text(sequence):
                 self._remove(sequence)
-
-    @staticmethod
-    def _record_log_probs(sequence: Sequence, log_probs: Tensor, token: int) -> None:
-        values, tokens = log_probs.topk(min(sequence.top_log_probs or 0, len(log_probs)))
-        ranked = zip(tokens.tolist(), values.tolist(), strict=True)
-        top = tuple((token, value) for token, value in ranked if value > -math.inf)
-        sequence.ticket.tokens.append(TokenLogProbs(token, float(log_probs[token]), top))
 
     def _stream_text(self, sequence: Sequence) -> bool:
         """Give the ticket the new text; returns whether the sequence is finished."""

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from controlprefix.completion import Completion, Score
-from controlprefix.errors import RequestError
+from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.example import Example
 from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.continuous_batching import ContinuousBatcher
 from controlprefix.inference.generation import batch_key, generate_batch
-from controlprefix.inference.guidance import guided_log_probs, plan_rows
+from controlprefix.inference.guidance import guided_log_probs, guided_target_logits, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.inference.runner import TokenLogProbs, token_log_probs_of
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.inference.stopping import TextStream
 from controlprefix.model import FrozenModel
@@ -141,6 +142,45 @@ class Generator:
             for i, row in zip(indices, log_probs, strict=True):
                 scores[i] = Score(log_likelihood=float(row.double().sum()), num_tokens=len(row))
         return [scores[i] for i in range(len(resolved))]
+
+    def prompt_log_probs(
+        self, resolved: Sequence[ResolvedRequest[Request]], *, top: int, batch_size: int
+    ) -> list[list[TokenLogProbs | None]]:
+        """Log-probabilities of the tokens of prompts; None for each first one.
+
+        Raises:
+            RequestError: If the model is an encoder-decoder, which does not predict prompts.
+            ContextLengthError: If a prompt does not fit the context.
+        """
+        tokenizer = self._frozen.request_tokenizer
+        if self._frozen.is_encoder_decoder:
+            raise RequestError("an encoder-decoder does not predict its prompt's tokens")
+        prompts = []
+        for request in resolved:
+            prompts.append(tokenizer.prompt_ids(request.request))
+            limit = tokenizer.context_length
+            if limit is not None and len(prompts[-1]) > limit:
+                raise ContextLengthError(
+                    f"the prompt has {len(prompts[-1])} tokens, but the context of this model is "
+                    f"{limit}; shorten it"
+                )
+        results: dict[int, list[TokenLogProbs | None]] = {
+            i: [None] for i, prompt in enumerate(prompts) if len(prompt) == 1
+        }
+        rest = [i for i in range(len(prompts)) if i not in results]
+        batches = self._frozen.batches([len(prompts[i]) for i in rest], _checked(batch_size))
+        for positions in batches if rest else ():
+            indices = [rest[i] for i in positions]
+            plan = plan_rows([resolved[i] for i in indices])
+            batch = self._frozen.assemble(plan.rows)
+            targets = [prompts[i][1:] for i in indices]
+            with torch.no_grad(), self._frozen.attached(batch):
+                rows = guided_target_logits(
+                    self._frozen, plan, [prompts[i][:1] for i in indices], targets
+                )
+            for i, row, ids in zip(indices, rows, targets, strict=True):
+                results[i] = [None, *token_log_probs_of(row, ids, top)]
+        return [results[i] for i in range(len(prompts))]
 
     @contextlib.contextmanager
     def assembled(self, resolved: Sequence[ResolvedRequest[Request]]) -> Iterator[PrefixBatch]:

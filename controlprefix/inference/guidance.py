@@ -115,22 +115,42 @@ def guided_log_probs(
     """Log-probabilities (nats) of target tokens, of requests that may have guidance.
 
     Args:
+        frozen, plan, prompts, targets: As in `guided_target_logits`.
+
+    Returns:
+        Per request `(num_targets,)`, float32.
+    """
+    rows = guided_target_logits(frozen, plan, prompts, targets)
+    return [
+        -target_losses(logits, torch.tensor(ids, device=logits.device))
+        for logits, ids in zip(rows, targets, strict=True)
+    ]
+
+
+def guided_target_logits(
+    frozen: FrozenModel,
+    plan: RowPlan,
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+) -> list[Tensor]:
+    """Logits at target tokens, of requests that may have guidance.
+
+    Args:
         frozen: The model, with the prefix batch of `plan.rows` attached.
         plan: The rows of the requests.
         prompts: Token ids per request, at least one each.
         targets: Token ids per request that follow the prompt.
 
     Returns:
-        Per request `(num_targets,)`, float32.
+        Per request `(num_targets, vocab_size)`, float32.
     """
     row_targets = [targets[i] for i in plan.request_of_row]
     row_prompts = [prompts[i] for i in plan.request_of_row]
-    logits, target_ids, _ = target_logits(frozen, row_prompts, row_targets)
-    lengths = [len(target) for target in row_targets]
-    rows, ids = logits.split(lengths), target_ids.split(lengths)
-    log_probs = []
-    for i, terms in enumerate(plan.terms):
-        weights = [term.weight for term in terms]
-        combined = combined_logits(rows[i], [rows[term.row] for term in terms], weights)
-        log_probs.append(-target_losses(combined, ids[i]))
-    return log_probs
+    logits, *_ = target_logits(frozen, row_prompts, row_targets)
+    rows = logits.split([len(target) for target in row_targets])
+    return [
+        combined_logits(
+            rows[i], [rows[term.row] for term in terms], [term.weight for term in terms]
+        )
+        for i, terms in enumerate(plan.terms)
+    ]

@@ -15,7 +15,7 @@ from controlprefix.model import FrozenModel
 
 _MAX_SCHEMA_BYTES = 64 << 10
 # One line, as `json.dumps` writes it: models that may write blanks can do so without end.
-_FORMAT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_FORMAT: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _tokenizers: "weakref.WeakKeyDictionary[FrozenModel, Any]" = weakref.WeakKeyDictionary()
 
 

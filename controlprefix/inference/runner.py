@@ -1,11 +1,15 @@
 """Runner: what runs submitted requests, a batch in this process or another engine."""
 
 import logging
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from controlprefix.completion import Completion
 from controlprefix.errors import OverloadedError, RequestError
@@ -30,6 +34,27 @@ class TokenLogProbs:
     token: int
     log_prob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+def token_log_probs_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogProbs]:
+    """The log-probabilities of tokens.
+
+    Args:
+        logits: At each of them, `(num_tokens, vocab_size)`, float32.
+        tokens: Their ids.
+        top: How many of the most likely ones to add.
+    """
+    log_probs = logits.log_softmax(-1)
+    values, ids = log_probs.topk(min(top, logits.shape[1]), dim=1)
+    own = log_probs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    return [
+        TokenLogProbs(
+            token,
+            log_prob,
+            tuple(pair for pair in zip(*best, strict=True) if pair[1] > -math.inf),
+        )
+        for token, log_prob, *best in zip(tokens, own, ids.tolist(), values.tolist(), strict=True)
+    ]
 
 
 class Runner(Protocol):

@@ -20,6 +20,7 @@ from controlprefix.model.self_check import check_rows
 from controlprefix.model.steering import Steering
 from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.prefixes import Geometry, Part, Prefix, PrefixBatch
+from controlprefix.request import SAMPLING_SETTINGS
 
 if TYPE_CHECKING:
     from controlprefix.model.rotation import Rotation
@@ -103,6 +104,17 @@ class FrozenModel:
         from controlprefix.model.text_prefix import reads_before_zero
 
         return reads_before_zero(self)
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """The sampling settings of the model's generation config; none if it decodes greedily."""
+        config: Any = self.model.generation_config
+        if config is None or not config.do_sample:
+            return {}
+        values = {name: getattr(config, name, None) for name in SAMPLING_SETTINGS}
+        # 0 and 1 switch some of them off; none at all is temperature 1.
+        on = {name: value for name, value in values.items() if value not in (None, 0)}
+        return on or {"temperature": 1.0}
 
     @property
     def fingerprint(self) -> str:

@@ -27,7 +27,8 @@ class TokenBytes:
         decoder = "" if backend is None else json.dumps(json.loads(backend.to_str())["decoder"])
         self._byte_of = _byte_alphabet() if '"ByteLevel"' in decoder else None
         self._continues_words = '"WordPiece"' in decoder
-        self._literal: set[int] = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self._special = set(tokenizer.all_special_ids)
+        self._literal: set[int] = {*self._special, *tokenizer.added_tokens_decoder}
 
     def __call__(self, token: int) -> bytes:
         """The bytes of a token.
@@ -47,6 +48,14 @@ class TokenBytes:
         if self._continues_words:
             return (piece[2:] if piece.startswith("##") else f" {piece}").encode()
         return str(piece).replace(_SPACE, " ").encode()
+
+    def in_text(self, token: int) -> bytes:
+        """The bytes of a token in a completion's text, which leaves special tokens out.
+
+        Args:
+            token: An id.
+        """
+        return b"" if token in self._special else self(token)
 
     def text(self, token: int) -> str:
         """A token as a text; as OpenAI writes them, `bytes:` and codes for part of a character.

@@ -1,23 +1,47 @@
 """The ASGI application."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
 
 from controlprefix import __version__
 from controlprefix.serving.errors import add_error_handlers
-from controlprefix.serving.middleware import BodyLimit, ResponseCounter, ServedHosts
+from controlprefix.serving.middleware import BodyLimit, RequestLog, ServedHosts
+from controlprefix.serving.openai import ErrorResponse
 from controlprefix.serving.routes import completions, models, operations, users
 from controlprefix.serving.server import Server
 
+_DESCRIPTION = (
+    "OpenAI's API for one frozen model. The `model` field may contain a task (`model/task`), "
+    "`user` selects a user's prefix, and `attributes`, `strengths` and the other steering fields "
+    "go beside OpenAI's fields."
+)
+_ERRORS = {
+    400: "The request cannot be carried out as written.",
+    401: "The API key is missing, unknown or revoked.",
+    404: "There is no such model, task, label or user.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    421: "A server without API keys is not known by this host name.",
+    429: "The API key has sent too many requests.",
+    500: "The server failed.",
+    503: "The server is overloaded, is shutting down, or cannot reach its store or engine.",
+    504: "The request took too long.",
+}
 
-def create_app(server: Server) -> FastAPI:
+
+def create_app(server: Server, *, allow_origins: Sequence[str] = ()) -> FastAPI:
     """The ASGI application of a server; on shutdown the server finishes its requests.
 
     Args:
         server: The server.
+        allow_origins: Origins such as `https://app.example.com` whose pages may call it from a
+            browser; `*` is any.
     """
 
     @contextlib.asynccontextmanager
@@ -25,23 +49,46 @@ def create_app(server: Server) -> FastAPI:
         yield
         await run_in_threadpool(server.close)
 
-    app = FastAPI(
+    app: FastAPI = FastAPIOffline(  # its pages need no other server
         title="controlprefix",
         version=__version__,
-        description=(
-            "OpenAI's API for one frozen model. The `model` field may contain a task "
-            "(`model/task`), `user` selects a user's prefix, and `attributes`, `strengths` and "
-            "the other steering fields go beside OpenAI's fields."
-        ),
+        description=_DESCRIPTION,
         lifespan=lifespan,
+        responses={
+            status: {"model": ErrorResponse, "description": description}
+            for status, description in _ERRORS.items()
+        },
     )
     app.state.server = server
-    app.add_middleware(ResponseCounter, counter=server.metrics.requests)
+    app.add_middleware(RequestLog, counter=server.metrics.requests)
     limits = server.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
     if server.is_open:
         app.add_middleware(ServedHosts, names=server.allowed_hosts)
+    if allow_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"]
+        )
     add_error_handlers(app)
     for module in (completions, models, users, operations):
         app.include_router(module.router)
+    _describe_errors(app, server)
     return app
+
+
+def _describe_errors(app: FastAPI, server: Server) -> None:
+    """Leave out of the schema what FastAPI adds and this server does not do."""
+    make_schema = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = make_schema()
+        for operations_of_path in schema["paths"].values():
+            for operation in operations_of_path.values():
+                operation["responses"].pop("422", None)  # a wrong body is answered 400
+                if server.is_open:
+                    operation.pop("security", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

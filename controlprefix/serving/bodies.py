@@ -1,33 +1,44 @@
 """Request bodies: OpenAI's fields, and the steering fields of `controlprefix.Request`."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from controlprefix.errors import ModelNotFoundError, RequestError
-from controlprefix.request import Request, SteeringFields
+from controlprefix.request import Request, SteeringFields, with_sampling_defaults
 
+# Fields of OpenAI's API that change nothing that is generated here.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "background", "include", "metadata", "parallel_tool_calls", "prompt_cache_key",
+        "prompt_cache_retention", "reasoning", "reasoning_effort", "safety_identifier",
+        "service_tier", "store", "truncation", "verbosity",
+    }
+)  # fmt: skip
 # They would change the result and are not supported: better to say so than to ignore them.
-_UNSUPPORTED = (
-    "audio",
-    "best_of",
-    "echo",
-    "function_call",
-    "functions",
-    "modalities",
-    "prediction",
-    "prompt_logprobs",
-    "response_format",
-    "suffix",
-    "tool_choice",
-    "tools",
-    "web_search_options",
-)
+_UNSUPPORTED = frozenset(
+    {
+        "audio", "best_of", "conversation", "function_call", "functions", "modalities",
+        "prediction", "previous_response_id", "prompt_logprobs", "suffix", "tool_choice", "tools",
+        "web_search_options",
+    }
+)  # fmt: skip
+# Values that ask for nothing, beside null, false, "none", and what is empty.
+_NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "max_completion_tokens": (-1,),
+    "max_tokens": (-1,),
+    "modalities": (["text"],),
+    "tool_choice": ("auto",),
+    "top_k": (-1, 0),
+}
 _MAX_ITEMS = 1000  # of any list in a body
 _MAX_TEXTS = 10_000
-_DEFAULT_MAX_TOKENS = 256
+_MAX_PROMPT_IDS = 1 << 20
 _MIN_TEMPERATURE = 1e-3
+_MIN_TOP_P = 1e-6  # keeps the most likely token alone
 
 
 class StreamOptions(BaseModel):
@@ -36,66 +47,110 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class CompletionBody(SteeringFields):
-    """Fields of chat and text completions.
+class JsonSchema(BaseModel):
+    """A JSON schema with a name."""
 
-    `model` is the model's name, or the name and a task: `smollm2/email`.
+    json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """The form of a completion: any text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def to_schema(self) -> dict[str, Any] | None:
+        """The schema of the completion, or None for any text.
+
+        Raises:
+            RequestError: If the schema is missing.
+        """
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.json_schema is None:
+            raise RequestError("response_format of the type json_schema needs json_schema.schema")
+        return self.json_schema.json_schema
+
+
+class CompletionBody(SteeringFields):
+    """Fields of all completions.
+
+    `model` is the model's name, or the name and a task: `smollm2/email`. A field that is null
+    counts as left out.
     """
 
-    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     model: str
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    n: int = Field(default=1, ge=1, le=10_000)
-    stop: str | Annotated[list[str], Field(max_length=_MAX_ITEMS)] | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
     seed: int | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
 
-    def to_requests(
-        self, model_name: str, prompts: Sequence[dict[str, Any]], max_new_tokens: int
-    ) -> list[Request]:
-        """The requests of this body: `n` per prompt.
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        extra = data.pop("extra_body", None)  # clients that do not unwrap it themselves
+        if isinstance(extra, Mapping):
+            data |= extra
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        kept: dict[str, Any] = {}
+        for name, value in data.items():
+            is_empty = value is None or value in _NO_EFFECT.get(name, ())
+            if is_empty or name in _WITHOUT_EFFECT - known:
+                continue
+            if name in known:
+                kept[name] = _MIN_TOP_P if name == "top_p" and value == 0 else value
+            elif not _is_default(value):
+                raise ValueError(_refusal(str(name), known))
+        return kept
+
+    @property
+    def num_choices(self) -> int:
+        """Completions per prompt."""
+        return 1
+
+    @property
+    def reports_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return False
+
+    def fields(
+        self,
+        model_name: str,
+        max_tokens: int | None,
+        limit: int,
+        defaults: Mapping[str, Any],
+        num_choices: int = 1,
+    ) -> dict[str, Any]:
+        """The fields of `Request` that all requests of this body have in common.
 
         Args:
             model_name: Name of the served model.
-            prompts: `prompt` or `messages` of each.
-            max_new_tokens: The server's limit.
+            max_tokens: The limit that was asked for.
+            limit: The server's limit.
+            defaults: Sampling settings for what the body leaves out.
+            num_choices: Completions per prompt.
 
         Raises:
-            RequestError: If something is not supported or out of range.
+            RequestError: If something is out of range.
         """
-        for field in _UNSUPPORTED:
-            if not _is_default(field, (self.model_extra or {}).get(field)):
-                raise RequestError(f"{field} is not supported by this server; leave it out")
-        limit = min(_DEFAULT_MAX_TOKENS, max_new_tokens)
-        num_tokens = self.max_completion_tokens or self.max_tokens or limit
-        if num_tokens > max_new_tokens:
-            raise RequestError(
-                f"max_tokens is {num_tokens}; this server generates {max_new_tokens} at most"
-            )
-        fields = self.model_dump(include=set(SteeringFields.model_fields))
-        fields |= {
+        if max_tokens is not None and max_tokens > limit:
+            raise RequestError(f"max_tokens is {max_tokens}; this server generates {limit} at most")
+        steering = self.model_dump(include=set(SteeringFields.model_fields) & self.model_fields_set)
+        temperature = self.temperature and max(_MIN_TEMPERATURE, self.temperature)
+        fields = {
+            **steering,
             "task": self.task(model_name),
             "user": self.user or None,
-            "max_new_tokens": num_tokens,
-            "stop": [self.stop] if isinstance(self.stop, str) else self.stop or [],
+            "temperature": temperature,
+            "seed": None if self.seed is None else self.seed % (1 << 63),
         }
-        if self.temperature:
-            fields["temperature"] = max(_MIN_TEMPERATURE, self.temperature)
-        else:  # greedy
-            fields |= {"top_k": None, "top_p": None, "min_p": None}
-        return [
-            Request(
-                **prompt,
-                **fields,
-                **({} if self.seed is None else {"seed": (self.seed + i) % (1 << 63)}),
-            )
-            for prompt in prompts
-            for i in range(self.n)
-        ]
+        return with_sampling_defaults(fields, defaults, num_choices=num_choices)
 
     def task(self, model_name: str) -> str | None:
         """The task in the `model` field.
@@ -112,6 +167,66 @@ class CompletionBody(SteeringFields):
         return None if self.model == model_name else task or None
 
 
+class ChoicesBody(CompletionBody):
+    """Fields of chat and text completions."""
+
+    max_tokens: int | None = Field(default=None, ge=0)
+    n: int = Field(default=1, ge=1, le=10_000)
+    stop: str | Annotated[list[str], Field(max_length=_MAX_ITEMS)] = Field(default_factory=list)
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Completions per prompt."""
+        return self.n
+
+    @property
+    def reports_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def to_requests(
+        self,
+        model_name: str,
+        prompts: Sequence[dict[str, Any]],
+        limit: int,
+        defaults: Mapping[str, Any],
+        *,
+        default_limit: int,
+        max_tokens: int | None,
+    ) -> list[Request]:
+        """The requests of this body: `n` per prompt.
+
+        Args:
+            model_name: Name of the served model.
+            prompts: The prompt of each, as a field of `Request`.
+            limit: The server's limit of new tokens.
+            defaults: Sampling settings for what the body leaves out.
+            default_limit: New tokens where the body names no limit.
+            max_tokens: The body's limit.
+
+        Raises:
+            RequestError: If something is out of range.
+        """
+        fields = self.fields(model_name, max_tokens, limit, defaults, self.n)
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        fields["stop"] = [text for text in stop if text]
+        if self.response_format is not None:
+            fields["json_schema"] = self.response_format.to_schema()
+        requests = []
+        for prompt in prompts:
+            for i in range(self.n):
+                seed = None if self.seed is None else (self.seed + i) % (1 << 63)
+                request = Request(**prompt, **{**fields, "seed": seed})
+                if max_tokens:
+                    request = request.model_copy(update={"max_new_tokens": max_tokens})
+                else:
+                    request = request.with_default_limit(min(default_limit, limit))
+                requests.append(request)
+        return requests
+
+
 class ChatMessage(BaseModel):
     """A message, whose content may be given as text parts."""
 
@@ -119,6 +234,15 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[dict[str, Any]], Field(max_length=_MAX_ITEMS)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tools(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and (
+            data.get("role") in ("tool", "function") or data.get("tool_calls")
+        ):
+            raise ValueError("tools are not supported by this server; leave their messages out")
+        return data
 
     def to_plain(self) -> dict[str, str]:
         """The message as a chat template takes it.
@@ -129,25 +253,51 @@ class ChatMessage(BaseModel):
         if isinstance(self.content, str):
             text = self.content
         else:
-            if any(part.get("type") != "text" for part in self.content):
+            kinds = ("text", "input_text", "output_text")
+            if any(part.get("type") not in kinds for part in self.content):
                 raise RequestError("only text is supported; leave other parts of a message out")
             text = "".join(str(part.get("text", "")) for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatBody(CompletionBody):
+class ChatBody(ChoicesBody):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_ITEMS)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
 
 
-class TextBody(CompletionBody):
+PromptIds = Annotated[
+    list[Annotated[int, Field(strict=True, ge=0)]],
+    Field(min_length=1, max_length=_MAX_PROMPT_IDS),
+]
+
+
+class TextBody(ChoicesBody):
     """Body of `POST /v1/completions`."""
 
-    prompt: str | Annotated[list[str], Field(max_length=_MAX_ITEMS)]
+    prompt: (
+        str
+        | PromptIds
+        | Annotated[list[str], Field(min_length=1, max_length=_MAX_ITEMS)]
+        | Annotated[list[PromptIds], Field(min_length=1, max_length=_MAX_ITEMS)]
+    )
+    echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """Each prompt as fields of `Request`."""
+        if isinstance(self.prompt, str):
+            return [{"prompt": self.prompt, "raw": True}]
+        if isinstance(self.prompt[0], int):
+            return [{"prompt_ids": self.prompt}]
+        return [
+            {"prompt": prompt, "raw": True} if isinstance(prompt, str) else {"prompt_ids": prompt}
+            for prompt in self.prompt
+        ]
 
 
 class ClassifyBody(BaseModel):
@@ -169,8 +319,17 @@ class EnrolmentBody(BaseModel):
     keep_texts: bool = False
 
 
-def _is_default(field: str, value: Any) -> bool:
-    """Whether leaving the field out asks for the same."""
-    if value is None or value is False or (field == "best_of" and value == 1):
-        return True
-    return isinstance(value, (str, list, dict)) and value in ("", "none", [], {})
+def _is_default(value: Any) -> bool:
+    """Whether leaving a field out asks for the same."""
+    return value is False or (
+        isinstance(value, (str, list, dict)) and value in ("", "none", [], {})
+    )
+
+
+def _refusal(name: str, known: set[str]) -> str:
+    """Why a field is refused."""
+    if name in _UNSUPPORTED:
+        return f"{name} is not supported by this server; leave it out"
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "it is no field of this API"
+    return f"unknown field {name[:80]!r}; {hint}"

@@ -26,7 +26,9 @@ async def _client(
 ) -> Client:
     api_key = credentials.credentials if credentials else None
     address = request.client.host if request.client else ""
-    return await server.work.with_store(server.authenticate, api_key, address)
+    client = await server.work.with_store(server.authenticate, api_key, address)
+    request.state.report = {"tenant": client.tenant, "api_key": client.key_name}
+    return client
 
 
 ClientDependency = Annotated[Client, Depends(_client)]

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 
 from controlprefix.errors import (
     ClientDisconnectedError,
+    ContextLengthError,
     ControlPrefixError,
     EngineError,
     InternalServerError,
@@ -36,6 +37,7 @@ _RESPONSES: tuple[tuple[type[ControlPrefixError], int, str, str], ...] = (
     (ClientDisconnectedError, 499, "server_error", "client_gone"),  # seen in metrics only
     (RequestTimeoutError, 504, "server_error", "timeout"),
     (InternalServerError, 500, "server_error", "internal_error"),
+    (ContextLengthError, 400, "invalid_request_error", "context_length_exceeded"),
     (ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (UnknownNameError, 404, "invalid_request_error", "not_found"),
     (PrefixFormatError, 500, "server_error", "damaged_prefix"),
@@ -89,7 +91,7 @@ def add_error_handlers(app: FastAPI) -> None:
         findings = error.errors()
         lines = [
             f"{'.'.join(map(str, finding['loc'][1:]))[:_MAX_CHARACTERS] or 'body'}: "
-            f"{str(finding['msg'])[:_MAX_CHARACTERS]}"
+            f"{str(finding['msg']).removeprefix('Value error, ')[:_MAX_CHARACTERS]}"
             for finding in findings[:_MAX_FINDINGS]
         ]
         if len(findings) > _MAX_FINDINGS:
@@ -102,4 +104,4 @@ def add_error_handlers(app: FastAPI) -> None:
     async def handle_http(_: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
         body = ErrorBody(message=message, type="invalid_request_error", code="http")
-        return error_response(error.status_code, body)
+        return error_response(error.status_code, body, **(error.headers or {}))

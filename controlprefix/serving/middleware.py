@@ -2,7 +2,11 @@
 
 import asyncio
 import ipaddress
+import json
+import logging
+import time
 from collections.abc import Collection
+from datetime import UTC, datetime
 
 from prometheus_client import Counter
 from starlette.datastructures import Headers
@@ -11,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from controlprefix.errors import RequestError
 from controlprefix.serving.errors import error_response
 from controlprefix.serving.openai import ErrorBody
+
+_request_log = logging.getLogger("controlprefix.requests")
 
 
 class BodyLimit:
@@ -111,8 +117,10 @@ class ServedHosts:
         return True
 
 
-class ResponseCounter:
-    """Counts responses by path and status.
+class RequestLog:
+    """Counts responses by path and status, and logs a line of JSON for each request.
+
+    A line never contains texts or users.
 
     Args:
         app: The application behind it.
@@ -124,11 +132,33 @@ class ResponseCounter:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
 
-        async def counting_send(message: Message) -> None:
+        async def noting_send(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                path = getattr(scope.get("route"), "path", "other")
-                self._counter.labels(path, str(message["status"])).inc()
+                status = message["status"]
+                self._counter.labels(_path(scope), str(status)).inc()
             await send(message)
 
-        await self._app(scope, receive, counting_send)
+        try:
+            await self._app(scope, receive, noting_send)
+        finally:
+            if _request_log.isEnabledFor(logging.INFO):
+                line = {
+                    "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    "method": scope["method"],
+                    "path": _path(scope),
+                    "status": status,
+                    "seconds": round(time.monotonic() - started, 3),
+                    **scope.get("state", {}).get("report", {}),
+                }
+                _request_log.info("%s", json.dumps(line))
+
+
+def _path(scope: Scope) -> str:
+    """The path of the route, in which a user stands as `{user}`."""
+    return getattr(scope.get("route"), "path", "other")

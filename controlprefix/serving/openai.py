@@ -1,14 +1,23 @@
-"""OpenAI's response forms, as pydantic models."""
+"""OpenAI's forms of chat and text completions, whole and as streams."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, Field
 
-from controlprefix.completion import Completion, StandIn
+from controlprefix.completion import Completion, PartUsed, StandIn
 from controlprefix.inference.runner import TokenLogProbs
+from controlprefix.model.token_bytes import TokenBytes
+from controlprefix.serving.log_probs import (
+    ChatLogProbs,
+    TextLogProbs,
+    chat_log_probs,
+    text_log_probs,
+)
 
-Decode = Callable[[int], str]
+Head = Mapping[str, Any]  # `id`, `created` and `model` of a response
+Payload = tuple[str | None, Mapping[str, Any]]  # name and data of a server-sent event
 
 
 class ErrorBody(BaseModel):
@@ -32,39 +41,6 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-
-
-class TopLogProb(BaseModel):
-    """A token and its log-probability in nats."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogProb(TopLogProb):
-    """A generated token, with the most likely tokens at its position."""
-
-    top_logprobs: list[TopLogProb]
-
-
-class ChatLogProbs(BaseModel):
-    """Log-probabilities of a chat completion."""
-
-    content: list[TokenLogProb]
-    refusal: None = None
-
-
-class TextLogProbs(BaseModel):
-    """Log-probabilities of a text completion."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-LogProbs = ChatLogProbs | TextLogProbs
 
 
 class AssistantMessage(BaseModel):
@@ -93,16 +69,96 @@ class TextChoice(BaseModel):
     finish_reason: str
 
 
-class CompletionResponse(BaseModel):
-    """The body of a completion, with what was used for labels without a prefix."""
+class SteeringReport(BaseModel):
+    """What a response was steered by."""
+
+    parts: list[PartUsed] = Field(default_factory=list)
+    stand_ins: list[StandIn] | None = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class ChatCompletionResponse(SteeringReport):
+    """The body of a chat completion, with the prefixes and versions that it was steered by."""
 
     id: str
-    object: str
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    choices: list[ChatChoice | TextChoice]
+    choices: list[ChatChoice]
     usage: Usage
-    stand_ins: list[StandIn] | None = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class TextCompletionResponse(SteeringReport):
+    """The body of a text completion, with the prefixes and versions that it was steered by."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that is repeated in front of its completion.
+
+    Attributes:
+        text: The prompt.
+        ids: Its tokens.
+        tokens: Their log-probabilities, if they were asked for.
+    """
+
+    text: str
+    ids: Sequence[int]
+    tokens: Sequence[TokenLogProbs | None] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished choice: its completion, and log-probabilities if they were asked for."""
+
+    completion: Completion
+    tokens: Sequence[TokenLogProbs]
+    echo: Echo | None = None
+
+
+def steering_report(completions: Sequence[Completion]) -> dict[str, Any]:
+    """`parts` and `stand_ins` of a response: all its choices have the same parts."""
+    stand_ins = [stand_in for completion in completions for stand_in in completion.stand_ins]
+    return {"parts": list(completions[0].parts), "stand_ins": stand_ins or None}
+
+
+class Format(Protocol):
+    """The form of a response.
+
+    Attributes:
+        id_prefix: What ids begin with.
+        top: Log-probabilities per token; None for none.
+    """
+
+    id_prefix: str
+    top: int | None
+
+    def whole(self, head: Head, choices: Sequence[Finished], usage: Usage) -> BaseModel:
+        """The body of a response that is not streamed."""
+
+    def opening(self, head: Head, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
+        """What a stream begins with."""
+
+    def delta(
+        self, head: Head, index: int, text: str, tokens: Sequence[TokenLogProbs], *, is_first: bool
+    ) -> Iterator[Payload]:
+        """New text of a choice, and the tokens that it comes from."""
+
+    def end(
+        self, head: Head, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
+    ) -> Iterator[Payload]:
+        """The end of a choice, with the tokens that were not reported yet."""
+
+    def closing(
+        self, head: Head, choices: Sequence[Finished], usage: Usage, *, include_usage: bool
+    ) -> Iterator[Payload]:
+        """What a stream ends with."""
 
 
 class ChatFormat:
@@ -110,46 +166,72 @@ class ChatFormat:
 
     Args:
         top: Log-probabilities per token; None for none.
+        names: The bytes of tokens.
     """
 
-    kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+    id_prefix = "chatcmpl-"
 
-    def __init__(self, top: int | None) -> None:
+    def __init__(self, top: int | None, names: TokenBytes) -> None:
         self.top = top
+        self._names = names
 
-    def choice(self, index: int, completion: Completion, log_probs: Any) -> ChatChoice:
-        """A whole choice."""
-        return ChatChoice(
-            index=index,
-            message=AssistantMessage(content=completion.text),
-            logprobs=log_probs,
-            finish_reason=completion.finish_reason,
+    def whole(self, head: Head, choices: Sequence[Finished], usage: Usage) -> BaseModel:
+        """The body of a response: see `Format.whole`."""
+        return ChatCompletionResponse(
+            **head,
+            **steering_report([choice.completion for choice in choices]),
+            choices=[
+                ChatChoice(
+                    index=i,
+                    message=AssistantMessage(content=choice.completion.text),
+                    logprobs=None if self.top is None else self._log_probs(choice.tokens),
+                    finish_reason=choice.completion.finish_reason,
+                )
+                for i, choice in enumerate(choices)
+            ],
+            usage=usage,
         )
 
-    def text_delta(self, index: int, text: str, *, is_first: bool) -> dict[str, Any]:
-        """New text of a choice in a stream."""
+    def opening(self, head: Head, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
+        """Nothing: the first text of a choice has its role."""
+        yield from ()
+
+    def delta(
+        self, head: Head, index: int, text: str, tokens: Sequence[TokenLogProbs], *, is_first: bool
+    ) -> Iterator[Payload]:
+        """New text of a choice: see `Format.delta`."""
         delta = {"role": "assistant", "content": text} if is_first else {"content": text}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        yield self._chunk(head, index, delta, tokens, None)
 
-    def final_delta(self, index: int, reason: str, log_probs: Any) -> dict[str, Any]:
-        """The end of a choice in a stream."""
-        return {"index": index, "delta": {}, "logprobs": log_probs, "finish_reason": reason}
+    def end(
+        self, head: Head, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
+    ) -> Iterator[Payload]:
+        """The end of a choice: see `Format.end`."""
+        name, body = self._chunk(head, index, {}, tokens, finished.completion.finish_reason)
+        yield name, {**body, **_dumped_report(finished)}
 
-    def log_probs(self, tokens: Sequence[TokenLogProbs], decode: Decode) -> ChatLogProbs:
-        """Log-probabilities of a choice."""
+    def closing(
+        self, head: Head, choices: Sequence[Finished], usage: Usage, *, include_usage: bool
+    ) -> Iterator[Payload]:
+        """The usage, if it was asked for."""
+        if include_usage:
+            body = {"object": "chat.completion.chunk", "choices": [], "usage": usage.model_dump()}
+            yield None, {**head, **body}
 
-        def fields(token: int, log_prob: float) -> dict[str, Any]:
-            text = decode(token)
-            return {"token": text, "logprob": log_prob, "bytes": list(text.encode())}
+    def _chunk(
+        self,
+        head: Head,
+        index: int,
+        delta: Mapping[str, str],
+        tokens: Sequence[TokenLogProbs],
+        reason: str | None,
+    ) -> Payload:
+        log_probs = self._log_probs(tokens).model_dump() if tokens else None
+        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason}
+        return None, {**head, "object": "chat.completion.chunk", "choices": [choice]}
 
-        content = [
-            TokenLogProb(
-                **fields(token.token, token.log_prob),
-                top_logprobs=[TopLogProb(**fields(*pair)) for pair in token.top],
-            )
-            for token in tokens
-        ]
-        return ChatLogProbs(content=content)
+    def _log_probs(self, tokens: Sequence[TokenLogProbs]) -> ChatLogProbs:
+        return chat_log_probs(tokens, self._names)
 
 
 class TextFormat:
@@ -157,39 +239,92 @@ class TextFormat:
 
     Args:
         top: Log-probabilities per token; None for none.
+        names: The bytes of tokens.
     """
 
-    kind, chunk_kind, id_prefix = "text_completion", "text_completion", "cmpl-"
+    id_prefix = "cmpl-"
 
-    def __init__(self, top: int | None) -> None:
+    def __init__(self, top: int | None, names: TokenBytes) -> None:
         self.top = top
+        self._names = names
+        self._before: dict[int, bytes] = {}  # per choice the bytes that were streamed
 
-    def choice(self, index: int, completion: Completion, log_probs: Any) -> TextChoice:
-        """A whole choice."""
-        return TextChoice(
-            index=index,
-            text=completion.text,
-            logprobs=log_probs,
-            finish_reason=completion.finish_reason,
+    def whole(self, head: Head, choices: Sequence[Finished], usage: Usage) -> BaseModel:
+        """The body of a response: see `Format.whole`."""
+        return TextCompletionResponse(
+            **head,
+            **steering_report([choice.completion for choice in choices]),
+            choices=[
+                TextChoice(
+                    index=i,
+                    text=(choice.echo.text if choice.echo else "") + choice.completion.text,
+                    logprobs=None if self.top is None else self._whole_log_probs(choice),
+                    finish_reason=choice.completion.finish_reason,
+                )
+                for i, choice in enumerate(choices)
+            ],
+            usage=usage,
         )
 
-    def text_delta(self, index: int, text: str, *, is_first: bool) -> dict[str, Any]:
-        """New text of a choice in a stream."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+    def opening(self, head: Head, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
+        """The prompts, if they are repeated."""
+        for i, echo in enumerate(echoes):
+            if echo is not None:
+                log_probs = None
+                if self.top is not None:
+                    log_probs = self._echo_log_probs(echo).model_dump()
+                    self._before[i] = self._bytes(echo.ids)
+                yield self._chunk(head, i, echo.text, log_probs, None)
 
-    def final_delta(self, index: int, reason: str, log_probs: Any) -> dict[str, Any]:
-        """The end of a choice in a stream."""
-        return {"index": index, "text": "", "logprobs": log_probs, "finish_reason": reason}
+    def delta(
+        self, head: Head, index: int, text: str, tokens: Sequence[TokenLogProbs], *, is_first: bool
+    ) -> Iterator[Payload]:
+        """New text of a choice: see `Format.delta`."""
+        yield self._chunk(head, index, text, self._next_log_probs(index, tokens), None)
 
-    def log_probs(self, tokens: Sequence[TokenLogProbs], decode: Decode) -> TextLogProbs:
-        """Log-probabilities of a choice."""
-        texts = [decode(token.token) for token in tokens]
-        return TextLogProbs(
-            tokens=texts,
-            token_logprobs=[token.log_prob for token in tokens],
-            top_logprobs=[{decode(t): value for t, value in token.top} for token in tokens],
-            text_offset=[sum(map(len, texts[:i])) for i in range(len(texts))],
+    def end(
+        self, head: Head, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
+    ) -> Iterator[Payload]:
+        """The end of a choice: see `Format.end`."""
+        log_probs = self._next_log_probs(index, tokens)
+        name, body = self._chunk(head, index, "", log_probs, finished.completion.finish_reason)
+        yield name, {**body, **_dumped_report(finished)}
+
+    def closing(
+        self, head: Head, choices: Sequence[Finished], usage: Usage, *, include_usage: bool
+    ) -> Iterator[Payload]:
+        """The usage, if it was asked for."""
+        if include_usage:
+            body = {"object": "text_completion", "choices": [], "usage": usage.model_dump()}
+            yield None, {**head, **body}
+
+    def _chunk(
+        self, head: Head, index: int, text: str, log_probs: Any, reason: str | None
+    ) -> Payload:
+        choice = {"index": index, "text": text, "logprobs": log_probs, "finish_reason": reason}
+        return None, {**head, "object": "text_completion", "choices": [choice]}
+
+    def _whole_log_probs(self, choice: Finished) -> TextLogProbs:
+        if choice.echo is None:
+            return text_log_probs(choice.tokens, self._names)
+        return text_log_probs(
+            [*choice.echo.tokens, *choice.tokens], self._names, first_token=choice.echo.ids[0]
         )
 
+    def _echo_log_probs(self, echo: Echo) -> TextLogProbs:
+        return text_log_probs(echo.tokens, self._names, first_token=echo.ids[0])
 
-Format = ChatFormat | TextFormat
+    def _next_log_probs(self, index: int, tokens: Sequence[TokenLogProbs]) -> Any:
+        if not tokens:
+            return None
+        before = self._before.get(index, b"")
+        self._before[index] = before + self._bytes([token.token for token in tokens])
+        return text_log_probs(tokens, self._names, before=before).model_dump()
+
+    def _bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(map(self._names.in_text, ids))
+
+
+def _dumped_report(finished: Finished) -> dict[str, Any]:
+    report = SteeringReport(**steering_report([finished.completion]))
+    return report.model_dump(mode="json")

@@ -1,21 +1,28 @@
 """Server: the state that all routes share."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 from controlprefix.attributes import AttributeSpace
-from controlprefix.errors import OverloadedError
+from controlprefix.completion import Completion
+from controlprefix.errors import OverloadedError, UnknownNameError
 from controlprefix.evaluation import AttributeClassifier
 from controlprefix.inference.generator import Generator
 from controlprefix.inference.resolved_request import ResolvedRequest
-from controlprefix.inference.runner import Deliver, Runner, Ticket
+from controlprefix.inference.runner import Deliver, Runner, Ticket, TokenLogProbs
 from controlprefix.model import FrozenModel
+from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.request import Request
 from controlprefix.serving.metrics import Metrics
+from controlprefix.serving.openai import Echo
 from controlprefix.serving.rate_limit import RateLimiter
 from controlprefix.serving.settings import ServerLimits
 from controlprefix.serving.tenants import Client, Tenants
 from controlprefix.serving.work import WorkPools
 from controlprefix.store import EncryptionKeys
+
+UnknownUsers = Literal["refuse", "plain"]
+_ECHO_BATCH_SIZE = 8
 
 
 class Server:
@@ -32,9 +39,16 @@ class Server:
         limits: What is accepted.
         runner: Runs requests, such as a `VllmRunner`; left out, a batch in this process.
         allowed_hosts: With `open_tenant`, host names beside `localhost` and IP addresses.
+        unknown_users: What to do with a user that has no prefix: refuse the request, or write
+            without one.
+        sampling_defaults: Sampling settings (`temperature`, `top_p`, …) of requests that leave
+            them out, beside those of the model's generation config.
 
     Attributes:
         name, limits, classifiers, allowed_hosts: As given.
+        sampling_defaults: Those, with the generation config's.
+        token_bytes: The bytes of the model's tokens.
+        fingerprint: Of the model.
         is_open: It needs no API keys.
         metrics: For Prometheus.
         is_ready: False once it is shutting down.
@@ -57,8 +71,16 @@ class Server:
         limits: ServerLimits | None = None,
         runner: Runner | None = None,
         allowed_hosts: Collection[str] = (),
+        unknown_users: UnknownUsers = "refuse",
+        sampling_defaults: Mapping[str, float] | None = None,
     ) -> None:
         self.name = name
+        self.sampling_defaults = {**frozen.sampling_defaults, **(sampling_defaults or {})}
+        self.token_bytes = TokenBytes(frozen.tokenizer)
+        self.fingerprint = frozen.fingerprint
+        self._unknown_users = unknown_users
+        self._tokenizer = frozen.request_tokenizer
+        self._generator = Generator(frozen)
         self.limits = limits or ServerLimits()
         self.classifiers = tuple(classifiers)
         self.is_ready = True
@@ -74,7 +96,7 @@ class Server:
             rate_limiter=RateLimiter(self.limits.requests_per_minute),
         )
         num_rows = self.limits.max_sequences
-        self._runner = runner or Generator(frozen).batcher(
+        self._runner = runner or self._generator.batcher(
             max_sequences=num_rows,
             max_waiting=self.limits.max_waiting,
             # Others find a row free, whatever a tenant does.
@@ -93,6 +115,17 @@ class Server:
             ControlPrefixError: If it cannot be accepted.
         """
         self._runner.require_capacity()
+        try:
+            return await self._resolve(client, request)
+        except UnknownNameError as error:
+            if request.user is None or self._unknown_users == "refuse":
+                raise
+            try:
+                return await self._resolve(client, request.model_copy(update={"user": None}))
+            except UnknownNameError:
+                raise error from None  # it was not the user
+
+    async def _resolve(self, client: Client, request: Request) -> ResolvedRequest[Request]:
         if request.unseen == "refuse":
             return await self.work.with_store(client.cp.resolve, request)
         # Labels without a prefix are looked up by embeddings, or made of texts.
@@ -109,6 +142,45 @@ class Server:
         return await self.work.with_store(
             self._runner.submit, resolved, top_log_probs=top_log_probs, deliver=deliver
         )
+
+    async def echoes(
+        self, client: Client, resolved: Sequence[ResolvedRequest[Request]], top: int | None
+    ) -> list[Echo]:
+        """The prompts of requests, with log-probabilities if `top` is given.
+
+        Raises:
+            ControlPrefixError: If they cannot be computed.
+        """
+
+        def read() -> dict[tuple[int, ...], Echo]:
+            prompts = {self._tokenizer.prompt_ids(r.request): r for r in resolved}
+            rows = self._log_probs(list(prompts.values()), top)
+            return {
+                ids: Echo(request.request.prompt or self._tokenizer.decode(ids), ids, row)
+                for (ids, request), row in zip(prompts.items(), rows, strict=True)
+            }
+
+        echoes = await self.work.with_model(client.tenant, read)
+        return [echoes[self._tokenizer.prompt_ids(r.request)] for r in resolved]
+
+    def _log_probs(
+        self, resolved: Sequence[ResolvedRequest[Request]], top: int | None
+    ) -> Sequence[Sequence[TokenLogProbs | None]]:
+        if top is None:
+            return [()] * len(resolved)
+        return self._generator.prompt_log_probs(resolved, top=top, batch_size=_ECHO_BATCH_SIZE)
+
+    async def without_tokens(self, resolved: ResolvedRequest[Request]) -> Completion:
+        """The completion of a request for no tokens.
+
+        Raises:
+            RequestError: If its prompt cannot be tokenized.
+        """
+        prompt = await self.work.with_store(self._tokenizer.prompt_ids, resolved.request)
+        empty = Completion(
+            text="", finish_reason="length", num_prompt_tokens=len(prompt), num_tokens=0
+        )
+        return resolved.report_in(empty)
 
     def check_health(self) -> None:
         """Check that the server is not shutting down, and that engine and store answer.

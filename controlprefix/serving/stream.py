@@ -6,150 +6,172 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
+from sse_starlette import EventSourceResponse
 
-from controlprefix.completion import Completion, StandIn
+from controlprefix.completion import Completion
 from controlprefix.errors import (
     ClientDisconnectedError,
     ControlPrefixError,
     InternalServerError,
     RequestTimeoutError,
 )
-from controlprefix.inference.runner import Event, Ticket
+from controlprefix.inference.runner import Event, Ticket, TokenLogProbs
 from controlprefix.request import Request
 from controlprefix.serving.bodies import CompletionBody
 from controlprefix.serving.errors import error_body
-from controlprefix.serving.openai import CompletionResponse, Format, LogProbs, Usage
+from controlprefix.serving.openai import Echo, Finished, Format, Usage
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
 
 _log = logging.getLogger(__name__)
 
-_DISCONNECT_CHECK_S = 0.5
+_KEEP_ALIVE_S = 15  # after which a silent stream gets a comment, so that proxies keep it open
 
 
 class CompletionJob:
-    """Submits the requests of one body, and turns their events into OpenAI's form.
+    """Submits the requests of one body, and turns their events into a response.
 
     Args:
         server: Runs the requests.
         client: Who sent them.
-        body: The body.
         http_request: To notice that the client has disconnected.
-        form: Chat or text.
+        form: How the response is written.
+        body: For the model's name, the number of choices per prompt, and whether to stream.
     """
 
     def __init__(
         self,
         server: Server,
         client: Client,
-        body: CompletionBody,
         http_request: HttpRequest,
         form: Format,
+        body: CompletionBody,
     ) -> None:
-        self._server, self._client, self._body = server, client, body
+        self._server, self._client = server, client
         self._http_request, self._form = http_request, form
+        self._body = body
         self._started = time.monotonic()
-        self._last_check = self._started
         self._has_text = False
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
+        self._echoes: list[Echo | None] = []
         self._head: dict[str, Any] = {
             "id": form.id_prefix + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": body.model,
         }
 
-    async def respond(self, requests: list[Request]) -> Response:
+    async def respond(
+        self, requests: Sequence[Request], *, echoes: bool = False, generates: bool = True
+    ) -> Response:
         """Submit the requests, and answer with a body or a stream.
+
+        Args:
+            requests: They differ in prompt and seed alone.
+            echoes: Repeat prompts in front of completions.
+            generates: Write completions; otherwise they are empty.
 
         Raises:
             ControlPrefixError: If a request cannot be accepted, or fails before its first text.
         """
-        loop = asyncio.get_running_loop()
+        watch = asyncio.create_task(self._watch_client())
         try:
-            # All of them differ in prompt and seed alone.
             resolved = await self._server.resolve(self._client, requests[0])
-            for i, request in enumerate(requests):
-                await self._require_client()
-
-                def deliver(event: Event, i: int = i) -> None:
-                    with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                        loop.call_soon_threadsafe(self._events.put_nowait, (i, event))
-
-                own = resolved.for_prompt(request)
-                self._tickets.append(await self._server.submit(own, deliver, self._form.top))
+            own = [resolved.for_prompt(request) for request in requests]
+            self._echoes = [None] * len(own)
+            if echoes:
+                self._echoes = list(await self._server.echoes(self._client, own, self._form.top))
+            for i, request in enumerate(own):
+                if generates:
+                    await self._submit(i, request)
+                else:
+                    self._tickets.append(Ticket())
+                    empty = await self._server.without_tokens(request)
+                    self._events.put_nowait((i, empty))
+                self._require_client(watch)
             if self._body.stream:
                 # An error before the first text still gets a status of its own.
                 first = await self._next_event()
                 if isinstance(first[1], BaseException):
                     raise first[1]
-                stream = self._stream(first, len(requests))
-                return StreamingResponse(stream, media_type="text/event-stream")
-            response = await self._collect(len(requests))
-            return JSONResponse(response.model_dump(mode="json"))
+                return EventSourceResponse(
+                    self._stream(first, len(own)),
+                    ping=_KEEP_ALIVE_S,
+                    sep="\n",
+                    headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+                )
+            finished = await self._collect(len(own))
+            body = self._form.whole(self._head, finished, self._usage(finished))
+            return JSONResponse(body.model_dump(mode="json"))
         except BaseException:
             self._cancel()
             raise
+        finally:
+            watch.cancel()  # from here on, sse-starlette watches the client
 
-    async def _collect(self, num_choices: int) -> CompletionResponse:
-        completions: dict[int, Completion] = {}
-        while len(completions) < num_choices:
+    async def _submit(self, i: int, request: Any) -> None:
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self._events.put_nowait, (i, event))
+
+        self._tickets.append(await self._server.submit(request, deliver, self._form.top))
+
+    async def _collect(self, num_choices: int) -> list[Finished]:
+        finished: dict[int, Finished] = {}
+        while len(finished) < num_choices:
             i, event = await self._next_event()
             if isinstance(event, BaseException):
                 raise event
             if isinstance(event, Completion):
-                completions[i] = event
-        self._server.metrics.request_s.observe(time.monotonic() - self._started)
-        ordered = [completions[i] for i in range(num_choices)]
-        return CompletionResponse(
-            **self._head,
-            object=self._form.kind,
-            choices=[
-                self._form.choice(i, completion, self._log_probs(i, completion))
-                for i, completion in enumerate(ordered)
-            ],
-            usage=self._usage(completions),
-            stand_ins=_stand_ins(ordered) or None,
-        )
+                finished[i] = self._finished(i, event)
+        return [finished[i] for i in range(num_choices)]
 
-    async def _stream(self, first: tuple[int, Event], num_choices: int) -> AsyncIterator[str]:
-        completions: dict[int, Completion] = {}
-        with_text: set[int] = set()
+    async def _stream(
+        self, first: tuple[int, Event], num_choices: int
+    ) -> AsyncIterator[dict[str, str]]:
+        finished: dict[int, Finished] = {}
+        reports = [_TokenReport(self._server) for _ in range(num_choices)]
         pending: tuple[int, Event] | None = first
         try:
-            while len(completions) < num_choices:
+            for payload in self._form.opening(self._head, self._echoes):
+                yield _event(payload)
+            while len(finished) < num_choices:
                 i, event = pending or await self._next_event()
                 pending = None
                 if isinstance(event, BaseException):
                     raise event
+                report = reports[i]
+                is_first = report.is_first
                 if isinstance(event, str):
-                    is_first = i not in with_text
-                    yield self._chunk(self._form.text_delta(i, event, is_first=is_first))
-                    with_text.add(i)
+                    tokens = report.for_text(event, self._tickets[i].tokens)
+                    for payload in self._form.delta(
+                        self._head, i, event, tokens, is_first=is_first
+                    ):
+                        yield _event(payload)
                     continue
-                completions[i] = event
-                if i not in with_text:
-                    yield self._chunk(self._form.text_delta(i, "", is_first=True))
-                log_probs = self._log_probs(i, event)
-                dumped = None if log_probs is None else log_probs.model_dump(mode="json")
-                final = self._form.final_delta(i, event.finish_reason, dumped)
-                stand_ins = [stand_in.model_dump() for stand_in in _stand_ins([event])]
-                extra = {"stand_ins": stand_ins} if stand_ins else {}
-                yield self._line({"choices": [final], **extra})
-            usage = self._usage(completions)
-            options = self._body.stream_options
-            if options and options.include_usage:
-                yield self._line({"choices": [], "usage": usage.model_dump()})
-            self._server.metrics.request_s.observe(time.monotonic() - self._started)
-            yield "data: [DONE]\n\n"
+                finished[i] = self._finished(i, event)
+                if is_first:
+                    for payload in self._form.delta(self._head, i, "", (), is_first=True):
+                        yield _event(payload)
+                rest = report.rest(finished[i].tokens)
+                for payload in self._form.end(self._head, i, finished[i], rest):
+                    yield _event(payload)
+            choices = [finished[i] for i in range(num_choices)]
+            for payload in self._form.closing(
+                self._head, choices, self._usage(choices), include_usage=self._body.reports_usage
+            ):
+                yield _event(payload)
+            yield {"data": "[DONE]"}
         except ControlPrefixError as error:
-            yield f"data: {json.dumps({'error': error_body(error)[1].model_dump()})}\n\n"
+            yield {"data": json.dumps({"error": error_body(error)[1].model_dump()})}
         finally:
             self._cancel()
 
@@ -161,63 +183,94 @@ class CompletionJob:
             ClientDisconnectedError: If the client has disconnected.
         """
         timeout_s = self._server.limits.timeout_s
-        while True:
-            now = time.monotonic()
-            if now > self._last_check + _DISCONNECT_CHECK_S:
-                self._last_check = now
-                await self._require_client()
-            left_s = self._started + timeout_s - now
-            if left_s <= 0:
-                raise RequestTimeoutError(f"not finished within {timeout_s:.0f} s")
-            try:
-                i, event = await asyncio.wait_for(
-                    self._events.get(), min(left_s, _DISCONNECT_CHECK_S)
-                )
-            except TimeoutError:
-                continue
-            if isinstance(event, BaseException) and not isinstance(event, ControlPrefixError):
-                _log.error("a request failed", exc_info=event)
-                raise InternalServerError(str(event))
-            if not self._has_text:
-                self._server.metrics.first_text_s.observe(time.monotonic() - self._started)
-                self._has_text = True
-            return i, event
+        left_s = self._started + timeout_s - time.monotonic()
+        try:
+            i, event = await asyncio.wait_for(self._events.get(), max(0.0, left_s))
+        except TimeoutError:
+            raise RequestTimeoutError(f"not finished within {timeout_s:.0f} s") from None
+        if isinstance(event, BaseException) and not isinstance(event, ControlPrefixError):
+            _log.error("a request failed", exc_info=event)
+            raise InternalServerError(str(event))
+        if not self._has_text:
+            first_text_s = time.monotonic() - self._started
+            self._server.metrics.first_text_s.observe(first_text_s)
+            self._http_request.state.report["first_text_s"] = round(first_text_s, 3)
+            self._has_text = True
+        return i, event
 
-    async def _require_client(self) -> None:
-        if await self._http_request.is_disconnected():
-            raise ClientDisconnectedError("the client has disconnected")
+    async def _watch_client(self) -> None:
+        """Wait until the client disconnects, and end the request then."""
+        while (await self._http_request.receive())["type"] != "http.disconnect":
+            pass
+        self._events.put_nowait((-1, _client_gone()))
+
+    @staticmethod
+    def _require_client(watch: "asyncio.Task[None]") -> None:
+        if watch.done():
+            raise _client_gone()
 
     def _cancel(self) -> None:
         for ticket in self._tickets:
             ticket.cancel()
 
-    def _log_probs(self, i: int, completion: Completion) -> LogProbs | None:
-        if self._form.top is None:
-            return None
-        decode = self._client.cp.tokenizer.decode
+    def _finished(self, i: int, completion: Completion) -> Finished:
         tokens = self._tickets[i].tokens[: completion.num_tokens]
-        return self._form.log_probs(tokens, lambda token: str(decode([token])))
+        return Finished(completion, tokens, self._echoes[i])
 
-    def _usage(self, completions: Mapping[int, Completion]) -> Usage:
+    def _usage(self, choices: Sequence[Finished]) -> Usage:
         # The choices of one prompt count it once, as OpenAI does.
-        prompts = range(0, len(completions), self._body.n)
-        num_prompt_tokens = sum(completions[i].num_prompt_tokens for i in prompts)
-        num_tokens = sum(completion.num_tokens for completion in completions.values())
-        self._server.metrics.prompt_tokens.inc(num_prompt_tokens)
-        self._server.metrics.completion_tokens.inc(num_tokens)
+        prompts = choices[:: self._body.num_choices]
+        num_prompt_tokens = sum(choice.completion.num_prompt_tokens for choice in prompts)
+        num_tokens = sum(choice.completion.num_tokens for choice in choices)
+        metrics = self._server.metrics
+        metrics.prompt_tokens.inc(num_prompt_tokens)
+        metrics.completion_tokens.inc(num_tokens)
+        metrics.request_s.observe(time.monotonic() - self._started)
+        self._http_request.state.report |= {
+            "model": self._head["model"],
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_tokens,
+        }
         return Usage(
             prompt_tokens=num_prompt_tokens,
             completion_tokens=num_tokens,
             total_tokens=num_prompt_tokens + num_tokens,
         )
 
-    def _chunk(self, choice: Mapping[str, Any]) -> str:
-        return self._line({"choices": [choice]})
 
-    def _line(self, fields: Mapping[str, Any]) -> str:
-        body = {**self._head, "object": self._form.chunk_kind, **fields}
-        return f"data: {json.dumps(body)}\n\n"
+class _TokenReport:
+    """Which tokens' log-probabilities a stream has sent: those of the text that it has sent."""
+
+    def __init__(self, server: Server) -> None:
+        self._names = server.token_bytes
+        self._num_sent = 0
+        self._num_token_bytes = 0
+        self._num_text_bytes = 0
+        self.is_first = True
+
+    def for_text(self, text: str, tokens: Sequence[TokenLogProbs]) -> list[TokenLogProbs]:
+        """The tokens that are complete with that text."""
+        self.is_first = False
+        self._num_text_bytes += len(text.encode())
+        ready = []
+        for token in tokens[self._num_sent :]:
+            size = len(self._names.in_text(token.token))
+            if self._num_token_bytes + size > self._num_text_bytes:
+                break
+            self._num_token_bytes += size
+            ready.append(token)
+        self._num_sent += len(ready)
+        return ready
+
+    def rest(self, tokens: Sequence[TokenLogProbs]) -> Sequence[TokenLogProbs]:
+        """The tokens of a whole completion that were not sent."""
+        return tokens[self._num_sent :]
 
 
-def _stand_ins(completions: Iterable[Completion]) -> list[StandIn]:
-    return [stand_in for completion in completions for stand_in in completion.stand_ins]
+def _client_gone() -> ClientDisconnectedError:
+    return ClientDisconnectedError("the client has disconnected")
+
+
+def _event(payload: tuple[str | None, Mapping[str, Any]]) -> dict[str, str]:
+    name, data = payload
+    return {"data": json.dumps(data), **({"event": name} if name else {})}

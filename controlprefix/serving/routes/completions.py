@@ -1,46 +1,81 @@
-"""Routes of completions."""
+"""Routes of completions: chat, text, and the Responses API."""
 
 from fastapi import APIRouter, Request, Response
 
 from controlprefix.errors import RequestError
 from controlprefix.serving.bodies import ChatBody, TextBody
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency
-from controlprefix.serving.openai import ChatFormat, CompletionResponse, ErrorResponse, TextFormat
+from controlprefix.serving.openai import (
+    ChatCompletionResponse,
+    ChatFormat,
+    TextCompletionResponse,
+    TextFormat,
+)
+from controlprefix.serving.responses_api import ResponseObject, ResponsesBody, ResponsesFormat
 from controlprefix.serving.server import Server
 from controlprefix.serving.stream import CompletionJob
 
-router = APIRouter(
-    prefix="/v1",
-    tags=["completions"],
-    responses={400: {"model": ErrorResponse}, 503: {"model": ErrorResponse}},
-)
+router = APIRouter(prefix="/v1", tags=["completions"])
+
+_DEFAULT_CHAT_TOKENS = 256
+_DEFAULT_TEXT_TOKENS = 16  # as OpenAI
 
 
-@router.post("/chat/completions", response_model=CompletionResponse)
+@router.post("/chat/completions", response_model=ChatCompletionResponse)
 async def create_chat_completion(
     body: ChatBody, client: ClientDependency, server: ServerDependency, request: Request
 ) -> Response:
     """Answer a conversation, steered by the task in `model`, `attributes` and `user`."""
     _require_few_choices(body.n, server)
-    messages = [message.to_plain() for message in body.messages]
-    requests = body.to_requests(server.name, [{"messages": messages}], server.limits.max_new_tokens)
-    form = ChatFormat(body.top_logprobs if body.logprobs else None)
-    return await CompletionJob(server, client, body, request, form).respond(requests)
+    requests = body.to_requests(
+        server.name,
+        [{"messages": tuple(message.to_plain() for message in body.messages)}],
+        server.limits.max_new_tokens,
+        server.sampling_defaults,
+        default_limit=_DEFAULT_CHAT_TOKENS,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+    )
+    form = ChatFormat(body.top_logprobs if body.logprobs else None, server.token_bytes)
+    return await CompletionJob(server, client, request, form, body).respond(requests)
 
 
-@router.post("/completions", response_model=CompletionResponse)
+@router.post("/completions", response_model=TextCompletionResponse)
 async def create_completion(
     body: TextBody, client: ClientDependency, server: ServerDependency, request: Request
 ) -> Response:
-    """Continue texts without a chat template."""
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    if not prompts:
-        raise RequestError("prompt is an empty list; give a text")
+    """Continue texts or token ids without a chat template.
+
+    With `echo` the prompt is repeated, with its tokens' log-probabilities if `logprobs` is given;
+    `max_tokens` 0 writes nothing else.
+    """
+    prompts = body.prompts()
     _require_few_choices(len(prompts) * body.n, server)
-    fields = [{"prompt": prompt, "raw": True} for prompt in prompts]
-    requests = body.to_requests(server.name, fields, server.limits.max_new_tokens)
-    form = TextFormat(body.logprobs)
-    return await CompletionJob(server, client, body, request, form).respond(requests)
+    requests = body.to_requests(
+        server.name,
+        prompts,
+        server.limits.max_new_tokens,
+        server.sampling_defaults,
+        default_limit=_DEFAULT_TEXT_TOKENS,
+        max_tokens=body.max_tokens,
+    )
+    form = TextFormat(body.logprobs, server.token_bytes)
+    job = CompletionJob(server, client, request, form, body)
+    return await job.respond(requests, echoes=body.echo, generates=body.max_tokens != 0)
+
+
+@router.post("/responses", response_model=ResponseObject)
+async def create_response(
+    body: ResponsesBody, client: ClientDependency, server: ServerDependency, request: Request
+) -> Response:
+    """Answer a conversation in the form of OpenAI's Responses API; nothing is stored."""
+    own = body.to_request(
+        server.name,
+        server.limits.max_new_tokens,
+        server.sampling_defaults,
+        default_limit=_DEFAULT_CHAT_TOKENS,
+    )
+    form = ResponsesFormat(body, body.top_logprobs or None, server.token_bytes)
+    return await CompletionJob(server, client, request, form, body).respond([own])
 
 
 def _require_few_choices(num_choices: int, server: Server) -> None:

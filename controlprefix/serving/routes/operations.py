@@ -1,14 +1,35 @@
 """Routes for operators: health, readiness, metrics; and the playground page."""
 
+import html
 from importlib import resources
 
 from fastapi import APIRouter, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
+from controlprefix import __version__
 from controlprefix.serving.dependencies import ServerDependency
 
 router = APIRouter(tags=["operations"])
+
+_LINKS = {
+    "/playground": "a page to try users, labels and strengths",
+    "/docs": "the documentation of the API",
+    "/openapi.json": "its schema",
+    "/health": "whether the process runs",
+    "/ready": "whether it can serve requests",
+    "/metrics": "metrics for Prometheus",
+    "/version": "what runs here",
+}
+
+
+class Version(BaseModel):
+    """What runs here."""
+
+    version: str
+    model: str
+    fingerprint: str
 
 
 class Status(BaseModel):
@@ -30,7 +51,26 @@ async def ready(server: ServerDependency) -> Status:
     return Status(status="ready")
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/version")
+async def get_version(server: ServerDependency) -> Version:
+    """The version of controlprefix, and the name and fingerprint of the model."""
+    return Version(version=__version__, model=server.name, fingerprint=server.fingerprint)
+
+
+@router.get("/", include_in_schema=False)
+async def index(server: ServerDependency) -> HTMLResponse:
+    """Links to the page, the documentation of the API, and what operators need."""
+    links = "".join(
+        f'<li><a href="{path}">{path}</a> {about}</li>' for path, about in _LINKS.items()
+    )
+    name = html.escape(server.name)
+    return HTMLResponse(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
+        f"<h1>{name}</h1><p>OpenAI's API is at <code>/v1</code>.</p><ul>{links}</ul></html>"
+    )
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(server: ServerDependency) -> Response:
     """Metrics in Prometheus' text format."""
     return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
