@@ -2,7 +2,7 @@
 
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.store.api_keys import ApiKeyInfo, tenant_of
-from controlprefix.store.cache import PrefixCache
+from controlprefix.store.cache import CachedPrefix, PrefixCache
 from controlprefix.store.database import upgrade
 from controlprefix.store.encryption import EncryptionKeys, JsonEncryptionKeys
 from controlprefix.store.model_store import ModelStore
@@ -22,6 +22,7 @@ from controlprefix.store.store import PrefixStore
 __all__ = [
     "ApiKeyInfo",
     "AuditEntry",
+    "CachedPrefix",
     "EncryptionKeys",
     "JsonEncryptionKeys",
     "Kind",

@@ -3,25 +3,21 @@
 import contextlib
 import copy
 import logging
-import os
-import sqlite3
-import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import sqlalchemy as sa
 import tenacity
-from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy import Engine, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import QueuePool
 
 from controlprefix.errors import ControlPrefixError, DamagedRowError, StoreError
 from controlprefix.store import revisions
+from controlprefix.store.connections import Connections, is_in_memory
 from controlprefix.store.tables import Base, TenantRow
 
 Result = TypeVar("Result")
@@ -31,7 +27,6 @@ _log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.05  # doubled each time: about 1.5 s in total
 _NO_TENANT = -1  # a tenant that has no row yet has no other rows either
-_databases: WeakSet["Database"] = WeakSet()
 _ADVISORY_LOCK = 7263519  # any number that only this library uses
 
 
@@ -47,16 +42,6 @@ class _TransactionError(Exception):
     def __init__(self, cause: SQLAlchemyError, *, dropped: bool, committing: bool) -> None:
         super().__init__(str(cause))
         self.cause, self.dropped, self.committing = cause, dropped, committing
-
-
-def _forget_connections() -> None:
-    """In the child of a fork: connections belong to the parent."""
-    for database in list(_databases):
-        database.forget_connections()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_connections)
 
 
 class Database:
@@ -84,15 +69,12 @@ class Database:
         self.url = url
         self.tenant = tenant
         self._tenant_id: int | None = None
-        self._num_writes = 0
-        self._watching_connection: Any = None
-        self._lock = threading.Lock()
         path = _sqlite_path(url)
         if create and path is not None and path.parent.is_dir():
             with contextlib.suppress(OSError):  # one that exists is left; others are told below
                 path.touch(mode=0o600, exist_ok=False)
         try:
-            self._engine = _create_engine(url, pool_size)
+            self._connections = Connections(url, pool_size)
         except ModuleNotFoundError as error:
             raise StoreError(
                 f"cannot open the store {without_password(url)!r}: {error}; install that package "
@@ -104,7 +86,6 @@ class Database:
                 f"cannot open the store {without_password(url)!r}: {reason}; give a path, or an "
                 "SQLAlchemy URL such as sqlite:///prefixes.db or postgresql://user@host/name"
             ) from error
-        _databases.add(self)
 
     def create_tables(self) -> None:
         """Create the tables unless they exist.
@@ -157,27 +138,7 @@ class Database:
         is kept for that, which nobody writes through. Asking takes microseconds. PostgreSQL
         has nothing like it, so there the token is None.
         """
-        if self.is_postgresql:
-            return None
-        if _is_in_memory(self.url):
-            return self._num_writes
-        try:
-            with self._lock:
-                if self._watching_connection is None:
-                    self._watching_connection = self._engine.raw_connection()
-                    self._watching_connection.detach()
-                query = self._watching_connection.execute("PRAGMA data_version")
-                (version,) = query.fetchone()
-        except (sqlite3.Error, SQLAlchemyError):
-            return None  # the next query will report what is wrong
-        return (self._num_writes, version)
-
-    def forget_connections(self) -> None:
-        """Use none of the connections that are open, and leave them open."""
-        self._lock = threading.Lock()
-        self._watching_connection = None
-        if self.is_postgresql or not _is_in_memory(self.url):
-            self._engine.dispose(close=False)
+        return self._connections.change_token()
 
     def purge(self) -> None:
         """Overwrite what was removed: rewrite the tables, and empty the write-ahead log.
@@ -185,7 +146,7 @@ class Database:
         Raises:
             StoreError: If it has no files, the role may not do that, or somebody else uses it.
         """
-        if not self.is_postgresql and _is_in_memory(self.url):
+        if not self.is_postgresql and is_in_memory(self.url):
             raise StoreError(f"the store {self.label!r} has no file to purge; check its path")
         if self.is_postgresql:
             tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
@@ -205,12 +166,22 @@ class Database:
             ) from error
 
     def close(self) -> None:
-        """Close all connections."""
-        with self._lock:
-            if self._watching_connection is not None:
-                self._watching_connection.close()
-                self._watching_connection = None
-        self._engine.dispose()
+        """Close all connections, also those of other tenants."""
+        self._connections.close()
+
+    @property
+    def _engine(self) -> Engine:
+        return self._connections.engine
+
+    @property
+    def ignores_row_security(self) -> bool:
+        """Whether PostgreSQL does not hold tenants apart for this role."""
+        if not self.is_postgresql:
+            return False
+        query = sa.text(
+            "SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user"
+        )
+        return bool(self._transaction(lambda session: session.scalar(query), write=False))
 
     @property
     def is_postgresql(self) -> bool:
@@ -274,7 +245,7 @@ class Database:
                 result = work(session)
                 committing = True
                 session.commit()
-                self._num_writes += write
+                self._connections.num_writes += write
                 return result
         except ControlPrefixError:
             raise
@@ -349,7 +320,7 @@ def _sqlite_path(url: str) -> Path | None:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         return None
-    if parsed.get_backend_name() != "sqlite" or _is_in_memory(url):
+    if parsed.get_backend_name() != "sqlite" or is_in_memory(url):
         return None
     database = str(parsed.database)
     return None if database.startswith("file:") else Path(database)
@@ -376,35 +347,3 @@ def _can_be_repeated(error: BaseException, write: bool) -> bool:
 def _is_refused(error: DBAPIError) -> bool:
     """Whether a server could not be reached at all, as while it restarts."""
     return error.statement is None and type(error.orig).__module__.startswith("psycopg")
-
-
-def _is_in_memory(url: str) -> bool:
-    return make_url(url).database in (None, "", ":memory:")
-
-
-def _create_engine(url: str, pool_size: int) -> Engine:
-    if make_url(url).get_backend_name() != "sqlite":
-        # No ping before each use: work on a connection that turns out dead is repeated.
-        return create_engine(url, pool_size=pool_size, pool_timeout=30.0)
-    # An in-memory database exists only in one connection, which all threads share.
-    one_connection = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
-    engine = create_engine(
-        url,
-        connect_args={"timeout": 30.0, "check_same_thread": False},
-        **(one_connection if _is_in_memory(url) else {}),
-    )
-
-    @event.listens_for(engine, "connect")
-    def _on_connect(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions begin below, not in the driver
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA secure_delete = ON")  # overwrite what is forgotten
-
-    @event.listens_for(engine, "begin")
-    def _on_begin(connection: Any) -> None:
-        writes = connection.get_execution_options().get("controlprefix_write")
-        # A writer takes its lock at once: a transaction that began with a read could not wait
-        # for the write lock.
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine

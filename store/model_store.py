@@ -3,6 +3,7 @@
 from collections.abc import Collection, Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import sqlalchemy as sa
 from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
@@ -144,13 +145,36 @@ class ModelStore:
         assert isinstance(decoder, PrefixDecoder)
         return decoder
 
-    def names(self, kind: Kind) -> list[str]:
-        """The names of one kind, sorted."""
+    def names(self, kind: Kind, *, after: str = "", limit: int | None = None) -> list[str]:
+        """The names of one kind, sorted by code points.
+
+        Args:
+            kind: The kind.
+            after: Only names that come after this one.
+            limit: At most so many.
+        """
         check_kind(kind)
 
         def read(session: Session, tenant: int) -> list[str]:
             query = select_prefixes(tenant, self._fingerprint).where(PrefixRow.kind == kind)
-            return sorted(session.scalars(query.with_only_columns(PrefixRow.name)))
+            name: Any = PrefixRow.name
+            if self._database.is_postgresql:  # whose own order is that of a language
+                name = sa.collate(PrefixRow.name, "C")
+            if after:
+                query = query.where(name > after)
+            if limit is None:
+                return sorted(session.scalars(query.with_only_columns(PrefixRow.name)))
+            page = query.with_only_columns(PrefixRow.name).order_by(name).limit(limit)
+            return list(session.scalars(page))
+
+        return self._database.run(read)
+
+    def exists(self, key: PrefixKey) -> bool:
+        """Whether a name has a prefix for this model."""
+
+        def read(session: Session, tenant: int) -> bool:
+            query = select_prefixes(tenant, self._fingerprint, [key])
+            return session.scalar(query.with_only_columns(PrefixRow.id)) is not None
 
         return self._database.run(read)
 

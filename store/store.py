@@ -4,6 +4,7 @@ Publishing is one transaction, so a version is there whole or not at all, and so
 prefixes of one training run.
 """
 
+import copy
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -69,13 +70,33 @@ class PrefixStore:
         pool_size: int = 5,
         create: bool = True,
     ) -> None:
-        check_name("tenant", tenant)
-        self.tenant = tenant
-        self._cipher = TenantCipher(tenant, encryption_keys)
-        self._database = Database(url, tenant, pool_size=pool_size, create=create)
-        self.url, self.label = self._database.url, self._database.label
-        self._database.create_tables()
-        self._reader = PayloadReader(self._database, self._cipher)
+        database = Database(url, tenant, pool_size=pool_size, create=create)
+        self.url, self.label = database.url, database.label
+        self._encryption_keys = encryption_keys
+        self._use(database)
+        database.create_tables()
+
+    def _use(self, database: Database) -> None:
+        check_name("tenant", database.tenant)
+        self.tenant = database.tenant
+        self._database = database
+        self._cipher = TenantCipher(self.tenant, self._encryption_keys)
+        self._reader = PayloadReader(database, self._cipher)
+
+    def for_tenant(self, tenant: str) -> "PrefixStore":
+        """The store of another tenant, on the same connections; `close` closes them for all.
+
+        Raises:
+            UnknownNameError: If a tenant cannot have that name.
+        """
+        other = copy.copy(self)
+        other._use(self._database.for_tenant(tenant))
+        return other
+
+    @property
+    def ignores_row_security(self) -> bool:
+        """Whether it is on PostgreSQL with a role for which tenants are not held apart."""
+        return self._database.ignores_row_security
 
     def for_model(self, fingerprint: str) -> ModelStore:
         """What is stored for the model with this fingerprint."""
@@ -271,6 +292,10 @@ class PrefixStore:
             lambda session, tenant: api_keys.name_of(session, tenant, api_key)
         )
 
+    def api_key_name(self, key: str) -> str | None:
+        """The name of an API key, if it is one of the tenant's."""
+        return self._database.run(lambda session, tenant: api_keys.name_of(session, tenant, key))
+
     def api_keys(self) -> list[ApiKeyInfo]:
         """All API keys by name, oldest first."""
         return self._database.run(api_keys.list_all)
@@ -358,6 +383,14 @@ class PrefixStore:
             ]
 
         return self._database.run(read)
+
+    def check_health(self) -> None:
+        """Check that the database answers.
+
+        Raises:
+            StoreError: If it does not.
+        """
+        self._database.run(lambda session, tenant: None)
 
     def close(self) -> None:
         """Close the database connections."""

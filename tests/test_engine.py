@@ -351,7 +351,7 @@ def test_tenants_do_not_see_each_others_users(tmp_path: Path) -> None:
         for t in ("mine", "theirs")
     )
     own_store.put("user", "ana", Prefix.random(own_store.geometry, num_slots=2))
-    with pytest.raises(UnknownNameError, match="known: none"):
+    with pytest.raises(UnknownNameError, match="no user 'ana'"):
         other.generate("Hello", user="ana")
 
 
@@ -359,7 +359,11 @@ def test_unknown_names_say_what_exists(cp: ControlPrefix) -> None:
     stocked(cp)
     for fields, message in (
         ({"task": "emial"}, "no task 'emial' in the store; known: email; did you mean 'email'?"),
-        ({"user": "anna"}, "no user 'anna' in the store; enroll or train the user"),
+        (
+            {"user": "anna"},
+            "no user 'anna' in the store; enroll or train the user, or check the store and the "
+            "tenant",
+        ),
         (
             {"attributes": {"formalty": "formal"}},
             "unknown attribute 'formalty'; known: formality, tone; did you mean 'formality'?",

@@ -18,8 +18,8 @@ from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "give either prompt or messages"),
-        ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "give either prompt or"),
+        ({}, "give one of prompt, messages and prompt_ids"),
+        ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "give one of prompt"),
         ({"prompt": "  "}, "the prompt is empty"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages are empty"),
         ({"prompt": "x", "max_tokens": 3}, "unknown field 'max_tokens'.*mean 'max_new_tokens'"),
@@ -61,6 +61,7 @@ def test_requests_that_cannot_be_carried_out(fields: dict[str, Any], message: st
 def test_the_options_of_generate_are_the_fields_of_a_request() -> None:
     assert RequestFields.__annotations__.keys() == Request.model_fields.keys() - {
         "prompt",
+        "prompt_ids",
         "messages",
     }
 
@@ -84,7 +85,7 @@ def test_a_message_never_repeats_a_prompts_text() -> None:
         ({"prompt": "x"}, "completion: Field required"),
         ({"prompt": "x", "completion": " "}, "the completion is empty"),
         ({"prompt": "", "completion": "y"}, "the prompt is empty"),
-        ({"completion": "y"}, "give either prompt or messages"),
+        ({"completion": "y"}, "give one of prompt, messages and prompt_ids"),
     ],
 )
 def test_examples_that_cannot_be_learned_from(fields: dict[str, Any], message: str) -> None:

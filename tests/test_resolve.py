@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlprefix import Prefix, PrefixFormatError, UnknownNameError
-from controlprefix.inference.resolver import Resolver
+from controlprefix.inference.resolver import PrefixCaches, Resolver
 from controlprefix.request import Request
 from controlprefix.store import NewVersion, PrefixCache, PrefixKey, PrefixStore, SingleFlight
 
@@ -50,7 +50,7 @@ def count_queries(store: PrefixStore) -> list[str]:
 
 
 def resolver(store: PrefixStore, cache_bytes: int = 1 << 20) -> Resolver:
-    return Resolver(FROZEN, store, cache_bytes=cache_bytes)
+    return Resolver(FROZEN, store, caches=PrefixCaches(cache_bytes))
 
 
 def test_a_mixed_batch_takes_one_query_cold_and_warm(
@@ -111,7 +111,7 @@ def test_changes_of_another_store_handle_are_seen_at_once(store: PrefixStore, ur
         other.forget(ANA)
     with pytest.raises(UnknownNameError, match="no user 'ana'"):
         result.resolve(ask)
-    assert result._cache.size_bytes == 0  # nor is it kept in memory
+    assert result._caches.prefixes.size_bytes == 0  # nor is it kept in memory
 
 
 def test_one_damaged_prefix_fails_its_own_request_alone(store: PrefixStore, url: str) -> None:
@@ -186,7 +186,7 @@ def test_the_cache_stays_within_its_bytes_and_drops_the_least_recently_used(
     moves: list[tuple[str, int, int]],
 ) -> None:
     item = prefix(0, 1).size_bytes
-    cache = PrefixCache(8 * item)
+    cache: PrefixCache[PrefixKey] = PrefixCache(8 * item)
     saved: dict[PrefixKey, tuple[str, int]] = {}  # by name, least recently used first
     for move, who, slots in moves:
         key = PrefixKey("user", f"u{who}")

@@ -4,7 +4,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controlprefix.attributes import AttributeSpace
 from controlprefix.inference.generator import Generator
-from controlprefix.inference.resolver import Resolver
+from controlprefix.inference.resolver import PrefixCaches, Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Geometry
 from controlprefix.store import PrefixStore
@@ -19,6 +19,7 @@ class Components:
         frozen: The model.
         store: The tenant's store.
         attributes: Which attributes and labels exist.
+        caches: What is kept in memory, if other tenants share it.
 
     Attributes:
         store: As given.
@@ -29,12 +30,14 @@ class Components:
         frozen: FrozenModel,
         store: PrefixStore,
         attributes: AttributeSpace | None = None,
+        *,
+        caches: PrefixCaches | None = None,
     ) -> None:
         self.store = store
         self._frozen = frozen
         self._model_store = store.for_model(frozen.fingerprint)
         self._generator = Generator(frozen)
-        self._use_resolver(Resolver(frozen, store, attributes))
+        self._use_resolver(Resolver(frozen, store, attributes, caches=caches))
 
     def _use_resolver(self, resolver: Resolver) -> None:
         self._resolver = resolver

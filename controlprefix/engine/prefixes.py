@@ -78,9 +78,19 @@ class PrefixMethods(Components):
         prefix = self._resolver.get(PrefixKey(kind, name), version=version)
         return replace(prefix, geometry=self.geometry)
 
-    def names(self, kind: Kind) -> list[str]:
-        """The tasks, labels (`formality=formal`) or users with a prefix for this model."""
-        return self._model_store.names(kind)
+    def names(self, kind: Kind, *, after: str = "", limit: int | None = None) -> list[str]:
+        """The tasks, labels (`formality=formal`) or users with a prefix for this model, sorted.
+
+        Args:
+            kind: Which of them.
+            after: Only names that come after this one.
+            limit: At most so many.
+        """
+        return self._model_store.names(kind, after=after, limit=limit)
+
+    def exists(self, kind: Kind, name: str) -> bool:
+        """Whether a name has a prefix for this model."""
+        return self._model_store.exists(PrefixKey(kind, name))
 
     def versions(self, kind: Kind, name: str) -> list[VersionInfo]:
         """All versions of a name, oldest first.

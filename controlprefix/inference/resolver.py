@@ -1,6 +1,7 @@
 """Resolver: from the names in requests to prefixes on the model's device."""
 
 import copy
+import threading
 from collections.abc import Collection, Hashable, Mapping, Sequence, Set
 from typing import Self
 
@@ -17,10 +18,23 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.prefixes import Part, Prefix, PrefixDecoder, PrefixKey, Schedule, UserCode
 from controlprefix.request import AnyRequest, NamedPart, Request
-from controlprefix.store import PrefixCache, PrefixStore, SingleFlight, StoredVersion
+from controlprefix.store import CachedPrefix, PrefixCache, PrefixStore, SingleFlight, StoredVersion
 
 _MAX_CURRENT = 10_000  # names whose current version is remembered
 _MAX_DECODERS = 4  # decoders of user codes kept in memory
+
+
+class PrefixCaches:
+    """What resolvers of one model keep in memory; they may share it, each for its tenant.
+
+    Args:
+        max_bytes: Limit of the prefixes kept on the model's device.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 29) -> None:
+        self.prefixes: PrefixCache[tuple[str, PrefixKey]] = PrefixCache(max_bytes)
+        self.decoders: LRUCache[tuple[str, str], PrefixDecoder] = LRUCache(_MAX_DECODERS)
+        self.lock = threading.Lock()  # for the decoders
 
 
 class Resolver:
@@ -34,7 +48,7 @@ class Resolver:
         frozen: The model.
         store: The tenant's store.
         attributes: Default labels and descriptions of attributes, if there are any.
-        cache_bytes: Limit of the prefixes kept on the model's device.
+        caches: What is kept in memory; left out, its own.
 
     Attributes:
         attributes: As given.
@@ -46,15 +60,14 @@ class Resolver:
         store: PrefixStore,
         attributes: AttributeSpace | None = None,
         *,
-        cache_bytes: int = 1 << 29,
+        caches: PrefixCaches | None = None,
     ) -> None:
         self.attributes = attributes
         self._frozen = frozen
         self._tenant = store.tenant
         self._store = store.for_model(frozen.fingerprint)
-        self._cache = PrefixCache(cache_bytes)
+        self._caches = caches or PrefixCaches()
         self._single_flight: SingleFlight[StoredVersion] = SingleFlight()
-        self._decoders: LRUCache[str, PrefixDecoder] = LRUCache(_MAX_DECODERS)
         # The versions that were current while the store had this change token.
         self._current: tuple[Hashable | None, dict[PrefixKey, StoredVersion]] = (None, {})
 
@@ -133,7 +146,7 @@ class Resolver:
             return {}
         token, current = self._current
         if token is not None and keys <= current.keys() and token == self._store.change_token():
-            cached = self._cache.get(keys)
+            cached = self._cached(keys)
             if all(
                 key in cached and cached[key].content_hash == current[key].content_hash
                 for key in keys
@@ -168,7 +181,11 @@ class Resolver:
 
     def forget(self, key: PrefixKey) -> None:
         """Drop a name from memory."""
-        self._cache.forget(key)
+        self._caches.prefixes.forget((self._tenant, key))
+
+    def _cached(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, CachedPrefix]:
+        entries = self._caches.prefixes.get((self._tenant, key) for key in keys)
+        return {key: entry for (_, key), entry in entries.items()}
 
     def _interpolate(
         self, requests: list[AnyRequest], stand_ins: list[tuple[StandIn, ...]]
@@ -211,7 +228,7 @@ class Resolver:
 
     def _query(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, StoredVersion]:
         token = self._store.change_token()  # before the query: a later change is not missed
-        cached = {entry.content_hash: entry.prefix for entry in self._cache.get(keys).values()}
+        cached = {entry.content_hash: entry.prefix for entry in self._cached(keys).values()}
         fetched = self._store.fetch(keys, known_hashes=cached.keys())
         result: dict[PrefixKey, StoredVersion] = {}
         for key, stored in fetched.items():
@@ -220,7 +237,7 @@ class Resolver:
             else:
                 decoded = self.decoded(key, stored).to(dtype=self._frozen.dtype)
                 prefix = self._placed(decoded.require_finite(str(key)))
-            self._cache.put(key, stored.content_hash, prefix)
+            self._caches.prefixes.put((self._tenant, key), stored.content_hash, prefix)
             result[key] = stored._replace(value=prefix)
         for key in set(keys) - fetched.keys():  # forgotten since, maybe by another process
             self.forget(key)
@@ -234,7 +251,8 @@ class Resolver:
         return prefix.to(device=self._frozen.device, dtype=self._frozen.dtype)
 
     def _decoder(self, decoder_hash: str, name: str) -> PrefixDecoder:
-        decoder = self._decoders.get(decoder_hash)
+        with self._caches.lock:
+            decoder = self._caches.decoders.get((self._tenant, decoder_hash))
         if decoder is None:
             decoder = self._store.decoder_by_hash(decoder_hash)
             if decoder is None:
@@ -242,7 +260,8 @@ class Resolver:
                     f"{name} is a code of decoder {decoder_hash[:19]}, which is not in the store; "
                     "train or enroll the user again"
                 )
-            self._decoders[decoder_hash] = decoder
+            with self._caches.lock:
+                self._caches.decoders[self._tenant, decoder_hash] = decoder
         return decoder
 
     def _unknown(self, key: PrefixKey, request: Request) -> Exception:

@@ -1,18 +1,25 @@
 """Tenants: who sends a request, and the engine with their prefixes."""
 
+import contextlib
+import logging
 import threading
-import time
 from dataclasses import dataclass
+
+from cachetools import LRUCache, TTLCache
 
 from controlprefix.attributes import AttributeSpace
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import UnauthorizedError
+from controlprefix.errors import UnauthorizedError, UnknownNameError
+from controlprefix.inference.resolver import PrefixCaches
 from controlprefix.model import FrozenModel
 from controlprefix.serving.rate_limit import RateLimiter
 from controlprefix.store import EncryptionKeys, PrefixStore, tenant_of
-from controlprefix.store.api_keys import name_of
-from controlprefix.store.database import Database
 
+_log = logging.getLogger(__name__)
+
+_ANY_TENANT = "default"  # the store is opened as one tenant; requests have views of their own
+_MAX_ENGINES = 256
+_MAX_KNOWN_KEYS = 10_000
 _MAX_WRONG_KEYS_PER_MINUTE = 60  # from one address
 _KEY_CACHE_S = 10.0  # after which a key is looked up again, so that revoking it takes effect
 
@@ -32,7 +39,10 @@ class Client:
 
 
 class Tenants:
-    """Authenticates clients, and keeps one engine per tenant on one frozen model.
+    """Authenticates clients, and makes an engine per tenant on one frozen model.
+
+    All tenants share the database's connections and one cache of prefixes, whose size is
+    bounded; the engines of those that were active last are kept.
 
     Args:
         frozen: The model.
@@ -57,17 +67,22 @@ class Tenants:
         rate_limiter: RateLimiter,
     ) -> None:
         self._frozen = frozen
-        self._store = store
         self._open_tenant = open_tenant
-        self._encryption_keys = encryption_keys
         self._attributes = attributes
         self._rate_limiter = rate_limiter
         self._failure_limiter = RateLimiter(_MAX_WRONG_KEYS_PER_MINUTE)
         self._lock = threading.Lock()
-        self._engines: dict[str, ControlPrefix] = {}
-        self._known_keys: dict[str, tuple[str, str, float]] = {}
-        self._database = Database(store, "")
-        self._database.create_tables()
+        self._engines: LRUCache[str, ControlPrefix] = LRUCache(_MAX_ENGINES)
+        self._caches = PrefixCaches()
+        self._known_keys: TTLCache[str, tuple[str, str]] = TTLCache(_MAX_KNOWN_KEYS, _KEY_CACHE_S)
+        self._store = PrefixStore(
+            store, tenant=open_tenant or _ANY_TENANT, encryption_keys=encryption_keys
+        )
+        if self._store.ignores_row_security:
+            _log.warning(
+                "the store's role is a superuser or bypasses row security, so PostgreSQL does not "
+                "hold tenants apart; connect as another role"
+            )
 
     def authenticate(self, api_key: str | None, address: str = "") -> Client:
         """The client with an API key. It queries the store, so it must not run in an event loop.
@@ -96,36 +111,38 @@ class Tenants:
         Raises:
             StoreError: If it does not.
         """
-        self._database.run(lambda session, tenant: None)
+        self._store.check_health()
 
     def close(self) -> None:
         """Close all stores."""
-        self._database.close()
-        for engine in self._engines.values():
-            engine.store.close()
+        self._store.close()
 
     def _look_up(self, api_key: str) -> tuple[str, str]:
         """The tenant and the name of an API key."""
-        tenant, key_name, valid_until = self._known_keys.get(api_key, ("", "", 0.0))
-        if time.monotonic() < valid_until:
-            return tenant, key_name
-        self._known_keys.pop(api_key, None)
+        with self._lock:
+            if (known := self._known_keys.get(api_key)) is not None:
+                return known
         # Anyone can write a tenant into a key, so nothing is kept for a wrong one, and the same is
         # done for every tenant, active or not.
         name, claimed_tenant = None, tenant_of(api_key)
         if claimed_tenant is not None and claimed_tenant.isprintable():
-            database = self._database.for_tenant(claimed_tenant)
-            name = database.run(lambda session, tenant: name_of(session, tenant, api_key))
+            with contextlib.suppress(UnknownNameError):  # no name of a tenant
+                name = self._store.for_tenant(claimed_tenant).api_key_name(api_key)
         if claimed_tenant is None or name is None:
             raise UnauthorizedError("the API key is missing, unknown or revoked")
-        self._known_keys[api_key] = (claimed_tenant, name, time.monotonic() + _KEY_CACHE_S)
+        with self._lock:
+            self._known_keys[api_key] = (claimed_tenant, name)
         return claimed_tenant, name
 
     def _engine(self, tenant: str) -> ControlPrefix:
         with self._lock:
-            if tenant not in self._engines:
-                store = PrefixStore(
-                    self._store, tenant=tenant, encryption_keys=self._encryption_keys
+            engine = self._engines.get(tenant)
+            if engine is None:
+                engine = ControlPrefix(
+                    self._frozen,
+                    self._store.for_tenant(tenant),
+                    self._attributes,
+                    caches=self._caches,
                 )
-                self._engines[tenant] = ControlPrefix(self._frozen, store, self._attributes)
-            return self._engines[tenant]
+                self._engines[tenant] = engine
+            return engine

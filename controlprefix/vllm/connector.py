@@ -87,7 +87,7 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
                 "kv_load_failure_policy must be 'fail': placeholders cannot be recomputed"
             )
         self._folder = PrefixFolder(folder)
-        self._cache = PrefixCache(int(get_setting("cached_bytes", 1 << 30)))
+        self._cache: PrefixCache[PrefixKey] = PrefixCache(int(get_setting("cached_bytes", 1 << 30)))
         self._pending: list[Load] = []
         self._done: set[str] = set()
         self._failed: set[str] = set()

@@ -13,6 +13,8 @@ from controlprefix.serving.tenants import Client
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
+_MAX_LISTED = 1000
+
 
 class ModelEntry(BaseModel):
     """The model, or the model with a task."""
@@ -24,7 +26,7 @@ class ModelEntry(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The model, and the model with each task of the tenant."""
+    """The model, and the model with each task of the tenant (the first thousand)."""
 
     object: str = "list"
     data: list[ModelEntry]
@@ -57,12 +59,16 @@ async def list_models(client: ClientDependency, server: ServerDependency) -> Mod
 @router.get("/models/{name:path}")
 async def get_model(name: str, client: ClientDependency, server: ServerDependency) -> ModelEntry:
     """The model, or the model with a task, by name."""
-    models = (await server.work.with_store(_models, client, server)).data
-    for model in models:
-        if model.id == name:
-            return model
-    names = ", ".join(model.id for model in models)
-    raise ModelNotFoundError(f"no model {name!r} here; there are: {names}")
+    own, _, task = name.partition("/")
+    is_here = name == server.name or (
+        own == server.name and await server.work.with_store(client.cp.exists, "task", task)
+    )
+    if not is_here:
+        raise ModelNotFoundError(
+            f"no model {name[:80]!r} here; there is {server.name!r}, and its tasks as "
+            f"{server.name}/<task>: see /v1/models"
+        )
+    return ModelEntry(id=name, owned_by=client.tenant)
 
 
 @router.get("/attributes")
@@ -99,5 +105,6 @@ async def classify(
 
 
 def _models(client: Client, server: Server) -> ModelList:
-    names = [server.name, *(f"{server.name}/{task}" for task in client.cp.names("task"))]
+    tasks = client.cp.names("task", limit=_MAX_LISTED)
+    names = [server.name, *(f"{server.name}/{task}" for task in tasks)]
     return ModelList(data=[ModelEntry(id=name, owned_by=client.tenant) for name in names])

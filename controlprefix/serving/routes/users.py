@@ -6,34 +6,25 @@ from pydantic import BaseModel
 from controlprefix.errors import RequestError
 from controlprefix.serving.bodies import EnrolmentBody
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.routes.prefixes import (
+    MAX_LISTED,
+    After,
+    Limit,
+    Removed,
+    VersionBody,
+    Versions,
+    names_after,
+    versions_of,
+)
 
 router = APIRouter(prefix="/v1/users", tags=["users"])
 
-_MAX_LISTED_USERS = 1000
-
 
 class UserList(BaseModel):
-    """The first thousand users, and how many there are."""
+    """Users in order, and whether there are more after them."""
 
     users: list[str]
-    num_users: int
-
-
-class UserVersion(BaseModel):
-    """One version of a user's prefix."""
-
-    version: int
-    current: bool
-    num_slots: int
-    size_bytes: int
-    created_at: str
-
-
-class UserVersions(BaseModel):
-    """The versions of a user's prefix, oldest first."""
-
-    user: str
-    versions: list[UserVersion]
+    has_more: bool
 
 
 class EnrolledUser(BaseModel):
@@ -43,18 +34,16 @@ class EnrolledUser(BaseModel):
     version: int
 
 
-class ForgottenUser(BaseModel):
-    """How many versions were removed."""
-
-    user: str
-    num_versions: int
-
-
 @router.get("")
-async def list_users(client: ClientDependency, server: ServerDependency) -> UserList:
-    """The tenant's users that have a prefix."""
-    names = await server.work.with_store(client.cp.names, "user")
-    return UserList(users=names[:_MAX_LISTED_USERS], num_users=len(names))
+async def list_users(
+    client: ClientDependency,
+    server: ServerDependency,
+    after: After = "",
+    limit: Limit = MAX_LISTED,
+) -> UserList:
+    """The tenant's users that have a prefix, in order, a page at a time."""
+    names = await names_after("user", client, server, after, limit)
+    return UserList(users=names[:limit], has_more=len(names) > limit)
 
 
 @router.put("/{user:path}")
@@ -70,27 +59,23 @@ async def enroll_user(
     return EnrolledUser(user=user, version=version)
 
 
+@router.post("/{user:path}/rollback")
+async def roll_back_user(
+    user: str, body: VersionBody, client: ClientDependency, server: ServerDependency
+) -> Versions:
+    """Make another version of a user's prefix current; none is removed."""
+    await server.work.with_store(client.cp.rollback, "user", user, to=body.version)
+    return await versions_of("user", user, client, server)
+
+
 @router.get("/{user:path}")
-async def get_user(user: str, client: ClientDependency, server: ServerDependency) -> UserVersions:
-    """The versions of a user's prefix."""
-    infos = await server.work.with_store(client.cp.versions, "user", user)
-    versions = [
-        UserVersion(
-            version=info.version,
-            current=info.current,
-            num_slots=info.num_slots,
-            size_bytes=info.size_bytes,
-            created_at=info.created_at.isoformat(),
-        )
-        for info in infos
-    ]
-    return UserVersions(user=user, versions=versions)
+async def get_user(user: str, client: ClientDependency, server: ServerDependency) -> Versions:
+    """The versions of a user's prefix; 404 if there is none."""
+    return await versions_of("user", user, client, server)
 
 
 @router.delete("/{user:path}")
-async def forget_user(
-    user: str, client: ClientDependency, server: ServerDependency
-) -> ForgottenUser:
+async def forget_user(user: str, client: ClientDependency, server: ServerDependency) -> Removed:
     """Remove every version of a user's prefix, their kept texts and profile."""
     num_versions = await server.work.with_store(client.cp.forget_user, user)
-    return ForgottenUser(user=user, num_versions=num_versions)
+    return Removed(name=user, num_versions=num_versions)
