@@ -1,6 +1,10 @@
 """Commands of the server: serve, playground, api-keys."""
 
+import errno
+import ipaddress
+import logging
 import signal
+import socket
 import sys
 import threading
 import webbrowser
@@ -12,7 +16,7 @@ import typer
 from rich.table import Table
 
 from controlprefix._io import requires_extra
-from controlprefix.cli.common import api_keys_app, app, out
+from controlprefix.cli.common import api_keys_app, app, err, out
 from controlprefix.cli.evaluate import train_classifiers
 from controlprefix.cli.groups import (
     EngineArguments,
@@ -66,6 +70,32 @@ def _serve(
         float, typer.Option(help="Seconds per request; then it is answered 504.")
     ] = 300.0,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of new tokens per completion.")] = 2048,
+    unknown_users: Annotated[
+        Literal["refuse", "plain"],
+        typer.Option(help="A user without a prefix: refuse the request, or write without one."),
+    ] = "refuse",
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may call the server from a browser, such as "
+            "https://app.example.com; * for any. Repeatable."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=2,
+            help="Temperature of requests that name none; 0 is greedy. Left out, that of the "
+            "model's generation config.",
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=1e-6, max=1, help="The same for top_p.")
+    ] = None,
+    request_log: Annotated[
+        bool, typer.Option(help="Log a line of JSON per request, without texts or users.")
+    ] = True,
     chat_template_kwargs: Annotated[
         str | None,
         typer.Option(
@@ -103,6 +133,15 @@ def _serve(
         raise RequestError(
             "--engine vllm and --vllm-prefixes, the folder its workers read, go together"
         )
+    tenant = engine.tenant
+    if tenant and not _is_local(host):
+        err.print(
+            f"warning: whoever reaches {host} can read, change and remove what tenant {tenant!r} "
+            "has; leave --tenant out, so that every request needs an API key"
+        )
+    listener = _listen(host, port)  # before the model is loaded
+    if request_log:
+        _log_requests()
     template_kwargs = parse_json_object("--chat-template-kwargs", chat_template_kwargs)
     frozen = engine.load(chat_template_kwargs=template_kwargs)
     runner = None
@@ -135,18 +174,67 @@ def _serve(
         ),
         runner=runner,
         allowed_hosts=[host, *(allowed_host or ())],
+        unknown_users=unknown_users,
+        sampling_defaults={
+            name: value
+            for name, value in (("temperature", temperature), ("top_p", top_p))
+            if value is not None
+        },
     )
-    url = f"http://{host}:{port}"
-    tenant = engine.tenant
+    if tenant and not server.has_prefixes(tenant):
+        err.print(
+            f"warning: tenant {tenant!r} has no prefix for this model in {server.store_label}; "
+            "check --tenant, --store and --model, or train and enroll"
+        )
+    url = f"http://{host}:{listener.getsockname()[1]}"
     audience = f"tenant {tenant!r}, without API keys" if tenant else "tenants by their API keys"
     out.print(f"serving {server.name!r} on {url}/v1 to {audience}; playground: {url}/playground")
     # uvicorn finishes its requests, and then raises the signal that it was stopped by.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    config = config_for(create_app(server), host=host, port=port, limits=server.limits)
-    uvicorn.Server(config).run()
+    application = create_app(server, allow_origins=allow_origin or ())
+    config = config_for(application, host=host, port=port, limits=server.limits)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        out.print("the server has stopped")
 
 
 app.command("serve")(grouped(_serve))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that clients can connect to, and wait at until the server has loaded.
+
+    Raises:
+        RequestError: If the port is in use, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = "another process listens there; stop it, or give another --port"
+        else:
+            reason = f"{error.strerror or error}; check --host and --port"
+        raise RequestError(f"cannot listen on {host}:{port}: {reason}") from error
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _log_requests() -> None:
+    """Write the request log to stderr, a line each."""
+    logger = logging.getLogger("controlprefix.requests")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 @app.command()

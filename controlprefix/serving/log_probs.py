@@ -1,5 +1,6 @@
 """Log-probabilities in OpenAI's forms."""
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,11 +74,16 @@ def text_log_probs(
         before: Bytes of the tokens before, which count in the offsets.
     """
     texts, offsets, top = [], [], list[dict[str, float] | None]()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    num_characters = len(decoder.decode(before))
     for token in tokens:
         token_id = first_token if token is None else token.token
         texts.append(names.text(token_id))
-        offsets.append(len(before.decode(errors="ignore")))
-        before += names.in_text(token_id)
+        value = names.in_text(token_id)
+        if value and not 0x80 <= value[0] < 0xC0:  # it does not complete a character before it
+            num_characters += len(decoder.decode(b"", final=True))
+        offsets.append(num_characters)
+        num_characters += len(decoder.decode(value))
         top.append(None if token is None else _by_text(token, names))
     return TextLogProbs(
         tokens=texts,
@@ -90,7 +96,7 @@ def text_log_probs(
 def _by_text(token: TokenLogProbs, names: TokenBytes) -> dict[str, float]:
     """The most likely tokens and the one itself by text; by id where texts are the same."""
     result: dict[str, float] = {}
-    ids: dict[str, int] = {}
+    ids = {names.text(token.token): token.token}
     for token_id, log_prob in (*token.top, (token.token, token.log_prob)):
         text = names.text(token_id)
         if ids.setdefault(text, token_id) != token_id:

@@ -104,6 +104,15 @@ class Server:
         )
         self.metrics = Metrics(lambda: self._runner.load)
 
+    @property
+    def store_label(self) -> str:
+        """How messages name the store."""
+        return self._tenants.store_label
+
+    def has_prefixes(self, tenant: str) -> bool:
+        """Whether a tenant has any prefix for the model."""
+        return self._tenants.has_prefixes(tenant)
+
     def authenticate(self, api_key: str | None, address: str = "") -> Client:
         """The client with an API key: see `Tenants.authenticate`."""
         return self._tenants.authenticate(api_key, address)

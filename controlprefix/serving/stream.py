@@ -252,15 +252,17 @@ class _TokenReport:
         """The tokens that are complete with that text."""
         self.is_first = False
         self._num_text_bytes += len(text.encode())
-        ready = []
-        for token in tokens[self._num_sent :]:
+        rest = tokens[self._num_sent :]
+        num_ready, num_bytes = 0, self._num_token_bytes
+        for i, token in enumerate(rest):
             size = len(self._names.in_text(token.token))
-            if self._num_token_bytes + size > self._num_text_bytes:
+            num_bytes += size
+            if num_bytes > self._num_text_bytes:
                 break
-            self._num_token_bytes += size
-            ready.append(token)
-        self._num_sent += len(ready)
-        return ready
+            if size:  # one without text, such as the end token, waits for the next that has some
+                num_ready, self._num_token_bytes = i + 1, num_bytes
+        self._num_sent += num_ready
+        return list(rest[:num_ready])
 
     def rest(self, tokens: Sequence[TokenLogProbs]) -> Sequence[TokenLogProbs]:
         """The tokens of a whole completion that were not sent."""

@@ -12,6 +12,7 @@ from controlprefix.engine import ControlPrefix
 from controlprefix.errors import UnauthorizedError, UnknownNameError
 from controlprefix.inference.resolver import PrefixCaches
 from controlprefix.model import FrozenModel
+from controlprefix.prefixes import Kind
 from controlprefix.serving.rate_limit import RateLimiter
 from controlprefix.store import EncryptionKeys, PrefixStore, tenant_of
 
@@ -104,6 +105,21 @@ class Tenants:
             raise
         self._rate_limiter.hit(tenant, key_name)
         return Client(tenant, key_name, self._engine(tenant))
+
+    @property
+    def store_label(self) -> str:
+        """How messages name the store."""
+        return self._store.label
+
+    def has_prefixes(self, tenant: str) -> bool:
+        """Whether a tenant has any prefix for the model.
+
+        Args:
+            tenant: Its name.
+        """
+        engine = self._engine(tenant)
+        kinds: tuple[Kind, ...] = ("task", "attribute", "user")
+        return any(engine.names(kind, limit=1) for kind in kinds)
 
     def check_health(self) -> None:
         """Check that the store answers.
