@@ -158,7 +158,7 @@ class ModelStore:
         def read(session: Session, tenant: int) -> list[str]:
             query = select_prefixes(tenant, self._fingerprint).where(PrefixRow.kind == kind)
             name: Any = PrefixRow.name
-            if self._database.is_postgresql:  # whose own order is that of a language
+            if self._database.is_postgresql:  # its default order is that of a language
                 name = sa.collate(PrefixRow.name, "C")
             if after:
                 query = query.where(name > after)

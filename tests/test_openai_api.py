@@ -64,11 +64,11 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "field",
-    (
+    [
         "temperature", "n", "stream", "presence_penalty", "frequency_penalty", "logprobs",
         "top_logprobs", "top_p", "stop", "seed", "user", "max_tokens", "logit_bias", "attributes",
         "strengths", "schedules", "tools", "response_format", "chat_template_kwargs", "unheard_of",
-    ),
+    ],
 )  # fmt: skip
 def test_null_counts_as_left_out(served: Served, field: str) -> None:
     assert chat(served, **{field: None}).status_code == 200
@@ -76,13 +76,13 @@ def test_null_counts_as_left_out(served: Served, field: str) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    (
+    [
         {"top_k": -1}, {"top_k": 0}, {"top_p": 0}, {"stop": ""}, {"stop": ["", "x"]},
         {"response_format": {"type": "text"}}, {"modalities": ["text"]}, {"tools": []},
         {"tool_choice": "auto"}, {"max_tokens": -1}, {"metadata": {"a": "b"}, "store": False},
         {"reasoning_effort": "low", "verbosity": "low", "service_tier": "auto"},
         {"stop": [f"s{i}" for i in range(17)]},
-    ),
+    ],
 )  # fmt: skip
 def test_values_that_ask_for_nothing_are_taken(served: Served, fields: dict[str, Any]) -> None:
     assert chat(served, **fields).status_code == 200
@@ -90,7 +90,7 @@ def test_values_that_ask_for_nothing_are_taken(served: Served, fields: dict[str,
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    (
+    [
         ({"attributs": {"tone": "warm"}}, "unknown field 'attributs'; did you mean 'attributes'?"),
         ({"strength": {"user": 1}}, "did you mean 'strengths'?"),
         ({"min_tokens": 3}, "unknown field 'min_tokens'"),
@@ -99,7 +99,7 @@ def test_values_that_ask_for_nothing_are_taken(served: Served, fields: dict[str,
         ({"response_format": {"type": "json_schema"}}, "needs json_schema.schema"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "tools are not supported"),
         ({"max_tokens": 0}, "max_tokens"),
-    ),
+    ],
 )
 def test_fields_that_mean_something_else_are_refused(
     served: Served, fields: dict[str, Any], message: str
@@ -155,8 +155,8 @@ def test_unknown_users_are_refused_without_naming_others_or_served_plainly(store
             assert response.json()["parts"] == []
             plain = chat(served, temperature=0, max_tokens=8).json()
             assert response.json()["choices"] == plain["choices"]
-            known = chat(served, user="ana", **fields).json()
-            assert [part["name"] for part in known["parts"]] == ["ana"]
+            steered = chat(served, user="ana", **fields).json()
+            assert [part["name"] for part in steered["parts"]] == ["ana"]
             wrong = chat(served, user="an", attributes={"tone": "wrm"}, **fields)
             assert wrong.status_code == 404
             assert "warm" in wrong.text
@@ -176,14 +176,14 @@ def test_sampling_defaults_are_those_of_the_generation_config(store: str) -> Non
     gateway.close()
     served = Served(store, open_tenant="mine", sampling_defaults={"temperature": 0.7})
     try:
-        one, other, same = (
+        first, other, same = (
             chat(served, max_tokens=20, **fields).json()["choices"]
             for fields in ({"seed": 1}, {"seed": 1, "temperature": 1.4}, {"seed": 1})
         )
-        assert one == same != other
+        assert first == same != other
         greedy = chat(served, max_tokens=20, temperature=0).json()["choices"]
         assert greedy == chat(served, max_tokens=20, temperature=0, seed=4).json()["choices"]
-        assert greedy != one
+        assert greedy != first
     finally:
         served.close()
 
@@ -256,11 +256,11 @@ def test_text_log_probabilities_have_offsets_and_no_collisions(served: Served) -
 
 @pytest.mark.parametrize(
     ("tokenizer", "text"),
-    (
+    [
         (byte_tokenizer(), "a 😀 日本\r\n x"),
         (sentencepiece_tokenizer(), "the é 😀 ab\n"),
         (wordpiece_tokenizer(), "hello we don"),
-    ),
+    ],
 )
 def test_token_bytes_of_each_kind_of_tokenizer(tokenizer: Any, text: str) -> None:
     names = TokenBytes(tokenizer)
@@ -354,20 +354,25 @@ def test_the_responses_api_writes_what_chat_writes(served: Served) -> None:
     assert response.usage.total_tokens == whole.usage.total_tokens
     is_cut = whole.choices[0].finish_reason == "length"
     assert response.status == ("incomplete" if is_cut else "completed")
-    seen = []
+    types = []
     with client.responses.stream(
         instructions="Be kind.", input=MESSAGES, max_output_tokens=12, **fields
     ) as stream:
         for event in stream:
-            seen.append(event.type)
-    assert seen[0] == "response.created"
-    assert seen[-1] in ("response.completed", "response.incomplete")
+            types.append(event.type)
+    assert types[0] == "response.created"
+    assert types[-1] in ("response.completed", "response.incomplete")
     deltas = client.responses.create(
         instructions="Be kind.", input=MESSAGES, max_output_tokens=12, stream=True, **fields
     )
     texts = [event.delta for event in deltas if event.type == "response.output_text.delta"]
     assert "".join(texts) == response.output_text
-    for wrong in ({"input": []}, {"input": "x", "previous_response_id": "y"}, {}):
+    bodies: list[dict[str, Any]] = [
+        {"input": []},
+        {"input": "x", "previous_response_id": "y"},
+        {},
+    ]
+    for wrong in bodies:
         body = {"model": "tiny", **wrong}
         assert httpx.post(f"{served.base}/v1/responses", json=body).status_code == 400
 

@@ -97,17 +97,17 @@ class CompletionBody(SteeringFields):
         extra = data.pop("extra_body", None)  # clients that do not unwrap it themselves
         if isinstance(extra, Mapping):
             data |= extra
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        kept: dict[str, Any] = {}
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        result: dict[str, Any] = {}
         for name, value in data.items():
             is_empty = value is None or value in _NO_EFFECT.get(name, ())
-            if is_empty or name in _WITHOUT_EFFECT - known:
+            if is_empty or name in _WITHOUT_EFFECT - names:
                 continue
-            if name in known:
-                kept[name] = _MIN_TOP_P if name == "top_p" and value == 0 else value
+            if name in names:
+                result[name] = _MIN_TOP_P if name == "top_p" and value == 0 else value
             elif not _is_default(value):
-                raise ValueError(_refusal(str(name), known))
-        return kept
+                raise ValueError(_refusal(str(name), names))
+        return result
 
     @property
     def num_choices(self) -> int:
@@ -326,10 +326,10 @@ def _is_default(value: Any) -> bool:
     )
 
 
-def _refusal(name: str, known: set[str]) -> str:
+def _refusal(name: str, names: set[str]) -> str:
     """Why a field is refused."""
     if name in _UNSUPPORTED:
         return f"{name} is not supported by this server; leave it out"
-    nearest = difflib.get_close_matches(name, known, n=1)
+    nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "it is no field of this API"
     return f"unknown field {name[:80]!r}; {hint}"

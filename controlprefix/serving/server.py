@@ -48,7 +48,7 @@ class Server:
         name, limits, classifiers, allowed_hosts: As given.
         sampling_defaults: Those, with the generation config's.
         token_bytes: The bytes of the model's tokens.
-        fingerprint: Of the model.
+        fingerprint: Fingerprint of the model.
         is_open: It needs no API keys.
         metrics: For Prometheus.
         is_ready: False once it is shutting down.

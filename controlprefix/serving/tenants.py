@@ -136,8 +136,8 @@ class Tenants:
     def _look_up(self, api_key: str) -> tuple[str, str]:
         """The tenant and the name of an API key."""
         with self._lock:
-            if (known := self._known_keys.get(api_key)) is not None:
-                return known
+            if (client := self._known_keys.get(api_key)) is not None:
+                return client
         # Anyone can write a tenant into a key, so nothing is kept for a wrong one, and the same is
         # done for every tenant, active or not.
         name, claimed_tenant = None, tenant_of(api_key)
