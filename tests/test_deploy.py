@@ -1,10 +1,17 @@
 """What the containers run is what the tests run."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
 import yaml
 from typer.main import get_command
 
@@ -12,24 +19,80 @@ from controlprefix.cli import app
 
 from vllm_server import transfer
 
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def accepts(port: int) -> bool:
+    """Whether something listens on a port."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 DEPLOY = Path(__file__).parent.parent / "deploy"
 
 
-def compose() -> dict[str, Any]:
-    result: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+def compose(name: str = "compose") -> dict[str, Any]:
+    result: dict[str, Any] = yaml.safe_load((DEPLOY / f"{name}.yaml").read_text())
     return result
 
 
-def test_the_gateways_command_is_one_that_serve_takes() -> None:
+@pytest.mark.parametrize("name", ["compose", "compose.cpu"])
+def test_the_gateways_command_is_one_that_serve_takes(name: str) -> None:
     serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    name, *options = compose()["services"]["gateway"]["command"]
-    assert name == "serve"
-    context = serve.make_context("serve", list(options))
-    assert context.params["backend"] == "vllm"
-    assert context.params["vllm_url"] == "http://vllm:8001"
-    assert str(context.params["vllm_prefixes"]) == "/prefixes"
-    named = {param.envvar for param in serve.params if param.envvar}
-    assert set(compose()["services"]["gateway"]["environment"]) <= named
+    command, *options = compose(name)["services"]["gateway"]["command"]
+    assert command == "serve"
+    context = serve.make_context("serve", [o.replace("${MODEL:-smollm2}", "m") for o in options])
+    if name == "compose":
+        assert context.params["backend"] == "vllm"
+        assert context.params["vllm_url"] == "http://vllm:8001"
+        assert str(context.params["vllm_prefixes"]) == "/prefixes"
+    names = {param.envvar for param in serve.params if param.envvar}
+    assert set(compose(name)["services"]["gateway"]["environment"]) <= names
+
+
+@pytest.mark.slow
+def test_the_images_default_command_starts_and_stops(tmp_path: Path) -> None:
+    """As in the image, but for its folders and the installed packages, which are those at hand."""
+    text = (DEPLOY / "Dockerfile").read_text().split("\nFROM ")[1].replace("\\\n", "")
+    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)
+    (command,) = re.findall(r"^CMD (.*)$", text, re.MULTILINE)
+    (variables,) = re.findall(r"^ENV (.*)$", text, re.MULTILINE)
+    for folder in json.loads(re.findall(r"^VOLUME (.*)$", text, re.MULTILINE)[0]):
+        (tmp_path / folder.strip("/")).mkdir()
+    environment = dict(pair.split("=") for pair in variables.split())
+    paths = {key: f"{tmp_path}{value}" for key, value in environment.items()}
+    (executable,) = json.loads(entry)
+    port = free_port()
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name(executable), *json.loads(command), f"--port={port}"],
+        env={**os.environ, **paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not accepts(port):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        # It listens while it still loads; the first answer comes when it has.
+        assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=120).status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
+    finally:
+        process.terminate()
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "by their API keys" in output
+    assert "the server has stopped" in output
+    assert (tmp_path / "data" / "prefixes.db").is_file()
+    assert "USER 1000" in text
 
 
 def test_vllm_has_the_connector_that_the_tests_have() -> None:

@@ -310,7 +310,8 @@ def test_echo_in_streams_and_without_new_tokens(served: Served) -> None:
         assert tokens == choice["logprobs"]["tokens"]
         offsets = [t for part in own if part["logprobs"] for t in part["logprobs"]["text_offset"]]
         assert offsets == choice["logprobs"]["text_offset"]
-    for wrong in ([], [[]], [1, -2], [999_999], ["a", [1]]):
+    prompts: list[Any] = [[], [[]], [1, -2], [999_999], ["a", [1]]]
+    for wrong in prompts:
         assert complete(served, prompt=wrong).status_code == 400
 
 
