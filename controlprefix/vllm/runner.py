@@ -219,7 +219,6 @@ class VllmRunner:
         top_log_probs: int | None,
     ) -> dict[str, Any]:
         """The body of the request: every setting, since vLLM would use the model's defaults."""
-        schema = request.json_schema
         slots = {"digest": placement.digest, "num_slots": placement.num_slots}
         return {
             "model": self._model_name,
@@ -235,9 +234,9 @@ class VllmRunner:
             "logit_bias": {str(token): bias for token, bias in request.logit_bias.items()} or None,
             "seed": request.seed,
             "stop": list(request.stop),
-            "response_format": None
-            if schema is None
-            else {"type": "json_schema", "json_schema": {"name": "completion", "schema": schema}},
+            "structured_outputs": None
+            if request.json_schema is None
+            else {"json": request.json_schema, "disable_any_whitespace": True},
             "stop_token_ids": list(self._frozen.request_tokenizer.end_ids),
             "logprobs": top_log_probs,
             "return_tokens_as_token_ids": True,
