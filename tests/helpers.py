@@ -193,3 +193,10 @@ class Letters:
 def letters_reward(requests: Sequence[Any], texts: Sequence[str]) -> list[float]:
     """A reward: the length of each text in characters."""
     return [float(len(text)) for text in texts]
+
+
+class Instance:
+    """As much of a request of lm-evaluation-harness as a model reads."""
+
+    def __init__(self, *arguments: Any, task_name: str = "") -> None:
+        self.task_name, self.args, self.arguments = task_name, arguments, arguments

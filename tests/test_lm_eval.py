@@ -13,17 +13,10 @@ import yaml
 from controlprefix import ControlPrefix, Example, Prefix, RequestError, UnknownNameError
 from controlprefix.interop.lm_eval import ControlPrefixLM
 
-from helpers import engine
+from helpers import Instance, engine
 
 CONTEXTS = ["The sky is", "Two and two are", "A long context about nothing in particular, so"]
 CONTINUATIONS = [" blue", " four, they say", " it goes"]
-
-
-class Instance:
-    """As much of the harness's own as a model reads."""
-
-    def __init__(self, task_name: str, *arguments: Any) -> None:
-        self.task_name, self.args, self.arguments = task_name, arguments, arguments
 
 
 @pytest.fixture
@@ -44,7 +37,7 @@ def scores(cp: ControlPrefix, **fields: Any) -> list[float]:
 
 
 def pairs(task: str = "") -> list[Instance]:
-    return [Instance(task, c, t) for c, t in zip(CONTEXTS, CONTINUATIONS, strict=True)]
+    return [Instance(c, t, task_name=task) for c, t in zip(CONTEXTS, CONTINUATIONS, strict=True)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -78,7 +71,7 @@ def test_each_task_of_the_harness_has_its_own_steering(cp: ControlPrefix, tmp_pa
 def test_whole_texts_and_generations_are_steered(cp: ControlPrefix) -> None:
     lm = ControlPrefixLM(cp, user="ana")
     texts = ["A text on its own.", "Another one"]
-    rolling = lm.loglikelihood_rolling([Instance("", text) for text in texts], disable_tqdm=True)
+    rolling = lm.loglikelihood_rolling([Instance(text) for text in texts], disable_tqdm=True)
     expected = [
         score.log_likelihood
         for score in cp.score(
@@ -87,7 +80,7 @@ def test_whole_texts_and_generations_are_steered(cp: ControlPrefix) -> None:
     ]
     assert rolling == pytest.approx(expected, abs=1e-3)
     how = {"until": [], "max_gen_toks": 8, "do_sample": False}
-    generated = lm.generate_until([Instance("", c, dict(how)) for c in CONTEXTS], disable_tqdm=True)
+    generated = lm.generate_until([Instance(c, dict(how)) for c in CONTEXTS], disable_tqdm=True)
     expected_texts = [cp.generate(c, raw=True, user="ana", max_new_tokens=8).text for c in CONTEXTS]
     assert generated == expected_texts
 

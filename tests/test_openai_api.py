@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.serving import Server, create_app
 from controlprefix.store import PrefixStore
 
-from helpers import frozen
+from helpers import Instance, frozen
 from models import build, byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
 from servers import MODEL, TOKENIZER, Served, fill, wait_for
 
@@ -538,3 +540,36 @@ def test_pages_versions_and_rollback_over_http(tmp_path: Path) -> None:
     finally:
         served.close()
         cp.store.close()
+
+
+def test_lm_evaluation_harness_gets_the_scores_of_the_library(
+    served: Served, store: str, tmp_path: Path
+) -> None:
+    completions = pytest.importorskip("lm_eval.models.openai_completions")
+    pytest.importorskip("aiohttp")
+    pytest.importorskip("tenacity")
+    TOKENIZER.save_pretrained(tmp_path)
+    lm = completions.LocalCompletionsAPI(
+        base_url=f"{served.base}/v1/completions",
+        model="tiny/email",
+        tokenizer_backend="huggingface",
+        tokenizer=str(tmp_path),
+        batch_size=2,
+        max_length=256,
+    )
+    texts = [("The sky is", " blue"), ("Two and", " two are four"), ("So it", " goes")]
+    requests: Any = [Instance(*pair) for pair in texts]
+    values = [value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    cp = ControlPrefix(frozen(MODEL, TOKENIZER), PrefixStore(store, tenant="mine"))
+    examples = [Example(prompt=c, raw=True, completion=t, task="email") for c, t in texts]
+    assert values == pytest.approx([s.log_likelihood for s in cp.score(examples)], abs=1e-3)
+    cp.store.close()
+
+
+def test_the_clients_of_the_example_that_are_installed_get_texts(served: Served) -> None:
+    script = Path(__file__).parent.parent / "examples" / "clients.py"
+    command = [sys.executable, str(script), f"{served.base}/v1", "tiny", "--user", "ana"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = done.stdout.splitlines()[2:]
+    assert len(rows) >= 3
+    assert not [row for row in rows if "**" in row]

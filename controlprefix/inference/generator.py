@@ -161,8 +161,8 @@ class Generator:
             limit = tokenizer.context_length
             if limit is not None and len(prompts[-1]) > limit:
                 raise ContextLengthError(
-                    f"the prompt has {len(prompts[-1])} tokens, but the context of this model is "
-                    f"{limit}; shorten it"
+                    f"this model's maximum context length is {limit} tokens, but the prompt has "
+                    f"{len(prompts[-1])}; shorten it"
                 )
         results: dict[int, list[TokenLogProbs | None]] = {
             i: [None] for i, prompt in enumerate(prompts) if len(prompt) == 1

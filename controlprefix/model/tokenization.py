@@ -166,10 +166,11 @@ class RequestTokenizer:
             request = request.with_default_limit(room)
         if len(ids) > limit or request.max_new_tokens > room:
             beside = f" beside {num_slots} slots" if num_slots else ""
+            # Clients such as LiteLLM know the error by the first words.
             raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens and asks for {request.max_new_tokens} more, "
-                f"but the context of this model is {limit}{beside}; shorten the prompt or lower "
-                "max_new_tokens"
+                f"this model's maximum context length is {limit} tokens{beside}, but the prompt "
+                f"has {len(ids)} and asks for {request.max_new_tokens} more; shorten the prompt or "
+                "lower max_new_tokens"
             )
         return request, ids
 
