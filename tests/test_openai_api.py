@@ -101,6 +101,7 @@ def test_values_that_ask_for_nothing_are_taken(served: Served, fields: dict[str,
         ({"response_format": {"type": "json_schema"}}, "needs json_schema.schema"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "tools are not supported"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content: give a text, or a list of"),
     ],
 )
 def test_fields_that_mean_something_else_are_refused(
@@ -314,7 +315,9 @@ def test_echo_in_streams_and_without_new_tokens(served: Served) -> None:
         assert offsets == choice["logprobs"]["text_offset"]
     prompts: list[Any] = [[], [[]], [1, -2], [999_999], ["a", [1]]]
     for wrong in prompts:
-        assert complete(served, prompt=wrong).status_code == 400
+        refused = complete(served, prompt=wrong)
+        assert refused.status_code == 400
+        assert "constrained" not in refused.text
 
 
 # --- JSON, and the Responses API -----------------------------------------------------------------

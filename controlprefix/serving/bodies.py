@@ -1,10 +1,10 @@
 """Request bodies: OpenAI's fields, and the steering fields of `controlprefix.Request`."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from controlprefix.errors import ModelNotFoundError, RequestError
 from controlprefix.request import Request, SteeringFields, with_sampling_defaults
@@ -244,6 +244,14 @@ class ChatMessage(BaseModel):
             raise ValueError("tools are not supported by this server; leave their messages out")
         return data
 
+    @field_validator("content", mode="wrap")
+    @classmethod
+    def _check_content(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError("give a text, or a list of parts such as {'type': 'text'}") from None
+
     def to_plain(self) -> dict[str, str]:
         """The message as a chat template takes it.
 
@@ -287,6 +295,17 @@ class TextBody(ChoicesBody):
     )
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _check_prompt(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # a line for each form that it might have had
+            raise ValueError(
+                "give a text, token ids, or a list of either, none of them an empty list; "
+                f"up to {_MAX_ITEMS:,} prompts and {_MAX_PROMPT_IDS:,} ids"
+            ) from None
 
     def prompts(self) -> list[dict[str, Any]]:
         """Each prompt as fields of `Request`."""
