@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -20,6 +20,7 @@ from controlprefix.request import Message
 
 from models import VOCAB, build, byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
 
+MODEL = build("llama")
 THINKING = "<s>assistant: <think>\n"
 WORDS = ["hi", " ", "<s>", "</s>", "[SEP]", "[CLS]"]
 TOKENIZERS = [byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer]
@@ -155,6 +156,54 @@ def test_control_tokens_in_what_people_write_are_text(
         assert count(chunk.completion) == 0
     if make is byte_tokenizer:  # whose tokens can spell anything
         assert tokenizer.decode(list(example.completion)) == text
+
+
+GENERATION = "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}</s>\n"
+    "{% endfor %}",
+    "parts": "{% for m in messages %}<s>{{ m.role }}: {% for p in m.content %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}</s>{% endfor %}",
+    "system first": "{% set has_system = messages[0].role == 'system' %}"
+    "{% set first = messages[0].content + '\\n' if has_system else '' %}"
+    "{% set rest = messages[1:] if has_system else messages %}{% for m in rest %}"
+    "<s>{{ m.role }}: {{ (first if loop.first else '') + m.content }}</s>{% endfor %}",
+    "instruct": "<s>{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>"
+    "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
+    "last alone": "{% for m in messages %}{% if loop.last %}<s>{% endif %}{{ m.role }}: "
+    "{{ m.content }}\n{% endfor %}",
+}
+PIECES = [*"ab \n'\"{}%#<|>/:[]\\", "<s>", "</s>", "{{ 1 }}", "日", "😀", "[/INST]"]
+CONTENTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join).filter(str.strip)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(contents=st.lists(CONTENTS, min_size=1, max_size=5), has_system=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_any_template_keeps_texts_whole_and_control_tokens_its_own(
+    name: str, contents: list[str], has_system: bool
+) -> None:
+    """What people write changes neither the number of control tokens nor the text around it."""
+    assume(not has_system or len(contents) > 1)  # one template drops a system message alone
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = TEMPLATES[name] + GENERATION
+    reader = RequestTokenizer(MODEL, tokenizer)
+    roles = (["system"] if has_system else []) + ["user", "assistant"] * 3
+    special = set(tokenizer.all_special_ids)
+
+    def read(texts: list[str]) -> tuple[str, list[int]]:
+        pairs = zip(roles, texts, strict=False)
+        messages = [Message(role=role, content=text) for role, text in pairs]  # type: ignore[arg-type]
+        ids = reader.prompt_ids(Request(messages=messages))
+        return reader.decode([i for i in ids if i not in special]), [i for i in ids if i in special]
+
+    text, control = read(contents)
+    neutral, neutral_control = read(["x"] * len(contents))
+    assert control == neutral_control
+    for content in contents:
+        assert content.strip() in text
+    if name != "chatml":  # which trims
+        assert len(text) - sum(map(len, contents)) == len(neutral) - len(contents)
 
 
 def test_a_prompt_without_control_tokens_is_tokenized_as_a_whole() -> None:
