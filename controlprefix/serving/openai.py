@@ -76,24 +76,27 @@ class SteeringReport(BaseModel):
     stand_ins: list[StandIn] | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
-class ChatCompletionResponse(SteeringReport):
-    """The body of a chat completion, with the prefixes and versions that it was steered by."""
+class CompletionHead(BaseModel):
+    """What the bodies of completions begin with."""
 
     id: str
-    object: Literal["chat.completion"] = "chat.completion"
+    object: str
     created: int
     model: str
+
+
+class ChatCompletionResponse(SteeringReport, CompletionHead):
+    """The body of a chat completion, with the prefixes and versions that it was steered by."""
+
+    object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
 
 
-class TextCompletionResponse(SteeringReport):
+class TextCompletionResponse(SteeringReport, CompletionHead):
     """The body of a text completion, with the prefixes and versions that it was steered by."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[TextChoice]
     usage: Usage
 

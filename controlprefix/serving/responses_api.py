@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from controlprefix.errors import RequestError
 from controlprefix.inference.runner import TokenLogProbs
@@ -118,15 +118,18 @@ class ResponseUsage(BaseModel):
     total_tokens: int
 
 
-class ResponseObject(SteeringReport):
-    """The body of a response, with the prefixes and versions that it was steered by."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+class ResponseHead(BaseModel):
+    """What the body of a response begins with."""
 
     id: str
     object: Literal["response"] = "response"
     created_at: int
     status: str
+
+
+class ResponseObject(SteeringReport, ResponseHead):
+    """The body of a response, with the prefixes and versions that it was steered by."""
+
     error: None = None
     incomplete_details: dict[str, str] | None = None
     instructions: str | None = None
