@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlprefix import ControlPrefix, Example, Prefix, Request
 from controlprefix.model.token_bytes import TokenBytes
-from controlprefix.serving import Server, create_app
+from controlprefix.serving import Server, ServerLimits, create_app
 from controlprefix.store import PrefixStore
 
 from helpers import Instance, frozen
@@ -507,6 +508,44 @@ def test_a_thousand_tenants_hold_no_more_than_ten(tmp_path: Path) -> None:
     assert tenants._engine("t3").resolve(request).digest in texts
     gateway.close()
     first.close()
+
+
+def test_tokens_of_a_key_are_limited_and_those_of_others_are_not(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/prefixes.db"
+    first, other = (PrefixStore(url, tenant=name) for name in ("mine", "theirs"))
+    keys = [first.create_api_key("a"), first.create_api_key("b"), other.create_api_key("a")]
+    served = Served(url, limits=ServerLimits(tokens_per_minute=60))
+    clients = [served.client(key) for key in keys]
+
+    def ask(client: openai.OpenAI, **fields: Any) -> Any:
+        return client.completions.create(
+            model="tiny",
+            prompt="abc",
+            max_tokens=30,
+            temperature=0,
+            logit_bias={"1": -100},
+            **fields,
+        )
+
+    try:
+        for _ in range(2):  # 33 tokens each
+            assert ask(clients[0]).usage.total_tokens == 33
+        with pytest.raises(openai.RateLimitError, match="60 per minute") as caught:
+            ask(clients[0])
+        assert 0 < int(caught.value.response.headers["retry-after"]) <= 60
+        assert clients[0].models.list().data  # what costs no tokens goes on
+        stream = ask(clients[1], stream=True, n=2)
+        next(iter(stream))
+        stream.close()  # abandoned: 2 x 30 tokens
+        wait_for(lambda: served.batcher.load == (0, 0))
+        with pytest.raises(openai.RateLimitError):
+            for _ in range(3):
+                ask(clients[1])
+        assert ask(clients[2]).usage.total_tokens == 33
+    finally:
+        served.close()
+        first.close()
+        other.close()
 
 
 def test_pages_versions_and_rollback_over_http(tmp_path: Path) -> None:

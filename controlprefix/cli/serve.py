@@ -66,6 +66,9 @@ def _serve(
     requests_per_minute: Annotated[
         int, typer.Option(help="Limit per API key; 0 for no limit.")
     ] = 0,
+    tokens_per_minute: Annotated[
+        int, typer.Option(help="Limit of tokens per API key, prompts included; 0 for no limit.")
+    ] = 0,
     timeout_s: Annotated[
         float, typer.Option(help="Seconds per request; then it is answered 504.")
     ] = 300.0,
@@ -169,6 +172,7 @@ def _serve(
             max_sequences=max_sequences,
             max_waiting=max_waiting,
             requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
             timeout_s=timeout_s,
             max_new_tokens=max_new_tokens,
         ),

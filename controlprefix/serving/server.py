@@ -15,7 +15,7 @@ from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.request import Request
 from controlprefix.serving.metrics import Metrics
 from controlprefix.serving.openai import Echo
-from controlprefix.serving.rate_limit import RateLimiter
+from controlprefix.serving.rate_limit import RateLimiter, TokenLimiter
 from controlprefix.serving.settings import ServerLimits
 from controlprefix.serving.tenants import Client, Tenants
 from controlprefix.serving.work import WorkPools
@@ -87,6 +87,7 @@ class Server:
         self.is_open = open_tenant is not None
         self.allowed_hosts = tuple(allowed_hosts)
         self.work = WorkPools(self.limits.max_enrolments)
+        self._token_limiter = TokenLimiter(self.limits.tokens_per_minute)
         self._tenants = Tenants(
             frozen,
             store,
@@ -123,6 +124,8 @@ class Server:
         Raises:
             ControlPrefixError: If it cannot be accepted.
         """
+        if client.key_name:
+            self._token_limiter.require(client.tenant, client.key_name)
         self._runner.require_capacity()
         try:
             return await self._resolve(client, request)
@@ -139,6 +142,10 @@ class Server:
             return await self.work.with_store(client.cp.resolve, request)
         # Labels without a prefix are looked up by embeddings, or made of texts.
         return await self.work.with_model(client.tenant, client.cp.resolve, request)
+
+    def count_tokens(self, client: Client, num_tokens: int) -> None:
+        """Count a client's tokens against the limit of its API key."""
+        self._token_limiter.add(client.tenant, client.key_name, num_tokens)
 
     async def submit(
         self, resolved: ResolvedRequest[Request], deliver: Deliver, top_log_probs: int | None

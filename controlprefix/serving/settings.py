@@ -11,7 +11,7 @@ class ServerLimits:
         max_body_bytes: Size of a request body.
         max_new_tokens: New tokens per completion.
         max_choices: Choices per request (`n`, or prompts times `n`).
-        requests_per_minute: Per API key; 0 for no limit.
+        requests_per_minute, tokens_per_minute: Per API key; 0 for no limit.
         timeout_s: Seconds per request, from its arrival.
         body_timeout_s: Seconds that a request's body may take to arrive.
         header_timeout_s: Seconds that a connection may be idle, or take to send a head.
@@ -26,6 +26,7 @@ class ServerLimits:
     max_new_tokens: int = 2048
     max_choices: int = 16
     requests_per_minute: int = 0
+    tokens_per_minute: int = 0
     timeout_s: float = 300.0
     body_timeout_s: float = 30.0
     header_timeout_s: float = 20.0

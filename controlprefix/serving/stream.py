@@ -60,6 +60,7 @@ class CompletionJob:
         self._has_text = False
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
+        self._unfinished: dict[int, int] = {}  # choice -> its limit of new tokens
         self._echoes: list[Echo | None] = []
         self._head: dict[str, Any] = {
             "id": form.id_prefix + uuid.uuid4().hex,
@@ -123,6 +124,7 @@ class CompletionJob:
                 loop.call_soon_threadsafe(self._events.put_nowait, (i, event))
 
         self._tickets.append(await self._server.submit(request, deliver, self._form.top))
+        self._unfinished[i] = request.request.max_new_tokens
 
     async def _collect(self, num_choices: int) -> list[Finished]:
         finished: dict[int, Finished] = {}
@@ -210,10 +212,14 @@ class CompletionJob:
             raise _client_gone()
 
     def _cancel(self) -> None:
+        # An abandoned choice counts as much as it might have taken.
+        self._server.count_tokens(self._client, sum(self._unfinished.values()))
+        self._unfinished.clear()
         for ticket in self._tickets:
             ticket.cancel()
 
     def _finished(self, i: int, completion: Completion) -> Finished:
+        self._unfinished.pop(i, None)
         tokens = self._tickets[i].tokens[: completion.num_tokens]
         return Finished(completion, tokens, self._echoes[i])
 
@@ -222,6 +228,7 @@ class CompletionJob:
         prompts = choices[:: self._body.num_choices]
         num_prompt_tokens = sum(choice.completion.num_prompt_tokens for choice in prompts)
         num_tokens = sum(choice.completion.num_tokens for choice in choices)
+        self._server.count_tokens(self._client, num_prompt_tokens + num_tokens)
         metrics = self._server.metrics
         metrics.prompt_tokens.inc(num_prompt_tokens)
         metrics.completion_tokens.inc(num_tokens)
