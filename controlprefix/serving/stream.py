@@ -105,6 +105,8 @@ class CompletionJob:
                     self._stream(first, len(own)),
                     ping=_KEEP_ALIVE_S,
                     sep="\n",
+                    # A server that stops finishes its streams.
+                    shutdown_grace_period=self._server.limits.timeout_s,
                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 )
             finished = await self._collect(len(own))
