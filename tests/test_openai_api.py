@@ -299,6 +299,17 @@ def test_token_ids_and_echo_give_the_scores_of_the_library(served: Served, store
     cp.store.close()
 
 
+def test_log_probabilities_of_prompts_are_bounded_in_memory(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.gateway, "_max_echo_tokens", 4)
+    assert complete(served, prompt="abcd", echo=True, logprobs=1).status_code == 200
+    assert complete(served, prompt="abcde", echo=True).status_code == 200
+    refused = complete(served, prompt=["a", "abcde"], echo=True, logprobs=1)
+    assert refused.status_code == 400
+    assert "5 tokens" in refused.text
+
+
 def test_echo_in_streams_and_without_new_tokens(served: Served) -> None:
     nothing = complete(served, prompt=["abc", "de"], echo=True, logprobs=0, max_tokens=0).json()
     assert [choice["text"] for choice in nothing["choices"]] == ["abc", "de"]

@@ -12,7 +12,7 @@ import torch
 from controlprefix.completion import Completion
 from controlprefix.errors import ControlPrefixError, OverloadedError, RequestError
 from controlprefix.inference.guidance import RowPlan, plan_rows
-from controlprefix.inference.json_constraint import require_valid_schema
+from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
 from controlprefix.inference.sampling import SampledRow
@@ -158,7 +158,6 @@ class Batcher(ABC):
                 "with mixing='logits', for each label, beside its own; it may have "
                 f"{self._max_per_tenant}"
             )
-        require_valid_schema(self._frozen, request.json_schema)
         tokenizer = self._frozen.request_tokenizer
         resolved, prompt = resolved.fitted(tokenizer)
         sequence = Sequence(
@@ -169,6 +168,9 @@ class Batcher(ABC):
             top_log_probs,
             TextStream(tokenizer, resolved.request),
         )
+        if request.json_schema is not None:
+            constraint = JsonConstraint(self._frozen, request.json_schema, len(prompt))
+            sequence.sampling.processors = [constraint]
         with self._wake:
             self.require_capacity()
             self._waiting.add(resolved.tenant, sequence)

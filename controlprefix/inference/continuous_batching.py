@@ -19,10 +19,9 @@ from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batcher import Batcher, Sequence
 from controlprefix.inference.generation import model_processors
 from controlprefix.inference.guidance import guided_logits
-from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
 from controlprefix.inference.runner import token_log_probs_of
-from controlprefix.inference.sampling import BatchSampler, Processor
+from controlprefix.inference.sampling import BatchSampler
 from controlprefix.model import FrozenModel
 from controlprefix.model.kv_cache import CacheRow, arrange_rows, overwrite_row
 from controlprefix.prefixes import Part, PrefixBatch
@@ -135,13 +134,11 @@ class ContinuousBatcher(Batcher):
         sources: dict[int, list[CacheRow]] = {}
         row = 0
         for sequence in prefill.sequences:
-            request, num_prompt = sequence.request, len(sequence.prompt)
-            processors: list[Processor] = []
             if self._has_processors:
-                processors += model_processors(self._frozen, request, num_prompt)
-            if request.json_schema is not None:
-                processors.append(JsonConstraint(self._frozen, request.json_schema, num_prompt))
-            sequence.sampling.processors = processors
+                sequence.sampling.processors = [
+                    *model_processors(self._frozen, sequence.request, len(sequence.prompt)),
+                    *sequence.sampling.processors,
+                ]
             sources[id(sequence)] = [
                 CacheRow(prefill.cache, row + i, len(sequence.prompt))
                 for i in range(len(sequence.rows))

@@ -86,6 +86,8 @@ def combined_logits(base: Tensor, rows: Sequence[Tensor], weights: Sequence[floa
         it stays as it is.
     """
     base = base.float()
+    if not rows:
+        return base
     combined = base.clone()
     for row, weight in zip(rows, weights, strict=True):
         combined += weight * (row.float() - base)

@@ -71,16 +71,6 @@ class JsonConstraint:
         return scores.masked_fill(mask, -torch.inf)
 
 
-def require_valid_schema(frozen: FrozenModel, schema: Mapping[str, Any] | None) -> None:
-    """Check a request's schema before it joins a batch.
-
-    Raises:
-        MissingDependencyError, RequestError, UnsupportedModelError: As `JsonConstraint`.
-    """
-    if schema is not None:
-        _matcher(frozen, schema)
-
-
 def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
     with requires_extra("json", "JSON output"):
         from llguidance import LLMatcher

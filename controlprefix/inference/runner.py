@@ -17,6 +17,7 @@ from controlprefix.inference.resolved_request import ResolvedRequest
 
 _log = logging.getLogger(__name__)
 
+_CHUNK_TOKENS = 512
 Event = str | Completion | BaseException  # new text; finally the completion, or an error
 Deliver = Callable[[Event], object]
 
@@ -44,9 +45,12 @@ def token_log_probs_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[
         tokens: Their ids.
         top: How many of the most likely ones to add.
     """
-    log_probs = logits.log_softmax(-1)
-    values, ids = log_probs.topk(min(top, logits.shape[1]), dim=1)
-    own = log_probs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    # Without another tensor of that size: it may be large.
+    totals = torch.cat([chunk.logsumexp(1) for chunk in logits.split(_CHUNK_TOKENS)])
+    values, ids = logits.topk(min(top, logits.shape[1]), dim=1)
+    values = values - totals[:, None]
+    index = torch.tensor(tokens, device=logits.device)[:, None]
+    own = (logits.gather(1, index)[:, 0] - totals).tolist()
     return [
         TokenLogProbs(
             token,

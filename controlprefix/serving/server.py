@@ -5,7 +5,7 @@ from typing import Literal
 
 from controlprefix.attributes import AttributeSpace
 from controlprefix.completion import Completion
-from controlprefix.errors import OverloadedError, UnknownNameError
+from controlprefix.errors import OverloadedError, RequestError, UnknownNameError
 from controlprefix.evaluation import AttributeClassifier
 from controlprefix.inference.generator import Generator
 from controlprefix.inference.resolved_request import ResolvedRequest
@@ -22,7 +22,7 @@ from controlprefix.serving.work import WorkPools
 from controlprefix.store import EncryptionKeys
 
 UnknownUsers = Literal["refuse", "plain"]
-_ECHO_BATCH_SIZE = 8
+_MAX_ECHO_BYTES = 2 << 30  # of the logits of a prompt, in float32
 
 
 class Server:
@@ -81,6 +81,8 @@ class Server:
         self._unknown_users = unknown_users
         self._tokenizer = frozen.request_tokenizer
         self._generator = Generator(frozen)
+        vocab_size = frozen.model.config.get_text_config().vocab_size
+        self._max_echo_tokens = _MAX_ECHO_BYTES // (4 * vocab_size)
         self.limits = limits or ServerLimits()
         self.classifiers = tuple(classifiers)
         self.is_ready = True
@@ -170,6 +172,12 @@ class Server:
 
         def read() -> dict[tuple[int, ...], Echo]:
             prompts = {self._tokenizer.prompt_ids(r.request): r for r in resolved}
+            longest = max(map(len, prompts))
+            if top is not None and longest > self._max_echo_tokens:
+                raise RequestError(
+                    f"the prompt has {longest:,} tokens; this server computes the "
+                    f"log-probabilities of {self._max_echo_tokens:,} at most"
+                )
             rows = self._log_probs(list(prompts.values()), top)
             return {
                 ids: Echo(request.request.prompt or self._tokenizer.decode(ids), ids, row)
@@ -184,7 +192,8 @@ class Server:
     ) -> Sequence[Sequence[TokenLogProbs | None]]:
         if top is None:
             return [()] * len(resolved)
-        return self._generator.prompt_log_probs(resolved, top=top, batch_size=_ECHO_BATCH_SIZE)
+        # One at a time: each may take as much memory as there should be for it.
+        return self._generator.prompt_log_probs(resolved, top=top, batch_size=1)
 
     async def without_tokens(self, resolved: ResolvedRequest[Request]) -> Completion:
         """The completion of a request for no tokens.
