@@ -16,6 +16,7 @@ import yaml
 from typer.main import get_command
 
 from controlprefix.cli import app
+from controlprefix.model.loading import packaged_model
 
 from vllm_server import transfer
 
@@ -65,6 +66,8 @@ def test_the_images_default_command_starts_and_stops(tmp_path: Path) -> None:
     (variables,) = re.findall(r"^ENV (.*)$", text, re.MULTILINE)
     for folder in json.loads(re.findall(r"^VOLUME (.*)$", text, re.MULTILINE)[0]):
         (tmp_path / folder.strip("/")).mkdir()
+    converted = packaged_model("smollm2").parent.parent  # or the conversion takes a while
+    (tmp_path / "cache" / "controlprefix").symlink_to(converted)
     environment = dict(pair.split("=") for pair in variables.split())
     paths = {key: f"{tmp_path}{value}" for key, value in environment.items()}
     (executable,) = json.loads(entry)
@@ -83,11 +86,11 @@ def test_the_images_default_command_starts_and_stops(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.1)
         # It listens while it still loads; the first answer comes when it has.
-        assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=120).status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=400).status_code == 200
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
     finally:
         process.terminate()
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "by their API keys" in output
     assert "the server has stopped" in output
