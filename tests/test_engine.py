@@ -412,7 +412,7 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused(cp: ControlPrefix) ->
         ContextLengthError, match="is 256 tokens, but the prompt has 300 and asks for 128 more"
     ):
         cp.generate("x" * 300)
-    with pytest.raises(ContextLengthError, match="200 tokens and asks for 100 more"):
+    with pytest.raises(ContextLengthError, match="prompt has 200 and asks for 100 more"):
         cp.generate(["fine", "x" * 200], max_new_tokens=100)
     with pytest.raises(ContextLengthError, match="an example has"):
         cp.score([Example(prompt="x", completion="y" * 300)])
