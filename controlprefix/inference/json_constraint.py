@@ -58,15 +58,13 @@ class JsonConstraint:
             if not self._matcher.is_stopped():
                 self._matcher.consume_token(token)
         self._num_consumed = input_ids.shape[1]
-        vocab_size = scores.shape[1]
+        allowed = numpy.zeros(scores.shape[1], dtype=bool)
         if self._matcher.is_stopped():
-            allowed = numpy.zeros(vocab_size, dtype=bool)
             allowed[self._end_ids] = True
         else:
             packed = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
             bits = numpy.unpackbits(packed, bitorder="little").astype(bool)
-            allowed = numpy.zeros(vocab_size, dtype=bool)
-            allowed[: len(bits)] = bits[:vocab_size]
+            allowed[: len(bits)] = bits[: len(allowed)]
         mask = torch.from_numpy(~allowed).to(scores.device)
         return scores.masked_fill(mask, -torch.inf)
 
