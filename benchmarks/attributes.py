@@ -23,7 +23,14 @@ from controlprefix import ControlPrefix
 from controlprefix.evaluation.harness import base_model_nlls
 from controlprefix.evaluation.metrics import distinct_n
 
-from lib.attribute_methods import METHODS, ControlPrefixMethod, Method, RealTexts, trained
+from lib.attribute_methods import (
+    METHODS,
+    REINFORCED,
+    ControlPrefixMethod,
+    Method,
+    RealTexts,
+    trained,
+)
 from lib.attribute_studies import BATCH_SIZE, STUDIES, Combination, Study, load_study
 from lib.models import add_model_options, load_from
 from lib.results import ResultFile, arguments
@@ -139,6 +146,13 @@ def page(results: Mapping[str, Any]) -> str:
         "plain model, lower is plainer. **coefficient**: chosen for accuracy on other samples, "
         "among those with a base-model NLL no higher than that of real texts.",
     ]
+    if "reward_steps" in options:
+        parts.append(
+            f"**reinforced**: {options['reward_steps']} further steps of {options['requests']} "
+            f"requests with every label, {options['samples']} samples each, rewarded by "
+            "classifiers over embeddings that are trained on other rows again; weights "
+            f"{options['kl']} of the KL divergence, {options['diversity']} of diversity."
+        )
     for name, study in results["studies"].items():
         classifiers = "; ".join(
             f"{attribute} {accuracy:.2f}" for attribute, accuracy in study["classifiers"].items()
@@ -176,8 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     options = parser.parse_args(argv)
     frozen = load_from(options)
-    settings = ("steps", "num_slots", "texts", "new_tokens")
-    file = ResultFile("attributes", options, settings=settings, model=frozen, page=page)
+    settings: tuple[str, ...] = ("steps", "num_slots", "texts", "new_tokens")
+    if REINFORCED in options.methods:
+        settings += ("reward_steps", "requests", "samples", "diversity", "kl", "demonstrated")
+    name = "attributes" if options.device == "cpu" else f"attributes-{options.device}"
+    file = ResultFile(name, options, settings=settings, model=frozen, page=page)
     for name in options.studies:
         study = load_study(options.data, name, options.steps * BATCH_SIZE, frozen)
         accuracies = {a: round(c.accuracy, 4) for a, c in study.classifiers.items()}

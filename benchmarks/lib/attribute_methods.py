@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from controlprefix import Example, Request
 from controlprefix.evaluation import pseudo_label
+from controlprefix.training import StepInfo
 
 from lib import peft_training
 from lib.attribute_studies import BATCH_SIZE, IN_WORDS, Combination, Study, attributes_of, parts_of
@@ -88,7 +89,7 @@ class Method:
             )
             for i, fields in enumerate(requests)
         ]
-        return [completion.text.strip() for completion in self.cp.generate(rows, batch_size=32)]
+        return [completion.text.strip() for completion in self.cp.generate(rows, batch_size=128)]
 
 
 class RealTexts(Method):
@@ -246,7 +247,14 @@ class Reinforced(ControlPrefixMethod):
             kl=self.options.kl,
             demonstrated=self.options.demonstrated,
             progress=False,
+            on_step=_print_tenth,
         )
+
+
+def _print_tenth(step: StepInfo) -> None:
+    if step.step == 1 or step.step % 10 == 0:
+        figures = {name: round(value, 3) for name, value in step.metrics.items()}
+        print(f"step {step.step} of {step.num_steps}: {figures}", flush=True)
 
 
 class AdapterPerLabel(Method):
