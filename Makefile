@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/controlprefix demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_vllm.py

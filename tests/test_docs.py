@@ -139,11 +139,20 @@ def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "name",
-    ["attributes", "authors", "num_slots", "privacy", "quality", "strengths", "unseen_labels"],
+    [
+        "attributes",
+        "attributes-cuda",
+        "authors",
+        "num_slots",
+        "privacy",
+        "quality",
+        "strengths",
+        "unseen_labels",
+    ],
 )
 def test_pages_are_those_of_the_result_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = importlib.import_module(name)
+    script = importlib.import_module(name.removesuffix("-cuda"))
     path = ROOT / "docs" / "results" / f"{name.replace('_', '-')}.json"
     page = script.page(json.loads(path.read_text()))
     assert path.with_suffix(".md").read_text() == page.rstrip("\n") + "\n"
