@@ -334,12 +334,11 @@ def test_a_loss_that_is_no_number_stores_nothing(monkeypatch: pytest.MonkeyPatch
     cp.train(greetings(2), **{**SETTINGS, "steps": 1})
     from controlprefix.training import objectives
 
-    def broken(*args: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs, mask = honest(*args, **options)  # type: ignore[arg-type]
-        return log_probs * math.nan, mask
+    def broken(logits: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        return honest(logits, target_ids) * math.nan
 
-    honest = objectives.token_log_probs  # type: ignore[attr-defined]  # imported there
-    monkeypatch.setattr(objectives, "token_log_probs", broken)
+    honest = objectives.chunked_losses  # type: ignore[attr-defined]  # imported there
+    monkeypatch.setattr(objectives, "chunked_losses", broken)
     with pytest.raises(TrainingDataError, match="the loss is nan at step 1; nothing was stored"):
         cp.train(greetings(2), **SETTINGS)
     assert [v.version for v in cp.versions("task", "greet")] == [1]

@@ -1,7 +1,7 @@
 """Training many users in one run: each as they would be alone, none affected by another."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from controlprefix import ControlPrefix, Example, StoreError, TrainingDataError
-from controlprefix.model import log_probs
-from controlprefix.training import objectives
+from controlprefix.training.objectives import Objective, TrainingRow
 
 from models import build, byte_tokenizer
 
@@ -79,15 +78,14 @@ def test_untrainable_users_are_reported_and_affect_nobody(
         "bad\nname": ["text"],
         "nan": ["makes the loss no number"],
     }
-    original = log_probs.token_log_probs
+    original = Objective._sums
 
-    def poisoned(model: Any, prompts: Any, targets: Any, **options: Any) -> Any:
-        values, mask = original(model, prompts, targets, **options)
+    def poisoned(self: Objective, rows: Sequence[TrainingRow]) -> torch.Tensor:
         words = byte_tokenizer()("makes")["input_ids"]
-        poison = torch.tensor([list(row[: len(words)]) == words for row in targets])
-        return values + torch.where(poison, math.nan, 0.0)[:, None], mask
+        poison = torch.tensor([list(row.targets[: len(words)]) == words for row in rows])
+        return original(self, rows) + torch.where(poison, math.nan, 0.0)
 
-    monkeypatch.setattr(objectives, "token_log_probs", poisoned)
+    monkeypatch.setattr(Objective, "_sums", poisoned)
     cp, alone = engine(), engine()
     mixed = {}
     for (name, texts), (user, good) in zip(bad.items(), [*TEXTS.items()] * 2, strict=False):

@@ -80,6 +80,8 @@ class FeedbackMethods(TrainingMethods):
         settings = TrainingSettings.from_options({**by_default, "validation": 0.0, **fields})
         if settings.validation or settings.patience:
             raise TrainingDataError("nothing is held out here; leave validation and patience out")
+        if settings.off_context:
+            raise TrainingDataError("off_context applies to train; leave it out")
         if not callable(reward):
             raise TrainingDataError(f"reward is {reward!r}; give a function of requests and texts")
         labels = self._ordinal_labels([*rows, *examples], learn)
@@ -145,6 +147,8 @@ class FeedbackMethods(TrainingMethods):
         settings = TrainingSettings.from_options({**by_default, **fields})
         if settings.contrast:
             raise TrainingDataError("contrast compares labels, not preferences; leave it out")
+        if settings.off_context:
+            raise TrainingDataError("off_context applies to train; leave it out")
         labels = self._ordinal_labels(rows, learn)
         return self._trainer.train_preferences(
             interpolated(rows, labels),

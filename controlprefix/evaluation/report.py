@@ -13,24 +13,33 @@ from controlprefix._io import requires_extra
 from controlprefix.errors import StoreError
 from controlprefix.evaluation.metrics import Estimate
 
+PAGE_STYLE = """\
+:root { color-scheme: light dark; --line: #ddd; --soft: #666; --best: #e7f3ea; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; --best: #1e3a28; } }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+.wide { overflow-x: auto; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left;
+         vertical-align: top; }
+th[title] { text-decoration: underline dotted; cursor: help; }
+td { font-variant-numeric: tabular-nums; }
+.best { background: var(--best); font-weight: 600; }
+img { max-width: 100%; background: #fff; }
+pre { overflow-x: auto; }
+.note { color: var(--soft); }
+"""
+
 _TEMPLATE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What the prefixes do</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 52rem; padding: 0 1rem;
-       color: #222; background: #fff; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #ddd; padding: .25rem .75rem; text-align: left; }
-td { font-variant-numeric: tabular-nums; }
-img { max-width: 100%; }
-.note { color: #666; }
-</style></head><body>
+<style>{{ style | safe }}</style></head><body>
 {% macro table(header, rows) %}
-<table><thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
+<div class="wide"><table>
+<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table>
+{% endfor %}</tbody></table></div>
 {% endmacro %}
 <h1>What the prefixes do</h1>
 <p>{{ report.num_rows }} rows. In brackets: 95 % confidence intervals; rows with the same prompt
@@ -188,7 +197,12 @@ def _render(report: EvaluationReport, plots: dict[str, bytes]) -> str:
     }
     template = Environment(autoescape=True).from_string(_TEMPLATE)
     return template.render(
-        report=report, accuracy=accuracy, texts=texts, classifiers=classifiers, images=images
+        style=PAGE_STYLE,
+        report=report,
+        accuracy=accuracy,
+        texts=texts,
+        classifiers=classifiers,
+        images=images,
     )
 
 

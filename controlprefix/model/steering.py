@@ -210,6 +210,11 @@ class Steering:
         layer: SteeredLayer | None = call.module.__dict__.get(LAYER_ATTRIBUTE)
         return layer
 
+    @property
+    def attention_paths(self) -> tuple[str, ...]:
+        """Where in the model the modules are whose attention sees slots."""
+        return tuple(self._layers)
+
     def _live_model(self) -> PreTrainedModel:
         model = self._model()
         assert model is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from controlprefix.model import FrozenModel
-from controlprefix.model.log_probs import kl_divergences, target_logits, token_log_probs
+from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import Part, Prefix, PrefixBatch, PrefixKey
 from controlprefix.request import Request
@@ -52,8 +52,8 @@ class TrainingRow(NamedTuple):
         targets: Token ids to learn, with the end token.
         frozen: Parts that are not trained.
         learned: Keys of the prefixes that are trained, with their strengths.
-        teacher: For distillation: what the same model reads instead of the prompt and the
-            trained parts.
+        teacher: For distillation and `off_context`: what the same model reads instead of the
+            prompt and the trained parts.
         rejected: For preferences: the completion that the targets are preferred to.
         request: For reinforcement learning: what to sample targets for.
         rollout: For reinforcement learning: that the targets were sampled.
@@ -177,15 +177,8 @@ class Objective:
             https://arxiv.org/abs/2305.18290.
         """
         rows = [pair.row for pair in pairs]
-        if rows[0].teacher is not None:
-            return self._distillation_losses(rows)
         others = _others(pairs)
-        log_probs, _ = token_log_probs(
-            self._frozen,
-            [row.prompt for row in (*rows, *others)],
-            [row.targets for row in (*rows, *others)],
-        )
-        sums = log_probs.sum(1)
+        sums = self._sums([*rows, *others])
         own_sums, other_sums = sums[: len(rows)], iter(sums[len(rows) :])
         losses = []
         for pair, own in zip(pairs, own_sums, strict=True):
@@ -203,14 +196,32 @@ class Objective:
             losses.append((1 - self._contrast) * -own + self._contrast * contrast)
         return torch.stack(losses)
 
-    def _distillation_losses(self, rows: Sequence[TrainingRow]) -> Tensor:
-        targets = [row.targets for row in rows]
-        frozen_parts = self._frozen.assemble([row.frozen for row in rows])
-        with torch.no_grad(), self._frozen.attached(frozen_parts):
-            teacher, *_ = target_logits(self._frozen, [row.teacher or () for row in rows], targets)
-        student, *_ = target_logits(self._frozen, [row.prompt for row in rows], targets)
-        per_row = kl_divergences(student, teacher).split([len(target) for target in targets])
-        return torch.stack([divergences.sum() for divergences in per_row])
+    def _sums(self, rows: Sequence[TrainingRow]) -> Tensor:
+        """Per row, the log-likelihood of its targets, or minus the divergence of its teacher."""
+        logits, target_ids, _ = target_logits(
+            self._frozen, [row.prompt for row in rows], [row.targets for row in rows]
+        )
+        lengths = [len(row.targets) for row in rows]
+        taught = [row for row in rows if row.teacher is not None]
+        if not taught:
+            losses = chunked_losses(logits, target_ids)
+        else:
+            is_taught = torch.tensor([row.teacher is not None for row in rows])
+            at = is_taught.repeat_interleave(torch.tensor(lengths)).to(logits.device)
+            losses = logits.new_zeros(len(logits), dtype=torch.float32)
+            losses = losses.masked_scatter(at, kl_divergences(logits[at], self._taught(taught)))
+            if len(taught) < len(rows):
+                losses = losses.masked_scatter(~at, chunked_losses(logits[~at], target_ids[~at]))
+        return -torch.stack([part.sum() for part in losses.split(lengths)])
+
+    @torch.no_grad()
+    def _taught(self, rows: Sequence[TrainingRow]) -> Tensor:
+        """The logits of rows' teachers at their targets."""
+        with self._frozen.attached(self._frozen.assemble([row.frozen for row in rows])):
+            logits, *_ = target_logits(
+                self._frozen, [row.teacher or () for row in rows], [row.targets for row in rows]
+            )
+        return logits
 
 
 def _others(pairs: Sequence[ContrastPair]) -> list[TrainingRow]:
@@ -235,6 +246,7 @@ def add_contrast(
             for i, (key, _) in enumerate(row.learned)
             for other in keys
             if key.attribute and key.attribute == other.attribute and key != other
+            if row.teacher is None
         ]
         if not swaps:
             pairs.append(ContrastPair(row))

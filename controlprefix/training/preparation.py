@@ -25,6 +25,7 @@ from controlprefix.training.initialization import (
     typical_scale,
 )
 from controlprefix.training.objectives import TrainingRow
+from controlprefix.training.off_context import off_context_rows
 from controlprefix.training.settings import TrainingSettings
 
 Learnable = Literal["task", "attributes", "user"]
@@ -38,7 +39,7 @@ class Preparation:
     """What the training loop needs.
 
     Attributes:
-        rows: Rows to train on, one per example.
+        rows: Rows to train on: one per example, and those of `off_context`.
         held_out: Rows for validation.
         initial: The prefixes to train, at their initialization.
         scale: Per site, the size of the model's keys and values, `(slot_size,)`.
@@ -138,6 +139,8 @@ def prepare(
         completions,
         lambda key: num_slots if (own := num_slots_of and num_slots_of(key)) is None else own,
     )
+    if settings.off_context:
+        training += off_context_rows(frozen, training, settings.off_context, settings.seed)
     scale = typical_scale(frozen, [token for ids in completions for token in ids])
     return Preparation(
         training,

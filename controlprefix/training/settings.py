@@ -66,6 +66,10 @@ class TrainingSettings:
     """Weight, from 0 to below 1, of making a label's text unlikely under the other labels of its
     attribute."""
 
+    off_context: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the target tokens, 0 to 0.5, on which the model should stay as it is without the
+    trained prefixes: its own answers to general prompts."""
+
     validation: _Fraction = 0.1
     """Fraction of the rows held out to choose the best step, by prompt and by user; 0 keeps the
     last step."""
@@ -213,6 +217,7 @@ class TrainingOptions(RunOptions, total=False):
     hidden_size: int
     slot_dropout: float
     contrast: float
+    off_context: float
     validation: float | Rows  # rows where examples are trained on, not texts of users
     too_long: TooLong
     num_evaluations: int

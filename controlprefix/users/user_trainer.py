@@ -30,10 +30,10 @@ _DEFAULT_OPTIONS = {"parameterization": "direct", "batch_size": 4, "patience": 2
 _LEARNING_RATE_FROM_DECODER = 1e-2
 _MAX_REFINED_SLOTS = 16
 # Training options that have no effect here.
-_NOT_FOR_USERS = ("contrast", "gradient_checkpointing", "save_steps")
+_NOT_FOR_USERS = ("contrast", "off_context", "gradient_checkpointing", "save_steps")
 _NOT_FOR_RUNS_OF_USERS = ("accelerator", "tracker", "on_step", "on_validation")
 _NOT_FOR_CODES = ("hidden_size", "parameterization", "slot_dropout")
-_NOT_FOR_DECODERS = ("contrast", "slot_dropout")
+_NOT_FOR_DECODERS = ("contrast", "off_context", "slot_dropout")
 
 
 class UserTrainer:

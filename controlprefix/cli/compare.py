@@ -1,0 +1,184 @@
+"""The command that compares ways to adapt a model: compare."""
+
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from controlprefix.cli.common import app, out
+from controlprefix.cli.evaluate import train_classifiers
+from controlprefix.cli.groups import ColumnArguments, ModelArguments, grouped
+from controlprefix.cli.options import parse_list, parse_number
+from controlprefix.errors import RequestError, known_names
+
+_EXPERIMENT = (
+    "rows",
+    "validation",
+    "test",
+    "methods",
+    "steps",
+    "batch_size",
+    "num_slots",
+    "seeds",
+    "num_rates",
+    "num_rows",
+    "max_new_tokens",
+    "instruction",
+    "labelled_texts",
+    "general",
+    "other_prompts",
+)
+
+
+@app.command()
+@grouped
+def compare(
+    rows: Annotated[
+        Path | None, typer.Argument(help="Rows to train on; the experiment's if left out.")
+    ] = None,
+    experiment: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file with rows and any of these options, such as steps = 60; options on "
+            "the command line come first."
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Rows that choose learning rates, or a share.  [0.1]")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Rows to measure on, or a share.  [0.2]")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, with semicolons; left out, all. See --list.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each.  [24]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step.  [8]")] = None,
+    num_slots: Annotated[
+        int | None, typer.Option(help="Slots, or virtual tokens, of each.  [8]")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, with commas.  [0]")] = None,
+    num_rates: Annotated[
+        int | None, typer.Option(help="Learning rates that each tries, 1 to 3.  [3]")
+    ] = None,
+    num_rows: Annotated[
+        int | None, typer.Option(help="Test and validation rows, at most.  [48]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum number of tokens per text.  [32]")
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="What instructed models are told; {labels} are a row's labels."),
+    ] = None,
+    labelled_texts: Annotated[
+        Path | None, typer.Option(help="Rows to train attribute classifiers on, as in eval.")
+    ] = None,
+    general: Annotated[
+        Path | None, typer.Option(help="Texts of no task, to measure forgetting on.")
+    ] = None,
+    other_prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts of another task, one per line, to measure divergence on."),
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="Folder of the report; an interrupted run continues there.")
+    ] = Path("comparison"),
+    list_methods: Annotated[bool, typer.Option("--list", help="List the methods and end.")] = False,
+    *,
+    columns: ColumnArguments,
+    model: ModelArguments,
+) -> None:
+    """Train prefixes, adapters and others on the same rows, and compare what each does and costs.
+
+    A table on the screen, and a page, tables and a plot in the folder.
+    """
+    from controlprefix.engine import ControlPrefix
+    from controlprefix.evaluation import comparison
+    from controlprefix.store import PrefixStore
+
+    if list_methods:
+        out.print("\n".join(comparison.METHODS))
+        return
+    given = locals()
+    options: dict[str, Any] = {} if experiment is None else _read_experiment(experiment)
+    options |= {name: given[name] for name in _EXPERIMENT if given[name] is not None}
+    if "rows" not in options:
+        raise RequestError("give rows to train on, or an experiment that names them")
+    data = Path(options.pop("rows"))
+    for name in ("validation", "test"):
+        if name in options:
+            options[name] = _rows_or_share(name, options[name])
+    if isinstance(options.get("methods"), str):
+        options["methods"] = [name.strip() for name in options["methods"].split(";")]
+    if isinstance(options.get("seeds"), str):
+        seeds_of = [int(parse_number("--seeds", item)) for item in parse_list(options["seeds"])]
+        options["seeds"] = seeds_of
+    if "labelled_texts" in options:
+        texts = Path(options.pop("labelled_texts"))
+        options["classifiers"] = train_classifiers(texts, 0)
+    if "general" in options:
+        options["general"] = Path(options["general"])
+    if "other_prompts" in options:
+        options["other_prompts"] = _read_lines(Path(options["other_prompts"]))
+    cp = ControlPrefix(model.load(), PrefixStore("sqlite://"))
+    report = comparison.compare(
+        cp,
+        data,
+        columns=columns.columns(),
+        folder=folder,
+        command=shlex.join(["controlprefix", *sys.argv[1:]]),
+        **options,
+    )
+    for title, header, lines in report.tables():
+        table = Table("method", *(column.heading for column in header), title=title)
+        for name, cells in lines:
+            table.add_row(name, *(cell for cell, _ in cells))
+        out.print(table)
+    for name, reason in report.skipped.items():
+        out.print(f"skipped {name}: {reason}")
+    out.print(f"the report is in {report.save(folder)}")
+
+
+def _read_experiment(path: Path) -> dict[str, Any]:
+    """The options in a TOML file; paths in it are relative to it.
+
+    Raises:
+        RequestError: If it cannot be read, or has an unknown entry.
+    """
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read the experiment {path}: {error}") from error
+    for name, value in entries.items():
+        if name not in _EXPERIMENT:
+            raise RequestError(
+                f"{path} has an unknown entry {name!r}; {known_names(name, _EXPERIMENT)}"
+            )
+        is_path = name in ("rows", "labelled_texts", "general", "other_prompts")
+        if is_path or (name in ("validation", "test") and isinstance(value, str)):
+            entries[name] = str(path.parent / str(value))
+    return entries
+
+
+def _rows_or_share(name: str, value: str | float) -> float | Path:
+    """A share of the rows, or a file of rows."""
+    if isinstance(value, float | int):
+        return float(value)
+    try:
+        return float(value)
+    except ValueError:
+        path = Path(value)
+    if not path.is_file():
+        raise RequestError(f"--{name} {value}: there is no such file; give rows, or a share")
+    return path
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read prompts from {path}: {error}") from error
+    return [line for line in lines if line.strip()]

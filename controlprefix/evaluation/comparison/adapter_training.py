@@ -1,0 +1,156 @@
+"""Training, scoring and sampling of any adapted transformers model, by standard means.
+
+Rows are padded on the right, so that positions count from 0 in every row, also for models that
+take no positions.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlprefix.model.log_probs import target_losses
+from controlprefix.model.padding import pad_rows
+from controlprefix.model.tokenization import RequestTokenizer, TokenizedExample
+
+_IGNORED = -100  # labels that transformers leaves out of the loss
+
+
+def train(
+    model: nn.Module,
+    rows: Sequence[TokenizedExample],
+    tokenizer: RequestTokenizer,
+    *,
+    batch_size: int,
+    learning_rate: float,
+    steps: int,
+    seed: int,
+    schedule: Callable[[int], float] = lambda step: 1.0,
+) -> None:
+    """Train the parameters that take gradients with AdamW.
+
+    Args:
+        model: An adapted model; prompts are not learned.
+        rows: Training rows.
+        tokenizer: The model's.
+        batch_size, learning_rate, steps, seed: As usual.
+        schedule: Multiplier of the learning rate at a step, from 1.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    device = parameters[0].device
+    model.train()
+    stream = batches(rows, batch_size, seed)
+    for step in range(1, steps + 1):
+        inputs = padded(next(stream), tokenizer, with_end=True)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * schedule(step)
+        optimizer.zero_grad()
+        model(**{name: value.to(device) for name, value in inputs.items()}).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    model.eval()
+
+
+def batches(
+    rows: Sequence[TokenizedExample], batch_size: int, seed: int
+) -> Iterator[Sequence[TokenizedExample]]:
+    """Batches without end, shuffled anew in each epoch."""
+    rng = random.Random(seed)
+    while True:
+        order = rng.sample(list(rows), len(rows))
+        yield from (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+def padded(
+    rows: Sequence[TokenizedExample], tokenizer: RequestTokenizer, *, with_end: bool
+) -> dict[str, Tensor]:
+    """Token ids, mask and labels of examples, padded on the right; prompts have no label."""
+    end = tokenizer.end_id
+    ends = [[end] if with_end and end is not None and row.is_whole else [] for row in rows]
+    sequences = [[*row.prompt, *row.completion, *own] for row, own in zip(rows, ends, strict=True)]
+    ids, mask = pad_rows(sequences, tokenizer.pad_id, left=False)
+    labels = ids.masked_fill(mask == 0, _IGNORED)
+    for i, row in enumerate(rows):
+        labels[i, : len(row.prompt)] = _IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@torch.no_grad()
+def completion_logits(
+    model: Any, rows: Sequence[TokenizedExample], tokenizer: RequestTokenizer
+) -> tuple[Tensor, Tensor]:
+    """What a model predicts at the tokens of completions, without end tokens.
+
+    Args:
+        model: A transformers model, with whatever changes it.
+        rows: Examples.
+        tokenizer: The model's.
+
+    Returns:
+        Logits `(num_targets, vocab_size)` row by row, and the target ids `(num_targets,)`.
+    """
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) for k, v in padded(rows, tokenizer, with_end=False).items()}
+    labels = inputs.pop("labels")[:, 1:]
+    # Virtual tokens, if there are any, are in front.
+    logits = model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
+    targets = labels != _IGNORED
+    return logits[:, :-1][targets], labels[targets]
+
+
+def nll(
+    model: Any, rows: Sequence[TokenizedExample], tokenizer: RequestTokenizer, batch_size: int = 16
+) -> tuple[float, int]:
+    """Sum of the negative log-likelihood of completions in nats, and their number of tokens."""
+    total, num_tokens = 0.0, 0
+    by_length = sorted(rows, key=lambda row: len(row.prompt) + len(row.completion))
+    for i in range(0, len(by_length), batch_size):
+        logits, targets = completion_logits(model, by_length[i : i + batch_size], tokenizer)
+        total += float(target_losses(logits, targets).sum())
+        num_tokens += len(targets)
+    return total, num_tokens
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    pad_id: int,
+    temperature: float | None = 0.8,
+    **options: Any,
+) -> list[str]:
+    """Texts after prompts of token ids, sampled, or greedy without a temperature.
+
+    Args:
+        model: A transformers model, with whatever changes it.
+        tokenizer: Its tokenizer.
+        prompts: Token ids.
+        max_new_tokens, seed, temperature: As usual.
+        pad_id: Id to pad prompts with.
+        **options: Further options of `generate`.
+    """
+    device = next(model.parameters()).device
+    ids, mask = pad_rows(prompts, pad_id, left=True)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature is not None:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    output = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        **sampling,
+        **options,
+    )
+    # PEFT's prompt methods return the new tokens alone.
+    longest = ids.shape[1]
+    new = output[:, longest:] if output.shape[1] > longest else output
+    return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

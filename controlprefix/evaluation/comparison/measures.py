@@ -1,0 +1,253 @@
+"""What is measured of a trained method."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from controlprefix._io import requires_extra
+from controlprefix.data.general import general_prompts
+from controlprefix.evaluation.classifier import AttributeClassifier
+from controlprefix.evaluation.comparison import adapter_training
+from controlprefix.evaluation.comparison.costs import now
+from controlprefix.evaluation.comparison.methods import NUM_ADAPTATIONS, Method, Problem
+from controlprefix.evaluation.metrics import distinct_n
+from controlprefix.example import Example
+from controlprefix.model.log_probs import kl_divergences
+from controlprefix.model.tokenization import TokenizedExample
+from controlprefix.training.held_out import prompt_identity
+
+TEMPERATURE = 0.8
+_BATCH_SIZE = 16
+_NUM_SPEED_TOKENS = 16
+_NUM_PLAIN_TEXTS = 16
+_PLAIN_TOKENS = 32
+
+Figures = dict[str, float]
+
+
+class Elsewhere(NamedTuple):
+    """Rows of no task, to see what a method does to other work.
+
+    Attributes:
+        written: Texts that the plain model wrote from nothing.
+        answers: The plain model's answers to general prompts, or to prompts of another task.
+        general: Texts that people wrote, or none.
+    """
+
+    written: Sequence[Example]
+    answers: Sequence[Example]
+    general: Sequence[Example]
+
+
+def elsewhere(
+    problem: Problem, general: Sequence[Example], other_prompts: Sequence[str] | None
+) -> Elsewhere:
+    """Let the plain model write the texts that divergences are measured on."""
+    tokenizer = problem.frozen.request_tokenizer
+    starts = [Example(prompt="", raw=True, completion="-")] * _NUM_PLAIN_TEXTS
+    prompts = [
+        Example(prompt=prompt, completion="-")
+        for prompt in (other_prompts or general_prompts(measuring=True))[:_NUM_PLAIN_TEXTS]
+    ]
+
+    def completed(rows: Sequence[Example], temperature: float | None) -> list[Example]:
+        texts = adapter_training.sample(
+            problem.frozen.model,
+            problem.frozen.tokenizer,
+            [tokenizer.prompt_ids(row) for row in rows],
+            max_new_tokens=_PLAIN_TOKENS,
+            seed=0,
+            pad_id=tokenizer.pad_id,
+            temperature=temperature,
+        )
+        return [
+            row.model_copy(update={"completion": text})
+            for row, text in zip(rows, texts, strict=True)
+            if text.strip()
+        ]
+
+    return Elsewhere(completed(starts, 1.0), completed(prompts, None), general)
+
+
+def nats_per_token(method: Method, rows: Sequence[Example]) -> float:
+    """Negative log-likelihood of the rows' completions, without end tokens."""
+    total, num_tokens = 0.0, 0
+    tokenizer = method.problem.frozen.request_tokenizer
+    for batch in _batches(method, rows):
+        with method.applied(batch) as model:
+            tokens = [method.tokenized(row) for row in batch]
+            nats, count = adapter_training.nll(model, tokens, tokenizer)
+        total, num_tokens = total + nats, num_tokens + count
+    return total / max(1, num_tokens)
+
+
+def divergence(method: Method, texts: Sequence[Example], *, off: bool = False) -> float | None:
+    """Mean KL divergence (nats per token) of the adapted model from the plain one.
+
+    Each text is read with the prefixes or the adapter of a training row.
+
+    Args:
+        method: A trained method.
+        texts: Prompts and completions.
+        off: Compare the adapted model with its adaptation switched off.
+
+    Returns:
+        The divergence; None where the adaptation cannot be switched off.
+
+    Reference:
+        As R⁻ in "Cartridges++"; see docs/decisions.md.
+    """
+    problem = method.problem
+    tokenizer = problem.frozen.request_tokenizer
+    contexts = problem.training
+    rows = [
+        contexts[i % len(contexts)].model_copy(
+            update={
+                "prompt": text.prompt,
+                "messages": None,
+                "raw": text.raw,
+                "completion": text.completion,
+            }
+        )
+        for i, text in enumerate(texts)
+    ]
+    divergences: list[float] = []
+    for batch in _batches(method, rows):
+        own: list[TokenizedExample] = [tokenizer.example_ids(row) for row in batch]
+        plain, _ = adapter_training.completion_logits(problem.frozen.model, own, tokenizer)
+        block = method.switched_off(batch) if off else method.applied(batch)
+        with block as model:
+            if model is None:
+                return None
+            read = own if off else [method.tokenized(row) for row in batch]
+            logits, _ = adapter_training.completion_logits(model, read, tokenizer)
+        if off and torch.equal(logits, plain):
+            divergences += [0.0] * len(plain)
+            continue
+        with torch.no_grad():
+            divergences += kl_divergences(logits, plain).tolist()
+    return statistics.fmean(divergences) if divergences else 0.0
+
+
+def texts_of(method: Method, rows: Sequence[Example], seed: int) -> list[str]:
+    """A text per row: greedy after a prompt, else sampled."""
+    problem = method.problem
+    tokenizer = problem.frozen.request_tokenizer
+    texts: dict[int, str] = {}
+    places = {id(row): i for i, row in enumerate(rows)}
+    with_prompt = [row for row in rows if prompt_identity(row)]
+    without = [row for row in rows if not prompt_identity(row)]
+    for group, temperature in ((with_prompt, None), (without, TEMPERATURE)):
+        for number, batch in enumerate(_batches(method, group)):
+            with method.applied(batch) as model:
+                written = adapter_training.sample(
+                    model,
+                    problem.frozen.tokenizer,
+                    [method.tokenized(row).prompt for row in batch],
+                    max_new_tokens=problem.max_new_tokens,
+                    seed=1000 * seed + number,
+                    pad_id=tokenizer.pad_id,
+                    temperature=temperature,
+                )
+            for row, text in zip(batch, written, strict=True):
+                line = text.strip().split("\n")[0] if problem.is_single_line else text
+                texts[places[id(row)]] = line.strip()
+    return [texts[i] for i in range(len(rows))]
+
+
+def text_figures(rows: Sequence[Example], texts: Sequence[str]) -> Figures:
+    """BLEU, chrF and ROUGE-L where rows have prompts, and the texts' diversity and length.
+
+    The references of a row are the completions of all rows with its prompt.
+    """
+    figures = {
+        "distinct-2": distinct_n(texts, 2),
+        "words": statistics.fmean(len(text.split()) for text in texts),
+    }
+    if not all(prompt_identity(row) for row in rows):
+        return figures
+    with requires_extra("compare", "a comparison of texts"):
+        import sacrebleu
+        from rouge_score.rouge_scorer import RougeScorer
+
+    references: dict[str, list[str]] = {}
+    for row in rows:
+        references.setdefault(prompt_identity(row), []).append(row.completion)
+    firsts = list(dict.fromkeys(map(prompt_identity, rows)))
+    by_prompt = dict(zip(map(prompt_identity, rows), texts, strict=True))
+    written = [by_prompt[prompt] for prompt in firsts]
+    most = max(map(len, references.values()))
+    columns = [[(references[prompt] + [""] * most)[i] for prompt in firsts] for i in range(most)]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    rouge = [
+        scorer.score_multi(references[prompt], text)["rougeL"].fmeasure
+        for prompt, text in zip(firsts, written, strict=True)
+    ]
+    return {
+        "BLEU": sacrebleu.corpus_bleu(written, columns).score,
+        "chrF": sacrebleu.corpus_chrf(written, columns).score,
+        "ROUGE-L": 100 * statistics.fmean(rouge),
+        **figures,
+    }
+
+
+def accuracy_figures(
+    rows: Sequence[Example], texts: Sequence[str], classifiers: Mapping[str, AttributeClassifier]
+) -> Figures:
+    """How often classifiers find the labels that texts were requested with."""
+    figures = {}
+    for attribute, classifier in classifiers.items():
+        requested = [row.attributes.get(attribute) for row in rows]
+        known = [i for i, label in enumerate(requested) if label in classifier.labels]
+        if known:
+            best = classifier.probabilities([texts[i] or " " for i in known]).argmax(dim=1)
+            hits = [
+                classifier.labels[j] == requested[i]
+                for i, j in zip(known, best.tolist(), strict=True)
+            ]
+            figures[f"accuracy, {attribute}"] = statistics.fmean(hits)
+    return figures
+
+
+def tokens_per_second(method: Method) -> float:
+    """New tokens per second of 8 rows that each have another adaptation.
+
+    A method whose adaptations cannot share a batch writes one row after another.
+    """
+    problem = method.problem
+    tokenizer = problem.frozen.request_tokenizer
+    row = (problem.validation or problem.training)[0]
+    prompt = method.tokenized(row).prompt
+    prompts = [prompt] * NUM_ADAPTATIONS
+    batches = [prompts] if method.is_mixed else [[prompt]] * NUM_ADAPTATIONS
+    seconds = []
+    with method.many_applied() as (model, options):
+        for _ in range(2):  # the first warms up
+            start = now()
+            for batch in batches:
+                adapter_training.sample(
+                    model,
+                    problem.frozen.tokenizer,
+                    batch,
+                    max_new_tokens=_NUM_SPEED_TOKENS,
+                    min_new_tokens=_NUM_SPEED_TOKENS,
+                    seed=0,
+                    pad_id=tokenizer.pad_id,
+                    temperature=None,
+                    **options,
+                )
+            seconds.append(now() - start)
+    return NUM_ADAPTATIONS * _NUM_SPEED_TOKENS / seconds[-1]
+
+
+def _batches(method: Method, rows: Sequence[Example]) -> Iterator[list[Example]]:
+    """Batches of rows of one group and of similar length."""
+    groups: dict[str | None, list[Example]] = {}
+    for row in rows:
+        groups.setdefault(method.group(row), []).append(row)
+    for group in groups.values():
+        group.sort(key=lambda row: len(row.prompt or "") + len(row.completion))
+        for first in range(0, len(group), _BATCH_SIZE):
+            yield group[first : first + _BATCH_SIZE]

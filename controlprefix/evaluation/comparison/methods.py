@@ -1,0 +1,287 @@
+"""Methods that adapt one model to rows, behind one interface: prompts, and this library's own."""
+
+import contextlib
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import nn
+
+from controlprefix.engine import ControlPrefix
+from controlprefix.evaluation.comparison.costs import Costs
+from controlprefix.example import Example
+from controlprefix.labels import weighted_labels
+from controlprefix.model import FrozenModel
+from controlprefix.model.tokenization import TokenizedExample
+from controlprefix.prefixes import Kind, Part, Prefix
+from controlprefix.request import Request
+from controlprefix.store import PrefixStore
+from controlprefix.training import Learnable
+
+NUM_SHOTS = 4
+NUM_ADAPTATIONS = 8  # in the batch whose speed is measured
+_MAX_LABELS = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all methods get.
+
+    Attributes:
+        frozen: The model.
+        training, validation, test: Rows of a single task each.
+        instruction: What instructed models are told, or None.
+        steps, batch_size, num_slots: Of the training of each method.
+        max_new_tokens: Maximum length of a text.
+    """
+
+    frozen: FrozenModel
+    training: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+    instruction: str | None = None
+    steps: int = 24
+    batch_size: int = 8
+    num_slots: int = 8
+    max_new_tokens: int = 32
+
+    @cached_property
+    def attributes(self) -> dict[str, list[str]]:
+        """Attribute -> its labels in training rows."""
+        labels: dict[str, set[str]] = {}
+        for row in self.training:
+            for attribute, label, _ in weighted_labels(row.attributes):
+                labels.setdefault(attribute, set()).add(label)
+        return {attribute: sorted(names) for attribute, names in sorted(labels.items())}
+
+    @cached_property
+    def few_labels(self) -> str | None:
+        """The attribute of which methods without attributes train an adapter per label."""
+        if len(self.attributes) != 1:
+            return None
+        ((attribute, labels),) = self.attributes.items()
+        counts = Counter(map(self.label, self.training))
+        return attribute if 2 <= len(labels) <= _MAX_LABELS and None not in counts else None
+
+    def label(self, row: Example) -> str | None:
+        """The label of a row, if its attribute is that of all rows."""
+        names = [label for _, label, _ in weighted_labels(row.attributes)]
+        return names[0] if len(names) == 1 else None
+
+    def has_labels(self, row: Example) -> bool:
+        """Whether training rows have all labels of a row."""
+        return all(
+            label in self.attributes.get(attribute, ())
+            for attribute, label, _ in weighted_labels(row.attributes)
+        )
+
+    @cached_property
+    def is_single_line(self) -> bool:
+        """Whether no completion has a line break, so that texts are cut at the first."""
+        return not any("\n" in row.completion.strip() for row in self.training)
+
+
+class Method:
+    """The model as it is; other methods override what they change.
+
+    Attributes:
+        rates: Learning rates to choose from; none if nothing is trained.
+        num_parameters: Values that training changes, after `train`.
+        num_stored: Values to keep, after `train`.
+        num_adaptations: How many adapters or prefixes those are.
+        costs: Of the training.
+        is_mixed: Whether rows of one batch can have different adaptations.
+    """
+
+    rates: ClassVar[Sequence[float]] = ()
+    is_mixed = True
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.num_parameters = self.num_stored = 0
+        self.num_adaptations = 1
+        self.costs = Costs()
+
+    def unavailable(self) -> str | None:
+        """Why the method does not apply to the model or the rows, if it does not."""
+        return None
+
+    def required_bytes(self) -> int:
+        """About how much memory its training needs beyond the model."""
+        return 0
+
+    def train(self, *, rate: float, seed: int) -> None:
+        """Train on the training rows."""
+
+    def reworded(self, row: Example) -> Example:
+        """The row as the adapted model reads it."""
+        return row
+
+    def tokenized(self, row: Example) -> TokenizedExample:
+        """Token ids of the row as the adapted model reads it."""
+        return self.problem.frozen.request_tokenizer.example_ids(self.reworded(row))
+
+    def group(self, row: Example) -> str | None:
+        """Rows of one group can share a batch."""
+        return None
+
+    @contextlib.contextmanager
+    def applied(self, rows: Sequence[Example]) -> Iterator[nn.Module]:
+        """The adapted model, for a batch of rows of one group."""
+        yield self.problem.frozen.model
+
+    @contextlib.contextmanager
+    def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
+        """The adapted model without its adaptation; None if that needs another copy of it."""
+        yield self.problem.frozen.model
+
+    @contextlib.contextmanager
+    def many_applied(self) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+        """The model with another adaptation per row of a batch, and options of `generate`."""
+        yield self.problem.frozen.model, {}
+
+    def close(self) -> None:
+        """Free the memory of what was trained."""
+
+
+class Plain(Method):
+    """The model as it is."""
+
+
+class Instruction(Method):
+    """An instruction in the prompt."""
+
+    def unavailable(self) -> str | None:
+        if self.problem.instruction is None and not self.problem.attributes:
+            return "there is no instruction"
+        return None
+
+    def reworded(self, row: Example) -> Example:
+        labels = ", ".join(label for _, label, _ in weighted_labels(row.attributes))
+        text = self.problem.instruction or "Write a text that is {labels}. Write nothing else."
+        return _preceded(row, text.replace("{labels}", labels))
+
+
+class FewShot(Method):
+    """Training rows, of the same label where there are few labels, in the prompt."""
+
+    def reworded(self, row: Example) -> Example:
+        rng = random.Random(f"{row.prompt}{row.completion}")
+        pool = self.problem.training
+        if self.problem.few_labels:
+            label = self.problem.label(row)
+            pool = [other for other in pool if self.problem.label(other) == label]
+        shots = rng.sample(list(pool), min(NUM_SHOTS, len(pool)))
+        text = "".join(f"{_prompt_of(shot)}{shot.completion.strip()}\n\n" for shot in shots)
+        return row.model_copy(
+            update={"prompt": f"{text}{_prompt_of(row)}", "raw": True, "messages": None}
+        )
+
+
+class ControlPrefixMethod(Method):
+    """This library: a task prefix, and one per label if rows have labels.
+
+    Args:
+        problem: As for every method.
+        labels: Whether labels have prefixes of their own, where rows have labels.
+        **settings: Fields of `TrainingSettings`.
+    """
+
+    rates: ClassVar[Sequence[float]] = (2.5e-4, 5e-4, 1e-3)
+
+    def __init__(self, problem: Problem, *, labels: bool = True, **settings: Any) -> None:
+        super().__init__(problem)
+        self.labels = labels and bool(problem.attributes)
+        self.is_without_labels = not labels
+        self.settings = settings
+        self.cp = ControlPrefix(problem.frozen, PrefixStore("sqlite://"))
+
+    def unavailable(self) -> str | None:
+        if self.settings.get("contrast") and not self.problem.few_labels:
+            return f"it compares labels, and the rows have not 2 to {_MAX_LABELS} of one attribute"
+        if self.is_without_labels and not self.problem.attributes:
+            return "the rows have no labels to leave out"
+        return None
+
+    def train(self, *, rate: float, seed: int) -> None:
+        learn: tuple[Learnable, ...] = ("task", "attributes") if self.labels else ("task",)
+        rows = list(map(self.reworded, self.problem.training))
+        with self.costs.watched():
+            report = self.cp.train(
+                rows,
+                learn=learn,
+                num_slots=self.problem.num_slots,
+                steps=self.problem.steps,
+                batch_size=self.problem.batch_size,
+                learning_rate=rate,
+                validation=0,
+                seed=seed,
+                progress=False,
+                **self.settings,
+            )
+        self.num_parameters = report.num_parameters
+        prefixes = list(self.prefixes())
+        self.num_adaptations = len(prefixes)
+        self.num_stored = sum(
+            slots.numel() for prefix in prefixes for slots in prefix.slots.values()
+        )
+
+    def prefixes(self) -> Iterator[Prefix]:
+        """All that were trained."""
+        kinds: tuple[Kind, ...] = ("task", "attribute")
+        for kind in kinds:
+            for name in self.cp.names(kind):
+                yield self.cp.get(kind, name)
+
+    def reworded(self, row: Example) -> Example:
+        return row if self.labels else row.model_copy(update={"attributes": {}})
+
+    def request(self, row: Example, strength: float = 1.0) -> Request:
+        """A request with the prefixes of a row that were trained."""
+        stored = set(self.cp.names("attribute"))
+        labels: dict[str, dict[str, float]] = {}
+        for attribute, label, weight in weighted_labels(self.reworded(row).attributes):
+            if f"{attribute}={label}" in stored:
+                labels.setdefault(attribute, {})[label] = weight * strength
+        strengths = {} if strength == 1.0 else {"task": strength}
+        return Request(prompt="", raw=True, task=row.task, attributes=labels, strengths=strengths)
+
+    @contextlib.contextmanager
+    def applied(self, rows: Sequence[Example]) -> Iterator[nn.Module]:
+        with self.cp.assembled([self.request(row) for row in rows]):
+            yield self.cp.model
+
+    @contextlib.contextmanager
+    def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
+        with self.cp.assembled([self.request(row, 0.0) for row in rows]):
+            yield self.cp.model
+
+    @contextlib.contextmanager
+    def many_applied(self) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+        frozen = self.problem.frozen
+        num_slots = self.problem.num_slots * (2 if self.labels else 1)
+        parts = [
+            [Part(Prefix.random(frozen.geometry, num_slots=num_slots, seed=i))]
+            for i in range(NUM_ADAPTATIONS)
+        ]
+        with frozen.attached(frozen.assemble(parts)):
+            yield frozen.model, {}
+
+
+def _prompt_of(row: Example) -> str:
+    """The prompt of a row as a line of a few-shot prompt."""
+    texts = [m.content for m in row.messages] if row.messages else [row.prompt or ""]
+    return "".join(f"{text.strip()}\n" for text in texts if text.strip())
+
+
+def _preceded(row: Example, text: str) -> Example:
+    """A row with a text in front of its prompt or of its last message."""
+    if row.messages:
+        last = row.messages[-1]
+        changed = last.model_copy(update={"content": f"{text}\n\n{last.content}"})
+        return row.model_copy(update={"messages": (*row.messages[:-1], changed)})
+    prompt = f"{text}\n\n{row.prompt}" if row.prompt else text
+    return row.model_copy(update={"prompt": prompt, "raw": False})

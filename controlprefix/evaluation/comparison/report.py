@@ -1,0 +1,347 @@
+"""ComparisonReport: the results of a comparison, as JSON, Markdown, LaTeX, a plot and a page."""
+
+import base64
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from controlprefix._io import requires_extra
+from controlprefix.errors import StoreError
+from controlprefix.evaluation.report import PAGE_STYLE, figure_of, to_png
+
+
+class Column(NamedTuple):
+    """A figure in a table.
+
+    Attributes:
+        key: Its name in the results; that of accuracies continues with the attribute.
+        title: Its heading.
+        digits: Decimal places.
+        better: Whether `low` or `high` values are better, if either is.
+        explanation: What it is, in a sentence.
+    """
+
+    key: str
+    title: str
+    digits: int
+    better: str
+    explanation: str
+
+    @property
+    def heading(self) -> str:
+        """The title, with an arrow towards better values."""
+        return self.title + {"low": " ↓", "high": " ↑"}.get(self.better, "")
+
+
+QUALITY = (
+    Column("nats", "loss", 3, "low", "nats per token of held-out completions"),
+    Column(
+        "nats, other label",
+        "loss, other label",
+        3,
+        "high",
+        "nats per token of the same completions under another label",
+    ),
+    Column("nats, unseen", "loss, unseen", 3, "low", "of rows with labels that were not trained"),
+    Column("accuracy", "accuracy", 2, "high", "how often a classifier finds the requested label"),
+    Column("BLEU", "BLEU", 1, "high", "overlap with the references, 0 to 100 (sacrebleu)"),
+    Column("chrF", "chrF", 1, "high", "overlap of characters, 0 to 100 (sacrebleu)"),
+    Column("ROUGE-L", "ROUGE-L", 1, "high", "longest common subsequence, 0 to 100 (rouge-score)"),
+    Column("base-model nats", "plainness", 2, "", "nats per token of its texts, plain model"),
+    Column("distinct-2", "distinct-2", 2, "", "share of word pairs of its texts that differ"),
+    Column("words", "words", 1, "", "words per text"),
+)
+KEPT = (
+    Column(
+        "divergence, written",
+        "R⁻, free text",
+        3,
+        "low",
+        "KL divergence (nats per token) of the adapted model on texts that the plain model wrote",
+    ),
+    Column(
+        "divergence, answers",
+        "R⁻, other prompts",
+        3,
+        "low",
+        "the same, on the plain model's answers to prompts of no task or of another one",
+    ),
+    Column(
+        "forgetting", "forgetting", 3, "low", "what it adds to the nats per token of general texts"
+    ),
+    Column(
+        "divergence, off",
+        "R⁻, off",
+        3,
+        "low",
+        "the divergence when switched off; 0: exactly the plain model; empty: needs another copy",
+    ),
+)
+COSTS = (
+    Column("parameters", "trained values", 0, "low", "values that training changes"),
+    Column("stored", "stored values", 0, "low", "values to keep, for all labels together"),
+    Column(
+        "bytes per adaptation", "bytes each", 0, "low", "bytes per task, label or user in 16 bits"
+    ),
+    Column("step seconds", "s per step", 2, "low", "seconds per training step"),
+    Column("peak MiB", "peak MiB", 0, "low", "memory of training beyond the model's own"),
+    Column(
+        "tokens per second",
+        "tokens/s, 8 ways",
+        0,
+        "high",
+        "new tokens per second of 8 rows that each have another adaptation",
+    ),
+)
+SECTIONS = {
+    "Quality": QUALITY,
+    "What it does to other texts": KEPT,
+    "Cost": COSTS,
+}
+
+_TEMPLATE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Ways to adapt {{ options.model }}</title>
+<style>{{ style | safe }}</style></head><body>
+<h1>Ways to adapt one model</h1>
+<p>{{ options.model }} in {{ options.dtype }}; {{ options.rows.training }} rows to train on in
+{{ options.steps }} steps of {{ options.batch_size }}, {{ options.rows.validation }} to choose
+learning rates, {{ options.rows.test }} to measure on; {{ options.num_slots }} slots. Means over
+seeds, with the standard deviation. Arrows point to better values; point at a heading for what it
+means.</p>
+{% if few %}<p class="note">{{ few }}</p>{% endif %}
+{% for title, header, rows in tables %}
+<h2>{{ title }}</h2>
+<div class="wide"><table><thead><tr><th>method</th>
+{% for column in header %}<th title="{{ column.explanation }}">{{ column.heading }}</th>{% endfor %}
+</tr></thead><tbody>
+{% for name, cells in rows %}<tr><td>{{ name }}</td>
+{% for cell, best in cells %}<td{% if best %} class="best"{% endif %}>{{ cell }}</td>{% endfor %}
+</tr>{% endfor %}</tbody></table></div>
+{% endfor %}
+{% if skipped %}<h2>Skipped</h2><ul>{% for name, reason in skipped.items() %}
+<li>{{ name }}: {{ reason }}</li>{% endfor %}</ul>{% endif %}
+<h2>Loss, and what it costs elsewhere</h2>
+<img alt="Loss of each method over its divergence on other texts" src="{{ image }}">
+<h2>Texts</h2>
+{% for name, texts in texts.items() %}<details{% if loop.first %} open{% endif %}>
+<summary>{{ name }}</summary><div class="wide"><table><tbody>
+{% for text in texts %}<tr><td>{{ text.labels.values() | join(", ") }}</td>
+<td>{{ text.prompt }}</td><td>{{ text.text }}</td></tr>{% endfor %}</tbody></table></div></details>
+{% endfor %}
+<h2>How to repeat it</h2>
+{% if about.command %}<pre>{{ about.command }}</pre>{% endif %}
+<p>{{ about.date }}, {{ about.device }}, {{ about.threads }} threads, Python {{ about.python }},
+{{ versions | join(", ") }}. Data {{ options.data }}, weights {{ options.fingerprint[:12] }}.
+Learning rates: {{ rates | join(", ") }}.</p>
+</body></html>
+"""
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """The results of a comparison.
+
+    Attributes:
+        options: What was compared: settings, number of rows, model, a hash of the data.
+        methods: Per method: `validation` (learning rate -> loss), `runs` (seed -> figures),
+            `texts` (a few rows) or `skipped` (why).
+        about: Command, date, device and versions.
+    """
+
+    options: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    about: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, results: Mapping[str, Any]) -> Self:
+        """The report of results as `to_dict` returns them."""
+        return cls(results["options"], results["methods"], results.get("about", {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All results in a form that JSON can hold."""
+        return asdict(self)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why methods were not measured."""
+        return {name: m["skipped"] for name, m in self.methods.items() if "skipped" in m}
+
+    def figures(self, method: str, key: str) -> list[float]:
+        """A figure of each seed; of `accuracy` its mean over attributes."""
+        values = []
+        for run in self.methods[method].get("runs", {}).values():
+            found = [v for name, v in run.items() if name == key or name.startswith(f"{key}, ")]
+            exact = [run[key]] if key in run else found if key == "accuracy" else []
+            if exact:
+                values.append(statistics.fmean(exact))
+        return values
+
+    def tables(self) -> list[tuple[str, list[Column], list[tuple[str, list[tuple[str, bool]]]]]]:
+        """Per section: its title, its columns, and per method the cells and whether they lead."""
+        names = [name for name, method in self.methods.items() if method.get("runs")]
+        tables = []
+        for title, columns in SECTIONS.items():
+            header = [c for c in columns if any(self.figures(name, c.key) for name in names)]
+            best = {c.key: self._best(names, c) for c in header}
+            rows = [
+                (
+                    name,
+                    [
+                        (_mean_and_spread(self.figures(name, c.key), c.digits), name in best[c.key])
+                        for c in header
+                    ],
+                )
+                for name in names
+                if any(self.figures(name, c.key) for c in header)
+            ]
+            if header:
+                tables.append((title, header, rows))
+        return tables
+
+    def _best(self, names: Sequence[str], column: Column) -> set[str]:
+        """The methods whose mean is best, as far as the digits show."""
+        if not column.better:
+            return set()
+        means = {
+            name: round(statistics.fmean(values), column.digits)
+            for name in names
+            if name != "plain" and (values := self.figures(name, column.key))
+        }
+        if len(set(means.values())) < 2:
+            return set()
+        leader = (min if column.better == "low" else max)(means.values())
+        return {name for name, mean in means.items() if mean == leader}
+
+    def markdown(self) -> str:
+        """The tables as Markdown; the best values are bold."""
+        parts = []
+        for title, header, rows in self.tables():
+            lines = [
+                _row("method", *(c.heading for c in header)),
+                "|" + " --- |" * (len(header) + 1),
+            ]
+            for name, cells in rows:
+                marked = (f"**{cell}**" if best and cell else cell for cell, best in cells)
+                lines.append(_row(name, *marked))
+            notes = "; ".join(f"{c.title}: {c.explanation}" for c in header)
+            parts.append(f"### {title}\n\n" + "\n".join(lines) + f"\n\n{notes}.")
+        if self.skipped:
+            reasons = "\n".join(f"- {name}: {reason}" for name, reason in self.skipped.items())
+            parts.append(f"### Skipped\n\n{reasons}")
+        return "\n\n".join(parts) + "\n"
+
+    def latex(self) -> str:
+        """The tables as LaTeX, for the packages booktabs and amsmath."""
+        parts = []
+        for title, header, rows in self.tables():
+            lines = [
+                r"\begin{tabular}{l" + "r" * len(header) + "}",
+                r"\toprule",
+                " & ".join(["method", *(_tex(c.heading) for c in header)]) + r" \\",
+                r"\midrule",
+            ]
+            for name, cells in rows:
+                marked = (
+                    rf"\textbf{{{_tex(cell)}}}" if best and cell else _tex(cell)
+                    for cell, best in cells
+                )
+                lines.append(" & ".join([_tex(name), *marked]) + r" \\")
+            parts.append("\n".join([f"% {title}", *lines, r"\bottomrule", r"\end{tabular}"]))
+        return "\n\n".join(parts) + "\n"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.html`, `report.json`, `report.md`, `report.tex` and `report.png`.
+
+        Returns:
+            The HTML file.
+
+        Raises:
+            StoreError: If the folder cannot be written.
+            MissingDependencyError: If matplotlib or jinja2 is not installed.
+        """
+        folder = Path(folder)
+        image = self._plot()
+        html = self._html(image)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+            (folder / "report.tex").write_text(self.latex(), encoding="utf-8")
+            (folder / "report.png").write_bytes(image)
+            path = folder / "report.html"
+            path.write_text(html, encoding="utf-8")
+        except OSError as error:
+            raise StoreError(f"cannot write the report to {folder}: {error}") from error
+        return path
+
+    def _html(self, image: bytes) -> str:
+        with requires_extra("eval", "an HTML report"):
+            from jinja2 import Environment
+
+        num_test = self.options["rows"]["test"]
+        few = f"{num_test} rows are too few to tell small differences." if num_test < 50 else ""
+        rates = [
+            f"{name} {min(method['validation'], key=method['validation'].get)}"
+            for name, method in self.methods.items()
+            if method.get("validation")
+        ]
+        return (
+            Environment(autoescape=True)
+            .from_string(_TEMPLATE)
+            .render(
+                style=PAGE_STYLE,
+                options=self.options,
+                about=self.about,
+                tables=self.tables(),
+                few=few,
+                skipped=self.skipped,
+                rates=rates,
+                versions=[f"{n} {v}" for n, v in self.about["versions"].items()],
+                texts={n: m["texts"] for n, m in self.methods.items() if m.get("texts")},
+                image=f"data:image/png;base64,{base64.b64encode(image).decode()}",
+            )
+        )
+
+    def _plot(self) -> bytes:
+        figure = figure_of((8, 5))
+        axes = figure.subplots()
+        for name in self.methods:
+            nats, elsewhere = (self.figures(name, k) for k in ("nats", "divergence, answers"))
+            if nats and elsewhere:
+                x, y = statistics.fmean(elsewhere), statistics.fmean(nats)
+                axes.plot([x], [y], "o", color="C0" if "controlprefix" in name else "C7")
+                axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+        axes.set_xlabel("R⁻: nats per token on answers to other prompts (lower is better)")
+        axes.set_ylabel("loss: nats per held-out token (lower is better)")
+        axes.set_xscale("symlog", linthresh=0.01)
+        return to_png(figure)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and the standard deviation if it is visible in that many digits."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean} ± {deviation:,.{digits}f}" if deviation >= 0.5 * 10**-digits else mean
+
+
+def _tex(text: str) -> str:
+    """Text with the characters that LaTeX reads as commands written out."""
+    names = {
+        "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "R⁻": r"$R^-$",
+        "↓": r"$\downarrow$", "↑": r"$\uparrow$",
+    }  # fmt: skip
+    for character, name in names.items():
+        text = text.replace(character, name)
+    return text

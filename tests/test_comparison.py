@@ -1,0 +1,261 @@
+"""Comparisons of ways to adapt a model: the same rows, honest figures, nothing changed."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from controlprefix import (
+    ControlPrefix,
+    Example,
+    StoreError,
+    TrainingDataError,
+    UnsupportedModelError,
+)
+from controlprefix.cli import app
+from controlprefix.evaluation.comparison import METHODS, ComparisonReport, compare
+from controlprefix.evaluation.comparison.methods import ControlPrefixMethod, Method, Problem
+from controlprefix.model.probing import probe
+from controlprefix.training import off_context
+
+from helpers import QUICK, engine, greetings, nats_per_token
+
+SETTINGS: dict[str, Any] = {
+    "steps": 2,
+    "batch_size": 2,
+    "num_slots": 2,
+    "seeds": (0,),
+    "num_rates": 1,
+    "num_rows": 6,
+    "max_new_tokens": 4,
+    "progress": False,
+}
+
+
+def problem(cp: ControlPrefix, rows: list[Example]) -> Problem:
+    return Problem(cp.frozen_model, rows[:12], rows[12:14], rows[14:], steps=2, num_slots=2)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[ControlPrefix, ComparisonReport]:
+    cp = engine("gpt2")  # it has biases
+    general = [{"text": "The sea is wide."}]
+    folder = tmp_path_factory.mktemp("comparison")
+    result = compare(cp, greetings(12), general=general, folder=folder, **SETTINGS)
+    assert json.loads((folder / "comparison.json").read_text())["methods"] == result.methods
+    return cp, result
+
+
+@pytest.mark.slow
+def test_every_method_is_measured_or_says_why_not(
+    report: tuple[ControlPrefix, ComparisonReport],
+) -> None:
+    _, result = report
+    assert list(result.methods) == list(METHODS)
+    for name, method in result.methods.items():
+        if name in result.skipped:
+            assert result.skipped[name]
+            continue
+        (figures,) = method["runs"].values()
+        assert all(map(math.isfinite, figures.values())), name
+    assert {"PEFT LoRA r8", "BitFit", "prefix, then LoRA", "full fine-tuning"} <= {
+        name for name, method in result.methods.items() if method.get("runs")
+    }
+
+
+@pytest.mark.slow
+def test_a_comparison_changes_neither_the_model_nor_the_store(
+    report: tuple[ControlPrefix, ComparisonReport],
+) -> None:
+    cp, _ = report
+    assert not cp.names("task")
+    assert not cp.names("attribute")
+    assert probe(cp.model)[0].fingerprint == cp.geometry.fingerprint
+    assert not any(p.requires_grad for p in cp.model.parameters())
+
+
+@pytest.mark.slow
+def test_what_is_switched_off_is_the_plain_model_exactly(
+    report: tuple[ControlPrefix, ComparisonReport],
+) -> None:
+    _, result = report
+    assert result.figures("plain", "divergence, written") == [0.0]
+    for name in ("controlprefix", "controlprefix, task only", "PEFT LoRA r8", "prefix, then LoRA"):
+        assert result.figures(name, "divergence, off") == [0.0]
+        assert result.figures(name, "divergence, written")[0] > 0
+    for name in ("full fine-tuning", "BitFit", "LoRA, then prefix"):
+        assert not result.figures(name, "divergence, off")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_losses_are_those_of_the_library(name: str) -> None:
+    cp = engine(name)
+    rows = greetings(8)
+    plain = [row.model_copy(update={"task": None, "attributes": {}}) for row in rows]
+    split = problem(cp, rows)
+    from controlprefix.evaluation.comparison.measures import nats_per_token as measured
+
+    assert measured(Method(split), rows) == pytest.approx(nats_per_token(cp, plain), abs=1e-5)
+    method = ControlPrefixMethod(split, parameterization="direct")
+    method.train(rate=0.1, seed=3)
+    own = nats_per_token(method.cp, rows[14:])
+    assert measured(method, rows[14:]) == pytest.approx(own, abs=1e-5)
+    assert own != pytest.approx(nats_per_token(cp, plain[14:]), abs=1e-3)
+
+
+def test_an_interrupted_comparison_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cp, rows, trained = engine(), greetings(8), []
+    train = ControlPrefixMethod.train
+
+    def counted(self: ControlPrefixMethod, *, rate: float, seed: int) -> None:
+        trained.append(rate)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        train(self, rate=rate, seed=seed)
+
+    monkeypatch.setattr(ControlPrefixMethod, "train", counted)
+    names = ["controlprefix, task only", "controlprefix"]
+    settings = {**SETTINGS, "methods": names, "folder": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        compare(cp, rows, **settings)
+    first = json.loads((tmp_path / "comparison.json").read_text())["methods"][names[0]]
+    result = compare(cp, rows, **settings)
+    assert len(trained) == 3
+    assert result.methods[names[0]] == first
+    assert list(result.methods) == names
+    with pytest.raises(StoreError, match="holds a comparison with another steps"):
+        compare(cp, rows, **{**settings, "steps": 3})
+
+
+def test_the_learning_rate_is_that_of_the_lowest_validation_loss() -> None:
+    settings = {**SETTINGS, "methods": ["controlprefix"], "num_rates": 3, "seeds": (0, 1)}
+    method = compare(engine(), greetings(8), **settings).methods["controlprefix"]
+    assert len(method["validation"]) == 3
+    assert list(method["runs"]) == ["0", "1"]
+
+
+def test_what_does_not_fit_the_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        available = 1000
+
+    monkeypatch.setattr(psutil, "virtual_memory", Full)
+    names = ["plain", "full fine-tuning"]
+    result = compare(engine(), greetings(8), **{**SETTINGS, "methods": names})
+    assert "GB of memory" in result.skipped["full fine-tuning"]
+    assert result.figures("plain", "nats")
+    assert "GB of memory" in result.markdown()
+
+
+def test_mistakes_are_clear_errors() -> None:
+    cp, rows = engine(), greetings(8)
+    with pytest.raises(TrainingDataError, match="no method 'lora'"):
+        compare(cp, rows, **{**SETTINGS, "methods": ["lora"]})
+    with pytest.raises(TrainingDataError, match="num_rates is 4"):
+        compare(cp, rows, **{**SETTINGS, "num_rates": 4})
+    two = [rows[0], rows[1].model_copy(update={"task": "other"})]
+    with pytest.raises(TrainingDataError, match="2 tasks .*one task at a time"):
+        compare(cp, two, **SETTINGS)
+    with pytest.raises(TrainingDataError, match="test is 2"):
+        compare(cp, rows, **SETTINGS, test=2)
+    with pytest.raises(UnsupportedModelError, match="decoder-only"):
+        compare(engine("bart"), rows, **SETTINGS)
+
+
+def test_a_report_marks_the_best_and_escapes_texts(tmp_path: Path) -> None:
+    def method(nats: float, text: str) -> dict[str, Any]:
+        run = {"nats": nats, "divergence, answers": nats / 10, "accuracy, tone": 0.5}
+        texts = [{"prompt": "", "labels": {"tone": "a_b"}, "text": text}]
+        return {"runs": {"0": run, "1": run}, "texts": texts, "validation": {"0.1": 1.0}}
+
+    options = {
+        "model": "X", "dtype": "float32", "steps": 1, "batch_size": 1, "num_slots": 1,
+        "data": "1", "fingerprint": "f", "rows": {"training": 1, "validation": 1, "test": 9},
+    }  # fmt: skip
+    about = {"command": "c", "date": "d", "device": "CPU", "threads": 1, "python": "3"}
+    methods = {"plain": method(1.0, "x"), "a": method(2.0, "<b>&"), "b": method(3.0, "y")}
+    report = ComparisonReport(options, methods, {**about, "versions": {"torch": "2"}})
+    assert "| a | **2.000** |" in report.markdown()  # the plain model takes no part
+    assert r"\textbf{2.000}" in report.latex()
+    html = report.save(tmp_path).read_text(encoding="utf-8")
+    assert "&lt;b&gt;&amp;" in html
+    assert "<b>&" not in html
+    assert "9 rows are too few" in html
+    assert ComparisonReport.from_dict(json.loads((tmp_path / "report.json").read_text())) == report
+
+
+def test_the_command_reads_an_experiment(tmp_path: Path) -> None:
+    listed = CliRunner().invoke(app, ["compare", "--list"])
+    assert listed.output.splitlines() == list(METHODS)
+    experiment = tmp_path / "experiment.toml"
+    experiment.write_text('rows = "rows.jsonl"\nstep = 3\n')
+    failed = CliRunner().invoke(app, ["compare", "--experiment", str(experiment)])
+    assert "unknown entry 'step'" in str(failed.exception)
+    assert "steps" in str(failed.exception)
+
+
+def test_off_context_rows_leave_the_model_as_it_is_elsewhere() -> None:
+    rows = [row.model_copy(update={"attributes": {}}) for row in greetings(12)]
+    from controlprefix.evaluation.comparison.measures import divergence, elsewhere
+
+    def measured(share: float) -> tuple[float, float]:
+        cp = engine()
+        split = problem(cp, rows)
+        method = ControlPrefixMethod(split, labels=False)
+        settings = {**QUICK, "steps": 30, "validation": 0, "off_context": share}
+        method.cp.train(split.training, **settings)
+        others = elsewhere(split, [], None)
+        value = divergence(method, others.answers)
+        assert value is not None
+        return value, nats_per_token(method.cp, rows[14:])
+
+    without, own = measured(0.0)
+    kept, own_kept = measured(0.3)
+    assert kept < 0.85 * without
+    assert own_kept < own + 0.2
+
+
+def test_off_context_rows_have_their_share_of_the_tokens() -> None:
+    cp = engine()
+    rows = [row.model_copy(update={"attributes": {}}) for row in greetings(40)]
+    from controlprefix.training import TrainingSettings
+    from controlprefix.training.preparation import prepare
+
+    def prepared(share: float) -> Any:
+        return prepare(
+            rows,
+            cp.frozen_model,
+            cp._resolver,
+            TrainingSettings(off_context=share, validation=0),
+            learn="task",
+            num_slots=2,
+            init="text",
+        ).rows
+
+    plain, mixed = prepared(0.0), prepared(0.2)
+    added = mixed[len(plain) :]
+    assert mixed[: len(plain)] == plain
+    tokens = sum(len(row.targets) for row in added)
+    total = tokens + sum(len(row.targets) for row in plain)
+    assert 0.15 < tokens / total < 0.3
+    assert all(row.teacher == row.prompt and row.learned for row in added)
+    assert prepared(0.2) == mixed
+    with pytest.raises(TrainingDataError, match="decoder-only"):
+        off_context.off_context_rows(engine("bart").frozen_model, plain, 0.1, 0)
+
+
+def test_a_model_in_training_elsewhere_draws_the_same_numbers() -> None:
+    """The answers are sampled without touching the caller's random numbers."""
+    cp = engine()
+    rows = [row.model_copy(update={"attributes": {}}) for row in greetings(4)]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    cp.train(rows, **{**QUICK, "steps": 1, "off_context": 0.1})
+    assert torch.equal(torch.rand(3), expected)
