@@ -12,12 +12,14 @@ class PartUsed(BaseModel):
         kind, name: The prefix.
         version: Its version in the store; 0 if it is not stored.
         strength: Its strength in this request.
+        relevance: With `when="relevant"`, the similarity of the prompt to those it is meant for.
     """
 
     kind: str
     name: str
     version: int
     strength: float
+    relevance: float | None = None
 
 
 class StandIn(BaseModel):

@@ -29,6 +29,7 @@ from controlprefix.prefixes.schedule import MAX_STRENGTH, Schedule, check_schedu
 
 Mixing = Literal["attention", "logits"]
 Unseen = Literal["refuse", "nearest", "text"]
+When = Literal["always", "relevant"]
 
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p")
 _MAX_LABELS = 64
@@ -85,6 +86,10 @@ class SteeringFields(BaseModel):
     its opposite, if the attribute file names one that is trained, or else mixes the trained labels
     nearest by sentence embedding, `text` makes a prefix from a text (the description in
     the attribute file, or a sentence that names the label)."""
+
+    when: When = "always"
+    """With `relevant`, prefixes that have learned which prompts they are for (see
+    `cp.learn_relevance`) have strength 0 on others; those that have not are attached."""
 
     schedules: dict[str, Annotated[tuple[tuple[int, float], ...], Field(max_length=1000)]] = Field(
         default_factory=dict, max_length=_MAX_ENTRIES
@@ -330,6 +335,7 @@ class RequestFields(TypedDict, total=False):
     mixing: Mixing
     calibrated: bool
     unseen: Unseen
+    when: When
     schedules: Mapping[str, Any]
     chat_template_kwargs: Mapping[str, Any]
     continue_final_message: bool

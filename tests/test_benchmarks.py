@@ -47,6 +47,8 @@ RUNS = {
     "quality": "DATA --seeds 0 --steps 1 --batch-size 4 --num-slots 2 --rows 4 --texts 2 "
     "--new-tokens 2",
     "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.001",
+    "comparison": "DATA --methods plain controlprefix --steps 1 --rates 1 --rows 4 --new-tokens 2 "
+    "--num-slots 2",
     "attributes": "DATA --studies styles --steps 6 --reward-steps 1 --num-slots 2 --texts 2 "
     "--new-tokens 2",
     "strengths": "DATA --steps 6 --user-steps 1 --num-slots 2 --texts 24 --curve-texts 4 "
@@ -96,6 +98,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(size)
         ]
         write("simplification_asset", split, simpler)
+        write("email_aeslc", split, [{"body": text(0)}])
         facts: list[dict[str, object]] = [
             {"mr": f"name[{i}]", "refs": [text(0), text(1)]} for i in range(size)
         ]

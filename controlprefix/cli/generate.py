@@ -27,8 +27,12 @@ def generate(
     cp = engine.open()
     defaults = cp.frozen_model.sampling_defaults
     request = Request(prompt=prompt, **with_sampling_defaults(request_fields, defaults))
-    stand_ins = cp.resolve(request).stand_ins if request.unseen != "refuse" else ()
-    for stand_in in stand_ins:
+    resolved = cp.resolve(request)
+    for part in resolved.parts:
+        if part.used.relevance is not None and part.used.strength == 0:
+            name = f"{part.used.kind} {part.used.name}"
+            err.print(f"{name} left out: the prompt is not near its own ({part.used.relevance})")
+    for stand_in in resolved.stand_ins:
         used = ", ".join(f"{name} ({share:.2f})" for name, share in stand_in.used.items())
         nearest = f"nearest {stand_in.similarity:.2f}"
         err.print(f"for {stand_in.label}, {stand_in.how}: {used or nearest}")

@@ -15,6 +15,7 @@ from controlprefix.cli.common import (
     prefixes_app,
 )
 from controlprefix.cli.groups import (
+    ColumnArguments,
     EngineArguments,
     StoreArguments,
     YesOption,
@@ -51,6 +52,38 @@ def list_prefixes(
                 f"{current.created_at:%Y-%m-%d %H:%M}",
             )
     out.print(table if table.row_count else f"nothing is stored yet in {opened.label}")
+
+
+@prefixes_app.command("relevance")
+@grouped
+def learn_relevance(
+    kind: KindArgument,
+    name: NameArgument,
+    rows: Annotated[Path, typer.Argument(help="Rows whose prompts it is for.")],
+    others: Annotated[
+        Path | None, typer.Option(help="Rows whose prompts it is not for, such as another task's.")
+    ] = None,
+    *,
+    columns: ColumnArguments,
+    engine: EngineArguments,
+) -> None:
+    """Learn which prompts a prefix is for: `generate --when relevant` leaves it out of others."""
+    from controlprefix.data import as_requests
+
+    def prompts_of(path: Path | None) -> list[str]:
+        if path is None:
+            return []
+        requests = as_requests(path, columns=columns.columns(), defaults=columns.defaults())
+        return [request.prompt for request in requests if request.prompt]
+
+    if kind == "decoder":
+        raise RequestError("a decoder is no prefix of its own; name a task, a label or a user")
+    own, other = prompts_of(rows), prompts_of(others)
+    learned = engine.open().learn_relevance(kind, name, own, others=other)
+    out.print(
+        f"stored {kind} {name!r} version {learned.version}: accepts {learned.accepted:.0%} of "
+        "held-out prompts"
+    )
 
 
 @prefixes_app.command("show")

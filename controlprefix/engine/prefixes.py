@@ -1,10 +1,11 @@
 """The methods of `ControlPrefix` that read and write stored prefixes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from controlprefix.engine.components import Components
+from controlprefix.inference.relevance import LearnedRelevance, learn_relevance
 from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.prefixes import Kind, Prefix, PrefixKey, StorageDtype
 from controlprefix.store import NewVersion, VersionInfo
@@ -63,6 +64,42 @@ class PrefixMethods(Components):
         self.geometry.require(prefix.geometry, f"the prefix for {key}")
         prefix.to(dtype=self._frozen.dtype).require_finite(f"the prefix for {key}")
         return self.store.put([NewVersion(key, prefix, details or {}, replaces, dtype)])[0]
+
+    def learn_relevance(
+        self, kind: Kind, name: str, prompts: Sequence[str], *, others: Sequence[str] = ()
+    ) -> LearnedRelevance:
+        """Learn which prompts a stored prefix is meant for, and store it with that knowledge.
+
+        Requests with `when="relevant"` then use the prefix only for prompts that are, by sentence
+        embedding, as near to the prefix's own as those are to each other, and nearer to them than
+        to other prompts. The embeddings of up to 128 of its prompts are stored with it.
+
+        Args:
+            kind, name: A stored prefix, of a task, a label or a user (no user code).
+            prompts: At least 8 different prompts that it is for, such as those it was trained on.
+            others: Prompts that it is not for, such as those of another task.
+
+        Returns:
+            The share of held-out prompts that is accepted, and the new version.
+
+        Raises:
+            UnknownNameError: If there is no such name for this model.
+            TrainingDataError: If there are too few prompts.
+            MissingDependencyError: If sentence-transformers is not installed.
+            VersionConflictError: If another version was published meanwhile.
+        """
+        current = next(v for v in self.versions(kind, name) if v.current)
+        prefix = self.get(kind, name, version=current.version)
+        relevance, accepted = learn_relevance(prompts, others)
+        version = self.put(
+            kind,
+            name,
+            replace(prefix, relevance=relevance),
+            details={"relevance": {"num_prompts": len(set(prompts)), "accepted": accepted}},
+            dtype=cast(StorageDtype, current.dtype),
+            replaces=current.version,
+        )
+        return LearnedRelevance(accepted, version)
 
     def get(self, kind: Kind, name: str, *, version: int | str | None = None) -> Prefix:
         """Read a stored prefix; the code of a user is decoded.

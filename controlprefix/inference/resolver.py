@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Collection, Hashable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Self
 
 from cachetools import LRUCache
@@ -11,6 +12,7 @@ from controlprefix.attributes import AttributeSpace, require_known
 from controlprefix.attributes.ordinal import as_number, by_attribute, interpolate
 from controlprefix.completion import PartUsed, StandIn
 from controlprefix.errors import PrefixFormatError, RequestError
+from controlprefix.inference.relevance import relevance_of
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.inference.unseen_labels import replace_unseen
 from controlprefix.labels import weighted_labels
@@ -124,16 +126,20 @@ class Resolver:
             stand_ins = [notes for _, notes in replaced]
         requests, stand_ins = self._interpolate(requests, stand_ins)
         prefixes = self._prefixes_for(requests, text_prefixes)
+        relevance: list[dict[PrefixKey, tuple[float, bool]]] = [{} for _ in requests]
+        if any(request.when == "relevant" for request in requests):
+            relevance = relevance_of(requests, prefixes, self._decode)
         return [
             ResolvedRequest(
                 request,
-                tuple(_resolve_part(named, prefixes[named.key], request) for named in parts),
+                tuple(
+                    _resolve_part(part, prefixes[part.key], request, own.get(part.key))
+                    for part in request.named_parts
+                ),
                 self._tenant,
                 notes,
             )
-            for request, parts, notes in zip(
-                requests, (request.named_parts for request in requests), stand_ins, strict=True
-            )
+            for request, own, notes in zip(requests, relevance, stand_ins, strict=True)
         ]
 
     def current(self, keys: Set[PrefixKey]) -> dict[PrefixKey, StoredVersion]:
@@ -247,6 +253,9 @@ class Resolver:
         self._current = (token, {**entries, **references})
         return result
 
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._frozen.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def _placed(self, prefix: Prefix) -> Prefix:
         return prefix.to(device=self._frozen.device, dtype=self._frozen.dtype)
 
@@ -282,8 +291,20 @@ def part_at_strength(
     return ResolvedPart(used, Part(stored.value, strength, schedule))
 
 
-def _resolve_part(named: NamedPart, stored: StoredVersion, request: Request) -> ResolvedPart:
+def _resolve_part(
+    named: NamedPart,
+    stored: StoredVersion,
+    request: Request,
+    relevance: tuple[float, bool] | None,
+) -> ResolvedPart:
     key, strength, schedule = named
+    if relevance is not None:
+        similarity, is_meant = relevance
+        resolved = _resolve_part(
+            NamedPart(key, strength if is_meant else 0.0, schedule), stored, request, None
+        )
+        used = resolved.used.model_copy(update={"relevance": round(similarity, 4)})
+        return replace(resolved, used=used)
     is_label = key.kind == "attribute"
     if request.calibrated and is_label:
         prefix = stored.value

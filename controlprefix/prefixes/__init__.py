@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
     from controlprefix.prefixes.key import KINDS, Kind, PrefixKey, content_hash
     from controlprefix.prefixes.prefix import LayerSlots, Prefix
+    from controlprefix.prefixes.relevance import Relevance
     from controlprefix.prefixes.schedule import Schedule
     from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
 
@@ -24,6 +25,7 @@ _HOMES = {
     "PrefixBatch": "assembly",
     "PrefixDecoder": "user_code",
     "PrefixKey": "key",
+    "Relevance": "relevance",
     "SITES": "geometry",
     "Schedule": "schedule",
     "Site": "geometry",
@@ -46,6 +48,7 @@ __all__ = [
     "PrefixBatch",
     "PrefixDecoder",
     "PrefixKey",
+    "Relevance",
     "Schedule",
     "Site",
     "SlotBlock",

@@ -25,6 +25,7 @@ from controlprefix.prefixes import container
 from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype
 from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
 from controlprefix.prefixes.peft_files import read_checkpoint, write_checkpoint
+from controlprefix.prefixes.relevance import Relevance
 
 _log = logging.getLogger("controlprefix")
 
@@ -46,6 +47,8 @@ class Prefix:
             zero rows.
         dial: Calibrated strengths as `(position, strength)` points, if there are any: see
             `controlprefix.evaluation.calibrate`.
+        relevance: Which prompts it is meant for, if that was learned: see
+            `ControlPrefix.learn_relevance`.
         is_exact: For a prefix just made from a text, whether attending to it equals prompting
             with the text; None for others. It is not stored.
 
@@ -56,6 +59,7 @@ class Prefix:
     geometry: Geometry
     slots: Mapping[Site, Tensor]
     dial: Dial = ()
+    relevance: Relevance | None = None
     is_exact: bool | None = None
 
     def __post_init__(self) -> None:
@@ -210,6 +214,8 @@ class Prefix:
         header: dict[str, Any] = {"geometry": self.geometry.to_dict()}
         if self.dial:
             header["dial"] = self.dial
+        if self.relevance is not None:
+            header["relevance"] = self.relevance.to_dict()
         if dtype == "int8":
             header["int8"] = str(self.dtype).removeprefix("torch.")
             for site, rows in prefix.slots.items():
@@ -239,6 +245,8 @@ class Prefix:
             slots = {site: tensors[site] for site in SITES if site in tensors}
             try:
                 prefix = cls(geometry, slots, _read_dial(header.get("dial", []), name))
+                if (relevance := header.get("relevance")) is not None:
+                    prefix = replace(prefix, relevance=Relevance.from_dict(relevance, name))
                 if "int8" in header:  # after the shapes were compared with the geometry
                     floats = _dequantize_sites(geometry, slots, tensors, header["int8"], name)
                     prefix = replace(prefix, slots=floats)

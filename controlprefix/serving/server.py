@@ -140,9 +140,9 @@ class Server:
                 raise error from None  # it was not the user
 
     async def _resolve(self, client: Client, request: Request) -> ResolvedRequest[Request]:
-        if request.unseen == "refuse":
+        if request.unseen == "refuse" and request.when == "always":
             return await self.work.with_store(client.cp.resolve, request)
-        # Labels without a prefix are looked up by embeddings, or made of texts.
+        # Labels without a prefix, and prompts, are looked up by embeddings.
         return await self.work.with_model(client.tenant, client.cp.resolve, request)
 
     def count_tokens(self, client: Client, num_tokens: int) -> None:

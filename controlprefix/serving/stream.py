@@ -85,6 +85,8 @@ class CompletionJob:
         try:
             resolved = await self._server.resolve(self._client, requests[0])
             own = [resolved.for_prompt(request) for request in requests]
+            if resolved.request.when == "relevant":  # which prefixes apply depends on the prompt
+                own = [await self._server.resolve(self._client, r) for r in requests]
             self._echoes = [None] * len(own)
             if echoes:
                 self._echoes = list(await self._server.echoes(self._client, own, self._form.top))

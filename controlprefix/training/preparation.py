@@ -283,6 +283,8 @@ def check_trainable(examples: Sequence[Request]) -> None:
             problem = "calibrated=True, which applies to the dials of trained prefixes"
         elif row.unseen != "refuse":
             problem = f"unseen={row.unseen!r}, which replaces labels that have no prefix"
+        elif row.when != "always":
+            problem = f"when={row.when!r}, which applies to prefixes that are trained"
         elif any(part.strength < 0 for part in row.named_parts):
             problem = "a strength below 0, which steers away from a prefix and trains none"
         if problem:

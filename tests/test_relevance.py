@@ -1,0 +1,156 @@
+"""Prefixes that know which prompts they are for."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from controlprefix import (
+    ControlPrefix,
+    Prefix,
+    PrefixFormatError,
+    Request,
+    RequestError,
+    TrainingDataError,
+)
+from controlprefix.data.general import general_prompts
+from controlprefix.inference import relevance as relevance_module
+from controlprefix.prefixes import Relevance
+
+from helpers import engine
+
+NAMES = ("Ada", "Bo", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jo")
+BOATS = [f"Write about the boat {name}." for name in NAMES]
+
+
+def axis(text: str) -> int:
+    """A direction per subject: texts about boats are alike, all others are not."""
+    return 0 if "boat" in text else 1 + sum(map(ord, text)) % 40
+
+
+def embed_subjects(texts: Sequence[str], embedder: str = "") -> Tensor:
+    return torch.nn.functional.one_hot(torch.tensor([axis(t) for t in texts]), 64).float()
+
+
+@pytest.fixture(autouse=True)
+def subjects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relevance_module, "embed", embed_subjects)
+
+
+@pytest.fixture
+def cp() -> ControlPrefix:
+    cp = engine()
+    for number, name in enumerate(("boats", "other")):
+        cp.put("task", name, Prefix.random(cp.geometry, num_slots=3, scale=2.0, seed=number))
+    learned = cp.learn_relevance("task", "boats", BOATS)
+    assert learned.version == 2
+    assert learned.accepted == 1.0
+    return cp
+
+
+def test_a_prefix_is_absent_from_prompts_it_is_not_for(cp: ControlPrefix) -> None:
+    boat, moon = "Tell me of your boat.", "Tell me of the moon."
+    texts = cp.generate(
+        [
+            Request(prompt=prompt, task="boats", when=when, max_new_tokens=12)
+            for prompt in (boat, moon)
+            for when in ("relevant", "always")
+        ]
+    )
+    plain = cp.generate(Request(prompt=moon, max_new_tokens=12))
+    assert texts[0].text == texts[1].text
+    assert texts[2].text == plain.text != texts[3].text
+    assert [c.parts[0].strength for c in texts] == [1.0, 1.0, 0.0, 1.0]
+    assert texts[0].parts[0].relevance == 1.0
+    assert texts[1].parts[0].relevance is None
+
+
+def test_the_last_message_and_token_ids_are_prompts_too(cp: ControlPrefix) -> None:
+    ids = tuple(cp.tokenizer("a boat", add_special_tokens=False)["input_ids"])
+    (by_ids,) = cp.resolve(Request(prompt_ids=ids, task="boats", when="relevant")).parts
+    assert by_ids.used.strength == 1.0
+
+
+def test_a_request_needs_a_prefix_that_has_learned_it(cp: ControlPrefix) -> None:
+    with pytest.raises(RequestError, match=r"no prefix of the request \(task 'other'\)"):
+        cp.generate(Request(prompt="boat", task="other", when="relevant"))
+    cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=2, scale=2.0, seed=5))
+    parts = cp.resolve(Request(prompt="moon", task="boats", user="ana", when="relevant")).parts
+    strengths = {part.used.kind: part.used.strength for part in parts}
+    assert strengths == {"task": 0.0, "user": 1.0}  # hers has learned nothing
+
+
+def test_training_refuses_it(cp: ControlPrefix) -> None:
+    row = {"prompt": "boat", "completion": "x", "task": "boats", "when": "relevant"}
+    with pytest.raises(TrainingDataError, match="when='relevant'"):
+        cp.train([row])
+
+
+def test_few_prompts_are_refused_and_nothing_is_stored(cp: ControlPrefix) -> None:
+    with pytest.raises(TrainingDataError, match="7 different prompts are too few"):
+        cp.learn_relevance("task", "other", [*BOATS[:7], *BOATS[:7]])
+    assert len(cp.versions("task", "other")) == 1
+
+
+def test_it_is_stored_with_the_prefix_and_changes_no_slot(
+    cp: ControlPrefix, tmp_path: Path
+) -> None:
+    first, second = (cp.get("task", "boats", version=v) for v in (1, 2))
+    assert first.digest == second.digest
+    assert first.relevance is None
+    assert second.relevance is not None
+    second.save(tmp_path / "boats.safetensors")
+    loaded = Prefix.load(tmp_path / "boats.safetensors").relevance
+    assert loaded is not None
+    assert loaded.min_lead == second.relevance.min_lead
+    assert loaded.min_similarity == second.relevance.min_similarity
+    assert torch.equal(loaded.own, second.relevance.own)
+    assert torch.equal(loaded.others, second.relevance.others)
+
+
+def test_a_damaged_relevance_is_a_typed_error(cp: ControlPrefix) -> None:
+    prefix = cp.get("task", "boats")
+    assert prefix.relevance is not None
+    fields = prefix.relevance.to_dict()
+    for changes in (
+        {"own": "!"},
+        {"own": ""},
+        {"others": None},
+        {"embedding_size": 7},
+        {"embedding_size": 10**9},
+        {"min_lead": "nan"},
+        {"min_similarity": None},
+    ):
+        with pytest.raises(PrefixFormatError, match="relevance that cannot be read"):
+            Relevance.from_dict({**fields, **changes}, "it")
+    broken = replace(prefix.relevance, own=torch.full((2, 4), float("inf")))
+    with pytest.raises(PrefixFormatError):
+        Relevance.from_dict(broken.to_dict(), "it")
+
+
+def test_at_most_a_twentieth_of_the_neutral_prompts_is_accepted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions: dict[str, Tensor] = {}
+
+    def embed_at_random(texts: Sequence[str], embedder: str = "") -> Tensor:
+        for text in texts:
+            row = torch.randn(8, generator=generator)
+            directions.setdefault(text, row / row.norm())
+        return torch.stack([directions[text] for text in texts])
+
+    patched = pytest.MonkeyPatch()
+    patched.setattr(relevance_module, "embed", embed_at_random)
+    others = [f"neutral {i}" for i in range(500)]
+    relevance, _ = relevance_module.learn_relevance([f"own {i}" for i in range(60)], others)
+    neutral = [*general_prompts(measuring=False), *others]
+    patched.undo()
+    leads = [relevance.lead(directions[text]) >= relevance.min_lead for text in neutral]
+    assert 0 < sum(leads) / len(leads) < 0.1
+
+
+def test_general_prompts_differ_between_training_and_measuring() -> None:
+    training, measuring = (general_prompts(measuring=m) for m in (False, True))
+    assert len(set(training) | set(measuring)) == len(training) + len(measuring) == 64
