@@ -216,9 +216,9 @@ def test_off_context_rows_leave_the_model_as_it_is_elsewhere() -> None:
         return value, nats_per_token(method.cp, rows[14:])
 
     without, own = measured(0.0)
-    kept, own_kept = measured(0.3)
-    assert kept < 0.85 * without
-    assert own_kept < own + 0.2
+    with_rows, own_with_rows = measured(0.3)
+    assert with_rows < 0.85 * without
+    assert own_with_rows < own + 0.2
 
 
 def test_off_context_rows_have_their_share_of_the_tokens() -> None:

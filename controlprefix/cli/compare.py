@@ -102,9 +102,9 @@ def compare(
     if list_methods:
         out.print("\n".join(comparison.METHODS))
         return
-    given = locals()
+    arguments = locals()
     options: dict[str, Any] = {} if experiment is None else _read_experiment(experiment)
-    options |= {name: given[name] for name in _EXPERIMENT if given[name] is not None}
+    options |= {name: arguments[name] for name in _EXPERIMENT if arguments[name] is not None}
     if "rows" not in options:
         raise RequestError("give rows to train on, or an experiment that names them")
     data = Path(options.pop("rows"))

@@ -8,6 +8,7 @@ from controlprefix.data.rows import (
     as_requests,
 )
 from controlprefix.data.summary import DataSummary, summarize
+from controlprefix.data.tables import linearize, parse_table
 from controlprefix.data.texts import (
     TextSplit,
     UserTexts,
@@ -27,6 +28,8 @@ __all__ = [
     "as_preferences",
     "as_requests",
     "as_texts",
+    "linearize",
+    "parse_table",
     "read_labelled",
     "read_texts",
     "read_users",

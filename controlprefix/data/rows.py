@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from controlprefix.data.files import Record, read_records
+from controlprefix.data.tables import is_table, linearize
 from controlprefix.errors import TrainingDataError, known_names, shortened
 from controlprefix.example import Example, Preference
 from controlprefix.labels import label_text
@@ -282,6 +283,13 @@ def _rows_of(
             if not is_answered:
                 raise ValueError("messages must end with the assistant's message, which is learned")
             own |= {"messages": messages[:-1], "completion": messages[-1]["content"]}
+    for name in ("table", "triples"):
+        if name in own:
+            if "prompt" in own:
+                raise ValueError(f"has a prompt and {name}; leave one of them out")
+            own["prompt"] = linearize(own.pop(name))
+    if form is not Preference and is_table(own.get("prompt")):
+        own["prompt"] = linearize(own["prompt"])
     for name in ("user", "task"):
         if isinstance(own.get(name), (int, float)):
             own[name] = label_text(own[name])

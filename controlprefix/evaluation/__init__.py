@@ -5,6 +5,7 @@ from controlprefix.evaluation.classifier import AttributeClassifier, pseudo_labe
 from controlprefix.evaluation.harness import evaluate
 from controlprefix.evaluation.metrics import Estimate
 from controlprefix.evaluation.report import CurvePoint, EvaluationReport
+from controlprefix.evaluation.slot_errors import SlotErrors, slot_errors
 from controlprefix.evaluation.users import UserResult, UsersEvaluation, evaluate_users
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "CurvePoint",
     "Estimate",
     "EvaluationReport",
+    "SlotErrors",
     "UserResult",
     "UsersEvaluation",
     "calibrate",
     "evaluate",
     "evaluate_users",
     "pseudo_label",
+    "slot_errors",
     "strength_curve",
 ]

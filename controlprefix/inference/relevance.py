@@ -67,17 +67,17 @@ def learn_relevance(
     rng = random.Random(seed)
     rng.shuffle(own)
     num_held_out = max(1, min(_MAX_PROMPTS, round(_HELD_OUT * len(own))))
-    held_out, kept = embed(own[:num_held_out]), embed(own[num_held_out:][:_MAX_PROMPTS])
+    held_out, compared = embed(own[:num_held_out]), embed(own[num_held_out:][:_MAX_PROMPTS])
     neutral = [*general_prompts(measuring=False), *others]
     rng.shuffle(neutral)
     half = min(_MAX_OTHERS, len(neutral) // 2)
     reference, calibration = embed(neutral[:half]), embed(neutral[half:])
-    relevance = Relevance(kept, reference, -math.inf, -math.inf, DEFAULT_EMBEDDER)
+    relevance = Relevance(compared, reference, -math.inf, -math.inf, DEFAULT_EMBEDDER)
     leads = sorted(map(relevance.lead, calibration))
     rank = min(len(leads), math.ceil((1 - MAX_FALSE_ACCEPTANCE) * (len(leads) + 1)))
     among_own = sorted(
-        replace(relevance, own=torch.cat([kept[:i], kept[i + 1 :]])).similarity(row)
-        for i, row in enumerate(kept)
+        replace(relevance, own=torch.cat([compared[:i], compared[i + 1 :]])).similarity(row)
+        for i, row in enumerate(compared)
     )
     relevance = replace(
         relevance,

@@ -27,7 +27,7 @@ def off_context_rows(
     Args:
         frozen: The model.
         rows: The training rows.
-        share: Of all target tokens, those that the new rows should have.
+        share: The new rows' share of all target tokens.
         seed: Seed of the sampling and of which prefixes they get.
 
     Raises:

@@ -130,7 +130,7 @@ def compare(
         validation: Rows that choose the learning rate, or the share of `rows` that does.
         test: Rows to measure on, or the share of `rows`.
         methods: Names from `METHODS`; left out, all.
-        steps, batch_size: Of the training of each method.
+        steps, batch_size: How each method is trained.
         num_slots: Slots of a prefix, and virtual tokens of PEFT's methods.
         seeds: Each trains every method once; the first chooses the learning rates.
         num_rates: How many of a method's three learning rates are tried, from the middle one.

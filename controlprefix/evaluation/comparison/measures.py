@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 
 from controlprefix._io import requires_extra
+from controlprefix.data import parse_table
 from controlprefix.data.general import general_prompts
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import adapter_training
 from controlprefix.evaluation.comparison.costs import now
 from controlprefix.evaluation.comparison.methods import NUM_ADAPTATIONS, Method, Problem
 from controlprefix.evaluation.metrics import distinct_n
+from controlprefix.evaluation.slot_errors import slot_errors
 from controlprefix.example import Example
 from controlprefix.model.log_probs import kl_divergences
 from controlprefix.model.tokenization import TokenizedExample
@@ -177,6 +179,7 @@ def text_figures(rows: Sequence[Example], texts: Sequence[str]) -> Figures:
         references.setdefault(prompt_identity(row), []).append(row.completion)
     firsts = list(dict.fromkeys(map(prompt_identity, rows)))
     by_prompt = dict(zip(map(prompt_identity, rows), texts, strict=True))
+    by_row = dict(zip(map(prompt_identity, rows), rows, strict=True))
     written = [by_prompt[prompt] for prompt in firsts]
     most = max(map(len, references.values()))
     columns = [[(references[prompt] + [""] * most)[i] for prompt in firsts] for i in range(most)]
@@ -185,6 +188,11 @@ def text_figures(rows: Sequence[Example], texts: Sequence[str]) -> Figures:
         scorer.score_multi(references[prompt], text)["rougeL"].fmeasure
         for prompt, text in zip(firsts, written, strict=True)
     ]
+    try:
+        tables = [parse_table(by_row[prompt].prompt or "") for prompt in firsts]
+        figures["slot errors"] = slot_errors(written, tables).rate
+    except ValueError:  # the prompts are no tables
+        pass
     return {
         "BLEU": sacrebleu.corpus_bleu(written, columns).score,
         "chrF": sacrebleu.corpus_chrf(written, columns).score,
@@ -200,12 +208,12 @@ def accuracy_figures(
     figures = {}
     for attribute, classifier in classifiers.items():
         requested = [row.attributes.get(attribute) for row in rows]
-        known = [i for i, label in enumerate(requested) if label in classifier.labels]
-        if known:
-            best = classifier.probabilities([texts[i] or " " for i in known]).argmax(dim=1)
+        ids = [i for i, label in enumerate(requested) if label in classifier.labels]
+        if ids:
+            best = classifier.probabilities([texts[i] or " " for i in ids]).argmax(dim=1)
             hits = [
                 classifier.labels[j] == requested[i]
-                for i, j in zip(known, best.tolist(), strict=True)
+                for i, j in zip(ids, best.tolist(), strict=True)
             ]
             figures[f"accuracy, {attribute}"] = statistics.fmean(hits)
     return figures

@@ -34,7 +34,7 @@ class Problem:
         frozen: The model.
         training, validation, test: Rows of a single task each.
         instruction: What instructed models are told, or None.
-        steps, batch_size, num_slots: Of the training of each method.
+        steps, batch_size, num_slots: How each method is trained.
         max_new_tokens: Maximum length of a text.
     """
 
@@ -92,7 +92,7 @@ class Method:
         num_parameters: Values that training changes, after `train`.
         num_stored: Values to keep, after `train`.
         num_adaptations: How many adapters or prefixes those are.
-        costs: Of the training.
+        costs: What the training cost.
         is_mixed: Whether rows of one batch can have different adaptations.
     """
 

@@ -50,6 +50,7 @@ QUALITY = (
     Column("BLEU", "BLEU", 1, "high", "overlap with the references, 0 to 100 (sacrebleu)"),
     Column("chrF", "chrF", 1, "high", "overlap of characters, 0 to 100 (sacrebleu)"),
     Column("ROUGE-L", "ROUGE-L", 1, "high", "longest common subsequence, 0 to 100 (rouge-score)"),
+    Column("slot errors", "slot errors", 2, "low", "values of tables missing or invented, share"),
     Column("base-model nats", "plainness", 2, "", "nats per token of its texts, plain model"),
     Column("distinct-2", "distinct-2", 2, "", "share of word pairs of its texts that differ"),
     Column("words", "words", 1, "", "words per text"),
@@ -176,8 +177,10 @@ class ComparisonReport:
         """A figure of each seed; of `accuracy` its mean over attributes."""
         values = []
         for run in self.methods[method].get("runs", {}).values():
-            found = [v for name, v in run.items() if name == key or name.startswith(f"{key}, ")]
-            exact = [run[key]] if key in run else found if key == "accuracy" else []
+            per_attribute = [
+                v for name, v in run.items() if name == key or name.startswith(f"{key}, ")
+            ]
+            exact = [run[key]] if key in run else per_attribute if key == "accuracy" else []
             if exact:
                 values.append(statistics.fmean(exact))
         return values

@@ -1,0 +1,120 @@
+"""Tables and facts as prompts: dicts, triples and rows of cells, in the papers' forms."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+TableForm = Literal["brackets", "bars", "tags"]
+
+_BRACKETS = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*(?:,|$)")
+
+
+def linearize(table: Any, form: TableForm | None = None) -> str:
+    """A table, facts or a dict as one line of text.
+
+    Args:
+        table: A dict of names and values (a value may be a list), a list of triples `[subject,
+            relation, object]`, a list of pairs `[name, value]`, or a list of dicts with the same
+            keys, which are the rows of a table.
+        form: `brackets`: `name[The Vaults], food[French]`, as E2E writes its inputs; `bars`:
+            `| Aarhus : leader : Jacob`, as Prefix-Tuning linearizes WebNLG and DART; `tags`:
+            `<H> Aarhus <R> leader <T> Jacob`, as Control Prefixes does. Left out, `brackets` for
+            names and values, and `bars` for triples.
+
+    Returns:
+        The line; underscores in the names of WebNLG become spaces in `bars` and `tags`.
+
+    Raises:
+        ValueError: If it is none of these, or empty.
+
+    Example:
+        >>> linearize({"name": "The Vaults", "food": "French"})
+        'name[The Vaults], food[French]'
+        >>> linearize([["Aarhus", "leaderName", "Jacob_Bundsgaard"]])
+        '| Aarhus : leaderName : Jacob Bundsgaard'
+        >>> linearize([["Aarhus", "leaderName", "Jacob_Bundsgaard"]], "tags")
+        '<H> Aarhus <R> leaderName <T> Jacob Bundsgaard'
+
+    Reference:
+        Novikova et al., 2017, https://arxiv.org/abs/1706.09254 (E2E); Li & Liang, 2021,
+        https://arxiv.org/abs/2101.00190; Clive et al., 2021, https://arxiv.org/abs/2110.08329.
+    """
+    facts = list(_facts(table))
+    if not facts:
+        raise ValueError("a table is empty; give at least one value")
+    if form is None:
+        form = "bars" if any(subject for subject, _, _ in facts) else "brackets"
+    if form == "brackets":
+        return ", ".join(f"{name}[{value}]" for _, name, value in facts)
+    plain = [tuple(text.replace("_", " ") for text in fact) for fact in facts]
+    if form == "bars":
+        return " ".join(f"| {' : '.join(filter(None, fact))}" for fact in plain)
+    if form == "tags":
+        return " ".join(
+            f"<H> {subject} <R> {name} <T> {value}" if subject else f"<R> {name} <T> {value}"
+            for subject, name, value in plain
+        )
+    raise ValueError(f"the form {form!r} of a table does not exist; give brackets, bars or tags")
+
+
+def parse_table(text: str) -> dict[str, str]:
+    """The names and values of a line in the form `brackets`.
+
+    Raises:
+        ValueError: If the line has another form.
+
+    Example:
+        >>> parse_table("name[The Vaults], food[French]")
+        {'name': 'The Vaults', 'food': 'French'}
+    """
+    values: dict[str, str] = {}
+    end = 0
+    for match in _BRACKETS.finditer(text):
+        if match.start() != end:
+            break
+        values[match[1].strip()] = match[2].strip()
+        end = match.end()
+    if end != len(text) or not values:
+        raise ValueError(f"{text[:60]!r} has another form than name[value], name[value]")
+    return values
+
+
+def is_table(value: Any) -> bool:
+    """Whether a cell of a row holds a table or facts rather than a text."""
+    if isinstance(value, Mapping):
+        return True
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(item, (Mapping, list, tuple)) for item in value)
+    )
+
+
+def _facts(table: Any) -> Iterator[tuple[str, str, str]]:
+    """Subject (or nothing), name and value of each fact."""
+    if isinstance(table, Mapping):
+        for name, value in table.items():
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                yield "", _cell(name), _cell(item)
+        return
+    if not isinstance(table, Sequence) or isinstance(table, str):
+        raise ValueError(f"a table is a dict or a list, not {type(table).__name__}")
+    for row in table:
+        if isinstance(row, Mapping):
+            yield from _facts(row)
+        elif isinstance(row, (list, tuple)) and len(row) == 3:
+            yield _cell(row[0]), _cell(row[1]), _cell(row[2])
+        elif isinstance(row, (list, tuple)) and len(row) == 2:
+            yield "", _cell(row[0]), _cell(row[1])
+        else:
+            raise ValueError(
+                f"a table has {row!r}, which is no dict, [name, value] or [subject, relation, "
+                "object]"
+            )
+
+
+def _cell(value: Any) -> str:
+    """A cell as one line."""
+    if isinstance(value, (Mapping, list, tuple)) or value is None:
+        raise ValueError(f"a table has the cell {value!r}; cells are texts and numbers")
+    return " ".join(str(value).split())

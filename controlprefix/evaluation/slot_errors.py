@@ -1,0 +1,80 @@
+"""Slot errors: values of a table that a text leaves out, and values that it invents."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+_NOT_SAID = {"yes", "no", "true", "false"}  # such values are said in other words
+
+
+class SlotErrors(NamedTuple):
+    """Errors of texts, counted over their tables.
+
+    Attributes:
+        missing: Share of the tables' values that their texts do not contain.
+        invented: Values of other tables that texts contain and their own tables do not, per value
+            of the tables.
+        num_values: How many values were looked for.
+    """
+
+    missing: float
+    invented: float
+    num_values: int
+
+    @property
+    def rate(self) -> float:
+        """Missing and invented values together."""
+        return self.missing + self.invented
+
+
+def slot_errors(texts: Sequence[str], tables: Sequence[Mapping[str, str]]) -> SlotErrors:
+    """Count missing and invented values by looking for them as they are written.
+
+    Values that are yes or no are not looked for. A text that says a value in other words counts as
+    an error, so compare the rate with that of references.
+
+    Args:
+        texts: A text per table.
+        tables: Names and values, such as `controlprefix.data.parse_table` reads.
+
+    Returns:
+        The shares.
+
+    Raises:
+        ValueError: If there is not one text per table, or no value to look for.
+
+    Example:
+        >>> tables = [{"name": "Vaults", "food": "French"}, {"name": "Loch", "food": "Thai"}]
+        >>> slot_errors(["Vaults has Thai food.", "Loch serves Thai food."], tables)
+        SlotErrors(missing=0.25, invented=0.25, num_values=4)
+
+    Reference:
+        Wen et al., 2015, https://arxiv.org/abs/1508.01745 (slot error rate).
+    """
+    if len(texts) != len(tables):
+        raise ValueError(f"{len(texts)} texts for {len(tables)} tables; give one each")
+    values: dict[str, set[str]] = {}
+    for table in tables:
+        for name, value in table.items():
+            if (plain := _plain(value)) and plain not in _NOT_SAID:
+                values.setdefault(name, set()).add(plain)
+    num_values = missing = invented = 0
+    for text, table in zip(texts, tables, strict=True):
+        words = f" {_plain(text)} "
+        own = {_plain(value) for value in table.values()}
+        for name, value in table.items():
+            plain = _plain(value)
+            if plain in values.get(name, ()):
+                num_values += 1
+                missing += f" {plain} " not in words
+        for name, all_values in values.items():
+            others = {v for v in all_values if not any(v in value for value in own)}
+            invented += any(f" {other} " in words for other in others)
+    if not num_values:
+        raise ValueError("the tables have no values to look for")
+    return SlotErrors(missing / num_values, invented / num_values, num_values)
+
+
+def _plain(text: str) -> str:
+    """Lower-case words and numbers, with single spaces."""
+    return " ".join(re.findall(r"[^\W_]+|£", text.casefold()))

@@ -1,0 +1,112 @@
+"""Tables and facts as prompts, and the values that texts leave out or invent."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlprefix import TrainingDataError
+from controlprefix.data import Columns, as_examples, linearize, parse_table
+from controlprefix.evaluation import slot_errors
+
+# From the E2E test set and WebNLG 2017.
+E2E = "name[Blue Spice], eatType[coffee shop], area[city centre], priceRange[£20-25]"
+TRIPLES = [
+    ["Aarhus_Airport", "cityServed", "Aarhus,_Denmark"],
+    ["Aarhus_Airport", "runwayLength", "2776.0"],
+]
+plain = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1)
+
+
+def test_e2es_own_line_is_the_line_of_its_values() -> None:
+    values = parse_table(E2E)
+    assert values["priceRange"] == "£20-25"
+    assert linearize(values) == linearize(list(values.items())) == E2E
+
+
+@given(st.dictionaries(plain, plain, min_size=1))
+def test_a_line_is_read_back(values: dict[str, str]) -> None:
+    assert parse_table(linearize(values)) == values
+
+
+def test_triples_in_the_forms_of_the_papers() -> None:
+    first, second = "Aarhus Airport : cityServed : Aarhus, Denmark", "runwayLength : 2776.0"
+    assert linearize(TRIPLES) == f"| {first} | Aarhus Airport : {second}"
+    assert linearize(TRIPLES[1:], "tags") == "<H> Aarhus Airport <R> runwayLength <T> 2776.0"
+    assert linearize(TRIPLES[1:], "brackets") == "runwayLength[2776.0]"
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ([{"a": 1, "b": "x\ny"}, {"a": 2, "b": "z"}], "a[1], b[x y], a[2], b[z]"),
+        ({"a": ["x", "y"]}, "a[x], a[y]"),
+        ({"rate": 0.5, "on": True}, "rate[0.5], on[True]"),
+    ],
+)
+def test_other_shapes_of_tables(table: Any, line: str) -> None:
+    assert linearize(table) == line
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, "is empty"),
+        ([], "is empty"),
+        ([["a", "b", "c", "d"]], "has \\['a'"),
+        ({"a": {"b": 1}}, "cells are texts"),
+        ({"a": None}, "the cell None"),
+        ("name[x]", "a dict or a list, not str"),
+    ],
+)
+def test_what_is_no_table_is_a_clear_error(table: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linearize(table)
+
+
+@pytest.mark.parametrize("text", ["", "name", "name[x], and more", "name[x"])
+def test_a_line_in_another_form_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="another form"):
+        parse_table(text)
+
+
+def test_rows_hold_tables_in_place_of_prompts() -> None:
+    rows = [
+        {"table": {"name": "Vaults"}, "completion": ["The Vaults.", "Vaults!"]},
+        {"triples": TRIPLES[1:], "completion": "Its runway is 2776 metres long."},
+        {"prompt": TRIPLES[1:], "completion": "Its runway is 2776 metres long."},
+    ]
+    prompts = [example.prompt for example in as_examples(rows)]
+    expected = "| Aarhus Airport : runwayLength : 2776.0"
+    assert prompts == ["name[Vaults]", "name[Vaults]", expected, expected]
+    named = as_examples(
+        [{"facts": {"name": "Vaults"}, "said": "Vaults."}],
+        columns=Columns(prompt="facts", completion="said"),
+    )
+    assert named[0].prompt == "name[Vaults]"
+
+
+def test_a_bad_table_is_told_with_its_row() -> None:
+    rows = [{"table": {"a": "b"}, "completion": "x"}, {"table": {}, "completion": "x"}]
+    with pytest.raises(TrainingDataError, match="row 2: a table is empty"):
+        as_examples(rows)
+    with pytest.raises(TrainingDataError, match="a prompt and table"):
+        as_examples([{"table": {"a": "b"}, "prompt": "x", "completion": "x"}])
+
+
+def test_slot_errors_are_missing_and_invented_values() -> None:
+    tables = [
+        {"name": "The Vaults", "food": "French", "kids": "yes"},
+        {"name": "Loch Fyne", "food": "Thai"},
+    ]
+    right = ["the vaults is French", "Loch Fyne: Thai!"]
+    assert slot_errors(right, tables) == (0.0, 0.0, 4)
+    assert slot_errors(["The Vaults", "Loch Fyne serves Thai."], tables).missing == 0.25
+    invented = slot_errors(["The Vaults is French and Thai", right[1]], tables)
+    assert (invented.missing, invented.invented) == (0.0, 0.25)
+    assert slot_errors(right[::-1], tables).rate == 2.0
+    with pytest.raises(ValueError, match="1 texts for 2 tables"):
+        slot_errors(right[:1], tables)
+    with pytest.raises(ValueError, match="no values"):
+        slot_errors(["x"], [{"kids": "yes"}])
