@@ -9,7 +9,13 @@ from controlprefix.errors import StoreError
 from controlprefix.store.tables import Base
 
 REVISION_TABLE = "controlprefix_revision"
-REVISIONS = ("0001", "0002", "0003", "0004")  # oldest first; a test compares them with the files
+REVISIONS = (
+    "0001",
+    "0002",
+    "0003",
+    "0004",
+    "0005",
+)  # oldest first; a test compares them with the files
 HEAD = REVISIONS[-1]
 
 

@@ -1,32 +1,51 @@
-"""Users' texts that the caller chose to keep, encrypted as everything else."""
+"""Users' texts and feedback that the caller chose to keep, encrypted as everything else."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Literal
 
-from sqlalchemy import and_, delete, select
+from sqlalchemy import and_, delete, func, select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import ColumnElement
 
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.tables import SampleRow
 
+SampleKind = Literal["text", "feedback"]
+_MAX_FEEDBACK = 1000  # entries per user
+
 
 def add(
-    session: Session, tenant: int, cipher: TenantCipher, user: str, texts: Sequence[str]
+    session: Session,
+    tenant: int,
+    cipher: TenantCipher,
+    user: str,
+    texts: Sequence[str],
+    kind: SampleKind = "text",
 ) -> None:
     """Keep texts of a user."""
     now = datetime.now(UTC)
     for text in texts:
         encrypted, key_id = cipher.encrypt(text.encode(), _identity(user))
         row = SampleRow(tenant_id=tenant, user_name=user, key_id=key_id, text=encrypted)
-        row.created_at = now
+        row.created_at, row.kind = now, kind
         session.add(row)
 
 
-def rows_of(session: Session, tenant: int, user: str) -> list[SampleRow]:
+def rows_of(session: Session, tenant: int, user: str, kind: SampleKind) -> list[SampleRow]:
     """The rows of a user's texts, oldest first."""
-    query = select(SampleRow).where(_of_user(tenant, user)).order_by(SampleRow.id)
-    return list(session.scalars(query))
+    is_kind = and_(_of_user(tenant, user), SampleRow.kind == kind)
+    return list(session.scalars(select(SampleRow).where(is_kind).order_by(SampleRow.id)))
+
+
+def trim(session: Session, tenant: int, user: str, kind: SampleKind) -> int:
+    """Remove all but the newest entries of a user; returns how many are left."""
+    is_kind = and_(_of_user(tenant, user), SampleRow.kind == kind)
+    newest = select(SampleRow.id).where(is_kind).order_by(SampleRow.id.desc())
+    oldest = session.scalar(newest.offset(_MAX_FEEDBACK - 1).limit(1))
+    if oldest is not None:
+        session.execute(delete(SampleRow).where(is_kind, SampleRow.id < oldest))
+    return session.scalar(select(func.count()).select_from(SampleRow).where(is_kind)) or 0
 
 
 def decrypt(row: SampleRow, cipher: TenantCipher) -> str:
@@ -34,10 +53,10 @@ def decrypt(row: SampleRow, cipher: TenantCipher) -> str:
     return cipher.decrypt(row.text, row.key_id, _identity(row.user_name)).decode()
 
 
-def users(session: Session, tenant: int) -> list[str]:
+def users(session: Session, tenant: int, kind: SampleKind) -> list[str]:
     """The users with kept texts, sorted."""
-    query = select(SampleRow.user_name).where(SampleRow.tenant_id == tenant).distinct()
-    return sorted(session.scalars(query))
+    is_kind = and_(SampleRow.tenant_id == tenant, SampleRow.kind == kind)
+    return sorted(session.scalars(select(SampleRow.user_name).where(is_kind).distinct()))
 
 
 def forget(session: Session, tenant: int, user: str) -> bool:

@@ -6,7 +6,7 @@ prefixes of one training run.
 
 import copy
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -16,18 +16,16 @@ from sqlalchemy.orm import Session
 
 from controlprefix.errors import RequestError, UnknownNameError
 from controlprefix.prefixes import Kind, PrefixKey
-from controlprefix.store import api_keys, profiles, removal, samples, versions
+from controlprefix.store import api_keys, removal, versions
 from controlprefix.store.api_keys import ApiKeyInfo
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import EncryptionKeys, TenantCipher
 from controlprefix.store.integrity import PayloadReader
 from controlprefix.store.model_store import ModelStore
-from controlprefix.store.profiles import SimilarUser
 from controlprefix.store.records import (
     AuditEntry,
     NewVersion,
     PrefixInfo,
-    Profile,
     StoreStats,
     check_key,
     check_name,
@@ -36,12 +34,13 @@ from controlprefix.store.records import (
 from controlprefix.store.rotation import rotate_keys
 from controlprefix.store.tables import AuditRow, PrefixRow, VersionRow
 from controlprefix.store.transfer import export_tenant, import_tenant
+from controlprefix.store.user_data import UserData
 from controlprefix.store.versions import key_of, select_prefixes
 
 _log = logging.getLogger(__name__)
 
 
-class PrefixStore:
+class PrefixStore(UserData):
     """The prefixes of one tenant in one database, for all models.
 
     Args:
@@ -218,59 +217,6 @@ class PrefixStore:
             raise RequestError(f"keep is {keep}; it must be 1 or more")
         return self._database.run(
             lambda session, tenant: removal.prune(session, tenant, keep), write=True
-        )
-
-    # --- texts and profiles of users ---------------------------------------------------------
-
-    def keep_samples(self, user: str, texts: Sequence[str]) -> None:
-        """Keep texts of a user, to train on later; `forget` removes them."""
-        check_name("user", user)
-        self._database.run(
-            lambda session, tenant: samples.add(session, tenant, self._cipher, user, texts),
-            write=True,
-        )
-
-    def samples(self, user: str) -> list[str]:
-        """The kept texts of a user, oldest first.
-
-        Raises:
-            StoreKeyError: If they cannot be decrypted.
-        """
-        rows = self._database.run(lambda session, tenant: samples.rows_of(session, tenant, user))
-        return [samples.decrypt(row, self._cipher) for row in rows]
-
-    def users_with_samples(self) -> list[str]:
-        """The users with kept texts, sorted."""
-        return self._database.run(samples.users)
-
-    def keep_profile(self, user: str, profile: Profile) -> None:
-        """Keep a user's profile, in place of an earlier one of the same embedder."""
-        check_name("user", user)
-        self._database.run(
-            lambda session, tenant: profiles.replace(session, tenant, self._cipher, user, profile),
-            write=True,
-        )
-
-    def similar_users(
-        self,
-        embedder: str,
-        values: Sequence[float],
-        *,
-        limit: int = 10,
-        exclude: Collection[str] = (),
-    ) -> list[SimilarUser]:
-        """The users with the most similar kept profiles, the most similar first.
-
-        Args:
-            embedder: Name of the embedding model of the profiles.
-            values: The embedding to compare with.
-            limit: Users at most.
-            exclude: Users to leave out.
-        """
-        return self._database.run(
-            lambda session, tenant: profiles.nearest(
-                session, tenant, self._cipher, embedder, values, limit=limit, exclude=exclude
-            )
         )
 
     # --- API keys ----------------------------------------------------------------------------

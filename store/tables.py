@@ -197,7 +197,7 @@ class AliasRow(Base):
 
 
 class SampleRow(Base):
-    """A text of a user that the caller chose to keep."""
+    """A text of a user that the caller chose to keep, or feedback as JSON."""
 
     __tablename__ = "controlprefix_samples"
     __table_args__ = (Index("ix_controlprefix_samples_user", "tenant_id", "user_name", "id"),)
@@ -207,6 +207,7 @@ class SampleRow(Base):
     user_name: Mapped[str] = mapped_column(String(255))
     key_id: Mapped[str | None] = mapped_column(String(255))
     text: Mapped[bytes] = mapped_column(LargeBinary)
+    kind: Mapped[str] = mapped_column(String(16), default="text", server_default="text")
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 

@@ -29,8 +29,13 @@ from controlprefix.cli.train import NumSlotsOption
 @grouped
 def train_preferences(
     data: Annotated[
-        Path, typer.Argument(help="Rows with a prompt, a chosen and a rejected completion.")
-    ],
+        Path | None,
+        typer.Argument(
+            help="Rows with a prompt, a chosen and a rejected completion; left out, the feedback "
+            "that the store keeps."
+        ),
+    ] = None,
+    *,
     training_fields: dict[str, Any],
     objective_fields: dict[str, Any],
     learn: Annotated[
@@ -44,7 +49,6 @@ def train_preferences(
         float, typer.Option(help="Fraction of the rows to hold out to choose the best step.")
     ] = 0.1,
     num_slots: NumSlotsOption = 16,
-    *,
     columns: ColumnArguments,
     run: RunArguments,
     engine: EngineArguments,
@@ -56,7 +60,9 @@ def train_preferences(
     """
     from controlprefix.data import as_preferences
 
-    rows = as_preferences(data, columns=columns.columns(), defaults=columns.defaults())
+    rows = None
+    if data is not None:
+        rows = as_preferences(data, columns=columns.columns(), defaults=columns.defaults())
     cp = engine.open(create=True)
     with exit_when_interrupted():
         report = cp.train_preferences(
@@ -64,7 +70,7 @@ def train_preferences(
             learn=cast(Any, None if learn is None else parse_list(learn)),
             validation=validation,
             num_slots=num_slots,
-            **run.options(data),
+            **run.options(data or Path("feedback")),
             **objective_fields,
             **training_fields,
         )

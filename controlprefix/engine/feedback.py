@@ -1,12 +1,13 @@
 """The methods of `ControlPrefix` that train on rewards and on preferences."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 from controlprefix.data import Columns, Rows, as_preferences, as_requests
 from controlprefix.engine.training import TrainingMethods, interpolated
 from controlprefix.errors import TrainingDataError
-from controlprefix.example import Example
+from controlprefix.example import Example, Preference
 from controlprefix.training import (
     Learnable,
     PolicySettings,
@@ -95,9 +96,45 @@ class FeedbackMethods(TrainingMethods):
             control=control,
         )
 
+    def keep_feedback(self, preferences: Rows) -> dict[str, int]:
+        """Keep preferences of users in the store, to learn from later; nothing is trained.
+
+        What a user made of a draft is a preference too: the draft is rejected, the text that the
+        user wrote of it is chosen. `forget_user` removes a user's feedback.
+
+        Args:
+            preferences: Rows in any form that name a user each (see
+                `controlprefix.data.as_preferences`). A user's newest 1,000 are kept.
+
+        Returns:
+            How many preferences of each of these users are kept now.
+
+        Raises:
+            TrainingDataError: If a row is no preference, or names no user.
+            StoreError: If the store cannot be written.
+        """
+        rows = as_preferences(preferences)
+        by_user: dict[str, list[str]] = {}
+        for number, row in enumerate(rows, 1):
+            if row.user is None:
+                raise TrainingDataError(
+                    f"{row.place(number)} names no user; feedback is kept by user"
+                )
+            text = row.model_dump_json(exclude_unset=True)
+            by_user.setdefault(row.user, []).append(text)
+        return {user: self.store.keep_feedback(user, texts) for user, texts in by_user.items()}
+
+    def feedback(self, user: str) -> list[Preference]:
+        """The kept preferences of a user, oldest first.
+
+        Raises:
+            StoreKeyError: If they cannot be decrypted.
+        """
+        return [Preference(**json.loads(text)) for text in self.store.feedback(user)]
+
     def train_preferences(
         self,
-        preferences: Rows,
+        preferences: Rows | None = None,
         *,
         columns: Columns | None = None,
         task: str | None = None,
@@ -113,7 +150,7 @@ class FeedbackMethods(TrainingMethods):
 
         Args:
             preferences: Rows in any form: `Preference`s, dicts, a file (see
-                `controlprefix.data.as_preferences`).
+                `controlprefix.data.as_preferences`). Left out, all that `keep_feedback` kept.
             columns: Which columns of the rows hold what, if they have other names.
             task: Task of rows that name none.
             learn: Any of `task`, `attributes`, `user`; left out, the users if rows name any, or
@@ -137,6 +174,11 @@ class FeedbackMethods(TrainingMethods):
             https://arxiv.org/abs/2305.18290, plus a weighted likelihood of the chosen text.
         """
         defaults = {} if task is None else {"task": task}
+        if preferences is None:
+            users = self.store.users_with_feedback()
+            preferences = [row for user in users for row in self.feedback(user)]
+            if not preferences:
+                raise TrainingDataError("no feedback is kept in the store; give preferences")
         rows = as_preferences(preferences, columns=columns, defaults=defaults)
         rows = self.with_default_labels(rows)
         if learn is None and any(row.user is not None for row in rows):

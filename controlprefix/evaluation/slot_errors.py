@@ -67,7 +67,7 @@ def slot_errors(texts: Sequence[str], tables: Sequence[Mapping[str, str]]) -> Sl
             if plain in values.get(name, ()):
                 num_values += 1
                 missing += f" {plain} " not in words
-        for name, all_values in values.items():
+        for all_values in values.values():
             others = {v for v in all_values if not any(v in value for value in own)}
             invented += any(f" {other} " in words for other in others)
     if not num_values:

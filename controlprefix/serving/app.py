@@ -13,7 +13,14 @@ from controlprefix import __version__
 from controlprefix.serving.errors import add_error_handlers
 from controlprefix.serving.middleware import BodyLimit, RequestLog, ServedHosts
 from controlprefix.serving.openai import ErrorResponse
-from controlprefix.serving.routes import completions, models, operations, prefixes, users
+from controlprefix.serving.routes import (
+    completions,
+    feedback,
+    models,
+    operations,
+    prefixes,
+    users,
+)
 from controlprefix.serving.server import Server
 
 _DESCRIPTION = (
@@ -70,7 +77,7 @@ def create_app(server: Server, *, allow_origins: Sequence[str] = ()) -> FastAPI:
             CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"]
         )
     add_error_handlers(app)
-    for module in (completions, models, users, prefixes, operations):
+    for module in (completions, models, users, feedback, prefixes, operations):
         app.include_router(module.router)
     _describe_errors(app, server)
     return app

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from controlprefix.errors import ModelNotFoundError, RequestError
+from controlprefix.errors import ModelNotFoundError, RequestError, TrainingDataError
+from controlprefix.example import Preference
 from controlprefix.request import Request, SteeringFields, with_sampling_defaults
 
 # Fields of OpenAI's API that change nothing that is generated here.
@@ -336,6 +337,48 @@ class EnrolmentBody(BaseModel):
     decoder: str | None = None
     refine: bool = False
     keep_texts: bool = False
+
+
+class FeedbackBody(BaseModel):
+    """Body of `POST /v1/feedback`: a `Preference`, or a draft and what became of it."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    user: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, max_length=_MAX_ITEMS)
+    task: str | None = None
+    attributes: dict[str, Any] = {}
+    chosen: str | None = None
+    """The better text."""
+
+    rejected: str | None = None
+    """The other one."""
+
+    draft: str | None = None
+    """A text that the user changed; it counts as rejected."""
+
+    final: str | None = None
+    """What the user made of the draft; it counts as chosen."""
+
+    def preference(self) -> Preference:
+        """The preference.
+
+        Raises:
+            RequestError: If there are not two texts, or a field is invalid.
+        """
+        pairs = [(self.chosen, self.rejected), (self.final, self.draft)]
+        named = [pair for pair in pairs if pair != (None, None)]
+        if len(named) != 1 or None in named[0]:
+            raise RequestError("give chosen and rejected, or draft and final")
+        fields = self.model_dump(
+            exclude_unset=True, exclude={"chosen", "rejected", "draft", "final"}
+        )
+        ((chosen, rejected),) = named
+        try:
+            return Preference(**fields, chosen=chosen, rejected=rejected)
+        except TrainingDataError as error:
+            raise RequestError(str(error)) from None
 
 
 def _is_default(value: Any) -> bool:

@@ -1,0 +1,26 @@
+"""The route of feedback: which of two texts a user prefers, kept to learn from."""
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from controlprefix.serving.bodies import FeedbackBody
+from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+
+router = APIRouter(prefix="/v1/feedback", tags=["users"])
+
+
+class KeptFeedback(BaseModel):
+    """How many preferences of a user are kept."""
+
+    user: str
+    num_kept: int
+
+
+@router.post("", status_code=201)
+async def keep_feedback(
+    body: FeedbackBody, client: ClientDependency, server: ServerDependency
+) -> KeptFeedback:
+    """Keep which of two texts a user prefers, for `train_preferences`; nothing is trained now."""
+    preference = body.preference()
+    (num_kept,) = (await server.work.with_store(client.cp.keep_feedback, [preference])).values()
+    return KeptFeedback(user=str(preference.user), num_kept=num_kept)
