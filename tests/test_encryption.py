@@ -132,13 +132,17 @@ def test_kept_texts_are_encrypted_rotated_and_forgotten(
     keys.use("k2")
     assert store.samples("ana") == [secret, "second", "third"]
     assert store.samples("bo") == []
+    assert store.keep_feedback("ana", [secret]) == 1
+    assert store.feedback("ana") == [secret]
     if url.startswith("sqlite"):
         file = Path(url.removeprefix("sqlite:///"))
         assert secret.encode() not in file.read_bytes()
     with PrefixStore(url, tenant="theirs") as other:
         assert other.samples("ana") == []
+        assert other.feedback("ana") == []
     store.forget(ANA)
     assert store.samples("ana") == []
+    assert store.feedback("ana") == []
     store.keep_samples("bo", ["only a text"])
     assert store.forget(BO) == 0  # there is something to forget, though no version
 

@@ -626,3 +626,32 @@ def test_the_clients_of_the_example_that_are_installed_get_texts(served: Served)
     rows = done.stdout.splitlines()[2:]
     assert len(rows) >= 3
     assert not [row for row in rows if "**" in row]
+
+
+def test_feedback_is_kept_for_training(served: Served) -> None:
+    def send(**body: Any) -> httpx.Response:
+        return httpx.post(f"{served.base}/v1/feedback", json=body, timeout=60)
+
+    pair = {"user": "zoe", "prompt": "Tell Sam.", "chosen": "hey", "rejected": "Dear Sam"}
+    first = send(**pair)
+    assert first.status_code == 201
+    assert first.json() == {"user": "zoe", "num_kept": 1}
+    changed = send(user="zoe", messages=MESSAGES, task="note", draft="Dear Sam", final="hi Sam")
+    assert changed.json()["num_kept"] == 2
+    with PrefixStore(served.url, tenant="mine") as store:
+        entries = [json.loads(text) for text in store.feedback("zoe")]
+    assert entries[1]["chosen"] == "hi Sam"
+    assert entries[1]["rejected"] == "Dear Sam"
+    assert entries[1]["task"] == "note"
+    for wrong, message in (
+        ({**pair, "chosen": "Dear Sam"}, "the same text"),
+        ({**pair, "draft": "x", "final": "y"}, "give chosen and rejected, or draft and final"),
+        ({"user": "zoe", "prompt": "Tell Sam.", "draft": "x"}, "draft and final"),
+        ({**pair, "prompt": None}, "give one of prompt, messages"),
+        ({**pair, "rating": 5}, "rating"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b"}, "user"),
+    ):
+        answer = send(**wrong)
+        assert answer.status_code == 400, wrong
+        assert message in answer.json()["error"]["message"]
+    httpx.delete(f"{served.base}/v1/users/zoe")

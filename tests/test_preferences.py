@@ -205,3 +205,48 @@ def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 0, result.output
     assert "stored user 'ana' version 1" in result.output
     assert "right" in result.output
+
+
+def test_feedback_is_kept_learned_from_and_forgotten() -> None:
+    cp = engine()
+    rows = [
+        {"user": user, "prompt": f"Greet {i}.", "chosen": "hey!!", "rejected": "Good day."}
+        for user, count in (("ana", 3), ("bo", 2))
+        for i in range(count)
+    ]
+    assert cp.keep_feedback(rows) == {"ana": 3, "bo": 2}
+    assert cp.keep_feedback(rows[:1]) == {"ana": 4}
+    assert [row.prompt for row in cp.feedback("ana")] == [
+        "Greet 0.", "Greet 1.", "Greet 2.", "Greet 0."
+    ]  # fmt: skip
+    assert all(isinstance(row, Preference) for row in cp.feedback("ana"))
+    assert cp.store.users_with_feedback() == ["ana", "bo"]
+    assert cp.store.samples("ana") == []  # it is no text to learn from as such
+    assert cp.store.users_with_samples() == []
+    report = cp.train_preferences(steps=2, batch_size=2, num_slots=2, validation=0, progress=False)
+    assert report.num_examples == 6
+    assert cp.names("user") == ["ana", "bo"]
+    cp.forget_user("ana")
+    assert cp.feedback("ana") == []
+    assert cp.store.users_with_feedback() == ["bo"]
+
+
+def test_feedback_that_cannot_be_kept_is_a_clear_error() -> None:
+    cp = engine()
+    row = {"prompt": "Greet.", "chosen": "hey", "rejected": "Good day."}
+    with pytest.raises(TrainingDataError, match="row 2 names no user"):
+        cp.keep_feedback([{**row, "user": "ana"}, row])
+    assert cp.feedback("ana") == []  # all or nothing
+    with pytest.raises(TrainingDataError, match="no feedback is kept"):
+        cp.train_preferences()
+
+
+def test_a_users_newest_thousand_preferences_stay() -> None:
+    cp = engine()
+    rows = [
+        {"user": "ana", "prompt": f"{i}", "chosen": "hey", "rejected": "hi"} for i in range(1005)
+    ]
+    assert cp.keep_feedback(rows) == {"ana": 1000}
+    assert [row.prompt for row in cp.feedback("ana")][::999] == ["5", "1004"]
+    cp.keep_feedback([{**rows[0], "user": "bo"}])
+    assert len(cp.feedback("ana")) == 1000
