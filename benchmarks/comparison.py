@@ -56,7 +56,7 @@ def page(results: dict[str, Any]) -> str:
         f"{options['model']} in {options['dtype']}; {options['steps']} steps of "
         f"{options['batch_size']} of {rows['training']} rows, {options['num_slots']} slots, "
         f"{rows['validation']} rows to choose one of {options['num_rates']} learning rates, "
-        f"{rows['test']} to measure on, one seed or the mean of several. Written by "
+        f"{rows['test']} to measure on. Means over seeds, with the standard deviation. Written by "
         f"`{results['command']}` at commit {results['commit']}, {results['date']}.\n\n"
         f"{report.markdown()}"
     ).replace("\n### ", "\n## ")
@@ -95,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         general=general[: options.rows],
         folder=options.folder,
     )
-    name = f"comparison-{options.data_set}" + ("" if options.device == "cpu" else "-cuda")
+    name = f"comparison-{options.data_set}-{options.steps}"
+    if options.device != "cpu":
+        name += "-cuda"
     save(options.results, name, {"data set": options.data_set, **report.to_dict()}, page)
 
 

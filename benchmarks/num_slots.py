@@ -1,6 +1,6 @@
 """How many slots: prefixes trained at each length, and a long one shortened by attention.
 
-A task prefix alone, on the formality sentences of `quality.py` (DATA as there).
+A task prefix alone, on the formality sentences of `comparison.py` (DATA as there).
 """
 
 from collections.abc import Sequence

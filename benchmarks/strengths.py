@@ -18,6 +18,7 @@ from controlprefix import Example, Part, Prefix, Request, TrainingDataError
 from controlprefix.completion import PartUsed
 from controlprefix.evaluation import calibrate, evaluate
 from controlprefix.evaluation.calibration import strength_curve
+from controlprefix.evaluation.comparison.measures import TEMPERATURE
 from controlprefix.evaluation.harness import base_model_nlls
 from controlprefix.evaluation.metrics import spearman
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
@@ -25,7 +26,6 @@ from controlprefix.inference.resolved_request import ResolvedPart, ResolvedReque
 from lib import plots
 from lib.attribute_methods import ControlPrefixMethod
 from lib.attribute_studies import BATCH_SIZE, Study, attributes_of, load_study
-from lib.methods import TEMPERATURE
 from lib.models import add_model_options, load_from
 from lib.results import ResultFile, arguments
 from lib.tables import Column, header, line, table

@@ -190,20 +190,20 @@ def serving_page(files: Mapping[str, Any]) -> str:
 
 def quality_table(files: Mapping[str, Any]) -> str:
     """Means over seeds of the main figures."""
-    data = files["quality"]["data"]
     columns = (
-        ("formality", "nll", "NLL", 3),
+        ("formality", "nats", "loss", 3),
         ("formality", "accuracy, formality_pavlick", "accuracy", 2),
-        ("sentiment", "nll", "NLL", 3),
+        ("sentiment", "nats", "loss", 3),
         ("sentiment", "accuracy, sentiment_yelp", "accuracy", 2),
-        ("e2e", "nll", "NLL", 3),
-        ("webnlg", "nll", "NLL", 3),
+        ("e2e", "nats", "loss", 3),
+        ("webnlg", "nats", "loss", 3),
     )
     lines = [header("method", *(f"{name}: {title}" for name, _, title, _ in columns))]
-    for method in data["formality"]:
+    for method in files["comparison-formality-60"]["methods"]:
         cells = []
         for name, key, _, digits in columns:
-            runs = data.get(name, {}).get(method, {}).values()
+            result = files[f"comparison-{name}-60"]["methods"].get(method, {})
+            runs = result.get("runs", {}).values()
             cells.append(f"{mean(run[key] for run in runs):.{digits}f}" if runs else "")
         lines.append(line(method, *cells))
     return "\n".join(lines)

@@ -13,6 +13,8 @@ from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
 from controlprefix import Prefix
 from controlprefix.data import as_examples
+from controlprefix.evaluation.comparison import adapter_training
+from controlprefix.evaluation.comparison.peft_methods import linear_layers
 from controlprefix.model import FrozenModel
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import PrefixKey
@@ -20,7 +22,6 @@ from controlprefix.training import RunControl, TrainingRow, TrainingSettings, tr
 from controlprefix.training.initialization import scale_of
 from controlprefix.training.parameterization import parameterize
 
-from lib import peft_training
 from lib.comparison import Measures, compare, now, peak_mib
 from lib.models import add_model_options, load_from
 from lib.results import ROOT, arguments, save_comparisons
@@ -40,10 +41,11 @@ def controlprefix_epoch(
     key = PrefixKey("task", "message")
     start = Prefix.random(frozen.geometry, num_slots=num_slots, seed=0)
     steps = -(-len(rows) // batch_size)
+    end_id = frozen.request_tokenizer.end_id
     settings = TrainingSettings(steps=steps, batch_size=batch_size, validation=0, **options)
     train(
         frozen,
-        [TrainingRow.from_example(row, peft_training.END, (), ((key, 1.0),)) for row in rows],
+        [TrainingRow.from_example(row, end_id, (), ((key, 1.0),)) for row in rows],
         parameterize(settings, {key: start}, scale_of(start)),
         settings=settings,
         control=RunControl(progress=False),
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prefix = PrefixTuningConfig(
         task_type=causal, num_virtual_tokens=options.num_slots, init_weights=None
     )
-    lora = LoraConfig(task_type=causal, r=8, target_modules=peft_training.ATTENTION)
+    lora = LoraConfig(task_type=causal, r=8, target_modules=linear_layers(frozen))
 
     def controlprefix(**settings: Any) -> Callable[[], Measures]:
         work = partial(
@@ -95,9 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     def peft(config: Any) -> Callable[[], Measures]:
         # PEFT changes the model that it wraps, so each configuration has a copy.
         work = partial(
-            peft_training.train,
+            adapter_training.train,
             get_peft_model(copy.deepcopy(frozen.model), config),
             rows,
+            frozen.request_tokenizer,
             batch_size=options.batch_size,
             learning_rate=1e-3,
             steps=steps,

@@ -2,7 +2,7 @@
 
 `topics`: a topic is left out of training on the `aspects` of `attributes.py`, then requested.
 `categories`: the unseen categories of WebNLG, as nats per token of the reference. DATA as for
-`attributes.py` and `quality.py`.
+`attributes.py` and `comparison.py`.
 """
 
 import argparse

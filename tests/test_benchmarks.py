@@ -44,11 +44,10 @@ RUNS = {
     "compatibility": "--families llama mamba bart",
     "storage_dtypes": "--steps 8",
     "store": "--small 40 --large 40 --times 2",
-    "quality": "DATA --seeds 0 --steps 1 --batch-size 4 --num-slots 2 --rows 4 --texts 2 "
-    "--new-tokens 2",
     "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.001",
     "comparison": "DATA --methods plain controlprefix --steps 1 --rates 1 --rows 4 --new-tokens 2 "
     "--num-slots 2",
+    "relevance": "DATA --prompts 16",
     "attributes": "DATA --studies styles --steps 6 --reward-steps 1 --num-slots 2 --texts 2 "
     "--new-tokens 2",
     "strengths": "DATA --steps 6 --user-steps 1 --num-slots 2 --texts 24 --curve-texts 4 "
@@ -64,7 +63,7 @@ RUNS = {
     "privacy": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 4 "
     "--num-canaries 1 --ways enrolled",
 }
-WITHOUT_MODEL = ("compatibility", "gpu", "loading", "store")  # these have no `--model`
+WITHOUT_MODEL = ("compatibility", "gpu", "loading", "relevance", "store")  # these have no `--model`
 SKIPPED = {
     "adapters_batch_split": "needs an environment with an older transformers",
     "serving": "tested with real servers, below",
@@ -98,6 +97,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(size)
         ]
         write("simplification_asset", split, simpler)
+        papers: list[dict[str, object]] = [{"source": f"{i} {text(0, 12)}"} for i in range(size)]
+        write("summarization_scitldr", split, papers)
         write("email_aeslc", split, [{"body": text(0)}])
         facts: list[dict[str, object]] = [
             {"mr": f"name[{i}]", "refs": [text(0), text(1)]} for i in range(size)

@@ -145,7 +145,6 @@ def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -
         "authors",
         "num_slots",
         "privacy",
-        "quality",
         "strengths",
         "unseen_labels",
     ],
@@ -156,6 +155,16 @@ def test_pages_are_those_of_the_result_files(name: str, monkeypatch: pytest.Monk
     path = ROOT / "docs" / "results" / f"{name.replace('_', '-')}.json"
     page = script.page(json.loads(path.read_text()))
     assert path.with_suffix(".md").read_text() == page.rstrip("\n") + "\n"
+
+
+def test_comparisons_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("comparison")
+    paths = sorted((ROOT / "docs" / "results").glob("comparison-*.json"))
+    assert len(paths) >= 4
+    for path in paths:
+        page = script.page(json.loads(path.read_text()))
+        assert path.with_suffix(".md").read_text() == page.rstrip("\n") + "\n"
 
 
 def test_results_say_when_and_how_they_were_measured() -> None:

@@ -13,13 +13,16 @@ from transformers import DynamicCache
 
 from controlprefix import Example, Request
 from controlprefix.evaluation import pseudo_label
+from controlprefix.evaluation.comparison.measures import TEMPERATURE
+from controlprefix.evaluation.comparison.methods import Problem
+from controlprefix.evaluation.comparison.peft_methods import LORA, PEFT_KINDS, PeftMethod
 from controlprefix.training import StepInfo
 
-from lib import peft_training
 from lib.attribute_studies import BATCH_SIZE, IN_WORDS, Combination, Study, attributes_of, parts_of
-from lib.datasets import DataSet, shuffled
-from lib.methods import TEMPERATURE, PeftMethod
+from lib.datasets import shuffled
 from lib.models import engine
+
+PARTS = "part"  # the attribute whose labels are such as `topic=sports`
 
 
 class Method:
@@ -70,8 +73,7 @@ class Method:
                 do_sample=True,
                 temperature=TEMPERATURE,
                 top_k=0,
-                eos_token_id=peft_training.END,
-                pad_token_id=peft_training.PAD,
+                pad_token_id=self.study.frozen.pad_id,
                 **options,
             )
         texts = tokenizer.batch_decode(output[:, 1:], skip_special_tokens=True)
@@ -257,6 +259,12 @@ def _print_tenth(step: StepInfo) -> None:
         print(f"step {step.step} of {step.num_steps}: {figures}", flush=True)
 
 
+class _OnePerPart(Problem):
+    """The rows of a study, with an adapter for each label of each attribute."""
+
+    few_labels = PARTS  # however many
+
+
 class AdapterPerLabel(Method):
     """An adapter of PEFT for each label, trained on its rows."""
 
@@ -264,12 +272,28 @@ class AdapterPerLabel(Method):
     learning_rate = 0.0
 
     def train(self) -> None:
-        data = DataSet(self.study.name, "text", None, True, self.study.rows)
-        options = argparse.Namespace(num_slots=self.options.num_slots, batch_size=BATCH_SIZE)
-        self.method = PeftMethod(
-            self.cp, data, options, name=self.adapter, learning_rate=self.learning_rate
+        rows = [
+            Example(
+                prompt="",
+                raw=True,
+                completion=row.completion,
+                attributes={PARTS: str(row.label)},
+            )
+            for row in self.study.rows
+        ]
+        problem = _OnePerPart(
+            self.study.frozen,
+            rows,
+            (),
+            (),
+            steps=self.options.steps,
+            batch_size=BATCH_SIZE,
+            num_slots=self.options.num_slots,
         )
-        self.method.train(0, self.options.steps)
+        kind = {**PEFT_KINDS, "PEFT LoRA r8": LORA}[self.adapter]
+        self.method = PeftMethod(problem, kind=kind)
+        self.method.train(rate=self.learning_rate, seed=0)
+        self.adapters: dict[Any, Any] = dict(self.method.models)
 
 
 class PrefixUnion(AdapterPerLabel):
@@ -279,7 +303,7 @@ class PrefixUnion(AdapterPerLabel):
 
     def write(self, combination: Combination, count: int, seed: int) -> list[str]:
         caches: list[Any] = [
-            self.method.models[part].get_prompt(batch_size=1) for part in parts_of(combination)
+            self.adapters[part].get_prompt(batch_size=1) for part in parts_of(combination)
         ]
         slots = [
             (

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from safetensors.torch import load_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -22,15 +21,16 @@ from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from controlprefix import Example, Prefix, Request
 from controlprefix.embeddings import embed
+from controlprefix.evaluation.comparison import adapter_training
+from controlprefix.evaluation.comparison.measures import TEMPERATURE
+from controlprefix.evaluation.comparison.peft_methods import LORA, PEFT_KINDS
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, UserCode
 from controlprefix.training import TrainingSettings, checkpoint
 from controlprefix.training.run import learning_rate_schedule
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE
 
-from lib import peft_training
 from lib.datasets import read_rows
-from lib.methods import TEMPERATURE
 from lib.models import add_model_options, engine, load_from
 
 DECODER = "bloggers"
@@ -256,7 +256,8 @@ class Authors:
 
     def measure_peft(self, name: str, num_posts: int, num_texts: int = 0) -> dict[str, float]:
         """The figures of a PEFT adapter per author, in as many steps, one author after another."""
-        settings = peft_training.METHODS[name]
+        kind = {**PEFT_KINDS, "PEFT LoRA r8": LORA}[name]
+        frozen = self.cp.frozen_model
         own, other, num_tokens, seconds, size = 0.0, 0.0, 0, 0.0, 0
         generated: dict[str, list[str]] = {}
         author_before = {other: author for author, other in self.swapped.items()}
@@ -264,14 +265,13 @@ class Authors:
             texts = self.posts[author][:num_posts]
             steps = EPOCHS * -(-len(texts) // 4)
             torch.manual_seed(0)
-            config = settings["config"](NUM_SLOTS)
-            model = get_peft_model(copy.deepcopy(self.cp.model), config)
+            copied, rows = copy.deepcopy(self.cp.model), self._tokenized(texts)
             start = time.perf_counter()  # without the copy, which a real service would not make
-            if settings.get("from_text"):
-                peft_training.initialize_from_text(model, self.cp.tokenizer, "\n".join(texts))
-            peft_training.train(
+            model = kind.adapted(frozen, copied, rows, NUM_SLOTS)
+            adapter_training.train(
                 model,
-                self._tokenized(texts),
+                rows,
+                frozen.request_tokenizer,
                 batch_size=4,
                 learning_rate=PEFT_RATES[name],
                 steps=steps,
@@ -280,19 +280,22 @@ class Authors:
             )
             seconds += time.perf_counter() - start
             size = sum(p.numel() * 2 for p in model.parameters() if p.requires_grad)
-            nats, count = peft_training.nll(model, self._tokenized(self.newest[author]))
+            tokenizer = frozen.request_tokenizer
+            newest = self._tokenized(self.newest[author])
+            nats, count = adapter_training.nll(model, newest, tokenizer)
             own, num_tokens = own + nats, num_tokens + count
             # This adapter is also evaluated on the author who gets it when they are swapped.
-            newest = self.newest[author_before[author]]
-            other += peft_training.nll(model, self._tokenized(newest))[0]
+            newest = self._tokenized(self.newest[author_before[author]])
+            other += adapter_training.nll(model, newest, tokenizer)[0]
             if num_texts:
                 start_token = [int(self.cp.tokenizer.bos_token_id)]
-                generated[author] = peft_training.sample(
+                generated[author] = adapter_training.sample(
                     model,
                     self.cp.tokenizer,
                     [start_token] * num_texts,
                     max_new_tokens=POST_TOKENS,
                     seed=0,
+                    pad_id=tokenizer.pad_id,
                 )
         figures = {
             "nll": own / num_tokens,

@@ -1,6 +1,7 @@
 """Ways to adapt one frozen model, trained and measured alike."""
 
-from controlprefix.evaluation.comparison.compare import METHODS, compare
+from controlprefix.evaluation.comparison.compare import compare
 from controlprefix.evaluation.comparison.report import ComparisonReport
+from controlprefix.evaluation.comparison.runner import METHODS
 
 __all__ = ["METHODS", "ComparisonReport", "compare"]

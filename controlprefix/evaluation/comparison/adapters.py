@@ -1,4 +1,4 @@
-"""Methods that change the model: PEFT's adapters, bottleneck adapters, BitFit, fine-tuning.
+"""Methods that change the model: adapters, BitFit and fine-tuning.
 
 Each trains a copy of the model; where labels are few, a copy per label, in as many steps together.
 """
@@ -6,41 +6,18 @@ Each trains a copy of the model; where labels are few, a copy per label, in as m
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from controlprefix._io import requires_extra
-from controlprefix.engine import ControlPrefix
 from controlprefix.evaluation.comparison import adapter_training
-from controlprefix.evaluation.comparison.methods import (
-    NUM_ADAPTATIONS,
-    ControlPrefixMethod,
-    Method,
-    Problem,
-)
+from controlprefix.evaluation.comparison.methods import Method, Problem
 from controlprefix.example import Example
-from controlprefix.model import FrozenModel
 from controlprefix.model.tokenization import TokenizedExample
-from controlprefix.prefixes import Part, Prefix
-from controlprefix.store import PrefixStore
 from controlprefix.training.run import learning_rate_schedule
 
 _BOTTLENECK_SIZE = 16
-
-
-def peft_package() -> Any:
-    """The package peft.
-
-    Raises:
-        MissingDependencyError: If it is not installed.
-    """
-    with requires_extra("compare", "a comparison with adapters"):
-        import peft
-
-    return peft
 
 
 class AdapterMethod(Method):
@@ -120,60 +97,6 @@ class AdapterMethod(Method):
         self.models.clear()
 
 
-class PeftMethod(AdapterMethod):
-    """An adapter of PEFT.
-
-    Args:
-        problem: As for every method.
-        config: A function of the package, the number of slots and the names of the linear layers
-            of attention that returns its configuration.
-        from_text: Start from the keys and values of training texts.
-        rates: Learning rates to choose from.
-    """
-
-    def __init__(
-        self, problem: Problem, *, config: Any, rates: Sequence[float], from_text: bool = False
-    ) -> None:
-        super().__init__(problem)
-        self.config, self.from_text = config, from_text
-        self.rates = rates  # type: ignore[misc]  # one class, many methods
-
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
-        peft = peft_package()
-        num_slots = self.problem.num_slots
-        config = self.config(peft, num_slots, linear_layers(self.problem.frozen))
-        adapted: nn.Module = peft.get_peft_model(model, config)
-        if self.from_text:
-            from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
-
-            tokenizer = self.problem.frozen.tokenizer
-            text = "\n".join(str(tokenizer.decode([*row.completion])) for row in rows[:num_slots])
-            initialize_kv_prefix_from_text(adapted, tokenizer, text=text, use_chat_template=False)
-        return adapted
-
-    @contextlib.contextmanager
-    def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
-        model: Any = self.models[self.group(rows[0])]
-        with model.disable_adapter():
-            yield model
-
-
-class LoraMethod(PeftMethod):
-    """LoRA, of which PEFT can apply another to each row of a batch."""
-
-    is_mixed = True
-
-    @contextlib.contextmanager
-    def many_applied(self) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-        model: Any = next(iter(self.models.values()))
-        names = [f"copy{i}" for i in range(NUM_ADAPTATIONS)]
-        for name in names:
-            model.add_adapter(name, model.peft_config["default"])
-        yield model, {"adapter_names": names}
-        for name in names:
-            model.delete_adapter(name)
-
-
 class BottleneckAdapter(AdapterMethod):
     """Two small matrices with a ReLU between them, added to the output of every layer.
 
@@ -181,7 +104,7 @@ class BottleneckAdapter(AdapterMethod):
         Pfeiffer et al., "AdapterFusion", 2021, https://arxiv.org/abs/2005.00247.
     """
 
-    rates: ClassVar[Sequence[float]] = (3e-4, 1e-3, 3e-3)
+    rates: Sequence[float] = (3e-4, 1e-3, 3e-3)
 
     def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
         adapters = nn.ModuleList()
@@ -229,7 +152,7 @@ class _Bottleneck(nn.Module):
 class FullFineTuning(AdapterMethod):
     """All weights of a copy, in float32."""
 
-    rates: ClassVar[Sequence[float]] = (1e-5, 3e-5, 1e-4)
+    rates: Sequence[float] = (1e-5, 3e-5, 1e-4)
 
     def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
         return model.float().requires_grad_(True)
@@ -246,7 +169,7 @@ class BitFit(AdapterMethod):
         Ben Zaken et al., "BitFit", 2022, https://arxiv.org/abs/2106.10199.
     """
 
-    rates: ClassVar[Sequence[float]] = (1e-3, 3e-3, 1e-2)
+    rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
 
     def unavailable(self) -> str | None:
         names = [name for name, _ in self.problem.frozen.model.named_parameters()]
@@ -256,115 +179,3 @@ class BitFit(AdapterMethod):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
         return model
-
-
-class PrefixThenLora(PeftMethod):
-    """A task prefix in half of the steps, then a LoRA adapter that reads it.
-
-    Reference:
-        Kim et al., "Preserving Pre-trained Representation Space: On Effectiveness of Prefix-tuning
-        for Large Multi-modal Models" (PT-PEFT), 2024, https://arxiv.org/abs/2411.00029; there the
-        prefix is trained further too.
-    """
-
-    def train(self, *, rate: float, seed: int) -> None:
-        halves = _in_half(self.problem)
-        prefix = ControlPrefixMethod(halves, labels=False)
-        prefix.train(rate=5e-4, seed=seed)
-        self.costs = prefix.costs
-        self.prefix = next(prefix.prefixes())
-        whole, self.problem = self.problem, halves
-        try:
-            super().train(rate=rate, seed=seed)
-        finally:
-            self.problem = whole
-        self.num_parameters += prefix.num_parameters
-        self.num_stored += prefix.num_stored
-
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
-        frozen = FrozenModel(model, self.problem.frozen.tokenizer)  # type: ignore[arg-type]
-        return _Steered(super().adapted(model, rows, seed), frozen, self.prefix)
-
-    @contextlib.contextmanager
-    def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
-        steered: Any = self.models[self.group(rows[0])]
-        with steered.inner.disable_adapter():
-            yield steered.inner
-
-
-class LoraThenPrefix(PeftMethod):
-    """A LoRA adapter in half of the steps, merged, then a task prefix for the merged model."""
-
-    def train(self, *, rate: float, seed: int) -> None:
-        whole, self.problem = self.problem, _in_half(self.problem)
-        try:
-            super().train(rate=rate, seed=seed)
-        finally:
-            self.problem = whole
-        for label, model in self.models.items():
-            merged: Any = model.merge_and_unload()  # type: ignore[operator]
-            merged.requires_grad_(False)
-            frozen = FrozenModel(merged, whole.frozen.tokenizer)
-            cp = ControlPrefix(frozen, PrefixStore("sqlite://"))
-            rows = [
-                row.model_copy(update={"attributes": {}})
-                for row in whole.training
-                if label in (None, whole.label(row))
-            ]
-            steps = -(-whole.steps // (2 * len(self.models)))
-            with self.costs.watched():
-                report = cp.train(
-                    rows,
-                    learn="task",
-                    num_slots=whole.num_slots,
-                    steps=steps,
-                    batch_size=whole.batch_size,
-                    validation=0,
-                    seed=seed,
-                    progress=False,
-                )
-            prefix = cp.get("task", str(rows[0].task))
-            self.num_parameters += report.num_parameters
-            self.num_stored += sum(slots.numel() for slots in prefix.slots.values())
-            self.models[label] = _Steered(merged, frozen, prefix)
-
-    @contextlib.contextmanager
-    def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
-        yield None  # the adapter is merged
-
-
-class _Steered(nn.Module):
-    """A module with a prefix in front of every row."""
-
-    def __init__(self, inner: nn.Module, frozen: FrozenModel, prefix: Prefix) -> None:
-        super().__init__()
-        self.inner = inner
-        # A function, so that the module is not told of the frozen model's parameters twice.
-        self._rows = lambda num_rows: frozen.attached(frozen.assemble([[Part(prefix)]] * num_rows))
-
-    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
-        """Call the module."""
-        with self._rows(len(input_ids)):
-            return self.inner(input_ids=input_ids, **inputs)
-
-    def generate(self, input_ids: Tensor, **options: Any) -> Any:
-        """Generate with the module."""
-        with self._rows(len(input_ids)):
-            return self.inner.generate(input_ids=input_ids, **options)  # type: ignore[operator]
-
-
-def linear_layers(frozen: FrozenModel) -> list[str]:
-    """Names of the linear layers inside attention, such as `q_proj`."""
-    model = frozen.model
-    names = {
-        name.rpartition(".")[2]: None
-        for path in frozen.steering.attention_paths
-        for name, module in model.get_submodule(path).named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    return list(names)
-
-
-def _in_half(problem: Problem) -> Problem:
-    """The same problem with half of the steps."""
-    return replace(problem, steps=max(1, problem.steps // 2))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -96,7 +96,7 @@ class Method:
         is_mixed: Whether rows of one batch can have different adaptations.
     """
 
-    rates: ClassVar[Sequence[float]] = ()
+    rates: Sequence[float] = ()
     is_mixed = True
 
     def __init__(self, problem: Problem) -> None:
@@ -190,13 +190,13 @@ class ControlPrefixMethod(Method):
         **settings: Fields of `TrainingSettings`.
     """
 
-    rates: ClassVar[Sequence[float]] = (2.5e-4, 5e-4, 1e-3)
-
     def __init__(self, problem: Problem, *, labels: bool = True, **settings: Any) -> None:
         super().__init__(problem)
         self.labels = labels and bool(problem.attributes)
         self.is_without_labels = not labels
         self.settings = settings
+        is_direct = settings.get("parameterization") == "direct"
+        self.rates = (1e-2, 2e-2, 4e-2) if is_direct else (2.5e-4, 5e-4, 1e-3)
         self.cp = ControlPrefix(problem.frozen, PrefixStore("sqlite://"))
 
     def unavailable(self) -> str | None:

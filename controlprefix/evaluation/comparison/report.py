@@ -50,6 +50,8 @@ QUALITY = (
     Column("BLEU", "BLEU", 1, "high", "overlap with the references, 0 to 100 (sacrebleu)"),
     Column("chrF", "chrF", 1, "high", "overlap of characters, 0 to 100 (sacrebleu)"),
     Column("ROUGE-L", "ROUGE-L", 1, "high", "longest common subsequence, 0 to 100 (rouge-score)"),
+    Column("BLEU, unseen", "BLEU, unseen", 1, "high", "of rows with labels that were not trained"),
+    Column("chrF, unseen", "chrF, unseen", 1, "high", "of rows with labels that were not trained"),
     Column("slot errors", "slot errors", 2, "low", "values of tables missing or invented, share"),
     Column("base-model nats", "plainness", 2, "", "nats per token of its texts, plain model"),
     Column("distinct-2", "distinct-2", 2, "", "share of word pairs of its texts that differ"),

@@ -1,0 +1,231 @@
+"""Trains and measures one method of a comparison after another."""
+
+import gc
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import psutil
+import torch
+
+from controlprefix.evaluation.classifier import AttributeClassifier
+from controlprefix.evaluation.comparison import measures
+from controlprefix.evaluation.comparison.adapters import (
+    BitFit,
+    BottleneckAdapter,
+    FullFineTuning,
+)
+from controlprefix.evaluation.comparison.methods import (
+    ControlPrefixMethod,
+    FewShot,
+    Instruction,
+    Method,
+    Plain,
+    Problem,
+)
+from controlprefix.evaluation.comparison.peft_methods import (
+    LORA,
+    PEFT_KINDS,
+    LoraMethod,
+    LoraThenPrefix,
+    PeftMethod,
+    PrefixThenLora,
+)
+from controlprefix.evaluation.comparison.state import ComparisonState
+from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.example import Example
+
+_SPARE = 1.2  # memory that must be available, times what is needed
+
+MethodMaker = Callable[[Problem], Method]
+METHODS: Final[dict[str, MethodMaker]] = {
+    "plain": Plain,
+    "instruction": Instruction,
+    "few-shot": FewShot,
+    "controlprefix": ControlPrefixMethod,
+    "controlprefix, task only": partial(ControlPrefixMethod, labels=False),
+    "controlprefix, contrast": partial(ControlPrefixMethod, contrast=0.3),
+    "controlprefix, off context": partial(ControlPrefixMethod, off_context=0.1),
+    "controlprefix, direct": partial(ControlPrefixMethod, parameterization="direct"),
+    **{name: partial(PeftMethod, kind=kind) for name, kind in PEFT_KINDS.items()},
+    "PEFT LoRA r8": partial(LoraMethod, kind=LORA),
+    "bottleneck adapters": BottleneckAdapter,
+    "BitFit": BitFit,
+    "full fine-tuning": FullFineTuning,
+    "prefix, then LoRA": partial(PrefixThenLora, kind=LORA),
+    "LoRA, then prefix": partial(LoraThenPrefix, kind=LORA),
+}
+
+
+class Runner:
+    """Trains and measures one method after another; what the state has is not repeated."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        state: ComparisonState,
+        elsewhere: measures.Elsewhere,
+        classifiers: Mapping[str, AttributeClassifier],
+        num_rates: int,
+    ) -> None:
+        self.problem, self.state, self.elsewhere = problem, state, elsewhere
+        self.classifiers = classifiers
+        self.num_rates = num_rates
+        self.plain_cp = ControlPrefixMethod(problem).cp
+
+    def measure(self, name: str, seeds: Sequence[int]) -> Iterator[str]:
+        """Measure a method; yields what was done after each training."""
+        result = self.state.method(name)
+        method = METHODS[name](self.problem)
+        reason = method.unavailable() or _too_large(method)
+        if reason is not None:
+            result["skipped"] = reason
+            self.state.save()
+            yield f"skipped, {reason}"
+            return
+        try:
+            yield from self._measure(name, result, seeds)
+        except (torch.OutOfMemoryError, ValueError, NotImplementedError) as error:
+            # PEFT refuses architectures that it does not know by a ValueError.
+            result["skipped"] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.state.save()
+            yield f"skipped, {result['skipped']}"
+
+    def _measure(self, name: str, result: dict[str, Any], seeds: Sequence[int]) -> Iterator[str]:
+        rates = _from_the_middle(METHODS[name](self.problem).rates)[: self.num_rates]
+        losses: dict[str, float] = result.setdefault("validation", {})
+        runs: dict[str, measures.Figures] = result.setdefault("runs", {})
+        best: _Trained | None = None
+        for rate in rates:
+            if str(rate) not in losses:
+                trained = self._train(name, rate, seeds[0])
+                loss = measures.nats_per_token(trained.method, self.problem.validation)
+                losses[str(rate)] = round(loss, 5)
+                if losses[str(rate)] == min(losses.values()):
+                    if best is not None:
+                        best.close()
+                    best = trained
+                else:
+                    trained.close()
+                self.state.save()
+            yield f"learning rate {rate:g}"
+        best_rate = float(min(losses, key=lambda rate: losses[rate])) if losses else 0.0
+        for number, seed in enumerate(seeds if rates else seeds[:1]):
+            if str(seed) not in runs:
+                is_kept = best is not None and best.rate == best_rate and not number
+                trained = best if best and is_kept else self._train(name, best_rate, seed)
+                self._record(result, trained.method, seed)
+                trained.close()
+                self.state.save()
+            if number or not rates:  # the first seed is that of the learning rates
+                yield f"seed {seed}"
+
+    def _train(self, name: str, rate: float, seed: int) -> "_Trained":
+        torch.manual_seed(seed)
+        method = METHODS[name](self.problem)
+        method.train(rate=rate, seed=seed)
+        return _Trained(method, rate)
+
+    def _record(self, result: dict[str, Any], method: Method, seed: int) -> None:
+        """Measure a trained method."""
+        problem, elsewhere = self.problem, self.elsewhere
+        rows = problem.test
+        figures: measures.Figures = {"nats": measures.nats_per_token(method, rows)}
+        if problem.few_labels:
+            labels = problem.attributes[problem.few_labels]
+            following = dict(zip(labels, labels[1:] + labels[:1], strict=True))
+            swapped = [
+                row.model_copy(
+                    update={"attributes": {problem.few_labels: following[str(problem.label(row))]}}
+                )
+                for row in rows
+            ]
+            figures["nats, other label"] = measures.nats_per_token(method, swapped)
+        unseen = [row for row in rows if not problem.has_labels(row)]
+        if 0 < len(unseen) < len(rows):
+            figures["nats, unseen"] = measures.nats_per_token(method, unseen)
+        texts = measures.texts_of(method, rows, seed)
+        figures |= measures.text_figures(rows, texts)
+        if "nats, unseen" in figures:
+            own = dict(zip(map(id, rows), texts, strict=True))
+            others = measures.text_figures(unseen, [own[id(row)] for row in unseen])
+            figures |= {f"{k}, unseen": others[k] for k in ("BLEU", "chrF") if k in others}
+        figures |= measures.accuracy_figures(rows, texts, self.classifiers)
+        plainness = statistics.fmean(base_model_nlls(self.plain_cp, texts))
+        if math.isfinite(plainness):  # not if all texts are empty
+            figures["base-model nats"] = plainness
+        for key, others in (("written", elsewhere.written), ("answers", elsewhere.answers)):
+            value = measures.divergence(method, others)
+            figures[f"divergence, {key}"] = value if value is not None else 0.0
+        if elsewhere.general:
+            general = measures.nats_per_token(method, self._in_context(elsewhere.general))
+            plain = measures.nats_per_token(Plain(problem), elsewhere.general)
+            figures["forgetting"] = general - plain
+        off = measures.divergence(method, elsewhere.written[:4], off=True)
+        if off is not None:
+            figures["divergence, off"] = off
+        figures["tokens per second"] = measures.tokens_per_second(method)
+        if method.rates:
+            figures |= {
+                "parameters": method.num_parameters,
+                "stored": method.num_stored,
+                "bytes per adaptation": 2 * method.num_stored / method.num_adaptations,
+                "step seconds": method.costs.seconds / problem.steps,
+                "peak MiB": method.costs.peak_mib,
+            }
+        result.setdefault("runs", {})[str(seed)] = {k: round(v, 5) for k, v in figures.items()}
+        samples = [
+            {"prompt": row.prompt or "", "labels": dict(row.attributes), "text": text}
+            for row, text in zip(rows[:4], texts[:4], strict=True)
+        ]
+        result.setdefault("texts", samples)
+
+    def _in_context(self, rows: Sequence[Example]) -> list[Example]:
+        """Rows with the task and labels of training rows, so that an adaptation is on."""
+        contexts = self.problem.training
+        return [
+            contexts[i % len(contexts)].model_copy(
+                update={
+                    "prompt": row.prompt,
+                    "messages": row.messages,
+                    "raw": row.raw,
+                    "completion": row.completion,
+                }
+            )
+            for i, row in enumerate(rows)
+        ]
+
+
+class _Trained(NamedTuple):
+    """A trained method, and its learning rate."""
+
+    method: Method
+    rate: float
+
+    def close(self) -> None:
+        """Free its memory."""
+        self.method.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _too_large(method: Method) -> str | None:
+    """Why a method's training would not fit the memory."""
+    device = method.problem.frozen.device
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    else:
+        available = psutil.virtual_memory().available
+    required = _SPARE * method.required_bytes()
+    if required <= available:
+        return None
+    return f"it needs about {required / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+
+
+def _from_the_middle(rates: Sequence[float]) -> list[float]:
+    """The middle rate first, then those beside it."""
+    middle = len(rates) // 2
+    return sorted(rates, key=lambda rate: abs(rates.index(rate) - middle))

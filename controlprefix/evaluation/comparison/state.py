@@ -1,0 +1,65 @@
+"""The results of a comparison so far, in a file if there is a folder."""
+
+import importlib.metadata
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from controlprefix._io import atomic_path
+from controlprefix._version import __version__
+from controlprefix.errors import StoreError
+
+
+class ComparisonState:
+    """The results so far, in a file if there is a folder."""
+
+    def __init__(self, path: Path | None, options: dict[str, Any], command: str) -> None:
+        self.path = path
+        self.results: dict[str, Any] = {"options": options, "methods": {}}
+        if path is not None and path.is_file():
+            try:
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                earlier = saved["options"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise StoreError(f"cannot read the comparison {path}: {error}") from error
+            different = [key for key in options if earlier.get(key) != options[key]]
+            if different:
+                raise StoreError(
+                    f"{path} holds a comparison with another {', '.join(different)}; give another "
+                    "folder"
+                )
+            self.results = saved
+        self.results["about"] = {
+            "command": command,
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "versions": {
+                "controlprefix": __version__,
+                **{
+                    name: importlib.metadata.version(name)
+                    for name in ("torch", "transformers", "peft")
+                },
+            },
+        }
+
+    def method(self, name: str) -> dict[str, Any]:
+        """The results of a method."""
+        result: dict[str, Any] = self.results["methods"].setdefault(name, {})
+        return result
+
+    def save(self) -> None:
+        """Write the file."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.path) as temporary:
+                temporary.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise StoreError(f"cannot write the comparison to {self.path}: {error}") from error
