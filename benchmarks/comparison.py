@@ -19,7 +19,6 @@ from lib.datasets import DATA_SETS, DataSet, Row, labelled, load, read_rows, shu
 from lib.models import add_model_options, load_from
 from lib.results import arguments, save
 
-NUM_TRAINING_ROWS = 480
 MAX_CLASSIFIER_ROWS = 3000
 
 
@@ -35,13 +34,13 @@ def example(data: DataSet, row: Row) -> Example:
     )
 
 
-def classifiers(folder: Path, data: DataSet) -> list[AttributeClassifier]:
-    """A classifier of the labels, of training rows that no method gets."""
+def classifiers(folder: Path, data: DataSet, num_rows: int) -> list[AttributeClassifier]:
+    """A classifier of the labels, of training rows after the first, which methods get."""
     if not data.has_few_labels:
         return []
     files = {"formality": "formality_pavlick", "sentiment": "sentiment_yelp"}
     rows = shuffled(labelled(folder, files[data.name], data.name, "train"), 0)
-    others = rows[NUM_TRAINING_ROWS:][:MAX_CLASSIFIER_ROWS]
+    others = rows[num_rows:][:MAX_CLASSIFIER_ROWS]
     texts, labels = [row.completion for row in others], [str(row.label) for row in others]
     return [AttributeClassifier.train(data.name, texts, labels)]
 
@@ -70,13 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--training-rows", type=int, default=480)
     parser.add_argument("--rates", type=int, default=3, help="learning rates that each tries")
     parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--rows", type=int, default=48, help="test rows, and validation rows")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--folder", type=Path, help="where an interrupted run continues")
     options: argparse.Namespace = parser.parse_args(argv)
-    data = load(options.data, options.data_set, 0, NUM_TRAINING_ROWS)
+    data = load(options.data, options.data_set, 0, options.training_rows)
     general = [Example(prompt="", raw=True, completion=text) for text in emails(options.data)]
     report = compare(
         ControlPrefix(load_from(options), PrefixStore("sqlite://")),
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_rows=options.rows,
         max_new_tokens=options.new_tokens,
         instruction=data.instruction(Row("", label="{labels}")).strip(),
-        classifiers=classifiers(options.data, data),
+        classifiers=classifiers(options.data, data, options.training_rows),
         general=general[: options.rows],
         folder=options.folder,
     )

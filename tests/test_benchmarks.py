@@ -46,7 +46,7 @@ RUNS = {
     "store": "--small 40 --large 40 --times 2",
     "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.001",
     "comparison": "DATA --methods plain controlprefix --steps 1 --rates 1 --rows 4 --new-tokens 2 "
-    "--num-slots 2",
+    "--num-slots 2 --training-rows 32",
     "relevance": "DATA --prompts 16",
     "attributes": "DATA --studies styles --steps 6 --reward-steps 1 --num-slots 2 --texts 2 "
     "--new-tokens 2",
