@@ -18,9 +18,11 @@ from controlprefix import (
 )
 from controlprefix.data.general import general_prompts
 from controlprefix.inference import relevance as relevance_module
-from controlprefix.prefixes import Relevance
+from controlprefix.prefixes import PrefixDecoder, PrefixKey, Relevance
+from controlprefix.store import NewVersion
+from controlprefix.training.initialization import scale_of
 
-from helpers import engine
+from helpers import coded, engine
 
 NAMES = ("Ada", "Bo", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jo")
 BOATS = [f"Write about the boat {name}." for name in NAMES]
@@ -81,6 +83,15 @@ def test_a_request_needs_a_prefix_that_has_learned_it(cp: ControlPrefix) -> None
     parts = cp.resolve(Request(prompt="moon", task="boats", user="ana", when="relevant")).parts
     strengths = {part.used.kind: part.used.strength for part in parts}
     assert strengths == {"task": 0.0, "user": 1.0}  # hers has learned nothing
+
+
+def test_a_user_code_has_no_room_for_it(cp: ControlPrefix) -> None:
+    start = Prefix.random(cp.geometry, num_slots=3, seed=7)
+    decoder = PrefixDecoder(start, scale_of(start), width=8, hidden_size=16).rounded()
+    cp.store.put([NewVersion(PrefixKey("decoder", "users"), decoder)])
+    cp.store.put([NewVersion(PrefixKey("user", "bo"), coded(decoder))])
+    with pytest.raises(RequestError, match="user 'bo' is a code"):
+        cp.learn_relevance("user", "bo", BOATS)
 
 
 def test_training_refuses_it(cp: ControlPrefix) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from controlprefix.engine.components import Components
+from controlprefix.errors import RequestError
 from controlprefix.inference.relevance import LearnedRelevance, learn_relevance
 from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.prefixes import Kind, Prefix, PrefixKey, StorageDtype
@@ -85,10 +86,14 @@ class PrefixMethods(Components):
         Raises:
             UnknownNameError: If there is no such name for this model.
             TrainingDataError: If there are too few prompts.
+            RequestError: If it is stored as a code.
             MissingDependencyError: If sentence-transformers is not installed.
             VersionConflictError: If another version was published meanwhile.
         """
+        key = PrefixKey(kind, name)
         current = next(v for v in self.versions(kind, name) if v.current)
+        if not isinstance(self._model_store.get(key, version=current.version).value, Prefix):
+            raise RequestError(f"{key} is a code, which has no room for prompts; give a prefix")
         prefix = self.get(kind, name, version=current.version)
         relevance, accepted = learn_relevance(prompts, others)
         version = self.put(

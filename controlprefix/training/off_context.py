@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from controlprefix.data.general import general_prompts
 from controlprefix.errors import TrainingDataError
@@ -84,4 +85,4 @@ def _answers(
     for new in output[:, ids.shape[1] :].tolist():
         length = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
         answers.append(tuple(new[:length]))
-    return answers
+    return list(broadcast_object_list([answers])[0])  # processes must have the same rows

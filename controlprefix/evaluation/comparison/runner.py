@@ -150,8 +150,8 @@ class Runner:
         figures |= measures.text_figures(rows, texts)
         if "nats, unseen" in figures:
             own = dict(zip(map(id, rows), texts, strict=True))
-            others = measures.text_figures(unseen, [own[id(row)] for row in unseen])
-            figures |= {f"{k}, unseen": others[k] for k in ("BLEU", "chrF") if k in others}
+            apart = measures.text_figures(unseen, [own[id(row)] for row in unseen])
+            figures |= {f"{k}, unseen": apart[k] for k in ("BLEU", "chrF") if k in apart}
         figures |= measures.accuracy_figures(rows, texts, self.classifiers)
         plainness = statistics.fmean(base_model_nlls(self.plain_cp, texts))
         if math.isfinite(plainness):  # not if all texts are empty
