@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class PartUsed(BaseModel):
@@ -19,7 +19,7 @@ class PartUsed(BaseModel):
     name: str
     version: int
     strength: float
-    relevance: float | None = None
+    relevance: float | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class StandIn(BaseModel):

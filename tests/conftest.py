@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,6 +19,9 @@ from controlprefix import ControlPrefix
 
 import models
 from models import CONFIGS, PARTICULAR, build, byte_tokenizer
+
+if TYPE_CHECKING:
+    from servers import Served
 
 with contextlib.suppress(ImportError):  # not installed where vLLM is tested
     from hypothesis import settings
@@ -112,3 +115,24 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _runs_in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that the command line trains are recorded nowhere else."""
     monkeypatch.setattr("controlprefix.cli.runs.RUNS", tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URL of a store with prefixes of two tenants; modules may have another `store`."""
+    from servers import fill  # needs packages that are not installed where vLLM is tested
+
+    url = f"sqlite:///{tmp_path_factory.mktemp('served')}/prefixes.db"
+    fill(url, "mine", 2.0)
+    fill(url, "theirs", 3.0)
+    return url
+
+
+@pytest.fixture(scope="module")
+def served(store: str) -> "Iterator[Served]":
+    """A server of the tenant `mine` of that store."""
+    from servers import Served
+
+    built = Served(store, open_tenant="mine")
+    yield built
+    built.close()

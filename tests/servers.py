@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import uvicorn
 
-from controlprefix import ControlPrefix, Prefix
+from controlprefix import ControlPrefix, Prefix, Request
 from controlprefix.serving import Server, create_app
 from controlprefix.serving.connections import config_for
 from controlprefix.store import PrefixStore
@@ -28,6 +28,15 @@ def fill(url: str, tenant: str, scale: float) -> None:
         prefix = Prefix.random(cp.geometry, num_slots=3, scale=scale, seed=seed)
         cp.put(kind, part, prefix)  # type: ignore[arg-type]
     cp.store.close()
+
+
+def expected(store: str, tenant: str = "mine", **fields: Any) -> str:
+    """What the library alone generates."""
+    cp = ControlPrefix(frozen(MODEL, TOKENIZER), PrefixStore(store, tenant=tenant))
+    try:
+        return cp.generate(Request(**fields)).text
+    finally:
+        cp.store.close()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,6 @@ from models import build, byte_tokenizer, sentencepiece_tokenizer, wordpiece_tok
 from servers import MODEL, TOKENIZER, Served, fill, wait_for
 
 MESSAGES: Any = [{"role": "user", "content": "Tell Sam."}]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = f"sqlite:///{tmp_path_factory.mktemp('openai')}/prefixes.db"
-    fill(url, "mine", 2.0)
-    return url
-
-
-@pytest.fixture(scope="module")
-def served(store: str) -> Iterator[Served]:
-    built = Served(store, open_tenant="mine")
-    yield built
-    built.close()
 
 
 def chat(served: Served, **fields: Any) -> httpx.Response:

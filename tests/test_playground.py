@@ -1,0 +1,121 @@
+"""The page for people, in a real browser where there is one."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from controlprefix.store import PrefixStore
+
+from servers import Served, expected
+
+
+def test_the_playground_needs_nothing_from_elsewhere(served: Served) -> None:
+    page = httpx.get(f"{served.base}/playground")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http" not in page.text.replace("http-equiv", "")
+    assert ".innerHTML" not in page.text  # what a model or a user writes is text, not markup
+    assert httpx.get(f"{served.base}/v1/users").json() == {"users": ["ana"], "has_more": False}
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    if shutil.which("chromium") is None:
+        pytest.skip("no Chromium on this machine")
+    selenium = pytest.importorskip("selenium.webdriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for item in (
+        *("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "window-size=1100,900"),
+        *("disable-background-networking", f"user-data-dir={tmp_path}"),
+    ):
+        options.add_argument(f"--{item}")
+    service = selenium.ChromeService(str(shutil.which("chromedriver")))
+    built = selenium.Chrome(options=options, service=service)
+    yield built
+    built.quit()
+
+
+def wait(browser: Any, condition: str) -> Any:
+    for _ in range(400):
+        if result := browser.execute_script(f"return {condition}"):
+            return result
+        time.sleep(0.05)
+    raise AssertionError(condition + ": " + str(browser.get_log("browser")))
+
+
+NOTES = "[...document.querySelectorAll('.side .note')].map(note => note.textContent)"
+
+
+def test_the_playground_compares_keeps_feedback_and_enrols(served: Served, browser: Any) -> None:
+    browser.get(f"{served.base}/playground")
+    wait(browser, "document.querySelectorAll('.side .user option').length == 4")  # — and ana, twice
+    browser.execute_script(
+        "document.querySelectorAll('.user')[1].value = 'ana';"
+        "document.querySelector('.dials select').value = 'warm';"
+        "document.getElementById('generate').click()"
+    )
+    wait(browser, "document.getElementById('stop').disabled")
+    texts = browser.execute_script(
+        "return [...document.querySelectorAll('.text')].map(one => one.textContent)"
+    )
+    how: dict[str, Any] = {"prompt": "Tell Sam I will be late for lunch.", "max_new_tokens": 64}
+    assert texts[0] == expected(served.url, **how, attributes={"tone": "warm"})
+    assert texts[1] == expected(served.url, **how, user="ana")
+    browser.execute_script("document.querySelectorAll('.prefer')[1].click()")
+    wait(browser, f"{NOTES}[1] == 'kept for ana: 1 preferences to learn from'")
+    with PrefixStore(served.url, tenant="mine") as store:
+        (feedback,) = store.feedback("ana")
+    assert json.loads(feedback)["chosen"] == texts[1]
+    # A dial that is moved marks the text as old; the address has the settings.
+    browser.execute_script(
+        "const dial = document.querySelector('.much'); dial.value = 2;"
+        "dial.dispatchEvent(new Event('input', {bubbles: true}))"
+    )
+    assert wait(browser, "document.querySelector('.text').classList.contains('old')")
+    assert "warm" in browser.current_url
+    browser.execute_script("document.querySelector('.code').click()")
+    assert "extra_body" in wait(browser, "document.querySelector('.snippet').textContent")
+    browser.refresh()
+    wait(browser, "document.querySelectorAll('.user')[1].value == 'ana'")
+    assert browser.execute_script("return document.querySelector('.much').value") == "2"
+    browser.execute_script(
+        "document.getElementById('name').value = '<b>zoe/ü</b>';"
+        "document.getElementById('texts').value = 'hi there';"
+        "document.getElementById('enroll').click()"
+    )
+    wait(browser, "document.getElementById('status').textContent.includes('enrolled from 1 texts')")
+    assert browser.execute_script("return document.querySelector('.user').value") == "<b>zoe/ü</b>"
+    httpx.delete(f"{served.base}/v1/users/%3Cb%3Ezoe%2F%C3%BC%3C%2Fb%3E")
+
+
+def test_the_playground_by_keyboard_on_a_phone_and_with_a_failing_side(
+    served: Served, browser: Any
+) -> None:
+    browser.set_window_size(320, 700)
+    browser.get(f"{served.base}/playground")
+    wait(browser, "document.querySelectorAll('.side .user option').length == 4")
+    assert browser.execute_script("return document.body.scrollWidth <= window.innerWidth")
+    buttons = "[...document.querySelectorAll('button')]"
+    small = f"{buttons}.filter(b => b.offsetHeight && b.offsetHeight < 44)"
+    assert browser.execute_script(f"return {small}.length") == 0
+    # One side names a user that was forgotten meanwhile: the other still writes.
+    browser.execute_script(
+        "document.querySelectorAll('.user')[1].append(new Option('gone', 'gone', true, true));"
+        "document.getElementById('prompt').focus()"
+    )
+    browser.execute_script(
+        "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', ctrlKey: true}))"
+    )
+    wait(browser, "document.getElementById('stop').disabled")
+    notes = browser.execute_script(f"return {NOTES}")
+    assert notes[0] == ""
+    assert "no user 'gone'" in notes[1]
+    assert browser.execute_script("return document.querySelector('.text').textContent")
+    browser.execute_script("document.querySelector('.prefer').click()")
+    assert wait(browser, f"{NOTES}[0]") == "write two different texts first"
