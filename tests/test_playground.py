@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from controlprefix import AttributeSpace
 from controlprefix.store import PrefixStore
 
 from servers import Served, expected
@@ -119,3 +120,31 @@ def test_the_playground_by_keyboard_on_a_phone_and_with_a_failing_side(
     assert browser.execute_script("return document.querySelector('.text').textContent")
     browser.execute_script("document.querySelector('.prefer').click()")
     assert wait(browser, f"{NOTES}[0]") == "write two different texts first"
+
+
+def test_the_playground_has_one_dial_between_opposites(store: str, browser: Any) -> None:
+    space = AttributeSpace.parse(
+        "attributes: {tone: {labels: {warm: {opposite: cold}, cold: {opposite: warm}}}}"
+    )
+    served = Served(store, open_tenant="mine", attributes=space)
+    try:
+        browser.get(f"{served.base}/playground")
+        wait(browser, "document.querySelectorAll('.side .user option').length == 4")
+        browser.execute_script(
+            "const pick = document.querySelector('.dials select');"
+            "pick.value = [...pick.options].find(o => o.text.includes('cold … warm')).value;"
+            "pick.dispatchEvent(new Event('input', {bubbles: true}));"
+            "pick.nextElementSibling.value = 0.5;"
+            "pick.nextElementSibling.dispatchEvent(new Event('input', {bubbles: true}))"
+        )
+        assert wait(browser, "document.querySelector('.dials output').textContent") == "0.5 warm"
+        assert browser.execute_script("return JSON.stringify(asked(sides()[0]).attributes)") == (
+            '{"tone":0.5}'
+        )
+        browser.execute_script("document.getElementById('generate').click()")
+        wait(browser, "document.getElementById('stop').disabled")
+        text = browser.execute_script("return document.querySelector('.text').textContent")
+        how: dict[str, Any] = {"prompt": "Tell Sam I will be late for lunch.", "max_new_tokens": 64}
+        assert text == expected(store, **how, attributes={"tone": {"warm": 0.5}})
+    finally:
+        served.close()
