@@ -26,7 +26,7 @@ NEW = [
 ]
 
 
-def main(cp: ControlPrefix, *, steps: int = 60) -> None:
+def main(cp: ControlPrefix, *, steps: int = 12) -> None:
     """Train on six tables, and write about two others and about an unseen category."""
     rows = [
         {
