@@ -141,7 +141,43 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss() -> None:
     assert list(method["runs"]) == ["0", "1"]
 
 
-def test_what_does_not_fit_the_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_learning_rate_that_diverges_loses_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = ControlPrefixMethod.train
+
+    def diverges(self: ControlPrefixMethod, *, rate: float, seed: int) -> None:
+        if rate in diverging:
+            raise TrainingDataError("the loss is nan at step 1; nothing was stored")
+        train(self, rate=rate, seed=seed)
+
+    monkeypatch.setattr(ControlPrefixMethod, "train", diverges)
+    settings = {**SETTINGS, "methods": ["controlprefix"], "num_rates": 3}
+    diverging: set[float] = {5e-4, 1e-3}
+    method = compare(engine(), greetings(8), **settings).methods["controlprefix"]
+    assert [rate for rate, loss in method["validation"].items() if loss is None] == [
+        "0.0005",
+        "0.001",
+    ]
+    assert method["runs"]
+    diverging = {2.5e-4, 5e-4, 1e-3}
+    result = compare(engine(), greetings(8), **settings)
+    assert result.skipped == {"controlprefix": "it diverges at every learning rate"}
+
+
+def test_rows_of_a_label_that_was_not_trained_are_measured_apart() -> None:
+    rows = greetings(8)
+    unseen = [rows[0].model_copy(update={"attributes": {"formality": "rude"}}), rows[1]]
+    names = ["controlprefix", "PEFT LoRA r8"]
+    result = compare(engine(), rows, test=unseen, **{**SETTINGS, "methods": names})
+    for name in names:
+        assert result.figures(name, "nats, unseen")
+    assert not result.skipped
+
+
+def test_what_does_not_fit_the_memory_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Full:
         available = 1000
 
@@ -151,6 +187,10 @@ def test_what_does_not_fit_the_memory_is_skipped(monkeypatch: pytest.MonkeyPatch
     assert "GB of memory" in result.skipped["full fine-tuning"]
     assert result.figures("plain", "nats")
     assert "GB of memory" in result.markdown()
+    settings = {**SETTINGS, "methods": names, "folder": tmp_path}
+    assert compare(engine(), greetings(8), **settings).skipped
+    monkeypatch.undo()
+    assert not compare(engine(), greetings(8), **settings).skipped  # there is more memory now
 
 
 def test_mistakes_are_clear_errors() -> None:

@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,7 +113,7 @@ def compare(
         num_slots=num_slots,
         max_new_tokens=max_new_tokens,
     )
-    options = {
+    options: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,
         "num_slots": num_slots,
@@ -120,24 +121,25 @@ def compare(
         "max_new_tokens": max_new_tokens,
         "instruction": instruction,
         "rows": {name: len(getattr(problem, name)) for name in ("training", "validation", "test")},
-        "data": _hash(problem),
+        "data": _hash([problem.training, problem.validation, problem.test]),
         "model": f"{type(frozen.model).__name__}, {_size(frozen.model)}",
         "fingerprint": frozen.fingerprint,
         "dtype": str(frozen.dtype).removeprefix("torch."),
     }
-    state = ComparisonState(None if folder is None else Path(folder) / _FILE, options, command)
     general_rows = [] if general is None else _examples(general, None)[:num_rows]
+    options["elsewhere"] = _hash([general_rows], *(other_prompts or ()))
+    options["classifiers"] = sorted(classifier.attribute for classifier in classifiers)
+    state = ComparisonState(None if folder is None else Path(folder) / _FILE, options, command)
     elsewhere = measures.elsewhere(problem, general_rows, other_prompts)
     runner = Runner(problem, state, elsewhere, {c.attribute: c for c in classifiers}, num_rates)
-    total = sum(len(seeds) + num_rates - 1 if METHODS[name](problem).rates else 1 for name in names)
-    with progress_bar("compare", total, visible=progress) as update:
-        done = 0
-        for name in names:
+    counts = [len(seeds) + num_rates - 1 if METHODS[name](problem).rates else 1 for name in names]
+    with progress_bar("compare", sum(counts), visible=progress) as update:
+        for number, name in enumerate(names):
             with warnings.catch_warnings():  # PEFT's, of what it leaves out
                 warnings.simplefilter("ignore")
-                for note in runner.measure(name, seeds):
-                    done += 1
-                    update(min(done, total), f"{name}: {note}")
+                for done, note in enumerate(runner.measure(name, seeds), 1):
+                    update(sum(counts[:number]) + done, f"{name}: {note}")
+            update(sum(counts[: number + 1]), name)
     return ComparisonReport.from_dict(state.results)
 
 
@@ -181,9 +183,9 @@ def _split(
     return rows, parts[1], parts[0]
 
 
-def _hash(problem: Problem) -> str:
-    rows = [problem.training, problem.validation, problem.test]
-    text = json.dumps([[row.model_dump_json(exclude_unset=True) for row in part] for part in rows])
+def _hash(parts: Sequence[Sequence[Example]], *texts: str) -> str:
+    rows = [[row.model_dump_json(exclude_unset=True) for row in part] for part in parts]
+    text = json.dumps([rows, texts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,8 +62,9 @@ class Problem:
         if len(self.attributes) != 1:
             return None
         ((attribute, labels),) = self.attributes.items()
-        counts = Counter(map(self.label, self.training))
-        return attribute if 2 <= len(labels) <= _MAX_LABELS and None not in counts else None
+        rows = (*self.training, *self.validation, *self.test)
+        is_few = 2 <= len(labels) <= _MAX_LABELS
+        return attribute if is_few and set(map(self.label, rows)) <= set(labels) else None
 
     def label(self, row: Example) -> str | None:
         """The label of a row, if its attribute is that of all rows."""

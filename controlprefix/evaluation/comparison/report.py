@@ -292,9 +292,9 @@ class ComparisonReport:
         num_test = self.options["rows"]["test"]
         few = f"{num_test} rows are too few to tell small differences." if num_test < 50 else ""
         rates = [
-            f"{name} {min(method['validation'], key=method['validation'].get)}"
+            f"{name} {min(losses, key=lambda rate: losses[rate])}"
             for name, method in self.methods.items()
-            if method.get("validation")
+            if (losses := {r: v for r, v in method.get("validation", {}).items() if v is not None})
         ]
         return (
             Environment(autoescape=True)

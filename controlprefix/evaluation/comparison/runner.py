@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import psutil
 import torch
 
+from controlprefix.errors import TrainingDataError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import measures
 from controlprefix.evaluation.comparison.adapters import (
@@ -78,6 +79,7 @@ class Runner:
     def measure(self, name: str, seeds: Sequence[int]) -> Iterator[str]:
         """Measure a method; yields what was done after each training."""
         result = self.state.method(name)
+        result.pop("skipped", None)  # there may be more memory now
         method = METHODS[name](self.problem)
         reason = method.unavailable() or _too_large(method)
         if reason is not None:
@@ -95,23 +97,30 @@ class Runner:
 
     def _measure(self, name: str, result: dict[str, Any], seeds: Sequence[int]) -> Iterator[str]:
         rates = _from_the_middle(METHODS[name](self.problem).rates)[: self.num_rates]
-        losses: dict[str, float] = result.setdefault("validation", {})
+        losses: dict[str, float | None] = result.setdefault("validation", {})
         runs: dict[str, measures.Figures] = result.setdefault("runs", {})
         best: _Trained | None = None
         for rate in rates:
             if str(rate) not in losses:
-                trained = self._train(name, rate, seeds[0])
-                loss = measures.nats_per_token(trained.method, self.problem.validation)
-                losses[str(rate)] = round(loss, 5)
-                if losses[str(rate)] == min(losses.values()):
+                trained, loss = self._try(name, rate, seeds[0])
+                earlier = [value for value in losses.values() if value is not None]
+                losses[str(rate)] = loss
+                if (
+                    trained is not None
+                    and loss is not None
+                    and loss < min(earlier, default=math.inf)
+                ):
                     if best is not None:
                         best.close()
                     best = trained
-                else:
+                elif trained is not None:
                     trained.close()
                 self.state.save()
             yield f"learning rate {rate:g}"
-        best_rate = float(min(losses, key=lambda rate: losses[rate])) if losses else 0.0
+        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+        if losses and not finite:
+            raise TrainingDataError("it diverges at every learning rate")
+        best_rate = float(min(finite, key=lambda rate: finite[rate])) if finite else 0.0
         for number, seed in enumerate(seeds if rates else seeds[:1]):
             if str(seed) not in runs:
                 is_kept = best is not None and best.rate == best_rate and not number
@@ -121,6 +130,17 @@ class Runner:
                 self.state.save()
             if number or not rates:  # the first seed is that of the learning rates
                 yield f"seed {seed}"
+
+    def _try(self, name: str, rate: float, seed: int) -> "tuple[_Trained | None, float | None]":
+        """A method trained at a rate, and its validation loss; None if it diverges."""
+        try:
+            trained = self._train(name, rate, seed)
+        except TrainingDataError as error:
+            if "the loss is" not in str(error):
+                raise
+            return None, None
+        loss = measures.nats_per_token(trained.method, self.problem.validation)
+        return trained, round(loss, 5) if math.isfinite(loss) else None
 
     def _train(self, name: str, rate: float, seed: int) -> "_Trained":
         torch.manual_seed(seed)
