@@ -57,7 +57,8 @@ def page(results: dict[str, Any]) -> str:
         f"{rows['validation']} rows to choose one of {options['num_rates']} learning rates, "
         f"{rows['test']} to measure on. Means over seeds, with the standard deviation. Written by "
         f"`{results['command']}` at commit {results['commit']}, {results['date']}.\n\n"
-        f"{report.markdown()}"
+        + "".join(f"{note}\n\n" for note in results.get("notes", ()))
+        + report.markdown()
     ).replace("\n### ", "\n## ")
 
 
