@@ -15,7 +15,7 @@ from adapters.composition import BatchSplit
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from lib.comparison import Comparison, Measures, compare, now
+from lib.interleaved import Comparison, Measures, compare, now
 from lib.results import arguments, save_comparisons
 
 

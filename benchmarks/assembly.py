@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from controlprefix import ControlPrefix, PrefixBatch, Request
 
-from lib.comparison import Measures, compare, timed
+from lib.interleaved import Measures, compare, timed
 from lib.models import add_model_options, engine, load_from, random_prefix
 from lib.results import arguments, save_comparisons
 

@@ -18,7 +18,7 @@ from controlprefix.model.kv_cache import growing_cache
 from controlprefix.model.steering import Steering
 
 from lib import plots
-from lib.comparison import Comparison, Measures, compare, now, peak_mib
+from lib.interleaved import Comparison, Measures, compare, now, peak_mib
 from lib.models import (
     add_model_options,
     assembled,

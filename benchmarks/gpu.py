@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from controlprefix.model.decode_kernel import Segment, segmented_attention
 from controlprefix.model.steering import Steering
 
-from lib.comparison import Comparison, Measures, compare, now, timed
+from lib.interleaved import Comparison, Measures, compare, now, timed
 from lib.models import NAMES, load, mixed_batch, random_prompts
 from lib.results import ROOT, arguments, save_comparisons
 

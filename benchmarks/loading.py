@@ -10,7 +10,7 @@ from functools import partial
 
 from controlprefix.model.loading import packaged_model
 
-from lib.comparison import Measures, compare
+from lib.interleaved import Measures, compare
 from lib.results import arguments, save_comparisons
 
 TRANSFORMERS = """

@@ -5,7 +5,7 @@ from functools import partial
 
 from controlprefix.model.steering import Steering
 
-from lib.comparison import Measures, compare, now, peak_mib
+from lib.interleaved import Measures, compare, now, peak_mib
 from lib.models import add_model_options, load_from, mixed_batch, random_prompts
 from lib.results import arguments, save_comparisons
 

@@ -22,7 +22,7 @@ from controlprefix.model.kv_cache import growing_cache
 from controlprefix.model.steering import Steering
 
 from lib import plots
-from lib.comparison import Comparison, Measures, compare, now
+from lib.interleaved import Comparison, Measures, compare, now
 from lib.models import add_model_options, load_from, mixed_batch, random_prompts
 from lib.results import arguments, save_comparisons
 

@@ -11,7 +11,7 @@ from controlprefix import ControlPrefix, Request
 from controlprefix.model import FrozenModel
 from controlprefix.model.padding import pad_rows
 
-from lib.comparison import Comparison, compare, timed
+from lib.interleaved import Comparison, compare, timed
 from lib.models import add_model_options, engine, load_from, random_prefix
 from lib.results import arguments, save_comparisons
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lib.comparison import Comparison
+from lib.interleaved import Comparison
 from lib.results import ROOT, arguments
 from lib.tables import header, line
 

@@ -22,7 +22,7 @@ from controlprefix.training import RunControl, TrainingRow, TrainingSettings, tr
 from controlprefix.training.initialization import scale_of
 from controlprefix.training.parameterization import parameterize
 
-from lib.comparison import Measures, compare, now, peak_mib
+from lib.interleaved import Measures, compare, now, peak_mib
 from lib.models import add_model_options, load_from
 from lib.results import ROOT, arguments, save_comparisons
 

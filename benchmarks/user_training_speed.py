@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lib.authors import DECODER, Authors, add_author_options
-from lib.comparison import Measures, compare
+from lib.interleaved import Measures, compare
 from lib.results import arguments, save_comparisons
 
 

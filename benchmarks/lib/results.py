@@ -16,7 +16,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from lib.comparison import Comparison
+from lib.interleaved import Comparison
 
 if TYPE_CHECKING:
     from controlprefix.model import FrozenModel

@@ -4,14 +4,10 @@ Machines are shared and noisy, so only the ratio of two neighbouring runs is mea
 round runs every contender once, in rotated order, and ratios are computed within the round.
 """
 
-import contextlib
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -130,20 +126,10 @@ def peak_mib(work: Callable[[], object]) -> float:
 
     On a GPU what torch allocates, else the resident memory that Linux reports.
     """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    # Imported here, since the library is not installed everywhere that this file is used.
+    from controlprefix.evaluation.comparison.costs import Costs
+
+    costs = Costs()
+    with costs.watched():
         work()
-        return (torch.cuda.max_memory_allocated() - before) / (1 << 20)
-    with contextlib.suppress(AttributeError):  # glibc: return freed memory to the system
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    resident = _status_mib("VmRSS")
-    work()
-    return _status_mib("VmHWM") - resident
-
-
-def _status_mib(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if name in line).split()[1]) / 1024
+    return costs.peak_mib
