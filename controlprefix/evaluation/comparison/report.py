@@ -314,17 +314,23 @@ class ComparisonReport:
         )
 
     def _plot(self) -> bytes:
-        figure = figure_of((8, 5))
+        figure = figure_of((9, 5))
         axes = figure.subplots()
         for name in self.methods:
             nats, elsewhere = (self.figures(name, k) for k in ("nats", "divergence, answers"))
             if nats and elsewhere:
                 x, y = statistics.fmean(elsewhere), statistics.fmean(nats)
-                axes.plot([x], [y], "o", color="C0" if "controlprefix" in name else "C7")
-                axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+                marker = "*" if "controlprefix" in name else "o"
+                color = f"C{len(axes.lines) % 10}"
+                filled = color if len(axes.lines) < 10 else "none"
+                axes.plot(
+                    [x], [y], marker, color=color, markerfacecolor=filled, markersize=9, label=name
+                )
         axes.set_xlabel("R⁻: nats per token on answers to other prompts (lower is better)")
         axes.set_ylabel("loss: nats per held-out token (lower is better)")
         axes.set_xscale("symlog", linthresh=0.01)
+        if axes.lines:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
         return to_png(figure)
 
 
