@@ -1,8 +1,8 @@
 """Prefixes that know which prompts they are for: prompts accepted, and prompts of others.
 
 Each task learns from prompts of its training split, and is then asked about prompts of its test
-split, of the other tasks' test splits, and about general ones. With `--others`, prompts of the
-other tasks' training splits are among those it learns to refuse. DATA is a folder with the files
+split, of the other tasks' test splits, and about general ones. A second table is of tasks that
+learned to refuse the others' training prompts too. DATA is a folder with the files
 e2e, webnlg, simplification_asset, summarization_scitldr and politeness_stanford.
 """
 

@@ -38,9 +38,9 @@ def rows_of(session: Session, tenant: int, user: str, kind: SampleKind) -> list[
     return list(session.scalars(select(SampleRow).where(is_kind).order_by(SampleRow.id)))
 
 
-def trim(session: Session, tenant: int, user: str, kind: SampleKind) -> int:
-    """Remove all but the newest entries of a user; returns how many are left."""
-    is_kind = and_(_of_user(tenant, user), SampleRow.kind == kind)
+def trim_feedback(session: Session, tenant: int, user: str) -> int:
+    """Remove all but a user's newest feedback; returns how many entries are left."""
+    is_kind = and_(_of_user(tenant, user), SampleRow.kind == "feedback")
     newest = select(SampleRow.id).where(is_kind).order_by(SampleRow.id.desc())
     oldest = session.scalar(newest.offset(_MAX_FEEDBACK - 1).limit(1))
     if oldest is not None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+from sqlalchemy.orm import Session
+
 from controlprefix.store import profiles, samples
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
@@ -18,7 +20,11 @@ class UserData:
 
     def keep_samples(self, user: str, texts: Sequence[str]) -> None:
         """Keep texts of a user, to train on later."""
-        self._keep(user, texts, "text")
+        check_name("user", user)
+        self._database.run(
+            lambda session, tenant: samples.add(session, tenant, self._cipher, user, texts),
+            write=True,
+        )
 
     def samples(self, user: str) -> list[str]:
         """The kept texts of a user, oldest first.
@@ -38,10 +44,13 @@ class UserData:
         Returns:
             How many entries the user has now.
         """
-        self._keep(user, entries, "feedback")
-        return self._database.run(
-            lambda session, tenant: samples.trim(session, tenant, user, "feedback"), write=True
-        )
+        check_name("user", user)
+
+        def keep(session: Session, tenant: int) -> int:
+            samples.add(session, tenant, self._cipher, user, entries, "feedback")
+            return samples.trim_feedback(session, tenant, user)
+
+        return self._database.run(keep, write=True)
 
     def feedback(self, user: str) -> list[str]:
         """The kept feedback of a user, oldest first.
@@ -83,13 +92,6 @@ class UserData:
             lambda session, tenant: profiles.nearest(
                 session, tenant, self._cipher, embedder, values, limit=limit, exclude=exclude
             )
-        )
-
-    def _keep(self, user: str, texts: Sequence[str], kind: SampleKind) -> None:
-        check_name("user", user)
-        self._database.run(
-            lambda session, tenant: samples.add(session, tenant, self._cipher, user, texts, kind),
-            write=True,
         )
 
     def _kept_of(self, user: str, kind: SampleKind) -> list[str]:

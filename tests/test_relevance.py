@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -19,10 +21,11 @@ from controlprefix import (
 from controlprefix.data.general import general_prompts
 from controlprefix.inference import relevance as relevance_module
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, Relevance
-from controlprefix.store import NewVersion
+from controlprefix.store import NewVersion, PrefixStore
 from controlprefix.training.initialization import scale_of
 
-from helpers import coded, engine
+from helpers import coded, engine, frozen
+from servers import MODEL, TOKENIZER, Served
 
 NAMES = ("Ada", "Bo", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jo")
 BOATS = [f"Write about the boat {name}." for name in NAMES]
@@ -165,3 +168,22 @@ def test_at_most_a_twentieth_of_the_neutral_prompts_is_accepted() -> None:
 def test_general_prompts_differ_between_training_and_measuring() -> None:
     training, measuring = (general_prompts(measuring=m) for m in (False, True))
     assert len(set(training) | set(measuring)) == len(training) + len(measuring) == 64
+
+
+def test_each_prompt_of_one_call_to_a_server_decides_for_itself(served: Served) -> None:
+    with PrefixStore(served.url, tenant="mine") as store:
+        cp = ControlPrefix(frozen(MODEL, TOKENIZER), store)
+        cp.learn_relevance("task", "email", BOATS)
+        prompts = ["a boat", "the moon", "a boat"]
+        body: dict[str, Any] = {
+            "model": "tiny/email",
+            "prompt": prompts,
+            "when": "relevant",
+            "max_tokens": 8,
+        }
+        answer = httpx.post(f"{served.base}/v1/completions", json=body, timeout=60).json()
+        texts = [choice["text"] for choice in answer["choices"]]
+        for text, prompt, task in zip(texts, prompts, ("email", None, "email"), strict=True):
+            request = Request(prompt=prompt, raw=True, task=task, max_new_tokens=8)
+            assert text == cp.generate(request).text
+    assert texts[0] == texts[2] != texts[1]

@@ -1,6 +1,5 @@
 """Markdown tables of results."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 
 Column = tuple[str, str, int]  # key, title, decimal places
@@ -27,12 +26,3 @@ def header(*titles: str) -> str:
 def line(*cells: str) -> str:
     """One line of a table."""
     return f"| {' | '.join(cells)} |"
-
-
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """Mean, and the standard deviation if it is visible in that many digits."""
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):,.{digits}f}"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean} ± {deviation:,.{digits}f}" if deviation >= 0.5 * 10**-digits else mean

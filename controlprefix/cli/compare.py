@@ -121,6 +121,7 @@ def compare(
             options[name] = _rows_or_share(name, options[name])
     if isinstance(options.get("methods"), str):
         options["methods"] = [name.strip() for name in options["methods"].split(";")]
+    comparison.require_methods(options.get("methods", ()))
     if isinstance(options.get("seeds"), str):
         seeds_of = [int(parse_number("--seeds", item)) for item in parse_list(options["seeds"])]
         options["seeds"] = seeds_of

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,17 +141,47 @@ def _write_page(folder: Path, report: EvaluationReport) -> Path:
     """Write `report.json`, `curves.png`, `cross_talk.png` and `report.html`."""
     plots = {"curves": _plot_curves(report), "cross_talk": _plot_cross_talk(report)}
     html = _render(report, plots)
+    results = json.dumps(_nan_to_null(report.to_dict()), indent=2) + "\n"
+    images = {f"{name}.png": image for name, image in plots.items()}
+    return write_report(folder, {"report.json": results, **images, "report.html": html})
+
+
+def write_report(folder: Path, files: Mapping[str, str | bytes]) -> Path:
+    """Write the files of a report; returns the path of `report.html`.
+
+    Raises:
+        StoreError: If the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        results = json.dumps(_nan_to_null(report.to_dict()), indent=2)
-        (folder / "report.json").write_text(results + "\n")
-        for name, image in plots.items():
-            (folder / f"{name}.png").write_bytes(image)
-        path = folder / "report.html"
-        path.write_text(html, encoding="utf-8")
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            (folder / name).write_bytes(data)
     except OSError as error:
         raise StoreError(f"cannot write the report to {folder}: {error}") from error
-    return path
+    return folder / "report.html"
+
+
+def render(template: str, images: Mapping[str, bytes], **values: Any) -> str:
+    """A page of a report, with its images in it.
+
+    Args:
+        template: In Jinja's language; it has `style` and `images`.
+        images: PNG files by name.
+        **values: What else it has.
+
+    Raises:
+        MissingDependencyError: If jinja2 is not installed.
+    """
+    with requires_extra("eval", "an HTML report"):
+        from jinja2 import Environment
+
+    urls = {
+        name: f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        for name, image in images.items()
+    }
+    page = Environment(autoescape=True).from_string(template)
+    return page.render(style=PAGE_STYLE, images=urls, **values)
 
 
 def _nan_to_null(value: Any) -> Any:
@@ -164,9 +194,6 @@ def _nan_to_null(value: Any) -> Any:
 
 
 def _render(report: EvaluationReport, plots: dict[str, bytes]) -> str:
-    with requires_extra("eval", "an HTML report"):
-        from jinja2 import Environment
-
     accuracy = [
         (
             name,
@@ -191,18 +218,8 @@ def _render(report: EvaluationReport, plots: dict[str, bytes]) -> str:
         (name, f"{metrics['accuracy']:.2f}", f"{metrics['calibration_error']:.2f}")
         for name, metrics in report.classifiers.items()
     ]
-    images = {
-        name: f"data:image/png;base64,{base64.b64encode(image).decode()}"
-        for name, image in plots.items()
-    }
-    template = Environment(autoescape=True).from_string(_TEMPLATE)
-    return template.render(
-        style=PAGE_STYLE,
-        report=report,
-        accuracy=accuracy,
-        texts=texts,
-        classifiers=classifiers,
-        images=images,
+    return render(
+        _TEMPLATE, plots, report=report, accuracy=accuracy, texts=texts, classifiers=classifiers
     )
 
 

@@ -21,6 +21,7 @@ from controlprefix.errors import (
     InternalServerError,
     RequestTimeoutError,
 )
+from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Event, Ticket, TokenLogProbs
 from controlprefix.request import Request
 from controlprefix.serving.bodies import CompletionBody
@@ -83,19 +84,24 @@ class CompletionJob:
         """
         watch = asyncio.create_task(self._watch_client())
         try:
-            resolved = await self._server.resolve(self._client, requests[0])
-            own = [resolved.for_prompt(request) for request in requests]
-            if resolved.request.when == "relevant":  # which prefixes apply depends on the prompt
-                own = [await self._server.resolve(self._client, r) for r in requests]
+            resolved: dict[Any, ResolvedRequest[Request]] = {}
+            own = []
+            for request in requests:
+                # With `relevant`, the prompt decides which prefixes apply.
+                prompt = (request.prompt, request.prompt_ids, request.messages)
+                key = prompt if request.when == "relevant" else None
+                if key not in resolved:
+                    resolved[key] = await self._server.resolve(self._client, request)
+                own.append(resolved[key].for_prompt(request))
             self._echoes = [None] * len(own)
             if echoes:
                 self._echoes = list(await self._server.echoes(self._client, own, self._form.top))
-            for i, request in enumerate(own):
+            for i, steered in enumerate(own):
                 if generates:
-                    await self._submit(i, request)
+                    await self._submit(i, steered)
                 else:
                     self._tickets.append(Ticket())
-                    empty = await self._server.without_tokens(request)
+                    empty = await self._server.without_tokens(steered)
                     self._events.put_nowait((i, empty))
                 self._require_client(watch)
             if self._body.stream:

@@ -2,6 +2,6 @@
 
 from controlprefix.evaluation.comparison.compare import compare
 from controlprefix.evaluation.comparison.report import ComparisonReport
-from controlprefix.evaluation.comparison.runner import METHODS
+from controlprefix.evaluation.comparison.runner import METHODS, require_methods
 
-__all__ = ["METHODS", "ComparisonReport", "compare"]
+__all__ = ["METHODS", "ComparisonReport", "compare", "require_methods"]

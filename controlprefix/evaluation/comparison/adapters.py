@@ -32,7 +32,7 @@ class AdapterMethod(Method):
         super().__init__(problem)
         self.models: dict[str | None, nn.Module] = {}
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
+    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         """A copy of the model with an untrained adapter, whose parameters alone take gradients."""
         raise NotImplementedError
 
@@ -42,13 +42,18 @@ class AdapterMethod(Method):
         attribute = self.problem.few_labels
         return [*self.problem.attributes[attribute]] if attribute else [None]
 
+    @property
+    def num_steps(self) -> int:
+        """Training steps of all adapters together."""
+        return self.problem.steps
+
     def required_bytes(self) -> int:
         model = self.problem.frozen.model
         return len(self.labels) * sum(p.numel() * p.element_size() for p in model.parameters())
 
     def train(self, *, rate: float, seed: int) -> None:
         problem, labels = self.problem, self.labels
-        share = -(-problem.steps // len(labels))
+        share = -(-self.num_steps // len(labels))
         for label in labels:
             rows = [
                 self.tokenized(row)
@@ -56,7 +61,7 @@ class AdapterMethod(Method):
                 if label in (None, problem.label(row))
             ]
             torch.manual_seed(seed)
-            model = self.adapted(copy.deepcopy(problem.frozen.model), rows, seed)
+            model = self.adapted(copy.deepcopy(problem.frozen.model), rows)
             with self.costs.watched():
                 adapter_training.train(
                     model,
@@ -106,7 +111,7 @@ class BottleneckAdapter(AdapterMethod):
 
     rates: Sequence[float] = (3e-4, 1e-3, 3e-3)
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
+    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         adapters = nn.ModuleList()
         size = self.problem.frozen.model.config.get_text_config().hidden_size
         for path in self.problem.frozen.steering.attention_paths:
@@ -122,9 +127,11 @@ class BottleneckAdapter(AdapterMethod):
         model: Any = self.models[self.group(rows[0])]
         for adapter in model.bottleneck_adapters:
             adapter.is_on = False
-        yield model
-        for adapter in model.bottleneck_adapters:
-            adapter.is_on = True
+        try:
+            yield model
+        finally:
+            for adapter in model.bottleneck_adapters:
+                adapter.is_on = True
 
 
 class _Bottleneck(nn.Module):
@@ -154,7 +161,7 @@ class FullFineTuning(AdapterMethod):
 
     rates: Sequence[float] = (1e-5, 3e-5, 1e-4)
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
+    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         return model.float().requires_grad_(True)
 
     def required_bytes(self) -> int:  # weights, gradients and AdamW's two averages
@@ -175,7 +182,7 @@ class BitFit(AdapterMethod):
         names = [name for name, _ in self.problem.frozen.model.named_parameters()]
         return None if any(n.endswith("bias") for n in names) else "the model has no biases"
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
+    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
         return model

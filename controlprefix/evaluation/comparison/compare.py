@@ -13,13 +13,13 @@ import torch
 from controlprefix._io import progress_bar
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import TrainingDataError, UnsupportedModelError, known_names
+from controlprefix.errors import TrainingDataError, UnsupportedModelError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import measures
 from controlprefix.evaluation.comparison.methods import Problem
 from controlprefix.evaluation.comparison.peft_methods import peft_package
 from controlprefix.evaluation.comparison.report import ComparisonReport
-from controlprefix.evaluation.comparison.runner import METHODS, Runner
+from controlprefix.evaluation.comparison.runner import METHODS, Runner, require_methods
 from controlprefix.evaluation.comparison.state import ComparisonState
 from controlprefix.example import Example
 from controlprefix.training.held_out import split_examples
@@ -89,11 +89,7 @@ def compare(
         StoreError: If the folder holds another comparison, or cannot be written.
     """
     names = list(METHODS if methods is None else methods)
-    for name in names:
-        if name not in METHODS:
-            raise TrainingDataError(
-                f"there is no method {name!r} to compare; {known_names(name, list(METHODS))}"
-            )
+    require_methods(names)
     if not names or not seeds or min(steps, batch_size, num_slots, num_rows) < 1:
         raise TrainingDataError(
             "a comparison needs a method, a seed, and at least 1 step, row and slot"

@@ -85,6 +85,22 @@ def nats_per_token(method: Method, rows: Sequence[Example]) -> float:
     return total / max(1, num_tokens)
 
 
+def in_context(problem: Problem, texts: Sequence[Example]) -> list[Example]:
+    """Texts with the task and labels of training rows, so that an adaptation is on."""
+    contexts = problem.training
+    return [
+        contexts[i % len(contexts)].model_copy(
+            update={
+                "prompt": text.prompt,
+                "messages": text.messages,
+                "raw": text.raw,
+                "completion": text.completion,
+            }
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
 def divergence(method: Method, texts: Sequence[Example], *, off: bool = False) -> float | None:
     """Mean KL divergence (nats per token) of the adapted model from the plain one.
 
@@ -99,22 +115,11 @@ def divergence(method: Method, texts: Sequence[Example], *, off: bool = False) -
         The divergence; None where the adaptation cannot be switched off.
 
     Reference:
-        As R⁻ in "Cartridges++"; see docs/decisions.md.
+        The measure R⁻ of "Cartridges++" (Apple, 2026).
     """
     problem = method.problem
     tokenizer = problem.frozen.request_tokenizer
-    contexts = problem.training
-    rows = [
-        contexts[i % len(contexts)].model_copy(
-            update={
-                "prompt": text.prompt,
-                "messages": None,
-                "raw": text.raw,
-                "completion": text.completion,
-            }
-        )
-        for i, text in enumerate(texts)
-    ]
+    rows = in_context(problem, texts)
     divergences: list[float] = []
     for batch in _batches(method, rows):
         own: list[TokenizedExample] = [tokenizer.example_ids(row) for row in batch]

@@ -197,7 +197,11 @@ class ControlPrefixMethod(Method):
         self.settings = settings
         is_direct = settings.get("parameterization") == "direct"
         self.rates = (1e-2, 2e-2, 4e-2) if is_direct else (2.5e-4, 5e-4, 1e-3)
-        self.cp = ControlPrefix(problem.frozen, PrefixStore("sqlite://"))
+
+    @cached_property
+    def cp(self) -> ControlPrefix:
+        """The model, with a store of the method's own."""
+        return ControlPrefix(self.problem.frozen, PrefixStore("sqlite://"))
 
     def unavailable(self) -> str | None:
         if self.settings.get("contrast") and not self.problem.few_labels:

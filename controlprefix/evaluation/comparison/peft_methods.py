@@ -110,7 +110,7 @@ class PeftMethod(AdapterMethod):
         self.kind = kind
         self.rates = kind.rates
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
+    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         return self.kind.adapted(self.problem.frozen, model, rows, self.problem.num_slots)
 
     @contextlib.contextmanager
@@ -131,12 +131,22 @@ class LoraMethod(PeftMethod):
         names = [f"copy{i}" for i in range(NUM_ADAPTATIONS)]
         for name in names:
             model.add_adapter(name, model.peft_config["default"])
-        yield model, {"adapter_names": names}
-        for name in names:
-            model.delete_adapter(name)
+        try:
+            yield model, {"adapter_names": names}
+        finally:
+            for name in names:
+                model.delete_adapter(name)
 
 
-class PrefixThenLora(PeftMethod):
+class _HalfOfTheSteps(PeftMethod):
+    """LoRA that leaves half of the steps to a prefix."""
+
+    @property
+    def num_steps(self) -> int:
+        return max(1, self.problem.steps // 2)
+
+
+class PrefixThenLora(_HalfOfTheSteps):
     """A task prefix in half of the steps, then a LoRA adapter that reads it.
 
     Reference:
@@ -146,22 +156,18 @@ class PrefixThenLora(PeftMethod):
     """
 
     def train(self, *, rate: float, seed: int) -> None:
-        halves = _in_half(self.problem)
+        halves = replace(self.problem, steps=self.num_steps)
         prefix = ControlPrefixMethod(halves, labels=False)
         prefix.train(rate=5e-4, seed=seed)
         self.costs = prefix.costs
         self.prefix = next(prefix.prefixes())
-        whole, self.problem = self.problem, halves
-        try:
-            super().train(rate=rate, seed=seed)
-        finally:
-            self.problem = whole
+        super().train(rate=rate, seed=seed)
         self.num_parameters += prefix.num_parameters
         self.num_stored += prefix.num_stored
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample], seed: int) -> nn.Module:
+    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         frozen = FrozenModel(model, self.problem.frozen.tokenizer)  # type: ignore[arg-type]
-        return _Steered(super().adapted(model, rows, seed), frozen, self.prefix)
+        return _Steered(super().adapted(model, rows), frozen, self.prefix)
 
     @contextlib.contextmanager
     def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
@@ -170,33 +176,30 @@ class PrefixThenLora(PeftMethod):
             yield steered.inner
 
 
-class LoraThenPrefix(PeftMethod):
+class LoraThenPrefix(_HalfOfTheSteps):
     """A LoRA adapter in half of the steps, merged, then a task prefix for the merged model."""
 
     def train(self, *, rate: float, seed: int) -> None:
-        whole, self.problem = self.problem, _in_half(self.problem)
-        try:
-            super().train(rate=rate, seed=seed)
-        finally:
-            self.problem = whole
+        super().train(rate=rate, seed=seed)
+        problem = self.problem
         for label, model in self.models.items():
             merged: Any = model.merge_and_unload()  # type: ignore[operator]
             merged.requires_grad_(False)
-            frozen = FrozenModel(merged, whole.frozen.tokenizer)
+            frozen = FrozenModel(merged, problem.frozen.tokenizer)
             cp = ControlPrefix(frozen, PrefixStore("sqlite://"))
             rows = [
                 row.model_copy(update={"attributes": {}})
-                for row in whole.training
-                if label in (None, whole.label(row))
+                for row in problem.training
+                if label in (None, problem.label(row))
             ]
-            steps = -(-whole.steps // (2 * len(self.models)))
+            steps = -(-problem.steps // (2 * len(self.models)))
             with self.costs.watched():
                 report = cp.train(
                     rows,
                     learn="task",
-                    num_slots=whole.num_slots,
+                    num_slots=problem.num_slots,
                     steps=steps,
-                    batch_size=whole.batch_size,
+                    batch_size=problem.batch_size,
                     validation=0,
                     seed=seed,
                     progress=False,
@@ -241,8 +244,3 @@ def linear_layers(frozen: FrozenModel) -> list[str]:
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     }
     return list(names)
-
-
-def _in_half(problem: Problem) -> Problem:
-    """The same problem with half of the steps."""
-    return replace(problem, steps=max(1, problem.steps // 2))

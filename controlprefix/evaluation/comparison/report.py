@@ -1,6 +1,5 @@
 """ComparisonReport: the results of a comparison, as JSON, Markdown, LaTeX, a plot and a page."""
 
-import base64
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,9 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from controlprefix._io import requires_extra
-from controlprefix.errors import StoreError
-from controlprefix.evaluation.report import PAGE_STYLE, figure_of, to_png
+from controlprefix.evaluation.report import figure_of, render, to_png, write_report
 
 
 class Column(NamedTuple):
@@ -130,7 +127,7 @@ means.</p>
 {% if skipped %}<h2>Skipped</h2><ul>{% for name, reason in skipped.items() %}
 <li>{{ name }}: {{ reason }}</li>{% endfor %}</ul>{% endif %}
 <h2>Loss, and what it costs elsewhere</h2>
-<img alt="Loss of each method over its divergence on other texts" src="{{ image }}">
+<img alt="Loss of each method over its divergence on other texts" src="{{ images.plot }}">
 <h2>Texts</h2>
 {% for name, texts in texts.items() %}<details{% if loop.first %} open{% endif %}>
 <summary>{{ name }}</summary><div class="wide"><table><tbody>
@@ -270,25 +267,20 @@ class ComparisonReport:
             StoreError: If the folder cannot be written.
             MissingDependencyError: If matplotlib or jinja2 is not installed.
         """
-        folder = Path(folder)
         image = self._plot()
         html = self._html(image)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-            (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
-            (folder / "report.tex").write_text(self.latex(), encoding="utf-8")
-            (folder / "report.png").write_bytes(image)
-            path = folder / "report.html"
-            path.write_text(html, encoding="utf-8")
-        except OSError as error:
-            raise StoreError(f"cannot write the report to {folder}: {error}") from error
-        return path
+        return write_report(
+            Path(folder),
+            {
+                "report.json": json.dumps(self.to_dict(), indent=2) + "\n",
+                "report.md": self.markdown(),
+                "report.tex": self.latex(),
+                "report.png": image,
+                "report.html": html,
+            },
+        )
 
     def _html(self, image: bytes) -> str:
-        with requires_extra("eval", "an HTML report"):
-            from jinja2 import Environment
-
         num_test = self.options["rows"]["test"]
         few = f"{num_test} rows are too few to tell small differences." if num_test < 50 else ""
         rates = [
@@ -296,21 +288,17 @@ class ComparisonReport:
             for name, method in self.methods.items()
             if (losses := {r: v for r, v in method.get("validation", {}).items() if v is not None})
         ]
-        return (
-            Environment(autoescape=True)
-            .from_string(_TEMPLATE)
-            .render(
-                style=PAGE_STYLE,
-                options=self.options,
-                about=self.about,
-                tables=self.tables(),
-                few=few,
-                skipped=self.skipped,
-                rates=rates,
-                versions=[f"{n} {v}" for n, v in self.about["versions"].items()],
-                texts={n: m["texts"] for n, m in self.methods.items() if m.get("texts")},
-                image=f"data:image/png;base64,{base64.b64encode(image).decode()}",
-            )
+        return render(
+            _TEMPLATE,
+            {"plot": image},
+            options=self.options,
+            about=self.about,
+            tables=self.tables(),
+            few=few,
+            skipped=self.skipped,
+            rates=rates,
+            versions=[f"{n} {v}" for n, v in self.about["versions"].items()],
+            texts={n: m["texts"] for n, m in self.methods.items() if m.get("texts")},
         )
 
     def _plot(self) -> bytes:

@@ -4,12 +4,13 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
 import psutil
 import torch
 
+from controlprefix.engine import ControlPrefix
 from controlprefix.errors import TrainingDataError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import measures
@@ -36,7 +37,7 @@ from controlprefix.evaluation.comparison.peft_methods import (
 )
 from controlprefix.evaluation.comparison.state import ComparisonState
 from controlprefix.evaluation.harness import base_model_nlls
-from controlprefix.example import Example
+from controlprefix.store import PrefixStore
 
 _SPARE = 1.2  # memory that must be available, times what is needed
 
@@ -60,6 +61,19 @@ METHODS: Final[dict[str, MethodMaker]] = {
 }
 
 
+def require_methods(names: Sequence[str]) -> None:
+    """Check that methods exist.
+
+    Raises:
+        TrainingDataError: With those that do.
+    """
+    for name in names:
+        if name not in METHODS:  # names contain commas
+            raise TrainingDataError(
+                f"there is no method {name!r} to compare; there are: {'; '.join(METHODS)}"
+            )
+
+
 class Runner:
     """Trains and measures one method after another; what the state has is not repeated."""
 
@@ -74,7 +88,11 @@ class Runner:
         self.problem, self.state, self.elsewhere = problem, state, elsewhere
         self.classifiers = classifiers
         self.num_rates = num_rates
-        self.plain_cp = ControlPrefixMethod(problem).cp
+        self.plain_cp = ControlPrefix(problem.frozen, PrefixStore("sqlite://"))
+
+    @cached_property
+    def _plain_nats_of_general(self) -> float:
+        return measures.nats_per_token(Plain(self.problem), self.elsewhere.general)
 
     def measure(self, name: str, seeds: Sequence[int]) -> Iterator[str]:
         """Measure a method; yields what was done after each training."""
@@ -180,9 +198,9 @@ class Runner:
             value = measures.divergence(method, others)
             figures[f"divergence, {key}"] = value if value is not None else 0.0
         if elsewhere.general:
-            general = measures.nats_per_token(method, self._in_context(elsewhere.general))
-            plain = measures.nats_per_token(Plain(problem), elsewhere.general)
-            figures["forgetting"] = general - plain
+            general = measures.in_context(problem, elsewhere.general)
+            nats = measures.nats_per_token(method, general)
+            figures["forgetting"] = nats - self._plain_nats_of_general
         off = measures.divergence(method, elsewhere.written[:4], off=True)
         if off is not None:
             figures["divergence, off"] = off
@@ -201,21 +219,6 @@ class Runner:
             for row, text in zip(rows[:4], texts[:4], strict=True)
         ]
         result.setdefault("texts", samples)
-
-    def _in_context(self, rows: Sequence[Example]) -> list[Example]:
-        """Rows with the task and labels of training rows, so that an adaptation is on."""
-        contexts = self.problem.training
-        return [
-            contexts[i % len(contexts)].model_copy(
-                update={
-                    "prompt": row.prompt,
-                    "messages": row.messages,
-                    "raw": row.raw,
-                    "completion": row.completion,
-                }
-            )
-            for i, row in enumerate(rows)
-        ]
 
 
 class _Trained(NamedTuple):
