@@ -70,14 +70,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--training-rows", type=int, default=480)
+    parser.add_argument(
+        "--all-references", action="store_true", help="each reference of e2e and webnlg is a row"
+    )
     parser.add_argument("--rates", type=int, default=3, help="learning rates that each tries")
     parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--rows", type=int, default=48, help="test rows, and validation rows")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--folder", type=Path, help="where an interrupted run continues")
     options: argparse.Namespace = parser.parse_args(argv)
-    data = load(options.data, options.data_set, 0, options.training_rows)
+    data = load(
+        options.data,
+        options.data_set,
+        0,
+        options.training_rows,
+        all_references=options.all_references,
+    )
     general = [Example(prompt="", raw=True, completion=text) for text in emails(options.data)]
     report = compare(
         ControlPrefix(load_from(options), PrefixStore("sqlite://")),
@@ -86,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         test=[example(data, row) for row in data.test[: options.rows]],
         methods=options.methods,
         steps=options.steps,
+        batch_size=options.batch_size,
         num_slots=options.num_slots,
         num_rates=options.rates,
         seeds=options.seeds,

@@ -7,7 +7,7 @@ import gzip
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,13 @@ def word_classifier(rows: Sequence[Row]) -> Pipeline:
 
 
 @cache
-def load(folder: Path, name: str, seed: int, num_rows: int) -> DataSet:
+def load(
+    folder: Path, name: str, seed: int, num_rows: int, *, all_references: bool = False
+) -> DataSet:
     """A data set, of which the first `num_rows` training rows are for the methods.
 
-    The other training rows are for the classifiers.
+    The other training rows are for the classifiers. A training row is one of the references of
+    its facts, or with `all_references` each of them.
     """
     if name in FILES:
         train, dev, test = (
@@ -128,6 +131,10 @@ def load(folder: Path, name: str, seed: int, num_rows: int) -> DataSet:
     train, dev, test = (
         shuffled(read(folder, split, rng), seed) for split in ("train", "dev", "test")
     )
+    if all_references:
+        train = shuffled(
+            (replace(row, completion=text) for row in train for text in row.references), seed
+        )
     attribute = "category" if name == "webnlg" else None
     return DataSet(name, "describe", attribute, False, train[:num_rows], dev, test)
 
