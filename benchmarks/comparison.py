@@ -7,6 +7,7 @@ on rows that no method gets. Measurements that the result file has are not repea
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def example(data: DataSet, row: Row) -> Example:
         task=data.task,
         attributes=attributes,
     )
+
+
+def held_out(data: DataSet, rows: Sequence[Row], count: int) -> list[Example]:
+    """Examples of the first rows, one for each reference."""
+    return [
+        example(data, replace(row, completion=text))
+        for row in rows[:count]
+        for text in row.references or (row.completion,)
+    ]
 
 
 def classifiers(folder: Path, data: DataSet, num_rows: int) -> list[AttributeClassifier]:
@@ -92,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = compare(
         ControlPrefix(load_from(options), PrefixStore("sqlite://")),
         [example(data, row) for row in data.train],
-        validation=[example(data, row) for row in data.dev[: options.rows]],
-        test=[example(data, row) for row in data.test[: options.rows]],
+        validation=held_out(data, data.dev, options.rows),
+        test=held_out(data, data.test, options.rows),
         methods=options.methods,
         steps=options.steps,
         batch_size=options.batch_size,

@@ -18,7 +18,13 @@ from controlprefix import (
     UnsupportedModelError,
 )
 from controlprefix.cli import app
-from controlprefix.evaluation.comparison import METHODS, ComparisonReport, compare
+from controlprefix.evaluation.comparison import (
+    METHODS,
+    ComparisonReport,
+    adapter_training,
+    compare,
+    measures,
+)
 from controlprefix.evaluation.comparison.methods import ControlPrefixMethod, Method, Problem
 from controlprefix.model.probing import probe
 from controlprefix.training import off_context
@@ -173,6 +179,40 @@ def test_rows_of_a_label_that_was_not_trained_are_measured_apart() -> None:
     for name in names:
         assert result.figures(name, "nats, unseen")
     assert not result.skipped
+
+
+def test_references_of_one_prompt_stay_together() -> None:
+    rows = [
+        Example(prompt=prompt, completion=completion, attributes={"tone": tone})
+        for prompt in "abc"
+        for tone in ("warm", "cold")
+        for completion in (f"{prompt} {tone} 1", f"{prompt} {tone} 2")
+    ]
+    requests = measures.distinct_requests(rows)
+    assert [row.completion for row in requests] == [row.completion for row in rows[::2]]
+    assert measures.rows_of_requests(rows, requests[1:2]) == rows[2:4]
+    second = [row.completion for row in rows[1::2]]
+    assert math.isclose(measures.text_figures(rows, requests, second)["chrF"], 100)
+    others = [row.completion for row in rows[3::2]] + [rows[1].completion]  # of other labels
+    assert measures.text_figures(rows, requests, others)["chrF"] < 100
+
+
+def test_texts_end_where_completions_end() -> None:
+    cp = engine("llama")
+    frozen = cp.frozen_model
+    frozen.model.generation_config.eos_token_id = None  # as some GGUF files are loaded
+    end = frozen.request_tokenizer.end_id
+    head = frozen.model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[end] = 0
+        head[end] += 50 * torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0))
+    lengths = []
+    for seed in range(20):
+        text = adapter_training.sample(
+            frozen.model, frozen, [[5, 6]], max_new_tokens=12, seed=seed, temperature=1.0
+        )[0]
+        lengths.append(len(frozen.tokenizer(text)["input_ids"]))
+    assert min(lengths) < 4
 
 
 def test_what_does_not_fit_the_memory_is_skipped(

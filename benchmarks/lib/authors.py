@@ -291,11 +291,10 @@ class Authors:
                 start_token = [int(self.cp.tokenizer.bos_token_id)]
                 generated[author] = adapter_training.sample(
                     model,
-                    self.cp.tokenizer,
+                    self.cp.frozen_model,
                     [start_token] * num_texts,
                     max_new_tokens=POST_TOKENS,
                     seed=0,
-                    pad_id=tokenizer.pad_id,
                 )
         figures = {
             "nll": own / num_tokens,

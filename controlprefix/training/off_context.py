@@ -79,6 +79,7 @@ def _answers(
                 top_k=0,
                 top_p=1.0,
                 pad_token_id=frozen.pad_id,
+                eos_token_id=list(frozen.request_tokenizer.end_ids) or None,
             )
     ends = set(frozen.request_tokenizer.end_ids)
     answers = []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controlprefix.model import FrozenModel
 from controlprefix.model.log_probs import target_losses
 from controlprefix.model.padding import pad_rows
 from controlprefix.model.tokenization import RequestTokenizer, TokenizedExample
@@ -117,12 +118,11 @@ def nll(
 @torch.no_grad()
 def sample(
     model: Any,
-    tokenizer: Any,
+    frozen: FrozenModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     seed: int,
-    pad_id: int,
     temperature: float | None = 0.8,
     **options: Any,
 ) -> list[str]:
@@ -130,14 +130,14 @@ def sample(
 
     Args:
         model: A transformers model, with whatever changes it.
-        tokenizer: Its tokenizer.
+        frozen: The plain model, for its tokenizer.
         prompts: Token ids.
         max_new_tokens, seed, temperature: As usual.
-        pad_id: Id to pad prompts with.
         **options: Further options of `generate`.
     """
     device = next(model.parameters()).device
-    ids, mask = pad_rows(prompts, pad_id, left=True)
+    tokenizer = frozen.request_tokenizer
+    ids, mask = pad_rows(prompts, tokenizer.pad_id, left=True)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature is not None:
@@ -146,11 +146,12 @@ def sample(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
+        pad_token_id=tokenizer.pad_id,
+        eos_token_id=list(tokenizer.end_ids) or None,
         **sampling,
         **options,
     )
     # PEFT's prompt methods return the new tokens alone.
     longest = ids.shape[1]
     new = output[:, longest:] if output.shape[1] > longest else output
-    return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return [str(text) for text in frozen.tokenizer.batch_decode(new, skip_special_tokens=True)]

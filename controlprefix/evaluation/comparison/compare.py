@@ -69,7 +69,8 @@ def compare(
         num_slots: Slots of a prefix, and virtual tokens of PEFT's methods.
         seeds: Each trains every method once; the first chooses the learning rates.
         num_rates: How many of a method's three learning rates are tried, from the middle one.
-        num_rows: Test rows and validation rows to use, at most.
+        num_rows: Prompts of test rows and of validation rows to use, at most; rows without a
+            prompt count one by one.
         max_new_tokens: Maximum length of the texts that are generated.
         instruction: What instructed models are told; `{labels}` stands for a row's labels.
         classifiers: Attribute classifiers, trained on other texts, for rows with labels.
@@ -174,8 +175,9 @@ def _split(
             part = [row.model_copy(update={"task": next(iter(tasks))}) for row in part]
         if not part:
             raise TrainingDataError(f"there are no {name} rows; give more rows, or {name} rows")
-        rng = random.Random(0)
-        parts.append(rng.sample(part, min(num_rows, len(part))))
+        requests = measures.distinct_requests(part)
+        chosen = random.Random(0).sample(requests, min(num_rows, len(requests)))
+        parts.append(measures.rows_of_requests(part, chosen))
     return rows, parts[1], parts[0]
 
 

@@ -1,7 +1,7 @@
 """What is measured of a trained method."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from controlprefix.evaluation.comparison.methods import NUM_ADAPTATIONS, Method,
 from controlprefix.evaluation.metrics import distinct_n
 from controlprefix.evaluation.slot_errors import slot_errors
 from controlprefix.example import Example
+from controlprefix.labels import weighted_labels
 from controlprefix.model.log_probs import kl_divergences
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.training.held_out import prompt_identity
@@ -57,11 +58,10 @@ def elsewhere(
     def completed(rows: Sequence[Example], temperature: float | None) -> list[Example]:
         texts = adapter_training.sample(
             problem.frozen.model,
-            problem.frozen.tokenizer,
+            problem.frozen,
             [tokenizer.prompt_ids(row) for row in rows],
             max_new_tokens=_PLAIN_TOKENS,
             seed=0,
-            pad_id=tokenizer.pad_id,
             temperature=temperature,
         )
         return [
@@ -138,10 +138,30 @@ def divergence(method: Method, texts: Sequence[Example], *, off: bool = False) -
     return statistics.fmean(divergences) if divergences else 0.0
 
 
+def distinct_requests(rows: Sequence[Example]) -> list[Example]:
+    """The first row of each prompt and labels, and all rows without a prompt."""
+    requests: dict[Hashable, Example] = {}
+    for number, row in enumerate(rows):
+        requests.setdefault(_request_identity(row) or number, row)
+    return list(requests.values())
+
+
+def rows_of_requests(rows: Sequence[Example], requests: Sequence[Example]) -> list[Example]:
+    """All rows of some of their distinct requests."""
+    identities = {_request_identity(request) for request in requests} - {None}
+    ids = set(map(id, requests))
+    return [row for row in rows if id(row) in ids or _request_identity(row) in identities]
+
+
+def _request_identity(row: Example) -> Hashable:
+    """What rows have in common whose completions answer one request; None without a prompt."""
+    prompt = prompt_identity(row)
+    return (prompt, tuple(sorted(weighted_labels(row.attributes)))) if prompt else None
+
+
 def texts_of(method: Method, rows: Sequence[Example], seed: int) -> list[str]:
     """A text per row: greedy after a prompt, else sampled."""
     problem = method.problem
-    tokenizer = problem.frozen.request_tokenizer
     texts: dict[int, str] = {}
     places = {id(row): i for i, row in enumerate(rows)}
     with_prompt = [row for row in rows if prompt_identity(row)]
@@ -151,11 +171,10 @@ def texts_of(method: Method, rows: Sequence[Example], seed: int) -> list[str]:
             with method.applied(batch) as model:
                 written = adapter_training.sample(
                     model,
-                    problem.frozen.tokenizer,
+                    problem.frozen,
                     [method.tokenized(row).prompt for row in batch],
                     max_new_tokens=problem.max_new_tokens,
                     seed=1000 * seed + number,
-                    pad_id=tokenizer.pad_id,
                     temperature=temperature,
                 )
             for row, text in zip(batch, written, strict=True):
@@ -164,10 +183,15 @@ def texts_of(method: Method, rows: Sequence[Example], seed: int) -> list[str]:
     return [texts[i] for i in range(len(rows))]
 
 
-def text_figures(rows: Sequence[Example], texts: Sequence[str]) -> Figures:
+def text_figures(
+    rows: Sequence[Example], requests: Sequence[Example], texts: Sequence[str]
+) -> Figures:
     """BLEU, chrF and ROUGE-L where rows have prompts, and the texts' diversity and length.
 
-    The references of a row are the completions of all rows with its prompt.
+    Args:
+        rows: Rows; the completions of those with one prompt and labels are its references.
+        requests: Their distinct requests.
+        texts: A text for each request.
     """
     figures = {
         "distinct-2": distinct_n(texts, 2),
@@ -179,28 +203,25 @@ def text_figures(rows: Sequence[Example], texts: Sequence[str]) -> Figures:
         import sacrebleu
         from rouge_score.rouge_scorer import RougeScorer
 
-    references: dict[str, list[str]] = {}
+    completions: dict[Hashable, list[str]] = {}
     for row in rows:
-        references.setdefault(prompt_identity(row), []).append(row.completion)
-    firsts = list(dict.fromkeys(map(prompt_identity, rows)))
-    by_prompt = dict(zip(map(prompt_identity, rows), texts, strict=True))
-    by_row = dict(zip(map(prompt_identity, rows), rows, strict=True))
-    written = [by_prompt[prompt] for prompt in firsts]
-    most = max(map(len, references.values()))
-    columns = [[(references[prompt] + [""] * most)[i] for prompt in firsts] for i in range(most)]
+        completions.setdefault(_request_identity(row), []).append(row.completion)
+    references = [completions[_request_identity(request)] for request in requests]
+    most = max(map(len, references))
+    columns = [[(own + [""] * most)[i] for own in references] for i in range(most)]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     rouge = [
-        scorer.score_multi(references[prompt], text)["rougeL"].fmeasure
-        for prompt, text in zip(firsts, written, strict=True)
+        scorer.score_multi(own, text)["rougeL"].fmeasure
+        for own, text in zip(references, texts, strict=True)
     ]
     try:
-        tables = [parse_table(by_row[prompt].prompt or "") for prompt in firsts]
-        figures["slot errors"] = slot_errors(written, tables).rate
+        tables = [parse_table(request.prompt or "") for request in requests]
+        figures["slot errors"] = slot_errors(texts, tables).rate
     except ValueError:  # the prompts are no tables
         pass
     return {
-        "BLEU": sacrebleu.corpus_bleu(written, columns).score,
-        "chrF": sacrebleu.corpus_chrf(written, columns).score,
+        "BLEU": sacrebleu.corpus_bleu(texts, columns).score,
+        "chrF": sacrebleu.corpus_chrf(texts, columns).score,
         "ROUGE-L": 100 * statistics.fmean(rouge),
         **figures,
     }
@@ -230,7 +251,6 @@ def tokens_per_second(method: Method) -> float:
     A method whose adaptations cannot share a batch writes one row after another.
     """
     problem = method.problem
-    tokenizer = problem.frozen.request_tokenizer
     row = (problem.validation or problem.training)[0]
     prompt = method.tokenized(row).prompt
     prompts = [prompt] * NUM_ADAPTATIONS
@@ -242,12 +262,11 @@ def tokens_per_second(method: Method) -> float:
             for batch in batches:
                 adapter_training.sample(
                     model,
-                    problem.frozen.tokenizer,
+                    problem.frozen,
                     batch,
                     max_new_tokens=_NUM_SPEED_TOKENS,
                     min_new_tokens=_NUM_SPEED_TOKENS,
                     seed=0,
-                    pad_id=tokenizer.pad_id,
                     temperature=None,
                     **options,
                 )

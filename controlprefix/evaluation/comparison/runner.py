@@ -184,18 +184,20 @@ class Runner:
         unseen = [row for row in rows if not problem.has_labels(row)]
         if 0 < len(unseen) < len(rows):
             figures["nats, unseen"] = measures.nats_per_token(method, unseen)
-        texts = measures.texts_of(method, rows, seed)
-        figures |= measures.text_figures(rows, texts)
+        requests = measures.distinct_requests(rows)
+        texts = measures.texts_of(method, requests, seed)
+        figures |= measures.text_figures(rows, requests, texts)
         if "nats, unseen" in figures:
-            own = dict(zip(map(id, rows), texts, strict=True))
-            apart = measures.text_figures(unseen, [own[id(row)] for row in unseen])
+            own = dict(zip(map(id, requests), texts, strict=True))
+            others = measures.distinct_requests(unseen)
+            apart = measures.text_figures(unseen, others, [own[id(row)] for row in others])
             figures |= {f"{k}, unseen": apart[k] for k in ("BLEU", "chrF") if k in apart}
-        figures |= measures.accuracy_figures(rows, texts, self.classifiers)
+        figures |= measures.accuracy_figures(requests, texts, self.classifiers)
         plainness = statistics.fmean(base_model_nlls(self.plain_cp, texts))
         if math.isfinite(plainness):  # not if all texts are empty
             figures["base-model nats"] = plainness
-        for key, others in (("written", elsewhere.written), ("answers", elsewhere.answers)):
-            value = measures.divergence(method, others)
+        for key, completed in (("written", elsewhere.written), ("answers", elsewhere.answers)):
+            value = measures.divergence(method, completed)
             figures[f"divergence, {key}"] = value if value is not None else 0.0
         if elsewhere.general:
             general = measures.in_context(problem, elsewhere.general)
@@ -216,7 +218,7 @@ class Runner:
         result.setdefault("runs", {})[str(seed)] = {k: round(v, 5) for k, v in figures.items()}
         samples = [
             {"prompt": row.prompt or "", "labels": dict(row.attributes), "text": text}
-            for row, text in zip(rows[:4], texts[:4], strict=True)
+            for row, text in zip(requests[:4], texts[:4], strict=True)
         ]
         result.setdefault("texts", samples)
 
