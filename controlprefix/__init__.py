@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from controlprefix.completion import Completion, Score
     from controlprefix.engine import ControlPrefix
     from controlprefix.example import Example, Preference
+    from controlprefix.message import Message
     from controlprefix.prefixes import Geometry, Part, Prefix, PrefixBatch, assemble
-    from controlprefix.request import Message, Request
+    from controlprefix.request import Request
 
 
 _HOMES = {
@@ -37,7 +38,7 @@ _HOMES = {
     "ControlPrefix": "engine",
     "Example": "example",
     "Geometry": "prefixes",
-    "Message": "request",
+    "Message": "message",
     "Part": "prefixes",
     "Preference": "example",
     "Prefix": "prefixes",

@@ -1,7 +1,7 @@
 """Request and Example: what a caller asks for."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,7 @@ from controlprefix.labels import (
     check_labels,
     weighted_labels,
 )
+from controlprefix.message import MAX_IMAGES, Images, Message
 from controlprefix.prefixes.key import PrefixKey
 from controlprefix.prefixes.schedule import MAX_STRENGTH, Schedule, check_schedule
 
@@ -43,15 +44,6 @@ class NamedPart(NamedTuple):
     key: PrefixKey
     strength: float
     schedule: Schedule = ()
-
-
-class Message(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 class SteeringFields(BaseModel):
@@ -136,7 +128,9 @@ class Request(SteeringFields):
         RequestError: If a field is unknown, missing or out of range.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_bytes="base64"
+    )
 
     prompt: str | None = None
     """Text to answer. A chat model's template is applied to it as one user message, unless
@@ -147,6 +141,10 @@ class Request(SteeringFields):
 
     prompt_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Token ids to continue as they are, instead of `prompt`."""
+
+    images: Images = ()
+    """Images that the prompt, or the last message of the user, is about: paths, bytes, `data:` URIs
+    or Pillow images. They come before the text; of a `raw` prompt, each on a line of its own."""
 
     raw: bool = False
     """Continue `prompt` as it is, without a chat template; with an empty prompt the
@@ -197,6 +195,18 @@ class Request(SteeringFields):
     def place(self, number: int) -> str:
         """Where it is, for errors: where it was read from, or its number from 1."""
         return self._source or f"row {number}"
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The prompt or the messages, as messages with the images that belong to them."""
+        if self.messages is None:
+            return (Message(role="user", content=self.prompt or "", images=self.images),)
+        if not self.images:
+            return self.messages
+        last = max(i for i, message in enumerate(self.messages) if message.role == "user")
+        message = self.messages[last]
+        changed = message.model_copy(update={"images": (*self.images, *message.images)})
+        return (*self.messages[:last], changed, *self.messages[last + 1 :])
 
     @property
     def samples(self) -> bool:
@@ -314,6 +324,14 @@ class Request(SteeringFields):
             raise ValueError("give one of prompt, messages and prompt_ids")
         if self.prompt_ids == ():
             raise ValueError("prompt_ids is empty; give at least one id")
+        if self.images and self.prompt_ids is not None:
+            raise ValueError("images have no place among prompt_ids; give a prompt")
+        roles = {message.role for message in self.messages or ()}
+        if self.images and roles and "user" not in roles:
+            raise ValueError("images belong to the user's last message, and there is none")
+        num_images = sum(len(message.images) for message in self.conversation)
+        if num_images > MAX_IMAGES:
+            raise ValueError(f"{num_images} images; a request may have {MAX_IMAGES}")
         starts_any_text = self.raw and self.prompt == ""
         if self.prompt is not None and not self.prompt.strip() and not starts_any_text:
             raise ValueError("the prompt is empty; write what to answer, or give raw=True for any")
@@ -322,36 +340,6 @@ class Request(SteeringFields):
 
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
-
-
-class RequestFields(TypedDict, total=False):
-    """Keyword arguments of `generate` and `stream`: the fields of `Request` beside the prompt."""
-
-    raw: bool
-    task: str | None
-    attributes: Mapping[str, str | float | Mapping[str, float]]
-    user: str | None
-    strengths: Mapping[str, float]
-    mixing: Mixing
-    calibrated: bool
-    unseen: Unseen
-    when: When
-    schedules: Mapping[str, Any]
-    chat_template_kwargs: Mapping[str, Any]
-    continue_final_message: bool
-    max_new_tokens: int
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    num_beams: int
-    stop: tuple[str, ...] | list[str]
-    json_schema: Mapping[str, Any] | None
-    seed: int | None
 
 
 def with_sampling_defaults(

@@ -9,6 +9,7 @@ import openai
 import uvicorn
 
 from controlprefix import ControlPrefix, Prefix, Request
+from controlprefix.model import FrozenModel
 from controlprefix.serving import Server, create_app
 from controlprefix.serving.connections import config_for
 from controlprefix.store import PrefixStore
@@ -49,9 +50,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 class Served:
     """A server of this process, on a port of its own."""
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, url: str, model: FrozenModel | None = None, **options: Any) -> None:
         self.url = url
-        self.gateway = Server(frozen(MODEL, TOKENIZER), url, name="tiny", **options)
+        model = model or frozen(MODEL, TOKENIZER)
+        self.gateway = Server(model, url, name="tiny", **options)
         self.batcher: Any = self.gateway._runner
         config = config_for(
             create_app(self.gateway), host="127.0.0.1", port=0, limits=self.gateway.limits

@@ -25,7 +25,7 @@ from controlprefix import (
 )
 from controlprefix.model.steering import Steering
 from controlprefix.model.text_prefix import prefix_from_tokens
-from controlprefix.request import RequestFields
+from controlprefix.request_fields import RequestFields
 
 from helpers import frozen
 from models import ALL, build, byte_tokenizer

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from controlprefix import Example, Request, RequestError, TrainingDataError
 from controlprefix.data import as_examples, read_texts
-from controlprefix.request import RequestFields
+from controlprefix.request_fields import RequestFields
 from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
 
 

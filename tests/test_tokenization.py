@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.errors import ModelOutputError, RequestError
 from controlprefix.inference.stopping import TextStream, completion_from_tokens, has_stop
+from controlprefix.message import Message
 from controlprefix.model.tokenization import RequestTokenizer
-from controlprefix.request import Message
 
 from models import VOCAB, build, byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
 

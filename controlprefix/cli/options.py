@@ -34,6 +34,7 @@ _REPEATABLE = {
         None,
         "Strength schedule of a part: tone=0:1,40:0 fades the tone out over 40 tokens.",
     ),
+    "images": ("--image", None, "Path of an image that the prompt is about."),
     "stop": ("--stop", None, "Text that ends the completion; it is cut off."),
 }
 
@@ -168,6 +169,7 @@ def _parse_request_fields(values: dict[str, Any]) -> dict[str, Any]:
         },
         "schedules": dict(_parse_schedule(text) for text in values["schedules"] or ()),
         "stop": values["stop"] or (),
+        "images": values["images"] or (),
         **{
             name: parse_json_object(f"--{name.replace('_', '-')}", values[name])
             for name in ("chat_template_kwargs", "logit_bias")

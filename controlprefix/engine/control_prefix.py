@@ -38,6 +38,7 @@ class ControlPrefix(FeedbackMethods, UserMethods):
         encryption_keys: EncryptionKeys | None = None,
         attributes: AttributeSpace | str | Path | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        processor: Any = None,
         **options: Unpack[LoadOptions],
     ) -> Self:
         """Load and freeze a model, and open the store of its prefixes.
@@ -55,6 +56,7 @@ class ControlPrefix(FeedbackMethods, UserMethods):
                 requests get its default labels, and training uses its numbers of slots.
             chat_template_kwargs: Variables for the chat template in every prompt, such as
                 `{"enable_thinking": False}`; those of a request come on top.
+            processor: Reads images, for models that do; left out, the one stored with the model.
             **options: `tokenizer`, needed for a loaded model whose tokenizer cannot be found by its
                 name; `dtype`, `device`, `revision`, `trust_remote_code` and `quantization`: see
                 `controlprefix.model.loading.load`.
@@ -71,6 +73,7 @@ class ControlPrefix(FeedbackMethods, UserMethods):
         frozen = FrozenModel.from_pretrained(
             model,
             chat_template_kwargs=chat_template_kwargs,
+            processor=processor,
             **options,
         )
         return cls(frozen, opened, attributes)

@@ -15,7 +15,8 @@ from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import TokenLogProbs
 from controlprefix.prefixes import PrefixBatch
-from controlprefix.request import AnyRequest, Request, RequestFields
+from controlprefix.request import AnyRequest, Request
+from controlprefix.request_fields import RequestFields
 
 if TYPE_CHECKING:
     from controlprefix.vllm.runner import VllmRunner

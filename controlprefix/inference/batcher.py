@@ -12,6 +12,7 @@ import torch
 from controlprefix.completion import Completion
 from controlprefix.errors import ControlPrefixError, OverloadedError, RequestError
 from controlprefix.inference.guidance import RowPlan, plan_rows
+from controlprefix.inference.image_requests import ImageRequests
 from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
@@ -19,6 +20,7 @@ from controlprefix.inference.sampling import SampledRow
 from controlprefix.inference.stopping import TextStream, completion_from_tokens
 from controlprefix.inference.waiting_line import WaitingLine
 from controlprefix.model import FrozenModel
+from controlprefix.model.images import ImagePrompt
 from controlprefix.prefixes import Part, PrefixBatch
 from controlprefix.request import Request
 
@@ -108,6 +110,7 @@ class Batcher(ABC):
         self._waiting: WaitingLine[Sequence] = WaitingLine(
             lambda sequence: len(sequence.rows), lambda sequence: sequence.num_tokens
         )
+        self._images = ImageRequests(frozen)
         self._wake = threading.Condition()
         self._closing = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="controlprefix-batch", daemon=True)
@@ -160,6 +163,10 @@ class Batcher(ABC):
             )
         tokenizer = self._frozen.request_tokenizer
         resolved, prompt = resolved.fitted(tokenizer)
+        if isinstance(prompt, ImagePrompt):
+            if top_log_probs is not None:
+                raise RequestError("log-probabilities are not supported with images")
+            return self._images.submit(resolved, prompt, Ticket(deliver))
         sequence = Sequence(
             resolved,
             Ticket(deliver),
@@ -180,7 +187,7 @@ class Batcher(ABC):
     @property
     def load(self) -> tuple[int, int]:
         """Number of rows in the batch, and of requests that wait."""
-        return self._num_rows, len(self._waiting)
+        return self._num_rows, len(self._waiting) + len(self._images)
 
     def require_capacity(self) -> None:
         """Check that a request could be submitted now: see `Runner.require_capacity`.
@@ -190,7 +197,7 @@ class Batcher(ABC):
         """
         if self._closing:
             raise closing_error()
-        if len(self._waiting) >= self._max_waiting:
+        if len(self._waiting) + len(self._images) >= self._max_waiting:
             raise OverloadedError(
                 f"{self._max_waiting} requests are waiting already; try again later"
             )
@@ -207,6 +214,8 @@ class Batcher(ABC):
         finished = not self._thread.is_alive()
         self._abandoned = True
         self._thread.join()
+        finished = finished and not len(self._images)
+        self._images.close(cancel=timeout_s is not None)
         return finished
 
     # --- in the batcher's thread -------------------------------------------------------------

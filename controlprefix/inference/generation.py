@@ -28,6 +28,7 @@ from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.sampling import RowSampling, SampledRow
 from controlprefix.inference.stopping import completion_from_tokens, has_stop
 from controlprefix.model import FrozenModel
+from controlprefix.model.images import image_inputs
 from controlprefix.model.kv_cache import growing_cache
 from controlprefix.model.padding import pad_rows
 from controlprefix.model.tokenization import RequestTokenizer
@@ -89,7 +90,8 @@ def generate_tokens(
     row_prompts = [prompts[i] for i in plan.request_of_row]
     left = not frozen.is_encoder_decoder
     ids, mask = pad_rows(row_prompts, frozen.pad_id, left=left)
-    options: dict[str, Any] = {}
+    lengths = [len(prompt) for prompt in row_prompts]
+    options: dict[str, Any] = dict(image_inputs(row_prompts, lengths, frozen.model))
     num_before = ids.shape[1]  # columns before the first new token
     if frozen.is_encoder_decoder:
         decoder_ids = torch.tensor([tokenizer.decoder_start_ids] * len(ids), device=frozen.device)

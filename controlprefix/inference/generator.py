@@ -22,6 +22,7 @@ from controlprefix.inference.runner import TokenLogProbs, token_log_probs_of
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.inference.stopping import TextStream
 from controlprefix.model import FrozenModel
+from controlprefix.model.images import ImagePrompt
 from controlprefix.model.kv_cache import rows_can_move
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import Request
@@ -158,6 +159,8 @@ class Generator:
         prompts = []
         for request in resolved:
             prompts.append(tokenizer.prompt_ids(request.request))
+            if isinstance(prompts[-1], ImagePrompt):
+                raise RequestError("prompt log-probabilities are not computed for images")
             limit = tokenizer.context_length
             if limit is not None and len(prompts[-1]) > limit:
                 raise ContextLengthError(

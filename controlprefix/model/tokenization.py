@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,9 @@ from controlprefix.errors import (
     shortened,
 )
 from controlprefix.example import Example
-from controlprefix.model.chat_template import ChatTemplate, control_token_pattern
+from controlprefix.model.chat_template import ChatTemplate, control_token_pattern, with_images
+from controlprefix.model.images import ImagePrompt, ImageReader, PromptImages
+from controlprefix.model.loading import load_processor
 from controlprefix.request import AnyRequest, Request
 
 _ANY_TEXT = "a"
@@ -51,6 +54,7 @@ class RequestTokenizer:
         model: For its config and generation config.
         tokenizer: Its tokenizer.
         chat_template_kwargs: Template variables of every prompt.
+        processor: Reads images; left out, the one that is stored with the model.
 
     Attributes:
         is_encoder_decoder: Whether an encoder reads the prompt.
@@ -64,8 +68,10 @@ class RequestTokenizer:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        processor: Any = None,
     ) -> None:
         self._model = weakref.ref(model)
+        self._processor = processor
         self._tokenizer = _without_truncation(tokenizer)
         self._template = ChatTemplate(tokenizer, chat_template_kwargs)
         self._control_tokens = control_token_pattern(tokenizer)
@@ -136,9 +142,14 @@ class RequestTokenizer:
 
         Raises:
             RequestError: If the tokenizer has no chat template and messages need one, or the
-                template refuses them; or the model has no embedding of an id.
+                template refuses them; the model has no embedding of an id; or the request has
+                images, and the model reads none.
         """
-        return tuple(self._require_embedded(self._prompt_ids(request)))
+        contents = [image for message in request.conversation for image in message.images]
+        if not contents:
+            return tuple(self._require_embedded(self._prompt_ids(request)))
+        images = self._image_reader.read(contents)
+        return ImagePrompt.of(self._require_embedded(self._prompt_ids(request, images)), images)
 
     def fitted(
         self, request: AnyRequest, *, num_slots: int = 0, context_length: int | None = None
@@ -304,27 +315,32 @@ class RequestTokenizer:
         assert isinstance(text, str)
         return text
 
-    def _prompt_ids(self, request: Request) -> Sequence[int]:
+    @cached_property
+    def _image_reader(self) -> ImageReader:
+        model = self._model()
+        assert model is not None
+        return ImageReader(self._processor or load_processor(model))
+
+    def _prompt_ids(self, request: Request, images: PromptImages | None = None) -> Sequence[int]:
         if request.prompt_ids is not None:
             return request.prompt_ids
         if request.messages is None and (request.raw or not self.has_chat_template):
             # As it was written: control tokens are meant.
-            return (
-                self._at_start(self._ids(request.prompt)) if request.prompt else self._start_ids()
-            )
-        messages = (
-            [message.model_dump() for message in request.messages]
-            if request.messages is not None
-            else [{"role": "user", "content": request.prompt or ""}]
-        )
+            lines = [*(images.texts if images else ()), request.prompt or ""]
+            text = "\n".join(lines)
+            return self._at_start(self._ids(text)) if text else self._start_ids()
+        conversation = request.conversation
         pieces = self._template.render(
-            messages,
+            [message.model_dump(include={"role", "content"}) for message in conversation],
             request.chat_template_kwargs,
+            num_images=[len(message.images) for message in conversation],
             continue_final_message=request.continue_final_message,
             # A completion is the answer, unless it has the thoughts before it too.
             close_thinking=isinstance(request, Example)
             and not _END_OF_THINKING.search(request.completion),
         )
+        if images is not None:
+            pieces = with_images(pieces, self._image_reader.placeholder, images.texts)
         return [
             token
             for piece in pieces

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from controlprefix.errors import ModelNotFoundError, RequestError, TrainingDataError
 from controlprefix.example import Preference
+from controlprefix.message import image_from_data_uri
 from controlprefix.request import Request, SteeringFields, with_sampling_defaults
 
 # Fields of OpenAI's API that change nothing that is generated here.
@@ -253,20 +254,43 @@ class ChatMessage(BaseModel):
         except ValidationError:
             raise ValueError("give a text, or a list of parts such as {'type': 'text'}") from None
 
-    def to_plain(self) -> dict[str, str]:
-        """The message as a chat template takes it.
+    def to_plain(self) -> dict[str, Any]:
+        """The message as fields of `Message`.
 
         Raises:
-            RequestError: If a part is not text.
+            RequestError: If a part is neither text nor an image.
         """
+        role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
-            text = self.content
-        else:
-            kinds = ("text", "input_text", "output_text")
-            if any(part.get("type") not in kinds for part in self.content):
-                raise RequestError("only text is supported; leave other parts of a message out")
-            text = "".join(str(part.get("text", "")) for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+            return {"role": role, "content": self.content}
+        texts: list[str] = []
+        images: list[bytes] = []
+        for part in self.content:
+            if part.get("type") in ("text", "input_text", "output_text"):
+                texts.append(str(part.get("text", "")))
+            elif part.get("type") in ("image_url", "input_image"):
+                images.append(_image_of_part(part.get("image_url")))
+            else:
+                raise RequestError(
+                    "only texts and images are supported; leave other parts of a message out"
+                )
+        fields: dict[str, Any] = {"role": role, "content": "".join(texts)}
+        return {**fields, "images": images} if images else fields
+
+
+def _image_of_part(value: Any) -> bytes:
+    """The image of a part of a message: never one that this server would have to fetch.
+
+    Raises:
+        RequestError: If it is not in the part itself.
+    """
+    uri = value.get("url") if isinstance(value, Mapping) else value
+    try:
+        return image_from_data_uri(str(uri))
+    except ValueError as error:
+        raise RequestError(
+            f"images must be part of the request, this server downloads none: {error}"
+        ) from None
 
 
 class ChatBody(ChoicesBody):

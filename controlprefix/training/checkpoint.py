@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from controlprefix._io import atomic_path
 from controlprefix.errors import StoreError, TrainingDataError
+from controlprefix.model.images import ImagePrompt
 from controlprefix.prefixes.container import digest
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
@@ -163,6 +164,8 @@ def run_identity(
             learned = [(tuple(key), strength) for key, strength in row.learned]
             request = None if row.request is None else row.request.model_dump_json()
             content: list[Any] = [list(row.prompt), list(row.targets), parts, learned]
+            if isinstance(row.prompt, ImagePrompt):
+                content.append(row.prompt.digest)
             content += [row.teacher, request, row.rejected and list(row.rejected.targets)]
             sha.update(repr(content).encode())
         sha.update(b"held out")

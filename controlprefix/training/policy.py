@@ -18,6 +18,7 @@ from controlprefix.inference.generation import generate_tokens
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.inference.stopping import completion_from_tokens
 from controlprefix.model import FrozenModel
+from controlprefix.model.images import followed_by
 from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
 from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.request import Request
@@ -239,7 +240,7 @@ class PolicyObjective(Objective):
             for row, r in zip(rows, resolved, strict=True)
         ]
         for batch in self._frozen.batches(lengths, _MAX_ROWS_PER_BATCH):
-            prompts = [(*rows[i].prompt, *heads[i]) for i in batch]
+            prompts = [followed_by(rows[i].prompt, heads[i]) for i in batch]
             results = generate_tokens(self._frozen, [resolved[i] for i in batch], prompts)
             for i, prompt, new in zip(batch, prompts, results, strict=True):
                 if new is None:

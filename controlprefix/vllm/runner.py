@@ -139,6 +139,8 @@ class VllmRunner:
                 "repetition_penalty would count placeholder tokens on this server's engine "
                 "(vLLM); leave it out"
             )
+        if any(message.images for message in request.conversation):
+            raise RequestError("images are not supported in front of vLLM; leave them out")
         self.require_capacity()
         placement = self._place(resolved)
         # vLLM would generate less than was asked for.
