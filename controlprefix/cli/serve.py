@@ -73,6 +73,9 @@ def _serve(
         float, typer.Option(help="Seconds per request; then it is answered 504.")
     ] = 300.0,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of new tokens per completion.")] = 2048,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1024, help="Size of a request body, images included.")
+    ] = 1 << 20,
     unknown_users: Annotated[
         Literal["refuse", "plain"],
         typer.Option(help="A user without a prefix: refuse the request, or write without one."),
@@ -175,6 +178,7 @@ def _serve(
             tokens_per_minute=tokens_per_minute,
             timeout_s=timeout_s,
             max_new_tokens=max_new_tokens,
+            max_body_bytes=max_body_bytes,
         ),
         runner=runner,
         allowed_hosts=[host, *(allowed_host or ())],
