@@ -136,7 +136,7 @@ def image_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, An
             text_config={"sliding_window": 64, **_TEXT},
             vision_config={"model_type": "siglip_vision_model", **_VISION},
             mm_tokens_per_image=4,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+            image_token_index=int(tokenizer.get_vocab()["<image_soft_token>"]),
         )
         model_class = transformers.Gemma3ForConditionalGeneration
     else:
