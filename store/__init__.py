@@ -5,6 +5,7 @@ from controlprefix.store.api_keys import ApiKeyInfo, tenant_of
 from controlprefix.store.cache import CachedPrefix, PrefixCache
 from controlprefix.store.database import upgrade
 from controlprefix.store.encryption import EncryptionKeys, JsonEncryptionKeys
+from controlprefix.store.jobs import Claim, Job, JobKind, JobStatus
 from controlprefix.store.model_store import ModelStore
 from controlprefix.store.profiles import SimilarUser
 from controlprefix.store.records import (
@@ -23,7 +24,11 @@ __all__ = [
     "ApiKeyInfo",
     "AuditEntry",
     "CachedPrefix",
+    "Claim",
     "EncryptionKeys",
+    "Job",
+    "JobKind",
+    "JobStatus",
     "JsonEncryptionKeys",
     "Kind",
     "ModelStore",

@@ -6,7 +6,7 @@ from sqlalchemy import and_, delete, func, select
 from sqlalchemy.orm import Session
 
 from controlprefix.prefixes import PrefixKey
-from controlprefix.store import codes, profiles, samples
+from controlprefix.store import codes, jobs, profiles, samples
 from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow, VersionRow
 from controlprefix.store.versions import key_of, select_prefixes, unknown_name, version_numbers
 
@@ -23,8 +23,9 @@ def forget(session: Session, tenant: int, key: PrefixKey) -> int:
     if key.kind == "user":
         had_profile = profiles.forget(session, tenant, key.name)
         had_texts = samples.forget(session, tenant, key.name)
+        had_jobs = jobs.forget(session, tenant, key.name)
         num_marked = codes.mark_forgotten(session, tenant, key.name)
-        exists = exists or had_profile or had_texts or num_marked > 0
+        exists = exists or had_profile or had_texts or had_jobs or num_marked > 0
     if not exists:
         raise unknown_name(session, tenant, key, None)
     num_removed = sum(len(version_numbers(session, row)) for row in rows)

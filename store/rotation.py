@@ -5,7 +5,7 @@ from functools import partial
 from sqlalchemy.orm import Session
 
 from controlprefix.prefixes import PrefixKey
-from controlprefix.store import profiles, samples
+from controlprefix.store import jobs, profiles, samples
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import version_id
@@ -45,6 +45,7 @@ def rotate_keys(database: Database, cipher: TenantCipher) -> int:
 
     database.run(lambda session, tenant: samples.rotate(session, tenant, cipher), write=True)
     database.run(lambda session, tenant: profiles.rotate(session, tenant, cipher), write=True)
+    database.run(lambda session, tenant: jobs.rotate(session, tenant, cipher), write=True)
     num_rotated = 0
     for key, fingerprint, prefix_id, number in database.run(list_outdated):
         identity = version_id(key, fingerprint, number)

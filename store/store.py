@@ -21,6 +21,7 @@ from controlprefix.store.api_keys import ApiKeyInfo
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import EncryptionKeys, TenantCipher
 from controlprefix.store.integrity import PayloadReader
+from controlprefix.store.jobs import JobMethods
 from controlprefix.store.model_store import ModelStore
 from controlprefix.store.records import (
     AuditEntry,
@@ -40,7 +41,7 @@ from controlprefix.store.versions import key_of, select_prefixes
 _log = logging.getLogger(__name__)
 
 
-class PrefixStore(UserData):
+class PrefixStore(UserData, JobMethods):
     """The prefixes of one tenant in one database, for all models.
 
     Args:

@@ -1,4 +1,5 @@
-"""The tables. Every row has its tenant, which PostgreSQL enforces with row-level security.
+"""The tables. Every row but those of the queue has its tenant, which PostgreSQL enforces with
+row-level security.
 
 The bytes of a version are in a table of their own, so that finding the current version never
 reads past them.
@@ -21,9 +22,11 @@ from sqlalchemy import (
     LargeBinary,
     String,
     Table,
+    Text,
     TypeDecorator,
     UniqueConstraint,
     event,
+    false,
 )
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
@@ -211,6 +214,47 @@ class SampleRow(Base):
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 
+class JobRow(Base):
+    """Training that a server accepted for a user."""
+
+    __tablename__ = "controlprefix_jobs"
+    __table_args__ = (
+        Index("ix_controlprefix_jobs_tenant", "tenant_id", "created_at"),
+        Index("ix_controlprefix_jobs_user", "tenant_id", "user_name"),
+    )
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
+    kind: Mapped[str] = mapped_column(String(32))
+    user_name: Mapped[str] = mapped_column(String(255))
+    status: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    started_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    finished_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    num_attempts: Mapped[int]
+    num_steps: Mapped[int]
+    version: Mapped[int | None]
+    error: Mapped[str] = mapped_column(Text)
+    key_id: Mapped[str | None] = mapped_column(String(255))
+    payload: Mapped[bytes | None] = mapped_column(LargeBinary)
+
+
+class QueueRow(Base):
+    """A job that is not finished, for workers, who see those of all tenants."""
+
+    __tablename__ = "controlprefix_queue"
+    __table_args__ = (Index("ix_controlprefix_queue_due", "fingerprint", "due_at"),)
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant_name: Mapped[str] = mapped_column(String(255))
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    # When it may be taken: a worker that has it moves that ahead.
+    due_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    is_running: Mapped[bool] = mapped_column(default=False, server_default=false())
+    num_attempts: Mapped[int]
+
+
 class AuditRow(Base):
     """A removal: what and when, never its content."""
 
@@ -250,5 +294,7 @@ def row_security(table: Table) -> list[str]:
 
 
 for _table in Base.metadata.sorted_tables:
+    if _table.name == QueueRow.__tablename__:
+        continue
     for _statement in row_security(_table):
         event.listen(_table, "after_create", DDL(_statement).execute_if(dialect="postgresql"))

@@ -1,6 +1,10 @@
 """What several test modules use."""
 
+import base64
+import json
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy
@@ -13,7 +17,7 @@ from controlprefix import ControlPrefix, Example, Geometry, Part, Prefix, assemb
 from controlprefix.model import FrozenModel
 from controlprefix.model.steering import Steering
 from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
-from controlprefix.store import NewVersion
+from controlprefix.store import JsonEncryptionKeys, NewVersion
 from controlprefix.store.records import StoredVersion
 from controlprefix.training.initialization import scale_of
 
@@ -200,3 +204,19 @@ class Instance:
 
     def __init__(self, *arguments: Any, task_name: str = "") -> None:
         self.task_name, self.args, self.arguments = task_name, arguments, arguments
+
+
+class Keys(JsonEncryptionKeys):
+    """A file of keys for the tenant `mine`, changed by the tests."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.path = path
+        self.keys: dict[str, str] = {}
+
+    def use(self, name: str | None) -> None:
+        """Write with this key from now on, made if it is new."""
+        if name is not None:
+            self.keys.setdefault(name, base64.b64encode(os.urandom(32)).decode())
+        output = {"mine": {"current": name, "keys": self.keys}} if name else {}
+        self.path.write_text(json.dumps(output))

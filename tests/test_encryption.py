@@ -1,7 +1,6 @@
 """Encrypted stores: unreadable without the key, rotated while in use, never mixed up."""
 
 import base64
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +9,9 @@ import pytest
 import sqlalchemy
 
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, StoreKeyError
-from controlprefix.store import JsonEncryptionKeys, NewVersion, PrefixKey, PrefixStore
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore
 
-from helpers import payload_of, prefix_of
+from helpers import Keys, payload_of, prefix_of
 
 GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 F = GEOMETRY.fingerprint
@@ -21,22 +20,6 @@ ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
 
 def new(key: PrefixKey = ANA, seed: int = 0) -> NewVersion:
     return NewVersion(key, Prefix.random(GEOMETRY, num_slots=3, seed=seed))
-
-
-class Keys(JsonEncryptionKeys):
-    """A file of keys for the tenant `mine`, changed by the tests."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.path = path
-        self.keys: dict[str, str] = {}
-
-    def use(self, name: str | None) -> None:
-        """Write with this key from now on, made if it is new."""
-        if name is not None:
-            self.keys.setdefault(name, base64.b64encode(os.urandom(32)).decode())
-        output = {"mine": {"current": name, "keys": self.keys}} if name else {}
-        self.path.write_text(json.dumps(output))
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ print(controlprefix.__file__)
 """
     assert Path(run(code, cwd=tmp_path, path=installed)).is_relative_to(installed)
     assert (installed / "controlprefix" / "py.typed").is_file()
-    assert (installed / "controlprefix" / "serving" / "playground.html").is_file()
+    assert (installed / "controlprefix" / "serving" / "playground" / "users.js").is_file()
     demo_data = installed / "controlprefix" / "cli" / "demo_data"
     assert {path.name for path in demo_data.iterdir()} == {
         path.name for path in (ROOT / "controlprefix" / "cli" / "demo_data").iterdir()

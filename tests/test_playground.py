@@ -20,7 +20,12 @@ def test_the_playground_needs_nothing_from_elsewhere(served: Served) -> None:
     page = httpx.get(f"{served.base}/playground")
     assert page.headers["content-type"].startswith("text/html")
     assert "http" not in page.text.replace("http-equiv", "")
-    assert ".innerHTML" not in page.text  # what a model or a user writes is text, not markup
+    for name in ("compare", "users"):
+        script = httpx.get(f"{served.base}/playground/{name}.js")
+        assert script.headers["content-type"].startswith("text/javascript")
+        assert ".innerHTML" not in script.text  # what a model or a user writes is text, not markup
+        assert "http" not in script.text
+    assert httpx.get(f"{served.base}/playground/other.js").status_code in (400, 404)
     assert httpx.get(f"{served.base}/v1/users").json() == {"users": ["ana"], "has_more": False}
 
 
@@ -90,9 +95,43 @@ def test_the_playground_compares_keeps_feedback_and_enrols(served: Served, brows
         "document.getElementById('texts').value = 'hi there';"
         "document.getElementById('enroll').click()"
     )
-    wait(browser, "document.getElementById('status').textContent.includes('enrolled from 1 texts')")
+    progress = "document.getElementById('progress').textContent"
+    wait(browser, f"{progress}.includes('enrolled from 1 texts')")
     assert browser.execute_script("return document.querySelector('.user').value") == "<b>zoe/ü</b>"
     httpx.delete(f"{served.base}/v1/users/%3Cb%3Ezoe%2F%C3%BC%3C%2Fb%3E")
+
+
+def test_the_playground_trains_rolls_back_and_forgets(served: Served, browser: Any) -> None:
+    with PrefixStore(served.url, tenant="mine") as store:
+        rows = [
+            json.dumps({"user": "lea", "prompt": f"Hi {i}", "chosen": "hey", "rejected": "Sir"})
+            for i in range(3)
+        ]
+        store.keep_feedback("lea", rows)
+    browser.get(f"{served.base}/playground")
+    wait(browser, "document.querySelectorAll('#chosen option').length >= 2")
+    progress = "document.getElementById('progress').textContent"
+    browser.execute_script(
+        "document.getElementById('users').open = true;"
+        "document.getElementById('name').value = 'lea';"
+        "document.getElementById('texts').value = 'hi there\\nhow are you';"
+        "document.getElementById('train').checked = true;"
+        "document.getElementById('enroll').click()"
+    )
+    wait(browser, f"{progress} == 'lea is trained, version 1'")
+    browser.execute_script("document.getElementById('learn').click()")
+    wait(browser, f"{progress} == 'lea is trained, version 2'")
+    browser.execute_script("document.querySelectorAll('#versions button')[1].click()")
+    wait(browser, f"{progress} == 'lea: version 1 is in use'")
+    versions = httpx.get(f"{served.base}/v1/users/lea").json()["versions"]
+    assert [version["current"] for version in versions] == [True, False]
+    browser.execute_script("window.confirm = () => true; document.getElementById('forget').click()")
+    wait(browser, f"{progress} == 'lea is forgotten'")
+    assert httpx.get(f"{served.base}/v1/users/lea").status_code == 404
+    browser.execute_script(  # errors are told beside what failed
+        "document.getElementById('chosen').value = ''; document.getElementById('learn').click()"
+    )
+    wait(browser, f"{progress} == 'choose a user first'")
 
 
 def test_the_playground_by_keyboard_on_a_phone_and_with_a_failing_side(

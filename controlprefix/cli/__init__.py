@@ -8,6 +8,7 @@ from controlprefix.cli import (  # noqa: F401 (they add commands)
     data,
     evaluate,
     generate,
+    jobs,
     preferences,
     prefixes,
     reinforce,

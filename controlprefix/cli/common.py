@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 users_app = typer.Typer(help="Train users, and forget them.", no_args_is_help=True)
+jobs_app = typer.Typer(help="Training that servers accepted.", no_args_is_help=True)
 prefixes_app = typer.Typer(
     help="List, roll back, name and remove stored prefixes.", no_args_is_help=True
 )
@@ -24,6 +25,7 @@ audit_app = typer.Typer(help="What stored prefixes reveal.", no_args_is_help=Tru
 data_app = typer.Typer(help="Files of examples and texts.", no_args_is_help=True)
 attributes_app = typer.Typer(help="The file that defines the attributes.", no_args_is_help=True)
 app.add_typer(users_app, name="users")
+app.add_typer(jobs_app, name="jobs")
 app.add_typer(prefixes_app, name="prefixes")
 app.add_typer(store_app, name="store")
 app.add_typer(api_keys_app, name="api-keys")

@@ -76,6 +76,10 @@ def _serve(
     max_body_bytes: Annotated[
         int, typer.Option(min=1024, help="Size of a request body, images included.")
     ] = 1 << 20,
+    jobs: Annotated[
+        bool,
+        typer.Option(help="Train users in this process; --no-jobs: `controlprefix worker` does."),
+    ] = True,
     unknown_users: Annotated[
         Literal["refuse", "plain"],
         typer.Option(help="A user without a prefix: refuse the request, or write without one."),
@@ -183,6 +187,7 @@ def _serve(
         runner=runner,
         allowed_hosts=[host, *(allowed_host or ())],
         unknown_users=unknown_users,
+        does_jobs=jobs,
         sampling_defaults={
             name: value
             for name, value in (("temperature", temperature), ("top_p", top_p))

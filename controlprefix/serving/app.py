@@ -16,6 +16,7 @@ from controlprefix.serving.openai import ErrorResponse
 from controlprefix.serving.routes import (
     completions,
     feedback,
+    jobs,
     models,
     operations,
     prefixes,
@@ -77,7 +78,7 @@ def create_app(server: Server, *, allow_origins: Sequence[str] = ()) -> FastAPI:
             CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"]
         )
     add_error_handlers(app)
-    for module in (completions, models, users, feedback, prefixes, operations):
+    for module in (completions, models, users, feedback, jobs, prefixes, operations):
         app.include_router(module.router)
     _describe_errors(app, server)
     return app

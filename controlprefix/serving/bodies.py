@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from controlprefix.errors import ModelNotFoundError, RequestError, TrainingDataError
-from controlprefix.example import Preference
+from controlprefix.errors import ModelNotFoundError, RequestError
 from controlprefix.message import image_from_data_uri
 from controlprefix.request import Request, SteeringFields, with_sampling_defaults
 
@@ -36,8 +35,7 @@ _NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("auto",),
     "top_k": (-1, 0),
 }
-_MAX_ITEMS = 1000  # of any list in a body
-_MAX_TEXTS = 10_000
+MAX_ITEMS = 1000  # of any list in a body
 _MAX_PROMPT_IDS = 1 << 20
 _MIN_TEMPERATURE = 1e-3
 _MIN_TOP_P = 1e-6  # keeps the most likely token alone
@@ -174,7 +172,7 @@ class ChoicesBody(CompletionBody):
 
     max_tokens: int | None = Field(default=None, ge=0)
     n: int = Field(default=1, ge=1, le=10_000)
-    stop: str | Annotated[list[str], Field(max_length=_MAX_ITEMS)] = Field(default_factory=list)
+    stop: str | Annotated[list[str], Field(max_length=MAX_ITEMS)] = Field(default_factory=list)
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
@@ -235,7 +233,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[dict[str, Any]], Field(max_length=_MAX_ITEMS)]
+    content: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS)]
 
     @model_validator(mode="before")
     @classmethod
@@ -296,7 +294,7 @@ def _image_of_part(value: Any) -> bytes:
 class ChatBody(ChoicesBody):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_ITEMS)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
@@ -315,8 +313,8 @@ class TextBody(ChoicesBody):
     prompt: (
         str
         | PromptIds
-        | Annotated[list[str], Field(min_length=1, max_length=_MAX_ITEMS)]
-        | Annotated[list[PromptIds], Field(min_length=1, max_length=_MAX_ITEMS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_ITEMS)]
+        | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_ITEMS)]
     )
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -329,7 +327,7 @@ class TextBody(ChoicesBody):
         except ValidationError:  # a line for each form that it might have had
             raise ValueError(
                 "give a text, token ids, or a list of either, none of them an empty list; "
-                f"up to {_MAX_ITEMS:,} prompts and {_MAX_PROMPT_IDS:,} ids"
+                f"up to {MAX_ITEMS:,} prompts and {_MAX_PROMPT_IDS:,} ids"
             ) from None
 
     def prompts(self) -> list[dict[str, Any]]:
@@ -350,59 +348,6 @@ class ClassifyBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     texts: list[str] = Field(min_length=1, max_length=64)
-
-
-class EnrolmentBody(BaseModel):
-    """Body of `PUT /v1/users/{user}`: the arguments of `ControlPrefix.enroll`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    texts: list[str] = Field(min_length=1, max_length=_MAX_TEXTS)
-    decoder: str | None = None
-    refine: bool = False
-    keep_texts: bool = False
-
-
-class FeedbackBody(BaseModel):
-    """Body of `POST /v1/feedback`: a `Preference`, or a draft and what became of it."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    user: str
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(default=None, max_length=_MAX_ITEMS)
-    task: str | None = None
-    attributes: dict[str, Any] = {}
-    chosen: str | None = None
-    """The better text."""
-
-    rejected: str | None = None
-    """The other one."""
-
-    draft: str | None = None
-    """A text that the user changed; it counts as rejected."""
-
-    final: str | None = None
-    """What the user made of the draft; it counts as chosen."""
-
-    def preference(self) -> Preference:
-        """The preference.
-
-        Raises:
-            RequestError: If there are not two texts, or a field is invalid.
-        """
-        pairs = [(self.chosen, self.rejected), (self.final, self.draft)]
-        named = [pair for pair in pairs if pair != (None, None)]
-        if len(named) != 1 or None in named[0]:
-            raise RequestError("give chosen and rejected, or draft and final")
-        fields = self.model_dump(
-            exclude_unset=True, exclude={"chosen", "rejected", "draft", "final"}
-        )
-        ((chosen, rejected),) = named
-        try:
-            return Preference(**fields, chosen=chosen, rejected=rejected)
-        except TrainingDataError as error:
-            raise RequestError(str(error)) from None
 
 
 def _is_default(value: Any) -> bool:

@@ -43,6 +43,8 @@ class Server:
             without one.
         sampling_defaults: Sampling settings (`temperature`, `top_p`, …) of requests that leave
             them out, beside those of the model's generation config.
+        does_jobs: Train users in this process; otherwise other processes do (`controlprefix
+            worker`).
 
     Attributes:
         name, limits, classifiers, allowed_hosts: As given.
@@ -73,6 +75,7 @@ class Server:
         allowed_hosts: Collection[str] = (),
         unknown_users: UnknownUsers = "refuse",
         sampling_defaults: Mapping[str, float] | None = None,
+        does_jobs: bool = True,
     ) -> None:
         self.name = name
         self.sampling_defaults = {**frozen.sampling_defaults, **(sampling_defaults or {})}
@@ -105,6 +108,9 @@ class Server:
             # Others find a row free, whatever a tenant does.
             max_sequences_per_tenant=num_rows if open_tenant else num_rows - num_rows // 8,
         )
+        self._worker = self._tenants.worker() if does_jobs else None
+        if self._worker is not None:
+            self._worker.start()
         self.metrics = Metrics(lambda: self._runner.load)
 
     @property
@@ -207,6 +213,11 @@ class Server:
         )
         return resolved.report_in(empty)
 
+    def wake_worker(self) -> None:
+        """Let this process do a job that was just queued, if it does jobs."""
+        if self._worker is not None:
+            self._worker.wake()
+
     def check_health(self) -> None:
         """Check that the server is not shutting down, and that engine and store answer.
 
@@ -221,5 +232,7 @@ class Server:
     def close(self) -> None:
         """Accept no more requests, and finish the accepted ones."""
         self.is_ready = False
+        if self._worker is not None:
+            self._worker.close()
         self._runner.close(timeout_s=self.limits.timeout_s)
         self._tenants.close()

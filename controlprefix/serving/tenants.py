@@ -11,6 +11,7 @@ from controlprefix.attributes import AttributeSpace
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import UnauthorizedError, UnknownNameError
 from controlprefix.inference.resolver import PrefixCaches
+from controlprefix.jobs import JobWorker
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Kind
 from controlprefix.serving.rate_limit import RateLimiter
@@ -105,6 +106,10 @@ class Tenants:
             raise
         self._rate_limiter.hit(tenant, key_name)
         return Client(tenant, key_name, self._engine(tenant))
+
+    def worker(self) -> JobWorker:
+        """What does the jobs of all tenants."""
+        return JobWorker(self._frozen, self._store, self._attributes)
 
     @property
     def store_label(self) -> str:

@@ -6,6 +6,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict
@@ -37,6 +38,8 @@ class StepInfo(NamedTuple):
     validation_loss: float | None
     metrics: Mapping[str, float]
 
+
+_must_stop: ContextVar[Callable[[], bool] | None] = ContextVar("must_stop", default=None)
 
 Callback = Callable[[StepInfo], None]
 
@@ -149,14 +152,32 @@ class RunControl:
 
 
 @contextlib.contextmanager
+def stoppable(must_stop: Callable[[], bool]) -> Iterator[None]:
+    """Stop training inside, with `TrainingInterrupted`, when a function says so.
+
+    Args:
+        must_stop: Called after each step.
+    """
+    token = _must_stop.set(must_stop)
+    try:
+        yield
+    finally:
+        _must_stop.reset(token)
+
+
+@contextlib.contextmanager
 def delayed_interrupt() -> Iterator[Callable[[], bool]]:
     """Delay Ctrl-C until the block asks for it, so that no step is left half done.
 
     A second Ctrl-C interrupts at once. In other threads than the main one, nothing is changed.
+    Inside `stoppable`, its function decides instead.
 
     Yields:
-        A function that tells whether Ctrl-C was pressed.
+        A function that tells whether to stop.
     """
+    if (must_stop := _must_stop.get()) is not None:
+        yield must_stop
+        return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

@@ -152,7 +152,7 @@ def train_users(
                     report.failed[user.name] = reason
                 note = f"{len(report.failed)} failed" if report.failed else ""
                 update(len(report.users) + len(report.failed), note)
-            if active and is_interrupted():
+            if is_interrupted() and active:
                 raise TrainingInterrupted(_stopped(len(report.users), total, folder))
     return replace(report, skipped=tuple(skipped), seconds=time.monotonic() - started)
 

@@ -3,8 +3,8 @@
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from controlprefix.serving.bodies import FeedbackBody
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.user_bodies import FeedbackBody
 
 router = APIRouter(prefix="/v1/feedback", tags=["users"])
 

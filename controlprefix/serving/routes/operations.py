@@ -2,6 +2,7 @@
 
 import html
 from importlib import resources
+from typing import Literal
 
 from fastapi import APIRouter, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
@@ -79,5 +80,14 @@ async def metrics(server: ServerDependency) -> Response:
 @router.get("/playground", include_in_schema=False)
 async def playground() -> Response:
     """The playground page."""
-    page = resources.files("controlprefix.serving").joinpath("playground.html")
-    return Response(page.read_bytes(), media_type="text/html; charset=utf-8")
+    return Response(_playground_file("index.html"), media_type="text/html; charset=utf-8")
+
+
+@router.get("/playground/{name}", include_in_schema=False)
+async def playground_script(name: Literal["compare.js", "users.js"]) -> Response:
+    """A script of the playground."""
+    return Response(_playground_file(name), media_type="text/javascript; charset=utf-8")
+
+
+def _playground_file(name: str) -> bytes:
+    return resources.files("controlprefix.serving").joinpath("playground", name).read_bytes()

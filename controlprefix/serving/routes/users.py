@@ -1,11 +1,11 @@
 """Routes of users."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from controlprefix.errors import RequestError
-from controlprefix.serving.bodies import EnrolmentBody
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.routes.jobs import JobInfo, accepted
 from controlprefix.serving.routes.prefixes import (
     MAX_LISTED,
     After,
@@ -16,6 +16,7 @@ from controlprefix.serving.routes.prefixes import (
     names_after,
     versions_of,
 )
+from controlprefix.serving.user_bodies import EnrolmentBody, LearningBody
 
 router = APIRouter(prefix="/v1/users", tags=["users"])
 
@@ -46,17 +47,38 @@ async def list_users(
     return UserList(users=names[:limit], has_more=len(names) > limit)
 
 
-@router.put("/{user:path}")
+@router.put("/{user:path}", responses={202: {"model": JobInfo, "description": "A job trains it."}})
 async def enroll_user(
-    user: str, body: EnrolmentBody, client: ClientDependency, server: ServerDependency
-) -> EnrolledUser:
-    """Make a prefix for a user from texts they wrote."""
+    user: str,
+    body: EnrolmentBody,
+    response: Response,
+    client: ClientDependency,
+    server: ServerDependency,
+) -> EnrolledUser | JobInfo:
+    """Make a prefix for a user from texts they wrote: at once, or with `train` in a job."""
     limit = server.limits.max_texts
     if len(body.texts) > limit:
         raise RequestError(f"{len(body.texts)} texts; this server takes {limit} at once")
-    fields = body.model_dump()
+    if body.train is not None:
+        if body.keep_texts:
+            await server.work.with_store(client.cp.store.keep_samples, user, body.texts)
+        return await accepted("train_user", user, body.job_options(), response, client, server)
+    fields = body.model_dump(exclude={"train"})
     version = await server.work.with_model(client.tenant, client.cp.enroll, user, **fields)
     return EnrolledUser(user=user, version=version)
+
+
+@router.post("/{user:path}/learn", status_code=202)
+async def learn_feedback(
+    user: str,
+    body: LearningBody,
+    response: Response,
+    client: ClientDependency,
+    server: ServerDependency,
+) -> JobInfo:
+    """Train a user's prefix on the feedback that is kept of them, in a job."""
+    options = body.model_dump(exclude_none=True)
+    return await accepted("learn_feedback", user, options, response, client, server)
 
 
 @router.post("/{user:path}/rollback")

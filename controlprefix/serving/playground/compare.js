@@ -1,93 +1,4 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>controlprefix playground</title>
-<style>
-:root { color-scheme: light dark; --line: #8885; --accent: #2563eb; }
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.3rem; margin: 0 0 .75rem; }
-label { display: block; font-size: .85rem; }
-textarea, select, input[type=text], input[type=password] { width: 100%; font: inherit; padding: .4rem;
-  border: 1px solid var(--line); border-radius: .4rem; background: transparent; color: inherit; }
-option { color: initial; }
-button { font: inherit; padding: .4rem 1.2rem; border: 0; border-radius: .4rem; background: var(--accent);
-  color: #fff; cursor: pointer; }
-button:disabled { opacity: .5; cursor: default; }
-.row { display: flex; gap: .75rem; align-items: end; flex-wrap: wrap; margin: .75rem 0; }
-.row > * { flex: 1 1 10rem; }
-.row > button { flex: 0 0 auto; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
-.side { border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; }
-.dial { margin-top: .4rem; display: grid; grid-template-columns: 1fr 1fr 6.5rem; gap: .5rem; align-items: center; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 6rem; margin: .75rem 0 .5rem; }
-.bar { display: grid; grid-template-columns: 9rem 1fr 3rem; gap: .5rem; font-size: .85rem; }
-.bar i { background: var(--accent); height: .6rem; align-self: center; border-radius: .3rem; }
-.status { min-height: 1.5rem; font-size: .9rem; }
-.text.old { opacity: .55; }
-.note { font-size: .85rem; min-height: 1.3rem; color: #777; }
-.error { color: #c0392b; }
-.tools { display: flex; gap: .5rem; flex-wrap: wrap; }
-.tools button { background: transparent; color: inherit; border: 1px solid var(--line); min-height: 44px; padding: .3rem .8rem; }
-button.quiet { background: transparent; color: inherit; border: 1px solid var(--line); }
-button, select { min-height: 44px; }
-pre { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; padding: .5rem; }
-@media (max-width: 40rem) {
-  .sides { grid-auto-flow: column; grid-auto-columns: 88%; grid-template-columns: none; overflow-x: auto;
-    scroll-snap-type: x mandatory; }
-  .side { scroll-snap-align: start; }
-}
-details { margin-top: 1rem; }
-</style>
-</head>
-<body>
-<h1>Voices of one frozen model</h1>
-<div class="row">
-  <label>Prompt <textarea id="prompt" rows="2">Tell Sam I will be late for lunch.</textarea></label>
-</div>
-<div class="row">
-  <label>Task <select id="task"></select></label>
-  <label>Tokens <select id="tokens"><option>32</option><option selected>64</option><option>128</option></select></label>
-  <label>Temperature <select id="temperature"><option value="" selected>as the server</option><option>0</option><option>0.7</option><option>1</option></select></label>
-  <label id="keyed" hidden>API key <input id="key" type="password" autocomplete="off"></label>
-  <label>Seed <input id="seed" type="text" inputmode="numeric" placeholder="none"></label>
-  <button id="generate" title="Ctrl+Enter">Generate</button>
-  <button id="stop" class="quiet" disabled>Stop</button>
-  <button id="add" class="quiet">Add a setting</button>
-</div>
-<div class="status" id="status" role="status"></div>
-<div class="sides" id="sides"></div>
-<details>
-  <summary>Enrol a user</summary>
-  <p class="note">Paste texts, or drop text files here. Each line is a text.</p>
-  <div class="row">
-    <label>Name <input id="name" type="text" maxlength="255"></label>
-    <label>Texts by this user, one per line <textarea id="texts" rows="4"></textarea></label>
-    <button id="enroll">Enroll</button>
-  </div>
-</details>
-<template id="side">
-  <section class="side">
-    <label>User <select class="user"></select></label>
-    <label class="dial"><span>strength of the user</span>
-      <input class="much" type="range" min="0" max="3" step="0.1" value="1"><output>1</output></label>
-    <div class="dials"></div>
-    <div class="text" aria-live="polite"></div>
-    <div class="note" role="status"></div>
-    <div class="classified"></div>
-    <div class="tools">
-      <button class="copy">Copy</button>
-      <button class="prefer" title="Keep as feedback of the user that is chosen on this side">This one is better</button>
-      <button class="code" aria-expanded="false">As code</button>
-      <button class="close">Remove</button>
-    </div>
-    <pre class="snippet" hidden></pre>
-  </section>
-</template>
-<script>
+// Settings beside each other: their dials, their texts, their code.
 "use strict";
 const at = (id) => document.getElementById(id);
 const say = (text) => { at("status").textContent = text; };
@@ -196,7 +107,10 @@ function showCode(side) {
     `from openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}/v1", api_key="…")\n` +
     `answer = client.chat.completions.create(\n    model=${JSON.stringify(name)},\n` +
     `    messages=[{"role": "user", "content": ${JSON.stringify(messages[0].content)}}],\n` +
-    `    max_tokens=${max_tokens},\n    extra_body=${extra},\n)\nprint(answer.choices[0].message.content)\n`;
+    `    max_tokens=${max_tokens},\n    extra_body=${extra},\n)\nprint(answer.choices[0].message.content)\n\n` +
+    `const answer = await fetch("${location.origin}/v1/chat/completions", {\n  method: "POST",\n` +
+    `  headers: { "Content-Type": "application/json" },\n  body: JSON.stringify(${json.replaceAll("\n", "\n  ")}),\n});\n` +
+    `console.log((await answer.json()).choices[0].message.content);\n`;
 }
 
 async function prefer(side) {
@@ -250,10 +164,7 @@ function showDials(side) {
 
 async function showUsers() {
   const users = (await (await ask("/v1/users")).json()).users;
-  for (const side of sides()) {
-    const select = side.querySelector(".user");
-    fill(select, ["", ...users], select.value);
-  }
+  for (const select of document.querySelectorAll("select.user")) fill(select, ["", ...users], select.value);
 }
 
 async function begin() {
@@ -329,10 +240,10 @@ async function write(side, signal) {
     }
 }
 
-async function busy(button, work) {
+async function busy(button, work, report = say) {
   button.disabled = true;
-  say("");
-  try { await work(); } catch (error) { say(error.message); } finally { button.disabled = false; }
+  report("");
+  try { await work(); } catch (error) { report(error.message); } finally { button.disabled = false; }
 }
 
 let running = new AbortController(), written = {};
@@ -363,31 +274,9 @@ for (const id of ["prompt", "task", "seed", "tokens", "temperature"])
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
 });
-const drop = document.querySelector("details");
-drop.addEventListener("dragover", (event) => event.preventDefault());
-drop.addEventListener("drop", async (event) => {
-  event.preventDefault();
-  const files = await Promise.all([...event.dataTransfer.files].map((file) => file.text()));
-  at("texts").value = [at("texts").value, ...files].filter((text) => text.trim()).join("\n");
-});
-at("enroll").onclick = (event) => busy(event.target, async () => {
-  const name = at("name").value.trim();
-  const texts = at("texts").value.split("\n").filter((line) => line.trim());
-  if (!name || !texts.length) throw new Error("give a name and a text");
-  const known = [...document.querySelector(".side .user").options].some((option) => option.value === name);
-  if (known && !confirm(`${name} has a prefix; make a new version from these ${texts.length} texts?`)) return;
-  await ask(`/v1/users/${encodeURIComponent(name)}`, { method: "PUT", body: JSON.stringify({ texts }) });
-  await showUsers();
-  document.querySelector(".side .user").value = name;
-  const words = texts.join(" ").split(/\s+/).length;
-  say(`${name} is enrolled from ${texts.length} texts of ${words} words`);
-});
 at("key").onchange = begin;
 let saved = {};
 try { saved = JSON.parse(decodeURIComponent(location.hash.slice(1))); } catch { /* no state in the address */ }
 for (const id of ["prompt", "seed"]) if (saved[id] !== undefined) at(id).value = saved[id];
 for (const state of saved.sides?.length ? saved.sides : [{}, {}]) addSide(state);
 begin();
-</script>
-</body>
-</html>

@@ -1,0 +1,65 @@
+"""Commands about jobs: worker, jobs."""
+
+import signal
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from controlprefix.cli.common import app, err, jobs_app, out
+from controlprefix.cli.groups import EngineArguments, StoreArguments, grouped
+
+
+@app.command()
+@grouped
+def worker(
+    until_empty: Annotated[
+        bool, typer.Option(help="Stop when there is nothing left to do.")
+    ] = False,
+    *,
+    engine: EngineArguments,
+) -> None:
+    """Train the users that servers have accepted, of all tenants, until it is stopped."""
+    from controlprefix.jobs import JobWorker
+
+    cp = engine.open()
+    doer = JobWorker(cp.frozen_model, cp.store, cp.attributes)
+
+    def stop(*_: Any) -> None:
+        err.print("stopping after the current training step")
+        doer.ask_to_stop()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, stop)
+    out.print(f"doing jobs of {cp.store.label}")
+    num_done = doer.run(until_empty=until_empty)
+    out.print(f"{num_done} jobs done")
+
+
+@jobs_app.command("list")
+@grouped
+def list_jobs(
+    user: Annotated[str | None, typer.Option(help="Those of one user.")] = None,
+    *,
+    store: StoreArguments,
+) -> None:
+    """List a tenant's jobs, the newest first."""
+    table = Table("job", "kind", "user", "status", "created", "steps", "version", "error")
+    with store.open_store() as opened:
+        for job in opened.jobs(user=user):
+            version = "" if job.version is None else str(job.version)
+            created = f"{job.created_at:%Y-%m-%d %H:%M}"
+            status, steps = job.status, str(job.num_steps)
+            table.add_row(job.id, job.kind, job.user, status, created, steps, version, job.error)
+    out.print(table if table.row_count else "there are no jobs")
+
+
+@jobs_app.command("cancel")
+@grouped
+def cancel_job(
+    job_id: Annotated[str, typer.Argument(help="Id of the job.")], *, store: StoreArguments
+) -> None:
+    """Cancel a job; one that runs ends after its current training step."""
+    with store.open_store() as opened:
+        job = opened.cancel_job(job_id)
+    out.print(f"{job.id}: {job.status}")

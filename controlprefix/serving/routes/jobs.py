@@ -1,0 +1,110 @@
+"""Routes of jobs: training that was accepted and is done in the background."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, ConfigDict
+from sse_starlette import EventSourceResponse
+
+from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.server import Server
+from controlprefix.serving.tenants import Client
+from controlprefix.store import JobKind, JobStatus
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_POLL_S = 0.5
+
+
+class JobInfo(BaseModel):
+    """A job. `version` is the version of the user's prefix that it made."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    kind: JobKind
+    user: str
+    status: JobStatus
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    num_attempts: int
+    num_steps: int
+    version: int | None
+    error: str
+
+
+class JobList(BaseModel):
+    """Jobs, the newest first."""
+
+    jobs: list[JobInfo]
+
+
+async def accepted(
+    kind: JobKind,
+    user: str,
+    options: dict[str, Any],
+    response: Response,
+    client: Client,
+    server: Server,
+) -> JobInfo:
+    """Queue a job, and answer with where to look for it."""
+    job = await server.work.with_store(
+        client.cp.store.add_job, kind, user, options, server.fingerprint
+    )
+    server.wake_worker()
+    response.status_code = 202
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return JobInfo.model_validate(job)
+
+
+@router.get("")
+async def list_jobs(
+    client: ClientDependency,
+    server: ServerDependency,
+    user: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> JobList:
+    """The tenant's jobs, the newest first, of one user if it is named."""
+    jobs = await server.work.with_store(client.cp.store.jobs, user=user, limit=limit)
+    return JobList(jobs=[JobInfo.model_validate(job) for job in jobs])
+
+
+@router.get("/{job_id}")
+async def get_job(job_id: str, client: ClientDependency, server: ServerDependency) -> JobInfo:
+    """A job; 404 if there is none, as after its user was forgotten."""
+    return JobInfo.model_validate(await server.work.with_store(client.cp.store.job, job_id))
+
+
+@router.get("/{job_id}/events")
+async def watch_job(
+    job_id: str, client: ClientDependency, server: ServerDependency
+) -> EventSourceResponse:
+    """The job as server-sent events: as it is, at each change, and last as it ended."""
+    first = await get_job(job_id, client, server)
+
+    async def events() -> AsyncIterator[str]:
+        latest = first
+        yield latest.model_dump_json()
+        while latest.finished_at is None and server.is_ready:
+            await asyncio.sleep(_POLL_S)
+            try:
+                job = await get_job(job_id, client, server)
+            except Exception as error:  # forgotten, or the store is away: the stream has begun
+                yield json.dumps({"id": job_id, "error": str(error)})
+                return
+            if job != latest:
+                latest = job
+                yield latest.model_dump_json()
+
+    return EventSourceResponse(events())
+
+
+@router.delete("/{job_id}")
+async def cancel_job(job_id: str, client: ClientDependency, server: ServerDependency) -> JobInfo:
+    """Cancel a job; one that runs ends after its current training step."""
+    return JobInfo.model_validate(await server.work.with_store(client.cp.store.cancel_job, job_id))

@@ -1,0 +1,103 @@
+"""Request bodies about users: enrolment, training and feedback."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from controlprefix.errors import RequestError, TrainingDataError
+from controlprefix.example import Preference
+from controlprefix.serving.bodies import MAX_ITEMS
+
+_MAX_TEXTS = 10_000
+_MAX_STEPS = 2000
+
+
+class LearningBody(BaseModel):
+    """Body of `POST /v1/users/{user}/learn`: how a job trains."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    steps: int | None = Field(default=None, ge=1, le=_MAX_STEPS)
+    """Training steps; left out, as many as the library's default epochs have."""
+
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    """Learning rate; left out, the library's default."""
+
+    num_slots: int | None = Field(default=None, ge=1, le=256)
+    """Slots of a new prefix without a decoder."""
+
+
+class TrainingBody(LearningBody):
+    """How a job trains a user's prefix on texts: options of `ControlPrefix.train_users`."""
+
+    as_codes: bool | None = None
+    """With a decoder, train and store the user's code alone; else all slots."""
+
+
+class EnrolmentBody(BaseModel):
+    """Body of `PUT /v1/users/{user}`: the arguments of `ControlPrefix.enroll`."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    texts: list[str] = Field(min_length=1, max_length=_MAX_TEXTS)
+    decoder: str | None = None
+    refine: bool = False
+    keep_texts: bool = False
+    train: TrainingBody | None = None
+    """Train the prefix in a job, instead of making it at once."""
+
+    def job_options(self) -> dict[str, Any]:
+        """What a worker needs to train on the texts.
+
+        Raises:
+            RequestError: If an option has no effect in a job.
+        """
+        if self.refine:
+            raise RequestError("refine trains a little at once; leave it or train out")
+        options = self.train.model_dump(exclude_none=True) if self.train else {}
+        if self.decoder is not None:
+            options["decoder"] = self.decoder
+            options.pop("num_slots", None)
+        return {"texts": self.texts, **options}
+
+
+class FeedbackBody(BaseModel):
+    """Body of `POST /v1/feedback`: a `Preference`, or a draft and what became of it."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    user: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_ITEMS)
+    task: str | None = None
+    attributes: dict[str, Any] = {}
+    chosen: str | None = None
+    """The better text."""
+
+    rejected: str | None = None
+    """The other one."""
+
+    draft: str | None = None
+    """A text that the user changed; it counts as rejected."""
+
+    final: str | None = None
+    """What the user made of the draft; it counts as chosen."""
+
+    def preference(self) -> Preference:
+        """The preference.
+
+        Raises:
+            RequestError: If there are not two texts, or a field is invalid.
+        """
+        pairs = [(self.chosen, self.rejected), (self.final, self.draft)]
+        named = [pair for pair in pairs if pair != (None, None)]
+        if len(named) != 1 or None in named[0]:
+            raise RequestError("give chosen and rejected, or draft and final")
+        fields = self.model_dump(
+            exclude_unset=True, exclude={"chosen", "rejected", "draft", "final"}
+        )
+        ((chosen, rejected),) = named
+        try:
+            return Preference(**fields, chosen=chosen, rejected=rejected)
+        except TrainingDataError as error:
+            raise RequestError(str(error)) from None

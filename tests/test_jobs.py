@@ -1,0 +1,309 @@
+"""Jobs: done once, whatever happens to workers, and gone with their user."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controlprefix import ControlPrefix, StoreError
+from controlprefix.errors import OverloadedError, UnknownNameError
+from controlprefix.jobs import JobWorker
+from controlprefix.prefixes import PrefixKey
+from controlprefix.store import Job, PrefixStore, jobs
+from controlprefix.training.loop import TrainingLoop
+from controlprefix.users import user_training
+
+from helpers import Keys, frozen
+from models import build, byte_tokenizer
+
+TEXTS = ["the sea is wide", "the sea is deep", "we sail today"]
+OPTIONS: dict[str, Any] = {"texts": TEXTS, "steps": 3, "num_slots": 2}
+FROZEN = frozen(build("llama"), byte_tokenizer())
+F = FROZEN.fingerprint
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[PrefixStore]:
+    with PrefixStore(url, tenant="mine") as opened:
+        yield opened
+
+
+class Clock:
+    """The time that jobs see."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead = timedelta()
+        monkeypatch.setattr(jobs, "_now", lambda: datetime.now(UTC) + self.ahead)
+
+    def advance(self, seconds: float) -> None:
+        self.ahead += timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def work(store: PrefixStore) -> int:
+    return JobWorker(FROZEN, store).run(until_empty=True)
+
+
+def test_a_job_trains_a_user_and_forgets_the_texts(store: PrefixStore) -> None:
+    job = store.add_job("train_user", "ana", OPTIONS, F)
+    assert job.status == "queued"
+    assert store.jobs() == [job]
+    assert work(store.for_tenant("theirs")) == 1  # a worker does the jobs of all tenants
+    done = store.job(job.id)
+    assert (done.status, done.version, done.num_steps, done.error) == ("succeeded", 1, 3, "")
+    assert done.created_at <= (done.started_at or done.created_at)
+    assert ControlPrefix(FROZEN, store).names("user") == ["ana"]
+    assert work(store) == 0
+    with pytest.raises(UnknownNameError):  # tenants do not see each other's
+        store.for_tenant("theirs").job(job.id)
+    assert store.for_tenant("theirs").jobs() == []
+
+
+def test_the_version_is_that_of_training_at_once(store: PrefixStore) -> None:
+    store.add_job("train_user", "ana", OPTIONS, F)
+    work(store)
+    cp, alone = ControlPrefix(FROZEN, store), ControlPrefix(FROZEN, PrefixStore("sqlite://"))
+    alone.train_users({"ana": TEXTS}, steps=3, num_slots=2, progress=False)
+    assert cp.get("user", "ana").digest == alone.get("user", "ana").digest
+
+
+def test_a_job_learns_from_feedback(store: PrefixStore) -> None:
+    cp = ControlPrefix(FROZEN, store)
+    job = store.add_job("learn_feedback", "ana", {"steps": 2}, F)
+    work(store)
+    assert store.job(job.id).status == "failed"
+    assert "no feedback" in store.job(job.id).error
+    rows = [
+        {"user": "ana", "prompt": f"Greet {name}.", "chosen": f"hi {name}", "rejected": "Sir!"}
+        for name in ("Sam", "Eva", "Tom", "Max")
+    ]
+    cp.keep_feedback(rows)
+    job = store.add_job("learn_feedback", "ana", {"steps": 2, "num_slots": 2}, F)
+    work(store)
+    assert (store.job(job.id).status, store.job(job.id).version) == ("succeeded", 1)
+
+
+def test_bad_texts_fail_at_once(store: PrefixStore) -> None:
+    job = store.add_job("train_user", "ana", {"texts": [" "]}, F)
+    assert work(store) == 1
+    assert store.job(job.id).status == "failed"
+    assert "no text" in store.job(job.id).error
+    assert store.jobs(user="bo") == []
+
+
+def test_tenants_take_turns(store: PrefixStore) -> None:
+    many = [store.add_job("train_user", f"u{i}", OPTIONS, F).id for i in range(3)]
+    single = store.for_tenant("theirs").add_job("train_user", "x", OPTIONS, F).id
+    claims = [store.claim_job(F) for _ in range(4)]
+    order = [claim.job_id for claim in claims if claim is not None]
+    assert order == [many[0], single, *many[1:]]
+    assert store.claim_job(F) is None
+    assert store.claim_job("another model") is None
+
+
+def test_what_a_killed_worker_had_is_taken_again(store: PrefixStore, clock: Clock) -> None:
+    job = store.add_job("train_user", "ana", OPTIONS, F)
+    claim = store.claim_job(F)
+    assert claim is not None
+    assert store.start_job(claim) is not None
+    assert store.claim_job(F) is None
+    clock.advance(50)
+    assert store.renew_job(claim, 1)
+    clock.advance(50)
+    assert store.claim_job(F) is None  # it was renewed
+    clock.advance(20)
+    other = store.claim_job(F)
+    assert other is not None
+    assert other.num_attempts == 2
+    assert not store.renew_job(claim, 2)  # the first one, which was only slow, stops
+    for _ in range(2):
+        clock.advance(61)
+        other = store.claim_job(F)
+        assert other is not None
+        started = store.start_job(other)
+        assert (started is None) == (other.num_attempts > jobs.MAX_ATTEMPTS)
+    assert store.job(job.id).status == "failed"
+    assert "3 times" in store.job(job.id).error
+    clock.advance(61)
+    assert store.claim_job(F) is None
+
+
+def test_a_store_that_was_away_is_tried_again(
+    store: PrefixStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.add_job("train_user", "ana", OPTIONS, F)
+    original = user_training._publish
+    failures = iter([StoreError("it restarts")])
+
+    def publish(*arguments: Any) -> Any:
+        for error in failures:
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(user_training, "_publish", publish)
+    assert work(store) == 1
+    assert (store.job(job.id).status, store.job(job.id).error) == ("queued", "it restarts")
+    assert work(store) == 0
+    clock.advance(11)
+    assert work(store) == 1
+    assert (store.job(job.id).status, store.job(job.id).version) == ("succeeded", 1)
+
+
+class Slow:
+    """Lets a test act while a worker is in the middle of its first step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        original = TrainingLoop.step
+
+        def step(*arguments: Any) -> Any:
+            self.reached.set()
+            assert self.go_on.wait(30)
+            return original(*arguments)
+
+        monkeypatch.setattr(TrainingLoop, "step", step)
+        monkeypatch.setattr("controlprefix.jobs.worker._RENEW_S", 0.05)
+
+    def during(self, store: PrefixStore, job: Job, act: Any) -> JobWorker:
+        worker = JobWorker(FROZEN, store)
+        worker.start()
+        assert self.reached.wait(30)
+        act(worker)
+        time.sleep(0.5)  # the claim is renewed meanwhile
+        self.go_on.set()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and any(
+            job.status in ("running", "queued") and not worker._closing.is_set()
+            for job in store.jobs()
+        ):
+            time.sleep(0.05)
+        worker.close()
+        return worker
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_ends_after_its_step(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.add_job("train_user", "ana", {**OPTIONS, "steps": 1000}, F)
+    Slow(monkeypatch).during(store, job, lambda worker: store.cancel_job(job.id))
+    assert store.job(job.id).status == "cancelled"
+    assert ControlPrefix(FROZEN, store).names("user") == []
+    waiting = store.add_job("train_user", "bo", OPTIONS, F)
+    assert store.cancel_job(waiting.id).status == "cancelled"
+    assert work(store) == 0
+    assert store.cancel_job(job.id) == store.job(job.id)  # a finished one stays as it is
+
+
+@pytest.mark.slow
+def test_a_user_who_is_forgotten_meanwhile_does_not_come_back(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.add_job("train_user", "ana", OPTIONS, F)
+    Slow(monkeypatch).during(store, job, lambda worker: store.forget(PrefixKey("user", "ana")))
+    assert store.jobs() == []
+    assert ControlPrefix(FROZEN, store).names("user") == []
+    with pytest.raises(UnknownNameError):
+        store.job(job.id)
+    assert store.claim_job(F) is None
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_gives_its_job_back(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.add_job("train_user", "ana", OPTIONS, F)
+    Slow(monkeypatch).during(store, job, lambda worker: worker.ask_to_stop())
+    assert (store.job(job.id).status, store.job(job.id).num_attempts) == ("queued", 0)
+    assert work(store) == 1
+    assert store.job(job.id).version == 1
+
+
+@pytest.mark.slow
+def test_many_workers_do_each_job_once(url: str) -> None:
+    with PrefixStore(url, tenant="mine") as store:
+        ids = [store.add_job("train_user", f"u{i}", OPTIONS, F).id for i in range(12)]
+        stores = [PrefixStore(url, tenant="mine") for _ in range(4)]
+        threads = [threading.Thread(target=work, args=(own,)) for own in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {store.job(i).status for i in ids} == {"succeeded"}
+        assert {store.job(i).num_attempts for i in ids} == {1}
+        assert {store.job(i).version for i in ids} == {1}
+        for own in stores:
+            own.close()
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_the_middle_loses_nothing(
+    url: str, model_folder: Path, clock: Clock
+) -> None:
+    with PrefixStore(url) as store:
+        cp = ControlPrefix.from_pretrained(model_folder, store=url)
+        fingerprint = cp.frozen_model.fingerprint
+        options = {**OPTIONS, "steps": 2000}
+        job = store.add_job("train_user", "ana", options, fingerprint)
+        command = [
+            sys.executable, "-m", "controlprefix.cli", "worker", "--model", str(model_folder),
+            "--store", url, "--device", "cpu",
+        ]  # fmt: skip
+        killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while store.job(job.id).status != "running":
+            assert killed.poll() is None
+            time.sleep(0.1)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert store.job(job.id).status == "running"
+        assert cp.names("user") == []
+        clock.advance(61)
+        worker = JobWorker(cp.frozen_model, store)
+        stopped = threading.Timer(2.0, lambda: store.cancel_job(job.id))
+        stopped.start()  # 2,000 steps would take long
+        assert worker.run(until_empty=True) == 1
+        assert store.job(job.id).num_attempts == 2
+        cp.store.close()
+
+
+def test_options_are_encrypted_and_rotated(url: str, tmp_path: Path) -> None:
+    keys = Keys(tmp_path / "keys.json")
+    keys.use("k1")
+    with PrefixStore(url, tenant="mine", encryption_keys=keys) as store:
+        job = store.add_job("train_user", "ana", OPTIONS, F)
+        keys.use("k2")
+        store.rotate_keys()
+        del keys.keys["k1"]
+        keys.use("k2")
+        claim = store.claim_job(F)
+        assert claim is not None
+        started = store.start_job(claim)
+        assert started is not None
+        assert started[1] == OPTIONS
+        assert store.job(job.id).status == "running"
+
+
+def test_too_many_jobs_are_refused(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_MAX_WAITING", 2)
+    monkeypatch.setattr(jobs, "_MAX_FINISHED", 1)
+    first = store.add_job("train_user", "a", OPTIONS, F)
+    store.add_job("train_user", "b", OPTIONS, F)
+    with pytest.raises(OverloadedError, match="2 jobs"):
+        store.add_job("train_user", "c", OPTIONS, F)
+    with pytest.raises(UnknownNameError):
+        store.add_job("train_user", "", OPTIONS, F)
+    work(store)
+    store.add_job("train_user", "c", OPTIONS, F)
+    assert len(store.jobs()) == 2  # one is finished, one waits
+    assert first.id not in {job.id for job in store.jobs()}

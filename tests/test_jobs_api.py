@@ -1,0 +1,55 @@
+"""Jobs over HTTP: accepted, watched, cancelled, and forgotten with their user."""
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+if TYPE_CHECKING:
+    from servers import Served
+
+TEXTS = ["the sea is wide", "the sea is deep", "we sail today"]
+
+
+def finished(served: "Served", location: str) -> dict[str, Any]:
+    last = ""
+    with httpx.stream("GET", f"{served.base}{location}/events", timeout=60) as response:
+        for line in response.iter_lines():
+            last = line if line.startswith("data:") else last
+    result: dict[str, Any] = httpx.get(f"{served.base}{location}").json()
+    assert result["status"] in last
+    return result
+
+
+def test_training_is_accepted_and_done(served: "Served") -> None:
+    users = f"{served.base}/v1/users"
+    body = {"texts": TEXTS, "train": {"steps": 3, "num_slots": 2}, "keep_texts": True}
+    response = httpx.put(f"{users}/eva", json=body)
+    assert response.status_code == 202
+    assert response.json()["status"] in ("queued", "running")
+    job = finished(served, response.headers["Location"])
+    assert (job["status"], job["version"], job["user"]) == ("succeeded", 1, "eva")
+    listed = httpx.get(f"{served.base}/v1/jobs", params={"user": "eva"}).json()["jobs"]
+    assert [entry["id"] for entry in listed] == [job["id"]]
+    assert httpx.get(f"{users}/eva").json()["versions"][0]["num_slots"] == 2
+    feedback = {"user": "eva", "prompt": "Hi", "chosen": "hello", "rejected": "Sir"}
+    for prompt in ("Hi", "Ho", "He"):
+        httpx.post(f"{served.base}/v1/feedback", json={**feedback, "prompt": prompt})
+    response = httpx.post(f"{users}/eva/learn", json={"steps": 2})
+    assert finished(served, response.headers["Location"])["version"] == 2
+    httpx.delete(f"{users}/eva")
+    assert httpx.get(f"{served.base}/v1/jobs/{job['id']}").status_code == 404
+    assert httpx.get(f"{served.base}/v1/jobs", params={"user": "eva"}).json() == {"jobs": []}
+
+
+def test_mistakes_of_clients_are_answered(served: "Served") -> None:
+    users = f"{served.base}/v1/users"
+    for body, words in (
+        ({"texts": ["x"], "train": {"steps": 0}}, "steps"),
+        ({"texts": ["x"], "train": {"epochs": 3}}, "epochs"),
+        ({"texts": ["x"], "train": {}, "refine": True}, "refine"),
+    ):
+        response = httpx.put(f"{users}/eva", json=body)
+        assert response.status_code == 400
+        assert words in response.json()["error"]["message"]
+    assert httpx.get(f"{served.base}/v1/jobs/none").status_code == 404
+    assert httpx.delete(f"{served.base}/v1/jobs/none").status_code == 404
