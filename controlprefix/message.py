@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 MAX_IMAGES = 64  # of a request
 _MAX_IMAGE_BYTES = 32 << 20
@@ -60,16 +60,19 @@ def image_from_data_uri(uri: str) -> bytes:
         raise ValueError(f"the image is not base64: {error}") from None
 
 
-Image = Annotated[bytes, BeforeValidator(read_image)]
+def _data_uri(image: bytes) -> str:
+    return f"data:image/*;base64,{base64.b64encode(image).decode()}"
+
+
+# As JSON it is a `data:` URI, which `read_image` reads.
+Image = Annotated[bytes, BeforeValidator(read_image), PlainSerializer(_data_uri, when_used="json")]
 Images = Annotated[tuple[Image, ...], Field(max_length=MAX_IMAGES)]
 
 
 class Message(BaseModel):
     """One message of a conversation."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_bytes="base64"
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     role: Literal["system", "user", "assistant"]
     """Who says it."""

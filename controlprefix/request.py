@@ -128,9 +128,7 @@ class Request(SteeringFields):
         RequestError: If a field is unknown, missing or out of range.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_bytes="base64"
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     prompt: str | None = None
     """Text to answer. A chat model's template is applied to it as one user message, unless

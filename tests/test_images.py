@@ -221,6 +221,13 @@ def test_images_come_from_paths_bytes_and_uris(llava: ControlPrefix, tmp_path: P
     assert llava.score([example])[0].num_tokens == 8
 
 
+def test_feedback_on_images_is_kept(llava: ControlPrefix) -> None:
+    row = {"prompt": "What?", "images": [picture(0)], "chosen": "one", "rejected": "two"}
+    llava.keep_feedback([{**row, "user": "ana"}])
+    (preference,) = llava.feedback("ana")
+    assert preference.images == (png(picture(0)),)
+
+
 def test_mistakes_are_clear_errors(llava: ControlPrefix, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="reads no images"):
         engine("llama").generate(Request(prompt="What?", images=[picture(0)]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from controlprefix import (
     Geometry,
@@ -22,6 +22,9 @@ from controlprefix import (
 from controlprefix.completion import PartUsed
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.model import FrozenModel
+from controlprefix.model.condensed_text import prefix_from_text
+from controlprefix.model.log_probs import kl_divergences
+from controlprefix.model.mass_in_keys import MassInKeys
 from controlprefix.model.rotation import Rotation
 from controlprefix.model.steering import Steering
 from controlprefix.prefixes.schedule import Schedule
@@ -136,7 +139,7 @@ def test_a_strength_of_three_is_each_slot_three_times(llama: FrozenModel) -> Non
     prefix = Prefix.random(llama.geometry, num_slots=3, scale=1.0, seed=2)
     placement = place(resolved([("user", prefix, 3.0)]), "model", vocab_size=300)
     together = Prefix(
-        llama.geometry, {"decoder": torch.cat([p.slots["decoder"] for p in placement.prefixes])}
+        llama.geometry, {"decoder": torch.cat([p.slots["decoder"] for p, _ in placement.prefixes])}
     )
     text = torch.tensor([[7, 8, 9]])
     logits = []
@@ -147,10 +150,63 @@ def test_a_strength_of_three_is_each_slot_three_times(llama: FrozenModel) -> Non
     assert placement.num_slots == len(placement.placeholder_ids) == 9
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.25, 2.0001])
-def test_strengths_between_whole_numbers_are_refused(strength: float) -> None:
-    with pytest.raises(RequestError, match="whole number"):
-        placed([("user", slots(4), strength)])
+@pytest.mark.parametrize(
+    ("strength", "times", "mass"),
+    [(0.5, 1, 0.5), (1.25, 2, 0.625), (2.00001, 2, 1.0), (0.0001, 0, 0.0), (3.2, 4, 0.8)],
+)
+def test_strengths_between_whole_numbers_are_masses_of_keys(
+    strength: float, times: int, mass: float
+) -> None:
+    prefix = slots(4)
+    placement = placed([("user", prefix, strength)])
+    assert placement.prefixes == ((prefix, mass),) * times
+    assert placement.num_slots == 4 * times
+    whole = placed([("user", prefix, float(times))])
+    assert (placement.digest == whole.digest) == (mass in (0.0, 1.0))
+
+
+def divergences(
+    model: FrozenModel, prefix: Prefix, strength: float, texts: torch.Tensor
+) -> tuple[float, float]:
+    """Mean KL divergence (nats) from the strength, of the placed slots and of strength 1."""
+    placement = place(resolved([("user", prefix, strength)]), "model", vocab_size=300)
+    masses = MassInKeys(model)
+    pieces = [p if m == 1 else masses.scaled(p, m) for p, m in placement.prefixes]
+    rows = torch.cat([piece.slots["decoder"] for piece in pieces])
+    logits = []
+    placed_slots = Prefix(prefix.geometry, {"decoder": rows})
+    for part in (Part(prefix, strength), Part(placed_slots), Part(prefix)):
+        with torch.no_grad(), model.attached(model.assemble([[part]] * len(texts))):
+            logits.append(model.model(input_ids=texts).logits.flatten(0, 1))
+    exact = logits[0]
+    approximate, unchanged = logits[1:]
+    return (
+        float(kl_divergences(approximate, exact).mean()),
+        float(kl_divergences(unchanged, exact).mean()),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [0.1, 0.3, 0.75, 1.5, 2.5])
+def test_a_fractional_strength_on_a_real_model(smollm2: PreTrainedModel, strength: float) -> None:
+    model = FrozenModel.from_pretrained(smollm2)
+    prefix = prefix_from_text(model, "The following is a very polite and formal letter.")
+    ids = model.tokenizer("Dear Sir, I am writing to you about the car that I bought from you.")
+    texts = torch.tensor([ids["input_ids"]])
+    approximate, unchanged = divergences(model, prefix, strength, texts)
+    assert approximate < 0.02
+    assert approximate < 0.15 * unchanged
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_keys_that_cannot_hold_a_strength_are_refused(num_kv_heads: int) -> None:
+    model = frozen(
+        build("llama", num_key_value_heads=num_kv_heads)
+    )  # random queries agree on nothing
+    prefix = Prefix.random(model.geometry, num_slots=4, scale=1.0, seed=2)
+    placement = place(resolved([("user", prefix, 0.5)]), "model", vocab_size=300)
+    with pytest.raises(RequestError, match="whole numbers as strengths of this prefix"):
+        placement.slots(Rotation.of(model), MassInKeys(model))
 
 
 def test_schedules_guidance_and_too_many_slots_are_refused() -> None:
@@ -187,8 +243,10 @@ def content_of(placement: Placement, text: list[int], size: int) -> list[tuple[o
     """What really stands in each full block, and all before it: slots as they are turned."""
     rows = [
         (placement.num_slots, *row.tolist())
-        for piece in placement.prefixes
-        for row in piece.slots["decoder"]
+        for piece, mass in placement.prefixes
+        for row in torch.cat(
+            [piece.slots["decoder"], torch.full((len(piece.slots["decoder"]), 1), mass)], 1
+        )
     ]
     whole = [*rows, *((tuple(rows), token) for token in text)]
     return [tuple(whole[:end]) for end in range(size, len(whole) + 1, size)]

@@ -59,7 +59,7 @@ def _match_layer(
     own = weights.take_along_dim(selected[:, None], dim=2)
     keys, values = (part.take_along_dim(selected[..., None], dim=1) for part in (keys, values))
     masses = nonnegative_least_squares(own, total).clamp(min=_MIN_MASS)
-    shift = _key_shift(queries, own * masses[:, None], masses.log())
+    shift = key_shift(queries, own * masses[:, None], masses.log())
     own = own * (queries @ shift.transpose(1, 2)).exp()
     # With other slots, what is left of each query's attention for tokens changes too.
     own = own / (1 - total + own.sum(dim=2))[..., None]
@@ -67,7 +67,7 @@ def _match_layer(
     return keys + shift, values + change
 
 
-def _key_shift(queries: Tensor, weights: Tensor, log_masses: Tensor) -> Tensor:
+def key_shift(queries: Tensor, weights: Tensor, log_masses: Tensor) -> Tensor:
     """Changes of keys whose products with the queries are the slots' log-masses.
 
     A least-squares fit per slot over the queries, which count as much as they attend to it.

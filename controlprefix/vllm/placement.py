@@ -21,19 +21,22 @@ import torch
 from controlprefix.errors import RequestError
 from controlprefix.inference.guidance import plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.model.mass_in_keys import MassInKeys
 from controlprefix.model.rotation import Rotation
 from controlprefix.prefixes import Prefix
 
 _DIGEST_BITS = 128  # must fit into one block, so that no two requests share it by chance
 _FIRST_ID = 3  # many vocabularies have their special tokens below
 MAX_SLOTS = 1024
+_STRENGTH_DIGITS = 3  # so that a dial that is dragged does not fill the folder
 
 
 class _Copies(NamedTuple):
-    """A prefix that is written as many times as its strength."""
+    """A prefix that is written several times, with a mass that its keys hold."""
 
     digest: str
-    strength: int
+    times: int
+    mass: float
     prefix: Prefix
 
 
@@ -42,23 +45,30 @@ class Placement:
     """Where a request's slots go.
 
     Attributes:
-        prefixes: In order, each as many times as its strength.
+        prefixes: In order, each with the mass that its keys hold.
         num_slots: Slots of all of them: positions in front of the text.
         digest: Hash of everything that determines their keys and values; names their file.
         placeholder_ids: One token id per slot.
         salt: For vLLM's prefix cache.
     """
 
-    prefixes: tuple[Prefix, ...]
+    prefixes: tuple[tuple[Prefix, float], ...]
     num_slots: int
     digest: str
     placeholder_ids: tuple[int, ...]
     salt: str
 
-    def slots(self, rotation: Rotation) -> Prefix:
-        """The slots as vLLM's cache needs them: at the positions 0 to `num_slots` - 1."""
-        rows = torch.cat([prefix.slots["decoder"] for prefix in self.prefixes])
-        whole = Prefix(self.prefixes[0].geometry, {"decoder": rows})
+    def slots(self, rotation: Rotation, masses: MassInKeys) -> Prefix:
+        """The slots as vLLM's cache needs them: at the positions 0 to `num_slots` - 1.
+
+        Raises:
+            RequestError: If the keys of a prefix cannot hold its mass.
+        """
+        scaled = [
+            prefix if mass == 1 else masses.scaled(prefix, mass) for prefix, mass in self.prefixes
+        ]
+        rows = torch.cat([prefix.slots["decoder"] for prefix in scaled])
+        whole = Prefix(scaled[0].geometry, {"decoder": rows})
         return rotation.shifted(whole, self.num_slots)
 
 
@@ -78,8 +88,9 @@ def place(
         block_size: Block size of vLLM's cache; None: requests share no blocks.
 
     Raises:
-        RequestError: If this engine cannot apply a strength. Slots have no weights in vLLM, so
-            a strength must be a whole number, for which each slot is written as many times.
+        RequestError: If this engine cannot apply a strength or a schedule. Slots have no weights
+            in vLLM: at strength 2 each is written twice, and at 1.5 twice with keys that receive
+            three quarters of the attention.
     """
     plan = plan_rows([resolved])
     if plan.has_guidance:
@@ -96,16 +107,13 @@ def place(
                 "schedules change slots between tokens, which this server's engine (vLLM) "
                 "cannot; leave them out"
             )
-        if strength != round(strength):
-            raise RequestError(
-                f"the strength of {used.kind} {used.name!r} is {strength:g}; this server's "
-                "engine (vLLM) supports only whole numbers: 0, 1, 2, …"
-            )
+        strength = round(strength, _STRENGTH_DIGITS)
         if prefix.num_slots and strength:
-            copies = _Copies(prefix.digest, round(strength), prefix)
+            count = math.ceil(strength)
+            copies = _Copies(prefix.digest, count, strength / count, prefix)
             (task_copies if used.kind == "task" else other_copies).append(copies)
-    task_copies.sort(key=lambda copies: copies.digest)
-    other_copies.sort(key=lambda copies: copies.digest)
+    task_copies.sort(key=lambda copies: copies[:3])
+    other_copies.sort(key=lambda copies: copies[:3])
     all_copies = [*task_copies, *other_copies]
     num_task_slots, num_slots = _num_slots(task_copies), _num_slots(all_copies)
     if num_slots > MAX_SLOTS:
@@ -122,16 +130,16 @@ def place(
     if num_shared and (not other_copies or bits_beyond >= _DIGEST_BITS):
         salt = _hash("salt", resolved.tenant, _hash("head", base, _contents(task_copies)))
         ids = (_FIRST_ID,) * num_shared + ids[: num_slots - num_shared]
-    prefixes = tuple(copies.prefix for copies in all_copies for _ in range(copies.strength))
+    prefixes = tuple((c.prefix, c.mass) for c in all_copies for _ in range(c.times))
     return Placement(prefixes, num_slots, digest, ids, salt)
 
 
 def _num_slots(copies: Sequence[_Copies]) -> int:
-    return sum(count * len(prefix.slots["decoder"]) for _, count, prefix in copies)
+    return sum(own.times * len(own.prefix.slots["decoder"]) for own in copies)
 
 
-def _contents(copies: Sequence[_Copies]) -> list[tuple[str, int]]:
-    return [(digest, count) for digest, count, _ in copies]
+def _contents(copies: Sequence[_Copies]) -> list[tuple[str, int, float]]:
+    return [(own.digest, own.times, own.mass) for own in copies]
 
 
 def _hash(*values: object) -> str:

@@ -23,6 +23,7 @@ from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
 from controlprefix.inference.stopping import TextStream, completion_from_tokens
 from controlprefix.model import FrozenModel
+from controlprefix.model.mass_in_keys import MassInKeys
 from controlprefix.request import Request
 from controlprefix.vllm.client import CONNECT_TIMEOUT_S, VllmClient, parse_log_probs
 from controlprefix.vllm.handshake import compare_with_local_model
@@ -99,6 +100,7 @@ class VllmRunner:
         # With sliding windows, layers have blocks of different sizes: none are shared.
         self._may_share_blocks = not getattr(config, "sliding_window", None)
         self._block_size: int | None = None
+        self._masses = MassInKeys(frozen)
         self._context_length = frozen.request_tokenizer.context_length or _UNLIMITED_CONTEXT
         self._max_requests = max_requests
         self._closing = False
@@ -210,7 +212,9 @@ class VllmRunner:
     def _write_slots(self, placement: Placement, *, overwrite: bool = False) -> None:
         if placement.num_slots:
             self._folder.write(
-                placement.digest, lambda: placement.slots(self._rotation), overwrite=overwrite
+                placement.digest,
+                lambda: placement.slots(self._rotation, self._masses),
+                overwrite=overwrite,
             )
 
     def _body(
