@@ -93,6 +93,15 @@ def train_users(
     ] = False,
     num_slots: Annotated[int, typer.Option(help="Slots per prefix, without a decoder.")] = 16,
     concurrent_users: Annotated[int, typer.Option(help="Users at a time.")] = 16,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            help="Train on a Ray cluster: its address, auto, or local for one of this machine. "
+            "There is no run folder then.",
+        ),
+    ] = None,
+    actors: Annotated[int, typer.Option(help="With --ray: processes, each with a model.")] = 2,
     *,
     columns: ColumnArguments,
     run: RunArguments,
@@ -102,17 +111,37 @@ def train_users(
     from controlprefix.data import read_users
 
     texts = None if data is None else read_users(data, columns=columns.columns())
-    cp = engine.open(create=True)
+    options = {
+        "decoder": decoder,
+        "as_codes": not full,
+        "num_slots": num_slots,
+        "concurrent_users": concurrent_users,
+        **training_fields,
+    }
     with exit_when_interrupted():
-        report = cp.train_users(
-            texts,
-            decoder=decoder,
-            as_codes=not full,
-            num_slots=num_slots,
-            concurrent_users=concurrent_users,
-            **run.options(data or Path("users")),
-            **training_fields,
-        )
+        if ray_address is None:
+            cp = engine.open(create=True)
+            report = cp.train_users(texts, **run.options(data or Path("users")), **options)
+        else:
+            from controlprefix.interop.ray_users import train_users as train_on_ray
+
+            if texts is None:
+                raise RequestError("a cluster trains on texts of a file; give one")
+            report = train_on_ray(
+                texts,
+                model=engine.model,
+                store=engine.store,
+                tenant=engine.tenant,
+                encryption_keys=engine.read_keys(),
+                address=None if ray_address == "local" else ray_address,
+                num_actors=actors,
+                loading={
+                    name: value
+                    for name, value in engine.loading_options().items()
+                    if name != "device"
+                },
+                **options,
+            )
     for user, reason in report.failed.items():
         out.print(f"not stored: user {user!r}: {reason}")
     num_users = len(report.users) + len(report.failed) + len(report.skipped)
