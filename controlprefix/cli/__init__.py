@@ -4,6 +4,7 @@ import os
 import sys
 
 from controlprefix.cli import (  # noqa: F401 (they add commands)
+    capacity,
     compare,
     data,
     evaluate,

@@ -1,0 +1,71 @@
+"""The command that computes what users and requests take: capacity."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from controlprefix.cli.common import app, out
+from controlprefix.cli.groups import ModelArguments, grouped
+from controlprefix.errors import RequestError
+
+
+@app.command()
+@grouped
+def capacity(
+    users: Annotated[int, typer.Option(help="Users with a prefix.")] = 1000,
+    num_slots: Annotated[int, typer.Option(help="Slots per prefix.")] = 16,
+    form: Annotated[
+        str, typer.Option(help="How users are stored: code, int8 or bfloat16.")
+    ] = "int8",
+    requests_per_second: Annotated[float, typer.Option(help="Requests at the peak.")] = 1.0,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 200,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 200,
+    tokens_per_second: Annotated[
+        float, typer.Option(help="New tokens per second of one process, measured under load.")
+    ] = 100.0,
+    seconds_per_user: Annotated[
+        float, typer.Option(help="Seconds to train a user, as `users train` reports them.")
+    ] = 0.0,
+    max_sequences: Annotated[int, typer.Option(help="As in `serve`.")] = 32,
+    *,
+    model: ModelArguments,
+) -> None:
+    """Compute what a number of users and requests takes: store, memory, processes."""
+    from controlprefix.capacity import Load
+    from controlprefix.capacity import capacity as compute
+
+    if form not in ("code", "int8", "bfloat16"):
+        raise RequestError(f"form is {form!r}; it must be code, int8 or bfloat16")
+    frozen = model.load()
+    geometry = frozen.geometry
+    shapes = [shape for site in geometry.sites for shape in geometry.layers(site)]
+    try:
+        result = compute(
+            Load(
+                slot_values=sum(sum(shape.sizes) for shape in shapes),
+                slot_heads=sum(2 * shape.num_kv_heads for shape in shapes),
+                num_parameters=sum(p.numel() for p in frozen.model.parameters()),
+                users=users,
+                num_slots=num_slots,
+                form=form,  # type: ignore[arg-type]
+                requests_per_second=requests_per_second,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                tokens_per_second=tokens_per_second,
+                seconds_per_user=seconds_per_user,
+                max_sequences=max_sequences,
+            )
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    table = Table("what", "how much", show_header=False)
+    table.add_row("a user in the store", f"{result.stored_bytes:,} bytes")
+    table.add_row(f"{users:,} users in the store", f"{result.store_bytes / 1e9:,.2f} GB")
+    table.add_row("a user's prefix in memory", f"{result.prefix_bytes:,} bytes")
+    table.add_row("processes", f"{result.num_processes:,}")
+    table.add_row("memory of each", f"{result.process_bytes / 1e9:,.1f} GB")
+    if seconds_per_user:
+        table.add_row("training all users once", f"{result.training_hours:,.1f} hours")
+    out.print(table)
+    out.print(f"run {result.advice}: see the guide on capacity")

@@ -1,0 +1,67 @@
+"""Capacity: what is computed is what a store and a server take."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from controlprefix import Prefix
+from controlprefix.capacity import Form, Load, capacity
+from controlprefix.cli import app
+from controlprefix.prefixes import Geometry, PrefixKey
+from controlprefix.store import NewVersion, PrefixStore
+
+GEOMETRY = Geometry.uniform(num_layers=12, num_kv_heads=3, head_dim=64, fingerprint="f" * 64)
+LOAD = Load(slot_values=12 * 3 * 64 * 2, slot_heads=12 * 3 * 2, num_parameters=10**6)
+
+
+@pytest.mark.parametrize("form", ["int8", "bfloat16"])
+def test_a_store_is_as_large_as_computed(tmp_path: Path, form: Form) -> None:
+    path = tmp_path / "prefixes.db"
+    num_users = 60
+    with PrefixStore(str(path)) as store:
+        store.put(
+            [
+                NewVersion(
+                    PrefixKey("user", f"u{i}"),
+                    Prefix.random(GEOMETRY, num_slots=16, seed=i),
+                    dtype="int8" if form == "int8" else "bfloat16",
+                )
+                for i in range(num_users)
+            ]
+        )
+    computed = capacity(replace(LOAD, users=num_users, form=form)).store_bytes
+    assert computed == pytest.approx(path.stat().st_size, rel=0.12)
+
+
+def test_the_measured_store_is_as_computed() -> None:
+    """`docs/results/store.md`: 20,000 users of 16 slots in int8 take 3,915 to 4,046 MB."""
+    smollm2 = Load(
+        slot_values=30 * 3 * 64 * 2, slot_heads=30 * 3 * 2, num_parameters=135 * 10**6, users=20_000
+    )
+    assert 3.8e9 < capacity(smollm2).store_bytes < 4.1e9
+    codes = capacity(replace(smollm2, users=10**6, form="code")).store_bytes
+    assert 1.9e9 < codes < 2.7e9  # a measured payload has 1,936 bytes
+
+
+def test_more_requests_need_more() -> None:
+    small = capacity(LOAD)
+    assert (small.num_processes, small.advice[:9]) == (3, "processes")
+    fast = capacity(replace(LOAD, tokens_per_second=1000))
+    assert (fast.num_processes, fast.advice) == (1, "one process and SQLite")
+    many = capacity(replace(LOAD, requests_per_second=100))
+    assert many.advice.startswith("vLLM")
+    assert many.process_bytes == small.process_bytes
+    assert capacity(replace(LOAD, max_sequences=64)).process_bytes > small.process_bytes
+    with pytest.raises(ValueError, match="above 0"):
+        capacity(replace(LOAD, tokens_per_second=0))
+
+
+def test_the_command(model_folder: Path) -> None:
+    arguments = ["capacity", "--model", str(model_folder), "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, "--users", "1000", "--seconds-per-user", "3.6"])
+    assert result.exit_code == 0, result.output
+    assert "1.0 hours" in result.output
+    assert "guide on capacity" in result.output
+    assert CliRunner().invoke(app, [*arguments, "--form", "int4"]).exit_code != 0
