@@ -17,7 +17,7 @@ def read_image(value: Any) -> bytes:
     """The bytes of an image file.
 
     Args:
-        value: Bytes, a path, a `data:` URI, a Pillow image, or a dict with `bytes` or `path`, as
+        value: Bytes, a path, a data URI, a Pillow image, or a dict with `bytes` or `path`, as
             `datasets` has it.
 
     Raises:
@@ -46,7 +46,7 @@ def read_image(value: Any) -> bytes:
 
 
 def image_from_data_uri(uri: str) -> bytes:
-    """The bytes of an image in a `data:` URI.
+    """The bytes of an image in a data URI.
 
     Raises:
         ValueError: If it is not one, or its content is not base64.
@@ -64,7 +64,7 @@ def _data_uri(image: bytes) -> str:
     return f"data:image/*;base64,{base64.b64encode(image).decode()}"
 
 
-# As JSON it is a `data:` URI, which `read_image` reads.
+# As JSON it is a data URI, which `read_image` reads.
 Image = Annotated[bytes, BeforeValidator(read_image), PlainSerializer(_data_uri, when_used="json")]
 Images = Annotated[tuple[Image, ...], Field(max_length=MAX_IMAGES)]
 

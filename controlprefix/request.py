@@ -141,7 +141,7 @@ class Request(SteeringFields):
     """Token ids to continue as they are, instead of `prompt`."""
 
     images: Images = ()
-    """Images that the prompt, or the last message of the user, is about: paths, bytes, `data:` URIs
+    """Images that the prompt, or the last message of the user, is about: paths, bytes, data URIs
     or Pillow images. They come before the text; of a `raw` prompt, each on a line of its own."""
 
     raw: bool = False
