@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from controlprefix import ContextLengthError, ControlPrefix, Example, TrainingDataError
 from controlprefix.data import Columns, as_examples, as_texts, read_labelled, read_texts, read_users
+from controlprefix.training.context_fit import cut_example_ids
 
 from helpers import QUICK, engine
 from models import byte_tokenizer
@@ -285,7 +286,7 @@ def test_rows_that_are_too_long_are_refused_cut_or_skipped(tmp_path: Path) -> No
     for (p, c), example in zip(lengths, as_examples(path), strict=True):
         if p + c < 256:
             continue
-        ids = tokenizer.cut_example_ids(example)
+        ids = cut_example_ids(example, tokenizer)
         assert len(ids.prompt) + len(ids.completion) + 1 == 256
         assert len(ids.completion) >= min(c, 128)
         assert ids.is_whole == (len(ids.completion) == c)

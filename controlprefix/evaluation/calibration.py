@@ -14,7 +14,7 @@ from controlprefix.evaluation.harness import base_model_nlls
 from controlprefix.evaluation.metrics import bootstrap_mean
 from controlprefix.evaluation.report import CurvePoint
 from controlprefix.prefixes import PrefixKey, StorageDtype
-from controlprefix.prefixes.prefix import Dial
+from controlprefix.prefixes.dial import Dial
 from controlprefix.request import Request
 
 STRENGTHS = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)

@@ -1,6 +1,5 @@
 """RequestTokenizer: requests and examples -> token ids, and generated ids -> text."""
 
-import bisect
 import copy
 import re
 import threading
@@ -194,51 +193,12 @@ class RequestTokenizer:
         """
         prompt = self.prompt_ids(example)
         completion = self._require_embedded(self._ids_of_text(example.completion))
-        if not self._fits(len(prompt), len(completion)):
+        if not self.has_room(len(prompt), len(completion)):
             raise ContextLengthError(
                 f"an example has {len(prompt)} + {len(completion)} tokens, but the context of this "
                 f"model is {self.context_length}; shorten it"
             )
         return TokenizedExample(prompt, tuple(completion))
-
-    def cut_example_ids(self, example: Example) -> TokenizedExample:
-        """Prompt and completion of an example, cut so that they fit the context.
-
-        The completion keeps at least half of the context. The prompt loses the end of its longest
-        text, so that the chat template around it stays whole.
-
-        Raises:
-            RequestError: As `prompt_ids`.
-            ContextLengthError: If the template alone does not fit.
-        """
-        context = self.context_length
-        assert context is not None, "without a limit every example fits"
-        prompt = self.prompt_ids(example)
-        whole = self._require_embedded(self._ids_of_text(example.completion))
-        room = context - 1 if self.is_encoder_decoder else context - 1 - len(prompt)
-        completion = tuple(whole[: max(room, context // 2)])
-        if not self._fits(len(prompt), len(completion)):
-            texts = [m.content for m in example.messages or ()] or [example.prompt or ""]
-            longest = max(range(len(texts)), key=lambda i: len(texts[i]))
-
-            def shortened(num_characters: int) -> tuple[int, ...]:
-                text = texts[longest][:num_characters]
-                if example.messages is None:
-                    return self.prompt_ids(example.model_copy(update={"prompt": text}))
-                messages = list(example.messages)
-                messages[longest] = messages[longest].model_copy(update={"content": text})
-                return self.prompt_ids(example.model_copy(update={"messages": tuple(messages)}))
-
-            counts = range(1, len(texts[longest]) + 1)
-            num_fitting = bisect.bisect_left(
-                counts, True, key=lambda n: not self._fits(len(shortened(n)), len(completion))
-            )
-            if num_fitting == 0:
-                raise ContextLengthError(
-                    f"the chat template leaves no room for a prompt in the context of {context}"
-                )
-            prompt = shortened(num_fitting)
-        return TokenizedExample(prompt, completion, len(completion) == len(whole))
 
     def num_tokens(self, example: Example) -> tuple[int, int]:
         """Tokens of an example's prompt and completion."""
@@ -246,9 +206,9 @@ class RequestTokenizer:
 
     def fits(self, example: Example) -> bool:
         """Whether an example fits the model's context."""
-        return self._fits(*self.num_tokens(example))
+        return self.has_room(*self.num_tokens(example))
 
-    def _fits(self, num_prompt: int, num_completion: int) -> bool:
+    def has_room(self, num_prompt: int, num_completion: int) -> bool:
         """Whether a prompt and a completion with its end token fit the context."""
         if self.is_encoder_decoder:
             needed = max(num_prompt, num_completion + 1)

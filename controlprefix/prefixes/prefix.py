@@ -2,11 +2,9 @@
 
 import hashlib
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -23,6 +21,7 @@ from controlprefix.errors import (
 )
 from controlprefix.prefixes import container
 from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype
+from controlprefix.prefixes.dial import Dial, read_dial, strength_at
 from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
 from controlprefix.prefixes.peft_files import read_checkpoint, write_checkpoint
 from controlprefix.prefixes.relevance import Relevance
@@ -30,7 +29,6 @@ from controlprefix.prefixes.relevance import Relevance
 _log = logging.getLogger("controlprefix")
 
 LayerSlots = tuple[Tensor, Tensor]  # keys, values: (num_kv_heads, num_slots, head_dim) each
-Dial = tuple[tuple[float, float], ...]  # (position, strength) points from (0, 0) up
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,15 +185,7 @@ class Prefix:
         Raises:
             ValueError: If the prefix has no dial.
         """
-        if not self.dial:
-            raise ValueError("the prefix has no dial")
-        if position <= 0:
-            return position
-        for (left, low), (right, high) in pairwise(self.dial):
-            if position <= right:
-                return low + (high - low) * (position - left) / (right - left)
-        last_position, last_strength = self.dial[-1]
-        return last_strength * position / last_position
+        return strength_at(self.dial, position)
 
     def to_bytes(self, dtype: StorageDtype | None = None) -> bytes:
         """Serialize to one safetensors file: a tensor per site, the geometry, a content hash.
@@ -244,7 +234,7 @@ class Prefix:
             geometry = Geometry.from_dict(header["geometry"])
             slots = {site: tensors[site] for site in SITES if site in tensors}
             try:
-                prefix = cls(geometry, slots, _read_dial(header.get("dial", []), name))
+                prefix = cls(geometry, slots, read_dial(header.get("dial", []), name))
                 if (relevance := header.get("relevance")) is not None:
                     prefix = replace(prefix, relevance=Relevance.from_dict(relevance, name))
                 if "int8" in header:  # after the shapes were compared with the geometry
@@ -363,17 +353,6 @@ class Prefix:
     def __repr__(self) -> str:
         counts = ", ".join(f"{site}: {len(rows)}" for site, rows in self.slots.items())
         return f"Prefix({counts} slots, {self.dtype}, model {self.geometry.model_name!r})"
-
-
-def _read_dial(points: Any, name: str) -> Dial:
-    try:
-        dial = tuple((float(position), float(strength)) for position, strength in points)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise PrefixFormatError(f"{name} has a dial that cannot be read") from error
-    rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(dial))
-    if dial and not (dial[0] == (0.0, 0.0) and rising and math.isfinite(dial[-1][1])):
-        raise PrefixFormatError(f"{name} has a dial that does not rise from 0")
-    return dial
 
 
 def _dequantize_sites(

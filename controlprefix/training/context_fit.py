@@ -1,5 +1,6 @@
 """Rows that do not fit the model's context: refused, cut or skipped."""
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def fit_to_context(
             (ids,) = tokenizer.ids_of_examples([example])
         except ContextLengthError:
             try:
-                cut = tokenizer.cut_example_ids(example) if too_long == "cut" else None
+                cut = cut_example_ids(example, tokenizer) if too_long == "cut" else None
             except ContextLengthError:  # too many messages, none of which is long
                 cut = None
             if cut is None:
@@ -69,3 +70,47 @@ def fit_to_context(
             f"{tokenizer.context_length} tokens; too_long='cut' cuts what can be cut"
         )
     return fitted._replace(num_cut=num_cut, num_skipped=num_skipped)
+
+
+def cut_example_ids(example: Example, tokenizer: RequestTokenizer) -> TokenizedExample:
+    """Prompt and completion of an example, cut so that they fit the context.
+
+    The completion keeps at least half of the context. The prompt loses the end of its longest
+    text, so that the chat template around it stays whole.
+
+    Args:
+        example: An example.
+        tokenizer: The tokenizer of a model whose context is limited.
+
+    Raises:
+        RequestError: As `RequestTokenizer.prompt_ids`.
+        ContextLengthError: If the template alone does not fit.
+    """
+    context = tokenizer.context_length
+    assert context is not None, "without a limit every example fits"
+    prompt = tokenizer.prompt_ids(example)
+    whole = tokenizer.inner_ids(example.completion)
+    room = context - 1 if tokenizer.is_encoder_decoder else context - 1 - len(prompt)
+    completion = tuple(whole[: max(room, context // 2)])
+    if not tokenizer.has_room(len(prompt), len(completion)):
+        texts = [m.content for m in example.messages or ()] or [example.prompt or ""]
+        longest = max(range(len(texts)), key=lambda i: len(texts[i]))
+
+        def shortened(num_characters: int) -> tuple[int, ...]:
+            text = texts[longest][:num_characters]
+            if example.messages is None:
+                return tokenizer.prompt_ids(example.model_copy(update={"prompt": text}))
+            messages = list(example.messages)
+            messages[longest] = messages[longest].model_copy(update={"content": text})
+            return tokenizer.prompt_ids(example.model_copy(update={"messages": tuple(messages)}))
+
+        counts = range(1, len(texts[longest]) + 1)
+        num_fitting = bisect.bisect_left(
+            counts, True, key=lambda n: not tokenizer.has_room(len(shortened(n)), len(completion))
+        )
+        if num_fitting == 0:
+            raise ContextLengthError(
+                f"the chat template leaves no room for a prompt in the context of {context}"
+            )
+        prompt = shortened(num_fitting)
+    return TokenizedExample(prompt, completion, len(completion) == len(whole))
