@@ -59,6 +59,21 @@ def test_a_code_survives_its_bytes(dtype: str | None) -> None:
     assert len(data) < len(by.decode(code).to_bytes())
 
 
+def test_texts_that_are_added_to_a_code_count_as_much_as_the_first() -> None:
+    by = decoder()
+    generator = torch.Generator().manual_seed(3)
+    predictor = by.predictor
+    predictor.weights.copy_(torch.randn(predictor.weights.shape, generator=generator))
+    predictor.mean_code.copy_(torch.randn(predictor.mean_code.shape, generator=generator))
+    predictor.pseudo_count.fill_(4.0)
+    features = torch.randn(9, predictor.num_features, generator=generator)
+    code, count = by.predict_code(features[:2]), 2
+    for new in (features[2:3], features[3:9]):
+        code = by.merged_code(code, count, by.predict_code(new), len(new))
+        count += len(new)
+    torch.testing.assert_close(code.values, by.predict_code(features).values)
+
+
 def test_bytes_that_are_no_code_or_no_decoder_are_refused() -> None:
     by = decoder()
     damaged = bytearray(by.to_bytes())

@@ -11,7 +11,9 @@ from controlprefix import (
     ControlPrefix,
     ControlPrefixError,
     Example,
+    RequestError,
     TrainingDataError,
+    UnknownNameError,
     embeddings,
 )
 from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
@@ -112,6 +114,30 @@ def test_more_texts_move_the_predicted_code_further(cp: ControlPrefix) -> None:
         for count in (1, 4, 64)
     ]
     assert far[0] < far[1] < far[2]
+
+
+def test_texts_are_added_to_a_code_without_the_earlier_ones(cp: ControlPrefix) -> None:
+    texts = written_by("AHOY!", 6)
+    cp.enroll("whole", texts, decoder="users")
+    cp.enroll("bit", texts[:2], decoder="users")
+    for more in (texts[2:3], texts[3:]):
+        cp.enroll("bit", more, decoder="users", add=True)
+    whole, parts = stored_user(cp, "whole"), stored_user(cp, "bit")
+    assert isinstance(whole, UserCode)
+    assert isinstance(parts, UserCode)
+    assert torch.allclose(whole.values, parts.values, atol=0.02)  # codes are rounded when stored
+    assert cp.versions("user", "bit")[-1].details["enrolled"]["texts"] == 6
+    cp.train_users({"trained": texts}, decoder="users", steps=2, **QUIET)
+    cp.enroll("slots", texts)
+    for user in ("trained", "slots"):
+        with pytest.raises(RequestError, match="the same decoder predicted"):
+            cp.enroll(user, texts, decoder="users", add=True)
+    with pytest.raises(UnknownNameError):
+        cp.enroll("nobody", texts, decoder="users", add=True)
+    with pytest.raises(RequestError, match="add needs a decoder"):
+        cp.enroll("bit", texts, add=True)
+    with pytest.raises(RequestError, match="add needs a decoder"):
+        cp.enroll("bit", texts, decoder="users", refine=True, add=True)
 
 
 def test_codes_trained_together_equal_codes_trained_alone(cp: ControlPrefix) -> None:

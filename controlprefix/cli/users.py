@@ -51,6 +51,10 @@ def enroll(
     keep_texts: Annotated[
         bool, typer.Option("--keep-texts", help="Store the texts too, for `users train`.")
     ] = False,
+    add: Annotated[
+        bool,
+        typer.Option("--add", help="With a decoder: add the texts to those enrolled before."),
+    ] = False,
     *,
     columns: ColumnArguments,
     engine: EngineArguments,
@@ -67,6 +71,7 @@ def enroll(
         refine=refine,
         num_slots=num_slots,
         keep_texts=keep_texts,
+        add=add,
     )
     read = f"{len(user_texts)} texts"
     if decoder is None and not refine:

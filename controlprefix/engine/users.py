@@ -126,6 +126,7 @@ class UserMethods(ExchangeMethods):
         num_slots: int = 64,
         keep_texts: bool = False,
         keep_profile: bool = False,
+        add: bool = False,
     ) -> int:
         """Store a usable prefix for a user at once, from texts they wrote, without training.
 
@@ -143,13 +144,17 @@ class UserMethods(ExchangeMethods):
             num_slots: Slots at most, without a decoder; 16 at most if refined.
             keep_texts: Store the texts too, so that `train_users()` can train on them later.
             keep_profile: Store their mean sentence embedding, to find `similar_users`.
+            add: Add these texts to those that the user was enrolled from with the same decoder,
+                which are not needed: the result is that of all texts at once.
 
         Returns:
             The number of the new version.
 
         Raises:
             TrainingDataError: If there is no text.
-            UnknownNameError: If there is no such decoder.
+            UnknownNameError: If there is no such decoder, or no such user to add to.
+            RequestError: If the user's current prefix is nothing that texts can be added to.
+            VersionConflictError: If another version was stored meanwhile, with `add`.
         """
         return self._user_trainer.enroll(
             user,
@@ -159,6 +164,7 @@ class UserMethods(ExchangeMethods):
             num_slots=num_slots,
             keep_texts=keep_texts,
             keep_profile=keep_profile,
+            add=add,
         )
 
     def migrate_users(self, source: "UserMethods", *, decoder: str = "users") -> MigrationReport:

@@ -158,6 +158,27 @@ class PrefixDecoder(nn.Module):
         values = self.predictor(features).view(self.num_slots, self.width)
         return UserCode(self.content_hash, values)
 
+    def merged_code(
+        self, first: UserCode, num_first: int, second: UserCode, num_second: int
+    ) -> UserCode:
+        """The code of all texts, of which two codes were predicted from a part each.
+
+        It equals the prediction from all of them at once: a prediction is linear in the mean of
+        the texts' features, and its shrinkage is known.
+
+        Args:
+            first, second: Codes of this decoder.
+            num_first, num_second: From how many texts each was predicted.
+        """
+        count = float(self.predictor.pseudo_count)
+        mean, total = self.mean_code.values, num_first + num_second
+        # A code's distance from the mean is its mean features' times n / (n + pseudo count).
+        distance = sum(
+            (code.values.to(mean) - mean) * (number + count)
+            for code, number in ((first, num_first), (second, num_second))
+        )
+        return UserCode(self.content_hash, mean + distance / (total + count))
+
     @property
     def mean_code(self) -> UserCode:
         """The mean code of the users that it was trained on."""

@@ -43,6 +43,9 @@ class EnrolmentBody(BaseModel):
     decoder: str | None = None
     refine: bool = False
     keep_texts: bool = False
+    add: bool = False
+    """With a decoder: add the texts to those that the user was enrolled from before."""
+
     train: TrainingBody | None = None
     """Train the prefix in a job, instead of making it at once."""
 
@@ -52,8 +55,8 @@ class EnrolmentBody(BaseModel):
         Raises:
             RequestError: If an option has no effect in a job.
         """
-        if self.refine:
-            raise RequestError("refine trains a little at once; leave it or train out")
+        if self.refine or self.add:
+            raise RequestError("refine and add are done at once; leave them or train out")
         options = self.train.model_dump(exclude_none=True) if self.train else {}
         if self.decoder is not None:
             options["decoder"] = self.decoder

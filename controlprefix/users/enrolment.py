@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
+from controlprefix.errors import RequestError
 from controlprefix.model import FrozenModel
 from controlprefix.model.condensed_text import prefix_from_pieces
 from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
-from controlprefix.store import Profile
+from controlprefix.store import Profile, VersionInfo
 from controlprefix.users.text_features import TextFeatures
 
 
@@ -37,6 +38,34 @@ def predict_code(decoder: PrefixDecoder, texts: Sequence[str]) -> UserCode:
     if not decoder.predictor.uses_features:
         return decoder.mean_code
     return decoder.predict_code(TextFeatures.by_name(decoder.feature_set).compute(texts))
+
+
+def added_code(
+    decoder: PrefixDecoder, user: str, code: object, info: VersionInfo, texts: Sequence[str]
+) -> tuple[UserCode, int]:
+    """The code of a user's earlier texts, which are not needed, and of new ones.
+
+    Args:
+        decoder: The decoder of the code.
+        user: Name of the user.
+        code: The user's current prefix or code.
+        info: Its version.
+        texts: The new texts.
+
+    Returns:
+        The code, and the number of all texts.
+
+    Raises:
+        RequestError: If the user has no code that was predicted by this decoder.
+    """
+    num_texts = info.details.get("enrolled", {}).get("texts")
+    if not isinstance(code, UserCode) or code.decoder_hash != decoder.content_hash or not num_texts:
+        raise RequestError(
+            f"texts can be added to a code that the same decoder predicted; version {info.version} "
+            f"of user {user!r} is none; enroll the user from all texts"
+        )
+    new = predict_code(decoder, texts)
+    return decoder.merged_code(code, num_texts, new, len(texts)), num_texts + len(texts)
 
 
 def profile_of(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Profile:

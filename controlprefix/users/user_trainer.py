@@ -18,7 +18,7 @@ from controlprefix.training.parameterization import TrainablePrefixes, parameter
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
-from controlprefix.users.enrolment import predict_code, prefix_from_texts, profile_of
+from controlprefix.users.enrolment import added_code, predict_code, prefix_from_texts, profile_of
 from controlprefix.users.migration import MigrationReport, fit_code_map
 from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
 from controlprefix.users.text_features import TextFeatures
@@ -169,6 +169,7 @@ class UserTrainer:
         num_slots: int,
         keep_texts: bool,
         keep_profile: bool,
+        add: bool,
     ) -> int:
         """Store a user's prefix or code at once: see `ControlPrefix.enroll`.
 
@@ -176,6 +177,8 @@ class UserTrainer:
         """
         if num_slots < 1:
             raise RequestError(f"num_slots is {num_slots}; it must be 1 or more")
+        if add and (decoder is None or refine or keep_profile):
+            raise RequestError("add needs a decoder, and goes without refine and keep_profile")
         texts = usable_texts(user, texts)
         extras: dict[str, Any] = {"texts": texts} if keep_texts else {}
         if keep_profile:
@@ -196,8 +199,21 @@ class UserTrainer:
             (version,) = report.users[user].saved.values()
             return version
         num_tokens = sum(len(self._frozen.request_tokenizer.inner_ids(text)) for text in texts)
-        details = {"enrolled": {"texts": len(texts), "tokens": num_tokens, "decoder": decoder}}
-        return self._put(user, self._enrolled(texts, decoder, num_slots), details, **extras)
+        enrolled = {"texts": len(texts), "tokens": num_tokens, "decoder": decoder}
+        if add and decoder is not None:
+            key = PrefixKey("user", user)
+            stored = self._model_store.get(key)
+            (current,) = (info for info in self._model_store.versions(key) if info.current)
+            value, enrolled["texts"] = added_code(
+                self.decoder(decoder), user, stored.value, current, texts
+            )
+            # Nothing is lost where two add at once: the second is refused.
+            return self._put(
+                user, value, {"enrolled": enrolled}, replaces=current.version, **extras
+            )
+        return self._put(
+            user, self._enrolled(texts, decoder, num_slots), {"enrolled": enrolled}, **extras
+        )
 
     def migrate(self, source: ModelStore, decoder: str) -> MigrationReport:
         """Give users of another model codes of this one: see `ControlPrefix.migrate_users`.
