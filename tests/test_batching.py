@@ -251,6 +251,28 @@ def test_models_whose_cached_rows_cannot_move_run_one_batch_after_another(name: 
     assert batcher.load == (0, 0)
 
 
+@pytest.mark.parametrize("name", ["bart", "mistral"])
+def test_a_static_batch_streams_and_cancels(name: str) -> None:
+    cp = engine(name)
+    letters = dict.fromkeys(cp.tokenizer("abcdefghijklmnopqrstuvwxyz")["input_ids"], 50.0)
+    how: dict[str, Any] = {"max_new_tokens": 60, "logit_bias": letters, "user": "ana"}
+    short, long = (Request(prompt=text, **how) for text in ("hello", "good morning"))
+    batcher = cp.batcher()
+    assert isinstance(batcher, StaticBatcher)
+    lengths: list[int] = []
+    first = batcher.submit(cp.resolve(short), deliver=lambda event: lengths.append(len(str(event))))
+    second = batcher.submit(cp.resolve(long))
+    cancelled = batcher.submit(cp.resolve(long))
+    for text in cancelled:
+        assert len(text) < 30  # a piece of it
+        cancelled.cancel()
+    assert cancelled.result().num_tokens < 60
+    assert second.result().text == cp.generate(long).text
+    assert batcher.close()
+    assert len(lengths) > 10  # pieces, and the completion
+    assert not first.is_cancelled
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -6,7 +6,7 @@ processor makes each row's choice (see `sampling`).
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import Request
 
+# Tokens of each request so far -> which requests to end.
+OnStep = Callable[[Sequence[Sequence[int]]], Sequence[bool]]
+
 
 def generate_batch(
     frozen: FrozenModel,
@@ -43,15 +46,18 @@ def generate_batch(
     *,
     streamer: Any = None,
     cancelled: threading.Event | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Completion | ModelOutputError]:
     """Generate for requests that have the same `batch_key`, in one batch.
 
     A request whose logits are no numbers has an error in its place.
 
     Args:
-        frozen, resolved, prompts, streamer, cancelled: As in `generate_tokens`.
+        frozen, resolved, prompts, streamer, cancelled, on_step: As in `generate_tokens`.
     """
-    rows = generate_tokens(frozen, resolved, prompts, streamer=streamer, cancelled=cancelled)
+    rows = generate_tokens(
+        frozen, resolved, prompts, streamer=streamer, cancelled=cancelled, on_step=on_step
+    )
     tokenizer = frozen.request_tokenizer
     return [
         ModelOutputError()
@@ -68,6 +74,7 @@ def generate_tokens(
     *,
     streamer: Any = None,
     cancelled: threading.Event | None = None,
+    on_step: OnStep | None = None,
 ) -> list[list[int] | None]:
     """Generate token ids for requests that have the same `batch_key`, in one batch.
 
@@ -77,6 +84,8 @@ def generate_tokens(
         prompts: Token ids of each request's prompt.
         streamer: A transformers streamer, for a single request.
         cancelled: Generation ends at the next token when it is set.
+        on_step: Called with each request's tokens after each step, and tells which requests to
+            end; not for beams.
 
     Returns:
         The new token ids of each request, with what follows its end; None if its logits are no
@@ -122,6 +131,9 @@ def generate_tokens(
         criteria.append(_ScheduleUpdate(batch, num_before))
     if not has_beams:
         criteria.append(_RowLimits(requests, num_before, tokenizer))
+    steps = None if on_step is None else _EachStep(on_step, plan, num_before)
+    if steps is not None:
+        criteria.append(steps)
     if cancelled is not None:
         criteria.append(_Cancelled(cancelled))
     config = _generation_config(frozen, requests)
@@ -139,8 +151,9 @@ def generate_tokens(
             **options,
         )
     invalid = {plan.request_of_row[i] for i in check.invalid.nonzero().flatten().tolist()}
+    ends = {} if steps is None else steps.lengths
     return [
-        None if i in invalid else row[num_before:].tolist()
+        None if i in invalid else row[num_before:].tolist()[: ends.get(i)]
         for i, row in enumerate(sequences[: len(resolved)])
     ]
 
@@ -231,6 +244,28 @@ class _ScheduleUpdate(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self._batch.set_token(input_ids.shape[1] - self._num_before)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _EachStep(StoppingCriteria):
+    """Shows each request's tokens to a function, and ends the requests that it names.
+
+    Attributes:
+        lengths: How many tokens those requests had then; padding follows.
+    """
+
+    def __init__(self, on_step: OnStep, plan: RowPlan, num_before: int) -> None:
+        self._on_step, self._plan, self._num_before = on_step, plan, num_before
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        num_requests = len(self._plan.terms)
+        new = input_ids[:num_requests, self._num_before :].tolist()
+        ended = self._on_step(new)
+        for i in range(num_requests):
+            if ended[i]:
+                self.lengths.setdefault(i, len(new[i]))
+        rows = [ended[i] for i in self._plan.request_of_row]
+        return torch.tensor(rows, dtype=torch.bool, device=input_ids.device)
 
 
 class _Cancelled(StoppingCriteria):

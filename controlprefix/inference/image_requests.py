@@ -16,6 +16,7 @@ from controlprefix.inference.generation import generate_batch
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Ticket
 from controlprefix.inference.stopping import TextStream
+from controlprefix.inference.streamed_text import StreamedText
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import ImagePrompt
 
@@ -57,52 +58,36 @@ class ImageRequests:
         ticket.on_cancel(cancelled.set)
         if ticket.is_cancelled:  # while it waited; it ends after its first token
             cancelled.set()
-        streamer = _TicketStreamer(
-            TextStream(self._frozen.request_tokenizer, resolved.request), ticket
-        )
+        text = StreamedText(TextStream(self._frozen.request_tokenizer, resolved.request), ticket)
         try:
             (result,) = generate_batch(
-                self._frozen, [resolved], [prompt], streamer=streamer, cancelled=cancelled
+                self._frozen, [resolved], [prompt], streamer=_Streamer(text), cancelled=cancelled
             )
         except Exception as error:
             ticket.put(error)
         else:
             if isinstance(result, Completion):
-                streamer.put_rest(result.text)
+                text.put_rest(result.text)
             ticket.put(result)
         finally:
             with self._lock:
                 self._tickets.remove(ticket)
 
 
-class _TicketStreamer(BaseStreamer):
-    """Gives a ticket the text of tokens as they are generated."""
+class _Streamer(BaseStreamer):
+    """Collects generated tokens, and gives their text out."""
 
-    def __init__(self, text: TextStream, ticket: Ticket) -> None:
-        self._text, self._ticket = text, ticket
+    def __init__(self, text: StreamedText) -> None:
+        self._text = text
         self._new: list[int] = []
-        self._num_characters = 0
-        self._is_prompt, self._is_finished = True, False
+        self._is_prompt = True
 
     def put(self, value: Tensor) -> None:
         if self._is_prompt:  # `generate` puts it first
             self._is_prompt = False
             return
-        for token in value.flatten().tolist():
-            if self._is_finished:
-                return
-            self._new.append(token)
-            added, self._is_finished = self._text.update(self._new)
-            self._put_text(added)
+        self._new += value.flatten().tolist()
+        self._text.update(self._new)
 
     def end(self) -> None:
-        """Nothing to do: `put_rest` follows."""
-
-    def put_rest(self, text: str) -> None:
-        """Give out what of the whole text is not out yet, as of a request that was cancelled."""
-        self._put_text(text[self._num_characters :])
-
-    def _put_text(self, text: str) -> None:
-        if text:
-            self._num_characters += len(text)
-            self._ticket.put(text)
+        """Nothing to do: the completion follows."""

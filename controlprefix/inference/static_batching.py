@@ -4,15 +4,18 @@ It serves models whose cached rows cannot be moved between caches (encoder-decod
 windows, recurrent layers). Requests that arrive meanwhile wait for the end of the batch.
 """
 
+from collections.abc import Sequence as Rows
+
 from controlprefix.completion import Completion
 from controlprefix.inference.batcher import Batcher, Sequence
 from controlprefix.inference.generation import batch_key, generate_batch
+from controlprefix.inference.streamed_text import StreamedText
 
 
 class StaticBatcher(Batcher):
     """Runs the waiting requests together, one batch after another.
 
-    Texts are delivered whole, and log-probabilities are not supported.
+    Log-probabilities are not supported.
 
     Args:
         frozen, max_sequences, max_waiting, max_sequences_per_tenant: See `Batcher`.
@@ -45,18 +48,29 @@ class StaticBatcher(Batcher):
             )
         ]
         for group in batches:
-            try:
-                completions = generate_batch(
-                    self._frozen,
-                    [sequence.resolved for sequence in group],
-                    [sequence.prompt for sequence in group],
-                )
-            except Exception as error:  # the other groups go on
-                for sequence in group:
-                    sequence.ticket.put(error)
-                continue
-            for sequence, completion in zip(group, completions, strict=True):
-                if isinstance(completion, Completion) and completion.text:
-                    sequence.ticket.put(completion.text)
-                sequence.ticket.put(completion)
+            self._run_batch(group)
         self._batch = ()
+
+    def _run_batch(self, group: list[Sequence]) -> None:
+        texts = [StreamedText(sequence.text, sequence.ticket) for sequence in group]
+
+        def on_step(rows: Rows[Rows[int]]) -> list[bool]:
+            for text, new in zip(texts, rows, strict=True):
+                text.update(new)
+            return [self._is_cancelled(sequence) for sequence in group]
+
+        try:
+            completions = generate_batch(
+                self._frozen,
+                [sequence.resolved for sequence in group],
+                [sequence.prompt for sequence in group],
+                on_step=on_step,
+            )
+        except Exception as error:  # the other groups go on
+            for sequence in group:
+                sequence.ticket.put(error)
+            return
+        for sequence, text, completion in zip(group, texts, completions, strict=True):
+            if isinstance(completion, Completion):
+                text.put_rest(completion.text)
+            sequence.ticket.put(completion)
