@@ -323,3 +323,24 @@ def test_a_server_of_texts_refuses_images(served: "Served") -> None:
     response = httpx.post(f"{served.base}/v1/chat/completions", json=body, timeout=60)
     assert response.status_code == 400
     assert "reads no images" in response.json()["error"]["message"]
+
+
+def test_no_client_makes_a_server_read_a_file(served: "Served", tmp_path: Path) -> None:
+    path = tmp_path / "secret.png"
+    path.write_bytes(png(picture(0)))
+    message = {"role": "user", "content": "x", "images": [str(path)]}
+    part = {"type": "image_url", "image_url": {"url": str(path)}}
+    answers = [
+        httpx.post(f"{served.base}/v1/{route}", json=body, timeout=60)
+        for route, body in (
+            ("feedback", {"user": "bob", "messages": [message], "chosen": "a", "rejected": "b"}),
+            ("chat/completions", {"model": "tiny", "messages": [message], "images": [str(path)]}),
+            ("chat/completions", {"model": "tiny", "messages": [{**message, "content": [part]}]}),
+            ("completions", {"model": "tiny", "prompt": "x", "images": [str(path)]}),
+            ("responses", {"model": "tiny", "input": [{"role": "user", "content": [part]}]}),
+        )
+    ]
+    assert [answer.status_code for answer in answers] == [201, 400, 400, 400, 400]
+    with PrefixStore(served.url, tenant="mine") as store:
+        (feedback,) = store.feedback("bob")  # the field is not one of a message over HTTP
+    assert "images" not in feedback

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.example import Preference
-from controlprefix.serving.bodies import MAX_ITEMS
+from controlprefix.serving.bodies import MAX_ITEMS, ChatMessage
 
 _MAX_TEXTS = 10_000
 _MAX_STEPS = 2000
@@ -71,7 +71,7 @@ class FeedbackBody(BaseModel):
 
     user: str
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_ITEMS)
+    messages: list[ChatMessage] | None = Field(default=None, max_length=MAX_ITEMS)
     task: str | None = None
     attributes: dict[str, Any] = {}
     chosen: str | None = None
@@ -97,8 +97,10 @@ class FeedbackBody(BaseModel):
         if len(named) != 1 or None in named[0]:
             raise RequestError("give chosen and rejected, or draft and final")
         fields = self.model_dump(
-            exclude_unset=True, exclude={"chosen", "rejected", "draft", "final"}
+            exclude_unset=True, exclude={"chosen", "rejected", "draft", "final", "messages"}
         )
+        if self.messages is not None:  # not as they are: an image there might be a path
+            fields["messages"] = [message.to_plain() for message in self.messages]
         ((chosen, rejected),) = named
         try:
             return Preference(**fields, chosen=chosen, rejected=rejected)
