@@ -22,7 +22,10 @@ OPTIONS: dict[str, Any] = {"steps": 3, "num_slots": 2, "progress": False}
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    except Exception as error:  # such as no shared memory
+        pytest.skip(f"no Ray cluster starts on this machine: {error}")
     yield
     ray.shutdown()
 
