@@ -26,6 +26,7 @@ from controlprefix import (
     RequestError,
 )
 from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.model import mass_in_keys
 from controlprefix.serving import Server, create_app
 from controlprefix.vllm.placement import Placement
 from controlprefix.vllm.runner import VllmRunner
@@ -271,7 +272,7 @@ def test_cancelled_requests_are_dropped(cp: ControlPrefix, runner: VllmRunner, u
 @pytest.mark.parametrize(
     "fields",
     [
-        {"attributes": {"tone": {"warm": 0.5}}},
+        {"attributes": {"tone": {"warm": 0.5}}},  # keys of random models cannot hold it
         {"attributes": {"tone": {"warm": -1.0}}},
         {"attributes": {"tone": "warm"}, "mixing": "logits"},
         {"user": "bo", "schedules": {"user": [(0, 1.0), (4, 0.0)]}},
@@ -282,8 +283,20 @@ def test_cancelled_requests_are_dropped(cp: ControlPrefix, runner: VllmRunner, u
 def test_unsupported_settings_are_refused_by_name(
     fields: Any, cp: ControlPrefix, runner: VllmRunner
 ) -> None:
-    with pytest.raises(RequestError, match="server"):
+    with pytest.raises(RequestError, match="server|this engine"):
         runner.submit(cp.resolve(Request(prompt="no", max_new_tokens=4, **fields)))
+
+
+def test_a_fractional_strength_is_what_the_keys_hold(
+    cp: ControlPrefix, runner: VllmRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mass_in_keys, "_MAX_SHARE", 100.0)  # a random model's hold nothing well
+    cp.put("user", "half", runner._masses.scaled(cp.get("user", "ana"), 0.5))
+    how: dict[str, Any] = {"prompt": "tell me a story ", "max_new_tokens": 24}
+    request = Request(**how, user="ana", strengths={"user": 0.5})
+    expected = cp.generate(Request(**how, user="half")).text
+    assert texts_of(cp, runner, [request, request]) == [expected, expected]
+    assert expected != cp.generate(Request(**how, user="ana")).text
 
 
 def test_slots_count_against_the_context_there(cp: ControlPrefix, runner: VllmRunner) -> None:
