@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from controlprefix import ControlPrefix, EngineError, TrainingDataError
+from controlprefix import ControlPrefix, EngineError, RequestError, TrainingDataError
+from controlprefix.cli import app
 from controlprefix.interop import ray_users
 
 ray = pytest.importorskip("ray")
@@ -103,5 +105,12 @@ def test_mistakes_are_clear_errors(tmp_path: Path, model_folder: Path) -> None:
         ray_users.train_users(TEXTS, store=url, num_actors=0)
     with pytest.raises(TrainingDataError, match="no folder"):
         ray_users.train_users(TEXTS, store=url, folder=tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"user": "ana", "text": "hello"}')
+    result = CliRunner().invoke(
+        app, ["users", "train", str(rows), "--ray", "local", "--folder", str(tmp_path)]
+    )
+    assert isinstance(result.exception, RequestError)
+    assert "no run folder" in str(result.exception)
     with pytest.raises(TrainingDataError, match="steps"):
         ray_users.train_users(TEXTS, store=url, steps=-1)

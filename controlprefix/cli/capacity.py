@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from controlprefix.capacity import Form, Load
+from controlprefix.capacity import capacity as compute
 from controlprefix.cli.common import app, out
 from controlprefix.cli.groups import ModelArguments, grouped
 from controlprefix.errors import RequestError
@@ -15,9 +17,7 @@ from controlprefix.errors import RequestError
 def capacity(
     users: Annotated[int, typer.Option(help="Users with a prefix.")] = 1000,
     num_slots: Annotated[int, typer.Option(help="Slots per prefix.")] = 16,
-    form: Annotated[
-        str, typer.Option(help="How users are stored: code, int8 or bfloat16.")
-    ] = "int8",
+    form: Annotated[Form, typer.Option(help="How users are stored.")] = "int8",
     requests_per_second: Annotated[float, typer.Option(help="Requests at the peak.")] = 1.0,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 200,
     new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 200,
@@ -32,11 +32,6 @@ def capacity(
     model: ModelArguments,
 ) -> None:
     """Compute what a number of users and requests takes: store, memory, processes."""
-    from controlprefix.capacity import Load
-    from controlprefix.capacity import capacity as compute
-
-    if form not in ("code", "int8", "bfloat16"):
-        raise RequestError(f"form is {form!r}; it must be code, int8 or bfloat16")
     frozen = model.load()
     geometry = frozen.geometry
     shapes = [shape for site in geometry.sites for shape in geometry.layers(site)]
@@ -48,7 +43,7 @@ def capacity(
                 num_parameters=sum(p.numel() for p in frozen.model.parameters()),
                 users=users,
                 num_slots=num_slots,
-                form=form,  # type: ignore[arg-type]
+                form=form,
                 requests_per_second=requests_per_second,
                 prompt_tokens=prompt_tokens,
                 new_tokens=new_tokens,

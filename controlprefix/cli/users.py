@@ -132,6 +132,8 @@ def train_users(
 
             if texts is None:
                 raise RequestError("a cluster trains on texts of a file; give one")
+            if run != RunArguments():
+                raise RequestError("--ray has no run folder; leave the options of one out")
             report = train_on_ray(
                 texts,
                 model=engine.model,
@@ -140,11 +142,7 @@ def train_users(
                 encryption_keys=engine.read_keys(),
                 address=None if ray_address == "local" else ray_address,
                 num_actors=actors,
-                loading={
-                    name: value
-                    for name, value in engine.loading_options().items()
-                    if name != "device"
-                },
+                loading={**engine.loading_options(), "device": engine.device},
                 **options,
             )
     for user, reason in report.failed.items():

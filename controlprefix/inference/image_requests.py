@@ -8,15 +8,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
-
-from controlprefix.completion import Completion
-from controlprefix.inference.generation import generate_batch
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Ticket
-from controlprefix.inference.stopping import TextStream
-from controlprefix.inference.streamed_text import StreamedText
+from controlprefix.inference.streamed_text import generate_streamed
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import ImagePrompt
 
@@ -54,40 +48,10 @@ class ImageRequests:
         self._pool.shutdown(wait=True)
 
     def _run(self, resolved: ResolvedRequest[Any], prompt: ImagePrompt, ticket: Ticket) -> None:
-        cancelled = threading.Event()
-        ticket.on_cancel(cancelled.set)
-        if ticket.is_cancelled:  # while it waited; it ends after its first token
-            cancelled.set()
-        text = StreamedText(TextStream(self._frozen.request_tokenizer, resolved.request), ticket)
         try:
-            (result,) = generate_batch(
-                self._frozen, [resolved], [prompt], streamer=_Streamer(text), cancelled=cancelled
+            generate_streamed(
+                self._frozen, [resolved], [prompt], [ticket], lambda own: own.is_cancelled
             )
-        except Exception as error:
-            ticket.put(error)
-        else:
-            if isinstance(result, Completion):
-                text.put_rest(result.text)
-            ticket.put(result)
         finally:
             with self._lock:
                 self._tickets.remove(ticket)
-
-
-class _Streamer(BaseStreamer):
-    """Collects generated tokens, and gives their text out."""
-
-    def __init__(self, text: StreamedText) -> None:
-        self._text = text
-        self._new: list[int] = []
-        self._is_prompt = True
-
-    def put(self, value: Tensor) -> None:
-        if self._is_prompt:  # `generate` puts it first
-            self._is_prompt = False
-            return
-        self._new += value.flatten().tolist()
-        self._text.update(self._new)
-
-    def end(self) -> None:
-        """Nothing to do: the completion follows."""

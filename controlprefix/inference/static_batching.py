@@ -4,12 +4,9 @@ It serves models whose cached rows cannot be moved between caches (encoder-decod
 windows, recurrent layers). Requests that arrive meanwhile wait for the end of the batch.
 """
 
-from collections.abc import Sequence as Rows
-
-from controlprefix.completion import Completion
 from controlprefix.inference.batcher import Batcher, Sequence
-from controlprefix.inference.generation import batch_key, generate_batch
-from controlprefix.inference.streamed_text import StreamedText
+from controlprefix.inference.generation import batch_key
+from controlprefix.inference.streamed_text import generate_streamed
 
 
 class StaticBatcher(Batcher):
@@ -48,29 +45,11 @@ class StaticBatcher(Batcher):
             )
         ]
         for group in batches:
-            self._run_batch(group)
-        self._batch = ()
-
-    def _run_batch(self, group: list[Sequence]) -> None:
-        texts = [StreamedText(sequence.text, sequence.ticket) for sequence in group]
-
-        def on_step(rows: Rows[Rows[int]]) -> list[bool]:
-            for text, new in zip(texts, rows, strict=True):
-                text.update(new)
-            return [self._is_cancelled(sequence) for sequence in group]
-
-        try:
-            completions = generate_batch(
+            generate_streamed(
                 self._frozen,
                 [sequence.resolved for sequence in group],
                 [sequence.prompt for sequence in group],
-                on_step=on_step,
+                [sequence.ticket for sequence in group],
+                lambda ticket: self._abandoned or ticket.is_cancelled,
             )
-        except Exception as error:  # the other groups go on
-            for sequence in group:
-                sequence.ticket.put(error)
-            return
-        for sequence, text, completion in zip(group, texts, completions, strict=True):
-            if isinstance(completion, Completion):
-                text.put_rest(completion.text)
-            sequence.ticket.put(completion)
+        self._batch = ()

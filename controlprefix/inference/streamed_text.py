@@ -1,9 +1,50 @@
-"""StreamedText: gives a ticket the text of tokens as they are generated."""
+"""One static batch whose texts go to tickets as they are generated."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from controlprefix.completion import Completion
+from controlprefix.inference.generation import generate_batch
+from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Ticket
 from controlprefix.inference.stopping import TextStream
+from controlprefix.model import FrozenModel
+
+
+def generate_streamed(
+    frozen: FrozenModel,
+    resolved: Sequence[ResolvedRequest[Any]],
+    prompts: Sequence[Sequence[int]],
+    tickets: Sequence[Ticket],
+    must_end: Callable[[Ticket], bool],
+) -> None:
+    """Generate for requests that have the same `batch_key`; their tickets get texts and results.
+
+    Args:
+        frozen, resolved, prompts: As in `generate_batch`.
+        tickets: One per request; they also get an error, if there is one.
+        must_end: Asked after each step; a request whose ticket must end has what it has so far.
+    """
+    texts = [
+        StreamedText(TextStream(frozen.request_tokenizer, request.request), ticket)
+        for request, ticket in zip(resolved, tickets, strict=True)
+    ]
+
+    def on_step(rows: Sequence[Sequence[int]]) -> list[bool]:
+        for text, new in zip(texts, rows, strict=True):
+            text.update(new)
+        return list(map(must_end, tickets))
+
+    try:
+        completions = generate_batch(frozen, resolved, prompts, on_step=on_step)
+    except Exception as error:
+        for ticket in tickets:
+            ticket.put(error)
+        return
+    for ticket, text, completion in zip(tickets, texts, completions, strict=True):
+        if isinstance(completion, Completion):
+            text.put_rest(completion.text)
+        ticket.put(completion)
 
 
 class StreamedText:

@@ -3,45 +3,27 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, TypeAdapter
 from sse_starlette import EventSourceResponse
 
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
-from controlprefix.store import JobKind, JobStatus
+from controlprefix.store import Job, JobKind
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 _POLL_S = 0.5
-
-
-class JobInfo(BaseModel):
-    """A job. `version` is the version of the user's prefix that it made."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    id: str
-    kind: JobKind
-    user: str
-    status: JobStatus
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-    num_attempts: int
-    num_steps: int
-    version: int | None
-    error: str
+_JSON = TypeAdapter(Job)
 
 
 class JobList(BaseModel):
     """Jobs, the newest first."""
 
-    jobs: list[JobInfo]
+    jobs: list[Job]
 
 
 async def accepted(
@@ -51,7 +33,7 @@ async def accepted(
     response: Response,
     client: Client,
     server: Server,
-) -> JobInfo:
+) -> Job:
     """Queue a job, and answer with where to look for it."""
     job = await server.work.with_store(
         client.cp.store.add_job, kind, user, options, server.fingerprint
@@ -59,7 +41,7 @@ async def accepted(
     server.wake_worker()
     response.status_code = 202
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return JobInfo.model_validate(job)
+    return job
 
 
 @router.get("")
@@ -71,13 +53,13 @@ async def list_jobs(
 ) -> JobList:
     """The tenant's jobs, the newest first, of one user if it is named."""
     jobs = await server.work.with_store(client.cp.store.jobs, user=user, limit=limit)
-    return JobList(jobs=[JobInfo.model_validate(job) for job in jobs])
+    return JobList(jobs=jobs)
 
 
 @router.get("/{job_id}")
-async def get_job(job_id: str, client: ClientDependency, server: ServerDependency) -> JobInfo:
+async def get_job(job_id: str, client: ClientDependency, server: ServerDependency) -> Job:
     """A job; 404 if there is none, as after its user was forgotten."""
-    return JobInfo.model_validate(await server.work.with_store(client.cp.store.job, job_id))
+    return await server.work.with_store(client.cp.store.job, job_id)
 
 
 @router.get("/{job_id}/events")
@@ -89,8 +71,8 @@ async def watch_job(
 
     async def events() -> AsyncIterator[str]:
         latest = first
-        yield latest.model_dump_json()
-        while latest.finished_at is None and server.is_ready:
+        yield _JSON.dump_json(latest).decode()
+        while not latest.is_finished and server.is_ready:
             await asyncio.sleep(_POLL_S)
             try:
                 job = await get_job(job_id, client, server)
@@ -99,12 +81,12 @@ async def watch_job(
                 return
             if job != latest:
                 latest = job
-                yield latest.model_dump_json()
+                yield _JSON.dump_json(latest).decode()
 
     return EventSourceResponse(events())
 
 
 @router.delete("/{job_id}")
-async def cancel_job(job_id: str, client: ClientDependency, server: ServerDependency) -> JobInfo:
+async def cancel_job(job_id: str, client: ClientDependency, server: ServerDependency) -> Job:
     """Cancel a job; one that runs ends after its current training step."""
-    return JobInfo.model_validate(await server.work.with_store(client.cp.store.cancel_job, job_id))
+    return await server.work.with_store(client.cp.store.cancel_job, job_id)

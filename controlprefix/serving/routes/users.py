@@ -5,7 +5,7 @@ from pydantic import BaseModel
 
 from controlprefix.errors import RequestError
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency
-from controlprefix.serving.routes.jobs import JobInfo, accepted
+from controlprefix.serving.routes.jobs import accepted
 from controlprefix.serving.routes.prefixes import (
     MAX_LISTED,
     After,
@@ -17,6 +17,7 @@ from controlprefix.serving.routes.prefixes import (
     versions_of,
 )
 from controlprefix.serving.user_bodies import EnrolmentBody, LearningBody
+from controlprefix.store import Job
 
 router = APIRouter(prefix="/v1/users", tags=["users"])
 
@@ -47,14 +48,14 @@ async def list_users(
     return UserList(users=names[:limit], has_more=len(names) > limit)
 
 
-@router.put("/{user:path}", responses={202: {"model": JobInfo, "description": "A job trains it."}})
+@router.put("/{user:path}", responses={202: {"model": Job, "description": "A job trains it."}})
 async def enroll_user(
     user: str,
     body: EnrolmentBody,
     response: Response,
     client: ClientDependency,
     server: ServerDependency,
-) -> EnrolledUser | JobInfo:
+) -> EnrolledUser | Job:
     """Make a prefix for a user from texts they wrote: at once, or with `train` in a job."""
     limit = server.limits.max_texts
     if len(body.texts) > limit:
@@ -75,7 +76,7 @@ async def learn_feedback(
     response: Response,
     client: ClientDependency,
     server: ServerDependency,
-) -> JobInfo:
+) -> Job:
     """Train a user's prefix on the feedback that is kept of them, in a job."""
     options = body.model_dump(exclude_none=True)
     return await accepted("learn_feedback", user, options, response, client, server)
