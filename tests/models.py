@@ -75,6 +75,38 @@ PARTICULAR: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+# Models with recurrent layers, or recurrent and attention in one layer.
+RECURRENT: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {
+            **_TINY,
+            "num_hidden_layers": 4,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        "FalconH1Config",
+        {
+            **_SMALL,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+    ),
+}
+
 # name -> (model class, config class, config values)
 CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _SMALL),
@@ -176,7 +208,7 @@ def build(
     **changes: Any,
 ) -> PreTrainedModel:
     """A random model whose attention matters: weights are larger than at initialization."""
-    model_class, config_class, values = {**CONFIGS, **PARTICULAR}[name]
+    model_class, config_class, values = {**CONFIGS, **PARTICULAR, **RECURRENT}[name]
     config = getattr(transformers, config_class)(**copy.deepcopy({**values, **changes}))
     config._attn_implementation = attention
     torch.manual_seed(seed)

@@ -8,14 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from controlprefix.model.cache_rows import CacheRow, arrange_rows, overwrite_row
 from controlprefix.model.kv_cache import (
     _MIN_SPARE_TOKENS,
-    CacheRow,
-    arrange_rows,
     behind_slots,
     growing_cache,
     new_cache,
-    overwrite_row,
 )
 from controlprefix.model.steering import Steering
 from controlprefix.prefixes import Part
@@ -160,7 +158,7 @@ def test_rows_keep_their_tokens_when_they_move() -> None:
         caches[i].layers[1].keys[row.row, :, -row.num_tokens :].clone()
         for i, row in zip((1, 0, 1), rows, strict=True)
     ]
-    arrange_rows(caches[1], rows, 6, num_slots=5)
+    arrange_rows(caches[1], rows, 6, model.device, num_slots=5)
     keys = caches[1].layers[1].keys
     assert keys.shape[2] == 6
     for i, row in enumerate(rows):

@@ -23,7 +23,8 @@ from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
 from controlprefix.inference.runner import token_log_probs_of
 from controlprefix.inference.sampling import BatchSampler
 from controlprefix.model import FrozenModel
-from controlprefix.model.kv_cache import CacheRow, arrange_rows, overwrite_row
+from controlprefix.model.cache_rows import CacheRow, arrange_rows, overwrite_row
+from controlprefix.model.kv_cache import new_cache
 from controlprefix.prefixes import Part, PrefixBatch
 from controlprefix.request import Request
 
@@ -58,7 +59,7 @@ class ContinuousBatcher(Batcher):
         self._rows: list[Sequence | None] = []
         self._first_rows: dict[int, int] = {}  # id of a sequence -> its first row
         self._mask = torch.zeros(0, 0, dtype=torch.long)
-        self._cache = DynamicCache()
+        self._cache = new_cache(frozen.model)
         self._batch: PrefixBatch | None = None  # None: rows have changed
         self._sampler: BatchSampler | None = None
         self._prefills = PrefillQueue(max_prefill_tokens)
@@ -273,14 +274,14 @@ class ContinuousBatcher(Batcher):
         self._rows, self._first_rows = rows, first_rows
         self._batch, self._sampler = None, None  # made again at the next step
         if not sources:
-            self._cache = DynamicCache()
+            self._cache = new_cache(self._frozen.model)
             self._mask = self._mask.new_zeros(0, 0)
             return
         length = max(source.num_tokens for source in sources)
         num_slots = max(
             sum(part.prefix.num_slots for part in parts) for s in sequences for parts in s.rows
         )
-        arrange_rows(self._cache, sources, length, num_slots)
+        arrange_rows(self._cache, sources, length, self._frozen.device, num_slots)
         self._mask = torch.zeros(len(sources), length, dtype=torch.long, device=self._frozen.device)
         for i, source in enumerate(sources):
             self._mask[i, length - source.num_tokens :] = 1

@@ -22,8 +22,8 @@ from controlprefix.inference.runner import TokenLogProbs, token_log_probs_of
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.inference.stopping import TextStream
 from controlprefix.model import FrozenModel
+from controlprefix.model.cache_rows import rows_can_move
 from controlprefix.model.images import ImagePrompt
-from controlprefix.model.kv_cache import rows_can_move
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import Request
 
