@@ -35,7 +35,7 @@ _VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
-NAMES = ("llava", "idefics3", "gemma3", "qwen2_5_vl")
+NAMES = ("llava", "idefics3", "gemma3", "qwen2_5_vl", "qwen3_vl")
 _TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {% if m.content is string %}{{ m.content }}"
     "{% else %}{% for part in m.content %}{% if part.type == 'image' %}PLACEHOLDER"
@@ -147,20 +147,24 @@ def image_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, An
             around="<|vision_start|>{}<|vision_end|>",
         )
         processor = _QwenProcessor(tokenizer)
-        config = transformers.Qwen2_5_VLConfig(
-            text_config={
-                **_TEXT,
-                "rope_parameters": {
-                    "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]
-                },
-            },
-            vision_config={
-                "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
-                "out_hidden_size": 32, "patch_size": 14, "fullatt_block_indexes": [1],
-            },
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+        vision: dict[str, Any] = {
+            "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
+            "out_hidden_size": 32, "patch_size": 14,
+        }  # fmt: skip
+        if name == "qwen3_vl":
+            vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+            config_class: Any = transformers.Qwen3VLConfig
+            model_class = transformers.Qwen3VLForConditionalGeneration
+        else:
+            vision |= {"fullatt_block_indexes": [1]}
+            config_class = transformers.Qwen2_5_VLConfig
+            model_class = transformers.Qwen2_5_VLForConditionalGeneration
+        config = config_class(
+            text_config={**_TEXT, "rope_parameters": rope},
+            vision_config=vision,
             image_token_id=processor.image_token_id,
-        )  # fmt: skip
-        model_class = transformers.Qwen2_5_VLForConditionalGeneration
+        )
     torch.manual_seed(0)
     model = model_class(config)
     with torch.no_grad():

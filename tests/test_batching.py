@@ -23,7 +23,6 @@ from controlprefix.inference.static_batching import StaticBatcher
 
 from models import ENCODER_DECODER, RECURRENT, build, byte_tokenizer
 
-
 CHANGES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"attention": "eager"},  # it has no other
     # With few heads many tokens are as relevant as others, and padding decides which are read.

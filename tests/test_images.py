@@ -15,6 +15,7 @@ from PIL import Image
 
 from controlprefix import ControlPrefix, Example, Message, Request, RequestError, TrainingDataError
 from controlprefix.data import as_examples
+from controlprefix.inference.continuous_batching import ContinuousBatcher
 from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.model.images import ImagePrompt
 from controlprefix.model.log_probs import token_log_probs
@@ -119,18 +120,27 @@ def test_a_stream_is_the_text_of_generate(cp: ControlPrefix) -> None:
 def test_a_running_batch_takes_images(cp: ControlPrefix) -> None:
     requests = mixed()
     expected = [cp.generate(request).text for request in requests]
-    batcher = cp.batcher()
+    guided = requests[2].model_copy(update={"strengths": {"user": -0.5}})
+    batcher = cp.batcher(max_sequences=5, max_prefill_tokens=8)
+    assert isinstance(batcher, ContinuousBatcher)
     try:
-        tickets = [batcher.submit(cp.resolve(request)) for request in requests * 2]
+        tickets = [batcher.submit(cp.resolve(request)) for request in [*requests, guided] * 2]
+        expected += [cp.generate(guided).text]
         assert [ticket.result().text for ticket in tickets] == expected * 2
-        streamed = batcher.submit(cp.resolve(requests[0]))
-        assert "".join(streamed) == expected[0]
+        recorded = batcher.submit(cp.resolve(requests[0]), top_log_probs=0)
+        assert "".join(recorded) == expected[0]
+        tokens = cp.frozen_model.request_tokenizer
+        prompt = tokens.prompt_ids(requests[0])
+        new = [entry.token for entry in recorded.tokens]
+        with cp.assembled([requests[0]]):
+            log_probs = token_log_probs(cp.frozen_model, [prompt], [new])[0]
+        assert [t.log_prob for t in recorded.tokens] == pytest.approx(
+            log_probs.flatten().tolist(), abs=1e-3
+        )
         long = requests[0].model_copy(update={"max_new_tokens": 400})
         ticket = batcher.submit(cp.resolve(long))
         ticket.cancel()
         assert ticket.result().num_tokens < 400
-        with pytest.raises(RequestError, match="log-probabilities"):
-            batcher.submit(cp.resolve(requests[0]), top_log_probs=1)
     finally:
         assert batcher.close()
 

@@ -12,7 +12,6 @@ import torch
 from controlprefix.completion import Completion
 from controlprefix.errors import ControlPrefixError, OverloadedError, RequestError
 from controlprefix.inference.guidance import RowPlan, plan_rows
-from controlprefix.inference.image_requests import ImageRequests
 from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
@@ -20,7 +19,6 @@ from controlprefix.inference.sampling import SampledRow
 from controlprefix.inference.stopping import TextStream, completion_from_tokens
 from controlprefix.inference.waiting_line import WaitingLine
 from controlprefix.model import FrozenModel
-from controlprefix.model.images import ImagePrompt
 from controlprefix.prefixes import Part, PrefixBatch
 from controlprefix.request import Request
 
@@ -38,6 +36,7 @@ class Sequence:
         new: Tokens generated so far.
         text: Gives out its text while tokens are generated.
         sampling: Its sampling settings and random generator.
+        position_offset: By how much its positions differ from counting tokens, as behind images.
     """
 
     resolved: ResolvedRequest[Any]
@@ -48,6 +47,7 @@ class Sequence:
     text: TextStream
     new: list[int] = field(default_factory=list)
     sampling: SampledRow = field(init=False)
+    position_offset: int = 0
 
     def __post_init__(self) -> None:
         self.sampling = SampledRow(self.request, self.prompt, self.new)
@@ -110,7 +110,6 @@ class Batcher(ABC):
         self._waiting: WaitingLine[Sequence] = WaitingLine(
             lambda sequence: len(sequence.rows), lambda sequence: sequence.num_tokens
         )
-        self._images = ImageRequests(frozen)
         self._wake = threading.Condition()
         self._closing = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="controlprefix-batch", daemon=True)
@@ -163,10 +162,6 @@ class Batcher(ABC):
             )
         tokenizer = self._frozen.request_tokenizer
         resolved, prompt = resolved.fitted(tokenizer)
-        if isinstance(prompt, ImagePrompt):
-            if top_log_probs is not None:
-                raise RequestError("log-probabilities are not supported with images")
-            return self._images.submit(resolved, prompt, Ticket(deliver))
         sequence = Sequence(
             resolved,
             Ticket(deliver),
@@ -187,7 +182,7 @@ class Batcher(ABC):
     @property
     def load(self) -> tuple[int, int]:
         """Number of rows in the batch, and of requests that wait."""
-        return self._num_rows, len(self._waiting) + len(self._images)
+        return self._num_rows, len(self._waiting)
 
     def require_capacity(self) -> None:
         """Check that a request could be submitted now: see `Runner.require_capacity`.
@@ -197,7 +192,7 @@ class Batcher(ABC):
         """
         if self._closing:
             raise closing_error()
-        if len(self._waiting) + len(self._images) >= self._max_waiting:
+        if len(self._waiting) >= self._max_waiting:
             raise OverloadedError(
                 f"{self._max_waiting} requests are waiting already; try again later"
             )
@@ -214,8 +209,6 @@ class Batcher(ABC):
         finished = not self._thread.is_alive()
         self._abandoned = True
         self._thread.join()
-        finished = finished and not len(self._images)
-        self._images.close(cancel=timeout_s is not None)
         return finished
 
     # --- in the batcher's thread -------------------------------------------------------------

@@ -10,10 +10,10 @@ other rows.
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batcher import Batcher, Sequence
@@ -117,7 +117,8 @@ class ContinuousBatcher(Batcher):
             with self._prefills.measured(prefill, decode_seconds) as end:
                 if prefill.batch is None:
                     prefill.prepare(self._frozen)
-                logits = self._forward(*prefill.inputs(end))
+                assert prefill.batch is not None
+                logits = self._forward(prefill.batch, **prefill.inputs(end))
         except Exception as error:  # the running batch goes on
             self._prefills.drop(prefill)
             for sequence in prefill.sequences:
@@ -175,15 +176,17 @@ class ContinuousBatcher(Batcher):
         if self._batch.is_scheduled:
             self._batch.set_token([0 if row is None else len(row.new) for row in self._rows])
         last = [self._frozen.pad_id if row is None else row.new[-1] for row in self._rows]
-        positions = [0 if row is None else row.num_cached_tokens for row in self._rows]
+        positions = [
+            0 if row is None else row.num_cached_tokens + row.position_offset for row in self._rows
+        ]
         visible = torch.ones(len(self._rows), 1, dtype=torch.long, device=device)
         self._mask = torch.cat([self._mask, visible], dim=1)  # a vacant row attends to its pad
         logits = self._forward(
-            torch.tensor(last, device=device)[:, None],
-            self._mask,
-            torch.tensor(positions, device=device)[:, None],
-            self._cache,
             self._batch,
+            input_ids=torch.tensor(last, device=device)[:, None],
+            attention_mask=self._mask,
+            position_ids=torch.tensor(positions, device=device)[:, None],
+            past_key_values=self._cache,
         )
         decoding = self._decoding()
         firsts = [self._first_rows[id(sequence)] for sequence in decoding]
@@ -290,19 +293,10 @@ class ContinuousBatcher(Batcher):
         sequence = self._rows[row]
         return [] if sequence is None else sequence.rows[row - self._first_rows[id(sequence)]]
 
-    def _forward(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, batch: PrefixBatch
-    ) -> Tensor:
+    def _forward(self, batch: PrefixBatch, **inputs: Any) -> Tensor:
         """Logits of the last position of each row, `(num_rows, vocab_size)`."""
         with self._frozen.attached(batch):
-            output = self._frozen.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            output = self._frozen.model(**inputs, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[:, -1]
         return logits
 

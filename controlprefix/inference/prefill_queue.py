@@ -4,12 +4,14 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
 
 from controlprefix.inference.batcher import Sequence
 from controlprefix.model import FrozenModel
+from controlprefix.model.images import ImagePrompt, image_inputs, image_positions
 from controlprefix.model.kv_cache import new_cache
 from controlprefix.model.padding import pad_rows
 from controlprefix.prefixes import PrefixBatch
@@ -29,6 +31,8 @@ class Prefill:
         ids, mask: `(num_rows, length)`, padded on the left.
         cache: Their keys and values.
         batch: The slots of their rows; None before `prepare`.
+        images: What the model reads of images, if there are any: then all in one pass.
+        positions: `(num_rows, length)`, or what the model computes for images.
     """
 
     sequences: list[Sequence]
@@ -37,6 +41,13 @@ class Prefill:
     mask: Tensor = field(init=False)
     cache: DynamicCache = field(init=False)
     batch: PrefixBatch | None = None
+    images: dict[str, Tensor] = field(default_factory=dict)
+    positions: Tensor = field(init=False)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images in it; then it has one sequence."""
+        return any(isinstance(sequence.prompt, ImagePrompt) for sequence in self.sequences)
 
     @property
     def length(self) -> int:
@@ -58,17 +69,28 @@ class Prefill:
         prompts = [sequence.prompt for sequence in self.sequences for _ in sequence.rows]
         ids, mask = pad_rows(prompts, frozen.pad_id, left=True)
         self.ids, self.mask = ids.to(frozen.device), mask.to(frozen.device)
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        if self.has_images:
+            self.images = image_inputs(prompts, [len(row) for row in prompts], frozen.model)
+            own = image_positions(frozen.model, self.ids, self.mask, self.images)
+            if own is not None:
+                self.positions, offsets = own
+                self.sequences[0].position_offset = offsets[0]
         batch = frozen.assemble([row for sequence in self.sequences for row in sequence.rows])
         self.cache = new_cache(frozen.model)
         batch.set_token(0)
         self.batch = batch
 
-    def inputs(self, end: int) -> tuple[Tensor, Tensor, Tensor, DynamicCache, PrefixBatch]:
-        """Ids, mask, positions, cache and slots of a pass over the columns up to `end`."""
-        assert self.batch is not None
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+    def inputs(self, end: int) -> dict[str, Any]:
+        """The model's inputs of a pass over the columns up to `end`."""
         chunk = slice(self.num_done, end)
-        return self.ids[:, chunk], self.mask[:, :end], positions[:, chunk], self.cache, self.batch
+        return {
+            "input_ids": self.ids[:, chunk],
+            "attention_mask": self.mask[:, :end],
+            "position_ids": self.positions[..., chunk],
+            "past_key_values": self.cache,
+            **self.images,
+        }
 
 
 class PrefillQueue:
@@ -112,6 +134,9 @@ class PrefillQueue:
         """Add sequences; those that fit one chunk together are prefilled together."""
         group: list[Sequence] = []
         for sequence in sorted(sequences, key=lambda s: len(s.prompt)):
+            if isinstance(sequence.prompt, ImagePrompt):
+                self._prefills.append(Prefill([sequence]))
+                continue
             num_rows = sum(len(s.rows) for s in [*group, sequence])
             if group and len(sequence.prompt) * num_rows > self._max_tokens:
                 self._prefills.append(Prefill(group))
@@ -171,6 +196,7 @@ class PrefillQueue:
             seconds = max(_CHUNK_SECONDS, decode_seconds or 0.0)
             tokens = min(tokens, max(_MIN_TOKENS, int(self._tokens_per_second * seconds)))
         end = min(prefill.length, prefill.num_done + max(1, tokens // prefill.num_rows))
+        end = prefill.length if prefill.has_images else end
         start = time.perf_counter()
         yield end
         num_tokens = (end - prefill.num_done) * prefill.num_rows

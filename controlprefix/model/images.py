@@ -1,6 +1,7 @@
 """Images in prompts: tokens that stand for them, and what else the model reads of them."""
 
 import hashlib
+import inspect
 import io
 import warnings
 from collections.abc import Mapping, Sequence
@@ -164,9 +165,30 @@ def image_inputs(
     }
 
 
-def has_own_positions(model: PreTrainedModel) -> bool:
-    """Whether the model computes positions of image tokens itself."""
-    return any(hasattr(module, "get_rope_index") for module in model.modules())
+def image_positions(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, list[int]] | None:
+    """The positions of rows with images, if the model has its own for them.
+
+    Args:
+        model: The model.
+        ids, mask: Token ids and attention mask of the rows, `(num_rows, length)`.
+        inputs: See `image_inputs`.
+
+    Returns:
+        Positions `(4, num_rows, length)`, counted first and then by time, height and width; and
+        per row, by how much the position behind it differs from the number of its tokens. None if
+        the model's positions count tokens.
+    """
+    module = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
+    if module is None:
+        return None
+    accepted = inspect.signature(module.get_rope_index).parameters  # type: ignore[arg-type]
+    own = {name: value for name, value in inputs.items() if name in accepted}
+    positions, offsets = module.get_rope_index(ids, attention_mask=mask, **own)  # type: ignore[operator]
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    padding = (mask == 0).sum(1)
+    return torch.cat([counted[None], positions]), (offsets.flatten() + padding).tolist()
 
 
 def _joined(features: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

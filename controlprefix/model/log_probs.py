@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from controlprefix.model.frozen import FrozenModel
-from controlprefix.model.images import has_own_positions, image_inputs
+from controlprefix.model.images import image_inputs, image_positions
 from controlprefix.model.padding import pad_rows
 
 _CHUNK_TOKENS = 64  # tokens whose float32 logits are held at a time, forward and backward
@@ -149,8 +149,8 @@ def _decoder_only_inputs(
         inputs["logits_to_keep"] = target_ids.shape[1] + 1
     if images := image_inputs(prompts, [len(row) for row in rows], frozen.model):
         inputs |= images
-        if has_own_positions(frozen.model):
-            inputs.pop("position_ids", None)
+        if (positions := image_positions(frozen.model, ids, attention_mask, images)) is not None:
+            inputs["position_ids"] = positions[0]
     return inputs, target_ids, mask.bool()
 
 
