@@ -1,5 +1,6 @@
-"""Commands about files of rows: data show."""
+"""Commands about files of rows: data show, data ratios."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ from rich.table import Table
 
 from controlprefix.cli.common import data_app, out
 from controlprefix.cli.groups import ColumnArguments, ModelArguments, grouped
-from controlprefix.errors import shortened
+from controlprefix.errors import TrainingDataError, shortened
 
 _MAX_NAMES = 20
 
@@ -61,3 +62,51 @@ def show_data(
             f"{len(summary.too_long)} rows do not fit the model's context: "
             f"{shortened(summary.too_long)}; --too-long cut or skip takes care of them"
         )
+
+
+@data_app.command("ratios")
+@grouped
+def add_ratios(
+    data: Annotated[
+        Path, typer.Argument(help="Rows as JSON Lines, JSON, CSV, TSV or Parquet, also gzipped.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Where to write them, as JSON Lines.")],
+    source: Annotated[
+        str | None,
+        typer.Option(help="Column of the texts that completions were made of; else the prompts."),
+    ] = None,
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option(help="length, similarity or word_rank; left out, all three. Repeatable."),
+    ] = None,
+    language: Annotated[str, typer.Option(help="Language of the texts.")] = "en",
+    *,
+    columns: ColumnArguments,
+) -> None:
+    """Add control ratios to rows: how a completion relates to its source, as numbers of attributes.
+
+    Training learns numbers as a scale, so that a request can ask for any value between.
+    """
+    from controlprefix._io import atomic_path
+    from controlprefix.data import as_examples, with_ratios
+    from controlprefix.data.files import read_records
+    from controlprefix.data.ratios import RATIOS
+
+    examples, sources = [], []
+    records = list(read_records(data))
+    names, defaults = columns.columns(), columns.defaults()
+    for record in records:
+        if source is not None and not isinstance(record.fields.get(source), str):
+            raise TrainingDataError(f"{record.place}: there is no text in the column {source!r}")
+    rows = [{k: v for k, v in r.fields.items() if k != source} for r in records]
+    as_examples(rows, columns=names, defaults=defaults)  # all that is wrong in one message
+    for record, fields in zip(records, rows, strict=True):
+        own = as_examples([fields], columns=names, defaults=defaults)
+        examples += own
+        sources += [record.fields[source] if source else (row.prompt or "") for row in own]
+    labelled = with_ratios(examples, sources, ratio or RATIOS[:3], language=language)
+    with atomic_path(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for row in labelled:
+            fields = row.model_dump(mode="json", include=row.model_fields_set | {"attributes"})
+            file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    out.print(f"{len(labelled)} rows written to {output}")

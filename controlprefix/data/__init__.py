@@ -1,5 +1,6 @@
 """Data: files, data frames and lists of rows -> examples and texts."""
 
+from controlprefix.data.ratios import control_ratios, with_ratios
 from controlprefix.data.rows import (
     Columns,
     Rows,
@@ -28,10 +29,12 @@ __all__ = [
     "as_preferences",
     "as_requests",
     "as_texts",
+    "control_ratios",
     "linearize",
     "parse_table",
     "read_labelled",
     "read_texts",
     "read_users",
     "summarize",
+    "with_ratios",
 ]

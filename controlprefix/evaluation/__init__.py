@@ -5,6 +5,7 @@ from controlprefix.evaluation.classifier import AttributeClassifier, pseudo_labe
 from controlprefix.evaluation.harness import evaluate
 from controlprefix.evaluation.metrics import Estimate
 from controlprefix.evaluation.report import CurvePoint, EvaluationReport
+from controlprefix.evaluation.simplification import grade_level, sari
 from controlprefix.evaluation.slot_errors import SlotErrors, slot_errors
 from controlprefix.evaluation.users import UserResult, UsersEvaluation, evaluate_users
 
@@ -20,7 +21,9 @@ __all__ = [
     "calibrate",
     "evaluate",
     "evaluate_users",
+    "grade_level",
     "pseudo_label",
+    "sari",
     "slot_errors",
     "strength_curve",
 ]
