@@ -28,15 +28,15 @@ class StandIn(BaseModel):
     Attributes:
         label: The label that was asked for, such as `tone=stern`.
         how: `nearest` trained labels, the `opposite` at a negative strength, a prefix made from a
-            `text`, `interpolated` between the
-            trained numbers beside it, or `left out`.
+            `text` or `distilled` from one, `interpolated` between the trained numbers beside it,
+            or `left out`.
         used: Trained labels and their shares of the mixture; or the text, with 1.
         similarity: Cosine of the sentence embeddings of the label and the nearest trained
             label; 1 for a text and for a number.
     """
 
     label: str
-    how: Literal["nearest", "opposite", "text", "interpolated", "left out"]
+    how: Literal["nearest", "opposite", "text", "distilled", "interpolated", "left out"]
     used: dict[str, float]
     similarity: float
 

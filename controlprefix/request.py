@@ -29,7 +29,7 @@ from controlprefix.prefixes.key import PrefixKey
 from controlprefix.prefixes.schedule import MAX_STRENGTH, Schedule, check_schedule
 
 Mixing = Literal["attention", "logits"]
-Unseen = Literal["refuse", "nearest", "text"]
+Unseen = Literal["refuse", "nearest", "text", "distill"]
 When = Literal["always", "relevant"]
 
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p")
@@ -77,7 +77,8 @@ class SteeringFields(BaseModel):
     """What to do with a label that has no prefix. `refuse` refuses it, `nearest` steers away from
     its opposite, if the attribute file names one that is trained, or else mixes the trained labels
     nearest by sentence embedding, `text` makes a prefix from a text (the description in
-    the attribute file, or a sentence that names the label)."""
+    the attribute file, or a sentence that names the label). `distill` trains a prefix to do what
+    that text says, at its first use, for a minute at most, and stores it; not over HTTP."""
 
     when: When = "always"
     """With `relevant`, prefixes that have learned which prompts they are for (see

@@ -102,6 +102,9 @@ def test_an_answer_says_what_stood_in_for_a_label(served: Served) -> None:
     assert [item["used"] for item in text] == [{"The tone is odd.": 1.0}] * 2
     chunks = [chunk.model_dump() for chunk in ask(stream=True, **request)]
     assert [item for chunk in chunks for item in chunk.get("stand_ins", ())] == text
+    request["extra_body"] = {**request["extra_body"], "unseen": "distill"}
+    with pytest.raises(openai.BadRequestError, match="trains a prefix"):
+        ask(**request)
 
 
 def test_sampling_is_seeded_and_n_gives_different_choices(served: Served) -> None:

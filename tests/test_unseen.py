@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -191,3 +192,44 @@ def test_texts_of_many_at_once_do_not_displace_each_other(cp: ControlPrefix) -> 
     with ThreadPoolExecutor(8) as pool:
         result = list(pool.map(ask, range(16)))
     assert result == [tuple(f"tone=l{i}-{j}" for j in range(12)) for i in range(16)]
+
+
+def test_a_label_is_distilled_at_its_first_use_and_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = AttributeSpace.model_validate(
+        {"attributes": {"tone": {"labels": {"warm": {}, "stern": {"description": "Be stern."}}}}}
+    )
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://", attributes=space
+    )
+    weights = {name: value.clone() for name, value in cp.model.state_dict().items()}
+    instructions: list[str] = []
+    distill = ControlPrefix.distill
+
+    def noted(self: ControlPrefix, instruction: str, *args: Any, **options: Any) -> Any:
+        instructions.append(instruction)
+        assert options["steps"] == 4  # no time for more
+        return distill(self, instruction, *args, **options)
+
+    monkeypatch.setattr(ControlPrefix, "distill", noted)
+    cp.distill_seconds = 0.0
+    request = Request(prompt="hi", attributes={"tone": "stern"}, unseen="distill", max_new_tokens=4)
+    with ThreadPoolExecutor(3) as pool:
+        texts = {completion.text for completion in pool.map(cp.generate, [request] * 3)}
+    assert texts == {cp.generate(request).text}
+    assert instructions == ["Be stern. Write accordingly."]
+    assert cp.names("attribute") == ["tone=stern (distilled)"]
+    (stand_in,) = cp.generate(request).stand_ins
+    assert (stand_in.label, stand_in.how, stand_in.used) == (
+        "tone=stern",
+        "distilled",
+        {"Be stern.": 1.0},
+    )
+    assert all(torch.equal(value, weights[name]) for name, value in cp.model.state_dict().items())
+    other = ControlPrefix(cp.frozen_model, cp.store.for_tenant("other"))
+    assert other.names("attribute") == []
+
+
+def test_a_trained_label_is_not_distilled(cp: ControlPrefix) -> None:
+    resolved = cp.resolve(Request(prompt="hi", attributes={"tone": "warm"}, unseen="distill"))
+    assert not resolved.stand_ins
+    assert not any("distilled" in name for name in cp.names("attribute"))

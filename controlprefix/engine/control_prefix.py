@@ -8,13 +8,13 @@ from typing import Any, Self, Unpack
 from torch import nn
 
 from controlprefix.attributes import AttributeSpace
-from controlprefix.engine.feedback import FeedbackMethods
+from controlprefix.engine.on_demand import OnDemandMethods
 from controlprefix.engine.users import UserMethods
 from controlprefix.model import FrozenModel, LoadOptions
 from controlprefix.store import EncryptionKeys, PrefixStore
 
 
-class ControlPrefix(FeedbackMethods, UserMethods):
+class ControlPrefix(OnDemandMethods, UserMethods):
     """A frozen model and the prefixes that one tenant has stored for it.
 
     Make one with `from_pretrained`. The methods are defined in the modules of this package.
@@ -26,6 +26,7 @@ class ControlPrefix(FeedbackMethods, UserMethods):
 
     Attributes:
         store: As given.
+        distill_seconds: How long `unseen="distill"` may take for a label, about (60).
     """
 
     @classmethod

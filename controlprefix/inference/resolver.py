@@ -14,7 +14,7 @@ from controlprefix.completion import PartUsed, StandIn
 from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.inference.relevance import relevance_of
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
-from controlprefix.inference.unseen_labels import replace_unseen
+from controlprefix.inference.unseen_labels import MakePrefix, replace_unseen
 from controlprefix.labels import weighted_labels
 from controlprefix.model import FrozenModel
 from controlprefix.model.condensed_text import prefix_from_text
@@ -54,7 +54,11 @@ class Resolver:
 
     Attributes:
         attributes: As given.
+        distill: Stores a prefix under a label's key that does what a text says; None where
+            `unseen="distill"` is refused.
     """
+
+    distill: MakePrefix | None = None
 
     def __init__(
         self,
@@ -119,7 +123,7 @@ class Resolver:
                 text_prefixes[key] = prefix_from_text(self._frozen, text)
 
             replaced = [
-                replace_unseen(request, trained, self.attributes, make_prefix)
+                replace_unseen(request, trained, self.attributes, make_prefix, self.distill)
                 for request in requests
             ]
             requests = [request for request, _ in replaced]

@@ -107,6 +107,7 @@ def replace_unseen(
     trained: Collection[PrefixKey],
     space: AttributeSpace | None,
     make_prefix: MakePrefix,
+    distill: MakePrefix | None = None,
 ) -> tuple[AnyRequest, tuple[StandIn, ...]]:
     """Replace a request's labels without a prefix, as its `unseen` says.
 
@@ -115,6 +116,7 @@ def replace_unseen(
         trained: Keys of the labels with a prefix.
         space: For descriptions.
         make_prefix: Makes a prefix of a text for a key that no store has.
+        distill: Stores a prefix that does what a text says, unless there is one.
 
     Returns:
         The request with other labels, and what was used.
@@ -126,7 +128,7 @@ def replace_unseen(
     for label in weighted_labels(request.attributes):
         shares: Mapping[str, float] = {label.label: 1.0}
         if label.key not in trained and not _is_between(label, trained):
-            stand_in, shares = _stand_in(label, request, trained, space, make_prefix)
+            stand_in, shares = _stand_in(label, request, trained, space, make_prefix, distill)
             stand_ins.append(stand_in)
         for name, share in shares.items():
             labels = attributes.setdefault(label.attribute, {})
@@ -152,8 +154,9 @@ def _stand_in(
     trained: Collection[PrefixKey],
     space: AttributeSpace | None,
     make_prefix: MakePrefix,
+    distill: MakePrefix | None,
 ) -> tuple[StandIn, Mapping[str, float]]:
-    if request.unseen == "text":
+    if request.unseen in ("text", "distill"):
         text = describe(label.attribute, label.label, space)
         if len(text) > _MAX_TEXT_CHARACTERS:
             raise RequestError(
@@ -161,6 +164,15 @@ def _stand_in(
                 f"prefix is made from up to {_MAX_TEXT_CHARACTERS:,}: use cp.prefix_from_text, and "
                 "store it"
             )
+        if request.unseen == "distill":
+            if distill is None:
+                raise RequestError("unseen='distill' trains a prefix, which is not possible here")
+            name = f"{label.label} (distilled)"
+            distill(PrefixKey.for_label(label.attribute, name), text)
+            stand_in = StandIn(
+                label=label.key.name, how="distilled", used={text: 1.0}, similarity=1.0
+            )
+            return stand_in, {name: 1.0}
         name = f"{label.label} (from its text)"
         make_prefix(PrefixKey.for_label(label.attribute, name), text)
         stand_in = StandIn(label=label.key.name, how="text", used={text: 1.0}, similarity=1.0)

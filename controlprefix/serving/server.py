@@ -135,6 +135,11 @@ class Server:
         if client.key_name:
             self._token_limiter.require(client.tenant, client.key_name)
         self._runner.require_capacity()
+        if request.unseen == "distill":
+            raise RequestError(
+                "unseen='distill' trains a prefix, which requests to a server do not; distill the "
+                "label beforehand (cp.distill), or use unseen='text'"
+            )
         try:
             return await self._resolve(client, request)
         except UnknownNameError as error:
