@@ -73,7 +73,7 @@ def reader_of_digits(frozen: FrozenModel, *, steps: int, batch_size: int = 32) -
         told = functional.cross_entropy(head(patches.mean(1)), numbers[batch])
         targets = words[numbers[batch]][:, None].expand(-1, patches.shape[1], -1)
         _step(optimizer, told + functional.mse_loss(bridge(patches), targets) / words.var())
-    optimizer = optimize([*encoder.parameters(), *bridge.parameters()], 5e-4)
+    optimizer = optimize([*encoder.parameters(), *bridge.parameters()], 1e-3)
     prompt = tokenizer(f"{'<image>' * _num_patches()}\n{PROMPT}")["input_ids"]
     longest = max(map(len, answers))
     for _ in range(steps):
