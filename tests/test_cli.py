@@ -124,6 +124,7 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
             tmp_path, "enroll", "ana", str(tmp_path / "ana.txt"), "--num-slots", slots, *model
         )
         assert f"stored user 'ana' version {version}, from 2 texts" in enrolled
+        assert f"in {slots} slots" in enrolled
     generated = run(
         tmp_path,
         *("generate", "Hello", "--task", "note", "--user", "ana", "--strength", "user=0.5"),
@@ -230,6 +231,8 @@ def test_users_are_learned_enrolled_and_audited(
     trained = run(tmp_path, "users", "train", str(data), "--decoder", "users", *model)
     assert "stored 12 of 12 users" in trained
     assert "version 1" in run(tmp_path, "enroll", "ana", texts, "--decoder", "users", *model)
+    guarded = run(tmp_path, "enroll", "cy", texts, "--decoder", "users", "--guard", *model)
+    assert "of what is personal helps on texts left out" in guarded
     refined = run(tmp_path, "enroll", "ana", texts, "--decoder", "users", "--refine", *model)
     assert "stored user 'ana' version 2, from 2 texts" in refined
     held_out = ("--held-out", str(tmp_path / "others.txt"), "--num-canaries", "1")

@@ -19,6 +19,8 @@ from controlprefix import (
 from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
 from controlprefix.store import NewVersion, PrefixKey
 from controlprefix.training import run
+from controlprefix.users import guard
+from controlprefix.users.enrolment import predict_code
 from controlprefix.users.text_features import TextFeatures, style_features
 from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
 
@@ -138,6 +140,42 @@ def test_texts_are_added_to_a_code_without_the_earlier_ones(cp: ControlPrefix) -
         cp.enroll("bit", texts, add=True)
     with pytest.raises(RequestError, match="add needs a decoder"):
         cp.enroll("bit", texts, decoder="users", refine=True, add=True)
+
+
+def test_a_guarded_code_is_no_more_personal_than_helps(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = stored_decoder(cp)
+
+    def distance(user: str) -> float:
+        code = stored_user(cp, user)
+        assert isinstance(code, UserCode)
+        return float((code.values - decoder.mean_code.values).norm())
+
+    texts = written_by("AHOY!", 8)
+    cp.enroll("plain", texts, decoder="users")
+    cp.enroll("same", texts, decoder="users", guard=True)
+    share = cp.versions("user", "same")[-1].details["enrolled"]["share"]
+    assert share > 0
+    assert distance("same") == pytest.approx(share * distance("plain"), rel=0.02)
+
+    # A code that was predicted in the wrong direction is of no use on the other texts.
+    def wrong(decoder: PrefixDecoder, texts: list[str]) -> UserCode:
+        code = predict_code(decoder, texts)
+        mean = decoder.mean_code.values
+        return UserCode(code.decoder_hash, mean - 4 * (code.values - mean))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "predict_code", wrong)
+        cp.enroll("wrong", texts, decoder="users", guard=True)
+    assert cp.versions("user", "wrong")[-1].details["enrolled"]["share"] == 0
+    assert distance("wrong") == pytest.approx(0, abs=0.01)
+    cp.enroll("one", texts[:1], decoder="users", guard=True)  # nothing to try it on
+    assert cp.versions("user", "one")[-1].details["enrolled"]["share"] == 1
+    with pytest.raises(RequestError, match="guard needs a decoder"):
+        cp.enroll("slots", texts, guard=True)
+    with pytest.raises(RequestError, match="guard needs a decoder"):
+        cp.enroll("one", texts, decoder="users", guard=True, add=True)
 
 
 def test_codes_trained_together_equal_codes_trained_alone(cp: ControlPrefix) -> None:

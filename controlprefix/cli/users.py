@@ -55,6 +55,12 @@ def enroll(
         bool,
         typer.Option("--add", help="With a decoder: add the texts to those enrolled before."),
     ] = False,
+    guard: Annotated[
+        bool,
+        typer.Option(
+            "--guard", help="With a decoder: be no more personal than helps on left-out texts."
+        ),
+    ] = False,
     *,
     columns: ColumnArguments,
     engine: EngineArguments,
@@ -72,11 +78,15 @@ def enroll(
         num_slots=num_slots,
         keep_texts=keep_texts,
         add=add,
+        guard=guard,
     )
     read = f"{len(user_texts)} texts"
     if decoder is None and not refine:
-        num_tokens = cp.versions("user", user)[0].details["enrolled"]["tokens"]
+        num_tokens = cp.versions("user", user)[-1].details["enrolled"]["tokens"]
         read += f", {num_tokens} tokens, in {cp.get('user', user).num_slots} slots"
+    if guard:
+        share = cp.versions("user", user)[-1].details["enrolled"]["share"]
+        read += f"; {share:.0%} of what is personal helps on texts left out"
     out.print(f"stored user {user!r} version {version}, from {read}")
 
 

@@ -46,6 +46,9 @@ class EnrolmentBody(BaseModel):
     add: bool = False
     """With a decoder: add the texts to those that the user was enrolled from before."""
 
+    guard: bool = False
+    """With a decoder: draw the code back as far as that is better on texts left out of it."""
+
     train: TrainingBody | None = None
     """Train the prefix in a job, instead of making it at once."""
 
@@ -55,8 +58,8 @@ class EnrolmentBody(BaseModel):
         Raises:
             RequestError: If an option has no effect in a job.
         """
-        if self.refine or self.add:
-            raise RequestError("refine and add are done at once; leave them or train out")
+        if self.refine or self.add or self.guard:
+            raise RequestError("refine, add and guard are done at once; leave them or train out")
         options = self.train.model_dump(exclude_none=True) if self.train else {}
         if self.decoder is not None:
             options["decoder"] = self.decoder

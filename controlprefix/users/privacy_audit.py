@@ -10,11 +10,9 @@ import torch
 from controlprefix.errors import TrainingDataError
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Part, Prefix
-from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
-from controlprefix.training.run import batches_by_length
+from controlprefix.users.text_losses import first_tokens, losses_of_texts
 
 _BATCH_SIZE = 16
-_MAX_ROW_TOKENS = 256
 _CONTEXT_TOKENS, _EXTRACTED_TOKENS = 8, 16  # given, and then generated word for word
 _CANARY_DIGITS = 6
 _NUM_ALTERNATIVES = 255
@@ -58,7 +56,6 @@ class PrivacyAuditor:
 
     def __init__(self, frozen: FrozenModel) -> None:
         self._frozen = frozen
-        self._objective = Objective(frozen)
 
     def audit(
         self,
@@ -110,23 +107,12 @@ class PrivacyAuditor:
 
     def losses(self, texts: Sequence[str], prefix: Prefix | None) -> list[float]:
         """Nats per token of the first 256 tokens of each text."""
-        examples = [self._first_chunk(text) for text in texts]
-        parts = () if prefix is None else (Part(prefix),)
-        rows = [TrainingRow(*example, parts, ()) for example in examples]
-        losses: dict[int, float] = {}
-        for batch_rows in batches_by_length(rows, _BATCH_SIZE):
-            pairs = [ContrastPair(row) for row in batch_rows]
-            batch = self._objective.assemble(pairs, {})
-            with torch.no_grad(), self._frozen.attached(batch):
-                values = self._objective(pairs).tolist()
-            for row, value in zip(batch_rows, values, strict=True):
-                losses[id(row)] = value / len(row.targets)
-        return [losses[id(row)] for row in rows]
+        return [loss / count for loss, count in losses_of_texts(self._frozen, texts, prefix)]
 
     def extraction_rate(self, texts: Sequence[str], prefix: Prefix | None) -> float:
         """Share of the texts that are long enough whose continuation is generated exactly."""
         num_tokens = _CONTEXT_TOKENS + _EXTRACTED_TOKENS
-        examples = [self._first_chunk(text) for text in texts]
+        examples = [first_tokens(self._frozen, text) for text in texts]
         rows = [(*prompt, *ids[:num_tokens]) for prompt, ids in examples if len(ids) >= num_tokens]
         if not rows or self._frozen.is_encoder_decoder:
             return 0.0
@@ -151,10 +137,6 @@ class PrivacyAuditor:
         """Nats per token by which the prefix improves each text."""
         both = zip(self.losses(texts, None), self.losses(texts, prefix), strict=True)
         return [without - with_prefix for without, with_prefix in both]
-
-    def _first_chunk(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        example = next(self._frozen.request_tokenizer.chunks(text, _MAX_ROW_TOKENS))
-        return example.prompt, example.completion
 
     def _exposure(
         self,

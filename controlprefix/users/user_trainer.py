@@ -19,6 +19,7 @@ from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
 from controlprefix.users.enrolment import added_code, predict_code, prefix_from_texts, profile_of
+from controlprefix.users.guard import guarded_code
 from controlprefix.users.migration import MigrationReport, fit_code_map
 from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
 from controlprefix.users.text_features import TextFeatures
@@ -170,6 +171,7 @@ class UserTrainer:
         keep_texts: bool,
         keep_profile: bool,
         add: bool,
+        guard: bool,
     ) -> int:
         """Store a user's prefix or code at once: see `ControlPrefix.enroll`.
 
@@ -179,6 +181,8 @@ class UserTrainer:
             raise RequestError(f"num_slots is {num_slots}; it must be 1 or more")
         if add and (decoder is None or refine or keep_profile):
             raise RequestError("add needs a decoder, and goes without refine and keep_profile")
+        if guard and (decoder is None or refine or add):
+            raise RequestError("guard needs a decoder, and goes without refine and add")
         texts = usable_texts(user, texts)
         extras: dict[str, Any] = {"texts": texts} if keep_texts else {}
         if keep_profile:
@@ -199,7 +203,7 @@ class UserTrainer:
             (version,) = report.users[user].saved.values()
             return version
         num_tokens = sum(len(self._frozen.request_tokenizer.inner_ids(text)) for text in texts)
-        enrolled = {"texts": len(texts), "tokens": num_tokens, "decoder": decoder}
+        enrolled: dict[str, Any] = {"texts": len(texts), "tokens": num_tokens, "decoder": decoder}
         if add and decoder is not None:
             key = PrefixKey("user", user)
             stored = self._model_store.get(key)
@@ -211,6 +215,9 @@ class UserTrainer:
             return self._put(
                 user, value, {"enrolled": enrolled}, replaces=current.version, **extras
             )
+        if guard and decoder is not None:
+            value, enrolled["share"] = guarded_code(self._frozen, self.decoder(decoder), texts)
+            return self._put(user, value, {"enrolled": enrolled}, **extras)
         return self._put(
             user, self._enrolled(texts, decoder, num_slots), {"enrolled": enrolled}, **extras
         )

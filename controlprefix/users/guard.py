@@ -1,0 +1,52 @@
+"""A guard for enrolment: a code goes no further from the mean than helps on held-out texts."""
+
+from collections.abc import Sequence
+
+import torch
+
+from controlprefix.model import FrozenModel
+from controlprefix.prefixes import PrefixDecoder, UserCode
+from controlprefix.users.enrolment import predict_code
+from controlprefix.users.text_losses import losses_of_texts
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def guarded_code(
+    frozen: FrozenModel, decoder: PrefixDecoder, texts: Sequence[str]
+) -> tuple[UserCode, float]:
+    """The code predicted from texts, drawn back to the mean code if it is no better than that.
+
+    The texts are divided in two; the code of each half is tried on the other half at several
+    shares of its distance from the mean code, and the share of the lowest loss is taken.
+
+    Args:
+        frozen: The model.
+        decoder: A stored decoder.
+        texts: At least one that is not empty; a single one leaves nothing to try on.
+
+    Returns:
+        The code, and the share: 1 as predicted, 0 the mean code.
+
+    Raises:
+        MissingDependencyError: If sentence-transformers is not installed.
+    """
+    whole = predict_code(decoder, texts)
+    halves = texts[::2], texts[1::2]
+    if not halves[1]:
+        return whole, 1.0
+    totals = dict.fromkeys(SHARES, 0.0)
+    with torch.no_grad():
+        for own, others in (halves, halves[::-1]):
+            code = predict_code(decoder, own)
+            for share in SHARES:
+                prefix = decoder.decode(_at_share(decoder, code, share))
+                losses = losses_of_texts(frozen, others, prefix.to(dtype=frozen.dtype))
+                totals[share] += sum(loss for loss, _ in losses)
+    share = min(totals, key=lambda share: totals[share])
+    return _at_share(decoder, whole, share), share
+
+
+def _at_share(decoder: PrefixDecoder, code: UserCode, share: float) -> UserCode:
+    mean = decoder.mean_code.values
+    return UserCode(code.decoder_hash, mean + share * (code.values.to(mean) - mean))
