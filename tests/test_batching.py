@@ -4,11 +4,13 @@ import contextlib
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from controlprefix import (
     ControlPrefix,
@@ -23,6 +25,7 @@ from controlprefix.inference.static_batching import StaticBatcher
 
 from models import ENCODER_DECODER, RECURRENT, build, byte_tokenizer
 
+NO_END = {1: -100.0}
 CHANGES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"attention": "eager"},  # it has no other
     # With few heads many tokens are as relevant as others, and padding decides which are read.
@@ -309,3 +312,58 @@ def test_the_models_generation_config_means_the_same_in_every_engine(
     with contextlib.closing(cp.batcher()) as batcher:
         tickets = [batcher.submit(cp.resolve(request)) for request in requests]
         assert [ticket.result().text for ticket in tickets] == expected
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is launched, and what makes the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.launched[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def num_waits(self) -> int:
+        """`item()`, `nonzero()` and the like; `tolist()` of the chosen tokens is not seen here."""
+        names = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default")
+        return sum(self.launched[name] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_waits"),
+    [({}, 1), ({"repetition_penalty": 1.2}, 1), ({"temperature": 0.8, "top_p": 0.9, "seed": 1}, 3)],
+)
+def test_a_decode_step_launches_and_waits_as_often_for_many_rows_as_for_few(
+    cp: ControlPrefix, settings: dict[str, Any], max_waits: int
+) -> None:
+    def operations(num_rows: int) -> Operations:
+        batcher: Any = cp.batcher(max_sequences=num_rows)
+        decode_step, steps = batcher._decode_step, []
+
+        def counted() -> None:
+            with Operations() as operations:
+                decode_step()
+            steps.append(operations)
+
+        batcher._decode_step = counted
+        tickets = [
+            batcher.submit(
+                cp.resolve(
+                    Request(
+                        prompt="hello", user=user, max_new_tokens=24, logit_bias=NO_END, **settings
+                    )
+                )
+            )
+            for user in ["ana", "bo"] * (num_rows // 2)
+        ]
+        for ticket in tickets:
+            ticket.result()
+        batcher.close()
+        return steps[-6]  # all rows are there, and nothing is made anew
+
+    few, many = operations(2), operations(24)
+    assert many.launched == few.launched
+    assert many.num_waits <= max_waits
