@@ -184,6 +184,8 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
             )
         positions = torch.arange(load.first, load.last)
         for group, blocks in zip(self._groups, load.blocks, strict=True):
+            if not getattr(group, "enable_kv_transfer", True):  # vLLM 0.33 makes these itself
+                continue
             size = group.kv_cache_spec.block_size
             block = torch.tensor(blocks)[positions // size]
             # Block 0 is the null block of tokens that have left a sliding window.
