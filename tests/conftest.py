@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from controlprefix import ControlPrefix
 
 import models
-from models import CONFIGS, PARTICULAR, RECURRENT, build, byte_tokenizer
+from models import CONFIGS, PARTICULAR, RECURRENT, STATIC, build, byte_tokenizer
 
 if TYPE_CHECKING:
     from servers import Served
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave all architectures but one, and the database server, to the slow tests."""
-    expensive = {*CONFIGS, *PARTICULAR, *RECURRENT, "postgresql"} - {"llama"}
+    expensive = {*CONFIGS, *PARTICULAR, *RECURRENT, *STATIC, "postgresql"} - {"llama"}
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if expensive & {str(value) for value in parameters.values()}:

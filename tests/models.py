@@ -107,6 +107,29 @@ RECURRENT: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+# An encoder-decoder whose decoder counts its positions itself.
+STATIC: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "m2m_100": (
+        "M2M100ForConditionalGeneration",
+        "M2M100Config",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "decoder_start_token_id": 0,
+        },
+    ),
+}
+
 # name -> (model class, config class, config values)
 CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _SMALL),
@@ -208,7 +231,7 @@ def build(
     **changes: Any,
 ) -> PreTrainedModel:
     """A random model whose attention matters: weights are larger than at initialization."""
-    model_class, config_class, values = {**CONFIGS, **PARTICULAR, **RECURRENT}[name]
+    model_class, config_class, values = {**CONFIGS, **PARTICULAR, **RECURRENT, **STATIC}[name]
     config = getattr(transformers, config_class)(**copy.deepcopy({**values, **changes}))
     config._attn_implementation = attention
     torch.manual_seed(seed)

@@ -31,13 +31,13 @@ def test_sari_is_that_of_the_published_example() -> None:
 
 
 @given(source=WORDS, text=WORDS, references=st.lists(WORDS, min_size=1, max_size=3))
-def test_sari_is_between_0_and_100_and_best_at_the_only_reference(
+def test_sari_is_a_mean_that_does_not_reward_a_copy(
     source: str, text: str, references: list[str]
 ) -> None:
     score = sari([source], [text], [references])
     assert -1e-9 <= score <= 100 + 1e-9
     assert sari([source], [text], [references * 2]) == pytest.approx(score)
-    assert sari([source], [references[0]], [references[:1]]) == pytest.approx(100)
+    assert sari([source], [source], [references]) <= 100 / 3 + 1e-9
     assert sari([source] * 2, [text] * 2, [references] * 2) == pytest.approx(score)
 
 

@@ -177,8 +177,8 @@ class GenerationMethods(Components):
     ) -> Batcher:
         """A running batch for a server, which requests join and leave between its steps.
 
-        Models whose cached rows cannot be moved (encoder-decoders, caches of a model's
-        own) get one batch after another.
+        Models whose cached rows cannot be moved (caches of a model's own) get one
+        batch after another.
 
         Args:
             max_sequences: Rows of the batch.

@@ -19,7 +19,9 @@ def sari(
     """SARI: how well texts keep, delete and add words, compared with references.
 
     Per text, the mean over n-grams of 1 to 4 words of three scores: F1 of those kept and of those
-    added, precision of those deleted. Words are those of sacrebleu's tokenizer 13a, in lower case.
+    added, precision of those deleted. As in the authors' code, a score is 0 where there is nothing
+    to add or delete, so that copying a source is not rewarded. Words are those of sacrebleu's
+    tokenizer 13a, in lower case.
 
     Args:
         sources: The texts that were simplified.
@@ -35,7 +37,7 @@ def sari(
 
     Example:
         >>> round(sari(["It is accepted."], ["It is taken."], [["It is taken.", "It is ok."]]), 1)
-        88.9
+        72.2
 
     Reference:
         Xu et al., "Optimizing Statistical Machine Translation for Text Simplification", 2016,
@@ -127,12 +129,12 @@ def _grams(words: list[str], n: int) -> _Grams:
 
 
 def _mean_share(part: _Grams, whole: _Grams) -> float:
-    """The mean over n-grams of the share of each that is in a part of them; 1 without any."""
-    return fmean(part[gram] / count for gram, count in whole.items()) if whole else 1.0
+    """The mean over n-grams of the share of each that is in a part of them; 0 without any."""
+    return fmean(part[gram] / count for gram, count in whole.items()) if whole else 0.0
 
 
 def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
+    return part / whole if whole else 0.0
 
 
 def _f1(precision: float, recall: float) -> float:

@@ -31,6 +31,8 @@ class Sequence:
         resolved: The request with its prefixes.
         ticket: Where its text goes.
         prompt: Token ids of the prompt.
+        start: Token ids in front of the new ones: the prompt, or what an encoder-decoder's decoder
+            starts with.
         plan: Its rows: the base row, then one per part applied in logit space.
         top_log_probs: How many log-probabilities to record per token; None for none.
         new: Tokens generated so far.
@@ -42,6 +44,7 @@ class Sequence:
     resolved: ResolvedRequest[Any]
     ticket: Ticket
     prompt: tuple[int, ...]
+    start: tuple[int, ...]
     plan: RowPlan
     top_log_probs: int | None
     text: TextStream
@@ -50,7 +53,7 @@ class Sequence:
     position_offset: int = 0
 
     def __post_init__(self) -> None:
-        self.sampling = SampledRow(self.request, self.prompt, self.new)
+        self.sampling = SampledRow(self.request, self.start, self.new)
 
     @property
     def request(self) -> Request:
@@ -76,7 +79,7 @@ class Sequence:
     @property
     def num_cached_tokens(self) -> int:
         """Tokens in the cache: the newest one is not there yet."""
-        return len(self.prompt) + max(0, len(self.new) - 1)
+        return len(self.start) + max(0, len(self.new) - 1)
 
     def finish(self, completion: Completion) -> None:
         """Give the ticket the completion."""
@@ -162,16 +165,18 @@ class Batcher(ABC):
             )
         tokenizer = self._frozen.request_tokenizer
         resolved, prompt = resolved.fitted(tokenizer)
+        start = tokenizer.decoder_start_ids if self._frozen.is_encoder_decoder else prompt
         sequence = Sequence(
             resolved,
             Ticket(deliver),
             prompt,
+            start,
             plan_rows([resolved]),
             top_log_probs,
             TextStream(tokenizer, resolved.request),
         )
         if request.json_schema is not None:
-            constraint = JsonConstraint(self._frozen, request.json_schema, len(prompt))
+            constraint = JsonConstraint(self._frozen, request.json_schema, len(start))
             sequence.sampling.processors = [constraint]
         with self._wake:
             self.require_capacity()

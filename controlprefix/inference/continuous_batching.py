@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from controlprefix.errors import ModelOutputError
+from controlprefix.inference.batch_cache import BatchCache
 from controlprefix.inference.batcher import Batcher, Sequence
 from controlprefix.inference.generation import model_processors
 from controlprefix.inference.guidance import guided_logits
@@ -23,8 +24,7 @@ from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
 from controlprefix.inference.runner import token_log_probs_of
 from controlprefix.inference.sampling import BatchSampler
 from controlprefix.model import FrozenModel
-from controlprefix.model.cache_rows import CacheRow, arrange_rows, overwrite_row
-from controlprefix.model.kv_cache import new_cache
+from controlprefix.model.cache_rows import CacheRow
 from controlprefix.prefixes import Part, PrefixBatch
 from controlprefix.request import Request
 
@@ -37,7 +37,7 @@ class ContinuousBatcher(Batcher):
     """A running batch that requests join and leave between its steps.
 
     Args:
-        frozen: A model for which `rows_can_move` is true.
+        frozen: A model for which `can_share_running_batch` is true.
         max_sequences: Rows of the running batch.
         max_waiting, max_sequences_per_tenant: See `Batcher`.
         max_prefill_tokens: Prompt tokens per step, at most. The more, the sooner a prompt is
@@ -58,11 +58,10 @@ class ContinuousBatcher(Batcher):
         # Per row its sequence, or None if it is vacant; rows of a sequence stand together.
         self._rows: list[Sequence | None] = []
         self._first_rows: dict[int, int] = {}  # id of a sequence -> its first row
-        self._mask = torch.zeros(0, 0, dtype=torch.long)
-        self._cache = new_cache(frozen.model)
+        self._cache = BatchCache(frozen)
         self._batch: PrefixBatch | None = None  # None: rows have changed
         self._sampler: BatchSampler | None = None
-        self._prefills = PrefillQueue(max_prefill_tokens)
+        self._prefills = PrefillQueue(max_prefill_tokens, encoded=frozen.is_encoder_decoder)
         self._decode_seconds = 0.0  # of the last step
         self._num_skipped = 0  # decode steps in a row that were left out
         request = Request(prompt="", raw=True)
@@ -134,26 +133,21 @@ class ContinuousBatcher(Batcher):
     def _merge(self, prefill: Prefill) -> None:
         """Move prefilled rows into the running batch."""
         sources: dict[int, list[CacheRow]] = {}
+        prefilled = prefill.rows()
         row = 0
         for sequence in prefill.sequences:
             if self._has_processors:
                 sequence.sampling.processors = [
-                    *model_processors(self._frozen, sequence.request, len(sequence.prompt)),
+                    *model_processors(self._frozen, sequence.request, len(sequence.start)),
                     *sequence.sampling.processors,
                 ]
-            sources[id(sequence)] = [
-                CacheRow(prefill.cache, row + i, len(sequence.prompt))
-                for i in range(len(sequence.rows))
-            ]
+            sources[id(sequence)] = prefilled[row : row + len(sequence.rows)]
             row += len(sequence.rows)
-        length = self._mask.shape[1]
-        fits = self._first_rows and all(len(s.prompt) <= length for s in prefill.sequences)
+        fits = self._first_rows and all(map(self._cache.fits, prefilled))
         vacant = [i for i, sequence in enumerate(self._rows) if sequence is None]
         if fits and len(vacant) == row and all(len(s.rows) == 1 for s in prefill.sequences):
             for target, sequence in zip(vacant, prefill.sequences, strict=True):
-                overwrite_row(self._cache, target, sources[id(sequence)][0])
-                self._mask[target] = 0
-                self._mask[target, length - len(sequence.prompt) :] = 1
+                self._cache.overwrite(target, sources[id(sequence)][0])
                 self._rows[target] = sequence
                 self._first_rows[id(sequence)] = target
             self._batch, self._sampler = None, None  # made again at the next step
@@ -164,30 +158,22 @@ class ContinuousBatcher(Batcher):
 
     def _decode_step(self) -> None:
         """Decode one token per sequence."""
-        device = self._frozen.device
         longest = max(sequence.num_cached_tokens for sequence in self._decoding())
-        dead_columns = self._mask.shape[1] - longest
+        dead_columns = self._cache.mask.shape[1] - longest
         num_vacant = sum(row is None for row in self._rows)
         if num_vacant > _MAX_VACANT_FRACTION * len(self._rows) or dead_columns > _MAX_DEAD_COLUMNS:
             self._arrange(self._decoding())
         if self._batch is None:
             self._batch = self._frozen.assemble([self._parts_of(i) for i in range(len(self._rows))])
-        sampler = self._sampler = self._sampler or _sampler_of(self._rows, device)
+        sampler = self._sampler = self._sampler or _sampler_of(self._rows, self._frozen.device)
         if self._batch.is_scheduled:
             self._batch.set_token([0 if row is None else len(row.new) for row in self._rows])
         last = [self._frozen.pad_id if row is None else row.new[-1] for row in self._rows]
         positions = [
             0 if row is None else row.num_cached_tokens + row.position_offset for row in self._rows
         ]
-        visible = torch.ones(len(self._rows), 1, dtype=torch.long, device=device)
-        self._mask = torch.cat([self._mask, visible], dim=1)  # a vacant row attends to its pad
-        logits = self._forward(
-            self._batch,
-            input_ids=torch.tensor(last, device=device)[:, None],
-            attention_mask=self._mask,
-            position_ids=torch.tensor(positions, device=device)[:, None],
-            past_key_values=self._cache,
-        )
+        with self._cache.next_column(last, positions) as inputs:  # a vacant row attends to its pad
+            logits = self._forward(self._batch, **inputs)
         decoding = self._decoding()
         firsts = [self._first_rows[id(sequence)] for sequence in decoding]
         self._choose_tokens(decoding, firsts, logits, sampler)
@@ -271,23 +257,18 @@ class ContinuousBatcher(Batcher):
                 sources += (prefilled or {})[id(sequence)]
             else:
                 sources += [
-                    CacheRow(self._cache, first + i, sequence.num_cached_tokens)
+                    self._cache.row(first + i, sequence.num_cached_tokens)
                     for i in range(len(sequence.rows))
                 ]
         self._rows, self._first_rows = rows, first_rows
         self._batch, self._sampler = None, None  # made again at the next step
         if not sources:
-            self._cache = new_cache(self._frozen.model)
-            self._mask = self._mask.new_zeros(0, 0)
+            self._cache.clear()
             return
-        length = max(source.num_tokens for source in sources)
         num_slots = max(
             sum(part.prefix.num_slots for part in parts) for s in sequences for parts in s.rows
         )
-        arrange_rows(self._cache, sources, length, self._frozen.device, num_slots)
-        self._mask = torch.zeros(len(sources), length, dtype=torch.long, device=self._frozen.device)
-        for i, source in enumerate(sources):
-            self._mask[i, length - source.num_tokens :] = 1
+        self._cache.arrange(sources, num_slots)
 
     def _parts_of(self, row: int) -> list[Part]:
         sequence = self._rows[row]
@@ -296,7 +277,13 @@ class ContinuousBatcher(Batcher):
     def _forward(self, batch: PrefixBatch, **inputs: Any) -> Tensor:
         """Logits of the last position of each row, `(num_rows, vocab_size)`."""
         with self._frozen.attached(batch):
-            output = self._frozen.model(**inputs, use_cache=True, logits_to_keep=1)
+            if not self._frozen.is_encoder_decoder:
+                inputs["logits_to_keep"] = 1
+            elif "input_ids" in inputs:  # by itself, since some encoders refuse `use_cache`
+                inputs["encoder_outputs"] = self._frozen.model.get_encoder()(
+                    input_ids=inputs.pop("input_ids"), attention_mask=inputs["attention_mask"]
+                )
+            output = self._frozen.model(**inputs, use_cache=True)
         logits: Tensor = output.logits[:, -1]
         return logits
 

@@ -5,6 +5,7 @@ processor makes each row's choice (see `sampling`).
 """
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,14 +130,17 @@ def generate_tokens(
     if batch.is_scheduled:
         batch.set_token(0)
         criteria.append(_ScheduleUpdate(batch, num_before))
+    config = _generation_config(frozen, requests)
     if not has_beams:
         criteria.append(_RowLimits(requests, num_before, tokenizer))
+        if config.forced_eos_token_id is not None:  # at each row's own limit, not the batch's
+            processors.append(_ForcedEnds(requests, num_before, config.forced_eos_token_id))
+            config.update(forced_eos_token_id=None)
     steps = None if on_step is None else _EachStep(on_step, plan, num_before)
     if steps is not None:
         criteria.append(steps)
     if cancelled is not None:
         criteria.append(_Cancelled(cancelled))
-    config = _generation_config(frozen, requests)
     if config.cache_implementation is None:
         cache = growing_cache(frozen.model, len(requests), batch.num_slots)
         options |= {} if cache is None else {"past_key_values": cache}
@@ -234,6 +238,22 @@ class _RowLimits(StoppingCriteria):
         return finished
 
 
+class _ForcedEnds(LogitsProcessor):
+    """Makes the last token of each row's limit an end token, as a model's config may say."""
+
+    def __init__(
+        self, requests: Sequence[Request], num_before: int, end_ids: int | Sequence[int]
+    ) -> None:
+        self._last = torch.tensor([num_before + r.max_new_tokens - 1 for r in requests])
+        self._end_ids = [end_ids] if isinstance(end_ids, int) else list(end_ids)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = (self._last == input_ids.shape[1]).to(scores.device)
+        ends = torch.full_like(scores[:1], -math.inf)
+        ends[:, self._end_ids] = 0
+        return torch.where(rows[:, None], ends, scores)
+
+
 class _ScheduleUpdate(StoppingCriteria):
     """Stops nothing: sets scheduled strengths to their values at the next token."""
 
@@ -284,6 +304,7 @@ def model_processors(
     """What the model's generation config does to logits, as in `generate`, for one row."""
     config = _generation_config(frozen, [request])
     model: Any = frozen.model
+    config.max_length = num_prompt_tokens + request.max_new_tokens  # where an end may be forced
     model._prepare_special_tokens(config, True, device=frozen.device)
     processors: LogitsProcessorList = model._get_logits_processor(
         generation_config=config, input_ids_seq_length=num_prompt_tokens, device=frozen.device

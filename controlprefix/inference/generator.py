@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from controlprefix.completion import Completion, Score
 from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.example import Example
+from controlprefix.inference.batch_cache import can_share_running_batch
 from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.continuous_batching import ContinuousBatcher
 from controlprefix.inference.generation import batch_key, generate_batch
@@ -22,7 +23,6 @@ from controlprefix.inference.runner import TokenLogProbs, token_log_probs_of
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.inference.stopping import TextStream
 from controlprefix.model import FrozenModel
-from controlprefix.model.cache_rows import rows_can_move
 from controlprefix.model.images import ImagePrompt
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import Request
@@ -218,9 +218,7 @@ class Generator:
             "max_waiting": max_waiting,
             "max_sequences_per_tenant": max_sequences_per_tenant,
         }
-        rows, num_layers = self._frozen.rows, len(self._frozen.geometry.decoder)
-        can_share = not rows.padding_counts and rows.max_shared_tokens is None
-        if can_share and rows_can_move(self._frozen.model, num_layers):
+        if can_share_running_batch(self._frozen):
             return ContinuousBatcher(self._frozen, max_prefill_tokens=max_prefill_tokens, **limits)
         return StaticBatcher(self._frozen, **limits)
 

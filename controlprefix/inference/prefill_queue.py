@@ -6,11 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from controlprefix.inference.batcher import Sequence
 from controlprefix.model import FrozenModel
+from controlprefix.model.cache_rows import CacheRow, row_without_padding
 from controlprefix.model.images import ImagePrompt, image_inputs, image_positions
 from controlprefix.model.kv_cache import new_cache
 from controlprefix.model.padding import pad_rows
@@ -27,19 +29,22 @@ class Prefill:
 
     Attributes:
         sequences: Whose prompts they are.
+        encoded: Whether an encoder reads them; they are padded on the right then.
         num_done: Columns that are done.
-        ids, mask: `(num_rows, length)`, padded on the left.
-        cache: Their keys and values.
+        ids, mask: `(num_rows, length)`.
+        cache, cross: Their keys and values, and those of what an encoder read.
         batch: The slots of their rows; None before `prepare`.
-        images: What the model reads of images, if there are any: then all in one pass.
+        images: What the model reads of images, if there are any.
         positions: `(num_rows, length)`, or what the model computes for images.
     """
 
     sequences: list[Sequence]
+    encoded: bool = False
     num_done: int = 0
     ids: Tensor = field(init=False)
     mask: Tensor = field(init=False)
     cache: DynamicCache = field(init=False)
+    cross: DynamicCache = field(init=False)
     batch: PrefixBatch | None = None
     images: dict[str, Tensor] = field(default_factory=dict)
     positions: Tensor = field(init=False)
@@ -48,6 +53,11 @@ class Prefill:
     def has_images(self) -> bool:
         """Whether there are images in it; then it has one sequence."""
         return any(isinstance(sequence.prompt, ImagePrompt) for sequence in self.sequences)
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether its tokens are read together."""
+        return self.encoded or self.has_images
 
     @property
     def length(self) -> int:
@@ -67,7 +77,7 @@ class Prefill:
     def prepare(self, frozen: FrozenModel) -> None:
         """Assemble the prefixes and pad the prompts."""
         prompts = [sequence.prompt for sequence in self.sequences for _ in sequence.rows]
-        ids, mask = pad_rows(prompts, frozen.pad_id, left=True)
+        ids, mask = pad_rows(prompts, frozen.pad_id, left=not self.encoded)
         self.ids, self.mask = ids.to(frozen.device), mask.to(frozen.device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         if self.has_images:
@@ -77,12 +87,20 @@ class Prefill:
                 self.positions, offsets = own
                 self.sequences[0].position_offset = offsets[0]
         batch = frozen.assemble([row for sequence in self.sequences for row in sequence.rows])
-        self.cache = new_cache(frozen.model)
+        self.cache, self.cross = new_cache(frozen.model), new_cache(frozen.model)
         batch.set_token(0)
         self.batch = batch
 
     def inputs(self, end: int) -> dict[str, Any]:
         """The model's inputs of a pass over the columns up to `end`."""
+        if self.encoded:
+            starts = [sequence.start for sequence in self.sequences for _ in sequence.rows]
+            return {
+                "input_ids": self.ids,
+                "attention_mask": self.mask,
+                "decoder_input_ids": torch.tensor(starts, device=self.ids.device),
+                "past_key_values": EncoderDecoderCache(self.cache, self.cross),
+            }
         chunk = slice(self.num_done, end)
         return {
             "input_ids": self.ids[:, chunk],
@@ -91,6 +109,19 @@ class Prefill:
             "past_key_values": self.cache,
             **self.images,
         }
+
+    def rows(self) -> list[CacheRow]:
+        """The rows of the cache, when all is done."""
+        sequences = [sequence for sequence in self.sequences for _ in sequence.rows]
+        return [
+            CacheRow(
+                self.cache,
+                i,
+                len(sequence.start),
+                row_without_padding(self.cross, i, len(sequence.prompt)) if self.encoded else None,
+            )
+            for i, sequence in enumerate(sequences)
+        ]
 
 
 class PrefillQueue:
@@ -101,9 +132,11 @@ class PrefillQueue:
 
     Args:
         max_tokens: Tokens of a chunk, at most.
+        encoded: Whether an encoder reads the prompts.
     """
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, *, encoded: bool = False) -> None:
+        self._encoded = encoded
         self._max_tokens = max_tokens
         self._prefills: list[Prefill] = []  # the oldest first
         self._tokens_per_second: float | None = None
@@ -139,11 +172,11 @@ class PrefillQueue:
                 continue
             num_rows = sum(len(s.rows) for s in [*group, sequence])
             if group and len(sequence.prompt) * num_rows > self._max_tokens:
-                self._prefills.append(Prefill(group))
+                self._prefills.append(Prefill(group, encoded=self._encoded))
                 group = []
             group.append(sequence)
         if group:
-            self._prefills.append(Prefill(group))
+            self._prefills.append(Prefill(group, encoded=self._encoded))
 
     def remove(self, condition: Callable[[Sequence], bool]) -> list[Sequence]:
         """Remove the sequences that satisfy a condition, and return them.
@@ -196,7 +229,7 @@ class PrefillQueue:
             seconds = max(_CHUNK_SECONDS, decode_seconds or 0.0)
             tokens = min(tokens, max(_MIN_TOKENS, int(self._tokens_per_second * seconds)))
         end = min(prefill.length, prefill.num_done + max(1, tokens // prefill.num_rows))
-        end = prefill.length if prefill.has_images else end
+        end = prefill.length if prefill.is_one_pass else end
         start = time.perf_counter()
         yield end
         num_tokens = (end - prefill.num_done) * prefill.num_rows

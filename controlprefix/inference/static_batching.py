@@ -1,7 +1,7 @@
 """Static batching: one batch after another, for any model.
 
-It serves models whose cached rows cannot be moved between caches (encoder-decoders, caches of a
-model's own). Requests that arrive meanwhile wait for the end of the batch.
+It serves models whose cached rows cannot be moved between caches (see `batch_cache`). Requests that
+arrive meanwhile wait for the end of the batch.
 """
 
 from controlprefix.inference.batcher import Batcher, Sequence

@@ -46,11 +46,15 @@ _DIMS = {
 
 
 class CacheRow(NamedTuple):
-    """A row of a cache, and how many of its last tokens are valid."""
+    """A row of a cache, and how many of its last tokens are valid.
+
+    `cross` is the same of what the encoder of an encoder-decoder read.
+    """
 
     cache: DynamicCache
     row: int
     num_tokens: int
+    cross: "CacheRow | None" = None
 
 
 def rows_can_move(model: PreTrainedModel, num_attention_layers: int) -> bool:
@@ -61,8 +65,10 @@ def rows_can_move(model: PreTrainedModel, num_attention_layers: int) -> bool:
         num_attention_layers: Layers that attend to tokens. A cache with more layers of keys has
             some that stay empty, such as those that attend to images.
     """
-    if model.config.is_encoder_decoder or not takes_dynamic_cache(model):
+    if not takes_dynamic_cache(model):
         return False
+    if model.config.is_encoder_decoder:
+        return True
     layers = new_cache(model).layers
     num_with_keys = sum(type(layer) in _WITH_KEYS for layer in layers)
     num_shared = sum(type(layer) is DummyLayer for layer in layers)  # or layers without attention
@@ -70,6 +76,17 @@ def rows_can_move(model: PreTrainedModel, num_attention_layers: int) -> bool:
         all(type(layer) in (*_WITH_KEYS, *_WITHOUT_KEYS) for layer in layers)
         and num_with_keys <= num_attention_layers <= num_with_keys + num_shared
     )
+
+
+def row_without_padding(cache: DynamicCache, row: int, num_tokens: int) -> CacheRow:
+    """A row of a cache that is padded on the right, as a row of a cache of its own."""
+    own = DynamicCache()
+    for layer in _layers(cache):
+        copied = GrowingLayer()
+        copied.keys = layer.keys[row : row + 1, :, :num_tokens]
+        copied.values = layer.values[row : row + 1, :, :num_tokens]
+        own.layers.append(copied)
+    return CacheRow(own, 0, num_tokens)
 
 
 def arrange_rows(
@@ -101,6 +118,8 @@ def arrange_rows(
         )
         for group in targets.values()
     ]
+    while len(cache.layers) < len(rows[0].cache.layers):  # of a cache that makes them when needed
+        cache.layers.append(GrowingLayer())
     for i, layer in enumerate(_layers(cache)):
         moves = [(_layers(source)[i], sources, group) for source, sources, group in indices]
         if _names_of_states(layer):

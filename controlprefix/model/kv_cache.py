@@ -36,7 +36,10 @@ def growing_cache(model: PreTrainedModel, num_rows: int, num_slots: int = 0) -> 
 
 def new_cache(model: PreTrainedModel, num_slots: int = 0) -> DynamicCache:
     """An empty cache that grows in place, with room for slots in front of the tokens."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if model.config.is_encoder_decoder:  # its decoder may have more layers than its config says
+        cache = DynamicCache()
+    else:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     # Sliding and recurrent layers are left as they are: those do not grow.
     cache.layers = [
         GrowingLayer(num_slots) if type(layer) is DynamicLayer else layer for layer in cache.layers
