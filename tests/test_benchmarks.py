@@ -54,6 +54,7 @@ RUNS = {
     "--new-tokens 2",
     "unseen_labels": "DATA --topics business --steps 3 --rows 4 --distill-steps 1 --num-slots 2 "
     "--texts 2 --new-tokens 2",
+    "nested": "DATA --steps 2 --num-slots 2 4 --rows 3 --num-experts 2",
     "guard": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --count 2",
     "digits": "--reader-steps 1 --steps 2 --num-slots 2 --images 2",
     "simplification": "DATA --steps 2 --num-slots 2 --rows 4 --new-tokens 8",

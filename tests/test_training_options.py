@@ -312,3 +312,24 @@ def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
     for rows, validation in ((greetings(), 0.0), (greetings()[:4], 0.1)):
         with pytest.raises(TrainingDataError, match=f"validation {validation} of .* is none"):
             cp.sweep(rows, validation=validation, progress=False)
+
+
+@pytest.mark.slow
+def test_the_first_slots_of_a_nested_prefix_serve_alone() -> None:
+    def losses(**settings: Any) -> list[float]:
+        cp = engine()
+        cp.train(greetings(), **{**QUICK, "steps": 200, "num_slots": 8, **settings})
+        whole = cp.get("task", "greet")
+        totals = []
+        for count in (2, 8):
+            cp.put("task", "greet", whole.first(count))
+            assert cp.get("task", "greet").num_slots == count
+            scores = cp.score(greetings())
+            totals.append(-sum(s.log_likelihood for s in scores))
+        return totals
+
+    (few, whole), (few_nested, whole_nested) = losses(), losses(nested=True)
+    assert few_nested < few  # the others were trained to work together
+    assert few_nested - whole_nested < 0.3 * (few - whole)
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        Prefix.random(engine().geometry, num_slots=2).first(0)

@@ -37,7 +37,8 @@ class Prefix:
 
     A slot is one row: its keys and values at every layer of a site, concatenated. So a
     site's slots are one matrix, joining prefixes is stacking rows, and their order has no
-    meaning. Keys are stored as attention uses them, after any rotary embedding.
+    meaning, unless they were trained for `first`. Keys are stored as attention uses them, after any
+    rotary embedding.
 
     Attributes:
         geometry: Geometry of the model that this prefix is for.
@@ -176,6 +177,17 @@ class Prefix:
         """The same prefix on another device or in another dtype."""
         slots = {site: rows.to(device=device, dtype=dtype) for site, rows in self.slots.items()}
         return replace(self, slots=slots)
+
+    def first(self, num_slots: int) -> Self:
+        """The first slots alone, at most so many, of a prefix that was trained with `nested`.
+
+        Raises:
+            ValueError: If `num_slots` is below 1.
+        """
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}; it must be 1 or more")
+        slots = {site: rows[:num_slots] for site, rows in self.slots.items()}
+        return replace(self, slots=slots, dial=(), is_exact=None)
 
     def strength_at(self, position: float) -> float:
         """The strength at a dial position, proportional to it beyond the last point.

@@ -29,6 +29,9 @@ from controlprefix.prefixes import Geometry, Prefix, PrefixKey, Site, UserCode
 from controlprefix.prefixes.slot_network import SlotNetwork
 from controlprefix.training.settings import ParameterizationName, TrainingSettings
 
+# A whole prefix in two of seven steps.
+_NESTED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.0)
+
 
 class TrainablePrefixes(nn.Module, ABC):
     """Prefixes in float32 as a function of trainable parameters.
@@ -80,6 +83,7 @@ class Parameterization(TrainablePrefixes):
         scale: Per site, the unit of change of a slot's values, `(slot_size,)`.
         hidden_size: Size of the networks' embeddings and hidden layers.
         slot_dropout: Probability of leaving a slot out.
+        nested: Whether to leave the last slots out at random.
         seed: Seed of the networks' weights.
     """
 
@@ -91,11 +95,12 @@ class Parameterization(TrainablePrefixes):
         *,
         hidden_size: int = 512,
         slot_dropout: float = 0.0,
+        nested: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.keys = tuple(initial)
-        self._slot_dropout = slot_dropout
+        self._slot_dropout, self._nested = slot_dropout, nested
         self._initial = {key: prefix.to(dtype=torch.float32) for key, prefix in initial.items()}
         self._geometry = next(iter(initial.values())).geometry
         self._scale = {site: scale[site].float() for site in self._geometry.sites}
@@ -114,14 +119,14 @@ class Parameterization(TrainablePrefixes):
     def prefixes(
         self, keys: Collection[PrefixKey], seed: int | None = None
     ) -> dict[PrefixKey, Prefix]:
-        """Compute some of the prefixes; with a seed, slots are dropped if that is set."""
+        """Compute some of the prefixes; with a seed, slots are left out if that is set."""
         keys = [key for key in self.keys if key in keys]
         slots: dict[PrefixKey, dict[Site, Tensor]] = {k: {**self._initial[k].slots} for k in keys}
         for site in self._geometry.sites:
             for key, change in self.changes[site](keys).items():
                 slots[key][site] = slots[key][site] + self._scale[site] * change
         prefixes = {key: Prefix(self._geometry, slots[key]) for key in keys}
-        if seed is None or not self._slot_dropout:
+        if seed is None or not (self._slot_dropout or self._nested):
             return prefixes
         return {key: self._drop_slots(key, prefix, seed) for key, prefix in prefixes.items()}
 
@@ -140,8 +145,10 @@ class Parameterization(TrainablePrefixes):
 
     def _drop_slots(self, key: PrefixKey, prefix: Prefix, seed: int) -> Prefix:
         """Leave some slots out; a pure function of seed and key, so equal in every process."""
-        own_seed = random.Random(f"{seed}:{key.kind}:{key.name}").randrange(1 << 62)
-        generator = torch.Generator().manual_seed(own_seed)
+        draw = random.Random(f"{seed}:{key.kind}:{key.name}")
+        generator = torch.Generator().manual_seed(draw.randrange(1 << 62))
+        if self._nested:
+            prefix = prefix.first(max(1, round(draw.choice(_NESTED_SHARES) * prefix.num_slots)))
         draws = torch.rand(prefix.num_slots, generator=generator, device="cpu")
         keep_mask = draws >= self._slot_dropout
         keep_mask[draws.argmax()] = True  # at least one
@@ -167,6 +174,7 @@ def parameterize(
         scale,
         hidden_size=settings.hidden_size,
         slot_dropout=settings.slot_dropout,
+        nested=settings.nested,
         seed=settings.seed,
     )
 

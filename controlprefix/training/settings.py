@@ -62,6 +62,10 @@ class TrainingSettings:
     slot_dropout: _Fraction = 0.0
     """Probability of leaving a slot out of a step."""
 
+    nested: bool = False
+    """Leave the last slots out of some steps, at random, so that the first ones serve alone at any
+    number: see `Prefix.first`."""
+
     contrast: _Fraction = 0.0
     """Weight, from 0 to below 1, of making a label's text unlikely under the other labels of its
     attribute."""
@@ -216,6 +220,7 @@ class TrainingOptions(RunOptions, total=False):
     parameterization: ParameterizationName
     hidden_size: int
     slot_dropout: float
+    nested: bool
     contrast: float
     off_context: float
     validation: float | Rows  # rows where examples are trained on, not texts of users

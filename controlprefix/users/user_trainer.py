@@ -33,8 +33,8 @@ _MAX_REFINED_SLOTS = 16
 # Training options that have no effect here.
 _NOT_FOR_USERS = ("contrast", "off_context", "gradient_checkpointing", "save_steps")
 _NOT_FOR_RUNS_OF_USERS = ("accelerator", "tracker", "on_step", "on_validation")
-_NOT_FOR_CODES = ("hidden_size", "parameterization", "slot_dropout")
-_NOT_FOR_DECODERS = ("contrast", "off_context", "slot_dropout")
+_NOT_FOR_CODES = ("hidden_size", "nested", "parameterization", "slot_dropout")
+_NOT_FOR_DECODERS = ("contrast", "nested", "off_context", "slot_dropout")
 
 
 class UserTrainer:
