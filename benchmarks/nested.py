@@ -56,8 +56,8 @@ def page(results: Mapping[str, Any]) -> str:
         [
             "# Nested prefixes and experts",
             f"{results['model']}; {options['steps']} steps of {BATCH_SIZE} rows of WebNLG, seed "
-            f"{options['seed']}, {options['rows']} prompts of seen categories and as many of unseen "
-            f"ones. Written by `{results['command']}` at commit {results['commit']}, "
+            f"{options['seed']}, {options['rows']} prompts of seen and of unseen categories "
+            f"each. Written by `{results['command']}` at commit {results['commit']}, "
             f"{results['date']}.",
             "Nats per token of the reference:",
             "\n".join([header("prefix", "seen", "unseen"), *rows]),
@@ -120,9 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             cp.put("task", "first", whole.first(count))
             note(name, cp, "first")
     for count in options.num_experts:
-        if is_missing(
-            name := f"{most // 2} slots of the task, {most // 2} of {count} experts each"
-        ):
+        name = f"{most // 2} slots of the task, {most // 2} of each of {count} experts"
+        if is_missing(name):
             model = KMeans(count, n_init=4, random_state=options.seed)
             model.fit(embed([row.prompt for row in data.train]).numpy())
 
