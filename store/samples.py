@@ -23,8 +23,11 @@ def add(
     texts: Sequence[str],
     kind: SampleKind = "text",
 ) -> None:
-    """Keep texts of a user."""
+    """Keep texts of a user; a text that is kept already, such as of an earlier enrolment, once."""
     now = datetime.now(UTC)
+    if kind == "text":
+        earlier = {decrypt(row, cipher) for row in rows_of(session, tenant, user, kind)}
+        texts = [text for text in dict.fromkeys(texts) if text not in earlier]
     for text in texts:
         encrypted, key_id = cipher.encrypt(text.encode(), _identity(user))
         row = SampleRow(tenant_id=tenant, user_name=user, key_id=key_id, text=encrypted)

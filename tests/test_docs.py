@@ -61,6 +61,7 @@ GUIDES = (
     "getting-started",
     "guides/data",
     "guides/train",
+    "guides/tasks",
     "guides/own-loop",
     "guides/users",
     "guides/strengths",
