@@ -5,7 +5,7 @@ The images are scikit-learn's: 1,797 handwritten digits of 8 x 8 pixels.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,21 @@ def reader_of_digits(frozen: FrozenModel, *, steps: int, batch_size: int = 32) -
     head = torch.nn.Linear(model.config.vision_config.hidden_size, len(NAMES))
     generator = torch.Generator().manual_seed(0)
 
-    def optimize(parameters: Sequence[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    def optimize(
+        parameters: Sequence[torch.nn.Parameter], rate: float, num_steps: int
+    ) -> Callable[[torch.Tensor], None]:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        return torch.optim.AdamW(parameters, rate)
+        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=num_steps)
+
+        def step(loss: torch.Tensor) -> None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+        return step
 
     bridge = model.model.multi_modal_projector
     embed = model.get_input_embeddings()
@@ -66,14 +77,15 @@ def reader_of_digits(frozen: FrozenModel, *, steps: int, batch_size: int = 32) -
     words = torch.stack([embed(torch.tensor(answer)).mean(0) for answer in answers])
     # First without the language model: patches tell the digit, and look like its name.
     seeing = [*encoder.parameters(), *head.parameters(), *bridge.parameters()]
-    optimizer = optimize(seeing, 2e-3)
-    for _ in range(10 * steps):
+    step = optimize(seeing, 2e-3, 20 * steps)
+    for _ in range(20 * steps):
         batch = torch.randint(len(train), (batch_size,), generator=generator)
         patches = encoder(pixel_values=pixels[batch]).last_hidden_state[:, 1:]
         told = functional.cross_entropy(head(patches.mean(1)), numbers[batch])
         targets = words[numbers[batch]][:, None].expand(-1, patches.shape[1], -1)
-        _step(optimizer, told + functional.mse_loss(bridge(patches), targets) / words.var())
-    optimizer = optimize([*encoder.parameters(), *bridge.parameters()], 1e-3)
+        step(told + functional.mse_loss(bridge(patches), targets) / words.var())
+    encoder.requires_grad_(False)
+    step = optimize([*bridge.parameters()], 1e-3, steps)
     prompt = tokenizer(f"{'<image>' * _num_patches()}\n{PROMPT}")["input_ids"]
     longest = max(map(len, answers))
     for _ in range(steps):
@@ -86,7 +98,7 @@ def reader_of_digits(frozen: FrozenModel, *, steps: int, batch_size: int = 32) -
             pixel_values=pixels[batch],
             logits_to_keep=longest,
         ).logits
-        _step(optimizer, functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        step(functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
     model.requires_grad_(False).eval()
     return ControlPrefix.from_pretrained(
         model, tokenizer=tokenizer, processor=processor, store="sqlite://"
@@ -139,9 +151,3 @@ def _pixels(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
     inputs = processor.image_processor(images=list(images), return_tensors="pt")
     pixels: torch.Tensor = inputs["pixel_values"]
     return pixels
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
