@@ -22,6 +22,7 @@ from controlprefix import (
 )
 from controlprefix.inference.continuous_batching import ContinuousBatcher
 from controlprefix.inference.static_batching import StaticBatcher
+from controlprefix.model.log_probs import token_log_probs
 
 from models import ENCODER_DECODER, RECURRENT, STATIC, build, byte_tokenizer
 
@@ -179,6 +180,22 @@ def test_a_full_queue_refuses_and_closing_finishes_what_there_is(cp: ControlPref
     tickets = [hasty.submit(cp.resolve(long)) for _ in range(3)]
     assert not hasty.close(timeout_s=0.0)
     assert tickets[2].result().num_tokens < 60
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+def test_log_probabilities_of_an_encoder_decoder_add_up_to_the_score(name: str) -> None:
+    cp = engine(name)
+    request = Request(prompt="abc", raw=True, max_new_tokens=6, user="ana", logit_bias=NO_END)
+    other = Request(prompt="defghij" * 4, raw=True, max_new_tokens=9, user="bo")
+    with contextlib.closing(cp.batcher()) as batcher:
+        tickets = [batcher.submit(cp.resolve(r), top_log_probs=0) for r in (other, request)]
+        text = tickets[1].result().text
+    prompt = cp.frozen_model.request_tokenizer.prompt_ids(request)
+    new = [item.token for item in tickets[1].tokens]
+    with cp.assembled([request]):
+        expected, _ = token_log_probs(cp.frozen_model, [prompt], [new])
+    assert [t.log_prob for t in tickets[1].tokens] == pytest.approx(expected[0].tolist(), abs=1e-3)
+    assert text == cp.generate(request).text
 
 
 def test_log_probabilities_are_those_of_the_model(cp: ControlPrefix) -> None:

@@ -49,12 +49,18 @@ class BatchCache:
         self._cache, self._cross = new_cache(self._frozen.model), new_cache(self._frozen.model)
         self.mask = self._cross_mask = torch.zeros(0, 0, dtype=torch.long)
 
-    def row(self, index: int, num_tokens: int) -> CacheRow:
-        """A row of this cache, with its number of tokens."""
-        if not self._frozen.is_encoder_decoder:
-            return CacheRow(self._cache, index, num_tokens)
-        num_read = int(self._cross_mask[index].sum())
-        return CacheRow(self._cache, index, num_tokens, CacheRow(self._cross, index, num_read))
+    def row(self, index: int, num_tokens: int, num_read: int) -> CacheRow:
+        """A row of this cache.
+
+        Args:
+            index: Which one.
+            num_tokens: Its tokens.
+            num_read: Tokens that an encoder read for it.
+        """
+        cross = None
+        if self._frozen.is_encoder_decoder:
+            cross = CacheRow(self._cross, index, num_read)
+        return CacheRow(self._cache, index, num_tokens, cross)
 
     def arrange(self, rows: Sequence[CacheRow], num_slots: int) -> None:
         """Replace all rows by these, of which some may be rows of this cache.

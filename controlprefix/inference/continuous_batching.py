@@ -257,7 +257,7 @@ class ContinuousBatcher(Batcher):
                 sources += (prefilled or {})[id(sequence)]
             else:
                 sources += [
-                    self._cache.row(first + i, sequence.num_cached_tokens)
+                    self._cache.row(first + i, sequence.num_cached_tokens, len(sequence.prompt))
                     for i in range(len(sequence.rows))
                 ]
         self._rows, self._first_rows = rows, first_rows
