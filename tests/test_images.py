@@ -241,6 +241,8 @@ def test_feedback_on_images_is_kept(llava: ControlPrefix) -> None:
 def test_mistakes_are_clear_errors(llava: ControlPrefix, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="reads no images"):
         engine("llama").generate(Request(prompt="What?", images=[picture(0)]))
+    with pytest.raises(RequestError, match="decoder-only models"):
+        engine("bart").generate(Request(prompt="What?", raw=True, images=[picture(0)]))
     with pytest.raises(RequestError, match="image 1 cannot be read"):
         llava.generate(Request(prompt="What?", images=[b"no image"]))
     for wrong, words in (

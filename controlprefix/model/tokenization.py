@@ -147,6 +147,8 @@ class RequestTokenizer:
         contents = [image for message in request.conversation for image in message.images]
         if not contents:
             return tuple(self._require_embedded(self._prompt_ids(request)))
+        if self.is_encoder_decoder:
+            raise RequestError("images are supported by decoder-only models; leave them out")
         images = self._image_reader.read(contents)
         return ImagePrompt.of(self._require_embedded(self._prompt_ids(request, images)), images)
 
