@@ -35,7 +35,9 @@ def test_readme_quickstart_runs_as_printed(
         assert label in printed
 
 
-@pytest.mark.parametrize("name", ["quickstart", "users", "tables", "any_transformers_call"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "users", "tables", "simplification", "any_transformers_call"]
+)
 def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None
