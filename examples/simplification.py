@@ -20,7 +20,7 @@ NEW = "The inhabitants evacuated the village because of the flood."
 REFERENCES = ["People left the village because of the flood.", "People left the village."]
 
 
-def main(cp: ControlPrefix, *, steps: int = 20) -> None:
+def main(cp: ControlPrefix, *, steps: int = 8) -> None:
     """Train on six pairs, and write one sentence at three lengths."""
     rows = [
         Example(prompt=f"Simplify: {source}", completion=text, task="simplify")
@@ -42,9 +42,7 @@ def main(cp: ControlPrefix, *, steps: int = 20) -> None:
         print(f"length {length}: {text}")
         print(f"  {control_ratios(NEW, text)}")
         print(f"  SARI {sari([NEW], [text], [REFERENCES]):.0f}")
-    print(
-        f"grade level of the source {grade_level([NEW]):.0f}, of people {grade_level(REFERENCES):.0f}"
-    )
+    print(f"grade level: source {grade_level([NEW]):.0f}, people {grade_level(REFERENCES):.0f}")
 
 
 if __name__ == "__main__":
