@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = ("steps", "num_slots", "rows", "seed")
     file = ResultFile("nested", options, settings=settings, model=frozen, page=page)
     data = load(options.data, "webnlg", options.seed, options.steps * BATCH_SIZE)
-    seen = [row for row in data.dev if row.is_seen][: options.rows]
-    unseen = [row for row in data.test if not row.is_seen][: options.rows]
+    seen_rows = [row for row in data.dev if row.is_seen][: options.rows]
+    unseen_rows = [row for row in data.test if not row.is_seen][: options.rows]
     most = max(options.num_slots)
 
     def trained(rows: Sequence[Example], num_slots: int, **fields: Any) -> ControlPrefix:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def note(name: str, cp: ControlPrefix, task: str | None, clusters: Any = None) -> None:
         figures = {}
-        for kind, rows in (("seen", seen), ("unseen", unseen)):
+        for kind, rows in (("seen", seen_rows), ("unseen", unseen_rows)):
             experts = () if clusters is None else clusters(rows)
             figures[kind] = nats(cp, examples(rows, task, experts))
         file.set("measured", name, value=figures)

@@ -81,9 +81,9 @@ def reader_of_digits(frozen: FrozenModel, *, steps: int, batch_size: int = 32) -
     for _ in range(20 * steps):
         batch = torch.randint(len(train), (batch_size,), generator=generator)
         patches = encoder(pixel_values=pixels[batch]).last_hidden_state[:, 1:]
-        told = functional.cross_entropy(head(patches.mean(1)), numbers[batch])
+        class_loss = functional.cross_entropy(head(patches.mean(1)), numbers[batch])
         targets = words[numbers[batch]][:, None].expand(-1, patches.shape[1], -1)
-        step(told + functional.mse_loss(bridge(patches), targets) / words.var())
+        step(class_loss + functional.mse_loss(bridge(patches), targets) / words.var())
     encoder.requires_grad_(False)
     step = optimize([*bridge.parameters()], 1e-3, steps)
     prompt = tokenizer(f"{'<image>' * _num_patches()}\n{PROMPT}")["input_ids"]
