@@ -389,11 +389,12 @@ def test_a_decode_step_launches_and_waits_as_often_for_many_rows_as_for_few(
             batcher.submit(
                 cp.resolve(
                     Request(
-                        prompt="hello", user=user, max_new_tokens=60, logit_bias=NO_END, **settings
+                        prompt=prompt, user=user, max_new_tokens=60, logit_bias=NO_END, **settings
                     )
                 )
             )
-            for user in ["ana", "bo"] * (num_rows // 2)
+            # Of different lengths: a batch without any padding needs no mask.
+            for prompt, user in [("hello", "ana"), ("hello there", "bo")] * (num_rows // 2)
         ]
         for ticket in tickets:
             ticket.result()

@@ -310,9 +310,9 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
         slow = {"model": "tiny", "prompt": "x", "max_tokens": 200, "temperature": 0}
         forward = served.batcher._forward
 
-        def slowly(*inputs: Any) -> Any:
+        def slowly(*args: Any, **inputs: Any) -> Any:
             time.sleep(0.05)
-            return forward(*inputs)
+            return forward(*args, **inputs)
 
         served.batcher._forward = slowly
         with ThreadPoolExecutor(6) as pool:
@@ -347,7 +347,7 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
     assert caught.value.status_code == 503
     assert secret not in str(caught.value)
 
-    def failing(*_: Any) -> Any:
+    def failing(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError(secret)
 
     forward = served.batcher._forward
@@ -383,9 +383,9 @@ def test_a_closed_connection_leaves_the_batch(served: Served) -> None:
 
     forward = served.batcher._forward
 
-    def slowly(*inputs: Any) -> Any:
+    def slowly(*args: Any, **inputs: Any) -> Any:
         time.sleep(0.1)  # all of it would take 22 s
-        return forward(*inputs)
+        return forward(*args, **inputs)
 
     served.batcher._forward = slowly
     try:

@@ -227,10 +227,10 @@ def test_an_abandoned_prompt_is_not_prefilled_to_its_end(served: Served, keys: K
     forward = served.batcher._forward
     lengths: list[int] = []
 
-    def slowly(ids: Any, *inputs: Any) -> Any:
-        lengths.append(ids.numel())
+    def slowly(batch: Any, **inputs: Any) -> Any:
+        lengths.append(inputs["input_ids"].numel())
         time.sleep(0.05)
-        return forward(ids, *inputs)
+        return forward(batch, **inputs)
 
     served.batcher._forward = slowly
     served.batcher._prefills._max_tokens = 64  # so that these prompts take many steps
