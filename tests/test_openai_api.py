@@ -455,9 +455,9 @@ def test_a_departure_is_noticed_at_once(served: Served, monkeypatch: pytest.Monk
     body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 100}
     forward = served.batcher._forward
 
-    def slow(*inputs: Any) -> Any:
+    def slow(*args: Any, **inputs: Any) -> Any:
         time.sleep(0.2)
-        return forward(*inputs)
+        return forward(*args, **inputs)
 
     monkeypatch.setattr(served.batcher, "_forward", slow)
     at = f"{served.base}/v1/chat/completions"
