@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -35,7 +34,8 @@ _WITH_KEYS = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
-_WITHOUT_KEYS = (LinearAttentionLayer, DummyLayer)
+_DUMMY = getattr(cache_utils, "DummyLayer", None)  # since transformers 5.20, of layers that share
+_WITHOUT_KEYS = (LinearAttentionLayer, _DUMMY)
 # Dimensions of rows and tokens.
 _DIMS = {
     "keys": (0, 2),
@@ -71,7 +71,7 @@ def rows_can_move(model: PreTrainedModel, num_attention_layers: int) -> bool:
         return True
     layers = new_cache(model).layers
     num_with_keys = sum(type(layer) in _WITH_KEYS for layer in layers)
-    num_shared = sum(type(layer) is DummyLayer for layer in layers)  # or layers without attention
+    num_shared = sum(type(layer) is _DUMMY for layer in layers)  # or layers without attention
     return (
         all(type(layer) in (*_WITH_KEYS, *_WITHOUT_KEYS) for layer in layers)
         and num_with_keys <= num_attention_layers <= num_with_keys + num_shared
