@@ -107,26 +107,26 @@ RECURRENT: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_SMALL_ENCODER_DECODER: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "decoder_start_token_id": 0,  # tied weights favour repeating it, and 1 is the end
+}
+
 # An encoder-decoder whose decoder counts its positions itself.
 STATIC: dict[str, tuple[str, str, dict[str, Any]]] = {
     "m2m_100": (
         "M2M100ForConditionalGeneration",
         "M2M100Config",
-        {
-            "vocab_size": VOCAB,
-            "d_model": 32,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "max_position_embeddings": 256,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 2,
-            "decoder_start_token_id": 0,
-        },
+        {**_SMALL_ENCODER_DECODER, "decoder_layers": 2, "decoder_attention_heads": 4},
     ),
 }
 
@@ -184,19 +184,9 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "BartForConditionalGeneration",
         "BartConfig",
         {
-            "vocab_size": VOCAB,
-            "d_model": 32,
-            "encoder_layers": 2,
+            **_SMALL_ENCODER_DECODER,
             "decoder_layers": 4,
-            "encoder_attention_heads": 4,
             "decoder_attention_heads": 2,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "max_position_embeddings": 256,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 2,
-            "decoder_start_token_id": 0,  # tied weights favour repeating it, and 1 is the end
             "forced_eos_token_id": None,
         },
     ),

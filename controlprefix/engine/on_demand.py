@@ -8,6 +8,7 @@ from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import Request
+from controlprefix.training.trainer import with_instruction
 
 _PROMPTS = ("Write a sentence.", "Write something.", "Say something.", "What is new?")
 _NUM_ROWS, _BATCH_SIZE = 24, 8
@@ -45,23 +46,24 @@ class OnDemandMethods(FeedbackMethods):
             bare = type(self)(self._frozen, self.store)  # a space does not have such labels
             instruction = f"{description} Write accordingly."
             prompts = [_PROMPTS[i % len(_PROMPTS)] for i in range(_NUM_ROWS)]
+            instructed = [with_instruction(instruction, prompt) for prompt in prompts]
             texts = [
                 completion.text if completion.text.strip() else "."
                 for completion in bare.generate(
                     [
                         Request(
-                            prompt=f"{instruction}\n\n{prompt}",
+                            prompt=prompt,
                             temperature=1.0,
                             max_new_tokens=_NEW_TOKENS,
                             seed=i,
                         )
-                        for i, prompt in enumerate(prompts)
+                        for i, prompt in enumerate(instructed)
                     ]
                 )
             ]
             rows = [
-                Example(prompt=f"{instruction}\n\n{prompt}", completion=text)
-                for prompt, text in zip(prompts[:_BATCH_SIZE], texts, strict=False)
+                Example(prompt=prompt, completion=text)
+                for prompt, text in zip(instructed[:_BATCH_SIZE], texts, strict=False)
             ]
             start = time.monotonic()
             bare.score(rows, batch_size=_BATCH_SIZE)

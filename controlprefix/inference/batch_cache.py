@@ -46,7 +46,9 @@ class BatchCache:
 
     def clear(self) -> None:
         """Remove all rows."""
-        self._cache, self._cross = new_cache(self._frozen.model), new_cache(self._frozen.model)
+        self._cache = new_cache(self._frozen.model)
+        if self._frozen.is_encoder_decoder:
+            self._cross = new_cache(self._frozen.model)
         self.mask = self._cross_mask = torch.zeros(0, 0, dtype=torch.long)
 
     def row(self, index: int, num_tokens: int, num_read: int) -> CacheRow:
@@ -119,7 +121,7 @@ class BatchCache:
         arrange_rows(cache, rows, length, device, num_slots)
         mask = torch.zeros(len(rows), length, dtype=torch.long, device=device)
         for i, row in enumerate(rows):
-            mask[i, length - row.num_tokens :] = 1
+            _mark(mask, i, row.num_tokens)
         return mask
 
     def _shape_of_states(self) -> BaseModelOutput:
@@ -131,6 +133,7 @@ class BatchCache:
 
 
 def _mark(mask: Tensor, row: int, num_tokens: int) -> None:
+    """Let a row of a mask have so many tokens, which end at the last column."""
     mask[row] = 0
     mask[row, mask.shape[1] - num_tokens :] = 1
 

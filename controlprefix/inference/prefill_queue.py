@@ -87,7 +87,9 @@ class Prefill:
                 self.positions, offsets = own
                 self.sequences[0].position_offset = offsets[0]
         batch = frozen.assemble([row for sequence in self.sequences for row in sequence.rows])
-        self.cache, self.cross = new_cache(frozen.model), new_cache(frozen.model)
+        self.cache = new_cache(frozen.model)
+        if self.encoded:
+            self.cross = new_cache(frozen.model)
         batch.set_token(0)
         self.batch = batch
 
