@@ -90,7 +90,9 @@ def with_ratios(
     if len(examples) != len(sources):
         raise TrainingDataError(f"{len(sources)} sources for {len(examples)} examples; give each")
     if unknown := set(names) - set(RATIOS):
-        raise TrainingDataError(f"no ratio is called {min(unknown)!r}; there are {RATIOS}")
+        raise TrainingDataError(
+            f"no ratio is called {min(unknown)!r}; there are {', '.join(RATIOS)}"
+        )
     if "tree_depth" in names and parse is None:
         raise TrainingDataError("tree_depth needs a parser: give `parse`, such as a spaCy pipeline")
     labelled = []
