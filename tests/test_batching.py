@@ -323,6 +323,8 @@ def test_a_static_batch_streams_and_cancels(name: str) -> None:
         {"bad_words_ids": [[token] for token in range(3, 200)]},
         {"temperature": 0.3, "top_k": 2, "repetition_penalty": 5.0, "do_sample": True},
         {"forced_eos_token_id": 1},
+        {"min_length": 11, "eos_token_id": [1, *range(3, 150)]},
+        {"no_repeat_ngram_size": 1, "eos_token_id": [1, *range(3, 150)], "min_new_tokens": 5},
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "bart"])

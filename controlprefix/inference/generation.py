@@ -16,6 +16,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -108,8 +110,11 @@ def generate_tokens(
         options["decoder_input_ids"], num_before = decoder_ids, decoder_ids.shape[1]
     criteria = StoppingCriteriaList()
     check = _NumbersOnly(len(row_prompts), frozen.device)
-    processors = LogitsProcessorList([check])
+    processors, sampling = LogitsProcessorList([check]), LogitsProcessorList()
     criteria.append(check.ends_rows)
+    config = _generation_config(frozen, requests)
+    if left and len(set(lengths)) > 1:
+        processors.extend(_without_padding(config, [ids.shape[1] - x for x in lengths], frozen))
     has_beams = requests[0].num_beams > 1
     if not has_beams and any(request.changes_logits for request in own_requests):
         starts = tokenizer.decoder_start_ids if frozen.is_encoder_decoder else None
@@ -123,14 +128,14 @@ def generate_tokens(
             )
             for request, prompt in zip(own_requests, prompts, strict=True)
         ]
-        processors.append(RowSampling(rows, frozen.device))
+        sampling.append(RowSampling(rows, frozen.device))
     if plan.has_guidance:
-        processors = LogitsProcessorList([check, _Guided(plan, processors[1:])])
+        sampling = LogitsProcessorList([_Guided(plan, sampling)])
         streamer = streamer and _FirstRowStreamer(streamer)
     if batch.is_scheduled:
         batch.set_token(0)
         criteria.append(_ScheduleUpdate(batch, num_before))
-    config = _generation_config(frozen, requests)
+    processors.extend(sampling)
     if not has_beams:
         criteria.append(_RowLimits(requests, num_before, tokenizer))
         if config.forced_eos_token_id is not None:  # at each row's own limit, not the batch's
@@ -186,6 +191,37 @@ class _NumbersOnly(LogitsProcessor):
     def ends_rows(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """A stopping criterion."""
         return self.invalid.repeat_interleave(len(input_ids) // len(self.invalid))
+
+
+def _without_padding(
+    config: GenerationConfig, paddings: Sequence[int], frozen: FrozenModel
+) -> list[LogitsProcessor]:
+    """Move what counts the tokens of a padded row from a config to processors of our own."""
+    own: list[LogitsProcessor] = []
+    if config.no_repeat_ngram_size:
+        own.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.min_length and config.eos_token_id is not None:
+        own.append(MinLengthLogitsProcessor(config.min_length, config.eos_token_id, frozen.device))
+    config.update(no_repeat_ngram_size=0, min_length=0)
+    return [_WithoutPadding(process, paddings) for process in own]
+
+
+class _WithoutPadding(LogitsProcessor):
+    """Shows a processor each row without the padding on its left."""
+
+    def __init__(self, process: LogitsProcessor, paddings: Sequence[int]) -> None:
+        self._process, self._paddings = process, paddings
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        num_beams = len(input_ids) // len(self._paddings)
+        rows = [
+            self._process(
+                input_ids[i : i + 1, self._paddings[i // num_beams] :],  # type: ignore[arg-type]
+                scores[i : i + 1],  # type: ignore[arg-type]
+            )
+            for i in range(len(input_ids))
+        ]
+        return torch.cat(rows)
 
 
 class _Guided(LogitsProcessor):
