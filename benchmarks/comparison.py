@@ -1,8 +1,9 @@
 """`compare` on public data sets: every way to adapt a model, on equal rows and steps.
 
-DATA is a folder with the files formality_pavlick, sentiment_yelp, e2e, webnlg (see
-lib/datasets.py) and email_aeslc, whose texts measure forgetting. Attribute classifiers are trained
-on rows that no method gets. Measurements that the result file has are not repeated.
+DATA is a folder with the files formality_pavlick, sentiment_yelp, e2e, webnlg,
+summarization_scitldr, varieties (see lib/datasets.py) and email_aeslc, whose texts measure
+forgetting. Attribute classifiers are trained on rows that no method gets. Measurements that the
+result file has are not repeated.
 """
 
 import argparse
@@ -118,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder=options.folder,
     )
     name = f"comparison-{options.data_set}-{options.steps}"
+    if options.training_rows != parser.get_default("training_rows"):
+        name += f"-{options.training_rows}-rows"
     if options.device != "cpu":
         name += "-cuda"
     save(options.results, name, {"data set": options.data_set, **report.to_dict()}, page)

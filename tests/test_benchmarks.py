@@ -58,6 +58,8 @@ RUNS = {
     "guard": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --count 2",
     "digits": "--reader-steps 1 --steps 2 --num-slots 2 --images 2",
     "simplification": "DATA --steps 2 --num-slots 2 --rows 4 --new-tokens 8",
+    "summaries": "DATA --steps 2 --num-slots 2 --rows 2 --new-tokens 4",
+    "varieties": "DATA --steps 2 --num-slots 2 --rows 2 --texts 2 --new-tokens 2",
     "preferences": "DATA --counts 2 --held-out 2 --num-slots 2 --steps 1",
     "matching": "DATA --posts 2 --rows 2 --authors 2 --num-slots 2",
     "authors": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 2 --counts 2",
@@ -100,7 +102,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(size)
         ]
         write("simplification_asset", split, simpler)
-        papers: list[dict[str, object]] = [{"source": f"{i} {text(0, 12)}"} for i in range(size)]
+        papers: list[dict[str, object]] = [
+            {"source": f"{i} {text(0, 12)}", "targets": [text(0)]} for i in range(size)
+        ]
+        sentences: list[dict[str, object]] = [
+            {"variety": name, "text": text(i % 2), "english": text(0) if i % 2 else None}
+            for name in ("naija", "welsh", "gaelic")
+            for i in range(size)
+        ]
+        write("varieties", split, sentences)
+        plays: list[dict[str, object]] = [
+            {"modern": text(0), "original": text(1)} for _ in range(size)
+        ]
+        write("style_shakespeare", split, plays)
         write("summarization_scitldr", split, papers)
         write("email_aeslc", split, [{"body": text(0)}])
         facts: list[dict[str, object]] = [

@@ -17,10 +17,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
 MAX_CHARACTERS = 240
-DATA_SETS = ("formality", "sentiment", "e2e", "webnlg")
+DATA_SETS = ("formality", "sentiment", "e2e", "webnlg", "scitldr", "naija")
 FILES = {"formality": "formality_pavlick", "sentiment": "sentiment_yelp"}
 TASKS = {"formality": "sentence", "sentiment": "review"}
 DESCRIPTIONS = {"sentence": "a sentence", "review": "a sentence of a restaurant review"}
+FACTS = "Write one or two sentences that say these facts and no others:"
+INSTRUCTIONS = {
+    "e2e": FACTS,
+    "webnlg": FACTS,
+    "scitldr": "Summarize this abstract of a paper in one sentence:",
+    "naija": "Say this in Nigerian Pidgin:",
+}
+MAX_ABSTRACT_WORDS = 130
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class DataSet:
         """What an instructed model is told."""
         if self.has_few_labels:
             return f"Write {DESCRIPTIONS[self.task]} that is {row.label}. Write nothing else."
-        return f"Write one or two sentences that say these facts and no others: {row.prompt}"
+        return f"{INSTRUCTIONS[self.name]} {row.prompt}"
 
     def labels(self) -> list[str]:
         """All labels of training rows."""
@@ -127,7 +135,7 @@ def load(
             classifiers["formality_squinky"] = word_classifier(other)
         return DataSet(name, TASKS[name], name, True, train[:num_rows], dev, test, classifiers)
     rng = random.Random(seed)
-    read = {"e2e": _e2e, "webnlg": _webnlg}[name]
+    read = {"e2e": _e2e, "webnlg": _webnlg, "scitldr": _scitldr, "naija": _naija}[name]
     train, dev, test = (
         shuffled(read(folder, split, rng), seed) for split in ("train", "dev", "test")
     )
@@ -136,13 +144,30 @@ def load(
             (replace(row, completion=text) for row in train for text in row.references), seed
         )
     attribute = "category" if name == "webnlg" else None
-    return DataSet(name, "describe", attribute, False, train[:num_rows], dev, test)
+    task = "describe" if name in ("e2e", "webnlg") else name
+    return DataSet(name, task, attribute, False, train[:num_rows], dev, test)
 
 
 def _e2e(folder: Path, split: str, rng: random.Random) -> list[Row]:
     return [
         Row(rng.choice(row["refs"]), row["mr"], None, tuple(row["refs"]))
         for row in read_rows(folder, "e2e", split)
+    ]
+
+
+def _scitldr(folder: Path, split: str, rng: random.Random) -> list[Row]:
+    return [
+        Row(rng.choice(row["targets"]), row["source"], None, tuple(row["targets"]))
+        for row in read_rows(folder, "summarization_scitldr", split)
+        if len(row["source"].split()) <= MAX_ABSTRACT_WORDS
+    ]
+
+
+def _naija(folder: Path, split: str, rng: random.Random) -> list[Row]:
+    return [
+        Row(row["text"], row["english"], None, (row["text"],))
+        for row in read_rows(folder, "varieties", split)
+        if row["variety"] == "naija" and row["english"]
     ]
 
 

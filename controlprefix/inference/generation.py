@@ -201,7 +201,8 @@ def _without_padding(
     if config.no_repeat_ngram_size:
         own.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     if config.min_length and config.eos_token_id is not None:
-        own.append(MinLengthLogitsProcessor(config.min_length, config.eos_token_id, frozen.device))
+        device: Any = frozen.device  # the stubs want a name
+        own.append(MinLengthLogitsProcessor(config.min_length, config.eos_token_id, device))
     config.update(no_repeat_ngram_size=0, min_length=0)
     return [_WithoutPadding(process, paddings) for process in own]
 
@@ -216,8 +217,8 @@ class _WithoutPadding(LogitsProcessor):
         num_beams = len(input_ids) // len(self._paddings)
         rows = [
             self._process(
-                input_ids[i : i + 1, self._paddings[i // num_beams] :],  # type: ignore[arg-type]
-                scores[i : i + 1],  # type: ignore[arg-type]
+                input_ids[i : i + 1, self._paddings[i // num_beams] :],
+                scores[i : i + 1],
             )
             for i in range(len(input_ids))
         ]
