@@ -2,8 +2,8 @@
 
 Trained on SciTLDR's abstracts, cut to a number of words, with the number of words of each summary
 as an ordinal attribute, and with a task prefix alone; beside an instruction and the abstract's
-first sentence. For other methods on equal rows see `comparison.py --data-set scitldr`. DATA is a folder
-with `summarization_scitldr`.
+first sentence. For other methods on equal rows see `comparison.py --data-set scitldr`. DATA is a
+folder with `summarization_scitldr`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from lib.tables import header, line
 
 BATCH_SIZE = 4
 KINDS = ("rouge1", "rouge2", "rougeL")
-LENGTHS = (10, 15, 20, 25, 30)
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of lengths in training, which are requested
 
 
 def abstracts(folder: Path, split: str, max_words: int) -> dict[str, list[str]]:
@@ -103,12 +103,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for text in texts
     ]
     random.Random(options.seed).shuffle(pairs)
+    pairs = pairs[: options.steps * BATCH_SIZE]
+    by_length = sorted(len(text.split()) for _, text in pairs)
+    counts = sorted({by_length[round(q * (len(by_length) - 1))] for q in QUANTILES})
     test = dict(list(abstracts(options.data, "test", options.max_words).items())[: options.rows])
 
     def trained(*, with_length: bool) -> ControlPrefix:
         cp = engine(frozen)
         cp.train(
-            [example(*p, with_length=with_length) for p in pairs[: options.steps * BATCH_SIZE]],
+            [example(*p, with_length=with_length) for p in pairs],
             num_slots=options.num_slots,
             steps=options.steps,
             batch_size=BATCH_SIZE,
@@ -134,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not file.get("dial"):
         cp = trained(with_length=True)
         lengths: dict[str, list[int]] = {}
-        for count in LENGTHS:
+        for count in counts:
             texts = write(cp, task="summarize", attributes={"words": str(count)})
             lengths[str(count)] = [len(text.split()) for text in texts]
             name = f"task and length, {count} words"
@@ -147,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "pearson": float(pearsonr(requested, written).statistic)
             if len(set(written)) > 1
             else 0.0,
-            "pearson of means": float(pearsonr(LENGTHS, list(means.values())).statistic)
+            "pearson of means": float(pearsonr(counts, list(means.values())).statistic)
             if len(set(means.values())) > 1
             else 0.0,
         }

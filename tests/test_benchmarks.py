@@ -103,7 +103,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         write("simplification_asset", split, simpler)
         papers: list[dict[str, object]] = [
-            {"source": f"{i} {text(0, 12)}", "targets": [text(0)]} for i in range(size)
+            {"source": f"{i} {text(0, 12)}", "targets": [text(0, 3 + i % 5)]} for i in range(size)
         ]
         sentences: list[dict[str, object]] = [
             {"variety": name, "text": text(i % 2), "english": text(0) if i % 2 else None}
