@@ -1,17 +1,20 @@
 """One tenant never costs another: pools, connections, bodies, hosts, keys."""
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from controlprefix import ControlPrefix
+from controlprefix import ControlPrefix, UnknownNameError
+from controlprefix.prefixes import PrefixKey
 from controlprefix.serving import ServerLimits
 from controlprefix.store import PrefixStore
 
@@ -26,6 +29,35 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     fill(url, "a", 2.0)
     fill(url, "b", 3.0)
     return url
+
+
+def test_what_another_process_forgets_leaves_this_ones_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controlprefix.serving.app._FORGET_INTERVAL_S", 0.02)
+    url = f"sqlite:///{tmp_path}/prefixes.db"
+    fill(url, "a", 2.0)
+    served = Served(url, open_tenant="a")
+    files: list[tuple[str, PrefixKey]] = []
+    monkeypatch.setattr(served.batcher, "forget", lambda *removed: files.append(removed))
+    try:
+        ask = {"model": "tiny/email", "messages": [{"role": "user", "content": "x"}], "user": "ana"}
+        assert httpx.post(f"{served.base}{CHAT}", json={**ask, "max_tokens": 2}).is_success
+        cache = served.gateway._tenants._caches.prefixes
+        ana, email = ("a", PrefixKey("user", "ana")), ("a", PrefixKey("task", "email"))
+        assert {ana, email} == set(cache.cached_keys())
+        with PrefixStore(url, tenant="b") as other:
+            with contextlib.suppress(UnknownNameError):
+                other.forget(ana[1])
+        with PrefixStore(url, tenant="a") as other:
+            other.forget(ana[1])
+        wait_for(lambda: ana not in cache.cached_keys())
+        assert cache.cached_keys() == [email]
+        assert files == [ana]
+        assert httpx.delete(f"{served.base}/v1/prefixes/task/email").is_success
+        assert cache.cached_keys() == []
+    finally:
+        served.close()
 
 
 @pytest.fixture(scope="module")

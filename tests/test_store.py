@@ -92,6 +92,7 @@ def test_forget_removes_every_version_for_every_model(store: PrefixStore) -> Non
         (rows,) = raw(store.url, f"SELECT count(*) FROM controlprefix_{table}")
         assert rows[0] == (0 if table == "aliases" else 1), table
     (entry,) = store.audit()
+    assert store.audit(after=entry.number) == []
     assert (entry.action, entry.key, entry.num_versions) == ("forget", ANA, 2)
     assert datetime.now(UTC) - entry.at.replace(tzinfo=UTC) < timedelta(minutes=5)
 

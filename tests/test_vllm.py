@@ -1,5 +1,6 @@
 """Stock vLLM against transformers, token for token. `make test-vllm` runs these."""
 
+import base64
 import concurrent.futures
 import json
 import threading
@@ -27,7 +28,11 @@ from controlprefix import (
 )
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.model import mass_in_keys
+from controlprefix.prefixes import PrefixKey
 from controlprefix.serving import Server, create_app
+from controlprefix.store import PrefixCache
+from controlprefix.vllm import connector
+from controlprefix.vllm.connector import ControlPrefixConnector
 from controlprefix.vllm.placement import Placement
 from controlprefix.vllm.runner import VllmRunner
 
@@ -102,13 +107,21 @@ def cp(folder: Path) -> ControlPrefix:
 def url(folder: Path, cp: ControlPrefix) -> Iterator[str]:
     """Prompts are read 64 tokens a step, so they are cut in the midst of a prefix."""
     options = ("--max-num-batched-tokens", "64", "--max-num-seqs", "8")
-    with served(folder / "model", folder / "prefixes", *options, log=folder / "log") as result:
+    key = folder / "key"
+    key.write_text(base64.b64encode(bytes(range(32))).decode())
+    with served(
+        folder / "model",
+        folder / "prefixes",
+        *options,
+        log=folder / "log",
+        key_file=str(key),
+    ) as result:
         yield result
 
 
 @pytest.fixture
 def runner(cp: ControlPrefix, url: str, folder: Path) -> Iterator[VllmRunner]:
-    result = cp.vllm_runner(url, folder / "prefixes")
+    result = cp.vllm_runner(url, folder / "prefixes", key_file=folder / "key")
     yield result
     result.close()
 
@@ -156,7 +169,7 @@ def test_without_the_salt_one_user_would_get_what_is_anothers(
             "max_tokens": 16,
             "temperature": 0,
             "kv_transfer_params": {
-                "controlprefix": {"digest": placement.digest, "num_slots": placement.num_slots}
+                "controlprefix": {"file": placement.file_name, "num_slots": placement.num_slots}
             },
             **more,
         }
@@ -220,7 +233,7 @@ def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
     lost = Prefix.random(cp.geometry, num_slots=24, seed=97)
     cp.put("user", "lost", lost)
     request = Request(prompt="lost", user="lost", max_new_tokens=8)
-    path = folder / "prefixes" / f"{placed(runner, cp.resolve(request)).digest}.safetensors"
+    path = runner._folder.file(placed(runner, cp.resolve(request)).file_name)
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
     with monkeypatch.context() as patched:
@@ -232,17 +245,36 @@ def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
             bad.result()
         assert [other.result().text for other in others] == expected * 2
     assert runner.submit(cp.resolve(request)).result().text == cp.generate(request).text
-    assert path.read_bytes() == whole  # written anew
+    assert len(path.read_bytes()) == len(whole)  # written anew
+
+
+def test_a_forgotten_users_slots_leave_the_folder_and_workers(
+    cp: ControlPrefix, runner: VllmRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {}
+    for user in ("gone", "stays"):
+        cp.put("user", user, Prefix.random(cp.geometry, num_slots=4, seed=96))
+        files[user] = placed(runner, cp.resolve(Request(prompt="x", user=user))).file_name
+    worker: Any = object.__new__(ControlPrefixConnector)
+    worker._folder, worker._cache, worker._checked_at = runner._folder, PrefixCache(1 << 20), 0.0
+    for name in files.values():
+        assert worker._read(name).num_slots == 4
+    cp.forget_user("gone")
+    runner.forget("default", PrefixKey("user", "gone"))
+    assert not runner._folder.file(files["gone"]).exists()
+    monkeypatch.setattr(connector, "_CHECK_INTERVAL_S", 0.0)
+    worker._drop_removed()
+    assert worker._cache.cached_keys() == [files["stays"]]
 
 
 @pytest.mark.parametrize(
     "told",
     [
-        {"digest": "0" * 64, "num_slots": 4},
-        {"digest": "../../etc/passwd", "num_slots": 4},
-        {"digest": "0" * 64, "num_slots": 10_000},
-        {"digest": "0" * 64, "num_slots": -1},
-        {"digest": 7},
+        {"file": "0" * 64, "num_slots": 4},
+        {"file": "../../etc/passwd", "num_slots": 4},
+        {"file": "0" * 64, "num_slots": 10_000},
+        {"file": "0" * 64, "num_slots": -1},
+        {"file": 7},
         "nonsense",
         [],
     ],
@@ -368,7 +400,7 @@ def test_the_gateway_serves_openais_client_and_takes_no_orders_from_it(
     assert answer.usage.prompt_tokens == expected.num_prompt_tokens  # slots are no tokens
     other = placed(runner, cp.resolve(Request(prompt="x", user="cleo")))
     orders = {
-        "kv_transfer_params": {"controlprefix": {"digest": other.digest, "num_slots": 32}},
+        "kv_transfer_params": {"controlprefix": {"file": other.file_name, "num_slots": 32}},
         "cache_salt": other.salt,
         "prompt_token_ids": [1, 2, 3],
         "vllm_xargs": {"kv_transfer_params": "x"},
@@ -468,7 +500,7 @@ def test_slots_leave_a_sliding_window_there_and_not_here(tmp_path: Path) -> None
         runner = cp.vllm_runner(url, tmp_path / "prefixes")
         assert texts_of(cp, runner, request) == expected
         # A prefix that cannot be read fails its request alone here too, where layers differ.
-        slots = {"digest": "0" * 64, "num_slots": 4}
+        slots = {"file": "0" * 64, "num_slots": 4}
         body = {"model": "tiny", "prompt": [7] * 20, "max_tokens": 4}
         body["kv_transfer_params"] = {"controlprefix": slots}
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 500

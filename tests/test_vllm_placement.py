@@ -1,5 +1,6 @@
 """What vLLM is given: keys at other positions, and placeholders that say all of a prefix."""
 
+import base64
 import math
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from controlprefix import (
     Prefix,
     RequestError,
     StoreError,
+    StoreKeyError,
     UnsupportedModelError,
     assemble,
 )
@@ -30,7 +32,7 @@ from controlprefix.model.steering import Steering
 from controlprefix.prefixes.schedule import Schedule
 from controlprefix.request import Request
 from controlprefix.vllm.placement import MAX_SLOTS, Placement, place
-from controlprefix.vllm.prefix_folder import PrefixFolder
+from controlprefix.vllm.prefix_folder import PrefixFolder, file_name
 
 from helpers import frozen
 from models import ENCODER_DECODER, PARTICULAR, ROTARY, build
@@ -47,7 +49,9 @@ def resolved(
 ) -> ResolvedRequest[Request]:
     resolved_parts = tuple(
         ResolvedPart(
-            PartUsed(kind=kind, name=str(i), version=1, strength=strength),
+            PartUsed(
+                kind=kind, name="ana" if kind == "user" else str(i), version=1, strength=strength
+            ),
             Part(prefix, 1.0 if in_logit_space else strength, schedule),
             in_logit_space,
         )
@@ -162,7 +166,7 @@ def test_strengths_between_whole_numbers_are_masses_of_keys(
     assert placement.prefixes == ((prefix, mass),) * times
     assert placement.num_slots == 4 * times
     whole = placed([("user", prefix, float(times))])
-    assert (placement.digest == whole.digest) == (mass in (0.0, 1.0))
+    assert (placement.file_name == whole.file_name) == (mass in (0.0, 1.0))
 
 
 def divergences(
@@ -225,7 +229,7 @@ def test_schedules_guidance_and_too_many_slots_are_refused() -> None:
 
 def test_the_order_in_which_parts_are_named_does_not_matter() -> None:
     item, other = ("attribute", slots(4, 1), 1.0), ("user", slots(4, 2), 1.0)
-    assert placed([item, other]).digest == placed([other, item]).digest
+    assert placed([item, other]).file_name == placed([other, item]).file_name
 
 
 def test_what_is_absent_takes_no_place() -> None:
@@ -339,6 +343,51 @@ def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     monkeypatch.setattr("controlprefix.vllm.prefix_folder._SWEEP_INTERVAL_S", -1.0)
     keep(0)
     assert [item.name for item in (tmp_path / "new").iterdir()] == [folder.file(names[0]).name]
+
+
+def test_an_encrypted_folder_is_read_with_its_key_alone(tmp_path: Path) -> None:
+    keys = {name: tmp_path / name for name in ("key", "other")}
+    for i, path in enumerate(keys.values()):
+        path.write_text(base64.b64encode(bytes([i]) * 32).decode() + "\n")
+    folder = PrefixFolder(tmp_path / "new", key_file=keys["key"])
+    name, twin = "0" * 64, "1" * 64
+    folder.write(name, lambda: slots(4))
+    assert b"geometry" in slots(4).to_bytes()
+    assert b"geometry" not in folder.file(name).read_bytes()
+    torch.testing.assert_close(folder.read(name).slots["decoder"], slots(4).slots["decoder"])
+    with pytest.raises(StoreError, match="cannot be decrypted"):
+        PrefixFolder(tmp_path / "new", key_file=keys["other"]).read(name)
+    with pytest.raises(StoreError, match="cannot be read"):
+        PrefixFolder(tmp_path / "new").read(name)
+    folder.file(twin).write_bytes(folder.file(name).read_bytes())  # moved to another name
+    with pytest.raises(StoreError, match="cannot be decrypted"):
+        folder.read(twin)
+    for text in ("no base64!", base64.b64encode(bytes(31)).decode()):
+        keys["other"].write_text(text)
+        with pytest.raises(StoreKeyError, match="16, 24 or 32 bytes"):
+            PrefixFolder(tmp_path / "new", key_file=keys["other"])
+    with pytest.raises(StoreKeyError, match="cannot read the key"):
+        PrefixFolder(tmp_path / "new", key_file=tmp_path / "missing")
+
+
+def test_files_say_which_user_of_which_tenant_they_are_of(tmp_path: Path) -> None:
+    folder = PrefixFolder(tmp_path)
+    prefix = slots(4)
+    user = placed([("user", prefix, 1.0)], tenant="a")
+    names = [
+        user.file_name,
+        placed([("user", prefix, 1.0)], tenant="b").file_name,
+        placed([("task", prefix, 1.0)]).file_name,
+        placed([("user", prefix, 0.0), ("task", prefix, 1.0)]).file_name,
+        file_name(user.file_name.rpartition("-")[2], "a", "bo"),
+    ]
+    assert len(set(names)) == 4  # a user at strength 0 is absent
+    assert len({name.rpartition("-")[2] for name in names}) == 2
+    for name in names:
+        folder.write(name, lambda: prefix)
+    folder.forget("a", "ana")
+    assert [folder.file(name).exists() for name in names] == [False, True, True, True, True]
+    folder.forget("a", "never")
 
 
 def test_a_folder_that_cannot_be_written_leaves_nothing_half_written(

@@ -15,13 +15,13 @@ import httpx
 _START_S = 240
 
 
-def transfer(folder: str) -> dict[str, object]:
+def transfer(folder: str, **settings: str) -> dict[str, object]:
     """The `--kv-transfer-config` of vLLM, for our connector."""
     return {
         "kv_connector": "ControlPrefixConnector",
         "kv_connector_module_path": "controlprefix.vllm.connector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"folder": folder},
+        "kv_connector_extra_config": {"folder": folder, **settings},
     }
 
 
@@ -33,8 +33,12 @@ def served(
     log: Path,
     dtype: str = "float32",
     threads: str = "0",
+    **settings: str,
 ) -> Iterator[str]:
-    """While inside, vLLM serves the model in that folder; without prefixes, as it is."""
+    """While inside, vLLM serves the model in that folder; without prefixes, as it is.
+
+    `settings` are those of the connector.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,7 +47,11 @@ def served(
         *("--model", str(model), "--served-model-name", "tiny", "--dtype", dtype),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--block-size", "32", "--enforce-eager", "--max-model-len", "256"),
-        *(("--kv-transfer-config", json.dumps(transfer(str(prefixes)))) if prefixes else ()),
+        *(
+            ("--kv-transfer-config", json.dumps(transfer(str(prefixes), **settings)))
+            if prefixes
+            else ()
+        ),
         *options,
     ]
     environment = {

@@ -124,6 +124,13 @@ def _serve(
     vllm_prefixes: Annotated[
         Path | None, typer.Option(help="Folder from which vLLM's workers read prefixes.")
     ] = None,
+    vllm_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a key (16, 24 or 32 bytes in base64) that prefixes in that folder are "
+            "encrypted with; vLLM's connector needs it as `key_file`."
+        ),
+    ] = None,
     vllm_api_key: Annotated[
         str | None,
         typer.Option(envvar="CONTROLPREFIX_VLLM_API_KEY", help="API key of the vLLM server."),
@@ -163,7 +170,7 @@ def _serve(
         runner = VllmRunner(
             frozen,
             url=vllm_url,
-            folder=PrefixFolder(vllm_prefixes),
+            folder=PrefixFolder(vllm_prefixes, key_file=vllm_key_file),
             api_key=vllm_api_key,
             max_requests=max_sequences + max_waiting,
         )

@@ -199,6 +199,7 @@ class GenerationMethods(Components):
         api_key: str | None = None,
         max_requests: int = 1024,
         max_folder_bytes: int = 10 << 30,
+        key_file: str | Path | None = None,
     ) -> "VllmRunner":
         """Run requests on a vLLM server of the same model, instead of a `batcher`.
 
@@ -208,6 +209,7 @@ class GenerationMethods(Components):
             api_key: The server's own API key, if it has one.
             max_requests: Concurrent requests; more are refused.
             max_folder_bytes: Limit of the files in the folder.
+            key_file: File with the key that they are encrypted with (see `PrefixFolder`).
 
         Raises:
             UnsupportedModelError: If vLLM, where slots take positions, cannot serve the model
@@ -222,7 +224,7 @@ class GenerationMethods(Components):
         return VllmRunner(
             self._frozen,
             url=url,
-            folder=PrefixFolder(folder, max_bytes=max_folder_bytes),
+            folder=PrefixFolder(folder, max_bytes=max_folder_bytes, key_file=key_file),
             api_key=api_key,
             max_requests=max_requests,
         )

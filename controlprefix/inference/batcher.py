@@ -19,7 +19,7 @@ from controlprefix.inference.sampling import SampledRow
 from controlprefix.inference.stopping import TextStream, completion_from_tokens
 from controlprefix.inference.waiting_line import WaitingLine
 from controlprefix.model import FrozenModel
-from controlprefix.prefixes import Part, PrefixBatch
+from controlprefix.prefixes import Part, PrefixBatch, PrefixKey
 from controlprefix.request import Request
 
 
@@ -204,6 +204,9 @@ class Batcher(ABC):
 
     def check_health(self) -> None:  # noqa: B027 (nothing to check: the engine is this process)
         """Does nothing: the engine is this process."""
+
+    def forget(self, tenant: str, key: PrefixKey) -> None:  # noqa: B027 (nothing is kept)
+        """Does nothing: only the requests that run have prefixes here."""
 
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Accept no more requests, and finish the accepted ones: see `Runner.close`."""

@@ -38,6 +38,13 @@ class PrefixCaches:
         self.decoders: LRUCache[tuple[str, str], PrefixDecoder] = LRUCache(_MAX_DECODERS)
         self.lock = threading.Lock()  # for the decoders
 
+    def forget(self, tenant: str, key: PrefixKey) -> None:
+        """Drop a name of a tenant; a decoder with the others."""
+        self.prefixes.forget((tenant, key))
+        if key.kind == "decoder":
+            with self.lock:
+                self.decoders.clear()
+
 
 class Resolver:
     """Finds the prefixes that requests name, for one model and one tenant.
@@ -191,7 +198,7 @@ class Resolver:
 
     def forget(self, key: PrefixKey) -> None:
         """Drop a name from memory."""
-        self._caches.prefixes.forget((self._tenant, key))
+        self._caches.forget(self._tenant, key)
 
     def _cached(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, CachedPrefix]:
         entries = self._caches.prefixes.get((self._tenant, key) for key in keys)

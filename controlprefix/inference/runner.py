@@ -14,6 +14,7 @@ from torch import Tensor
 from controlprefix.completion import Completion
 from controlprefix.errors import OverloadedError, RequestError
 from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.prefixes import PrefixKey
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +101,9 @@ class Runner(Protocol):
         Raises:
             EngineError: If it does not.
         """
+
+    def forget(self, tenant: str, key: PrefixKey) -> None:
+        """Remove what the runner keeps of a prefix beyond the requests that run."""
 
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Accept no more requests, and finish the accepted ones.

@@ -1,6 +1,8 @@
 """The ASGI application."""
 
+import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from controlprefix import __version__
+from controlprefix.errors import StoreError
 from controlprefix.serving.errors import add_error_handlers
 from controlprefix.serving.middleware import BodyLimit, RequestLog, ServedHosts
 from controlprefix.serving.openai import ErrorResponse
@@ -24,6 +27,8 @@ from controlprefix.serving.routes import (
 )
 from controlprefix.serving.server import Server
 
+_FORGET_INTERVAL_S = 10.0
+_log = logging.getLogger(__name__)
 _DESCRIPTION = (
     "OpenAI's API for one frozen model. The `model` field may contain a task (`model/task`), "
     "`user` selects a user's prefix, and `attributes`, `strengths` and the other steering fields "
@@ -54,7 +59,9 @@ def create_app(server: Server, *, allow_origins: Sequence[str] = ()) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        dropping = asyncio.create_task(_drop_forgotten(server))
         yield
+        dropping.cancel()
         await run_in_threadpool(server.close)
 
     app: FastAPI = FastAPIOffline(  # its pages need no other server
@@ -82,6 +89,16 @@ def create_app(server: Server, *, allow_origins: Sequence[str] = ()) -> FastAPI:
         app.include_router(module.router)
     _describe_errors(app, server)
     return app
+
+
+async def _drop_forgotten(server: Server) -> None:
+    """Look for what other processes removed, as long as the server runs."""
+    while True:
+        await asyncio.sleep(_FORGET_INTERVAL_S)
+        try:
+            await server.work.with_store(server.drop_forgotten)
+        except StoreError as error:
+            _log.warning("forgotten users could not be dropped, trying again: %s", error)
 
 
 def _describe_errors(app: FastAPI, server: Server) -> None:

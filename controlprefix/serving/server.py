@@ -12,6 +12,7 @@ from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Runner, Ticket, TokenLogProbs
 from controlprefix.model import FrozenModel
 from controlprefix.model.token_bytes import TokenBytes
+from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.request import Request
 from controlprefix.serving.metrics import Metrics
 from controlprefix.serving.openai import Echo
@@ -222,6 +223,25 @@ class Server:
         """Let this process do a job that was just queued, if it does jobs."""
         if self._worker is not None:
             self._worker.wake()
+
+    def drop_forgotten(self) -> None:
+        """Drop what was removed from the store, also by other processes, from memory and files.
+
+        Raises:
+            StoreError: If the store does not answer, or a file cannot be removed.
+        """
+        for tenant, key in self._tenants.drop_forgotten():
+            self._runner.forget(tenant, key)
+
+    async def forget(self, client: Client, kind: Kind, name: str) -> int:
+        """Remove a name from the store, and from this process; returns its versions.
+
+        Raises:
+            UnknownNameError: If there is nothing of that name.
+        """
+        num_versions = await self.work.with_store(client.cp.remove, kind, name)
+        await self.work.with_store(self._runner.forget, client.tenant, PrefixKey(kind, name))
+        return num_versions
 
     def check_health(self) -> None:
         """Check that the server is not shutting down, and that engine and store answer.

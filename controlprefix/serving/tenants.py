@@ -13,7 +13,7 @@ from controlprefix.errors import UnauthorizedError, UnknownNameError
 from controlprefix.inference.resolver import PrefixCaches
 from controlprefix.jobs import JobWorker
 from controlprefix.model import FrozenModel
-from controlprefix.prefixes import Kind
+from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.serving.rate_limit import RateLimiter
 from controlprefix.store import EncryptionKeys, PrefixStore, tenant_of
 
@@ -76,6 +76,7 @@ class Tenants:
         self._lock = threading.Lock()
         self._engines: LRUCache[str, ControlPrefix] = LRUCache(_MAX_ENGINES)
         self._caches = PrefixCaches()
+        self._last_removals: dict[str, int] = {}  # tenant -> number in its audit
         self._known_keys: TTLCache[str, tuple[str, str]] = TTLCache(_MAX_KNOWN_KEYS, _KEY_CACHE_S)
         self._store = PrefixStore(
             store, tenant=open_tenant or _ANY_TENANT, encryption_keys=encryption_keys
@@ -125,6 +126,30 @@ class Tenants:
         engine = self._engine(tenant)
         kinds: tuple[Kind, ...] = ("task", "attribute", "user")
         return any(engine.names(kind, limit=1) for kind in kinds)
+
+    def drop_forgotten(self) -> list[tuple[str, PrefixKey]]:
+        """Drop from memory what other processes removed from the store since the last call.
+
+        Returns:
+            Tenant and name of all that was removed, by this process too.
+
+        Raises:
+            StoreError: If the store does not answer.
+        """
+        with self._lock:
+            tenants = {
+                *self._engines,
+                *(tenant for tenant, _ in self._caches.prefixes.cached_keys()),
+            }
+        removed = []
+        for tenant in sorted(tenants):
+            last = self._last_removals.get(tenant, 0)
+            for entry in self._store.for_tenant(tenant).audit(after=last):
+                self._last_removals[tenant] = entry.number
+                if entry.action == "forget":
+                    self._caches.forget(tenant, entry.key)
+                    removed.append((tenant, entry.key))
+        return removed
 
     def check_health(self) -> None:
         """Check that the store answers.

@@ -6,7 +6,7 @@ It runs inside vLLM, in an environment that has both packages:
         "kv_connector_module_path": "controlprefix.vllm.connector", "kv_role": "kv_both",
         "kv_connector_extra_config": {"folder": "/prefixes"}}'
 
-A request with `kv_transfer_params={"controlprefix": {"digest": …, "num_slots": P}}` starts with P
+A request with `kv_transfer_params={"controlprefix": {"file": …, "num_slots": P}}` starts with P
 placeholder tokens; before it runs, their keys and values are written by the attention backend's
 own function, so no layout is assumed. A prefix that cannot be read fails its own request; it is
 never ignored. A client that sets these parameters is trusted: expose vLLM to the server only.
@@ -14,6 +14,7 @@ never ignored. A client that sets these parameters is trusted: expose vLLM to th
 
 import logging
 import re
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,13 +32,14 @@ from vllm.distributed.parallel_state import (
 )
 
 from controlprefix.errors import ControlPrefixError, GeometryMismatchError
-from controlprefix.prefixes import Prefix, PrefixKey
+from controlprefix.prefixes import Prefix
 from controlprefix.store import PrefixCache
 from controlprefix.vllm.prefix_folder import PrefixFolder
 
 PARAMETER = "controlprefix"  # key in `kv_transfer_params`
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"(?:[0-9a-f]{32}-)?[0-9a-f]{64}")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
+_CHECK_INTERVAL_S = 60.0  # between looks for files that were removed
 _log = logging.getLogger("vllm.controlprefix")
 
 
@@ -47,13 +49,13 @@ class Load:
 
     Attributes:
         request: Id of the request.
-        digest: Names the file of slots.
+        file: Names the file of slots.
         first, last: Slots `first:last`; those before are in the cache already.
         blocks: Per group of layers, the request's blocks from its first token on.
     """
 
     request: str
-    digest: str
+    file: str
     first: int
     last: int
     blocks: tuple[list[int], ...]
@@ -69,8 +71,9 @@ class Loads(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed
 class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Writes slots into vLLM's KV cache: see the module.
 
-    Settings in `kv_connector_extra_config`: `folder`, where the server writes prefixes, and
-    `cached_bytes`, how much of them a worker keeps in host memory (1 GiB).
+    Settings in `kv_connector_extra_config`: `folder`, where the server writes prefixes,
+    `key_file`, with the key that it encrypts them with, if it does, and `cached_bytes`, how much of
+    them a worker keeps in host memory (1 GiB).
 
     Raises:
         ValueError: If the folder is missing, or failed loads would be recomputed.
@@ -86,8 +89,9 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
             raise ValueError(
                 "kv_load_failure_policy must be 'fail': placeholders cannot be recomputed"
             )
-        self._folder = PrefixFolder(folder)
-        self._cache: PrefixCache[PrefixKey] = PrefixCache(int(get_setting("cached_bytes", 1 << 30)))
+        self._folder = PrefixFolder(folder, key_file=get_setting("key_file", None))
+        self._cache: PrefixCache[str] = PrefixCache(int(get_setting("cached_bytes", 1 << 30)))
+        self._checked_at = time.monotonic()
         self._pending: list[Load] = []
         self._done: set[str] = set()
         self._failed: set[str] = set()
@@ -110,11 +114,11 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
         slots = _requested_slots(request)
         if slots is None or num_external_tokens <= 0:
             return
-        digest, num_slots = slots
+        file, num_slots = slots
         self._pending.append(
             Load(
                 request.request_id,
-                digest,
+                file,
                 num_slots - num_external_tokens,
                 num_slots,
                 tuple(list(group) for group in blocks.get_block_ids()),
@@ -142,6 +146,7 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
         """Write the queued slots."""
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, Loads)
+        self._drop_removed()
         for load in metadata.loads:
             try:
                 self._write(load, forward_context.no_compile_layers)
@@ -167,20 +172,28 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
     def wait_for_save(self) -> None:
         """Does nothing: no KV cache is saved."""
 
-    def _read(self, digest: str) -> Prefix:
-        key = PrefixKey("user", digest)  # the cache needs a key; the digest identifies the slots
-        cached = self._cache.get([key]).get(key)
+    def _drop_removed(self) -> None:
+        """Drop from memory, now and then, the prefixes whose files were removed."""
+        if time.monotonic() - self._checked_at < _CHECK_INTERVAL_S:
+            return
+        self._checked_at = time.monotonic()
+        for file in self._cache.cached_keys():
+            if not self._folder.file(file).exists():
+                self._cache.forget(file)
+
+    def _read(self, file: str) -> Prefix:
+        cached = self._cache.get([file]).get(file)
         if cached is not None:
             return cached.prefix
-        prefix = self._folder.read(digest)
-        self._cache.put(key, digest, prefix)
+        prefix = self._folder.read(file)
+        self._cache.put(file, file, prefix)
         return prefix
 
     def _write(self, load: Load, layers: dict[str, Any]) -> None:
-        prefix = self._read(load.digest)
+        prefix = self._read(load.file)
         if prefix.num_slots != load.last:
             raise GeometryMismatchError(
-                f"prefix {load.digest} has {prefix.num_slots} slots; the request says {load.last}"
+                f"prefix {load.file} has {prefix.num_slots} slots; the request says {load.last}"
             )
         positions = torch.arange(load.first, load.last)
         for group, blocks in zip(self._groups, load.blocks, strict=True):
@@ -221,7 +234,7 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
 
 
 def _requested_slots(request: Any) -> tuple[str, int] | None:
-    """The digest and the number of slots that a request asks for.
+    """The file and the number of slots that a request asks for.
 
     Invalid parameters ask for a prefix that does not exist: the request must fail, and the
     scheduler must not.
@@ -229,15 +242,15 @@ def _requested_slots(request: Any) -> tuple[str, int] | None:
     parameters = (request.kv_transfer_params or {}).get(PARAMETER)
     if parameters is None:
         return None
-    digest = parameters.get("digest") if isinstance(parameters, dict) else None
+    file = parameters.get("file") if isinstance(parameters, dict) else None
     count = parameters.get("num_slots") if isinstance(parameters, dict) else None
     if (
-        isinstance(digest, str)
-        and _DIGEST.fullmatch(digest)
+        isinstance(file, str)
+        and _FILE.fullmatch(file)
         and isinstance(count, int)
         and 0 < count < request.num_tokens
     ):
-        return digest, count
+        return file, count
     return "invalid", min(1, request.num_tokens - 1)
 
 

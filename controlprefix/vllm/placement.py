@@ -24,6 +24,7 @@ from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.model.mass_in_keys import MassInKeys
 from controlprefix.model.rotation import Rotation
 from controlprefix.prefixes import Prefix
+from controlprefix.vllm.prefix_folder import file_name
 
 _DIGEST_BITS = 128  # must fit into one block, so that no two requests share it by chance
 _FIRST_ID = 3  # many vocabularies have their special tokens below
@@ -47,14 +48,14 @@ class Placement:
     Attributes:
         prefixes: In order, each with the mass that its keys hold.
         num_slots: Slots of all of them: positions in front of the text.
-        digest: Hash of everything that determines their keys and values; names their file.
+        file_name: Names the file of their keys and values, by a hash of what determines them.
         placeholder_ids: One token id per slot.
         salt: For vLLM's prefix cache.
     """
 
     prefixes: tuple[tuple[Prefix, float], ...]
     num_slots: int
-    digest: str
+    file_name: str
     placeholder_ids: tuple[int, ...]
     salt: str
 
@@ -100,6 +101,7 @@ def place(
         )
     task_copies: list[_Copies] = []
     other_copies: list[_Copies] = []
+    user: str | None = None
     for part in resolved.parts:
         used, strength, prefix = part.used, part.part.strength, part.part.prefix
         if part.part.schedule:
@@ -112,6 +114,7 @@ def place(
             count = math.ceil(strength)
             copies = _Copies(prefix.digest, count, strength / count, prefix)
             (task_copies if used.kind == "task" else other_copies).append(copies)
+            user = used.name if used.kind == "user" else user
     task_copies.sort(key=lambda copies: copies[:3])
     other_copies.sort(key=lambda copies: copies[:3])
     all_copies = [*task_copies, *other_copies]
@@ -131,7 +134,7 @@ def place(
         salt = _hash("salt", resolved.tenant, _hash("head", base, _contents(task_copies)))
         ids = (_FIRST_ID,) * num_shared + ids[: num_slots - num_shared]
     prefixes = tuple((c.prefix, c.mass) for c in all_copies for _ in range(c.times))
-    return Placement(prefixes, num_slots, digest, ids, salt)
+    return Placement(prefixes, num_slots, file_name(digest, resolved.tenant, user), ids, salt)
 
 
 def _num_slots(copies: Sequence[_Copies]) -> int:

@@ -1,6 +1,8 @@
 """PrefixFolder: a folder of assembled prefixes, written by the server and read by vLLM."""
 
 import contextlib
+import hashlib
+import json
 import os
 import threading
 import time
@@ -8,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from controlprefix._io import atomic_path
-from controlprefix.errors import OverloadedError, PrefixFormatError, StoreError
+from controlprefix.errors import OverloadedError, PrefixFormatError, StoreError, StoreKeyError
 from controlprefix.prefixes import Prefix
+from controlprefix.store.encryption import KeyFile, TenantCipher
 
 _IN_USE_S = 600.0  # how long a request may wait for its turn
 _MAX_AGE_S = 3600.0  # after the last use, so that forgotten users disappear here too
@@ -18,21 +21,50 @@ _TARGET_FRACTION = 0.9  # of the limit, to which a sweep evicts
 _FILE_MODE = 0o640  # workers may run as another user of the same group
 
 
+def file_name(digest: str, tenant: str, user: str | None) -> str:
+    """How a file of slots is named: by the digest of its content, and by whose it is, if a user's.
+
+    Example:
+        >>> file_name("0123", "default", None)
+        '0123'
+        >>> file_name("0123", "default", "ana")
+        'bc6333b9f17552409528e6948b1eb99e-0123'
+    """
+    return digest if user is None else f"{_owner(tenant, user)}-{digest}"
+
+
+def _owner(tenant: str, user: str) -> str:
+    return hashlib.sha256(json.dumps([tenant, user]).encode()).hexdigest()[:32]
+
+
 class PrefixFolder:
-    """Files named by the digest of their content. Files unused for an hour are removed.
+    """Files named by `file_name`. Files unused for an hour are removed.
 
     Args:
         path: Created if it does not exist.
         max_bytes: Limit of all files together. Beyond it, the least recently used are evicted,
             except those used in the last ten minutes; if these alone are too many, further
             ones are refused.
+        key_file: File with the key that they are encrypted with, in base64; server and workers
+            have the same. Left out, they are not encrypted.
 
     Raises:
         StoreError: If it cannot be created.
+        StoreKeyError: If the key cannot be read.
     """
 
-    def __init__(self, path: str | Path, *, max_bytes: int = 10 << 30) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        max_bytes: int = 10 << 30,
+        key_file: str | Path | None = None,
+    ) -> None:
         self._path = Path(path)
+        self._suffix = "safetensors" if key_file is None else "encrypted"
+        keys = None if key_file is None else KeyFile(key_file)
+        self._cipher = TenantCipher("the folder of prefixes", keys)
+        self._cipher.encrypt(b"", "")  # a key of another size is refused here
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._size_bytes = 0
@@ -42,28 +74,43 @@ class PrefixFolder:
         except OSError as error:
             raise StoreError(f"cannot use the folder {self._path}: {error}") from error
 
-    def file(self, digest: str) -> Path:
+    def file(self, name: str) -> Path:
         """The path of a prefix's file, whether it exists or not."""
-        return self._path / f"{digest}.safetensors"
+        return self._path / f"{name}.{self._suffix}"
 
-    def read(self, digest: str) -> Prefix:
+    def read(self, name: str) -> Prefix:
         """Read a prefix, and verify its content hash.
 
         Raises:
             StoreError: If it does not exist, or is damaged.
         """
         try:
-            return Prefix.from_bytes(self.file(digest).read_bytes(), name=digest)
-        except (OSError, PrefixFormatError) as error:
-            raise StoreError(f"prefix {digest} cannot be read: {error}") from error
+            data = self.file(name).read_bytes()
+            if self._cipher.current_key_id is not None:
+                data = self._cipher.decrypt(data, self._cipher.current_key_id, name)
+            return Prefix.from_bytes(data, name=name)
+        except (OSError, PrefixFormatError, StoreKeyError) as error:
+            raise StoreError(f"prefix {name} cannot be read: {error}") from error
+
+    def forget(self, tenant: str, user: str) -> None:
+        """Remove the files of a user.
+
+        Raises:
+            StoreError: If one cannot be removed.
+        """
+        try:
+            for path in self._path.glob(f"{_owner(tenant, user)}-*"):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot remove files of a forgotten user: {error}") from error
 
     def write(
-        self, digest: str, make_prefix: Callable[[], Prefix], *, overwrite: bool = False
+        self, name: str, make_prefix: Callable[[], Prefix], *, overwrite: bool = False
     ) -> None:
         """Write a prefix unless it exists, and refresh its mtime so that it is not evicted.
 
         Args:
-            digest: Names the file.
+            name: The file's, from `file_name`.
             make_prefix: Makes the prefix; called only if the file must be written.
             overwrite: Write it also if it exists, since it may be damaged.
 
@@ -71,13 +118,13 @@ class PrefixFolder:
             OverloadedError: If there is no room beside the files in use.
             StoreError: If it cannot be written.
         """
-        path = self.file(digest)
+        path = self.file(name)
         try:
             if not overwrite:
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(path)
                     return
-            data = make_prefix().to_bytes()
+            data, _ = self._cipher.encrypt(make_prefix().to_bytes(), name)
             self._make_room(len(data))
             with atomic_path(path) as unfinished:
                 unfinished.write_bytes(data)

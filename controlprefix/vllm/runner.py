@@ -24,6 +24,7 @@ from controlprefix.inference.runner import Deliver, Ticket, closing_error
 from controlprefix.inference.stopping import TextStream, completion_from_tokens
 from controlprefix.model import FrozenModel
 from controlprefix.model.mass_in_keys import MassInKeys
+from controlprefix.prefixes import PrefixKey
 from controlprefix.request import Request
 from controlprefix.vllm.client import CONNECT_TIMEOUT_S, VllmClient, parse_log_probs
 from controlprefix.vllm.handshake import compare_with_local_model
@@ -181,6 +182,15 @@ class VllmRunner:
         """
         self._wait_for(self._client.check_health())
 
+    def forget(self, tenant: str, key: PrefixKey) -> None:
+        """Remove the files of a user: see `Runner.forget`. Workers drop their copy within minutes.
+
+        Raises:
+            StoreError: If one cannot be removed.
+        """
+        if key.kind == "user":
+            self._folder.forget(tenant, key.name)
+
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Accept no more requests, and finish the accepted ones: see `Runner.close`."""
         with self._lock:
@@ -212,7 +222,7 @@ class VllmRunner:
     def _write_slots(self, placement: Placement, *, overwrite: bool = False) -> None:
         if placement.num_slots:
             self._folder.write(
-                placement.digest,
+                placement.file_name,
                 lambda: placement.slots(self._rotation, self._masses),
                 overwrite=overwrite,
             )
@@ -225,7 +235,7 @@ class VllmRunner:
         top_log_probs: int | None,
     ) -> dict[str, Any]:
         """The body of the request: every setting, since vLLM would use the model's defaults."""
-        slots = {"digest": placement.digest, "num_slots": placement.num_slots}
+        slots = {"file": placement.file_name, "num_slots": placement.num_slots}
         return {
             "model": self._model_name,
             "prompt": [*placement.placeholder_ids, *prompt],
@@ -305,7 +315,7 @@ class VllmRunner:
         """Whether the slots' file should exist, and cannot be read."""
         try:
             if placement.num_slots:
-                self._folder.read(placement.digest)
+                self._folder.read(placement.file_name)
         except StoreError:
             return True
         return False

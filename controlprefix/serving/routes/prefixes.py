@@ -119,7 +119,7 @@ async def remove_prefix(
     kind: PrefixKind, name: PrefixName, client: ClientDependency, server: ServerDependency
 ) -> Removed:
     """Remove every version of a task's or a label's prefix."""
-    num_versions = await server.work.with_store(client.cp.remove, kind, name)
+    num_versions = await server.forget(client, kind, name)
     return Removed(name=name, num_versions=num_versions)
 
 

@@ -100,5 +100,5 @@ async def get_user(user: str, client: ClientDependency, server: ServerDependency
 @router.delete("/{user:path}")
 async def forget_user(user: str, client: ClientDependency, server: ServerDependency) -> Removed:
     """Remove every version of a user's prefix, their kept texts and profile."""
-    num_versions = await server.work.with_store(client.cp.forget_user, user)
+    num_versions = await server.forget(client, "user", user)
     return Removed(name=user, num_versions=num_versions)
