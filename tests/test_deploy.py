@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from sqlalchemy.engine import make_url
 from typer.main import get_command
 
 from controlprefix.cli import app
@@ -55,6 +56,21 @@ def test_the_gateways_command_is_one_that_serve_takes(name: str) -> None:
         assert str(context.params["vllm_prefixes"]) == "/prefixes"
     names = {param.envvar for param in serve.params if param.envvar}
     assert set(compose(name)["services"]["gateway"]["environment"]) <= names
+
+
+def test_the_tables_belong_to_another_role_than_the_gateways() -> None:
+    services = compose()["services"]
+    group, name, *options = services["schema"]["command"]
+    command = get_command(app).commands[group].commands[name]  # type: ignore[attr-defined]
+    role = command.make_context(name, options).params["service_role"]
+    stores = {s: make_url(services[s]["environment"]["CONTROLPREFIX_STORE"])
+              for s in ("schema", "gateway")}  # fmt: skip
+    assert stores["gateway"].username == role == "controlprefix"
+    owner = stores["schema"].username
+    script = (DEPLOY / "postgres.sh").read_text()
+    assert f"OWNER {owner}" in script
+    assert f"CREATE ROLE {role} LOGIN" in script
+    assert role != owner
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import sqlalchemy
 import torch
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ProgrammingError
 
 from controlprefix import (
     Geometry,
@@ -25,8 +27,17 @@ from controlprefix import (
     UnknownNameError,
     VersionConflictError,
 )
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile, StoreStats, versions
+from controlprefix.store import (
+    NewVersion,
+    PrefixKey,
+    PrefixStore,
+    Profile,
+    StoreStats,
+    upgrade,
+    versions,
+)
 from controlprefix.store.database import _full_url
+from controlprefix.store.revisions import HEAD, REVISION_TABLE
 from controlprefix.store.tables import Base
 
 from databases import own_server, restart
@@ -564,3 +575,55 @@ def test_a_server_that_restarts_under_load_is_waited_for(tmp_path: Path) -> None
             thread.join()
         assert errors == []
         assert reads[0] > before
+
+
+@pytest.mark.slow
+def test_a_service_role_reads_and_writes_rows_and_nothing_else(tmp_path: Path) -> None:
+    with own_server(tmp_path / "data") as (server, owner):
+        role = 'Service "1"'  # any name that PostgreSQL takes
+        quoted = role.replace('"', '""')
+        server.psql(f"CREATE ROLE \"{quoted}\" LOGIN PASSWORD 'x' NOSUPERUSER NOBYPASSRLS")
+        service = make_url(owner).set(username=role, password="x")
+        service_url = service.render_as_string(hide_password=False)
+        with pytest.raises(StoreError, match="permission denied"), PrefixStore(service_url):
+            pass
+        assert upgrade(owner, service_role=role) == (None, HEAD)
+        assert upgrade(owner, service_role=role) == (HEAD, HEAD)
+        with PrefixStore(owner, tenant="a") as first:
+            first.put([new(seed=7)])
+        with PrefixStore(service_url, tenant="b") as store:
+            assert not store.ignores_row_security
+            assert store.put([new(), new(BO)]) == [1, 1]
+            assert store.put([new(seed=2)]) == [2]
+            store.for_model(F).rollback(ANA, to=1)
+            assert store.name_of_api_key(store.create_api_key("web")) == "web"
+            store.keep_samples("ana", ["a text"])
+            assert store.forget(ANA) == 2
+            assert store.prune(keep=1) == 0
+            assert [entry.key for entry in store.audit()] == [ANA]
+        engine = sqlalchemy.create_engine(service)
+        tables = [table.name for table in Base.metadata.sorted_tables]
+        attempts = [
+            *(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY" for table in tables),
+            *(f"ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY" for table in tables),
+            *(f"DROP TABLE {table}" for table in tables),
+            *(f"TRUNCATE {table} CASCADE" for table in tables),
+            "DROP POLICY controlprefix_prefixes_own ON controlprefix_prefixes",
+            "ALTER POLICY controlprefix_prefixes_own ON controlprefix_prefixes USING (true)",
+            "CREATE POLICY mine ON controlprefix_prefixes USING (true)",
+            "SET ROLE app",
+            f'ALTER ROLE "{quoted}" BYPASSRLS',
+            f"UPDATE {REVISION_TABLE} SET version_num = '0001'",
+            "CREATE TABLE mine (id int)",
+        ]
+        for statement in attempts:
+            with engine.connect() as connection, pytest.raises(ProgrammingError) as error:
+                connection.exec_driver_sql(statement)
+            assert "permission denied" in str(error.value) or "must be owner" in str(error.value), (
+                statement
+            )
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql("SELECT * FROM controlprefix_versions").all() == []
+        engine.dispose()
+    with pytest.raises(StoreError, match="not on PostgreSQL"):
+        upgrade(f"sqlite:///{tmp_path}/x.db", service_role="x")

@@ -144,11 +144,21 @@ def rebind_store(*, engine: EngineArguments) -> None:
 
 @store_app.command("upgrade")
 @grouped
-def upgrade_store(*, store: StoreArguments) -> None:
+def upgrade_store(
+    service_role: Annotated[
+        str | None,
+        typer.Option(
+            help="PostgreSQL role of the servers, which may then read and write rows and nothing "
+            "else; run this command as another role, which owns the tables."
+        ),
+    ] = None,
+    *,
+    store: StoreArguments,
+) -> None:
     """Upgrade the database to this version's schema; back it up before."""
     from controlprefix.store import upgrade
 
-    before, after = upgrade(store.store)
+    before, after = upgrade(store.store, service_role=service_role)
     if before == after:
         out.print(f"the store is at schema {after} already")
     else:
