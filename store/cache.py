@@ -50,6 +50,11 @@ class PrefixCache(Generic[Key]):
             if prefix.size_bytes <= self._entries.maxsize:
                 self._entries[key] = CachedPrefix(content_hash, prefix)
 
+    def cached_keys(self) -> list[Key]:
+        """What is cached."""
+        with self._lock:
+            return list(self._entries)
+
     def forget(self, key: Key) -> None:
         """Drop the prefix of a key."""
         with self._lock:

@@ -69,6 +69,34 @@ class JsonEncryptionKeys:
             ) from error
 
 
+class KeyFile:
+    """One key for all, from a file with its base64 text.
+
+    Args:
+        path: The file.
+
+    Raises:
+        StoreKeyError: If it cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self._key = base64.b64decode(Path(path).read_text().strip(), validate=True)
+        except (OSError, ValueError) as error:
+            raise StoreKeyError(
+                f"cannot read the key in {str(path)!r}: {type(error).__name__}; it must be 16, 24 "
+                "or 32 bytes in base64, such as: openssl rand -base64 32"
+            ) from error
+
+    def current_key_id(self, tenant: str) -> str:
+        """Its id; there is one key."""
+        return "file"
+
+    def key(self, tenant: str, key_id: str) -> bytes:
+        """The key."""
+        return self._key
+
+
 class TenantCipher:
     """Encrypts and decrypts one tenant's bytes.
 

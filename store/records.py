@@ -146,8 +146,9 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """A removal: when, by which action, and how many versions."""
+    """A removal: its number, when, by which action, and how many versions."""
 
+    number: int
     at: datetime
     action: str
     key: PrefixKey

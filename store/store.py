@@ -319,13 +319,18 @@ class PrefixStore(UserData, JobMethods):
 
         return self._database.run(read)
 
-    def audit(self) -> list[AuditEntry]:
-        """Everything that was removed on request, oldest first."""
+    def audit(self, *, after: int = 0) -> list[AuditEntry]:
+        """What was removed on request, oldest first.
+
+        Args:
+            after: Only entries with a larger number.
+        """
 
         def read(session: Session, tenant: int) -> list[AuditEntry]:
-            query = select(AuditRow).where(AuditRow.tenant_id == tenant).order_by(AuditRow.id)
+            query = select(AuditRow).where(AuditRow.tenant_id == tenant, AuditRow.id > after)
+            query = query.order_by(AuditRow.id)
             return [
-                AuditEntry(row.at, row.action, key_of(row), row.num_versions)
+                AuditEntry(row.id, row.at, row.action, key_of(row), row.num_versions)
                 for row in session.scalars(query)
             ]
 
