@@ -1,5 +1,6 @@
 """What is installed is what is here: the wheel, used outside the checkout."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,3 +116,29 @@ def test_all_public_names_can_be_imported() -> None:
     assert sorted(controlprefix.__all__) == controlprefix.__all__ == dir(controlprefix)
     with pytest.raises(AttributeError, match="has no attribute 'Controlprefix'"):
         controlprefix.Controlprefix  # noqa: B018
+
+
+def test_the_images_packages_are_those_tested_with_hashes() -> None:
+    text = (ROOT / "deploy" / "requirements.txt").read_text().replace("\\\n", " ")
+    locked = {}
+    for line in text.splitlines():
+        requirement, *hashes = line.split("--hash=")
+        assert hashes, line
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", value) for value in hashes), line
+        name, _, version = requirement.strip().partition("==")
+        locked[canonicalize_name(name)] = version
+    constraints = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line
+    )
+    tested = {canonicalize_name(name): version for name, version in constraints.items()}
+    assert {name: tested[name] for name in locked.keys() & tested.keys()} == {
+        name: locked[name] for name in locked.keys() & tested.keys()
+    }
+    assert "torch" not in locked  # the image installs the build for CPUs first
+    extras = {"demo", "embeddings", "encryption", "postgres", "serve", "vllm"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"]]
+    for extra in extras:
+        needed += project["optional-dependencies"][extra]
+    for name in {Requirement(line).name for line in needed} - {"torch", "controlprefix"}:
+        assert canonicalize_name(name) in locked, f"{name}: run make lock"
