@@ -17,6 +17,7 @@ import httpx
 import openai
 import torch
 import uvicorn
+from safetensors.torch import save_file
 
 from controlprefix import (
     ContextLengthError,
@@ -466,6 +467,64 @@ def test_two_engines_behind_one_address(cp: ControlPrefix, folder: Path, tmp_pat
         runner = cp.vllm_runner(url, folder / "prefixes")
         assert texts_of(cp, runner, request) == texts_of(cp, runner, request) == expected
         runner.close()
+
+
+def with_adapter(model: Any, folder: Path, seed: int) -> None:
+    """Add a LoRA adapter of random weights to a model, and save it as PEFT does."""
+    torch.manual_seed(seed)
+    weights, rank = {}, 8
+    for name, layer in model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            down = torch.randn(rank, layer.in_features) * 0.3
+            up = torch.randn(layer.out_features, rank) * 0.3
+            layer.weight.data += up @ down * 2
+            weights[f"base_model.model.{name}.lora_A.weight"] = down
+            weights[f"base_model.model.{name}.lora_B.weight"] = up
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny",
+              "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "v_proj"],
+              "lora_dropout": 0.0, "bias": "none"}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_lora_adapters_beside_prefixes(cp: ControlPrefix, folder: Path, tmp_path: Path) -> None:
+    """Two adapters in one batch: vLLM's CPU build lends one to rows that have none."""
+    engines = {}
+    for seed, name in enumerate(("first", "second")):
+        model = build("llama", head_dim=32)
+        model.load_state_dict(cp._frozen.model.state_dict())
+        with_adapter(model, tmp_path / name, seed)
+        engines[name] = own = ControlPrefix.from_pretrained(
+            model, tokenizer=CHAT, store=f"sqlite:///{tmp_path}/{name}.db"
+        )
+        for i, (user, count) in enumerate(SLOTS.items()):
+            own.put("user", user, Prefix.random(own.geometry, num_slots=count, scale=1.0, seed=i))
+    request_list = [Request(prompt="tell me", user=user, max_new_tokens=16) for user in SLOTS]
+    expected = {name: [c.text for c in own.generate(request_list)] for name, own in engines.items()}
+    assert expected["first"] != expected["second"]
+    adapters = (f"{name}={tmp_path}/{name}" for name in engines)
+    options = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--lora-modules")
+    prefixes, log = tmp_path / "prefixes", tmp_path / "log"
+    with served(folder / "model", prefixes, *options, *adapters, log=log) as url:
+        runners = {
+            name: own.vllm_runner(url, prefixes, model_name=name) for name, own in engines.items()
+        }
+        tickets = [
+            (name, runners[name].submit(engines[name].resolve(item)))
+            for item in request_list
+            for name in engines
+        ]
+        texts: dict[str, list[str]] = {name: [] for name in engines}
+        for name, ticket in tickets:
+            texts[name].append(ticket.result().text)
+        assert texts == expected
+        with pytest.raises(EngineError, match="no model 'x'; it serves: first, second, tiny"):
+            cp.vllm_runner(url, prefixes, model_name="x")
+        with pytest.raises(EngineError, match="serves another model"):
+            cp.vllm_runner(url, prefixes, model_name="first")
+        for runner in runners.values():
+            runner.close()
 
 
 def test_in_bfloat16_log_probabilities_are_within_a_tenth(tmp_path: Path) -> None:

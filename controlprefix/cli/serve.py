@@ -121,6 +121,13 @@ def _serve(
     vllm_url: Annotated[str, typer.Option(help="URL of the vLLM server.")] = (
         "http://127.0.0.1:8001"
     ),
+    vllm_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of vLLM's models to use, such as a LoRA adapter, which --model then has "
+            "too; left out, its first."
+        ),
+    ] = None,
     vllm_prefixes: Annotated[
         Path | None, typer.Option(help="Folder from which vLLM's workers read prefixes.")
     ] = None,
@@ -172,6 +179,7 @@ def _serve(
             url=vllm_url,
             folder=PrefixFolder(vllm_prefixes, key_file=vllm_key_file),
             api_key=vllm_api_key,
+            model_name=vllm_model,
             max_requests=max_sequences + max_waiting,
         )
     server = Server(

@@ -197,6 +197,7 @@ class GenerationMethods(Components):
         folder: str | Path,
         *,
         api_key: str | None = None,
+        model_name: str | None = None,
         max_requests: int = 1024,
         max_folder_bytes: int = 10 << 30,
         key_file: str | Path | None = None,
@@ -207,6 +208,8 @@ class GenerationMethods(Components):
             url: URL of the server, such as `http://localhost:8001`.
             folder: Where its workers read prefixes (see `controlprefix.vllm.connector`).
             api_key: The server's own API key, if it has one.
+            model_name: Which of its models to use, such as a LoRA adapter, which this model then
+                has too; left out, the first.
             max_requests: Concurrent requests; more are refused.
             max_folder_bytes: Limit of the files in the folder.
             key_file: File with the key that they are encrypted with (see `PrefixFolder`).
@@ -226,6 +229,7 @@ class GenerationMethods(Components):
             url=url,
             folder=PrefixFolder(folder, max_bytes=max_folder_bytes, key_file=key_file),
             api_key=api_key,
+            model_name=model_name,
             max_requests=max_requests,
         )
 

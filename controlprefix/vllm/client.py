@@ -29,17 +29,27 @@ class VllmClient:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
 
-    async def model_info(self) -> dict[str, Any]:
-        """The first model of `/v1/models`.
+    async def model_info(self, name: str | None = None) -> dict[str, Any]:
+        """One of `/v1/models`, with its `max_model_len`.
+
+        Args:
+            name: Its id, such as that of a LoRA adapter; left out, the first one.
 
         Raises:
-            EngineError: If the server answers with an error.
+            EngineError: If the server answers with an error, or has no such model.
         """
         response = await self._http.get("/v1/models", timeout=CONNECT_TIMEOUT_S)
         if response.status_code != 200:
             raise EngineError(f"vLLM answers {response.status_code}: {_error_message(response)}")
-        info: dict[str, Any] = response.json()["data"][0]
-        return info
+        models: list[dict[str, Any]] = response.json()["data"]
+        info = next((model for model in models if name in (None, model["id"])), None)
+        if info is None:
+            raise EngineError(
+                f"vLLM serves no model {name!r}; it serves: "
+                + ", ".join(sorted(str(model["id"]) for model in models))
+            )
+        # A LoRA adapter's is that of its base, which comes first.
+        return {**info, "max_model_len": info.get("max_model_len") or models[0]["max_model_len"]}
 
     async def block_size(self) -> int | None:
         """The block size of the KV cache, from `/metrics`; None unless all engines agree."""

@@ -73,6 +73,8 @@ class VllmRunner:
         url: URL of the server, such as `http://localhost:8001`.
         folder: Where its workers read prefixes.
         api_key: The server's own API key, if it has one.
+        model_name: Which of its models to use, such as a LoRA adapter, which `frozen` then has
+            too; left out, the first.
         max_requests: Concurrent requests; more are refused.
 
     Raises:
@@ -87,6 +89,7 @@ class VllmRunner:
         url: str,
         folder: PrefixFolder,
         api_key: str | None = None,
+        model_name: str | None = None,
         max_requests: int = 1024,
     ) -> None:
         self._frozen, self._folder = frozen, folder
@@ -114,7 +117,7 @@ class VllmRunner:
         self._thread.start()
         self._client = VllmClient(url, api_key)
         try:
-            self._model_name = self._wait_for(self._read_server_info())
+            self._model_name = self._wait_for(self._read_server_info(model_name))
             compare_with_local_model(frozen, self._place, self._remote_log_probs)
         except BaseException:
             self.close(timeout_s=0)
@@ -330,12 +333,12 @@ class VllmRunner:
                 f"no vLLM answers at {self._client.url}: {type(error).__name__} {error}"
             ) from error
 
-    async def _read_server_info(self) -> str:
+    async def _read_server_info(self, model_name: str | None) -> str:
         """The name of the model there; also its context length and block size."""
-        info = await self._client.model_info()
+        info = await self._client.model_info(model_name)
         if self._may_share_blocks:
             self._block_size = await self._client.block_size()
-        self._context_length = int(info.get("max_model_len") or self._context_length)
+        self._context_length = int(info["max_model_len"] or self._context_length)
         return str(info["id"])
 
     def _remote_log_probs(self, placement: Placement, prompt: tuple[int, ...]) -> dict[int, float]:
