@@ -1,5 +1,6 @@
 """Users on a Ray cluster: each is stored once, also where an actor is killed."""
 
+import json
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from controlprefix import ControlPrefix, EngineError, RequestError, TrainingDataError
 from controlprefix.cli import app
-from controlprefix.interop import ray_users
+from controlprefix.interop.ray_users import RayCluster
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ def processes() -> list[int]:
     ids = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::_Trainer" in (path / "cmdline").read_bytes():
+            if b"ray::_Actor" in (path / "cmdline").read_bytes():
                 ids.append(int(path.name))
         except OSError:
             continue
@@ -47,9 +48,8 @@ def processes() -> list[int]:
 def test_users_are_those_of_one_process(model_folder: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/cluster.db"
     texts = iter([*TEXTS.items(), ("bad", [" "])])  # consumed one by one
-    report = ray_users.train_users(
-        texts, model=model_folder, store=url, num_actors=2, concurrent_users=2, **OPTIONS
-    )
+    cluster = RayCluster(model=model_folder, store=url, num_actors=2)
+    report = cluster.train_users(texts, concurrent_users=2, **OPTIONS)
     assert report.users.keys() == TEXTS.keys()
     assert report.failed.keys() == {"bad"}
     deadline = time.monotonic() + 30
@@ -65,6 +65,25 @@ def test_users_are_those_of_one_process(model_folder: Path, tmp_path: Path) -> N
     cp.store.close()
 
 
+def test_enrolled_users_are_those_of_one_process(model_folder: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/cluster.db"
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"user": user, "text": text} for user, texts in TEXTS.items() for text in texts]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alone = ControlPrefix.from_pretrained(model_folder, store="sqlite://")
+    alone.enroll_users(rows, num_slots=3, progress=False)
+    command = ["users", "enroll", str(rows), "--num-slots", "3", "--store", url]
+    command += ["--model", str(model_folder), "--ray", "local", "--actors", "1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "stored 6 of 6 users" in result.output
+    cp = ControlPrefix.from_pretrained(model_folder, store=url)
+    for user in TEXTS:
+        assert cp.get("user", user).digest == alone.get("user", user).digest
+        assert len(cp.versions("user", user)) == 1
+    cp.store.close()
+
+
 def test_what_a_killed_actor_had_is_done_once(model_folder: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/cluster.db"
     cp = ControlPrefix.from_pretrained(model_folder, store=url)
@@ -73,7 +92,7 @@ def test_what_a_killed_actor_had_is_done_once(model_folder: Path, tmp_path: Path
     killed = threading.Event()
 
     def kill() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # actors start slowly on a busy machine
         while time.monotonic() < deadline:
             if cp.names("user"):  # the first user is stored
                 for process in processes():
@@ -85,9 +104,8 @@ def test_what_a_killed_actor_had_is_done_once(model_folder: Path, tmp_path: Path
     thread = threading.Thread(target=kill)
     thread.start()
     options = {**OPTIONS, "steps": 60}
-    report = ray_users.train_users(
-        texts, model=model_folder, store=url, num_actors=2, concurrent_users=2, **options
-    )
+    cluster = RayCluster(model=model_folder, store=url, num_actors=2)
+    report = cluster.train_users(texts, concurrent_users=2, **options)
     thread.join()
     assert killed.is_set()
     assert report.users.keys() | set(report.skipped) == texts.keys()
@@ -100,11 +118,13 @@ def test_what_a_killed_actor_had_is_done_once(model_folder: Path, tmp_path: Path
 def test_mistakes_are_clear_errors(tmp_path: Path, model_folder: Path) -> None:
     url = f"sqlite:///{tmp_path}/cluster.db"
     with pytest.raises(EngineError, match="cannot start"):
-        ray_users.train_users(TEXTS, model=tmp_path / "none", store=url, num_actors=1, **OPTIONS)
+        RayCluster(model=tmp_path / "none", store=url, num_actors=1).train_users(TEXTS, **OPTIONS)
     with pytest.raises(TrainingDataError, match="num_actors"):
-        ray_users.train_users(TEXTS, store=url, num_actors=0)
+        RayCluster(store=url, num_actors=0)
     with pytest.raises(TrainingDataError, match="no folder"):
-        ray_users.train_users(TEXTS, store=url, folder=tmp_path)
+        RayCluster(store=url).train_users(TEXTS, folder=tmp_path)
+    with pytest.raises(TrainingDataError, match="0 users at a time"):
+        RayCluster(store=url).train_users(TEXTS, concurrent_users=0)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"user": "ana", "text": "hello"}')
     result = CliRunner().invoke(
@@ -113,4 +133,4 @@ def test_mistakes_are_clear_errors(tmp_path: Path, model_folder: Path) -> None:
     assert isinstance(result.exception, RequestError)
     assert "no run folder" in str(result.exception)
     with pytest.raises(TrainingDataError, match="steps"):
-        ray_users.train_users(TEXTS, store=url, steps=-1)
+        RayCluster(store=url).train_users(TEXTS, steps=-1)

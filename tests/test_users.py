@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from controlprefix import ControlPrefix, Example, StoreError, TrainingDataError
+from controlprefix import (
+    ControlPrefix,
+    Example,
+    StoreError,
+    TrainingDataError,
+    UnknownNameError,
+)
 from controlprefix.training.objectives import Objective, TrainingRow
 
 from models import build, byte_tokenizer
@@ -191,3 +197,19 @@ def test_options_without_effect_are_refused() -> None:
             cp.train_users({"ana": ["hello"]}, **options)
     with pytest.raises(TrainingDataError, match="slot_dropout has no effect .* a decoder"):
         cp.learn_decoder({"ana": ["hello"], "bo": ["ho"]}, slot_dropout=0.1)
+
+
+def test_many_users_are_enrolled_as_each_alone() -> None:
+    texts = {f"u{i}": [f"a text {i}", "another"] for i in range(3)}
+    cp, alone = engine(), engine()
+    pairs = iter([*texts.items(), ("empty", [" "]), ("no\nname", ["a text"]), ("u0", ["more"])])
+    report = cp.enroll_users(pairs, num_slots=3, keep_texts=True, progress=False)
+    assert report.users == {"u0": 2, "u1": 1, "u2": 1}
+    assert report.failed.keys() == {"empty", "no\nname"}
+    assert "no text" in report.failed["empty"]
+    for user, own in texts.items():
+        alone.enroll(user, own, num_slots=3)
+        assert cp.get("user", user, version=1).digest == alone.get("user", user).digest
+    assert cp.names("user") == sorted(texts)
+    with pytest.raises(UnknownNameError, match="no decoder 'people'"):
+        cp.enroll_users(texts, decoder="people")

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -20,9 +20,35 @@ from controlprefix.cli.options import training_options
 from controlprefix.cli.runs import RunArguments, exit_when_interrupted
 from controlprefix.errors import RequestError
 
+if TYPE_CHECKING:
+    from controlprefix.interop.ray_users import RayCluster
+    from controlprefix.users import EnrolmentReport, UsersReport
+
 DecoderOption = Annotated[
     str | None, typer.Option("--decoder", help="A stored decoder: see `users decoder`.")
 ]
+RefineOption = Annotated[
+    bool, typer.Option("--refine", help="Then train the prefix on the texts, for some seconds.")
+]
+EnrolledSlotsOption = Annotated[int, typer.Option(help="Without a decoder: slots at most.")]
+KeepTextsOption = Annotated[
+    bool, typer.Option("--keep-texts", help="Store the texts too, for `users train`.")
+]
+GuardOption = Annotated[
+    bool,
+    typer.Option(
+        "--guard", help="With a decoder: be no more personal than helps on left-out texts."
+    ),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Work on a Ray cluster: its address, auto, or local for one of this machine. "
+        "There is no run folder then.",
+    ),
+]
+ActorsOption = Annotated[int, typer.Option(help="With --ray: processes, each with a model.")]
 UserArgument = Annotated[str, typer.Argument(help="Name of the user.")]
 SplitOption = Annotated[
     Literal["line", "paragraph", "file"],
@@ -44,23 +70,14 @@ def enroll(
     ],
     split: SplitOption = "line",
     decoder: DecoderOption = None,
-    refine: Annotated[
-        bool, typer.Option("--refine", help="Then train the prefix on the texts, for some seconds.")
-    ] = False,
-    num_slots: Annotated[int, typer.Option(help="Without a decoder: slots at most.")] = 64,
-    keep_texts: Annotated[
-        bool, typer.Option("--keep-texts", help="Store the texts too, for `users train`.")
-    ] = False,
+    refine: RefineOption = False,
+    num_slots: EnrolledSlotsOption = 64,
+    keep_texts: KeepTextsOption = False,
     add: Annotated[
         bool,
         typer.Option("--add", help="With a decoder: add the texts to those enrolled before."),
     ] = False,
-    guard: Annotated[
-        bool,
-        typer.Option(
-            "--guard", help="With a decoder: be no more personal than helps on left-out texts."
-        ),
-    ] = False,
+    guard: GuardOption = False,
     *,
     columns: ColumnArguments,
     engine: EngineArguments,
@@ -108,15 +125,8 @@ def train_users(
     ] = False,
     num_slots: Annotated[int, typer.Option(help="Slots per prefix, without a decoder.")] = 16,
     concurrent_users: Annotated[int, typer.Option(help="Users at a time.")] = 16,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            help="Train on a Ray cluster: its address, auto, or local for one of this machine. "
-            "There is no run folder then.",
-        ),
-    ] = None,
-    actors: Annotated[int, typer.Option(help="With --ray: processes, each with a model.")] = 2,
+    ray_address: RayOption = None,
+    actors: ActorsOption = 2,
     *,
     columns: ColumnArguments,
     run: RunArguments,
@@ -138,23 +148,63 @@ def train_users(
             cp = engine.open(create=True)
             report = cp.train_users(texts, **run.options(data or Path("users")), **options)
         else:
-            from controlprefix.interop.ray_users import train_users as train_on_ray
-
             if texts is None:
                 raise RequestError("a cluster trains on texts of a file; give one")
             if run != RunArguments():
                 raise RequestError("--ray has no run folder; leave the options of one out")
-            report = train_on_ray(
-                texts,
-                model=engine.model,
-                store=engine.store,
-                tenant=engine.tenant,
-                encryption_keys=engine.read_keys(),
-                address=None if ray_address == "local" else ray_address,
-                num_actors=actors,
-                loading={**engine.loading_options(), "device": engine.device},
-                **options,
-            )
+            report = _cluster(engine, ray_address, actors).train_users(texts, **options)
+    _print_stored(report)
+
+
+@users_app.command("enroll")
+@grouped
+def enroll_users(
+    data: Annotated[Path, typer.Argument(help=_DATA_HELP)],
+    decoder: DecoderOption = None,
+    refine: RefineOption = False,
+    num_slots: EnrolledSlotsOption = 64,
+    keep_texts: KeepTextsOption = False,
+    guard: GuardOption = False,
+    ray_address: RayOption = None,
+    actors: ActorsOption = 2,
+    *,
+    columns: ColumnArguments,
+    engine: EngineArguments,
+) -> None:
+    """Store a usable prefix for each of many users at once, from texts they wrote."""
+    from controlprefix.data import read_users
+
+    texts = read_users(data, columns=columns.columns())
+    options: dict[str, Any] = {
+        "decoder": decoder,
+        "refine": refine,
+        "num_slots": num_slots,
+        "keep_texts": keep_texts,
+        "guard": guard,
+    }
+    with exit_when_interrupted():
+        if ray_address is None:
+            report = engine.open(create=True).enroll_users(texts, **options)
+        else:
+            report = _cluster(engine, ray_address, actors).enroll_users(texts, **options)
+    _print_stored(report)
+
+
+def _cluster(engine: EngineArguments, address: str, num_actors: int) -> "RayCluster":
+    from controlprefix.interop.ray_users import RayCluster
+
+    return RayCluster(
+        model=engine.model,
+        store=engine.store,
+        tenant=engine.tenant,
+        encryption_keys=engine.read_keys(),
+        address=None if address == "local" else address,
+        num_actors=num_actors,
+        loading={**engine.loading_options(), "device": engine.device},
+    )
+
+
+def _print_stored(report: "UsersReport | EnrolmentReport") -> None:
     for user, reason in report.failed.items():
         out.print(f"not stored: user {user!r}: {reason}")
     num_users = len(report.users) + len(report.failed) + len(report.skipped)

@@ -1,6 +1,6 @@
 """The methods of `ControlPrefix` for users and their prefixes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_users
@@ -8,7 +8,14 @@ from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.engine.exchange import ExchangeMethods
 from controlprefix.store import SimilarUser
 from controlprefix.training import RunControl, TrainingOptions
-from controlprefix.users import DecoderReport, MigrationReport, PrivacyReport, UsersReport
+from controlprefix.users import (
+    DecoderReport,
+    EnrolmentReport,
+    MigrationReport,
+    PrivacyReport,
+    UsersReport,
+    enroll_each,
+)
 
 
 class UserMethods(ExchangeMethods):
@@ -171,6 +178,57 @@ class UserMethods(ExchangeMethods):
             add=add,
             guard=guard,
         )
+
+    def enroll_users(
+        self,
+        texts: UserTexts,
+        *,
+        columns: Columns | None = None,
+        decoder: str | None = None,
+        refine: bool = False,
+        num_slots: int = 64,
+        keep_texts: bool = False,
+        keep_profile: bool = False,
+        guard: bool = False,
+        progress: bool = True,
+    ) -> EnrolmentReport:
+        """Enroll many users, one after another: see `enroll`.
+
+        A user that cannot be enrolled is reported, and affects nobody.
+
+        Args:
+            texts: As in `train_users`; pairs of a user and texts are consumed one by one.
+            columns: Which columns of rows hold what, if they have other names.
+            decoder, refine, num_slots, keep_texts, keep_profile, guard: As in `enroll`.
+            progress: Show a bar.
+
+        Returns:
+            The version of each user, and why others failed.
+
+        Raises:
+            TrainingDataError: If rows cannot be read.
+            UnknownNameError: If there is no such decoder.
+            StoreError: If a prefix cannot be stored.
+        """
+        users = read_users(texts, columns=columns)
+        if decoder is not None:
+            self.versions("decoder", decoder)  # a mistake is told before the users' own
+
+        def enroll(user: str, own: Sequence[str]) -> int:
+            return self._user_trainer.enroll(
+                user,
+                list(own),
+                decoder=decoder,
+                refine=refine,
+                num_slots=num_slots,
+                keep_texts=keep_texts,
+                keep_profile=keep_profile,
+                add=False,
+                guard=guard,
+            )
+
+        pairs = users.items() if isinstance(users, Mapping) else users
+        return enroll_each(pairs, enroll, progress=progress)
 
     def migrate_users(self, source: "UserMethods", *, decoder: str = "users") -> MigrationReport:
         """Give the users of another model codes of this one, without their texts.

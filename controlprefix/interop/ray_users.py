@@ -1,4 +1,4 @@
-"""Training many users on a Ray cluster: actors that each hold one frozen model.
+"""Many users on a Ray cluster: actors that each hold one frozen model.
 
 The nodes need this package and the model; the store must be one that all of them reach, such as
 PostgreSQL.
@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 from controlprefix._io import progress_bar, requires_extra
 from controlprefix.data import read_users
@@ -18,16 +18,17 @@ from controlprefix.engine import ControlPrefix
 from controlprefix.errors import EngineError, TrainingDataError, UnknownNameError
 from controlprefix.store import EncryptionKeys
 from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
-from controlprefix.users import UsersReport
+from controlprefix.users import EnrolmentReport, UsersReport
 
 _MAX_ATTEMPTS = 3
 
 Users = list[tuple[str, list[str]]]
+Report = TypeVar("Report", UsersReport, EnrolmentReport)
 
 
 @dataclass
 class _Chunk:
-    """Users that one actor trains together.
+    """Users that one actor is given together.
 
     Attributes:
         users: Their texts.
@@ -40,8 +41,8 @@ class _Chunk:
     num_attempts: int = 0
 
 
-class _Trainer:
-    """An actor: one model, and the store. Its methods run in another process."""
+class _Actor:
+    """One model, and the store. Its methods run in another process."""
 
     def __init__(self, model: str, store: dict[str, Any], loading: dict[str, Any]) -> None:
         self._cp = ControlPrefix.from_pretrained(model, **store, **loading)
@@ -50,13 +51,13 @@ class _Trainer:
         """The current version of each user; 0 if there is none."""
         return {user: self._version(user) for user in users}
 
-    def train(
-        self, users: Users, versions: Mapping[str, int], options: dict[str, Any]
-    ) -> tuple[UsersReport, list[str]]:
-        """Train users, except those that an actor stored before it died; returns their names."""
+    def work(
+        self, method: str, users: Users, versions: Mapping[str, int], options: dict[str, Any]
+    ) -> tuple[UsersReport | EnrolmentReport, list[str]]:
+        """Train or enroll users, except those that an actor stored before it died; names these."""
         stored = [user for user, _ in users if self._version(user) != versions[user]]
         texts = [(user, own) for user, own in users if user not in stored]
-        report = self._cp.train_users(texts, progress=False, **options)
+        report = getattr(self._cp, method)(texts, progress=False, **options)
         return report, stored
 
     def _version(self, user: str) -> int:
@@ -67,33 +68,14 @@ class _Trainer:
         return next(info.version for info in versions if info.current)
 
 
-def train_users(
-    texts: Any,
-    *,
-    model: str | os.PathLike[str] = "smollm2",
-    store: str,
-    tenant: str = "default",
-    encryption_keys: EncryptionKeys | None = None,
-    address: str | None = None,
-    num_actors: int = 2,
-    cpus_per_actor: float = 1,
-    gpus_per_actor: float = 0,
-    concurrent_users: int = 16,
-    num_slots: int = 16,
-    decoder: str | None = None,
-    as_codes: bool = True,
-    loading: Mapping[str, Any] | None = None,
-    **options: Unpack[TrainingOptions],
-) -> UsersReport:
-    """Train a prefix for each user on a Ray cluster: `ControlPrefix.train_users` by many actors.
+class RayCluster:
+    """Trains or enrolls many users by actors on a Ray cluster.
 
     Users are drawn from `texts` as actors are free, so there may be millions. Each is stored as
     soon as it is finished. What an actor had when it was killed is done by another, without the
     users that it had stored.
 
     Args:
-        texts: As in `ControlPrefix.train_users`, or a Ray Dataset of rows with a user and a text;
-            pairs of a user and texts are consumed one by one.
         model: Name or folder that every node can load.
         store: SQLAlchemy URL that every node reaches.
         tenant, encryption_keys: As in `ControlPrefix.from_pretrained`.
@@ -101,74 +83,148 @@ def train_users(
             that is connected, or a cluster of this machine.
         num_actors: Processes, each with a model.
         cpus_per_actor, gpus_per_actor: What each gets; CPUs are its threads.
-        concurrent_users: Users that an actor trains at a time.
-        num_slots, decoder, as_codes: As in `ControlPrefix.train_users`.
         loading: Options of `controlprefix.model.loading.load`, such as `{"device": "cuda"}`.
-        **options: Fields of `TrainingSettings`, for each user, and `progress`.
-
-    Returns:
-        A report per user; why others failed; in `skipped`, users whose actor died after storing
-        them.
 
     Raises:
-        TrainingDataError: If an option is invalid.
-        EngineError: If the actors cannot start, or die again and again.
+        TrainingDataError: If `num_actors` is below 1.
         MissingDependencyError: If ray is not installed.
     """
-    with requires_extra("ray", "a Ray cluster"):
-        import ray
-    if num_actors < 1 or concurrent_users < 1:
-        raise TrainingDataError("num_actors and concurrent_users must be 1 or more")
-    control, fields = RunControl.split_off(options)
-    if control != RunControl(progress=control.progress):
-        raise TrainingDataError(
-            "a run on a cluster has no folder, tracker or callbacks; what is "
-            "finished is in the store"
-        )
-    TrainingSettings.from_options(fields)  # a mistake is told before models are loaded
-    if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False)
-    settings = {
-        **fields,
-        "num_slots": num_slots,
-        "decoder": decoder,
-        "as_codes": as_codes,
-        "concurrent_users": concurrent_users,
-    }
-    threads = str(max(1, int(cpus_per_actor)))
-    remote = ray.remote(
-        num_cpus=cpus_per_actor,
-        num_gpus=gpus_per_actor,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
-    )(_Trainer)
-    opened = {"store": store, "tenant": tenant, "encryption_keys": encryption_keys}
 
-    def start() -> Any:
-        return remote.remote(os.fspath(model), opened, dict(loading or {}))
+    def __init__(
+        self,
+        *,
+        model: str | os.PathLike[str] = "smollm2",
+        store: str,
+        tenant: str = "default",
+        encryption_keys: EncryptionKeys | None = None,
+        address: str | None = None,
+        num_actors: int = 2,
+        cpus_per_actor: float = 1,
+        gpus_per_actor: float = 0,
+        loading: Mapping[str, Any] | None = None,
+    ) -> None:
+        with requires_extra("ray", "a Ray cluster"):
+            import ray
+        if num_actors < 1:
+            raise TrainingDataError(f"num_actors is {num_actors}; it must be 1 or more")
+        self._ray, self._address, self._num_actors = ray, address, num_actors
+        self._resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
+        opened = {"store": store, "tenant": tenant, "encryption_keys": encryption_keys}
+        self._arguments = (os.fspath(model), opened, dict(loading or {}))
 
-    started = time.monotonic()
-    chunks = _chunks(texts, concurrent_users)
-    first = list(itertools.islice(chunks, num_actors))
-    run = _Run(ray, start, itertools.chain(first, chunks), settings)
-    return run.until_done(max(1, len(first)), started, control.progress)
+    def train_users(
+        self,
+        texts: Any,
+        *,
+        num_slots: int = 16,
+        decoder: str | None = None,
+        as_codes: bool = True,
+        concurrent_users: int = 16,
+        **options: Unpack[TrainingOptions],
+    ) -> UsersReport:
+        """Train a prefix for each user: `ControlPrefix.train_users` by many actors.
+
+        Args:
+            texts: As in `ControlPrefix.train_users`, or a Ray Dataset of rows with a user and a
+                text; pairs of a user and texts are consumed one by one.
+            num_slots, decoder, as_codes: As there.
+            concurrent_users: Users that an actor trains at a time.
+            **options: Fields of `TrainingSettings`, for each user, and `progress`.
+
+        Returns:
+            A report per user; why others failed; in `skipped`, users whose actor died after
+            storing them.
+
+        Raises:
+            TrainingDataError: If an option is invalid.
+            EngineError: If the actors cannot start, or die again and again.
+        """
+        control, fields = RunControl.split_off(options)
+        if control != RunControl(progress=control.progress):
+            raise TrainingDataError(
+                "a run on a cluster has no folder, tracker or callbacks; what is "
+                "finished is in the store"
+            )
+        TrainingSettings.from_options(fields)  # a mistake is told before models are loaded
+        settings = {
+            **fields,
+            "num_slots": num_slots,
+            "decoder": decoder,
+            "as_codes": as_codes,
+            "concurrent_users": concurrent_users,
+        }
+        chunks = _chunks(texts, concurrent_users)
+        return self._run("train_users", UsersReport(), chunks, settings, control.progress)
+
+    def enroll_users(
+        self, texts: Any, *, chunk_size: int = 64, progress: bool = True, **options: Any
+    ) -> EnrolmentReport:
+        """Enroll each user: `ControlPrefix.enroll_users` by many actors.
+
+        Args:
+            texts: As in `train_users`.
+            chunk_size: Users that an actor is given at a time.
+            progress: Show a bar.
+            **options: Options of `ControlPrefix.enroll_users`, such as `decoder`.
+
+        Returns:
+            The version of each user; why others failed; in `skipped`, users whose actor died
+            after storing them.
+
+        Raises:
+            TypeError: If there is no such option.
+            EngineError: If the actors cannot start, or die again and again.
+        """
+        chunks = _chunks(texts, chunk_size)
+        return self._run("enroll_users", EnrolmentReport(), chunks, options, progress)
+
+    def _run(
+        self,
+        method: Literal["train_users", "enroll_users"],
+        report: Report,
+        chunks: Iterator[_Chunk],
+        options: dict[str, Any],
+        progress: bool,
+    ) -> Report:
+        ray, started = self._ray, time.monotonic()
+        first = list(itertools.islice(chunks, self._num_actors))
+        if not ray.is_initialized():
+            ray.init(address=self._address, log_to_driver=False)
+        threads = str(max(1, int(self._resources["num_cpus"])))
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        remote = ray.remote(**self._resources, runtime_env={"env_vars": environment})(_Actor)
+
+        def start() -> Any:
+            return remote.remote(*self._arguments)
+
+        run = _Run(ray, start, itertools.chain(first, chunks), report, method, options)
+        skipped = run.until_done(max(1, len(first)), progress)
+        seconds = time.monotonic() - started
+        return type(report)(report.users, report.failed, tuple(skipped), seconds)
 
 
 class _Run:
     """One run: the actors, what each does, and the report."""
 
     def __init__(
-        self, ray: Any, start: Any, chunks: Iterator[_Chunk], options: dict[str, Any]
+        self,
+        ray: Any,
+        start: Any,
+        chunks: Iterator[_Chunk],
+        report: UsersReport | EnrolmentReport,
+        method: str,
+        options: dict[str, Any],
     ) -> None:
-        self._ray, self._start, self._options = ray, start, options
+        self._ray, self._start, self._method, self._options = ray, start, method, options
         self._chunks = chunks
         self._again: deque[_Chunk] = deque()
         self._doing: dict[Any, tuple[Any, _Chunk]] = {}  # by reference: the actor and its chunk
-        self._report = UsersReport()
+        self._report: Any = report
         self._skipped: list[str] = []
         self._num_dead = 0
 
-    def until_done(self, num_actors: int, started: float, progress: bool) -> UsersReport:
-        """Train all users."""
+    def until_done(self, num_actors: int, progress: bool) -> list[str]:
+        """Do all users; returns those that were skipped."""
         actors = [self._start() for _ in range(num_actors)]
         with progress_bar("users", None, visible=progress) as update:
             for actor in actors:
@@ -187,12 +243,7 @@ class _Run:
                 self._give(actor)
                 note = f"{len(self._report.failed)} failed" if self._report.failed else ""
                 update(len(self._report.users) + len(self._report.failed), note)
-        return UsersReport(
-            self._report.users,
-            self._report.failed,
-            tuple(self._skipped),
-            time.monotonic() - started,
-        )
+        return self._skipped
 
     def _give(self, actor: Any) -> None:
         """Give an actor its next users; without any it ends."""
@@ -208,7 +259,7 @@ class _Run:
             self._give(self._replaced(chunk, error))
             return
         chunk.num_attempts += 1
-        reference = actor.train.remote(chunk.users, chunk.versions, self._options)
+        reference = actor.work.remote(self._method, chunk.users, chunk.versions, self._options)
         self._doing[reference] = (actor, chunk)
 
     def _replaced(self, chunk: _Chunk, error: Exception) -> Any:
@@ -223,7 +274,7 @@ class _Run:
             reason = str(error).strip().splitlines()[-1]
             raise EngineError(f"the actors cannot start: {reason}") from error
         if chunk.num_attempts >= _MAX_ATTEMPTS:
-            reason = f"{_MAX_ATTEMPTS} actors died while they trained this user or one beside it"
+            reason = f"{_MAX_ATTEMPTS} actors died while they did this user or one beside it"
             self._report.failed.update((user, reason) for user, _ in chunk.users)
         else:
             self._again.append(chunk)
@@ -231,7 +282,13 @@ class _Run:
 
 
 def _chunks(texts: Any, size: int) -> Iterator[_Chunk]:
-    """Users by so many; rows of a Ray Dataset are grouped by user first."""
+    """Users by so many; rows of a Ray Dataset are grouped by user first.
+
+    Raises:
+        TrainingDataError: If the size is below 1, or the rows cannot be read.
+    """
+    if size < 1:
+        raise TrainingDataError(f"{size} users at a time; it must be 1 or more")
     if hasattr(texts, "iter_rows") and hasattr(texts, "materialize"):
         texts = list(texts.iter_rows())
     users = read_users(texts)

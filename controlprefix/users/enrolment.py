@@ -1,14 +1,71 @@
 """Enrolment: a usable prefix or code from a user's texts, without training."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
+from controlprefix._io import progress_bar
 from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
-from controlprefix.errors import RequestError
+from controlprefix.errors import (
+    ControlPrefixError,
+    MissingDependencyError,
+    RequestError,
+    StoreError,
+)
 from controlprefix.model import FrozenModel
 from controlprefix.model.condensed_text import prefix_from_pieces
 from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
 from controlprefix.store import Profile, VersionInfo
 from controlprefix.users.text_features import TextFeatures
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolmentReport:
+    """The result of enrolling many users.
+
+    Attributes:
+        users: The new version of each user.
+        failed: Why, per user that could not be enrolled. Nothing was stored for them.
+        skipped: Users that were stored before by a process that died.
+        seconds: Wall-clock time in total.
+    """
+
+    users: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def enroll_each(
+    texts: Iterable[tuple[str, Sequence[str]]],
+    enroll: Callable[[str, Sequence[str]], int],
+    *,
+    progress: bool,
+) -> EnrolmentReport:
+    """Enroll users one after another; one that cannot be is reported, and affects nobody.
+
+    Args:
+        texts: Users with their texts; consumed one by one.
+        enroll: Stores a user's prefix, and returns its version.
+        progress: Show a bar.
+
+    Raises:
+        MissingDependencyError: If an extra is not installed.
+        StoreError: If a prefix cannot be stored.
+    """
+    report, started = EnrolmentReport(), time.monotonic()
+    with progress_bar("users", None, visible=progress) as update:
+        for user, own in texts:
+            try:
+                report.users[user] = enroll(user, own)
+            except (StoreError, MissingDependencyError):
+                raise
+            except ControlPrefixError as error:
+                report.failed[user] = str(error)
+            note = f"{len(report.failed)} failed" if report.failed else ""
+            update(len(report.users) + len(report.failed), note)
+    seconds = time.monotonic() - started
+    return EnrolmentReport(report.users, report.failed, seconds=seconds)
 
 
 def prefix_from_texts(frozen: FrozenModel, texts: Sequence[str], num_slots: int) -> Prefix:
