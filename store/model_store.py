@@ -3,7 +3,6 @@
 from collections.abc import Collection, Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import sqlalchemy as sa
 from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
@@ -157,14 +156,9 @@ class ModelStore:
 
         def read(session: Session, tenant: int) -> list[str]:
             query = select_prefixes(tenant, self._fingerprint).where(PrefixRow.kind == kind)
-            name: Any = PrefixRow.name
-            if self._database.is_postgresql:  # its default order is that of a language
-                name = sa.collate(PrefixRow.name, "C")
             if after:
-                query = query.where(name > after)
-            if limit is None:
-                return sorted(session.scalars(query.with_only_columns(PrefixRow.name)))
-            page = query.with_only_columns(PrefixRow.name).order_by(name).limit(limit)
+                query = query.where(PrefixRow.name > after)
+            page = query.with_only_columns(PrefixRow.name).order_by(PrefixRow.name).limit(limit)
             return list(session.scalars(page))
 
         return self._database.run(read)

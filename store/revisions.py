@@ -16,6 +16,7 @@ REVISIONS = (
     "0004",
     "0005",
     "0006",
+    "0007",
 )  # oldest first; a test compares them with the files
 HEAD = REVISIONS[-1]
 

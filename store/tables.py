@@ -81,7 +81,10 @@ class PrefixRow(Base):
     id: Mapped[int] = mapped_column(_Id, primary_key=True)
     tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
     kind: Mapped[str] = mapped_column(String(16))
-    name: Mapped[str] = mapped_column(String(255))
+    # By code points, as in SQLite, and not by a language, whose order no index has.
+    name: Mapped[str] = mapped_column(
+        String(255).with_variant(postgresql.VARCHAR(255, collation="C"), "postgresql")
+    )
     fingerprint: Mapped[str] = mapped_column(String(64))
     model_name: Mapped[str] = mapped_column(String(255))
     current_version: Mapped[int]

@@ -44,6 +44,7 @@ RUNS = {
     "compatibility": "--families llama mamba bart",
     "storage_dtypes": "--steps 8",
     "store": "--small 40 --large 40 --times 2",
+    "users_at_scale": "--users 40 400 --times 3",
     "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.001",
     "comparison": "DATA --methods plain controlprefix --steps 1 --rates 1 --rows 4 --new-tokens 2 "
     "--num-slots 2 --training-rows 32",
@@ -68,7 +69,14 @@ RUNS = {
     "privacy": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 4 "
     "--num-canaries 1 --ways enrolled",
 }
-WITHOUT_MODEL = ("compatibility", "gpu", "loading", "relevance", "store")  # these have no `--model`
+WITHOUT_MODEL = (
+    "compatibility",
+    "gpu",
+    "loading",
+    "relevance",
+    "store",
+    "users_at_scale",
+)  # these have no `--model`
 SKIPPED = {
     "adapters_batch_split": "needs an environment with an older transformers",
     "serving": "tested with real servers, below",
