@@ -91,4 +91,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf docs/_build $(VENV) .venv-adapters .venv-lock .venv-vllm build dist *.egg-info
+	rm -rf docs/_build docs/notebooks $(VENV) .venv-adapters .venv-lock .venv-vllm build dist *.egg-info

