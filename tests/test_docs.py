@@ -14,6 +14,7 @@ from controlprefix import ControlPrefix, embeddings
 from controlprefix.data import as_examples
 
 from helpers import Letters
+from image_models import image_model
 from models import build, byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -36,9 +37,24 @@ def test_readme_quickstart_runs_as_printed(
         assert label in printed
 
 
-@pytest.mark.parametrize(
-    "name", ["quickstart", "users", "tables", "simplification", "any_transformers_call"]
+EXAMPLES = (
+    "any_transformers_call",
+    "captions",
+    "quickstart",
+    "simplification",
+    "summaries",
+    "tables",
+    "users",
+    "varieties",
 )
+
+
+def test_every_example_is_run() -> None:
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert names == {*EXAMPLES, "clients"}  # which needs a server
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None
@@ -47,7 +63,12 @@ def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     spec.loader.exec_module(example)
     model, tokenizer = build("llama"), byte_tokenizer()
     tokenizer.padding_side = "left"
-    with_two_lengths = ControlPrefix.from_pretrained(model, tokenizer=tokenizer, store="sqlite://")
+    processor = None
+    if name == "captions":
+        model, tokenizer, processor = image_model("llava")
+    with_two_lengths = ControlPrefix.from_pretrained(
+        model, tokenizer=tokenizer, processor=processor, store="sqlite://"
+    )
     options = {} if name == "any_transformers_call" else {"steps": 1}
     example.main(with_two_lengths, **options)
     assert capsys.readouterr().out.strip()

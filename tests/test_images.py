@@ -10,7 +10,6 @@ import httpx
 import openai
 import pytest
 import torch
-from image_models import NAMES, image_model, picture
 from PIL import Image
 
 from controlprefix import ControlPrefix, Example, Message, Request, RequestError, TrainingDataError
@@ -23,6 +22,7 @@ from controlprefix.prefixes import Part
 from controlprefix.store import PrefixStore
 
 from helpers import QUICK, engine, random_prefix
+from image_models import NAMES, image_model, picture
 
 if TYPE_CHECKING:
     from servers import Served
