@@ -121,5 +121,8 @@ def test_the_command_reports_and_writes(
     assert "sea=yes" in result.output
     assert set(json.loads((folder / "users.json").read_text())["users"]) == set(STYLES)
     assert (folder / "users.png").stat().st_size > 1000
+    page = (folder / "users.html").read_text()
+    assert "For whom user prefixes work" in page
+    assert all(f"<td>{user}</td>" in page for user in STYLES)
     groups.write_text('["ana"]')
     assert CliRunner().invoke(app, arguments).exit_code != 0

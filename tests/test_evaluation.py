@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,14 @@ def test_the_harness_finds_control_where_there_is_some(
     page = report.save(tmp_path).read_text()
     assert 'src="data:image/png;base64,' in page
     assert "http" not in page  # it needs nothing else
+    assert "48 rows are too few to tell small differences" in page
+    for words in ("people&#39;s texts", "cannot tell", "tenant", "attribute pitch=low version 1"):
+        assert words in page, words
+    assert report.attribute_accuracy_references.keys() == without.keys()
+    (_, low) = report.samples
+    assert low.requested == "pitch=low"
+    assert low.rows[0][3] == next(r.completion for r in rows if r.attributes["pitch"] == "low")
+    assert report.about["prefixes"] == [f"attribute pitch={x} version 1" for x in ("high", "low")]
     assert json.loads((tmp_path / "report.json").read_text())["num_rows"] == 48
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -181,7 +190,9 @@ def test_an_evaluation_goes_on_where_it_was_broken_off(
     assert sum(request) == before  # nothing is asked again
     prefix = cp.get("attribute", "pitch=low")
     cp.put("attribute", "pitch=low", prefix)
-    assert evaluate(cp, rows, [classifier], folder=tmp_path, **how) == whole
+    again = evaluate(cp, rows, [classifier], folder=tmp_path, **how)
+    assert again.about["prefixes"][1] == "attribute pitch=low version 2"
+    assert replace(again, about=whole.about) == whole
     assert sum(request) == before  # another version, but the same prefix
 
 

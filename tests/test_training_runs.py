@@ -1,5 +1,6 @@
 """Runs that are killed, shared, traced, cut short or distilled."""
 
+import html
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from controlprefix import (
     StoreError,
     TrainingDataError,
 )
+from controlprefix.reports import provenance
 from controlprefix.training import ParameterizationName
 from controlprefix.training.run import TrainingRun
 
@@ -307,3 +309,20 @@ def test_learning_curves_are_written_as_numbers_and_as_a_picture(tmp_path: Path)
     assert [tuple(item) for item in output["validation"]] == list(report.validation)
     pytest.importorskip("matplotlib")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    pytest.importorskip("jinja2")
+    page = (tmp_path / "report.html").read_text()
+    for words in ("held out, at the start", "Settings", "learning_rate", "How it was made"):
+        assert words in page, words
+    for name, version in report.saved.items():
+        assert f"{name} version {version}" in html.unescape(page)
+
+
+def test_a_command_line_is_shown_without_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--store", "postgresql://app:pass-word@db/x", "a b"]
+    for program, expected in (
+        ("/usr/bin/controlprefix", "controlprefix --store postgresql://app:***@db/x 'a b'"),
+        ("examples/users.py", "python users.py --store postgresql://app:***@db/x 'a b'"),
+        ("-c", ""),
+    ):
+        monkeypatch.setattr("sys.argv", [program, *arguments])
+        assert provenance()["command"] == expected

@@ -1,7 +1,5 @@
 """The command that compares ways to adapt a model: compare."""
 
-import shlex
-import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -149,7 +147,6 @@ def compare(
         cp,
         examples,
         folder=folder,
-        command=shlex.join(["controlprefix", *sys.argv[1:]]),
         **options,
     )
     for title, header, lines in report.tables():

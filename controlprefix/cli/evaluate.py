@@ -73,7 +73,7 @@ def evaluate(
     out.print(table)
     if report.not_classified:
         out.print(f"not classified: {', '.join(report.not_classified)}")
-    out.print(f"base-model NLL {report.base_model_nll.mean:.2f} nats per token")
+    out.print(f"base-model NLL {report.quality.base_model_nll.mean:.2f} nats per token")
     out.print(f"the report is in {report.save(folder)}")
 
 
@@ -88,7 +88,7 @@ def evaluate_users(
     min_group_size: Annotated[
         int, typer.Option(help="Groups with fewer users are not reported.")
     ] = 8,
-    folder: Annotated[Path, typer.Option(help="Folder of users.json and users.png.")] = Path(
+    folder: Annotated[Path, typer.Option(help="Folder of users.html, .json and .png.")] = Path(
         "report"
     ),
     seed: SeedOption = 0,
@@ -104,7 +104,11 @@ def evaluate_users(
     examples = as_examples(rows, columns=columns.columns(), defaults=columns.defaults())
     cp = engine.open()
     result = evaluation.evaluate_users(
-        cp, examples, groups=groupings, min_group_size=min_group_size, seed=seed
+        cp,
+        examples,
+        groups=groupings,
+        min_group_size=min_group_size,
+        seed=seed,
     )
     table = Table("users", "gain, nats per token", "95 % interval")
     gains = [("all", result.gain)]

@@ -1,9 +1,11 @@
 """The evaluation harness: a store and test rows in, an `EvaluationReport` out."""
 
+import hashlib
 import random
 import statistics
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.embeddings import embed
@@ -20,12 +22,15 @@ from controlprefix.evaluation.metrics import (
     spearman,
     wilson_proportion,
 )
-from controlprefix.evaluation.report import CurvePoint, EvaluationReport
+from controlprefix.evaluation.report import CurvePoint, EvaluationReport, TextQuality, TextSample
 from controlprefix.evaluation.text_cache import TextCache
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 from controlprefix.prefixes import PrefixKey
+from controlprefix.reports import provenance
 
+_NUM_SAMPLES = 3  # texts that a report shows of each label
+_MAX_NAMED_ROWS = 1000  # whose prefixes it names
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -111,6 +116,7 @@ def evaluate(
         },
         attribute_accuracy=_accuracy(by_attribute, row_ids, generated, prompts),
         attribute_accuracy_without=_accuracy(by_attribute, row_ids, generated_plain, prompts),
+        attribute_accuracy_references=_accuracy(by_attribute, row_ids, references, prompts),
         not_classified=_not_classified(examples, row_ids),
         curves=curves,
         monotonicity={
@@ -120,10 +126,9 @@ def evaluate(
             for name, points in curves.items()
         },
         cross_talk=_cross_talk(classifiers, row_ids, curve_texts, curve_prompts),
-        base_model_nll=bootstrap_mean(base_model_nlls(cp, generated)),
-        distinct_1=distinct_n(generated, 1),
-        distinct_2=distinct_n(generated, 2),
-        self_bleu=self_bleu(generated),
+        quality=_quality(cp, generated),
+        quality_without=_quality(cp, generated_plain),
+        quality_references=_quality(cp, references),
         content={
             "similarity": bootstrap_mean(similarity(generated, references), prompts),
             "chrF": bootstrap_mean(chrf(generated, references), prompts),
@@ -135,6 +140,56 @@ def evaluate(
             prompts,
         ),
         num_rows=len(examples),
+        samples=tuple(
+            TextSample(
+                key.name,
+                tuple(
+                    (
+                        examples[i].conversation[-1].content,
+                        generated[i],
+                        generated_plain[i],
+                        references[i],
+                    )
+                    for i in ids[:_NUM_SAMPLES]
+                ),
+            )
+            for key, ids in row_ids.items()
+        ),
+        about=about_prefixes(cp, examples),
+    )
+
+
+def about_prefixes(cp: ControlPrefix, rows: Sequence[Example]) -> dict[str, Any]:
+    """What results of rows were made with.
+
+    Args:
+        cp: With the prefixes that the rows name.
+        rows: The rows.
+    """
+    used = {
+        f"{part.used.kind} {part.used.name} version {part.used.version}"
+        for resolved in map(cp.resolve, rows[:_MAX_NAMED_ROWS])
+        for part in resolved.parts
+    }
+    frozen = cp.frozen_model
+    data = hashlib.sha256(repr([row.model_dump() for row in rows]).encode()).hexdigest()
+    return provenance(
+        model=f"{frozen.geometry.model_name} in {str(frozen.dtype).removeprefix('torch.')}",
+        weights=frozen.fingerprint[:12],
+        data=f"{len(rows)} rows, {data[:12]}",
+        store=cp.store.label,
+        tenant=cp.store.tenant,
+        prefixes=sorted(used),
+    )
+
+
+def _quality(cp: ControlPrefix, texts: Sequence[str]) -> TextQuality:
+    return TextQuality(
+        bootstrap_mean(base_model_nlls(cp, texts)),
+        distinct_n(texts, 1),
+        distinct_n(texts, 2),
+        self_bleu(texts),
+        statistics.fmean(len(text.split()) for text in texts),
     )
 
 

@@ -1,67 +1,35 @@
 """EvaluationReport: the results of an evaluation, and their HTML page."""
 
-import base64
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from controlprefix._io import requires_extra
-from controlprefix.errors import StoreError
 from controlprefix.evaluation.metrics import Estimate
+from controlprefix.reports import (
+    comparison_in_words,
+    few_rows_note,
+    figure_of,
+    render,
+    to_png,
+    write_report,
+)
 
-PAGE_STYLE = """\
-:root { color-scheme: light dark; --line: #ddd; --soft: #666; --best: #e7f3ea; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; --best: #1e3a28; } }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-.wide { overflow-x: auto; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left;
-         vertical-align: top; }
-th[title] { text-decoration: underline dotted; cursor: help; }
-td { font-variant-numeric: tabular-nums; }
-.best { background: var(--best); font-weight: 600; }
-img { max-width: 100%; background: #fff; }
-pre { overflow-x: auto; }
-.note { color: var(--soft); }
-"""
-
-_TEMPLATE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What the prefixes do</title>
-<style>{{ style | safe }}</style></head><body>
-{% macro table(header, rows) %}
-<div class="wide"><table>
-<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% endmacro %}
-<h1>What the prefixes do</h1>
-<p>{{ report.num_rows }} rows. In brackets: 95 % confidence intervals; rows with the same prompt
-count as one.</p>
-{% if report.not_classified %}<p class="note">Not counted: {{ report.not_classified | join(", ") }};
-no classifier knows them, or they occurred in mixtures only.</p>{% endif %}
-<h2>Attribute accuracy</h2>
-<p>How often the classifier predicts a label for texts that were requested with it.</p>
-{{ table(("label", "requested with it", "requested without", "monotonicity"), accuracy) }}
-<p class="note">Monotonicity: rank correlation of strength and probability.</p>
-<h2>Strength</h2>
-<img alt="Probability of each label, and base-model NLL, over strength" src="{{ images.curves }}">
-<h2>Cross-talk</h2>
-<p>How much a label at strength 1, against 0, adds to the probability of each label. Grey: the
-95 % confidence interval contains 0.</p>
-<img alt="A matrix of labels set and labels measured" src="{{ images.cross_talk }}">
-<h2>Texts</h2>
-{{ table(("metric", "value"), texts) }}
-<h2>Classifiers</h2>
-{{ table(("attribute", "accuracy on held-out texts", "calibration error"), classifiers) }}
-</body></html>
-"""
+ACCURACY_HEADER = (
+    "label",
+    ("requested with it ↑", "share of texts in which the classifier finds the label"),
+    ("without", "the same requests without any label"),
+    ("in words", "whether the two differ by more than chance"),
+    ("people's texts", "what the classifier finds in the rows' own texts with that label"),
+    ("monotonicity ↑", "rank correlation of strength and probability: 1 is a dial, 0 none"),
+)
+QUALITY_HEADER = ("", "with labels", "without", "people's texts")
+_CLASSIFIER_HEADER = (
+    "attribute",
+    ("accuracy ↑", "share of held-out texts whose label it finds"),
+    ("calibration error ↓", "how far its probabilities are from how often it is right"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +49,38 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, slots=True)
+class TextQuality:
+    """What some texts are like.
+
+    Attributes:
+        base_model_nll: Negative log-likelihood of the texts under the model without prefixes,
+            nats per token.
+        distinct_1, distinct_2, self_bleu: Their diversity.
+        words: Mean number of words.
+    """
+
+    base_model_nll: Estimate
+    distinct_1: float
+    distinct_2: float
+    self_bleu: float
+    words: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextSample:
+    """Some texts of a label.
+
+    Attributes:
+        requested: The label.
+        rows: Prompt, text with the label, text of the same request without labels, and the row's
+            own text, of each.
+    """
+
+    requested: str
+    rows: tuple[tuple[str, str, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """The results of an evaluation. Labels are named `formality=formal`.
 
@@ -88,37 +88,40 @@ class EvaluationReport:
         classifiers: Per attribute, accuracy and calibration error of its classifier.
         attribute_accuracy: Per label, how often the classifier predicts it for texts that were
             requested with it; `attribute_accuracy_without`: for the same requests without
-            attributes.
+            attributes; `attribute_accuracy_references`: for the rows' own texts.
         not_classified: Labels that rows ask for and no result counts: without a classifier
             that knows them, or only in mixtures.
         curves: Per label, what strengths of it alone do.
         monotonicity: Per label, the rank correlation of strength and probability.
         cross_talk: Per label, how much strength 1 against 0 adds to the probability of every
             label.
-        base_model_nll: Negative log-likelihood of the texts under the model without prefixes,
-            nats per token.
-        distinct_1, distinct_2, self_bleu: Diversity of the texts.
+        quality: What the texts are like; `quality_without`: those of the same requests without
+            attributes; `quality_references`: the rows' own.
         content: Similarity to the rows' own completions (sentence embeddings), and chrF.
         users: Per user with two rows or more, how much nearer (cosine of sentence embeddings)
             texts with the user's prefix are to the user's completions of other rows than texts
             without it.
         num_rows: Rows that were requested.
+        samples: Some texts of each label.
+        about: What it was made with: model, store, versions of prefixes, command, date.
     """
 
     classifiers: dict[str, dict[str, float]]
     attribute_accuracy: dict[str, Estimate]
     attribute_accuracy_without: dict[str, Estimate]
+    attribute_accuracy_references: dict[str, Estimate]
     not_classified: tuple[str, ...]
     curves: dict[str, list[CurvePoint]]
     monotonicity: dict[str, float]
     cross_talk: dict[str, dict[str, Estimate]]
-    base_model_nll: Estimate
-    distinct_1: float
-    distinct_2: float
-    self_bleu: float
+    quality: TextQuality
+    quality_without: TextQuality
+    quality_references: TextQuality
     content: dict[str, Estimate]
     users: dict[str, Estimate]
     num_rows: int
+    samples: tuple[TextSample, ...]
+    about: dict[str, Any]
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json`, its plots as PNG, and `report.html`, which contains all.
@@ -130,58 +133,16 @@ class EvaluationReport:
             StoreError: If the folder cannot be written.
             MissingDependencyError: If matplotlib or jinja2 is not installed.
         """
-        return _write_page(Path(folder), self)
+        plots = {"curves": _plot_curves(self), "cross_talk": _plot_cross_talk(self)}
+        html = _render(self, plots)
+        results = json.dumps(_nan_to_null(self.to_dict()), indent=2) + "\n"
+        images = {f"{name}.png": image for name, image in plots.items()}
+        write_report(folder, {"report.json": results, **images, "report.html": html})
+        return Path(folder) / "report.html"
 
     def to_dict(self) -> dict[str, Any]:
         """All results in a form that JSON can hold."""
         return asdict(self)
-
-
-def _write_page(folder: Path, report: EvaluationReport) -> Path:
-    """Write `report.json`, `curves.png`, `cross_talk.png` and `report.html`."""
-    plots = {"curves": _plot_curves(report), "cross_talk": _plot_cross_talk(report)}
-    html = _render(report, plots)
-    results = json.dumps(_nan_to_null(report.to_dict()), indent=2) + "\n"
-    images = {f"{name}.png": image for name, image in plots.items()}
-    return write_report(folder, {"report.json": results, **images, "report.html": html})
-
-
-def write_report(folder: Path, files: Mapping[str, str | bytes]) -> Path:
-    """Write the files of a report; returns the path of `report.html`.
-
-    Raises:
-        StoreError: If the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            data = content.encode() if isinstance(content, str) else content
-            (folder / name).write_bytes(data)
-    except OSError as error:
-        raise StoreError(f"cannot write the report to {folder}: {error}") from error
-    return folder / "report.html"
-
-
-def render(template: str, images: Mapping[str, bytes], **values: Any) -> str:
-    """A page of a report, with its images in it.
-
-    Args:
-        template: In Jinja's language; it has `style` and `images`.
-        images: PNG files by name.
-        **values: What else it has.
-
-    Raises:
-        MissingDependencyError: If jinja2 is not installed.
-    """
-    with requires_extra("eval", "an HTML report"):
-        from jinja2 import Environment
-
-    urls = {
-        name: f"data:image/png;base64,{base64.b64encode(image).decode()}"
-        for name, image in images.items()
-    }
-    page = Environment(autoescape=True).from_string(template)
-    return page.render(style=PAGE_STYLE, images=urls, **values)
 
 
 def _nan_to_null(value: Any) -> Any:
@@ -198,17 +159,26 @@ def _render(report: EvaluationReport, plots: dict[str, bytes]) -> str:
         (
             name,
             _interval(estimate),
-            _interval(report.attribute_accuracy_without[name]),
+            _interval(without := report.attribute_accuracy_without[name]),
+            comparison_in_words(estimate, without),
+            _interval(report.attribute_accuracy_references[name]),
             f"{report.monotonicity[name]:.2f}",
         )
         for name, estimate in report.attribute_accuracy.items()
     ]
-    texts = [
-        ("base-model NLL, nats per token", _interval(report.base_model_nll)),
-        ("distinct words", f"{report.distinct_1:.2f}"),
-        ("distinct pairs of words", f"{report.distinct_2:.2f}"),
-        ("self-BLEU", "–" if math.isnan(report.self_bleu) else f"{report.self_bleu:.1f}"),
-        *((f"content, {name}", _interval(value)) for name, value in report.content.items()),
+    sides = (report.quality, report.quality_without, report.quality_references)
+    quality = [
+        (title, *(_number(getattr(side, name), digits) for side in sides))
+        for title, name, digits in (
+            ("base-model NLL, nats per token (lower: plainer)", "base_model_nll", 2),
+            ("distinct words (higher: more varied)", "distinct_1", 2),
+            ("distinct pairs of words (higher: more varied)", "distinct_2", 2),
+            ("self-BLEU (lower: more varied)", "self_bleu", 1),
+            ("words per text", "words", 1),
+        )
+    ]
+    others = [
+        *((f"{name} to the rows' own texts", _interval(v)) for name, v in report.content.items()),
         *(
             (f"nearer to other texts of {user} than without {user}", _interval(value))
             for user, value in report.users.items()
@@ -219,8 +189,25 @@ def _render(report: EvaluationReport, plots: dict[str, bytes]) -> str:
         for name, metrics in report.classifiers.items()
     ]
     return render(
-        _TEMPLATE, plots, report=report, accuracy=accuracy, texts=texts, classifiers=classifiers
+        "evaluation.html",
+        plots,
+        report=report,
+        about=report.about,
+        few=few_rows_note(report.num_rows),
+        accuracy_header=ACCURACY_HEADER,
+        accuracy=accuracy,
+        quality_header=QUALITY_HEADER,
+        quality=quality,
+        others=others,
+        classifier_header=_CLASSIFIER_HEADER,
+        classifiers=classifiers,
     )
+
+
+def _number(value: Estimate | float, digits: int) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.{digits}f}"
+    return _interval(value)
 
 
 def _interval(estimate: Estimate) -> str:
@@ -271,22 +258,3 @@ def _plot_cross_talk(report: EvaluationReport) -> bytes:
 def _escape(label: str) -> str:
     """matplotlib renders text between dollars as formulas, and hides labels that start with _."""
     return " " * label.startswith("_") + label.replace("$", r"\$")
-
-
-def figure_of(size: Sequence[float]) -> Any:
-    """An empty matplotlib figure.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-    """
-    with requires_extra("eval", "a report"):
-        from matplotlib.figure import Figure
-
-    return Figure(figsize=(size[0], size[1]), layout="constrained", dpi=120)
-
-
-def to_png(figure: Any) -> bytes:
-    """A matplotlib figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

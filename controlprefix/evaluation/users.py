@@ -11,11 +11,12 @@ import torch
 
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import StoreError, TrainingDataError
+from controlprefix.errors import TrainingDataError
+from controlprefix.evaluation.harness import about_prefixes
 from controlprefix.evaluation.metrics import Estimate, bootstrap_mean, wilson_proportion
-from controlprefix.evaluation.report import figure_of, to_png
 from controlprefix.example import Example
 from controlprefix.model.log_probs import kl_divergences, target_logits
+from controlprefix.reports import few_rows_note, figure_of, render, to_png, write_report
 from controlprefix.request import Request
 
 IMPERSONAL_PROMPTS = (
@@ -65,6 +66,7 @@ class UsersEvaluation:
         harmed: Share of users who are harmed.
         groups: Per grouping and group, the mean gain of its users.
         too_small: Groups with fewer users than are reported.
+        about: What it was made with: model, store, command, date.
     """
 
     users: dict[str, UserResult]
@@ -73,25 +75,23 @@ class UsersEvaluation:
     harmed: Estimate
     groups: dict[str, dict[str, Estimate]]
     too_small: tuple[str, ...]
+    about: dict[str, Any]
 
     def save(self, folder: str | Path) -> Path:
-        """Write `users.json` and `users.png`, the gain of each user in order.
+        """Write `users.json`, `users.png` (the gain of each user, in order) and `users.html`.
 
         Returns:
-            The JSON file.
+            The HTML file.
 
         Raises:
             StoreError: If the folder cannot be written.
-            MissingDependencyError: If matplotlib is not installed.
+            MissingDependencyError: If matplotlib or jinja2 is not installed.
         """
-        image, path = _plot(self), Path(folder) / "users.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            path.with_suffix(".png").write_bytes(image)
-        except OSError as error:
-            raise StoreError(f"cannot write the results to {folder}: {error}") from error
-        return path
+        image = _plot(self)
+        results = json.dumps(asdict(self), indent=2) + "\n"
+        html = _render(self, image)
+        write_report(folder, {"users.json": results, "users.png": image, "users.html": html})
+        return Path(folder) / "users.html"
 
 
 def evaluate_users(
@@ -164,6 +164,7 @@ def evaluate_users(
         wilson_proportion([result.is_harmed for result in users.values()]),
         by_group,
         too_small,
+        about_prefixes(cp, examples),
     )
 
 
@@ -228,6 +229,54 @@ def _off_context(
             logits.append(target_logits(frozen, prompts, targets)[0])
     plain, steered = logits
     return float(kl_divergences(steered, plain).mean())
+
+
+def _render(result: UsersEvaluation, image: bytes) -> str:
+    def interval(estimate: Estimate) -> str:
+        return f"{estimate.mean:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"
+
+    summary = [
+        ("gain ↑", interval(result.gain)),
+        ("gain of the tenth of users with the least ↑", f"{result.worst_decile:+.3f}"),
+        (
+            "users whose texts are less likely with their own prefix ↓",
+            f"{result.harmed.mean:.0%} ({result.harmed.low:.0%} to {result.harmed.high:.0%})",
+        ),
+        *(
+            (f"gain, {grouping} {group}", interval(gain))
+            for grouping, groups in result.groups.items()
+            for group, gain in groups.items()
+        ),
+    ]
+    users = [
+        (
+            name,
+            user.num_rows,
+            interval(user.gain),
+            "harmed" if user.is_harmed else "helped" if user.gain.low > 0 else "cannot tell",
+            interval(user.gain_over_none),
+            f"{user.off_context:.3f}",
+        )
+        for name, user in sorted(result.users.items(), key=lambda item: item[1].gain.mean)
+    ]
+    return render(
+        "users.html",
+        {"plot": image},
+        result=result,
+        about=result.about,
+        few=few_rows_note(sum(user.num_rows for user in result.users.values())),
+        summary_header=("", "nats per token, or share"),
+        summary=summary,
+        user_header=(
+            "user",
+            "rows",
+            ("gain ↑", "over other users' prefixes, nats per token"),
+            ("in words", "whether it differs from 0 by more than chance"),
+            ("gain over none ↑", "over no user prefix, nats per token"),
+            ("off context ↓", "how much it changes answers that are not about the user (KL, nats)"),
+        ),
+        users=users,
+    )
 
 
 def _plot(evaluation: UsersEvaluation) -> bytes:

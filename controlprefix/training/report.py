@@ -10,7 +10,15 @@ from typing import Any, Self
 
 from controlprefix._io import atomic_path
 from controlprefix._version import __version__
-from controlprefix.errors import StoreError
+from controlprefix.errors import MissingDependencyError, StoreError
+from controlprefix.reports import (
+    few_rows_note,
+    figure_of,
+    provenance,
+    render,
+    to_png,
+    write_report,
+)
 
 REPORT_FILE = "report.json"
 
@@ -69,7 +77,9 @@ class TrainingReport:
         return min((loss for _, loss in self.validation), default=self.losses[-1])
 
     def save(self, folder: str | Path) -> None:
-        """Write `report.json`, `history.csv`, and `curves.png` if matplotlib is installed.
+        """Write `report.json`, `history.csv`, and with the extra `eval` a page and its plot.
+
+        These are `report.html` and `curves.png`.
 
         Raises:
             StoreError: If the folder cannot be written.
@@ -85,9 +95,13 @@ class TrainingReport:
                 names = ["step", "loss", "learning_rate", "grad_norm", "validation_loss"]
                 writer.writerow([*names, *self._metric_names])
                 writer.writerows(self._history())
-            draw_curves(folder / "curves.png", self)
         except OSError as error:
             raise StoreError(f"cannot write the report to {folder}: {error}") from error
+        try:
+            plot = draw_curves(self)
+            write_report(folder, {"curves.png": plot, "report.html": _render(self, plot)})
+        except MissingDependencyError:
+            return  # the figures are in the other files
 
     @classmethod
     def load(cls, folder: str | Path) -> Self | None:
@@ -120,16 +134,42 @@ class TrainingReport:
         return [first, *rows] if 0 in validation else rows
 
 
-def draw_curves(path: Path, report: TrainingReport) -> None:
-    """Plot each metric of the steps; without any, the losses, and the validation loss."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return  # installed with the extra `eval`
+def _render(report: TrainingReport, plot: bytes) -> str:
+    names = [f"{name} version {version}" for name, version in report.saved.items()]
+    title = names[0] if len(names) == 1 else f"{len(names)} prefixes" if names else "a trial"
+    validation = dict(report.validation)
+    first, best = validation.get(0), validation.get(report.best_step)
+    losses = [("trained on, last step", f"{report.losses[-1]:.3f}")]
+    if first is not None and best is not None:
+        losses.insert(0, ("held out, at the start", f"{first:.3f}"))
+        losses.insert(1, (f"held out, step {report.best_step}, which was kept", f"{best:.3f}"))
+    words = few_rows_note(report.num_held_out) if report.num_held_out else ""
+    if first is not None and best is not None and best >= first:
+        words = f"Training did not help: no step beat the start on held-out rows. {words}"
+    return render(
+        "training.html",
+        {"curves": plot},
+        title=title,
+        report=report,
+        in_words=words or ("" if validation else "Nothing was held out: the last step was kept."),
+        losses=losses,
+        settings=[(name, value) for name, value in report.settings.items() if value is not None],
+        about=provenance(
+            model=report.model, store=report.store, tenant=report.tenant, prefixes=names
+        ),
+    )
+
+
+def draw_curves(report: TrainingReport) -> bytes:
+    """A plot of each metric of the steps as PNG; without any, the losses, validation too.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+    """
     names = dict.fromkeys(name for metrics in report.metrics for name in metrics)
     curves = {name: [m.get(name, math.nan) for m in report.metrics] for name in names}
     curves = curves or {"nats per target token": list(report.losses)}
-    figure = Figure(figsize=(7, 1 + 3 * len(curves)), layout="constrained")
+    figure = figure_of((7, 1 + 3 * len(curves)))
     steps = range(1, len(report.losses) + 1)
     for axes, (name, values) in zip(
         figure.subplots(len(curves), squeeze=False)[:, 0], curves.items(), strict=True
@@ -144,7 +184,7 @@ def draw_curves(path: Path, report: TrainingReport) -> None:
             axes.axvline(best, color="tab:orange", linestyle=":", label=f"kept: step {best}")
         axes.set(xlabel="step", ylabel=name)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    return to_png(figure)
 
 
 def _running_mean(losses: Sequence[float]) -> list[float]:

@@ -48,7 +48,6 @@ def compare(
     general: Rows | None = None,
     other_prompts: Sequence[str] | None = None,
     folder: str | Path | None = None,
-    command: str = "",
     progress: bool = True,
 ) -> ComparisonReport:
     """Train every method on the same rows in as many steps, and compare them on held-out rows.
@@ -77,7 +76,6 @@ def compare(
         general: Texts that people wrote for no task, to measure forgetting.
         other_prompts: Prompts of another task, to measure divergence; left out, general ones.
         folder: Where results are kept as they are measured: an interrupted run continues there.
-        command: The command line, for the report.
         progress: Show a progress bar.
 
     Returns:
@@ -126,7 +124,7 @@ def compare(
     general_rows = [] if general is None else _examples(general, None)[:num_rows]
     options["elsewhere"] = _hash([general_rows], *(other_prompts or ()))
     options["classifiers"] = sorted(classifier.attribute for classifier in classifiers)
-    state = ComparisonState(None if folder is None else Path(folder) / _FILE, options, command)
+    state = ComparisonState(None if folder is None else Path(folder) / _FILE, options)
     elsewhere = measures.elsewhere(problem, general_rows, other_prompts)
     runner = Runner(problem, state, elsewhere, {c.attribute: c for c in classifiers}, num_rates)
     counts = [len(seeds) + num_rates - 1 if METHODS[name](problem).rates else 1 for name in names]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from controlprefix.evaluation.report import figure_of, render, to_png, write_report
+from controlprefix.reports import few_rows_note, figure_of, render, to_png, write_report
 
 
 class Column(NamedTuple):
@@ -101,46 +101,6 @@ SECTIONS = {
     "What it does to other texts": KEPT,
     "Cost": COSTS,
 }
-
-_TEMPLATE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Ways to adapt {{ options.model }}</title>
-<style>{{ style | safe }}</style></head><body>
-<h1>Ways to adapt one model</h1>
-<p>{{ options.model }} in {{ options.dtype }}; {{ options.rows.training }} rows to train on in
-{{ options.steps }} steps of {{ options.batch_size }}, {{ options.rows.validation }} to choose
-learning rates, {{ options.rows.test }} to measure on; {{ options.num_slots }} slots. Means over
-seeds, with the standard deviation. Arrows point to better values; point at a heading for what it
-means.</p>
-{% if few %}<p class="note">{{ few }}</p>{% endif %}
-{% for title, header, rows in tables %}
-<h2>{{ title }}</h2>
-<div class="wide"><table><thead><tr><th>method</th>
-{% for column in header %}<th title="{{ column.explanation }}">{{ column.heading }}</th>{% endfor %}
-</tr></thead><tbody>
-{% for name, cells in rows %}<tr><td>{{ name }}</td>
-{% for cell, best in cells %}<td{% if best %} class="best"{% endif %}>{{ cell }}</td>{% endfor %}
-</tr>{% endfor %}</tbody></table></div>
-{% endfor %}
-{% if skipped %}<h2>Skipped</h2><ul>{% for name, reason in skipped.items() %}
-<li>{{ name }}: {{ reason }}</li>{% endfor %}</ul>{% endif %}
-<h2>Loss, and what it costs elsewhere</h2>
-<img alt="Loss of each method over its divergence on other texts" src="{{ images.plot }}">
-<h2>Texts</h2>
-{% for name, texts in texts.items() %}<details{% if loop.first %} open{% endif %}>
-<summary>{{ name }}</summary><div class="wide"><table><tbody>
-{% for text in texts %}<tr><td>{{ text.labels.values() | join(", ") }}</td>
-<td>{{ text.prompt }}</td><td>{{ text.text }}</td></tr>{% endfor %}</tbody></table></div></details>
-{% endfor %}
-<h2>How to repeat it</h2>
-{% if about.command %}<pre>{{ about.command }}</pre>{% endif %}
-<p>{{ about.date }}, {{ about.device }}, {{ about.threads }} threads, Python {{ about.python }},
-{{ versions | join(", ") }}. Data {{ options.data }}, weights {{ options.fingerprint[:12] }}.
-Learning rates: {{ rates | join(", ") }}.</p>
-</body></html>
-"""
 
 
 @dataclass(frozen=True)
@@ -269,8 +229,8 @@ class ComparisonReport:
         """
         image = self._plot()
         html = self._html(image)
-        return write_report(
-            Path(folder),
+        write_report(
+            folder,
             {
                 "report.json": json.dumps(self.to_dict(), indent=2) + "\n",
                 "report.md": self.markdown(),
@@ -279,26 +239,35 @@ class ComparisonReport:
                 "report.html": html,
             },
         )
+        return Path(folder) / "report.html"
 
     def _html(self, image: bytes) -> str:
-        num_test = self.options["rows"]["test"]
-        few = f"{num_test} rows are too few to tell small differences." if num_test < 50 else ""
         rates = [
             f"{name} {min(losses, key=lambda rate: losses[rate])}"
             for name, method in self.methods.items()
             if (losses := {r: v for r, v in method.get("validation", {}).items() if v is not None})
         ]
         return render(
-            _TEMPLATE,
+            "comparison.html",
             {"plot": image},
             options=self.options,
-            about=self.about,
+            about={
+                "model": f"{self.options['model']} in {self.options['dtype']}",
+                "weights": self.options["fingerprint"][:12],
+                "data": self.options["data"],
+                **self.about,
+            },
             tables=self.tables(),
-            few=few,
+            few=few_rows_note(self.options["rows"]["test"]),
             skipped=self.skipped,
             rates=rates,
-            versions=[f"{n} {v}" for n, v in self.about["versions"].items()],
-            texts={n: m["texts"] for n, m in self.methods.items() if m.get("texts")},
+            texts={
+                name: [
+                    (", ".join(t["labels"].values()), t["prompt"], t["text"]) for t in m["texts"]
+                ]
+                for name, m in self.methods.items()
+                if m.get("texts")
+            },
         )
 
     def _plot(self) -> bytes:

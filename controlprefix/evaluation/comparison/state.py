@@ -1,23 +1,18 @@
 """The results of a comparison so far, in a file if there is a folder."""
 
-import importlib.metadata
 import json
-import platform
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from controlprefix._io import atomic_path
-from controlprefix._version import __version__
 from controlprefix.errors import StoreError
+from controlprefix.reports import provenance
 
 
 class ComparisonState:
     """The results so far, in a file if there is a folder."""
 
-    def __init__(self, path: Path | None, options: dict[str, Any], command: str) -> None:
+    def __init__(self, path: Path | None, options: dict[str, Any]) -> None:
         self.path = path
         self.results: dict[str, Any] = {"options": options, "methods": {}}
         if path is not None and path.is_file():
@@ -33,20 +28,7 @@ class ComparisonState:
                     "folder"
                 )
             self.results = saved
-        self.results["about"] = {
-            "command": command,
-            "date": datetime.now(UTC).date().isoformat(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "versions": {
-                "controlprefix": __version__,
-                **{
-                    name: importlib.metadata.version(name)
-                    for name in ("torch", "transformers", "peft")
-                },
-            },
-        }
+        self.results["about"] = provenance(["peft"])
 
     def method(self, name: str) -> dict[str, Any]:
         """The results of a method."""
