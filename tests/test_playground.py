@@ -10,10 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from controlprefix import AttributeSpace
+from controlprefix import AttributeSpace, ControlPrefix, Prefix
 from controlprefix.store import PrefixStore
 
-from servers import Served, expected
+from helpers import frozen
+from servers import MODEL, TOKENIZER, Served, expected, fill
 
 
 def test_the_playground_needs_nothing_from_elsewhere(served: Served) -> None:
@@ -185,5 +186,48 @@ def test_the_playground_has_one_dial_between_opposites(store: str, browser: Any)
         text = browser.execute_script("return document.querySelector('.text').textContent")
         how: dict[str, Any] = {"prompt": "Tell Sam I will be late for lunch.", "max_new_tokens": 64}
         assert text == expected(store, **how, attributes={"tone": {"warm": 0.5}})
+    finally:
+        served.close()
+
+
+def test_the_playground_mixes_labels_and_fades_them(tmp_path: Path, browser: Any) -> None:
+    url = f"sqlite:///{tmp_path}/prefixes.db"
+    fill(url, "mine", 2.0)
+    with PrefixStore(url, tenant="mine") as store:
+        cp = ControlPrefix(frozen(MODEL, TOKENIZER), store)
+        cp.put("attribute", "tone=cold", Prefix.random(cp.geometry, num_slots=3, scale=2.0, seed=7))
+    served = Served(url, open_tenant="mine")
+    try:
+        browser.get(f"{served.base}/playground")
+        wait(browser, "document.querySelectorAll('.side .user option').length == 4")
+        browser.execute_script(
+            "const set = (element, value) => { element.value = value;"
+            "element.dispatchEvent(new Event('input', {bubbles: true})); };"
+            "const row = document.querySelector('.dials .dial');"
+            "set(row.querySelector('select'), 'warm');"
+            "row.querySelector('.more button').click();"
+            "const second = row.nextElementSibling;"
+            "set(second.querySelector('select'), 'cold');"
+            "set(second.querySelector('input'), 0.5);"
+            "set(second.querySelector('.fade'), 'fading out');"
+        )
+        how: dict[str, Any] = {
+            "attributes": {"tone": {"warm": 1, "cold": 0.5}},
+            "schedules": {"tone": [[0, 1], [32, 0]]},
+        }
+
+        def requested() -> dict[str, Any]:
+            body = browser.execute_script("return JSON.stringify(asked(sides()[0]))")
+            return {name: json.loads(body)[name] for name in how}
+
+        assert requested() == how
+        browser.execute_script("document.getElementById('generate').click()")
+        wait(browser, "document.getElementById('stop').disabled")
+        text = browser.execute_script("return document.querySelector('.text').textContent")
+        prompt = "Tell Sam I will be late for lunch."
+        assert text == expected(url, prompt=prompt, max_new_tokens=64, **how)
+        browser.refresh()  # the address has it all
+        wait(browser, "document.querySelectorAll('.dials .dial').length == 3")
+        assert requested() == how
     finally:
         served.close()

@@ -73,8 +73,10 @@ function changed() {
 
 function settings(side) {
   const labels = {};
-  for (const pick of side.querySelectorAll(".dials select"))
-    if (pick.value) labels[pick.dataset.attribute] = [pick.value, pick.nextElementSibling.value];
+  for (const row of dials(side)) {
+    const [pick, range, fade] = parts(row);
+    (labels[pick.dataset.attribute] ??= []).push([pick.value, range.value, fade.value]);
+  }
   return { user: side.querySelector(".user").value, much: side.querySelector(".much").value, labels };
 }
 
@@ -84,13 +86,18 @@ function restore(side) {
   if ([...select.options].some((option) => option.value === user)) select.value = user;
   range.value = much;
   range.dispatchEvent(new Event("input"));
-  for (const pick of side.querySelectorAll(".dials select")) {
-    const [label, strength] = labels[pick.dataset.attribute] || [];
-    if (![...pick.options].some((option) => option.value === label)) continue;
-    pick.value = label;
-    pick.dispatchEvent(new Event("input"));
-    pick.nextElementSibling.value = strength;
-    pick.nextElementSibling.dispatchEvent(new Event("input"));
+  for (const [name, values] of Object.entries(labels)) {
+    let row = side.querySelector(`.dial[data-attribute=${CSS.escape(name)}]`);
+    for (const [i, [label, strength, fading]] of values.entries()) {
+      if (row && i) row.after(row = dial(name));
+      const [pick, range, fade] = row ? parts(row) : [];
+      if (!pick || ![...pick.options].some((option) => option.value === label)) continue;
+      pick.value = label;
+      pick.dispatchEvent(new Event("input"));
+      range.value = strength;
+      range.dispatchEvent(new Event("input"));
+      fade.value = fading;
+    }
   }
   side.querySelector(".text").classList.remove("old");
 }
@@ -136,31 +143,53 @@ function endsOf(name) {
   return first && [first[1].opposite, first[0]];
 }
 
-function showDials(side) {
-  side.querySelector(".dials").replaceChildren(...Object.keys(attributes).sort().map((name) => {
-    const row = document.createElement("label");
-    row.className = "dial";
-    const pick = document.createElement("select");
-    pick.dataset.attribute = name;
-    pick.append(new Option(`${name}: —`, ""));
-    for (const label of Object.keys(attributes[name].labels).sort())
-      pick.append(new Option(`${name}: ${label}`, label));
-    const ends = endsOf(name);
-    if (ends) pick.append(new Option(`${name}: ${ends[0]} … ${ends[1]}`, BETWEEN));
-    const range = Object.assign(document.createElement("input"),
-      { type: "range", min: -1, max: 3, step: 0.1, value: 1 });
-    range.setAttribute("aria-label", `strength of ${name}`);
-    const output = document.createElement("output");
-    linked(range, output, (value) => pick.value !== BETWEEN ? inWords(value)
-      : Math.abs(value) < 0.05 ? "neither" : ends[value < 0 ? 0 : 1]);
-    pick.addEventListener("input", () => {
-      [range.min, range.max] = pick.value === BETWEEN ? [-1, 1] : [-1, 3];
-      range.dispatchEvent(new Event("input"));
-    });
-    row.append(pick, range, output);
-    return row;
-  }));
+// Strengths over the tokens of a text, as [share of the tokens, multiplier].
+const FADES = { "throughout": null, "fading out": [[0, 1], [0.5, 0]], "growing": [[0, 0], [0.5, 1]] };
+
+const parts = (row) => [row.querySelector("select"), row.querySelector("input"), row.querySelector(".fade")];
+const dials = (side) => [...side.querySelectorAll(".dials .dial")].filter((row) => parts(row)[0].value);
+
+function dial(name) {
+  const row = document.createElement("div");
+  row.className = "dial";
+  row.dataset.attribute = name;
+  const pick = document.createElement("select");
+  pick.dataset.attribute = name;
+  pick.setAttribute("aria-label", `label of ${name}`);
+  pick.append(new Option(`${name}: —`, ""));
+  for (const label of Object.keys(attributes[name].labels).sort())
+    pick.append(new Option(`${name}: ${label}`, label));
+  const ends = endsOf(name);
+  if (ends) pick.append(new Option(`${name}: ${ends[0]} … ${ends[1]}`, BETWEEN));
+  const range = Object.assign(document.createElement("input"),
+    { type: "range", min: -1, max: 3, step: 0.1, value: 1 });
+  range.setAttribute("aria-label", `strength of ${name}`);
+  const output = document.createElement("output");
+  linked(range, output, (value) => pick.value !== BETWEEN ? inWords(value)
+    : Math.abs(value) < 0.05 ? "neither" : ends[value < 0 ? 0 : 1]);
+  const fade = document.createElement("select");
+  fade.className = "fade";
+  fade.setAttribute("aria-label", `${name} over the text`);
+  fade.append(...Object.keys(FADES).map((words) => new Option(words)));
+  const mix = Object.assign(document.createElement("button"), { className: "quiet", textContent: "and …" });
+  mix.title = `Mix with another label of ${name}`;
+  mix.onclick = () => { row.after(dial(name)); changed(); };
+  const more = document.createElement("div");
+  more.className = "more";
+  more.append(fade, mix);
+  more.hidden = true;
+  pick.addEventListener("input", () => {
+    more.hidden = !pick.value;
+    mix.hidden = pick.value === BETWEEN;
+    [range.min, range.max] = pick.value === BETWEEN ? [-1, 1] : [-1, 3];
+    range.dispatchEvent(new Event("input"));
+  });
+  row.append(pick, range, output, more);
+  return row;
 }
+
+const showDials = (side) =>
+  side.querySelector(".dials").replaceChildren(...Object.keys(attributes).sort().map(dial));
 
 async function showUsers() {
   const users = (await (await ask("/v1/users")).json()).users;
@@ -186,22 +215,25 @@ async function begin() {
 }
 
 function asked(side) {
-  const chosen = {}, strengths = {};
-  for (const pick of side.querySelectorAll(".dials select"))
-    if (pick.value) {
-      const amount = Number(pick.nextElementSibling.value);
-      chosen[pick.dataset.attribute] = pick.value === BETWEEN ? amount : { [pick.value]: amount };
-    }
+  const chosen = {}, strengths = {}, schedules = {}, tokens = Number(at("tokens").value);
+  for (const row of dials(side)) {
+    const [pick, range, fade] = parts(row), name = pick.dataset.attribute, amount = Number(range.value);
+    if (pick.value === BETWEEN) chosen[name] = amount;
+    else if (typeof chosen[name] !== "number") chosen[name] = { ...chosen[name], [pick.value]: amount };
+    const points = FADES[fade.value];
+    if (points) schedules[name] = points.map(([share, multiplier]) => [Math.round(share * tokens), multiplier]);
+  }
   const user = side.querySelector(".user").value;
   if (user) strengths.user = Number(side.querySelector(".much").value);
   const task = at("task").value;
   return {
     model: task ? `${model}/${task}` : model,
     messages: [{ role: "user", content: at("prompt").value }],
-    max_tokens: Number(at("tokens").value),
+    max_tokens: tokens,
     temperature: at("temperature").value === "" ? null : Number(at("temperature").value),
     ...(at("seed").value.trim() ? { seed: Number(at("seed").value) } : {}),
-    stream: true, attributes: chosen, strengths, ...(user ? { user } : {}),
+    stream: true, attributes: chosen, strengths,
+    ...(Object.keys(schedules).length ? { schedules } : {}), ...(user ? { user } : {}),
   };
 }
 
