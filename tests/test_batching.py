@@ -21,6 +21,7 @@ from controlprefix import (
     UnknownNameError,
 )
 from controlprefix.inference.continuous_batching import ContinuousBatcher
+from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.model.log_probs import token_log_probs
 
@@ -325,6 +326,14 @@ def test_a_static_batch_streams_and_cancels(name: str) -> None:
         {"forced_eos_token_id": 1},
         {"min_length": 11, "eos_token_id": [1, *range(3, 150)]},
         {"no_repeat_ngram_size": 1, "eos_token_id": [1, *range(3, 150)], "min_new_tokens": 5},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"encoder_repetition_penalty": 3.0},
+        {"stop_strings": ["\x07"], "do_sample": True},
+        {"prompt_lookup_num_tokens": 3, "do_sample": True},
+        {"penalty_alpha": 0.6, "top_k": 4, "do_sample": True},
+        {"token_healing": True, "is_assistant": True, "do_sample": True},
+        {"guidance_scale": 1.5, "do_sample": True},
+        {"cache_implementation": "offloaded", "do_sample": True},
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "bart"])
@@ -343,7 +352,10 @@ def test_the_models_generation_config_means_the_same_in_every_engine(
     ]
     expected = [result.text for result in cp.generate(requests)]
     assert [cp.generate(request).text for request in requests] == expected
-    assert (expected[0] == plain.text) == ("do_sample" in settings)
+    if "stop_strings" in settings:
+        assert "\x07" not in "".join(expected)
+    elif not any(name.startswith("encoder_") for name in settings):
+        assert (expected[0] == plain.text) == ("do_sample" in settings)
     assert ["".join(cp.stream(request)) for request in requests] == expected
     with contextlib.closing(cp.batcher()) as batcher:
         tickets = [batcher.submit(cp.resolve(request)) for request in requests]
@@ -406,3 +418,37 @@ def test_a_decode_step_launches_and_waits_as_often_for_many_rows_as_for_few(
     few, many = operations(2), operations(24)
     assert many.launched == few.launched
     assert many.num_waits <= max_waits
+
+
+def test_what_a_row_does_to_its_logits_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    good = Request(prompt="a", raw=True, max_new_tokens=20, logit_bias={1: -100.0})
+    bad = good.model_copy(update={"json_schema": {}})
+    expected = cp.generate(good).text
+
+    def failing(self: JsonConstraint, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise IndexError("out of bounds")
+
+    monkeypatch.setattr(JsonConstraint, "__call__", failing)
+    with contextlib.closing(cp.batcher()) as batcher:
+        tickets = [batcher.submit(cp.resolve(request)) for request in (good, bad, good)]
+        with pytest.raises(IndexError, match="out of bounds"):
+            tickets[1].result()
+        assert [tickets[i].result().text for i in (0, 2)] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"top_k": 1 << 70},
+        {"logit_bias": {10**30: 1.0}},
+        {"max_new_tokens": 1 << 63},
+        {"prompt_ids": [1 << 64], "prompt": None, "raw": False},
+        {"num_beams": 10**6},
+    ],
+)
+def test_numbers_that_no_tensor_holds_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        Request(**{"prompt": "a", "raw": True, **field})

@@ -101,3 +101,13 @@ def test_frozen_weights_are_untouched(cp: ControlPrefix) -> None:
     before = [p.clone() for p in cp.model.parameters()]
     cp.generate(request(8))
     assert all(map(torch.equal, before, cp.model.parameters()))
+
+
+@pytest.mark.parametrize("value", ["x</s>y", "<s>é😀", "</s>"])
+def test_the_text_of_a_control_token_in_a_value_is_spelt(value: str) -> None:
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    result = cp.generate("hi", raw=True, max_new_tokens=40, json_schema={"enum": [value]})
+    assert json.loads(result.text) == value
+    assert result.finish_reason == "stop"

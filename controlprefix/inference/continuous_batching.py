@@ -18,7 +18,7 @@ from torch import Tensor
 from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batch_cache import BatchCache
 from controlprefix.inference.batcher import Batcher, Sequence
-from controlprefix.inference.generation import model_processors
+from controlprefix.inference.generation_config import model_processors
 from controlprefix.inference.guidance import guided_logits
 from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
 from controlprefix.inference.runner import token_log_probs_of
@@ -65,7 +65,9 @@ class ContinuousBatcher(Batcher):
         self._decode_seconds = 0.0  # of the last step
         self._num_skipped = 0  # decode steps in a row that were left out
         request = Request(prompt="", raw=True)
-        self._has_processors = bool(model_processors(frozen, request, num_prompt_tokens=1))
+        self._has_processors = bool(
+            model_processors(frozen, request, [frozen.pad_id], [frozen.pad_id])
+        )
         super().__init__(
             frozen,
             max_sequences=max_sequences,
@@ -138,7 +140,9 @@ class ContinuousBatcher(Batcher):
         for sequence in prefill.sequences:
             if self._has_processors:
                 sequence.sampling.processors = [
-                    *model_processors(self._frozen, sequence.request, len(sequence.start)),
+                    *model_processors(
+                        self._frozen, sequence.request, sequence.prompt, sequence.start
+                    ),
                     *sequence.sampling.processors,
                 ]
             sources[id(sequence)] = prefilled[row : row + len(sequence.rows)]
@@ -211,8 +215,9 @@ class ContinuousBatcher(Batcher):
             )
         for sequence, first in zip(sequences, firsts, strict=True):
             token, is_invalid = columns[0][first], columns[1][first]
-            if is_invalid:
-                sequence.ticket.put(ModelOutputError())
+            error = ModelOutputError() if is_invalid else sampler.errors.pop(first, None)
+            if error is not None:
+                sequence.ticket.put(error)
                 self._vacate(sequence)
                 continue
             sequence.new.append(token)

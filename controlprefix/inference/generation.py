@@ -4,7 +4,6 @@ transformers has one generation config per batch. So it decodes greedily here, a
 processor makes each row's choice (see `sampling`).
 """
 
-import copy
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -13,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -25,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from controlprefix.completion import Completion
 from controlprefix.errors import ModelOutputError
+from controlprefix.inference.generation_config import batch_config, own_prompt_processors
 from controlprefix.inference.guidance import RowPlan, guided_logits, plan_rows
 from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.resolved_request import ResolvedRequest
@@ -112,9 +109,9 @@ def generate_tokens(
     check = _NumbersOnly(len(row_prompts), frozen.device)
     processors, sampling = LogitsProcessorList([check]), LogitsProcessorList()
     criteria.append(check.ends_rows)
-    config = _generation_config(frozen, requests)
-    if left and len(set(lengths)) > 1:
-        processors.extend(_without_padding(config, [ids.shape[1] - x for x in lengths], frozen))
+    config = batch_config(frozen, requests)
+    paddings = [ids.shape[1] - length if left else 0 for length in lengths]
+    processors.extend(own_prompt_processors(frozen, config, row_prompts, paddings, num_before))
     has_beams = requests[0].num_beams > 1
     if not has_beams and any(request.changes_logits for request in own_requests):
         starts = tokenizer.decoder_start_ids if frozen.is_encoder_decoder else None
@@ -191,38 +188,6 @@ class _NumbersOnly(LogitsProcessor):
     def ends_rows(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """A stopping criterion."""
         return self.invalid.repeat_interleave(len(input_ids) // len(self.invalid))
-
-
-def _without_padding(
-    config: GenerationConfig, paddings: Sequence[int], frozen: FrozenModel
-) -> list[LogitsProcessor]:
-    """Move what counts the tokens of a padded row from a config to processors of our own."""
-    own: list[LogitsProcessor] = []
-    if config.no_repeat_ngram_size:
-        own.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
-    if config.min_length and config.eos_token_id is not None:
-        device: Any = frozen.device  # the stubs want a name
-        own.append(MinLengthLogitsProcessor(config.min_length, config.eos_token_id, device))
-    config.update(no_repeat_ngram_size=0, min_length=0)
-    return [_WithoutPadding(process, paddings) for process in own]
-
-
-class _WithoutPadding(LogitsProcessor):
-    """Shows a processor each row without the padding on its left."""
-
-    def __init__(self, process: LogitsProcessor, paddings: Sequence[int]) -> None:
-        self._process, self._paddings = process, paddings
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        num_beams = len(input_ids) // len(self._paddings)
-        rows = [
-            self._process(
-                input_ids[i : i + 1, self._paddings[i // num_beams] :],
-                scores[i : i + 1],
-            )
-            for i in range(len(input_ids))
-        ]
-        return torch.cat(rows)
 
 
 class _Guided(LogitsProcessor):
@@ -333,42 +298,3 @@ class _Cancelled(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(input_ids),), self._cancelled.is_set(), device=input_ids.device)
-
-
-def model_processors(
-    frozen: FrozenModel, request: Request, num_prompt_tokens: int
-) -> LogitsProcessorList:
-    """What the model's generation config does to logits, as in `generate`, for one row."""
-    config = _generation_config(frozen, [request])
-    model: Any = frozen.model
-    config.max_length = num_prompt_tokens + request.max_new_tokens  # where an end may be forced
-    model._prepare_special_tokens(config, True, device=frozen.device)
-    processors: LogitsProcessorList = model._get_logits_processor(
-        generation_config=config, input_ids_seq_length=num_prompt_tokens, device=frozen.device
-    )
-    return processors
-
-
-def _generation_config(frozen: FrozenModel, requests: Sequence[Request]) -> GenerationConfig:
-    config = copy.deepcopy(frozen.model.generation_config) or GenerationConfig()
-    first = requests[0]
-    config.update(
-        do_sample=False,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        min_p=None,
-        num_return_sequences=1,
-        num_beams=first.num_beams,
-        repetition_penalty=first.repetition_penalty if first.num_beams > 1 else 1.0,
-        max_length=None,
-        max_new_tokens=max(request.max_new_tokens for request in requests),
-        eos_token_id=list(frozen.request_tokenizer.end_ids) or None,
-        pad_token_id=frozen.pad_id,
-        return_dict_in_generate=False,
-        use_cache=True,
-    )
-    if frozen.is_encoder_decoder:  # what is forced first is among the decoder's start ids
-        start = frozen.request_tokenizer.decoder_start_ids[0]
-        config.update(decoder_start_token_id=start, forced_bos_token_id=None)
-    return config

@@ -12,6 +12,7 @@ from torch import Tensor
 from controlprefix._io import requires_extra
 from controlprefix.errors import RequestError, UnsupportedModelError, short_reason
 from controlprefix.model import FrozenModel
+from controlprefix.model.chat_template import control_token_ids
 
 _MAX_SCHEMA_BYTES = 64 << 10
 # One line, as `json.dumps` writes it: models that may write blanks can do so without end.
@@ -42,6 +43,8 @@ class JsonConstraint:
     def __init__(self, frozen: FrozenModel, schema: Mapping[str, Any], num_before: int) -> None:
         self._matcher = _matcher(frozen, schema)
         self._end_ids = list(frozen.request_tokenizer.end_ids)
+        # The text of a control token may be part of a value; the token may not.
+        self._control_ids = sorted(control_token_ids(frozen.tokenizer) - set(self._end_ids))
         self._num_consumed = num_before
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -65,6 +68,9 @@ class JsonConstraint:
             packed = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
             bits = numpy.unpackbits(packed, bitorder="little").astype(bool)
             allowed[: len(bits)] = bits[: len(allowed)]
+            allowed[[i for i in self._control_ids if i < len(allowed)]] = False
+            if not self._matcher.is_accepting():
+                allowed[self._end_ids] = False
         mask = torch.from_numpy(~allowed).to(scores.device)
         return scores.masked_fill(mask, -torch.inf)
 
@@ -88,18 +94,37 @@ def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
     return matcher
 
 
+def _without_control_texts(tokenizer: Any) -> str:
+    """A fast tokenizer as JSON, whose control tokens are no text: in values theirs is spelt."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    control_ids = control_token_ids(tokenizer)
+    names = {}
+    for token in backend["added_tokens"]:
+        if token["id"] in control_ids:
+            names[token["content"]] = token["content"] = f"\uf8ff{token['id']}\uf8ff"
+    vocab = backend["model"]["vocab"]
+    backend["model"]["vocab"] = (
+        {names.get(text, text): number for text, number in vocab.items()}
+        if isinstance(vocab, dict)
+        else [[names.get(text, text), score] for text, score in vocab]
+    )
+    backend |= {"post_processor": None, "padding": None, "truncation": None}
+    if backend["model"].get("unk_token") in names:
+        backend["model"]["unk_token"] = names[backend["model"]["unk_token"]]
+    return json.dumps(backend)
+
+
 def _tokenizer(frozen: FrozenModel) -> Any:
     if frozen not in _tokenizers:
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLTokenizer
 
         embeddings: Any = frozen.model.get_output_embeddings()
         num_logits = frozen.model.config.get_text_config().vocab_size
         if embeddings is not None and getattr(embeddings, "weight", None) is not None:
             num_logits = embeddings.weight.shape[0]
         try:
-            tokenizer: Any = frozen.tokenizer
-            _tokenizers[frozen] = from_tokenizer(
-                tokenizer,
+            _tokenizers[frozen] = LLTokenizer(
+                _without_control_texts(frozen.tokenizer),
                 n_vocab=max(num_logits, len(frozen.tokenizer)),
                 eos_token=list(frozen.request_tokenizer.end_ids) or None,
             )

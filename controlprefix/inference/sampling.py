@@ -57,6 +57,9 @@ class BatchSampler:
         rows: Per row of the batch its sampling; None chooses the most likely token.
         device: Device of the logits.
 
+    Attributes:
+        errors: By row, what its processors raised; it gets some token.
+
     Reference:
         Inverse transform sampling: Devroye, "Non-Uniform Random Variate Generation", 1986.
         `top_k`: Fan et al., 2018, https://arxiv.org/abs/1805.04833; `top_p`: Holtzman et al.,
@@ -83,6 +86,7 @@ class BatchSampler:
         self._sampled = [i for i, request in requests.items() if request.samples]
         sampled = [requests[i] for i in self._sampled]
         self._settings = _Settings.of(sampled, device)
+        self.errors: dict[int, Exception] = {}
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Choose a token per row.
@@ -97,8 +101,11 @@ class BatchSampler:
             row = self._rows[i]
             assert row is not None
             ids = torch.tensor([[*row.prompt, *row.new]], device=logits.device)
-            for process in row.processors:
-                logits[i : i + 1] = process(ids, logits[i : i + 1])
+            try:
+                for process in row.processors:
+                    logits[i : i + 1] = process(ids, logits[i : i + 1])
+            except Exception as error:  # the other rows go on
+                self.errors[i] = error
         if self._bias is not None:
             rows, tokens, values = self._bias
             is_known = tokens < logits.shape[1]
@@ -363,6 +370,8 @@ class RowSampling(LogitsProcessor):
             if row.processors:
                 row.new = input_ids[i, self._num_before :].tolist()
         tokens = self._sampler(scores[: self._num_rows].float())
+        for error in self._sampler.errors.values():
+            raise error
         choices = scores.new_full((self._num_rows, scores.shape[1]), -math.inf)
         choices.scatter_(1, tokens[:, None], 0.0)
         if len(scores) == self._num_rows:

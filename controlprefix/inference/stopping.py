@@ -117,7 +117,10 @@ def has_stop(tokenizer: RequestTokenizer, request: Request, new: Sequence[int]) 
     if not request.stop:
         return False
     longest = max(len(text.encode()) for text in request.stop)  # a token has a byte at least
-    return first_stop(tokenizer.decode(new[-(longest + _TAIL_TOKENS) :]), request.stop) is not None
+    tail = tokenizer.decode(new[-(longest + _TAIL_TOKENS) :])
+    if first_stop(tail, request.stop) is None:
+        return False
+    return first_stop(tokenizer.decode(new), request.stop) is not None
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:

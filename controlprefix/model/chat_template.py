@@ -1,5 +1,6 @@
 """Chat templates: from messages to the text of a prompt, with what users typed kept as text."""
 
+import inspect
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from controlprefix.errors import RequestError
 
 _NO_TEMPLATE = "this model has no chat template, so it takes a prompt, not messages"
 _PROBE = "a message of a user"
+# Of what `apply_chat_template` takes, a request may set these; the others are the operator's.
+_VARIABLES_OF_REQUESTS = frozenset({"tools", "documents"})
 # What a template may leave open at the end of a prompt, and how it is closed.
 _OPEN_THINKING = re.compile(r"(?:<(think|thinking|thought|reasoning)>|(\[THINK\]))\s*\Z")
 
@@ -42,6 +45,12 @@ class ChatTemplate:
         self._variables = dict(variables or {})
         self._takes_parts: dict[str, bool] = {}  # by template
         self._control_tokens = control_token_pattern(tokenizer)
+        self._is_normalized = any(
+            token.special and token.normalized
+            for token in getattr(tokenizer, "added_tokens_decoder", {}).values()
+        )
+        options = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved = frozenset(options) - _VARIABLES_OF_REQUESTS
 
     @property
     def exists(self) -> bool:
@@ -68,25 +77,39 @@ class ChatTemplate:
             close_thinking: If the template leaves a thinking block open, close it.
 
         Raises:
-            RequestError: If there is no template, or it refuses the messages.
+            RequestError: If there is no template, it refuses the messages, or a variable is an
+                option of the tokenizer.
         """
         if not self.exists:
             raise RequestError(_NO_TEMPLATE)
+        if reserved := sorted(self._reserved & variables.keys()):
+            raise RequestError(
+                f"chat_template_kwargs cannot have {reserved[0]!r}, which is no variable of a "
+                "template but an option of the tokenizer"
+            )
         marks: list[str] = []
-        nonce = secrets.token_hex(4)
+        nonce = f"{secrets.randbelow(10**12):012d}:"  # digits, which filters of text leave alone
 
         def mark(match: re.Match[str]) -> str:
             marks.append(match[0])
             return f"\ue000{nonce}{len(marks) - 1}\ue001"
 
-        if self._control_tokens is not None:
-            pattern = self._control_tokens
-            messages = [{**m, "content": pattern.sub(mark, m["content"])} for m in messages]
+        def marked(value: Any) -> Any:
+            if isinstance(value, str) and self._control_tokens is not None:
+                if self._is_normalized and value:  # what becomes one is not known here
+                    return mark(re.match(r"(?s).*", value))  # type: ignore[arg-type]
+                return self._control_tokens.sub(mark, value)
+            if isinstance(value, Mapping):
+                return {marked(name): marked(item) for name, item in value.items()}
+            return [marked(item) for item in value] if isinstance(value, list | tuple) else value
+
+        messages = [{**m, "content": marked(m["content"])} for m in messages]
+        variables = {**self._variables, **{name: marked(v) for name, v in variables.items()}}
         text = self._apply(
             _in_parts(messages, num_images)
             if any(num_images)
-            else self._with_content_in_parts(messages),
-            {**self._variables, **variables},
+            else self._with_content_in_parts(messages, variables),
+            variables,
             continue_final_message,
         )
         if close_thinking and (match := _OPEN_THINKING.search(text)):
@@ -100,21 +123,27 @@ class ChatTemplate:
         ]
 
     def _with_content_in_parts(
-        self, messages: Sequence[Mapping[str, str]]
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
     ) -> Sequence[Mapping[str, Any]]:
         """The messages in the form in which the template keeps their text."""
         template = str(self._tokenizer.chat_template)
         if template not in self._takes_parts:
-            as_text = [{"role": "user", "content": _PROBE}]
-            in_parts = _in_parts(as_text)
-            self._takes_parts[template] = not self._keeps(as_text) and self._keeps(in_parts)
+            as_text = [{**message, "content": _PROBE} for message in messages]
+            if self._keeps(as_text, variables):
+                self._takes_parts[template] = False
+            elif self._keeps(_in_parts(as_text), variables):
+                self._takes_parts[template] = True
+            else:  # it refuses these messages in either form
+                return messages
         return _in_parts(messages) if self._takes_parts[template] else messages
 
-    def _keeps(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+    def _keeps(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> bool:
+        """Whether the text of the messages is in the prompt, as text."""
         try:
-            return _PROBE in self._apply(messages, self._variables, False)
+            text = self._apply(messages, variables, False)
         except RequestError:
             return False
+        return _PROBE in text.casefold() and "'text'" not in text
 
     def _apply(
         self,
@@ -168,6 +197,14 @@ def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]
     tokens |= {token.content for token in added.values() if token.special}
     longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of control tokens, without that of unknown text."""
+    ids = set(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids |= {number for number, token in added.items() if token.special}
+    return frozenset(ids - {tokenizer.unk_token_id})
 
 
 def _in_parts(

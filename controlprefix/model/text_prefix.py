@@ -91,5 +91,8 @@ def keys_and_values(
         for call in calls:  # in the order of the layers
             layer = frozen.steering.layer_of(call)
             if layer is not None:
-                layers.setdefault(layer.site, []).append((call.key[0], call.value[0]))
+                # Some models have summaries of earlier tokens behind them.
+                own = slice(0, len(tokens))
+                slots = (call.key[0, :, own], call.value[0, :, own])
+                layers.setdefault(layer.site, []).append(slots)
     return layers

@@ -18,7 +18,12 @@ from controlprefix.errors import (
     shortened,
 )
 from controlprefix.example import Example
-from controlprefix.model.chat_template import ChatTemplate, control_token_pattern, with_images
+from controlprefix.model.chat_template import (
+    ChatTemplate,
+    control_token_ids,
+    control_token_pattern,
+    with_images,
+)
 from controlprefix.model.images import ImagePrompt, ImageReader, PromptImages
 from controlprefix.model.loading import load_processor
 from controlprefix.request import AnyRequest, Request
@@ -81,14 +86,20 @@ class RequestTokenizer:
         generation = model.generation_config
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else []
         model_eos = generation.eos_token_id if generation is not None else None
-        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([*_as_list(eos), *_as_list(model_eos)]))
         embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
         self._num_embeddings: int | None = embeddings if isinstance(embeddings, int) else None
+        ends = dict.fromkeys([*_as_list(eos), *_as_list(model_eos)])
+        self.end_ids: tuple[int, ...] = tuple(filter(self._is_embedded, ends))
+        self._control_ids = control_token_ids(tokenizer)
+        self._stop_texts = _as_texts(getattr(generation, "stop_strings", None))
         pad = tokenizer.pad_token_id
         candidates = [*([pad] if isinstance(pad, int) else []), *self.end_ids, 0]
         self.pad_id: int = next(token for token in candidates if self._is_embedded(token))
         text_config = model.config.get_text_config()
-        self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        lengths = ("max_position_embeddings", "max_target_positions")
+        self.context_length: int | None = next(
+            (n for name in lengths if isinstance(n := getattr(text_config, name, None), int)), None
+        )
 
     @property
     def end_id(self) -> int | None:
@@ -146,7 +157,12 @@ class RequestTokenizer:
         """
         contents = [image for message in request.conversation for image in message.images]
         if not contents:
-            return tuple(self._require_embedded(self._prompt_ids(request)))
+            ids = self._require_embedded(self._prompt_ids(request))
+            if not ids:
+                raise RequestError(
+                    "the chat template of this model renders nothing for these messages"
+                )
+            return tuple(ids)
         if self.is_encoder_decoder:
             raise RequestError("images are supported by decoder-only models; leave them out")
         images = self._image_reader.read(contents)
@@ -169,10 +185,14 @@ class RequestTokenizer:
             ContextLengthError: If the prompt and its new tokens do not fit the context.
         """
         ids = self.prompt_ids(request)
+        if self._stop_texts:
+            stop = (*request.stop, *self._stop_texts)
+            request = request.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
         limit = context_length or self.context_length
         if limit is None:
             return request, ids
-        used = num_slots if self.is_encoder_decoder else len(ids) + num_slots
+        before = len(self.decoder_start_ids) - 1 if self.is_encoder_decoder else len(ids)
+        used = num_slots + before
         room = limit - used
         if "max_new_tokens" not in request.model_fields_set and 1 <= room < request.max_new_tokens:
             request = request.with_default_limit(room)
@@ -213,7 +233,7 @@ class RequestTokenizer:
     def has_room(self, num_prompt: int, num_completion: int) -> bool:
         """Whether a prompt and a completion with its end token fit the context."""
         if self.is_encoder_decoder:
-            needed = max(num_prompt, num_completion + 1)
+            needed = max(num_prompt, num_completion + len(self.decoder_start_ids))
         else:
             needed = num_prompt + num_completion + 1
         return self.context_length is None or needed <= self.context_length
@@ -316,7 +336,9 @@ class RequestTokenizer:
     def _ids_of_text(self, text: str) -> list[int]:
         """The ids of a text, where control tokens are text too."""
         if self._control_tokens is None or not self._control_tokens.search(text):
-            return self._ids(text)
+            ids = self._ids(text)
+            if self._control_ids.isdisjoint(ids):  # else a normalizer made one
+                return ids
         return self._literal_ids(text)
 
     def _literal_ids(self, text: str) -> list[int]:
@@ -324,8 +346,17 @@ class RequestTokenizer:
             if self._literal_tokenizer is None:
                 self._literal_tokenizer = copy.deepcopy(self._tokenizer)
             tokenizer = self._literal_tokenizer
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return list(ids)
+
+            def ids_of(piece: str) -> list[int]:
+                options = {"add_special_tokens": False, "split_special_tokens": True}
+                return list(tokenizer(piece, **options)["input_ids"])
+
+            ids = ids_of(text)
+            if self._control_ids.isdisjoint(ids):
+                return ids
+            # A vocabulary that has them among its words: characters are none of them.
+            characters = [token for character in text for token in ids_of(character)]
+            return [token for token in characters if token not in self._control_ids]
 
     def _at_start(self, ids: Sequence[int]) -> Sequence[int]:
         """Ids with what the tokenizer puts around a text, if it is not there already."""
@@ -388,6 +419,10 @@ def _without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
     backend.no_truncation()
     backend.no_padding()
     return tokenizer
+
+
+def _as_texts(texts: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else tuple(texts or ())
 
 
 def _as_list(ids: int | Sequence[int] | None) -> list[int]:

@@ -1,0 +1,150 @@
+"""The model's generation config, as one batch or one row means it.
+
+`generate` has one config per batch, and fills what it leaves out from the model's own. What a
+config says of a row must mean the same in a batch, in the running batch and alone.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from controlprefix.model import FrozenModel
+from controlprefix.request import Request
+
+# What looks at the tokens of a prompt, which padding would be among.
+_OF_PROMPTS = (
+    "no_repeat_ngram_size",
+    "min_length",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+)
+# Other ways to decode than a row's own settings, and what needs more than a model.
+_OTHER_MODES = (
+    "assistant_early_exit",
+    "constraints",
+    "dola_layers",
+    "force_words_ids",
+    "guidance_scale",
+    "is_assistant",
+    "num_beam_groups",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "stop_strings",  # among the stop texts of each request
+    "token_healing",
+)
+_SET_HERE = frozenset(
+    {*_OF_PROMPTS, *_OTHER_MODES, "cache_implementation", "forced_bos_token_id",
+     "forced_eos_token_id", "max_length", "temperature", "top_k", "top_p", "min_p"}
+)  # fmt: skip
+
+
+def model_processors(
+    frozen: FrozenModel, request: Request, prompt: Sequence[int], start: Sequence[int]
+) -> LogitsProcessorList:
+    """What the model's generation config does to logits, as in `generate`, for one row.
+
+    Args:
+        frozen: The model.
+        request: The request.
+        prompt: Ids of its prompt.
+        start: Ids in front of the first generated one.
+    """
+    config = batch_config(frozen, [request])
+    config.max_length = len(start) + request.max_new_tokens  # where an end may be forced
+    return _processors(frozen, config, prompt, len(start))
+
+
+def _processors(
+    frozen: FrozenModel, config: GenerationConfig, prompt: Sequence[int], num_before: int
+) -> LogitsProcessorList:
+    model: Any = frozen.model
+    model._prepare_special_tokens(config, True, device=frozen.device)
+    processors: LogitsProcessorList = model._get_logits_processor(
+        generation_config=config,
+        input_ids_seq_length=num_before,
+        encoder_input_ids=torch.tensor([list(prompt)], device=frozen.device),
+        device=frozen.device,
+    )
+    return processors
+
+
+def own_prompt_processors(
+    frozen: FrozenModel,
+    config: GenerationConfig,
+    prompts: Sequence[Sequence[int]],
+    paddings: Sequence[int],
+    num_before: int,
+) -> list[LogitsProcessor]:
+    """Move what looks at prompts from a batch's config to a processor that does so per row."""
+    settings = {name: value for name in _OF_PROMPTS if (value := getattr(config, name, None))}
+    if not settings:
+        return []
+    config.update(**dict.fromkeys(_OF_PROMPTS))
+    rows = []
+    for prompt, padding in zip(prompts, paddings, strict=True):
+        own = GenerationConfig(**settings)
+        own.update(eos_token_id=config.eos_token_id, decoder_start_token_id=0)
+        rows.append(_processors(frozen, own, prompt, num_before - padding))
+    return [_OwnPrompt(rows, paddings)]
+
+
+class _BatchConfig(GenerationConfig):
+    """A config whose empty settings stay empty: `generate` fills others from the model's."""
+
+    def update(self, *args: Any, **settings: Any) -> Any:
+        if settings.get("defaults_only"):
+            settings = {name: v for name, v in settings.items() if name not in _SET_HERE}
+        return super().update(*args, **settings)
+
+
+def batch_config(frozen: FrozenModel, requests: Sequence[Request]) -> GenerationConfig:
+    config = _BatchConfig()
+    if frozen.model.generation_config is not None:
+        vars(config).update(copy.deepcopy(vars(frozen.model.generation_config)))
+    first = requests[0]
+    config.update(**{name: None for name in _OTHER_MODES if hasattr(config, name)})
+    if frozen.device.type == "cpu" and "offloaded" in str(config.cache_implementation):
+        config.update(cache_implementation=None)
+    config.update(
+        do_sample=False,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        num_return_sequences=1,
+        num_beams=first.num_beams,
+        repetition_penalty=first.repetition_penalty if first.num_beams > 1 else 1.0,
+        max_length=None,
+        max_new_tokens=max(request.max_new_tokens for request in requests),
+        eos_token_id=list(frozen.request_tokenizer.end_ids) or None,
+        pad_token_id=frozen.pad_id,
+        return_dict_in_generate=False,
+        use_cache=True,
+        forced_bos_token_id=None,  # of encoder-decoders, among the decoder's start ids
+    )
+    if frozen.is_encoder_decoder:
+        start = frozen.request_tokenizer.decoder_start_ids[0]
+        config.update(decoder_start_token_id=start)
+    return config
+
+
+class _OwnPrompt(LogitsProcessor):
+    """What looks at a row's prompt, for each row with its own, without padding."""
+
+    def __init__(self, rows: Sequence[LogitsProcessorList], paddings: Sequence[int]) -> None:
+        self._rows, self._paddings = rows, paddings
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        num_beams = len(input_ids) // len(self._rows)
+        rows = [
+            self._rows[i // num_beams](
+                input_ids[i : i + 1, self._paddings[i // num_beams] :],  # type: ignore[arg-type]
+                scores[i : i + 1],
+            )
+            for i in range(len(input_ids))
+        ]
+        return torch.cat(rows)
