@@ -12,7 +12,7 @@ from torch import Tensor
 from controlprefix._io import requires_extra
 from controlprefix.errors import RequestError, UnsupportedModelError, short_reason
 from controlprefix.model import FrozenModel
-from controlprefix.model.chat_template import control_token_ids
+from controlprefix.model.control_tokens import control_token_ids
 
 _MAX_SCHEMA_BYTES = 64 << 10
 # One line, as `json.dumps` writes it: models that may write blanks can do so without end.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from controlprefix.errors import RequestError
+from controlprefix.model.control_tokens import control_token_pattern
 
 _NO_TEMPLATE = "this model has no chat template, so it takes a prompt, not messages"
 _PROBE = "a message of a user"
@@ -188,23 +189,6 @@ def with_images(pieces: Sequence[Piece], placeholder: str, texts: Sequence[str])
         else Piece(re.sub(re.escape(placeholder), lambda _: next(remaining), piece.text), False)
         for piece in pieces
     ]
-
-
-def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Matches what the tokenizer reads as a control token; None if it has none."""
-    tokens = {str(token) for token in tokenizer.all_special_tokens}
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    tokens |= {token.content for token in added.values() if token.special}
-    longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of control tokens, without that of unknown text."""
-    ids = set(tokenizer.all_special_ids)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids |= {number for number, token in added.items() if token.special}
-    return frozenset(ids - {tokenizer.unk_token_id})
 
 
 def _in_parts(

@@ -1,8 +1,6 @@
 """RequestTokenizer: requests and examples -> token ids, and generated ids -> text."""
 
-import copy
 import re
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +16,8 @@ from controlprefix.errors import (
     shortened,
 )
 from controlprefix.example import Example
-from controlprefix.model.chat_template import (
-    ChatTemplate,
-    control_token_ids,
-    control_token_pattern,
-    with_images,
-)
+from controlprefix.model.chat_template import ChatTemplate, with_images
+from controlprefix.model.control_tokens import TextTokenizer
 from controlprefix.model.images import ImagePrompt, ImageReader, PromptImages
 from controlprefix.model.loading import load_processor
 from controlprefix.request import AnyRequest, Request
@@ -76,12 +70,10 @@ class RequestTokenizer:
     ) -> None:
         self._model = weakref.ref(model)
         self._processor = processor
-        self._tokenizer = _without_truncation(tokenizer)
+        self._texts = TextTokenizer(tokenizer)
+        self._tokenizer = self._texts.tokenizer
         self._template = ChatTemplate(tokenizer, chat_template_kwargs)
-        self._control_tokens = control_token_pattern(tokenizer)
-        self._literal_tokenizer: PreTrainedTokenizerBase | None = None
         self._has_byte_tokens = "<0x0A>" in tokenizer.get_vocab()
-        self._lock = threading.Lock()
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         generation = model.generation_config
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else []
@@ -90,7 +82,6 @@ class RequestTokenizer:
         self._num_embeddings: int | None = embeddings if isinstance(embeddings, int) else None
         ends = dict.fromkeys([*_as_list(eos), *_as_list(model_eos)])
         self.end_ids: tuple[int, ...] = tuple(filter(self._is_embedded, ends))
-        self._control_ids = control_token_ids(tokenizer)
         self._stop_texts = _as_texts(getattr(generation, "stop_strings", None))
         pad = tokenizer.pad_token_id
         candidates = [*([pad] if isinstance(pad, int) else []), *self.end_ids, 0]
@@ -214,7 +205,7 @@ class RequestTokenizer:
             ContextLengthError: If together they do not fit the context.
         """
         prompt = self.prompt_ids(example)
-        completion = self._require_embedded(self._ids_of_text(example.completion))
+        completion = self._require_embedded(self._texts.ids_of_text(example.completion))
         if not self.has_room(len(prompt), len(completion)):
             raise ContextLengthError(
                 f"an example has {len(prompt)} + {len(completion)} tokens, but the context of this "
@@ -224,7 +215,7 @@ class RequestTokenizer:
 
     def num_tokens(self, example: Example) -> tuple[int, int]:
         """Tokens of an example's prompt and completion."""
-        return len(self.prompt_ids(example)), len(self._ids_of_text(example.completion))
+        return len(self.prompt_ids(example)), len(self._texts.ids_of_text(example.completion))
 
     def fits(self, example: Example) -> bool:
         """Whether an example fits the model's context."""
@@ -266,7 +257,7 @@ class RequestTokenizer:
         Yields:
             Each chunk; only the last one is whole.
         """
-        ids = tuple(self._require_embedded(self._ids_of_text(text)))
+        ids = tuple(self._require_embedded(self._texts.ids_of_text(text)))
         if self.context_length is not None:
             max_tokens = min(max_tokens, max(1, self.context_length - 2))
         start = tuple(self._start_ids())
@@ -276,11 +267,11 @@ class RequestTokenizer:
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """The ids of a text at the start of a prompt, without an end token."""
-        return tuple(self._require_embedded(self._at_start(self._ids_of_text(text))))
+        return tuple(self._require_embedded(self._at_start(self._texts.ids_of_text(text))))
 
     def inner_ids(self, text: str) -> tuple[int, ...]:
         """The ids of a text that follows another one, without a start or an end token."""
-        return tuple(self._require_embedded(self._ids_of_text(text)))
+        return tuple(self._require_embedded(self._texts.ids_of_text(text)))
 
     def num_unsettled(self, ids: Sequence[int]) -> int:
         """How many of the last tokens are bytes, whose text the next byte may change."""
@@ -310,7 +301,7 @@ class RequestTokenizer:
             # As it was written: control tokens are meant.
             lines = [*(images.texts if images else ()), request.prompt or ""]
             text = "\n".join(lines)
-            return self._at_start(self._ids(text)) if text else self._start_ids()
+            return self._at_start(self._texts.ids(text)) if text else self._start_ids()
         conversation = request.conversation
         pieces = self._template.render(
             [message.model_dump(include={"role", "content"}) for message in conversation],
@@ -326,37 +317,10 @@ class RequestTokenizer:
         return [
             token
             for piece in pieces
-            for token in (self._literal_ids if piece.is_literal else self._ids)(piece.text)
+            for token in (self._texts.literal_ids if piece.is_literal else self._texts.ids)(
+                piece.text
+            )
         ]
-
-    def _ids(self, text: str) -> list[int]:
-        """The ids of a text, where control tokens are those."""
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _ids_of_text(self, text: str) -> list[int]:
-        """The ids of a text, where control tokens are text too."""
-        if self._control_tokens is None or not self._control_tokens.search(text):
-            ids = self._ids(text)
-            if self._control_ids.isdisjoint(ids):  # else a normalizer made one
-                return ids
-        return self._literal_ids(text)
-
-    def _literal_ids(self, text: str) -> list[int]:
-        with self._lock:  # a copy, since tokenizers keep this option as a state
-            if self._literal_tokenizer is None:
-                self._literal_tokenizer = copy.deepcopy(self._tokenizer)
-            tokenizer = self._literal_tokenizer
-
-            def ids_of(piece: str) -> list[int]:
-                options = {"add_special_tokens": False, "split_special_tokens": True}
-                return list(tokenizer(piece, **options)["input_ids"])
-
-            ids = ids_of(text)
-            if self._control_ids.isdisjoint(ids):
-                return ids
-            # A vocabulary that has them among its words: characters are none of them.
-            characters = [token for character in text for token in ids_of(character)]
-            return [token for token in characters if token not in self._control_ids]
 
     def _at_start(self, ids: Sequence[int]) -> Sequence[int]:
         """Ids with what the tokenizer puts around a text, if it is not there already."""
@@ -373,7 +337,7 @@ class RequestTokenizer:
     @property
     def _around_text(self) -> tuple[list[int], list[int]]:
         """The ids that the tokenizer puts before and after a text."""
-        inner = self._ids(_ANY_TEXT)
+        inner = self._texts.ids(_ANY_TEXT)
         whole = list(self._tokenizer(_ANY_TEXT)["input_ids"])
         for at in range(len(whole) - len(inner) + 1):
             if whole[at : at + len(inner)] == inner:
@@ -404,21 +368,6 @@ class RequestTokenizer:
                 "tokenizer that belongs to the model"
             )
         return ids
-
-
-def _without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, or a copy without the truncation and padding that its file asks for.
-
-    Switching them off at each call, as transformers does, fails in threads.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if getattr(backend, "truncation", None) is None and getattr(backend, "padding", None) is None:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return tokenizer
 
 
 def _as_texts(texts: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -1,0 +1,87 @@
+"""Control tokens (such as `</s>`), and texts in which they are text."""
+
+import copy
+import re
+import threading
+
+from transformers import PreTrainedTokenizerBase
+
+
+def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Matches what the tokenizer reads as a control token; None if it has none."""
+    tokens = {str(token) for token in tokenizer.all_special_tokens}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    tokens |= {token.content for token in added.values() if token.special}
+    longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of control tokens, without that of unknown text."""
+    ids = set(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids |= {number for number, token in added.items() if token.special}
+    return frozenset(ids - {tokenizer.unk_token_id})
+
+
+class TextTokenizer:
+    """Ids of texts, with control tokens read as what they are, or as text.
+
+    Args:
+        tokenizer: A tokenizer.
+
+    Attributes:
+        tokenizer: The same, without the truncation and padding that its file asks for.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = _without_truncation(tokenizer)
+        self._pattern = control_token_pattern(tokenizer)
+        self._control_ids = control_token_ids(tokenizer)
+        self._literal_tokenizer: PreTrainedTokenizerBase | None = None
+        self._lock = threading.Lock()
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text, where control tokens are those."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def ids_of_text(self, text: str) -> list[int]:
+        """The ids of a text, where control tokens are text too."""
+        if self._pattern is None or not self._pattern.search(text):
+            ids = self.ids(text)
+            if self._control_ids.isdisjoint(ids):  # else a normalizer made one
+                return ids
+        return self.literal_ids(text)
+
+    def literal_ids(self, text: str) -> list[int]:
+        """The ids of a text that has control tokens as text."""
+        with self._lock:  # a copy, since tokenizers keep this option as a state
+            if self._literal_tokenizer is None:
+                self._literal_tokenizer = copy.deepcopy(self.tokenizer)
+            tokenizer = self._literal_tokenizer
+
+            def ids_of(piece: str) -> list[int]:
+                options = {"add_special_tokens": False, "split_special_tokens": True}
+                return list(tokenizer(piece, **options)["input_ids"])
+
+            ids = ids_of(text)
+            if self._control_ids.isdisjoint(ids):
+                return ids
+            # A vocabulary that has them among its words: characters are none of them.
+            characters = [token for character in text for token in ids_of(character)]
+            return [token for token in characters if token not in self._control_ids]
+
+
+def _without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy without the truncation and padding that its file asks for.
+
+    Switching them off at each call, as transformers does, fails in threads.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if getattr(backend, "truncation", None) is None and getattr(backend, "padding", None) is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return tokenizer
