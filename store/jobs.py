@@ -365,9 +365,9 @@ def _job(row: JobRow) -> Job:
         kind=row.kind,  # type: ignore[arg-type]
         user=row.user_name,
         status=row.status,  # type: ignore[arg-type]
-        created_at=_in_utc(row.created_at) or _now(),
-        started_at=_in_utc(row.started_at),
-        finished_at=_in_utc(row.finished_at),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
         num_attempts=row.num_attempts,
         num_steps=row.num_steps,
         version=row.version,
@@ -381,8 +381,3 @@ def _identity(job_id: str) -> str:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _in_utc(time: datetime | None) -> datetime | None:
-    """A time with its zone, which SQLite does not keep."""
-    return time if time is None or time.tzinfo else time.replace(tzinfo=UTC)

@@ -7,7 +7,7 @@ reads past them.
 
 from array import array
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -59,6 +59,18 @@ class Numbers(TypeDecorator[Sequence[float]]):
         return array("f", value)
 
 
+class Time(TypeDecorator[datetime]):
+    """A time in UTC; SQLite gives it back without saying so."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None or value.tzinfo is not None:
+            return value
+        return value.replace(tzinfo=UTC)
+
+
 class Base(DeclarativeBase):
     """Declarative base of all tables."""
 
@@ -106,7 +118,7 @@ class VersionRow(Base):
     size_bytes: Mapped[int]
     num_slots: Mapped[int]
     dtype: Mapped[str] = mapped_column(String(16))
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    created_at: Mapped[datetime] = mapped_column(Time())
     details: Mapped[dict[str, Any]] = mapped_column(JSON)
     # Users it was trained on (`SourceRow`) who have been forgotten since.
     num_forgotten: Mapped[int] = mapped_column(default=0, server_default="0")
@@ -187,7 +199,7 @@ class ApiKeyRow(Base):
     tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
     name: Mapped[str] = mapped_column(String(255))
     key_hash: Mapped[str] = mapped_column(String(64), index=True)
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    created_at: Mapped[datetime] = mapped_column(Time())
 
 
 class AliasRow(Base):
@@ -214,7 +226,7 @@ class SampleRow(Base):
     key_id: Mapped[str | None] = mapped_column(String(255))
     text: Mapped[bytes] = mapped_column(LargeBinary)
     kind: Mapped[str] = mapped_column(String(16), default="text", server_default="text")
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    created_at: Mapped[datetime] = mapped_column(Time())
 
 
 class JobRow(Base):
@@ -231,9 +243,9 @@ class JobRow(Base):
     kind: Mapped[str] = mapped_column(String(32))
     user_name: Mapped[str] = mapped_column(String(255))
     status: Mapped[str] = mapped_column(String(16))
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-    started_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
-    finished_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    created_at: Mapped[datetime] = mapped_column(Time())
+    started_at: Mapped[datetime | None] = mapped_column(Time())
+    finished_at: Mapped[datetime | None] = mapped_column(Time())
     num_attempts: Mapped[int]
     num_steps: Mapped[int]
     version: Mapped[int | None]
@@ -251,9 +263,9 @@ class QueueRow(Base):
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     tenant_name: Mapped[str] = mapped_column(String(255))
     fingerprint: Mapped[str] = mapped_column(String(64))
-    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    created_at: Mapped[datetime] = mapped_column(Time())
     # When it may be taken: a worker that has it moves that ahead.
-    due_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    due_at: Mapped[datetime] = mapped_column(Time())
     is_running: Mapped[bool] = mapped_column(default=False, server_default=false())
     num_attempts: Mapped[int]
 
@@ -266,7 +278,7 @@ class AuditRow(Base):
 
     id: Mapped[int] = mapped_column(_Id, primary_key=True)
     tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
-    at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    at: Mapped[datetime] = mapped_column(Time())
     action: Mapped[str] = mapped_column(String(32))
     kind: Mapped[str] = mapped_column(String(16))
     name: Mapped[str] = mapped_column(String(255))

@@ -124,11 +124,6 @@ def import_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
         ) from error
 
 
-def _in_utc(at: datetime) -> str:
-    """SQLite returns times without their zone, which is UTC."""
-    return (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC).isoformat()
-
-
 def _manifest(session: Session, tenant: int) -> dict[str, Any]:
     order = (PrefixRow.kind, PrefixRow.name, PrefixRow.fingerprint)
     prefixes = []
@@ -147,7 +142,7 @@ def _manifest(session: Session, tenant: int) -> dict[str, Any]:
                 "versions": [
                     {
                         **{name: getattr(version, name) for name in _VERSION_FIELDS},
-                        "created_at": _in_utc(version.created_at),
+                        "created_at": version.created_at.astimezone(UTC).isoformat(),
                         "details": version.details,
                         "sources": codes.sources(session, row.id, version.version),
                     }

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from controlprefix import ControlPrefix, Prefix, __version__, embeddings
 from controlprefix.cli import app
 from controlprefix.cli.config import apply_config
-from controlprefix.errors import ControlPrefixError
+from controlprefix.cli.runs import RunArguments
+from controlprefix.errors import ControlPrefixError, RequestError
 
 from helpers import Histogram, Letters, commands
 from models import build, byte_tokenizer
@@ -505,3 +506,26 @@ def test_ways_to_adapt_a_model_are_compared(model_folder: Path, tmp_path: Path) 
     assert run(tmp_path, *command).count("plain") == text.count("plain")  # nothing is repeated
     with pytest.raises(ControlPrefixError, match="another steps"):
         run(tmp_path, *command, "--steps", "2")
+
+
+def test_resume_passes_over_runs_that_never_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = Path("rows.jsonl")
+    for name, saved in (("rows", True), ("rows-2", False)):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        if saved:
+            (folder / "checkpoint.safetensors").touch()
+    assert RunArguments(resume=True).options(data)["folder"].name == "rows"
+    assert RunArguments().options(data)["folder"].name == "rows-3"
+    (tmp_path / "runs/rows/checkpoint.safetensors").unlink()
+    with pytest.raises(RequestError, match="no run of rows.jsonl .* that was saved"):
+        RunArguments(resume=True).options(data)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta2"])
+def test_a_device_that_is_none_is_told_before_anything_is_loaded(device: str) -> None:
+    with pytest.raises(ControlPrefixError, match=f"device is '{device}'"):
+        ControlPrefix.from_pretrained("no-such-model", device=device, store="sqlite://")

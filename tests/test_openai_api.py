@@ -562,14 +562,14 @@ def test_pages_versions_and_rollback_over_http(tmp_path: Path) -> None:
                 break
         assert names == sorted(["Zoe", "bob", "ábel", "ana"])
         assert [v["current"] for v in httpx.get(f"{users}/ana").json()["versions"]] == [False, True]
-        rolled = httpx.post(f"{users}/ana/rollback", json={"version": 1}).json()
+        rolled = httpx.post(f"{users}/ana/rollback", json={"to": 1}).json()
         assert [v["current"] for v in rolled["versions"]] == [True, False]
         label = f"{served.base}/v1/prefixes/attribute/tone=warm"
-        assert httpx.put(f"{label}/aliases/canary", json={"version": 1}).json()["versions"][0][
+        assert httpx.put(f"{label}/aliases/canary", json={"to": 1}).json()["versions"][0][
             "aliases"
         ] == ["canary"]
-        assert httpx.post(f"{label}/rollback", json={"version": "canary"}).status_code == 200
-        assert httpx.post(f"{label}/rollback", json={"version": 9}).status_code == 404
+        assert httpx.post(f"{label}/rollback", json={"to": "canary"}).status_code == 200
+        assert httpx.post(f"{label}/rollback", json={"to": 9}).status_code == 404
         assert httpx.get(f"{served.base}/v1/prefixes/task").json()["names"] == ["email"]
         assert httpx.get(f"{served.base}/v1/models/tiny/email").status_code == 200
         assert httpx.delete(f"{served.base}/v1/prefixes/task/email").json()["num_versions"] == 1
@@ -640,3 +640,26 @@ def test_feedback_is_kept_for_training(served: Served) -> None:
         assert answer.status_code == 400, wrong
         assert message in answer.json()["error"]["message"]
     httpx.delete(f"{served.base}/v1/users/zoe")
+
+
+def test_fields_of_the_library_are_told_where_they_are_here(served: Served) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+
+    def message(**fields: Any) -> str:
+        answer = httpx.post(f"{served.base}/v1/chat/completions", json={**body, **fields})
+        assert answer.status_code == 400
+        return str(answer.json()["error"]["message"])
+
+    assert "name the task in model" in message(task="email")
+    assert "give response_format" in message(json_schema={})
+    assert "unknown field 'foo'" in message(foo={})
+    url = f"{served.base}/v1/chat/completions"
+    answer = httpx.post(url, content=b"{bad", headers={"Content-Type": "application/json"})
+    assert "the body is no JSON" in answer.json()["error"]["message"]
+    answer = httpx.post(url, content=b'{"model": "tiny"}')
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_times_of_versions_say_that_they_are_in_utc(served: Served) -> None:
+    (version,) = httpx.get(f"{served.base}/v1/users/ana").json()["versions"]
+    assert version["created_at"].endswith("+00:00")

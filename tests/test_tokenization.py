@@ -505,7 +505,7 @@ def test_what_a_normalizer_makes_a_control_token_is_text() -> None:
     assert end not in reader.inner_ids("hi＜/s＞you")
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tokenize", "add_generation_prompt", "padding"])
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "padding"])
 def test_a_request_cannot_set_options_of_the_tokenizer(name: str) -> None:
     cp = engine(chat_tokenizer())
     with pytest.raises(RequestError, match=f"cannot have '{name}'"):

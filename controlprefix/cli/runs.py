@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from controlprefix.training import TrainingReport
 
 RUNS = Path("runs")
+_SAVED = ("checkpoint.safetensors", "finished.jsonl", "report.json")  # one is in a run that began
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class RunArguments:
     def _default_folder(self, data: Path) -> Path:
         name = data.name.split(".")[0] or "run"
         runs = [RUNS / name, *(RUNS / f"{name}-{i}" for i in range(2, 10_000))]
-        existing = [path for path in runs if path.is_dir()]
         if not self.resume:
             return next(path for path in runs if not path.exists())
+        existing = [path for path in runs if any((path / file).is_file() for file in _SAVED)]
         if not existing:
             raise RequestError(
-                f"there is no run of {data} in {RUNS.absolute()}; give its --folder, or start one "
-                "without --resume"
+                f"there is no run of {data} in {RUNS.absolute()} that was saved; give its "
+                "--folder, or start one without --resume"
             )
         return max(existing, key=lambda path: path.stat().st_mtime)
 

@@ -32,7 +32,7 @@ LabelledTextsOption = Annotated[
     Path | None,
     typer.Option(help="Labelled texts for /v1/classify, as in `eval`."),
 ]
-PortOption = Annotated[int, typer.Option(help="Port to listen on.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")]
 KeyNameArgument = Annotated[str, typer.Argument(help="Name of the API key.")]
 
 

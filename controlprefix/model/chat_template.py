@@ -14,7 +14,9 @@ from controlprefix.model.control_tokens import control_token_pattern
 _NO_TEMPLATE = "this model has no chat template, so it takes a prompt, not messages"
 _PROBE = "a message of a user"
 # Of what `apply_chat_template` takes, a request may set these; the others are the operator's.
-_VARIABLES_OF_REQUESTS = frozenset({"tools", "documents"})
+_VARIABLES_OF_REQUESTS = frozenset(
+    {"add_generation_prompt", "continue_final_message", "documents", "tools"}
+)
 # What a template may leave open at the end of a prompt, and how it is closed.
 _OPEN_THINKING = re.compile(r"(?:<(think|thinking|thought|reasoning)>|(\[THINK\]))\s*\Z")
 

@@ -28,6 +28,7 @@ from controlprefix.errors import (
     MissingDependencyError,
     RequestError,
     UnsupportedModelError,
+    short_reason,
 )
 
 # alias -> the pip package that contains the weights as one GGUF file
@@ -81,6 +82,8 @@ def load(
     """
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ControlPrefixError(f"dtype is {dtype!r}; it must be one of: {', '.join(_DTYPES)}")
+    if device is not None and device != "auto":
+        _require_device(device)
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     if trust_remote_code:
         hub["trust_remote_code"] = True
@@ -117,6 +120,16 @@ def load(
     loaded.requires_grad_(False)
     loaded.eval()
     return loaded, tokenizer
+
+
+def _require_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ControlPrefixError(
+            f"device is {str(device)!r}, which this machine's torch cannot use: "
+            f"{short_reason(error)}; it may be cpu, cuda, cuda:1, mps, …, or auto"
+        ) from error
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

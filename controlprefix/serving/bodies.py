@@ -105,7 +105,7 @@ class CompletionBody(SteeringFields):
                 continue
             if name in names:
                 result[name] = _MIN_TOP_P if name == "top_p" and value == 0 else value
-            elif not _is_default(value):
+            elif name not in _UNSUPPORTED or not _is_default(value):
                 raise ValueError(_refusal(str(name), names))
         return result
 
@@ -350,6 +350,15 @@ class ClassifyBody(BaseModel):
     texts: list[str] = Field(min_length=1, max_length=64)
 
 
+# Where fields of the library are in this API.
+_ELSEWHERE = {
+    "task": "name the task in model, such as 'smollm2/email'",
+    "json_schema": "give response_format",
+    "max_new_tokens": "give max_tokens",
+    "num_beams": "beams are not supported by this server",
+}
+
+
 def _is_default(value: Any) -> bool:
     """Whether leaving a field out asks for the same."""
     return value is False or (
@@ -361,6 +370,8 @@ def _refusal(name: str, names: set[str]) -> str:
     """Why a field is refused."""
     if name in _UNSUPPORTED:
         return f"{name} is not supported by this server; leave it out"
+    if name in _ELSEWHERE:
+        return f"unknown field {name!r}; {_ELSEWHERE[name]}"
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "it is no field of this API"
     return f"unknown field {name[:80]!r}; {hint}"

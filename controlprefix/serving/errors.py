@@ -94,6 +94,11 @@ def add_error_handlers(app: FastAPI) -> None:
             f"{str(finding['msg']).removeprefix('Value error, ')[:_MAX_CHARACTERS]}"
             for finding in findings[:_MAX_FINDINGS]
         ]
+        if any(finding["type"] == "json_invalid" for finding in findings):
+            reason = str(findings[0].get("ctx", {}).get("error", ""))[:_MAX_CHARACTERS]
+            lines = [f"the body is no JSON: {reason} at character {findings[0]['loc'][-1]}"]
+        elif any(finding["type"] == "model_attributes_type" for finding in findings):
+            lines = ["the body must be a JSON object, with Content-Type: application/json"]
         if len(findings) > _MAX_FINDINGS:
             lines.append(f"and {len(findings) - _MAX_FINDINGS} more")
         message = "; ".join(lines)

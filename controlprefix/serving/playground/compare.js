@@ -66,7 +66,7 @@ function note(side, text, wrong = false) {
 // What is set is in the address, so that it can be sent to someone.
 function changed() {
   const state = { prompt: at("prompt").value, task: at("task").value, seed: at("seed").value,
-    sides: sides().map(settings) };
+    tokens: at("tokens").value, temperature: at("temperature").value, sides: sides().map(settings) };
   history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(state))}`);
   sides().forEach(showCode);
 }
@@ -107,14 +107,15 @@ function showCode(side) {
   if (snippet.hidden) return;
   const { stream, ...body } = asked(side);
   const { model: name, messages, max_tokens, temperature, seed, ...steering } = body;
-  const extra = JSON.stringify(steering).replaceAll("null", "None").replaceAll("true", "True");
+  const extra = JSON.stringify(steering);  // neither null nor true is in it, so it is Python too
+  const sampling = (temperature === null ? "" : ` temperature=${temperature},`) + (seed === undefined ? "" : ` seed=${seed},`);
   const json = JSON.stringify(body, null, 2);
   snippet.textContent = `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json' \\\n` +
     `  -d '${json.replaceAll("'", "'\\''")}'\n\n` +
-    `from openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}/v1", api_key="…")\n` +
+    `from openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}/v1", api_key="none")\n` +
     `answer = client.chat.completions.create(\n    model=${JSON.stringify(name)},\n` +
     `    messages=[{"role": "user", "content": ${JSON.stringify(messages[0].content)}}],\n` +
-    `    max_tokens=${max_tokens},\n    extra_body=${extra},\n)\nprint(answer.choices[0].message.content)\n\n` +
+    `    max_tokens=${max_tokens},${sampling}\n    extra_body=${extra},\n)\nprint(answer.choices[0].message.content)\n\n` +
     `const answer = await fetch("${location.origin}/v1/chat/completions", {\n  method: "POST",\n` +
     `  headers: { "Content-Type": "application/json" },\n  body: JSON.stringify(${json.replaceAll("\n", "\n  ")}),\n});\n` +
     `console.log((await answer.json()).choices[0].message.content);\n`;
@@ -309,6 +310,6 @@ document.addEventListener("keydown", (event) => {
 at("key").onchange = begin;
 let saved = {};
 try { saved = JSON.parse(decodeURIComponent(location.hash.slice(1))); } catch { /* no state in the address */ }
-for (const id of ["prompt", "seed"]) if (saved[id] !== undefined) at(id).value = saved[id];
+for (const id of ["prompt", "seed", "tokens", "temperature"]) if (saved[id] !== undefined) at(id).value = saved[id];
 for (const state of saved.sides?.length ? saved.sides : [{}, {}]) addSide(state);
 begin();

@@ -37,7 +37,7 @@ async function showVersions() {
     const button = Object.assign(document.createElement("button"),
       { className: "quiet", textContent: "Use this one", disabled: version.current });
     button.onclick = (event) => doing(event.target, async () => {
-      await ask(`${pathOf(user)}/rollback`, { method: "POST", body: JSON.stringify({ version: version.version }) });
+      await ask(`${pathOf(user)}/rollback`, { method: "POST", body: JSON.stringify({ to: version.version }) });
       await showVersions();
       tell(`${user}: version ${version.version} is in use`);
     });

@@ -51,11 +51,11 @@ class Removed(BaseModel):
 
 
 class VersionBody(BaseModel):
-    """A version by its number or alias."""
+    """A version, by its number or alias."""
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int | str
+    to: int | str
 
 
 class AliasBody(BaseModel):
@@ -63,7 +63,7 @@ class AliasBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int | str | None
+    to: int | str | None
 
 
 @router.get("/{kind}")
@@ -88,7 +88,7 @@ async def roll_back_prefix(
     server: ServerDependency,
 ) -> Versions:
     """Make another version current; none is removed."""
-    await server.work.with_store(client.cp.rollback, kind, name, to=body.version)
+    await server.work.with_store(client.cp.rollback, kind, name, to=body.to)
     return await versions_of(kind, name, client, server)
 
 
@@ -102,7 +102,7 @@ async def set_alias(
     server: ServerDependency,
 ) -> Versions:
     """Give a version an alias such as `canary`, move it, or remove it."""
-    await server.work.with_store(client.cp.alias, kind, name, alias, to=body.version)
+    await server.work.with_store(client.cp.alias, kind, name, alias, to=body.to)
     return await versions_of(kind, name, client, server)
 
 

@@ -87,7 +87,7 @@ async def roll_back_user(
     user: str, body: VersionBody, client: ClientDependency, server: ServerDependency
 ) -> Versions:
     """Make another version of a user's prefix current; none is removed."""
-    await server.work.with_store(client.cp.rollback, "user", user, to=body.version)
+    await server.work.with_store(client.cp.rollback, "user", user, to=body.to)
     return await versions_of("user", user, client, server)
 
 
