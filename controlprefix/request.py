@@ -337,7 +337,7 @@ class Request(SteeringFields):
         if self.prompt is not None and not self.prompt.strip() and not starts_any_text:
             raise ValueError("the prompt is empty; write what to answer, or give raw=True for any")
         if self.messages is not None and not any(m.content.strip() for m in self.messages):
-            raise ValueError("messages are empty; write what to answer")
+            raise ValueError("messages have no text; write what to answer")
 
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)

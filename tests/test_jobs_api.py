@@ -53,3 +53,13 @@ def test_mistakes_of_clients_are_answered(served: "Served") -> None:
         assert words in response.json()["error"]["message"]
     assert httpx.get(f"{served.base}/v1/jobs/none").status_code == 404
     assert httpx.delete(f"{served.base}/v1/jobs/none").status_code == 404
+
+
+def test_jobs_that_cannot_do_anything_are_refused_at_once(served: "Served") -> None:
+    answer = httpx.post(f"{served.base}/v1/users/nobody/learn", json={})
+    assert answer.status_code == 400
+    assert "/v1/feedback" in answer.json()["error"]["message"]
+    body = {"texts": ["a"], "train": {"as_codes": True}}
+    answer = httpx.put(f"{served.base}/v1/users/bo", json=body)
+    assert answer.status_code == 400
+    assert "is for a decoder" in answer.json()["error"]["message"]

@@ -21,7 +21,7 @@ from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
         ({}, "give one of prompt, messages and prompt_ids"),
         ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "give one of prompt"),
         ({"prompt": "  "}, "the prompt is empty"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages are empty"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages have no text"),
         ({"prompt": "x", "max_tokens": 3}, "unknown field 'max_tokens'.*mean 'max_new_tokens'"),
         ({"prompt": "x", "attributes": {"tone": {"warm": math.nan}}}, "of 'tone=warm' is nan"),
         ({"prompt": "x", "attributes": {"tone": {}}}, "attribute 'tone' names no label"),

@@ -582,3 +582,9 @@ def test_what_is_forced_first_takes_its_position() -> None:
     assert cp.generate("hello", max_new_tokens=limit - 1, **options).num_tokens == limit - 1
     with pytest.raises(ContextLengthError):
         cp.generate("hello", max_new_tokens=limit, **options)
+
+
+def test_a_bias_of_a_token_that_the_model_has_not_is_refused() -> None:
+    cp = engine(byte_tokenizer())
+    with pytest.raises(RequestError, match="logit_bias has the token id 99999"):
+        cp.generate("hi", raw=True, max_new_tokens=2, logit_bias={99999: 1.0})

@@ -55,7 +55,7 @@ def capacity(
     except ValueError as error:
         raise RequestError(str(error)) from None
     table = Table("what", "how much", show_header=False)
-    table.add_row("a user in the store", f"{result.stored_bytes:,} bytes")
+    table.add_row("a user in the store, with rows and indexes", f"{result.stored_bytes:,} bytes")
     table.add_row(f"{users:,} users in the store", f"{result.store_bytes / 1e9:,.2f} GB")
     table.add_row("a user's prefix in memory", f"{result.prefix_bytes:,} bytes")
     table.add_row("processes", f"{result.num_processes:,}")

@@ -176,6 +176,11 @@ class RequestTokenizer:
             ContextLengthError: If the prompt and its new tokens do not fit the context.
         """
         ids = self.prompt_ids(request)
+        if unknown := [token for token in request.logit_bias if not self._is_embedded(token)]:
+            raise RequestError(
+                f"logit_bias has the token id {unknown[0]}, but this model has "
+                f"{self._num_embeddings} embeddings"
+            )
         if self._stop_texts:
             stop = (*request.stop, *self._stop_texts)
             request = request.model_copy(update={"stop": tuple(dict.fromkeys(stop))})

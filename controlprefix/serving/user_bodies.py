@@ -64,6 +64,8 @@ class EnrolmentBody(BaseModel):
         if self.decoder is not None:
             options["decoder"] = self.decoder
             options.pop("num_slots", None)
+        elif options.get("as_codes"):
+            raise RequestError("train.as_codes is for a decoder; name one, or leave it out")
         return {"texts": self.texts, **options}
 
 
