@@ -115,7 +115,8 @@ def test_what_a_killed_actor_had_is_done_once(model_folder: Path, tmp_path: Path
     cp.store.close()
 
 
-def test_mistakes_are_clear_errors(tmp_path: Path, model_folder: Path) -> None:
+def test_mistakes_are_clear_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controlprefix.interop.ray_users._MAX_ATTEMPTS", 1)  # each takes a while
     url = f"sqlite:///{tmp_path}/cluster.db"
     with pytest.raises(EngineError, match="cannot start"):
         RayCluster(model=tmp_path / "none", store=url, num_actors=1).train_users(TEXTS, **OPTIONS)

@@ -13,7 +13,7 @@ from controlprefix.model.control_tokens import control_token_pattern
 
 _NO_TEMPLATE = "this model has no chat template, so it takes a prompt, not messages"
 _PROBE = "a message of a user"
-# Of what `apply_chat_template` takes, a request may set these; the others are the operator's.
+# A request may set these options of `apply_chat_template`; the others are the operator's.
 _VARIABLES_OF_REQUESTS = frozenset(
     {"add_generation_prompt", "continue_final_message", "documents", "tools"}
 )
