@@ -368,7 +368,7 @@ def gateway_url(cp: ControlPrefix, url: str, folder: Path) -> Iterator[str]:
         f"sqlite:///{folder}/store.db",
         name="tiny",
         open_tenant="default",
-        runner=cp.vllm_runner(url, folder / "prefixes"),
+        runner=cp.vllm_runner(url, folder / "prefixes", key_file=folder / "key"),
     )
     server = uvicorn.Server(uvicorn.Config(create_app(gateway), port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -439,6 +439,8 @@ def test_another_model_is_noticed(url: str, folder: Path, tmp_path: Path) -> Non
         build("llama", head_dim=32, seed=5), tokenizer=CHAT, store="sqlite://"
     )
     with pytest.raises(EngineError, match="another model"):
+        other.vllm_runner(url, folder / "prefixes", key_file=folder / "key")
+    with pytest.raises(EngineError, match="the same folder, with the same key"):
         other.vllm_runner(url, folder / "prefixes")
     with pytest.raises(EngineError, match="no vLLM answers"):
         other.vllm_runner("http://127.0.0.1:9", tmp_path)

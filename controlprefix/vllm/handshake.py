@@ -43,7 +43,8 @@ def compare_with_local_model(
             log-probabilities, given where the slots are.
 
     Raises:
-        EngineError: If the server serves another model, or has no connector.
+        EngineError: If the server serves another model, has no connector, or cannot read the
+            folder.
     """
     prefix = prefix_from_tokens(frozen, _PREFIX_TOKENS)
     used = PartUsed(kind="user", name="probe", version=0, strength=_STRENGTH)
@@ -55,7 +56,13 @@ def compare_with_local_model(
     for probe in _PROBES:
         remote = remote_log_probs(without_prefix, probe)
         distances["without"].append(_distance(remote, _local_log_probs(frozen, [], probe)))
-        remote = remote_log_probs(with_prefix, probe)
+        try:
+            remote = remote_log_probs(with_prefix, probe)
+        except EngineError as error:
+            raise EngineError(
+                f"vLLM cannot use a prefix ({error}): it must read the same folder, with the same "
+                "key if there is one"
+            ) from error
         distances["with"].append(_distance(remote, _local_log_probs(frozen, [part], probe)))
         as_text = _local_log_probs(frozen, [], (*with_prefix.placeholder_ids, *probe))
         distances["placeholders"].append(_distance(remote, as_text))
