@@ -434,14 +434,17 @@ def test_a_server_without_the_connector_is_noticed_in_bfloat16_too(tmp_path: Pat
         cp.vllm_runner(url, tmp_path / "prefixes")
 
 
-def test_another_model_is_noticed(url: str, folder: Path, tmp_path: Path) -> None:
+def test_another_model_or_folder_is_noticed(
+    cp: ControlPrefix, url: str, folder: Path, tmp_path: Path
+) -> None:
     other = ControlPrefix.from_pretrained(
         build("llama", head_dim=32, seed=5), tokenizer=CHAT, store="sqlite://"
     )
     with pytest.raises(EngineError, match="another model"):
         other.vllm_runner(url, folder / "prefixes", key_file=folder / "key")
-    with pytest.raises(EngineError, match="the same folder, with the same key"):
-        other.vllm_runner(url, folder / "prefixes")
+    for place in (folder / "prefixes", tmp_path):  # without the key, and another one
+        with pytest.raises(EngineError, match="the same folder, with the same key"):
+            cp.vllm_runner(url, place)
     with pytest.raises(EngineError, match="no vLLM answers"):
         other.vllm_runner("http://127.0.0.1:9", tmp_path)
 

@@ -4,6 +4,7 @@ A server of other weights, without the connector, or that cannot read the prefix
 answer fluently and wrongly. So log-probabilities with and without a prefix are compared first.
 """
 
+import secrets
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -51,7 +52,9 @@ def compare_with_local_model(
     part = Part(prefix, _STRENGTH)
     request = Request(prompt="probe", raw=True, max_new_tokens=1)
     without_prefix = place(ResolvedRequest(request, ()))
-    with_prefix = place(ResolvedRequest(request, (ResolvedPart(used, part),)))
+    # A tenant of its own, so that nothing of an earlier comparison is in a cache or the folder.
+    tenant = f"handshake {secrets.token_hex(8)}"
+    with_prefix = place(ResolvedRequest(request, (ResolvedPart(used, part),), tenant))
     distances: dict[str, list[float]] = {"without": [], "with": [], "placeholders": []}
     for probe in _PROBES:
         remote = remote_log_probs(without_prefix, probe)
