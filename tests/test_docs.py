@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = {} if name == "any_transformers_call" else {"steps": 1}
     example.main(with_two_lengths, **options)
     assert capsys.readouterr().out.strip()
+
+
+def test_every_extra_is_named() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].keys() - {"bench", "dev", "docs"}
+    for page in (README, (ROOT / "docs" / "getting-started.md").read_text()):
+        assert [extra for extra in sorted(extras) if f"`{extra}`" not in page] == []
 
 
 def test_every_target_is_in_the_readme() -> None:
