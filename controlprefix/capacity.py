@@ -5,7 +5,7 @@ given.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
 Form = Literal["code", "int8", "bfloat16"]
@@ -91,7 +91,12 @@ def capacity(load: Load) -> Capacity:
     sizes = (load.slot_values, load.slot_heads, load.num_slots, load.max_sequences)
     numbers = (load.users, load.requests_per_second, load.prompt_tokens, load.new_tokens)
     if min(sizes) < 1 or min(*numbers, load.seconds_per_user) < 0 or load.tokens_per_second <= 0:
-        raise ValueError("sizes and tokens_per_second must be above 0, and no number negative")
+        values_by_name = {name: value for name, value in asdict(load).items() if name != "form"}
+        negative = [f"{n} is {v}" for n, v in values_by_name.items() if v is not None and v < 0]
+        reason = f": {', '.join(negative)}" if negative else ""
+        raise ValueError(
+            f"sizes and tokens_per_second must be above 0, and no number negative{reason}"
+        )
     values, scales = load.slot_values, load.slot_heads
     payload = {
         "code": CODE_BYTES,

@@ -319,7 +319,7 @@ def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored(
         (rows, {"seed": -1}, "seed is -1"),
         (rows, {"num_slots": 1.5}, "num_slots is 1.5; it must be a whole number"),
         (rows, {"learn": ()}, "learn is empty; learn any of: task, attributes, user"),
-        (rows, {"num_slots": 1000}, "num_slots is 1000; it must be 1 or up to 256, the context"),
+        (rows, {"num_slots": 1000}, "num_slots is 1000; it must be between 1 and 256, the context"),
     ]
     for examples, options, message in cases:
         with pytest.raises(TrainingDataError, match=message):

@@ -134,7 +134,7 @@ def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
         if get_origin(field.annotation) is dict:
             value, text = None, f"{text} A JSON object."
     if default is not None:
-        text = f"{text} Default: {default}."
+        text = f"{text.partition(' Left out, ')[0].rstrip('.')}. Default: {default}."
         value, annotation = None, annotation | None
     return option(name, Annotated[annotation, typer.Option(*flags, help=text)], value)
 
@@ -226,7 +226,7 @@ def parse_json_object(option: str, text: str | None) -> dict[str, Any]:
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise RequestError(f'{option} needs a JSON object such as {{"name": true}}, got {text!r}')
+        raise RequestError(f'{option} needs a JSON object such as {{"key": 1}}, got {text!r}')
     return value
 
 

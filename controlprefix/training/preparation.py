@@ -343,9 +343,9 @@ def _num_slots_for(
         raise TrainingDataError(f"num_slots is {count!r}; it must be a whole number")
     if count < 1 or (context_length is not None and count > context_length):
         limit = (
-            "more"
+            "1 or more"
             if context_length is None
-            else f"up to {context_length}, the context of this model"
+            else f"between 1 and {context_length}, the context of this model"
         )
-        raise TrainingDataError(f"num_slots is {count}; it must be 1 or {limit}")
+        raise TrainingDataError(f"num_slots is {count}; it must be {limit}")
     return count
