@@ -43,6 +43,7 @@ def served(model: str, store: str) -> Iterator[str]:
     command = [
         *(sys.executable, "-m", "controlprefix.cli", "serve", "--model", model, "--store", store),
         *("--port", str(port), "--no-request-log", "--max-sequences", "16"),
+        *("--served-model-name", "m"),
     ]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
@@ -205,6 +206,8 @@ async def measured(
         await times_of(other, 0)
         async with under(attack, attacker, copies):
             results[name] = await times_of(other, options.seconds)
+        if results[name]["failed"] == results[name]["requests"]:
+            raise SystemExit(f"no request was answered: {name}")
         await asyncio.sleep(options.rest)  # the server finishes what it had
     for client in clients:
         await client.aclose()
