@@ -1,14 +1,19 @@
 """Who is next: turns of tenants, order within one, rows that must fit, chunks of prompts."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlprefix import ControlPrefix, OverloadedError, Request
 from controlprefix.inference.prefill_queue import PrefillQueue
 from controlprefix.inference.waiting_line import WaitingLine
+
+from models import build, byte_tokenizer
 
 Item = tuple[str, int, int, int]  # tenant, number, rows, tokens
 
@@ -134,3 +139,26 @@ def test_what_was_begun_together_is_removed_together() -> None:
     assert queue.remove(lambda s: s is sequences[1]) == []
     assert queue.remove(lambda _: True) == sequences[1:]
     assert not queue.sequences
+
+
+def test_a_tenant_cannot_fill_the_line_of_a_shared_batch() -> None:
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    batcher = cp._generator.batcher(max_sequences=2, max_waiting=8, max_sequences_per_tenant=1)
+    try:
+        request = cp.resolve(Request(prompt="a", raw=True, max_new_tokens=200))
+        accepted = []
+
+        def fill() -> None:
+            for _ in range(20):
+                accepted.append(batcher.submit(request))
+
+        with pytest.raises(OverloadedError, match="7 requests of this tenant"):
+            fill()
+        other = batcher.submit(replace(request, tenant="other"))
+        for ticket in accepted:
+            ticket.cancel()
+        assert other.result().num_tokens
+    finally:
+        batcher.close()

@@ -180,6 +180,12 @@ class Batcher(ABC):
             sequence.sampling.processors = [constraint]
         with self._wake:
             self.require_capacity()
+            is_shared = self._max_per_tenant < self._max_sequences
+            own_limit = self._max_waiting - self._max_waiting // 8
+            if is_shared and self._waiting.num_waiting(resolved.tenant) >= own_limit:
+                raise OverloadedError(
+                    f"{own_limit} requests of this tenant are waiting already; try again later"
+                )
             self._waiting.add(resolved.tenant, sequence)
             self._wake.notify()
         return sequence.ticket

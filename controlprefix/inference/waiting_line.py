@@ -41,6 +41,11 @@ class WaitingLine(Generic[Item]):
     def __len__(self) -> int:
         return sum(len(queue.items) for queue in self._queues.values())
 
+    def num_waiting(self, tenant: str) -> int:
+        """Items of a tenant that wait."""
+        queue = self._queues.get(tenant)
+        return len(queue.items) if queue else 0
+
     @property
     def tenants(self) -> list[str]:
         """Those that have something waiting."""
