@@ -17,7 +17,7 @@ from controlprefix import ControlPrefix, Example
 from controlprefix.embeddings import embed
 
 from lib.datasets import Row, load
-from lib.models import add_model_options, engine, load_from
+from lib.models import add_model_options, engine, load_from, nats
 from lib.results import ResultFile, arguments
 from lib.tables import header, line
 
@@ -37,12 +37,6 @@ def examples(
         )
         for i, row in enumerate(rows)
     ]
-
-
-def nats(cp: ControlPrefix, rows: Sequence[Example]) -> float:
-    """Nats per token of the completions."""
-    scores = cp.score(rows)
-    return -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
 
 
 def page(results: Mapping[str, Any]) -> str:

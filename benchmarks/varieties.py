@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from controlprefix import ControlPrefix, Example, Request
 
 from lib.datasets import read_rows
-from lib.models import add_model_options, engine, load_from
+from lib.models import add_model_options, engine, load_from, nats
 from lib.results import ResultFile, arguments
 from lib.tables import header, line
 
@@ -70,12 +70,6 @@ def text_row(pair: Pair, variety: str | None = None, *, task: str | None = None)
         task=task,
         attributes={"variety": variety} if variety else {},
     )
-
-
-def nats(cp: ControlPrefix, rows: Sequence[Example]) -> float:
-    """Nats per token of the completions."""
-    scores = cp.score(rows)
-    return -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
 
 
 def page(results: Mapping[str, Any]) -> str:

@@ -4,12 +4,13 @@ Speed does not depend on the values of weights. The tiny one is for tests of the
 """
 
 import argparse
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from controlprefix import ControlPrefix, Part, Prefix, PrefixBatch, assemble
+from controlprefix import ControlPrefix, Example, Part, Prefix, PrefixBatch, assemble
 from controlprefix.model import FrozenModel
 from controlprefix.model.loading import packaged_model
 from controlprefix.model.steering import Steering
@@ -75,6 +76,12 @@ def load_from(options: argparse.Namespace) -> FrozenModel:
 def engine(frozen: FrozenModel, store: str = "sqlite://") -> ControlPrefix:
     """The public class over a loaded model."""
     return ControlPrefix.from_pretrained(frozen.model, tokenizer=frozen.tokenizer, store=store)
+
+
+def nats(cp: ControlPrefix, rows: Sequence[Example]) -> float:
+    """Nats per token of the completions."""
+    scores = cp.score(rows)
+    return -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
 
 
 def random_prefix(model: PreTrainedModel, num_slots: int, seed: int) -> Prefix:

@@ -104,11 +104,7 @@ def evaluate_users(
     examples = as_examples(rows, columns=columns.columns(), defaults=columns.defaults())
     cp = engine.open()
     result = evaluation.evaluate_users(
-        cp,
-        examples,
-        groups=groupings,
-        min_group_size=min_group_size,
-        seed=seed,
+        cp, examples, groups=groupings, min_group_size=min_group_size, seed=seed
     )
     table = Table("users", "gain, nats per token", "95 % interval")
     gains = [("all", result.gain)]

@@ -166,9 +166,11 @@ def about_prefixes(cp: ControlPrefix, rows: Sequence[Example]) -> dict[str, Any]
         cp: With the prefixes that the rows name.
         rows: The rows.
     """
+    # Rows that name the same prefixes are looked up once.
+    distinct = {repr(row.named_parts): row for row in rows[:_MAX_NAMED_ROWS]}
     used = {
         f"{part.used.kind} {part.used.name} version {part.used.version}"
-        for resolved in map(cp.resolve, rows[:_MAX_NAMED_ROWS])
+        for resolved in map(cp.resolve, distinct.values())
         for part in resolved.parts
     }
     frozen = cp.frozen_model
