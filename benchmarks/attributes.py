@@ -193,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings: tuple[str, ...] = ("steps", "num_slots", "texts", "new_tokens")
     if REINFORCED in options.methods:
         settings += ("reward_steps", "requests", "samples", "diversity", "kl", "demonstrated")
-    name = "attributes" if options.device == "cpu" else f"attributes-{options.device}"
+    part = [] if options.studies == list(STUDIES) else options.studies
+    device = [] if options.device == "cpu" else [options.device]
+    name = "-".join(["attributes", *part, *device])
     file = ResultFile(name, options, settings=settings, model=frozen, page=page)
     for name in options.studies:
         study = load_study(options.data, name, options.steps * BATCH_SIZE, frozen)

@@ -283,3 +283,49 @@ def test_an_abandoned_prompt_is_not_prefilled_to_its_end(served: Served, keys: K
     finally:
         served.batcher._forward = forward
         served.batcher._prefills._max_tokens = 512
+
+
+def test_large_bodies_of_a_tenant_take_turns(
+    served: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant's second one waits for the first, another tenant's does not, and a third is told."""
+    monkeypatch.setattr("controlprefix.serving.large_bodies._MAX_WAITING", 2)
+    sleep, released = asyncio.sleep, threading.Event()
+
+    async def wait(seconds: float) -> None:
+        while seconds > 1000 and not released.is_set():
+            await sleep(0.01)
+        await sleep(seconds if seconds < 1000 else 0)
+
+    monkeypatch.setattr("controlprefix.serving.large_bodies.asyncio.sleep", wait)
+    lanes = served.gateway.large_bodies._turns
+    lanes.clear()
+    large = {"model": "tiny", "prompt": "x", "max_tokens": 1, "metadata": {"note": "y" * 100_000}}
+    url = f"{served.base}/v1/completions"
+
+    def post(tenant: str) -> int:
+        return httpx.post(url, json=large, headers=keys[tenant], timeout=60).status_code
+
+    assert post("a") == 200
+    lanes["a"].free_at = time.monotonic() + 3600
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(post, "a") for _ in range(2)]
+        wait_for(lambda: lanes["a"].num_waiting == 2)
+        assert post("a") == 429
+        assert post("b") == 200
+        assert ask(served, keys["a"]).status_code == 200  # a small one
+        assert not any(future.done() for future in waiting)
+        lanes["a"].free_at = 0.0
+        released.set()
+        assert [future.result() for future in waiting] == [200, 200]
+
+
+def test_a_body_is_not_parsed_before_its_key(
+    served: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}
+    assert httpx.post(f"{served.base}{CHAT}", **body).status_code == 401  # type: ignore[arg-type]
+    body["headers"] |= keys["a"]  # type: ignore[operator]
+    answer = httpx.post(f"{served.base}{CHAT}", **body)  # type: ignore[arg-type]
+    assert answer.status_code == 400
+    assert "JSON" in answer.json()["error"]["message"] or "pars" in answer.text

@@ -1,8 +1,10 @@
-"""FastAPI dependencies: the server, and the authenticated client."""
+"""Routes of authenticated clients, and FastAPI dependencies: the server, and the client."""
 
-from typing import Annotated
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from controlprefix.serving.server import Server
@@ -19,15 +21,32 @@ def _server(request: Request) -> Server:
 ServerDependency = Annotated[Server, Depends(_server)]
 
 
+class TenantRoute(APIRoute):
+    """A route that authenticates the client before it reads the body."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of a request."""
+        handle = super().get_route_handler()
+
+        async def handle_authenticated(request: Request) -> Response:
+            server = _server(request)
+            credentials = await _bearer(request)
+            api_key = credentials.credentials if credentials else None
+            address = request.client.host if request.client else ""
+            client = await server.work.with_store(server.authenticate, api_key, address)
+            request.state.client = client
+            request.state.report = {"tenant": client.tenant, "api_key": client.key_name}
+            await server.large_bodies.parse(request, client.tenant)
+            return await handle(request)
+
+        return handle_authenticated
+
+
 async def _client(
     request: Request,
-    server: ServerDependency,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],  # for the API's schema
 ) -> Client:
-    api_key = credentials.credentials if credentials else None
-    address = request.client.host if request.client else ""
-    client = await server.work.with_store(server.authenticate, api_key, address)
-    request.state.report = {"tenant": client.tenant, "api_key": client.key_name}
+    client: Client = request.state.client
     return client
 
 

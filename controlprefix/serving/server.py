@@ -14,6 +14,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.request import Request
+from controlprefix.serving.large_bodies import LargeBodies
 from controlprefix.serving.metrics import Metrics
 from controlprefix.serving.openai import Echo
 from controlprefix.serving.rate_limit import RateLimiter, TokenLimiter
@@ -55,6 +56,7 @@ class Server:
         is_open: It needs no API keys.
         metrics: For Prometheus.
         is_ready: False once it is shutting down.
+        large_bodies: Parses large bodies in turn.
         work: Threads for blocking work.
 
     Raises:
@@ -92,6 +94,7 @@ class Server:
         self.is_ready = True
         self.is_open = open_tenant is not None
         self.allowed_hosts = tuple(allowed_hosts)
+        self.large_bodies = LargeBodies()
         self.work = WorkPools(self.limits.max_enrolments)
         self._token_limiter = TokenLimiter(self.limits.tokens_per_minute)
         self._tenants = Tenants(

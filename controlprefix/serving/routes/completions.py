@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from controlprefix.errors import RequestError
 from controlprefix.serving.bodies import ChatBody, TextBody
-from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.openai import (
     ChatCompletionResponse,
     ChatFormat,
@@ -15,7 +15,7 @@ from controlprefix.serving.responses_api import ResponseObject, ResponsesBody, R
 from controlprefix.serving.server import Server
 from controlprefix.serving.stream import CompletionJob
 
-router = APIRouter(prefix="/v1", tags=["completions"])
+router = APIRouter(prefix="/v1", tags=["completions"], route_class=TenantRoute)
 
 _DEFAULT_CHAT_TOKENS = 256
 _DEFAULT_TEXT_TOKENS = 16  # as OpenAI

@@ -3,10 +3,10 @@
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.user_bodies import FeedbackBody
 
-router = APIRouter(prefix="/v1/feedback", tags=["users"])
+router = APIRouter(prefix="/v1/feedback", tags=["users"], route_class=TenantRoute)
 
 
 class KeptFeedback(BaseModel):

@@ -9,12 +9,12 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, TypeAdapter
 from sse_starlette import EventSourceResponse
 
-from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
 from controlprefix.store import Job, JobKind
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=TenantRoute)
 
 _POLL_S = 0.5
 _JSON = TypeAdapter(Job)

@@ -7,11 +7,11 @@ from controlprefix.attributes import Label
 from controlprefix.errors import ModelNotFoundError
 from controlprefix.prefixes import PrefixKey
 from controlprefix.serving.bodies import ClassifyBody
-from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
 
-router = APIRouter(prefix="/v1", tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"], route_class=TenantRoute)
 
 _MAX_LISTED = 1000
 

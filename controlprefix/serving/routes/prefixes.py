@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict
 
-from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=TenantRoute)
 
 MAX_LISTED = 1000
 PrefixKind = Annotated[Literal["task", "attribute"], Path(description="What they are for.")]

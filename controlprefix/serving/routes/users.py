@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from controlprefix.errors import RequestError
-from controlprefix.serving.dependencies import ClientDependency, ServerDependency
+from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.routes.jobs import accepted
 from controlprefix.serving.routes.prefixes import (
     MAX_LISTED,
@@ -19,7 +19,7 @@ from controlprefix.serving.routes.prefixes import (
 from controlprefix.serving.user_bodies import EnrolmentBody, LearningBody
 from controlprefix.store import Job
 
-router = APIRouter(prefix="/v1/users", tags=["users"])
+router = APIRouter(prefix="/v1/users", tags=["users"], route_class=TenantRoute)
 
 
 class UserList(BaseModel):
