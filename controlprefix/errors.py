@@ -71,6 +71,10 @@ class UnknownNameError(ControlPrefixError, LookupError):
     """A task, attribute, label, user, version or key that does not exist."""
 
 
+class InvalidNameError(UnknownNameError):
+    """A name that nothing in a store can have, such as one with a line break."""
+
+
 class PrefixFormatError(ControlPrefixError, ValueError):
     """Bytes or tensors that are not a valid prefix."""
 

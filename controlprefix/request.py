@@ -302,7 +302,8 @@ class Request(SteeringFields):
             for part in getattr(self, field):
                 if part not in parts:
                     raise ValueError(
-                        f"{field} names {part!r}; this request has: {known_names(part, parts)}"
+                        f"{field} names {part!r}, which is neither task, user nor an attribute "
+                        f"of this request; it can name: {known_names(part, parts)}"
                     )
         for part, strength in self.strengths.items():
             _check_strength(strength, part)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from controlprefix.errors import UnknownNameError
+from controlprefix.errors import InvalidNameError
 from controlprefix.prefixes import KINDS, Kind, PrefixKey
 
 if TYPE_CHECKING:  # they import torch
@@ -164,36 +164,36 @@ def check_kind(kind: str) -> None:
     """Check that a kind exists.
 
     Raises:
-        UnknownNameError: If it does not.
+        InvalidNameError: If it does not.
     """
     if kind not in KINDS:
-        raise UnknownNameError(f"unknown kind {kind!r}; a prefix is for a: {', '.join(KINDS)}")
+        raise InvalidNameError(f"unknown kind {kind!r}; a prefix is for a: {', '.join(KINDS)}")
 
 
 def check_value_fits(key: PrefixKey, value: "Value") -> None:
     """Check that decoders are stored as decoders, and user codes as users.
 
     Raises:
-        UnknownNameError: If the value cannot be stored under that kind.
+        InvalidNameError: If the value cannot be stored under that kind.
     """
     from controlprefix.prefixes import PrefixDecoder, UserCode
 
     is_decoder = isinstance(value, PrefixDecoder)
     is_misplaced_code = isinstance(value, UserCode) and key.kind != "user"
     if (key.kind == "decoder") != is_decoder or is_misplaced_code:
-        raise UnknownNameError(f"a {type(value).__name__} cannot be stored as {key}")
+        raise InvalidNameError(f"a {type(value).__name__} cannot be stored as {key}")
 
 
 def check_key(key: PrefixKey) -> None:
     """Check that a key can be stored and read back.
 
     Raises:
-        UnknownNameError: If it cannot.
+        InvalidNameError: If it cannot.
     """
     check_kind(key.kind)
     check_name(key.kind, key.name)
     if key.kind == "attribute" and not (key.attribute and key.label):
-        raise UnknownNameError(
+        raise InvalidNameError(
             f"attribute name {key.name!r} does not name a label; write it as attribute=label, "
             "such as 'formality=formal'"
         )
@@ -203,11 +203,11 @@ def check_alias(alias: str) -> None:
     """Check an alias: printable, at most 64 characters, and not a number.
 
     Raises:
-        UnknownNameError: If it is not such a name.
+        InvalidNameError: If it is not such a name.
     """
     check_name("alias", alias)
     if alias.isdecimal() or len(alias) > _MAX_ALIAS_CHARACTERS:
-        raise UnknownNameError(f"alias {alias!r} is a number, or longer than 64 characters")
+        raise InvalidNameError(f"alias {alias!r} is a number, or longer than 64 characters")
 
 
 def check_name(what: str, name: str) -> None:
@@ -218,15 +218,15 @@ def check_name(what: str, name: str) -> None:
         name: The name.
 
     Raises:
-        UnknownNameError: If it is not 1 to 255 printable characters, or if a proxy may change it
+        InvalidNameError: If it is not 1 to 255 printable characters, or if a proxy may change it
             in a URL.
     """
     if not isinstance(name, str):
-        raise UnknownNameError(f"{what} name must be a text, got {type(name).__name__}")
+        raise InvalidNameError(f"{what} name must be a text, got {type(name).__name__}")
     if not (0 < len(name) <= _MAX_NAME_CHARACTERS) or not name.isprintable():
-        raise UnknownNameError(f"{what} name {name[:40]!r} is not 1 to 255 printable characters")
+        raise InvalidNameError(f"{what} name {name[:40]!r} is not 1 to 255 printable characters")
     if name != name.strip() or "\ufffd" in name or {".", "..", ""} & set(name.split("/")):
-        raise UnknownNameError(
+        raise InvalidNameError(
             f"{what} name {name[:40]!r} cannot stand in a URL: it begins or ends with a blank or a "
             "slash, has an empty or dot segment, or a replacement character"
         )

@@ -386,12 +386,20 @@ def test_mistakes_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
         (("train", str(rows), "--validation", "dev.jsonl"), "neither a fraction nor a file"),
         (("train", str(rows), "--text", "body"), "no column 'body'"),
         (("train", str(rows), "--too-long", "shrink"), "'shrink' is not one of"),
+        (("train", str(rows), "--learn", "user"), "no example has one"),
+        (("train", str(rows), "--learn", "tsk"), "cannot learn 'tsk'"),
+        (("train", str(rows), "--num-slots", "0"), "greater than or equal to 1"),
+        (("distill", "Be brief.", str(rows)), "name one to learn"),
+        (("prefixes", "import", "no folder"), "does not exist"),
         (("generate", "Hi", "--strength", "user"), "not of the form name=value"),
+        (("generate", "Hi", "--strength", "tone=2"), "it can name: task, user"),
     ):
         with pytest.raises(ControlPrefixError, match=message):
             run(tmp_path, *arguments, *model)
     with pytest.raises(ControlPrefixError, match="there is no folder"):
         run(tmp_path, "train", str(rows), *model)
+    with pytest.raises(ControlPrefixError, match="attributes init no.yaml"):
+        run(tmp_path, "attributes", "show", "no.yaml")
 
 
 def test_runs_have_folders_of_their_own(

@@ -39,7 +39,7 @@ from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
             {"prompt": "x", "num_beams": 2, "attributes": {"tone": {"warm": -1}}},
             "strengths below 0",
         ),
-        ({"prompt": "x", "strengths": {"tone": 1}}, "names 'tone'; this request has: task, user"),
+        ({"prompt": "x", "strengths": {"tone": 1}}, "it can name: task, user"),
         (
             {"prompt": "x", "temperature": 0},
             "temperature: Input should be greater than or equal to 0.001",

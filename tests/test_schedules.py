@@ -115,7 +115,7 @@ def test_beams_follow_a_schedule_too(steered: ControlPrefix) -> None:
         ({"tone": [(3, 1.0), (2, 1.0)]}, "tokens in rising order, from 0"),
         ({"tone": [(0, -1.0)]}, "must be a finite number >= 0"),
         ({"tone": [(0, 1.0), (10**400, 0.0)]}, "tokens in rising order"),
-        ({"mood": [(0, 1.0)]}, "schedules names 'mood'; this request has"),
+        ({"mood": [(0, 1.0)]}, "schedules names 'mood', which is neither task"),
     ],
 )
 def test_what_is_no_schedule_is_refused(schedules: Any, message: str) -> None:

@@ -16,7 +16,7 @@ from controlprefix.errors import RequestError
 @grouped
 def capacity(
     users: Annotated[int, typer.Option(help="Users with a prefix.")] = 1000,
-    num_slots: Annotated[int, typer.Option(help="Slots per prefix.")] = 16,
+    num_slots: Annotated[int, typer.Option(min=1, help="Slots per prefix.")] = 16,
     form: Annotated[Form, typer.Option(help="How users are stored.")] = "int8",
     requests_per_second: Annotated[float, typer.Option(help="Requests at the peak.")] = 1.0,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 200,

@@ -212,9 +212,10 @@ def import_prefix(
     path: Annotated[
         Path,
         typer.Argument(
+            exists=True,
             help="A folder of `prefixes export`, a .safetensors file, the folder of a PEFT "
             "checkpoint of virtual tokens, or a .ckpt or .bin file of the original Prefix-Tuning "
-            "or Control Prefixes."
+            "or Control Prefixes.",
         ),
     ],
     kind: Annotated[StoredKind | None, typer.Option(help="What it is for.")] = None,

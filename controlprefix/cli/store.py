@@ -169,6 +169,15 @@ FileArgument = Annotated[Path, typer.Argument(help="The attribute file.")]
 ATTRIBUTE_FILE = Path("attributes.yaml")
 
 
+def _existing(file: Path) -> Path:
+    """The file, after a check that it is there."""
+    if not file.exists():
+        raise RequestError(
+            f"there is no {file}; write one with: controlprefix attributes init {file}"
+        )
+    return file
+
+
 @attributes_app.command("init")
 @grouped
 def init_attributes(
@@ -201,7 +210,7 @@ def show_attributes(
     from controlprefix.attributes import AttributeSpace
     from controlprefix.prefixes import PrefixKey
 
-    space = AttributeSpace.read(file)
+    space = AttributeSpace.read(_existing(file))
     with store.open_store() as opened:
         stored = {info.key for info in opened.prefixes("attribute")}
     table = Table("attribute", "label", "default", "opposite", "prefix", "description")
@@ -223,6 +232,6 @@ def check_attributes(file: FileArgument = ATTRIBUTE_FILE) -> None:
     """Check an attribute file, and list the lines that are wrong."""
     from controlprefix.attributes import AttributeSpace
 
-    space = AttributeSpace.read(file)
+    space = AttributeSpace.read(_existing(file))
     counts = f"{len(space.attributes)} attributes with {len(space.keys())} labels"
     out.print(f"{file}: {counts}", soft_wrap=True)

@@ -44,7 +44,7 @@ InitOption = Annotated[
         "random values, or the stored version."
     ),
 ]
-NumSlotsOption = Annotated[int, typer.Option(help="Slots of each trained prefix.")]
+NumSlotsOption = Annotated[int, typer.Option(min=1, help="Slots of each trained prefix.")]
 
 
 @app.command()
@@ -69,17 +69,20 @@ def train(
     `accelerate launch -m controlprefix.cli train …` shares the work between processes.
     """
     from controlprefix.data import as_examples
+    from controlprefix.training.preparation import kinds_to_learn
 
     held_out, names = parse_validation(validation), columns.columns()
     defaults = columns.defaults()
     examples = as_examples(data, columns=names, defaults=defaults)
     if isinstance(held_out, str):  # a mistake in it is told before a model is loaded
         held_out = cast(Any, as_examples(held_out, columns=names, defaults=defaults))
+    kinds: Any = None if learn is None else parse_list(learn)
+    kinds_to_learn(examples, kinds)
     cp = engine.open(create=True)
     with exit_when_interrupted():
         report = cp.train(
             examples,
-            learn=cast(Any, None if learn is None else parse_list(learn)),
+            learn=kinds,
             validation=held_out,
             num_slots=num_slots,
             init=init,
@@ -202,8 +205,10 @@ def distill(
 ) -> None:
     """Train a prefix that does what an instruction does; needs prompts, no labelled data."""
     from controlprefix.data import read_texts
+    from controlprefix.training.trainer import distillation_target
 
     name, label = parse_pair("--attribute", attribute) if attribute else (None, None)
+    distillation_target(task=task, attribute=name, label=label, user=user)
     texts = read_texts(prompts)
     cp = engine.open(create=True)
     with exit_when_interrupted():

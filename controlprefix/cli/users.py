@@ -30,7 +30,7 @@ DecoderOption = Annotated[
 RefineOption = Annotated[
     bool, typer.Option("--refine", help="Then train the prefix on the texts, for some seconds.")
 ]
-EnrolledSlotsOption = Annotated[int, typer.Option(help="Without a decoder: slots at most.")]
+EnrolledSlotsOption = Annotated[int, typer.Option(min=1, help="Without a decoder: slots at most.")]
 KeepTextsOption = Annotated[
     bool, typer.Option("--keep-texts", help="Store the texts too, for `users train`.")
 ]
@@ -45,7 +45,7 @@ RayOption = Annotated[
     typer.Option(
         "--ray",
         help="Work on a Ray cluster: its address, auto, or local for one of this machine. "
-        "There is no run folder then.",
+        "Its actors keep no run folder, so leave out the options of one.",
     ),
 ]
 ActorsOption = Annotated[int, typer.Option(help="With --ray: processes, each with a model.")]
@@ -123,7 +123,9 @@ def train_users(
     full: Annotated[
         bool, typer.Option("--full", help="With a decoder: train all slots, not a code.")
     ] = False,
-    num_slots: Annotated[int, typer.Option(help="Slots per prefix, without a decoder.")] = 16,
+    num_slots: Annotated[
+        int, typer.Option(min=1, help="Slots per prefix, without a decoder.")
+    ] = 16,
     concurrent_users: Annotated[int, typer.Option(help="Users at a time.")] = 16,
     ray_address: RayOption = None,
     actors: ActorsOption = 2,
@@ -248,7 +250,7 @@ def learn_decoder(
     data: Annotated[Path, typer.Argument(help=_DATA_HELP)],
     training_fields: dict[str, Any],
     name: Annotated[str, typer.Option(help="Name of the decoder.")] = "users",
-    num_slots: Annotated[int, typer.Option(help="Slots of the prefixes.")] = 16,
+    num_slots: Annotated[int, typer.Option(min=1, help="Slots of the prefixes.")] = 16,
     width: Annotated[int, typer.Option(help="Values of a code per slot.")] = 64,
     *,
     columns: ColumnArguments,

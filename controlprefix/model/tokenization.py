@@ -198,7 +198,7 @@ class RequestTokenizer:
             raise ContextLengthError(
                 f"this model's maximum context length is {limit} tokens{beside}, but the prompt "
                 f"has {len(ids)} and asks for {request.max_new_tokens} more; shorten the prompt or "
-                "lower max_new_tokens"
+                "ask for fewer new tokens"
             )
         return request, ids
 

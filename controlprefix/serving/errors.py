@@ -1,6 +1,8 @@
 """Errors as HTTP responses in OpenAI's form."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +15,7 @@ from controlprefix.errors import (
     ControlPrefixError,
     EngineError,
     InternalServerError,
+    InvalidNameError,
     ModelNotFoundError,
     OverloadedError,
     PrefixFormatError,
@@ -39,6 +42,7 @@ _RESPONSES: tuple[tuple[type[ControlPrefixError], int, str, str], ...] = (
     (InternalServerError, 500, "server_error", "internal_error"),
     (ContextLengthError, 400, "invalid_request_error", "context_length_exceeded"),
     (ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (InvalidNameError, 400, "invalid_request_error", "invalid_name"),
     (UnknownNameError, 404, "invalid_request_error", "not_found"),
     (PrefixFormatError, 500, "server_error", "damaged_prefix"),
     (EngineError, 503, "server_error", "engine_unavailable"),
@@ -66,6 +70,13 @@ def error_response(status: int, error: ErrorBody, **headers: str) -> JSONRespons
     return JSONResponse(ErrorResponse(error=error).model_dump(), status, headers)
 
 
+def _message(finding: Mapping[str, Any]) -> str:
+    """What is wrong with a field."""
+    if finding["type"] == "extra_forbidden":
+        return "unknown field; /docs lists those of this route"
+    return str(finding["msg"]).removeprefix("Value error, ")
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Let an application answer every error in OpenAI's form."""
 
@@ -91,7 +102,7 @@ def add_error_handlers(app: FastAPI) -> None:
         findings = error.errors()
         lines = [
             f"{'.'.join(map(str, finding['loc'][1:]))[:_MAX_CHARACTERS] or 'body'}: "
-            f"{str(finding['msg']).removeprefix('Value error, ')[:_MAX_CHARACTERS]}"
+            f"{_message(finding)[:_MAX_CHARACTERS]}"
             for finding in findings[:_MAX_FINDINGS]
         ]
         if any(finding["type"] == "json_invalid" for finding in findings):

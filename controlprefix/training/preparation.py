@@ -91,7 +91,7 @@ def prepare(
         TrainingDataError: If the examples cannot be trained on.
         ContextLengthError: If some are too long, and are neither to be cut nor skipped.
     """
-    kinds = _kinds_to_learn(examples, learn)
+    kinds = kinds_to_learn(examples, learn)
     tokenizer = frozen.request_tokenizer
     fitted = fit_to_context(examples, tokenizer, settings.too_long)
     fitted_validation = fit_to_context(validation, tokenizer, settings.too_long)
@@ -193,7 +193,7 @@ def prepare_requests(
         UnknownNameError: If a part is not stored.
         ContextLengthError: If a prompt or a demonstration does not fit the context.
     """
-    kinds = _kinds_to_learn(requests, learn)
+    kinds = kinds_to_learn(requests, learn)
     check_trainable(demonstrations)
     tokenizer = frozen.request_tokenizer
     all_rows = [*requests, *demonstrations]
@@ -291,10 +291,14 @@ def check_trainable(examples: Sequence[Request]) -> None:
             raise TrainingDataError(f"{row.place(i)} has {problem}; leave it out")
 
 
-def _kinds_to_learn(
+def kinds_to_learn(
     examples: Sequence[Request], learn: Learnable | Sequence[Learnable] | None
 ) -> set[Kind]:
-    """The kinds of parts to train, after a check that each example has one of them."""
+    """The kinds of parts to train, after a check that each example has one of them.
+
+    Raises:
+        TrainingDataError: If `learn` names something else, or an example has none of them.
+    """
     if not examples:
         raise TrainingDataError("there are no examples to train on")
     if learn is None:
