@@ -8,6 +8,7 @@
     │   ├── ModelNotFoundError    a server was asked for a model that it does not serve
     │   └── ModelOutputError      the model's logits are no numbers
     ├── UnknownNameError          no such task, attribute, label, user, version or key
+    │   └── InvalidNameError      a name that nothing in a store can have
     ├── PrefixFormatError         bytes or tensors that are not a valid prefix
     ├── GeometryMismatchError     a prefix made for another model or other weights
     ├── UnsupportedModelError     a model whose attention cannot take slots
@@ -17,6 +18,7 @@
     ├── OverloadedError           more requests than can be accepted now
     ├── EngineError               the engine behind a server failed or is misconfigured
     ├── StoreError                the store cannot be opened, read or written
+    │   ├── DamagedRowError       a row that this library does not write
     │   ├── StoreKeyError         an encryption key is missing or wrong
     │   └── VersionConflictError  another version was published first
     └── ServerError               raised by the HTTP server only
@@ -27,6 +29,7 @@
         └── InternalServerError
 
 Each is also the built-in error it resembles, so `except ValueError` works too.
+`TrainingInterrupted`, after Ctrl-C, is a `KeyboardInterrupt` and not among them.
 """
 
 import difflib

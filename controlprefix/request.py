@@ -1,4 +1,4 @@
-"""Request and Example: what a caller asks for."""
+"""Request: what a caller asks for."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar

@@ -12,7 +12,7 @@ from controlprefix.store.versions import key_of, select_prefixes, unknown_name, 
 
 
 def forget(session: Session, tenant: int, key: PrefixKey) -> int:
-    """Remove a name for all models, and a user's texts and profile; returns the versions removed.
+    """Remove a name for all models, and all else of a user; returns the versions removed.
 
     Raises:
         UnknownNameError: If there is nothing of that name.

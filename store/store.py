@@ -154,8 +154,12 @@ class PrefixStore(UserData, JobMethods):
             _log.info("tenant %s: published %s version %d", self.tenant, new.key, numbers[i])
         return [numbers[i] for i in range(len(new_versions))]
 
-    def prefixes(self, kind: Kind | None = None) -> list[PrefixInfo]:
-        """Everything that is stored, for all models, sorted by kind and name."""
+    def prefixes(self, kind: Kind | None = None, name: str | None = None) -> list[PrefixInfo]:
+        """What is stored, for all models, sorted by kind and name.
+
+        Args:
+            kind, name: Only those of that kind, and of that name.
+        """
 
         def read(session: Session, tenant: int) -> list[PrefixInfo]:
             query = (
@@ -166,6 +170,8 @@ class PrefixStore(UserData, JobMethods):
             )
             if kind is not None:
                 query = query.where(PrefixRow.kind == kind)
+            if name is not None:
+                query = query.where(PrefixRow.name == name)
             return [
                 PrefixInfo(
                     key_of(row),

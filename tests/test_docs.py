@@ -11,7 +11,7 @@ from typing import Any
 import jupytext
 import pytest
 
-from controlprefix import ControlPrefix, embeddings
+from controlprefix import ControlPrefix, UnknownNameError, embeddings
 from controlprefix.data import as_examples
 
 from helpers import Letters
@@ -29,13 +29,18 @@ def test_readme_quickstart_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     (quickstart,) = re.findall(r"```python\n(# quickstart.*?)```", README, re.DOTALL)
     assert sum(bool(line.strip()) for line in quickstart.splitlines()) <= 23
-    exec(compile(quickstart, "README.md", "exec"), {"__name__": "quickstart"})
+    quickstart_names: dict[str, Any] = {"__name__": "quickstart"}
+    exec(compile(quickstart, "README.md", "exec"), quickstart_names)
     printed = capsys.readouterr().out
     (shown_text,) = re.findall(r"It prints:\n\n```text\n(.*?)```", README, re.DOTALL)
     # Words of a model differ between machines; what the library says does not.
     for line in shown_text.splitlines():
         label = line.split("->")[0].rstrip()
         assert label in printed
+    ((command, message),) = re.findall(r"```text\n>>> (.*)\n(.*)\n```", README)
+    with pytest.raises(UnknownNameError) as error:
+        eval(command, {"cp": quickstart_names["cp"]})
+    assert message == f"UnknownNameError: {error.value}"
 
 
 EXAMPLES = (

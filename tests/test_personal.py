@@ -378,3 +378,7 @@ def test_the_privacy_audit_finds_memorized_texts_only() -> None:
     with pytest.raises(TrainingDataError, match="was not made by train_users or enroll"):
         cp.audit_user("cy", texts, held_out, num_canaries=1)
     assert 0 <= cp.audit_user("cy", texts, held_out).membership_auc <= 1
+    rows = [Example(prompt="", raw=True, completion=text, user="di") for text in texts]
+    cp.trainable(rows, learn="user", num_slots=2, init="random").publish()
+    with pytest.raises(TrainingDataError, match="was not made by train_users or enroll"):
+        cp.audit_user("di", texts, held_out, num_canaries=1)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from controlprefix import ControlPrefix, GeometryMismatchError, Prefix, embeddings
+from controlprefix import ControlPrefix, GeometryMismatchError, Prefix, StoreError, embeddings
 from controlprefix.engine.rebinding import rebind
 from controlprefix.model.fingerprint import first_fingerprint
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, UserCode
@@ -61,6 +61,41 @@ def test_decoders_and_codes_go_together(monkeypatch: pytest.MonkeyPatch) -> None
     other.store.put([NewVersion(PrefixKey("user", "ana"), older)])
     assert set(rebind(other)) == {PrefixKey("decoder", "users"), PrefixKey("user", "ana")}
     assert other.get("user", "ana").slots["decoder"].equal(expected.slots["decoder"])
+
+
+def test_codes_keep_to_their_version_of_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Letters())
+    cp, key = engine(), PrefixKey("decoder", "users")
+    texts = {f"u{i}": [f"text {i} of mine"] * 2 for i in range(3)}
+    own = cp.store.for_model(cp.geometry.fingerprint)
+    other = engine()
+    geometry = replace(other.geometry, fingerprint=first_fingerprint(other.model), shift=None)
+    earlier = other.store.for_model(geometry.fingerprint)
+    expected = {}
+    for seed, user in enumerate(("ana", "bo")):  # each with another version of the decoder
+        cp.learn_decoder(texts, num_slots=2, width=4, steps=1, seed=seed, progress=False)
+        cp.enroll(user, [f"words of {user}"], decoder="users")
+        expected[user] = cp.get("user", user)
+        decoder, code = own.get(key).value, own.get(PrefixKey("user", user)).value
+        assert isinstance(decoder, PrefixDecoder)
+        assert isinstance(code, UserCode)
+        decoder.geometry = geometry
+        other.store.put([NewVersion(key, decoder)])
+        older = replace(code, decoder_hash=earlier.get(key).content_hash)
+        other.store.put([NewVersion(PrefixKey("user", user), older)])
+    other.learn_decoder(texts, num_slots=2, width=4, steps=1, seed=5, progress=False)
+    with pytest.raises(StoreError, match="exists for this model already"):
+        rebind(other)  # codes would be read by a decoder that they are not of
+    assert other.names("user") == []
+    fresh = engine()
+    for number in (1, 2):
+        fresh.store.put([NewVersion(key, earlier.get(key, version=number).value)])
+    for user_key in (PrefixKey("user", "ana"), PrefixKey("user", "bo")):
+        fresh.store.put([NewVersion(user_key, earlier.get(user_key).value)])
+    assert set(rebind(fresh)) == {key, PrefixKey("user", "ana"), PrefixKey("user", "bo")}
+    assert rebind(fresh) == []
+    for user, prefix in expected.items():
+        assert fresh.get("user", user).slots["decoder"].equal(prefix.slots["decoder"])
 
 
 def test_prefixes_of_another_model_are_not_taken() -> None:

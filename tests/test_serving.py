@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -193,6 +194,8 @@ def test_malformed_and_oversized_bodies_are_refused(served: Served) -> None:
         for _ in range(64):
             yield b"a" * (1 << 17)
 
+    metrics = httpx.get(f"{served.base}/metrics").text
+    assert re.search(r'controlprefix_requests_total\{path="[^"]*",status="413"\} [1-9]', metrics)
     with contextlib.suppress(httpx.WriteError):  # if it hangs up on us, that is as good
         assert httpx.post(post, content=endless()).status_code == 413
     assert httpx.get(f"{served.base}/health").json() == {"status": "ok"}

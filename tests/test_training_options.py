@@ -333,3 +333,15 @@ def test_the_first_slots_of_a_nested_prefix_serve_alone() -> None:
     assert few_nested - whole_nested < 0.3 * (few - whole)
     with pytest.raises(ValueError, match="must be 1 or more"):
         Prefix.random(engine().geometry, num_slots=2).first(0)
+
+
+def test_a_sweep_refuses_what_records_or_watches_a_run(tmp_path: Path) -> None:
+    all_options: list[dict[str, Any]] = [
+        {"folder": tmp_path / "run"},
+        {"on_step": print},
+        {"tracker": "tensorboard"},
+    ]
+    for options in all_options:
+        with pytest.raises(TrainingDataError, match=f"{next(iter(options))} has no effect"):
+            engine().sweep(greetings(), num_slots=[1], **options)
+    assert not (tmp_path / "run").exists()

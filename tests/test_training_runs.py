@@ -61,7 +61,8 @@ sys.path.insert(0, {tests!r})
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 torch.set_num_threads(1)
-from helpers import QUICK, engine, greetings
+from controlprefix import TrainingDataError, embeddings
+from helpers import QUICK, Letters, engine, greetings
 """
 
 
@@ -234,7 +235,17 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
     script = f"""
         cp = engine(store="sqlite:///{tmp_path}/prefixes.db")
         report = cp.train(greetings(), **{settings!r})
-        print(json.dumps([report.losses, report.validation, dict(report.saved)]))
+        embeddings.load_embedder = lambda embedder: Letters()
+        texts = {{f"u{{i}}": [f"text {{i}}", "more"] for i in range(3)}}
+        decoder = cp.learn_decoder(texts, num_slots=2, width=4, steps=2, progress=False)
+        try:
+            cp.train_users(texts)
+        except TrainingDataError as error:
+            assert "each process would train all users" in str(error)
+        else:
+            raise AssertionError
+        saved = [dict(report.saved), decoder.version]
+        print(json.dumps([report.losses, report.validation, *saved]))
         """
     pair = [
         python(
@@ -254,12 +265,13 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
         assert process.returncode == 0, errors
         result.append(json.loads(printed.splitlines()[-1]))
     assert result[0] == result[1]
-    losses, validation, saved = result[0]
+    losses, validation, saved, decoder_version = result[0]
     assert losses == pytest.approx(expected.losses, abs=1e-4)
     assert [loss for _, loss in validation] == pytest.approx(
         [loss for _, loss in expected.validation], abs=1e-4
     )
     assert saved == expected.saved  # stored once
+    assert decoder_version == 1
     together = (
         engine(store=f"sqlite:///{tmp_path}/prefixes.db").get("task", "greet").slots["decoder"]
     )

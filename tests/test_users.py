@@ -199,6 +199,23 @@ def test_options_without_effect_are_refused() -> None:
         cp.learn_decoder({"ana": ["hello"], "bo": ["ho"]}, slot_dropout=0.1)
 
 
+def test_a_user_who_comes_twice_is_trained_once_at_a_time() -> None:
+    """Else the second run would attend to the first one's slots."""
+    pairs = [("ana", ["first of ana"] * 2), ("ana", ["second, entirely"] * 2), ("bo", ["ho"] * 2)]
+    cp, alone = engine(), engine()
+    report = cp.train_users(pairs, concurrent_users=3, **QUICK)
+    assert list(report.failed) == ["ana"]
+    assert "give all texts of a user together" in report.failed["ana"]
+    alone.train_users(pairs[:1], **QUICK)
+    assert torch.allclose(
+        cp.get("user", "ana").slots["decoder"],
+        alone.get("user", "ana").slots["decoder"],
+        atol=2e-3,
+    )
+    later = cp.train_users(pairs[1:2], **QUICK)
+    assert later.users["ana"].saved == {"user 'ana'": 2}
+
+
 def test_many_users_are_enrolled_as_each_alone() -> None:
     texts = {f"u{i}": [f"a text {i}", "another"] for i in range(3)}
     cp, alone = engine(), engine()

@@ -343,6 +343,8 @@ def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     monkeypatch.setattr("controlprefix.vllm.prefix_folder._SWEEP_INTERVAL_S", -1.0)
     keep(0)
     assert [item.name for item in (tmp_path / "new").iterdir()] == [folder.file(names[0]).name]
+    folder.remove_expired()  # as a server does now and then, though nothing is written
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_an_encrypted_folder_is_read_with_its_key_alone(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_nothing_is_lost_or_taken_twice(entries: list[tuple[str, int, int]]) -> 
     assert sorted(removed) == sorted(item for item in items if item[1] % 3 == 0)
     assert len(line) == len(items) - len(removed)
     taken = take_all(line, rows=4)
+    assert len(line) == 0
     assert sorted(taken) == sorted(item for item in items if item[1] % 3)
     for tenant in "abc":
         numbers = [item[1] for item in taken if item[0] == tenant]

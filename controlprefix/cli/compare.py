@@ -63,7 +63,7 @@ def compare(
     num_slots: Annotated[
         int | None, typer.Option(help="Slots, or virtual tokens, of each.  [8]")
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, with commas.  [0]")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, comma-separated.  [0]")] = None,
     num_rates: Annotated[
         int | None, typer.Option(help="Learning rates that each tries, 1 to 3.  [3]")
     ] = None,
@@ -75,7 +75,7 @@ def compare(
     ] = None,
     instruction: Annotated[
         str | None,
-        typer.Option(help="What instructed models are told; {labels} are a row's labels."),
+        typer.Option(help="The instruction of instructed models; {labels} are a row's labels."),
     ] = None,
     labelled_texts: Annotated[
         Path | None, typer.Option(help="Rows to train attribute classifiers on, as in eval.")
@@ -136,7 +136,7 @@ def compare(
     if "model" in options:
         name = str(options.pop("model"))
         model = replace(model, model=name) if model == ModelArguments() else model
-    # Files are read before the model is loaded, so that a mistake is told at once.
+    # Files are read first, to fail before a model is loaded.
     examples = as_examples(data, columns=named_columns)
     for name in ("validation", "test", "general"):
         if isinstance(options.get(name), Path):

@@ -30,13 +30,13 @@ SeedOption = Annotated[int, typer.Option(help="Seed of sampling and classifiers.
 @app.command("eval")
 @grouped
 def evaluate(
-    rows: Annotated[Path, typer.Argument(help="Rows that nothing was trained on.")],
+    rows: Annotated[Path, typer.Argument(help="Held-out rows.")],
     labelled_texts: LabelledTextsOption,
     folder: Annotated[
         Path, typer.Option(help="Folder of the report; an interrupted run continues there.")
     ] = Path("report"),
     strengths: Annotated[
-        str, typer.Option(help="Strengths of the curves, with commas; 0 and 1 among them.")
+        str, typer.Option(help="Strengths of the curves, comma-separated; 0 and 1 among them.")
     ] = "0,0.1,0.25,0.5,1,2,4",
     curve_rows: Annotated[int, typer.Option(help="Rows per strength of each label.")] = 32,
     max_new_tokens: MaxNewTokensOption = 48,
@@ -80,7 +80,7 @@ def evaluate(
 @app.command("eval-users")
 @grouped
 def evaluate_users(
-    rows: Annotated[Path, typer.Argument(help="Rows with users that nothing was trained on.")],
+    rows: Annotated[Path, typer.Argument(help="Held-out rows with users.")],
     groups: Annotated[
         Path | None,
         typer.Option(help='JSON file of groupings: {"gender": {"ana": "female", …}}.'),

@@ -22,7 +22,7 @@ def generate(
     """Generate text, printed as it is generated."""
     from controlprefix.request import Request, with_sampling_defaults
 
-    # A mistake is told before a model is loaded.
+    # Fail before a model is loaded.
     Request(prompt=prompt, **with_sampling_defaults(request_fields, {}))
     cp = engine.open()
     defaults = cp.frozen_model.sampling_defaults

@@ -81,8 +81,7 @@ class ModelArguments:
         _Text,
         typer.Option(
             envvar="CONTROLPREFIX_DEVICE",
-            help="Device such as cpu or cuda:1, or auto for layers on several. Left out, a GPU "
-            "if there is one.",
+            help="Device, such as cpu or cuda:1. Left out, a GPU if there is one.",
         ),
     ] = None
     dtype: Annotated[

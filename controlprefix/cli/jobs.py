@@ -23,16 +23,16 @@ def worker(
     from controlprefix.jobs import JobWorker
 
     cp = engine.open()
-    doer = JobWorker(cp.frozen_model, cp.store, cp.attributes)
+    jobs = JobWorker(cp.frozen_model, cp.store, cp.attributes)
 
     def stop(*_: Any) -> None:
         err.print("stopping after the current training step")
-        doer.ask_to_stop()
+        jobs.ask_to_stop()
 
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop)
     out.print(f"doing jobs of {cp.store.label}")
-    num_done = doer.run(until_empty=until_empty)
+    num_done = jobs.run(until_empty=until_empty)
     out.print(f"{num_done} jobs done")
 
 

@@ -76,7 +76,7 @@ def training_options(
 
         def parse(values: dict[str, Any]) -> dict[str, Any]:
             options = _without_none(values)
-            TrainingSettings.from_options(options)  # a mistake is told before a model is loaded
+            TrainingSettings.from_options(options)  # fail before a model is loaded
             return options
 
         return _with_fields(command, "training_fields", fields, parse, defaults)
@@ -97,7 +97,7 @@ def objective_options(name: str) -> Callable[[Callable[..., None]], Callable[...
         form = getattr(settings, name)
 
         def parse(values: dict[str, Any]) -> dict[str, Any]:
-            form.split_off(values)  # a mistake is told before a model is loaded
+            form.split_off(values)  # fail before a model is loaded
             return values
 
         fields: Mapping[str, FieldInfo] = vars(form)["__pydantic_fields__"]

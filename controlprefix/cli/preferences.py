@@ -10,6 +10,7 @@ from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import objective_options, parse_list, training_options
 from controlprefix.cli.runs import RunArguments, exit_when_interrupted, print_saved
 from controlprefix.cli.train import NumSlotsOption
+from controlprefix.errors import RequestError
 
 
 @app.command("train-preferences")
@@ -41,8 +42,8 @@ def train_preferences(
     learn: Annotated[
         str | None,
         typer.Option(
-            help="What to train: any of task, attributes, user, with commas. Left out, the users "
-            "if rows name any, or else the task and the attributes."
+            help="What to train: any of task, attributes, user, comma-separated. Left out, the "
+            "users if rows name any, or else the task and the attributes."
         ),
     ] = None,
     validation: Annotated[
@@ -61,6 +62,11 @@ def train_preferences(
     from controlprefix.data import as_preferences
 
     rows = None
+    if columns.text_column or columns.completion_column:
+        raise RequestError(
+            "preferences have a prompt, a chosen and a rejected completion; leave --text and "
+            "--completion out, and name those columns so"
+        )
     if data is not None:
         rows = as_preferences(data, columns=columns.columns(), defaults=columns.defaults())
     cp = engine.open(create=True)

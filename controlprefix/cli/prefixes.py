@@ -123,12 +123,16 @@ def show_prefix(
 def rollback_prefix(
     kind: KindArgument,
     name: NameArgument,
-    to: Annotated[int, typer.Option(help="Version to make current.")],
+    to: Annotated[str, typer.Option(help="Version to make current: its number or an alias.")],
     *,
-    engine: EngineArguments,
+    store: StoreArguments,
 ) -> None:
     """Make another version current."""
-    engine.open().rollback(kind, name, to=to)
+    from controlprefix.prefixes import PrefixKey
+
+    key = PrefixKey(kind, name)
+    with store.open_store() as opened:
+        opened.for_model(_only_model(opened, key)).rollback(key, to=_version(to))
     out.print(f"{kind} {name!r} is at version {to}")
 
 
@@ -167,9 +171,8 @@ def alias_prefix(
 
     key = PrefixKey(kind, name)
     with store.open_store() as opened:
-        fingerprint = _only_model(opened, key)
-        version = int(to) if to is not None and to.isdecimal() else to
-        opened.for_model(fingerprint).alias(key, alias, to=version)
+        version = None if to is None else _version(to)
+        opened.for_model(_only_model(opened, key)).alias(key, alias, to=version)
     out.print(f"removed alias {alias!r}" if to is None else f"{alias!r} is version {to} of {key}")
 
 
@@ -196,7 +199,7 @@ def export_prefix(
     if path.exists():
         require_yes(yes, f"{path} exists; overwrite it?")
     cp = engine.open()
-    number = int(version) if version is not None and version.isdecimal() else version
+    number = None if version is None else _version(version)
     if file_format == "peft":
         cp.get(kind, name, version=number).to_peft(path)
     elif path.suffix == ".safetensors":
@@ -272,10 +275,18 @@ def _only_model(store: "PrefixStore", key: "PrefixKey") -> str:
         UnknownNameError: If there is none.
         RequestError: If there are several.
     """
-    models = [info for info in store.prefixes(key.kind) if info.key == key]
+    models = store.prefixes(key.kind, key.name)
     if not models:
         raise store.unknown_name(key)
     if len(models) > 1:
         names = ", ".join(info.model_name for info in models)
-        raise RequestError(f"{key} is stored for several models ({names}); use Python's cp.alias")
+        raise RequestError(
+            f"{key} is stored for several models ({names}); use cp.alias "
+            "or cp.rollback in Python, which have a model"
+        )
     return models[0].fingerprint
+
+
+def _version(text: str) -> int | str:
+    """A version's number, or an alias."""
+    return int(text) if text.isdecimal() else text

@@ -48,8 +48,8 @@ def reinforce(
         list[str],
         typer.Option(
             help="What to reward, repeatable: labels=ROWS (classifiers trained on a file of "
-            "rows), classifier=FILES (with commas), length=10..30 (words), pattern=REGEX, json, or "
-            "python=module:function; in front a weight, such as 0.5*json."
+            "rows), classifier=FILES (comma-separated), length=10..30 (words), pattern=REGEX, "
+            "json, or python=module:function; in front a weight, such as 0.5*json."
         ),
     ],
     demonstrations: Annotated[

@@ -19,13 +19,13 @@ _SAVED = ("checkpoint.safetensors", "finished.jsonl", "report.json")  # one is i
 
 
 @dataclass(frozen=True)
-class RunArguments:
-    """Where a run is recorded."""
+class UsersRunArguments:
+    """Where a run over many users is recorded."""
 
     folder: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the run's checkpoint, report and curves. Default: a new one in runs/, "
+            help="Folder that records which users are finished. Default: a new one in runs/, "
             "named after the data."
         ),
     ] = None
@@ -36,9 +36,6 @@ class RunArguments:
             help="Continue the run in --folder; left out, the latest one in runs/ of this data.",
         ),
     ] = False
-    tracker: Annotated[
-        str | None, typer.Option(help="Log to one of accelerate's trackers, such as tensorboard.")
-    ] = None
 
     def options(self, data: Path) -> dict[str, Any]:
         """Keyword arguments of a training function, after the folder is printed.
@@ -51,8 +48,7 @@ class RunArguments:
         """
         folder = self.folder or self._default_folder(data)
         err.print(f"the run is recorded in {folder}")
-        tracker = {} if self.tracker is None else {"tracker": self.tracker}
-        return {"folder": folder, "resume": self.resume, **tracker}
+        return {"folder": folder, "resume": self.resume}
 
     def _default_folder(self, data: Path) -> Path:
         name = data.name.split(".")[0] or "run"
@@ -66,6 +62,27 @@ class RunArguments:
                 "--folder, or start one without --resume"
             )
         return max(existing, key=lambda path: path.stat().st_mtime)
+
+
+@dataclass(frozen=True)
+class RunArguments(UsersRunArguments):
+    """Where a run is recorded, and who watches it."""
+
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run's checkpoint, report and curves. Default: a new one in runs/, "
+            "named after the data."
+        ),
+    ] = None
+    tracker: Annotated[
+        str | None, typer.Option(help="Log to one of accelerate's trackers, such as tensorboard.")
+    ] = None
+
+    def options(self, data: Path) -> dict[str, Any]:
+        """Keyword arguments of a training function, after the folder is printed."""
+        tracker = {} if self.tracker is None else {"tracker": self.tracker}
+        return {**super().options(data), **tracker}
 
 
 def print_saved(report: "TrainingReport") -> None:

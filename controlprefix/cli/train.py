@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import KindArgument, NameArgument, app, is_main_process, out
+from controlprefix.cli.common import NameArgument, app, is_main_process, out
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import (
     parse_list,
@@ -26,8 +26,8 @@ DataArgument = Annotated[
 LearnOption = Annotated[
     str | None,
     typer.Option(
-        help="What to train: any of task, attributes, user, with commas. Left out, the task and "
-        "the attributes, as far as the rows have them."
+        help="What to train: any of task, attributes, user, comma-separated. Left out, the task "
+        "and the attributes, as far as the rows have them."
     ),
 ]
 ValidationOption = Annotated[
@@ -74,7 +74,7 @@ def train(
     held_out, names = parse_validation(validation), columns.columns()
     defaults = columns.defaults()
     examples = as_examples(data, columns=names, defaults=defaults)
-    if isinstance(held_out, str):  # a mistake in it is told before a model is loaded
+    if isinstance(held_out, str):  # fail before a model is loaded
         held_out = cast(Any, as_examples(held_out, columns=names, defaults=defaults))
     kinds: Any = None if learn is None else parse_list(learn)
     kinds_to_learn(examples, kinds)
@@ -113,10 +113,10 @@ def sweep(
     data: DataArgument,
     training_fields: dict[str, Any],
     num_slots: Annotated[
-        str, typer.Option(help="Numbers of slots to try, with commas.")
+        str, typer.Option(help="Numbers of slots to try, comma-separated.")
     ] = "1,2,4,8,16,32",
     parameterizations: Annotated[
-        str, typer.Option(help="Any of shared, direct, mlp, shared-kv, with commas.")
+        str, typer.Option(help="Any of shared, direct, mlp, shared-kv, comma-separated.")
     ] = "shared",
     learn: LearnOption = None,
     validation: ValidationOption = "0.1",
@@ -166,7 +166,9 @@ def sweep(
 @app.command()
 @grouped
 def shorten(
-    kind: KindArgument,
+    kind: Annotated[
+        Literal["task", "attribute", "user"], typer.Argument(help="task, attribute or user.")
+    ],
     name: NameArgument,
     data: Annotated[Path, typer.Argument(help="Rows that name it and were not trained on.")],
     keep: Annotated[float, typer.Option(help="Share of the prefix's gain that must stay.")] = 0.95,
@@ -174,7 +176,7 @@ def shorten(
     columns: ColumnArguments,
     engine: EngineArguments,
 ) -> None:
-    """Drop the slots that attention uses least, and store the shorter prefix."""
+    """Store a shorter prefix: the slots attended to most, with refitted keys and values."""
     from controlprefix.data import as_examples
 
     examples = as_examples(data, columns=columns.columns(), defaults=columns.defaults())

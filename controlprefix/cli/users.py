@@ -17,7 +17,7 @@ from controlprefix.cli.groups import (
     require_yes,
 )
 from controlprefix.cli.options import training_options
-from controlprefix.cli.runs import RunArguments, exit_when_interrupted
+from controlprefix.cli.runs import RunArguments, UsersRunArguments, exit_when_interrupted
 from controlprefix.errors import RequestError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def train_users(
     actors: ActorsOption = 2,
     *,
     columns: ColumnArguments,
-    run: RunArguments,
+    run: UsersRunArguments,
     engine: EngineArguments,
 ) -> None:
     """Train a prefix for each of many users, and store each as soon as it is finished."""
@@ -152,7 +152,7 @@ def train_users(
         else:
             if texts is None:
                 raise RequestError("a cluster trains on texts of a file; give one")
-            if run != RunArguments():
+            if run != UsersRunArguments():
                 raise RequestError("--ray has no run folder; leave the options of one out")
             report = _cluster(engine, ray_address, actors).train_users(texts, **options)
     _print_stored(report)
@@ -296,7 +296,7 @@ def show_texts(
 @users_app.command("forget")
 @grouped
 def forget_user(user: UserArgument, yes: YesOption = False, *, store: StoreArguments) -> None:
-    """Remove every version of a user's prefix, for all models, and their kept texts."""
+    """Remove every version of a user's prefix, kept texts, feedback, jobs and profile."""
     from controlprefix.prefixes import PrefixKey
 
     require_yes(yes, f"Remove all that is stored of user {user!r}, for good?")

@@ -211,7 +211,7 @@ def _records(rows: Rows) -> Iterator[Request | Record]:
 
 
 def _iterable(rows: Any) -> Iterable[Any]:
-    """The rows of a list, or of an object that is told by its methods."""
+    """The rows of a list, or of an object that is recognized by its methods."""
     if hasattr(rows, "to_dicts"):  # polars
         return list(rows.to_dicts())
     if hasattr(rows, "to_pylist"):  # pyarrow

@@ -100,7 +100,10 @@ class PrefixMethods(Components):
             kind,
             name,
             replace(prefix, relevance=relevance),
-            details={"relevance": {"num_prompts": len(set(prompts)), "accepted": accepted}},
+            details={
+                **current.details,
+                "relevance": {"num_prompts": len(set(prompts)), "accepted": accepted},
+            },
             dtype=cast(StorageDtype, current.dtype),
             replaces=current.version,
         )

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from controlprefix.engine.control_prefix import ControlPrefix
-from controlprefix.errors import GeometryMismatchError
+from controlprefix.errors import GeometryMismatchError, StoreError
 from controlprefix.model.fingerprint import first_fingerprint
 from controlprefix.prefixes import KINDS, Geometry, Kind, Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import ModelStore, NewVersion
@@ -26,7 +26,8 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
 
     Raises:
         GeometryMismatchError: If nothing in the store was made for this model.
-        StoreError: If the store cannot be written.
+        StoreError: If the store cannot be written, or this model has another decoder of a name
+            that codes need.
     """
     fingerprint = first_fingerprint(cp.model)
     models = {info.fingerprint: info.model_name for info in cp.store.prefixes()}
@@ -37,23 +38,58 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
             f"the fingerprint {fingerprint[:12]}; the store has: {names or 'nothing'}"
         )
     earlier, own = cp.store.for_model(fingerprint), cp.store.for_model(cp.geometry.fingerprint)
-    decoder_hashes: dict[str, str] = {}
+    others: list[Kind] = [kind for kind in KINDS if kind != "decoder"]
+    values = {
+        (key := PrefixKey(kind, name)): earlier.get(key).value
+        for kind in others
+        for name in sorted(set(earlier.names(kind)) - set(own.names(kind)))
+    }
+    used = {value.decoder_hash for value in values.values() if isinstance(value, UserCode)}
+    hashes: dict[str, str] = {}  # of decoders, which codes name by their content
     stored: list[PrefixKey] = []
-    decoders: tuple[Kind, ...] = ("decoder",)
-    for kinds in (decoders, tuple(kind for kind in KINDS if kind != "decoder")):
-        new_versions = []
-        for kind in kinds:
-            for name in set(earlier.names(kind)) - set(own.names(kind)):
-                key = PrefixKey(kind, name)
-                value = _rebound(earlier.get(key).value, cp.geometry, decoder_hashes)
-                details = {**_details(earlier, key), "rebound": {"from": fingerprint}}
-                new_versions.append(NewVersion(key, value, details))
-        cp.store.put(new_versions)
-        stored += [new.key for new in new_versions]
-        for name in earlier.names("decoder"):  # codes name their decoder by its content
-            key = PrefixKey("decoder", name)
-            decoder_hashes[earlier.get(key).content_hash] = own.get(key).content_hash
-    return stored
+    for name in earlier.names("decoder"):
+        key = PrefixKey("decoder", name)
+        rebound = _rebound_hashes(own, key)
+        if rebound is None and not used & {info.content_hash for info in earlier.versions(key)}:
+            continue
+        if rebound is None:
+            raise StoreError(
+                f"{key} exists for this model already, and stored codes need the older one of that "
+                "name; export the newer one, remove it, and rebind again"
+            )
+        for info in sorted(earlier.versions(key), key=lambda info: (info.current, info.version)):
+            if info.content_hash in rebound or not (info.current or info.content_hash in used):
+                continue
+            value = _rebound(earlier.get(key, version=info.version).value, cp.geometry, {})
+            origin = {"from": fingerprint, "content_hash": info.content_hash}
+            details = {**info.details, "rebound": origin}
+            (number,) = cp.store.put([NewVersion(key, value, details)])
+            rebound[info.content_hash] = own.get(key, version=number).content_hash
+            stored += [key] * (key not in stored)
+        hashes |= rebound
+    new_versions = [
+        NewVersion(
+            key,
+            _rebound(value, cp.geometry, hashes),
+            {**_details(earlier, key), "rebound": {"from": fingerprint}},
+        )
+        for key, value in values.items()
+    ]
+    cp.store.put(new_versions)
+    return [*stored, *values]
+
+
+def _rebound_hashes(own: ModelStore, key: PrefixKey) -> dict[str, str] | None:
+    """Content hashes of a decoder's older versions, and those of their rebound versions.
+
+    None if the model has a decoder of that name that was not rebound.
+    """
+    if not own.exists(key):
+        return {}
+    versions = own.versions(key)
+    if not all("content_hash" in info.details.get("rebound", {}) for info in versions):
+        return None
+    return {info.details["rebound"]["content_hash"]: info.content_hash for info in versions}
 
 
 def _details(store: ModelStore, key: PrefixKey) -> Mapping[str, Any]:

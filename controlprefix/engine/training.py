@@ -33,9 +33,11 @@ from controlprefix.training import (
     TrainingReport,
     TrainingSettings,
 )
+from controlprefix.training.control import RunOptions
 from controlprefix.training.trainer import distillation_target, with_instruction
 
 _DISTILL_BATCH_SIZE = 32
+_NOT_FOR_SWEEPS = RunOptions.__annotations__.keys() - {"progress"}
 
 
 _log = logging.getLogger("controlprefix")
@@ -199,6 +201,8 @@ class TrainingMethods(GenerationMethods):
             Context distillation: Askell et al., 2021, https://arxiv.org/abs/2112.00861,
             and Snell et al., 2022, https://arxiv.org/abs/2209.15189.
         """
+        if not isinstance(options.get("validation", 0.0), (int, float)):
+            raise TrainingDataError("validation is a fraction of the prompts here; give a number")
         control, settings_fields = RunControl.split_off(options)
         settings = TrainingSettings.from_options(settings_fields)
         key, fields = distillation_target(task=task, attribute=attribute, label=label, user=user)
@@ -251,7 +255,8 @@ class TrainingMethods(GenerationMethods):
 
         Args:
             examples, columns, task, learn, init: As in `train`.
-            **options: As in `train`.
+            **options: As in `train`, but for those that record or watch a run; see
+                `SweepReport.save`.
             num_slots: Slots of each trained prefix; each number is tried.
             parameterizations: Each is tried with each number of slots.
 
@@ -262,6 +267,8 @@ class TrainingMethods(GenerationMethods):
             TrainingDataError: If the examples cannot be trained on, or none are held out.
         """
         rows, held_out, fields = self._training_rows(examples, options, columns, task, learn)
+        for option in _NOT_FOR_SWEEPS & fields.keys():
+            raise TrainingDataError(f"{option} has no effect in a sweep; leave it out")
         control, fields = RunControl.split_off(fields)
         return self._trainer.sweep(
             rows,
@@ -283,7 +290,7 @@ class TrainingMethods(GenerationMethods):
         columns: Columns | None = None,
         keep: float = 0.95,
     ) -> ShorteningReport:
-        """Keep the slots that attention uses most, per kv head, and store the shorter prefix.
+        """Store a shorter prefix: the slots attended to most, with refitted keys and values.
 
         Args:
             kind, name: A stored prefix.

@@ -212,7 +212,7 @@ class UserMethods(ExchangeMethods):
         """
         users = read_users(texts, columns=columns)
         if decoder is not None:
-            self.versions("decoder", decoder)  # a mistake is told before the users' own
+            self.versions("decoder", decoder)  # fail before any user is read
 
         def enroll(user: str, own: Sequence[str]) -> int:
             return self._user_trainer.enroll(
@@ -300,7 +300,9 @@ class UserMethods(ExchangeMethods):
         return self._user_trainer.similar_users(texts, limit)
 
     def forget_user(self, user: str) -> int:
-        """Remove every version of a user's prefix, kept texts and profile, also from memory.
+        """Remove every version of a user's prefix, kept texts, feedback, jobs and profile.
+
+        For a user it is the same as `remove("user", user)`.
 
         Args:
             user: Name of the user.

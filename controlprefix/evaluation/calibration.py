@@ -191,12 +191,13 @@ def calibrate(
             "make even; train it longer, with contrast, or give more samples"
         )
     details = {
+        **current.details,
         "calibrated": {
             "classifier": {"accuracy": classifier.accuracy},
             "curve": [(point.strength, round(point.probability.mean, 4)) for point in curve],
             "num_samples": num_samples,
             "seed": seed,
-        }
+        },
     }
     version = cp.put(
         "attribute",

@@ -214,6 +214,9 @@ class Batcher(ABC):
     def forget(self, tenant: str, key: PrefixKey) -> None:  # noqa: B027 (nothing is kept)
         """Does nothing: only the requests that run have prefixes here."""
 
+    def remove_expired(self) -> None:  # noqa: B027 (nothing is kept)
+        """Does nothing: only the requests that run have prefixes here."""
+
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Accept no more requests, and finish the accepted ones: see `Runner.close`."""
         with self._wake:

@@ -105,6 +105,9 @@ class Runner(Protocol):
     def forget(self, tenant: str, key: PrefixKey) -> None:
         """Remove what the runner keeps of a prefix beyond the requests that run."""
 
+    def remove_expired(self) -> None:
+        """Remove what the runner keeps beyond the requests that run and nobody used for long."""
+
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Accept no more requests, and finish the accepted ones.
 

@@ -36,10 +36,11 @@ class WaitingLine(Generic[Item]):
     ) -> None:
         self._num_rows, self._num_tokens = num_rows, num_tokens
         self._queues: dict[str, _Queue[Item]] = {}
+        self._num_items = 0  # read by threads that do not hold the owner's lock
         self._clock = 0.0  # `served` of the tenant that was last served, before that
 
     def __len__(self) -> int:
-        return sum(len(queue.items) for queue in self._queues.values())
+        return self._num_items
 
     def num_waiting(self, tenant: str) -> int:
         """Items of a tenant that wait."""
@@ -57,6 +58,7 @@ class WaitingLine(Generic[Item]):
         if not queue.items:  # who had nothing to do saved nothing up
             queue.served = max(queue.served, self._clock)
         queue.items.append(item)
+        self._num_items += 1
 
     def take(self, free_rows: Mapping[str, int]) -> Item | None:
         """Remove the next item that fits.
@@ -89,6 +91,7 @@ class WaitingLine(Generic[Item]):
     def _taken(self, queue: _Queue[Item], index: int, passed: Iterable[_Queue[Item]]) -> Item:
         item = queue.items[index]
         del queue.items[index]
+        self._num_items -= 1
         if index == 0:
             queue.num_passed = 0
         for other in passed:
@@ -109,6 +112,7 @@ class WaitingLine(Generic[Item]):
         for queue in self._queues.values():
             if matching := [item for item in queue.items if condition(item)]:
                 removed += matching
+                self._num_items -= len(matching)
                 queue.items = deque(item for item in queue.items if item not in matching)
         return removed
 

@@ -1,1 +1,1 @@
-"""Plug-ins for other programs: lm-evaluation-harness."""
+"""Plug-ins for other programs: lm-evaluation-harness and Ray."""

@@ -85,7 +85,7 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
         self._request = _request(fields)
         self._by_task = {name: _request(own) for name, own in _read_steering(steering).items()}
         for request in (self._request, *self._by_task.values()):
-            with self._cp.assembled(request):  # a mistake is told before anything is evaluated
+            with self._cp.assembled(request):  # fail before anything is evaluated
                 pass
         self._current = self._request
 

@@ -145,7 +145,7 @@ class RayCluster:
                 "a run on a cluster has no folder, tracker or callbacks; what is "
                 "finished is in the store"
             )
-        TrainingSettings.from_options(fields)  # a mistake is told before models are loaded
+        TrainingSettings.from_options(fields)  # fail before models are loaded
         settings = {
             **fields,
             "num_slots": num_slots,

@@ -68,8 +68,7 @@ def load(
         tokenizer: Needed for a loaded model whose tokenizer cannot be found by its name.
         dtype: Dtype of a model that is loaded here; `"auto"` is the one it is stored in, or
             float32 on a CPU without instructions for that one.
-        device: Device to put the model on; left out, where it is, or the CPU. `"auto"` puts the
-            layers of a model that is loaded here on several devices, as accelerate does.
+        device: Device to put the whole model on; left out, where it is, or the CPU.
         revision: Branch, tag or commit of a model on the Hub.
         trust_remote_code: Run code that comes with the model.
         quantization: Load the weights in 8 or 4 bits: `"int8"` with torchao, `"bnb8"` or `"bnb4"`
@@ -82,7 +81,7 @@ def load(
     """
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ControlPrefixError(f"dtype is {dtype!r}; it must be one of: {', '.join(_DTYPES)}")
-    if device is not None and device != "auto":
+    if device is not None:
         _require_device(device)
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     if trust_remote_code:
@@ -103,8 +102,6 @@ def load(
         options: dict[str, Any] = {"dtype": dtype}
         if quantization is not None:
             options["quantization_config"] = _quantization_config(quantization)
-        if device == "auto":
-            options["device_map"], device = "auto", None
         loaded = _load_model(source, options, hub)
         on_cpu = loaded.device.type == "cpu" and torch.device(device or "cpu").type == "cpu"
         if dtype == "auto" and not quantization and on_cpu and _is_slow_on_cpu(loaded.dtype):
@@ -128,7 +125,7 @@ def _require_device(device: torch.device | str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ControlPrefixError(
             f"device is {str(device)!r}, which this machine's torch cannot use: "
-            f"{short_reason(error)}; it may be cpu, cuda, cuda:1, mps, …, or auto"
+            f"{short_reason(error)}; it may be cpu, cuda, cuda:1, mps, …"
         ) from error
 
 

@@ -48,8 +48,8 @@ class Prefix:
             `controlprefix.evaluation.calibrate`.
         relevance: Which prompts it is meant for, if that was learned: see
             `ControlPrefix.learn_relevance`.
-        is_exact: For a prefix just made from a text, whether attending to it equals prompting
-            with the text; None for others. It is not stored.
+        is_exact: For a prefix just made from a text or read from another library's checkpoint,
+            whether attending to it equals what it was made from; None for others. Not stored.
 
     Raises:
         GeometryMismatchError: If sites or shapes are not those of the geometry.

@@ -75,7 +75,6 @@ def create_app(server: Server, *, allow_origins: Sequence[str] = ()) -> FastAPI:
         },
     )
     app.state.server = server
-    app.add_middleware(RequestLog, counter=server.metrics.requests)
     limits = server.limits
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, timeout_s=limits.body_timeout_s)
     if server.is_open:
@@ -84,6 +83,8 @@ def create_app(server: Server, *, allow_origins: Sequence[str] = ()) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"]
         )
+    # Last, so that it is outermost and sees what the others answer.
+    app.add_middleware(RequestLog, counter=server.metrics.requests)
     add_error_handlers(app)
     for module in (completions, models, users, feedback, jobs, prefixes, operations):
         app.include_router(module.router)

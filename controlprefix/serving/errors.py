@@ -1,6 +1,7 @@
 """Errors as HTTP responses in OpenAI's form."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ from controlprefix.serving.openai import ErrorBody, ErrorResponse
 
 _log = logging.getLogger(__name__)
 
-_MAX_FINDINGS = 10  # mistakes of one body that are told
+_MAX_FINDINGS = 10  # mistakes of one body in a response
 _MAX_CHARACTERS = 300  # of each
 
 # The first that matches: status, OpenAI's error type, and a code.
@@ -85,7 +86,7 @@ def add_error_handlers(app: FastAPI) -> None:
         status, body = error_body(error)
         headers = {}
         if isinstance(error, RateLimitError):
-            headers["Retry-After"] = str(max(1, round(error.wait_s)))
+            headers["Retry-After"] = str(max(1, math.ceil(error.wait_s)))
         elif status == 503:
             headers["Retry-After"] = "1"
         elif status == 401:

@@ -228,13 +228,14 @@ class Server:
             self._worker.wake()
 
     def drop_forgotten(self) -> None:
-        """Drop what was removed from the store, also by other processes, from memory and files.
+        """Drop what was removed from the store, also by other processes, and what has expired.
 
         Raises:
             StoreError: If the store does not answer, or a file cannot be removed.
         """
         for tenant, key in self._tenants.drop_forgotten():
             self._runner.forget(tenant, key)
+        self._runner.remove_expired()
 
     async def forget(self, client: Client, kind: Kind, name: str) -> int:
         """Remove a name from the store, and from this process; returns its versions.

@@ -9,17 +9,25 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar, cast
 
-from controlprefix.errors import MissingDependencyError, StoreError, TrainingDataError
+from controlprefix.errors import (
+    ControlPrefixError,
+    MissingDependencyError,
+    StoreError,
+    TrainingDataError,
+)
 from controlprefix.training.report import TrainingReport
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+Result = TypeVar("Result")
+
+
 class StepInfo(NamedTuple):
-    """What callbacks are told.
+    """What callbacks get.
 
     Attributes:
         step, num_steps: Steps done, and in total.
@@ -98,7 +106,7 @@ class RunControl:
         return control, {name: value for name, value in options.items() if name not in names}
 
     def require_folder(self) -> None:
-        """Create the folder, so that a mistake is told before training starts."""
+        """Create the folder, so that a wrong path fails before training."""
         if self.folder is None:
             if self.resume:
                 raise TrainingDataError("resume continues from a checkpoint; give its folder")
@@ -149,6 +157,36 @@ class RunControl:
             )
         accelerator.init_trackers("controlprefix")
         return accelerator
+
+
+def in_first_process(action: Callable[[], Result]) -> Result:
+    """Run an action in the first of the processes that accelerate started.
+
+    Args:
+        action: Such as storing a prefix, once.
+
+    Returns:
+        Its result, in every process.
+
+    Raises:
+        ControlPrefixError: What it raises, in every process, so that none waits for ever.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = action()
+        except ControlPrefixError as error:
+            outcome[1] = error
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return cast(Result, result)
 
 
 @contextlib.contextmanager

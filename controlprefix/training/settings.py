@@ -95,7 +95,7 @@ class TrainingSettings:
     """Steps between checkpoints."""
 
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """Seed of the split and of the order of rows."""
+    """Seed of the split, the order of rows, networks' weights, slot dropout and sampled texts."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -129,8 +129,7 @@ class PreferenceSettings:
     """Hyperparameters of learning from preferences. Make one with `split_off`."""
 
     beta: _Positive = 0.1
-    """How strongly a preferred completion must be more likely than with the reference: margins
-    are divided by 1 / beta nats."""
+    """DPO's β: what the log-likelihood margin over the reference, in nats, is multiplied by."""
 
     likelihood_weight: _NonNegative = 0.1
     """Weight of the negative log-likelihood of chosen completions, which keeps them likely."""
@@ -154,7 +153,7 @@ class PreferenceSettings:
     config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True),
 )
 class PolicySettings:
-    """Hyperparameters of reinforcement learning. Make one with `from_options`."""
+    """Hyperparameters of reinforcement learning. Make one with `split_off`."""
 
     num_samples: Annotated[int, Field(ge=2)] = 4
     """Samples per request and step; each is compared with the mean of the others."""

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.example import Example
@@ -16,7 +15,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.slot_attention import Reference, observe
 from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.store import NewVersion, PrefixStore
-from controlprefix.training.control import RunControl
+from controlprefix.training.control import RunControl, in_first_process
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
@@ -301,20 +300,16 @@ class Trainer:
 
         What tasks and labels learned from users is marked when one of them is forgotten.
         """
-        versions = [0] * len(prefixes)
-        if PartialState().is_main_process:
-            versions = self._store.put(
-                [
-                    NewVersion(
-                        key,
-                        prefix.to(dtype=self._frozen.dtype),
-                        details,
-                        sources=() if key.kind == "user" else users,
-                    )
-                    for key, prefix in prefixes.items()
-                ]
+        new = [
+            NewVersion(
+                key,
+                prefix.to(dtype=self._frozen.dtype),
+                details,
+                sources=() if key.kind == "user" else users,
             )
-        versions = broadcast_object_list(versions)
+            for key, prefix in prefixes.items()
+        ]
+        versions = in_first_process(lambda: self._store.put(new))
         return {str(key): version for key, version in zip(prefixes, versions, strict=True)}
 
     def _rows_naming(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:

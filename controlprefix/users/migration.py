@@ -1,12 +1,15 @@
 """Migration: users' codes of one decoder -> codes of another, such as that of a newer model."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from controlprefix.errors import TrainingDataError
+from controlprefix.prefixes import PrefixDecoder, PrefixKey, UserCode
+from controlprefix.store import ModelStore, NewVersion
 
 MIN_SHARED_USERS = 8
 _PENALTIES = tuple(10.0**exponent for exponent in range(-4, 5))  # relative to the mean variance
@@ -27,6 +30,66 @@ class MigrationReport:
     r2: float
     saved: Mapping[str, int]
     skipped: Mapping[str, str]
+
+
+def migrate(
+    source: ModelStore,
+    own: ModelStore,
+    put: Callable[[Sequence[NewVersion]], Sequence[int]],
+    decoder: PrefixDecoder,
+) -> MigrationReport:
+    """Give users of another model codes of this one: see `ControlPrefix.migrate_users`.
+
+    Args:
+        source: The other model's stored prefixes.
+        own: This model's.
+        put: Stores new versions, and returns their numbers.
+        decoder: This model's decoder.
+
+    Raises:
+        TrainingDataError: If fewer than eight users have a code on both.
+        StoreError: If the store cannot be written; nothing is stored then.
+    """
+    existing = set(own.names("user"))
+    codes: dict[str, UserCode] = {}
+    skipped: dict[str, str] = {}
+    for user in source.names("user"):
+        code = source.get(PrefixKey("user", user)).value
+        if isinstance(code, UserCode):
+            codes[user] = code
+        elif user not in existing:
+            skipped[user] = "it has all slots there, not a code"
+    hashes = Counter(code.decoder_hash for code in codes.values())
+    main_hash = hashes.most_common(1)[0][0] if hashes else ""
+    old_codes, new_codes = [], []
+    for user, code in list(codes.items()):
+        if code.decoder_hash != main_hash:
+            del codes[user]
+            if user not in existing:
+                skipped[user] = "its code is of another decoder than most"
+        elif user in existing:
+            value = own.get(PrefixKey("user", user)).value
+            if isinstance(value, UserCode) and value.decoder_hash == decoder.content_hash:
+                old_codes.append(code.values.flatten())
+                new_codes.append(value.values.flatten())
+    code_map = fit_code_map(
+        torch.stack(old_codes) if old_codes else torch.zeros(0, 1),
+        torch.stack(new_codes) if new_codes else torch.zeros(0, 1),
+    )
+    details = {"migrated": {"shared_users": len(old_codes), "r2": round(code_map.r2, 4)}}
+    size = decoder.mean_code.values.shape
+    versions = [
+        NewVersion(
+            PrefixKey("user", user),
+            UserCode(decoder.content_hash, code_map(code.values).float().reshape(size)),
+            details,
+        )
+        for user, code in codes.items()
+        if user not in existing
+    ]
+    numbers = put(versions)
+    saved = {new.key.name: number for new, number in zip(versions, numbers, strict=True)}
+    return MigrationReport(len(old_codes), max(0.0, code_map.r2), saved, skipped)
 
 
 @dataclass(frozen=True)

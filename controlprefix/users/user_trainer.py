@@ -1,18 +1,17 @@
 """UserTrainer: texts of users -> their stored prefixes or codes."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-import torch
+from accelerate import PartialState
 
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser, StoredVersion
-from controlprefix.training.control import RunControl
+from controlprefix.training.control import RunControl, in_first_process
 from controlprefix.training.initialization import typical_scale
 from controlprefix.training.parameterization import TrainablePrefixes, parameterize
 from controlprefix.training.report import TrainingReport
@@ -20,7 +19,7 @@ from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
 from controlprefix.users.enrolment import added_code, predict_code, prefix_from_texts, profile_of
 from controlprefix.users.guard import guarded_code
-from controlprefix.users.migration import MigrationReport, fit_code_map
+from controlprefix.users.migration import MigrationReport, migrate
 from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
 from controlprefix.users.text_features import TextFeatures
 from controlprefix.users.user_codes import TrainableCodes
@@ -95,10 +94,15 @@ class UserTrainer:
                 **settings.to_dict(),
             }
         }
-        (version,) = self._store.put([NewVersion(key, decoder, details, sources=tuple(codes))])
-        if control.folder is not None:
-            replace(report.training, saved={str(key): version}).save(control.folder)
-        return replace(report, version=version)
+        new = NewVersion(key, decoder, details, sources=tuple(codes))
+
+        def publish() -> int:
+            (version,) = self._store.put([new])
+            if control.folder is not None:
+                replace(report.training, saved={str(key): version}).save(control.folder)
+            return version
+
+        return replace(report, version=in_first_process(publish))
 
     def train_users(
         self,
@@ -121,6 +125,11 @@ class UserTrainer:
             options: Fields of `TrainingSettings`.
             extras: Per user, further fields of the `NewVersion`.
         """
+        if PartialState().num_processes > 1:
+            raise TrainingDataError(
+                "each process would train all users; run one, or share them among the actors of a "
+                "Ray cluster (`controlprefix users train --ray`)"
+            )
         _refuse(options, _NOT_FOR_USERS, "users")
         watchers = [name for name in _NOT_FOR_RUNS_OF_USERS if getattr(control, name) is not None]
         _refuse(watchers, _NOT_FOR_RUNS_OF_USERS, "users")
@@ -208,19 +217,15 @@ class UserTrainer:
             key = PrefixKey("user", user)
             stored = self._model_store.get(key)
             (current,) = (info for info in self._model_store.versions(key) if info.current)
-            value, enrolled["texts"] = added_code(
+            code, enrolled["texts"] = added_code(
                 self.decoder(decoder), user, stored.value, current, texts
             )
             # Nothing is lost where two add at once: the second is refused.
-            return self._put(
-                user, value, {"enrolled": enrolled}, replaces=current.version, **extras
-            )
-        if guard and decoder is not None:
-            value, enrolled["share"] = guarded_code(self._frozen, self.decoder(decoder), texts)
-            return self._put(user, value, {"enrolled": enrolled}, **extras)
-        return self._put(
-            user, self._enrolled(texts, decoder, num_slots), {"enrolled": enrolled}, **extras
-        )
+            return self._put(user, code, {"enrolled": enrolled}, replaces=current.version, **extras)
+        value, share = self._enrolled(texts, decoder, num_slots, guard)
+        if guard:
+            enrolled["share"] = share
+        return self._put(user, value, {"enrolled": enrolled}, **extras)
 
     def migrate(self, source: ModelStore, decoder: str) -> MigrationReport:
         """Give users of another model codes of this one: see `ControlPrefix.migrate_users`.
@@ -230,48 +235,7 @@ class UserTrainer:
             decoder: Name of this model's decoder.
         """
         self._store.require_writable(())
-        value = self._model_store.get(PrefixKey("decoder", decoder)).value
-        assert isinstance(value, PrefixDecoder)
-        existing = set(self._model_store.names("user"))
-        codes: dict[str, UserCode] = {}
-        skipped: dict[str, str] = {}
-        for user in source.names("user"):
-            code = source.get(PrefixKey("user", user)).value
-            if isinstance(code, UserCode):
-                codes[user] = code
-            elif user not in existing:
-                skipped[user] = "it has all slots there, not a code"
-        hashes = Counter(code.decoder_hash for code in codes.values())
-        main_hash = hashes.most_common(1)[0][0] if hashes else ""
-        old, new = [], []
-        for user, code in list(codes.items()):
-            if code.decoder_hash != main_hash:
-                del codes[user]
-                if user not in existing:
-                    skipped[user] = "its code is of another decoder than most"
-            elif user in existing:
-                own = self._model_store.get(PrefixKey("user", user)).value
-                if isinstance(own, UserCode) and own.decoder_hash == value.content_hash:
-                    old.append(code.values.flatten())
-                    new.append(own.values.flatten())
-        size = value.mean_code.values.shape
-        code_map = fit_code_map(
-            torch.stack(old) if old else torch.zeros(0, 1),
-            torch.stack(new) if new else torch.zeros(0, 1),
-        )
-        details = {"migrated": {"shared_users": len(old), "r2": round(code_map.r2, 4)}}
-        versions = [
-            NewVersion(
-                PrefixKey("user", user),
-                UserCode(value.content_hash, code_map(code.values).float().reshape(size)),
-                details,
-            )
-            for user, code in codes.items()
-            if user not in existing
-        ]
-        numbers = self._store.put(versions)
-        saved = {new.key.name: number for new, number in zip(versions, numbers, strict=True)}
-        return MigrationReport(len(old), max(0.0, code_map.r2), saved, skipped)
+        return migrate(source, self._model_store, self._store.put, self.decoder(decoder))
 
     def similar_users(self, texts: Sequence[str], limit: int) -> list[SimilarUser]:
         """Users with a kept profile that is most similar to texts.
@@ -296,7 +260,8 @@ class UserTrainer:
         stored = self._model_store.get(key)
         (current,) = (info for info in self._model_store.versions(key) if info.current)
         details = current.details
-        trained_alone = "learned" not in details.get("training", {"learned": ()})
+        training = details.get("training", {})
+        trained_alone = bool(training) and not {"learned", "loop"} & training.keys()
         if num_canaries and not trained_alone and "enrolled" not in details:
             raise TrainingDataError(
                 f"{key} version {current.version} was not made by train_users or enroll, so it "
@@ -333,7 +298,8 @@ class UserTrainer:
     ) -> Prefix | UserCode:
         """A prefix or code of texts, made as a stored one was, and not stored."""
         if "enrolled" in details:
-            return self._enrolled(texts, details["enrolled"]["decoder"], num_slots)
+            enrolled = details["enrolled"]
+            return self._enrolled(texts, enrolled["decoder"], num_slots, "share" in enrolled)[0]
         options = dict(details["training"])
         decoder = options.pop("decoder", None)
         names = {field.name for field in fields(TrainingSettings)}
@@ -358,11 +324,14 @@ class UserTrainer:
         return values[key.name]
 
     def _enrolled(
-        self, texts: Sequence[str], decoder: str | None, num_slots: int
-    ) -> Prefix | UserCode:
-        if decoder is not None:
-            return predict_code(self.decoder(decoder), texts)
-        return prefix_from_texts(self._frozen, texts, num_slots)
+        self, texts: Sequence[str], decoder: str | None, num_slots: int, guard: bool
+    ) -> tuple[Prefix | UserCode, float]:
+        """A prefix or code, and the share of what is personal that the guard left."""
+        if decoder is None:
+            return prefix_from_texts(self._frozen, texts, num_slots), 1.0
+        if guard:
+            return guarded_code(self._frozen, self.decoder(decoder), texts)
+        return predict_code(self.decoder(decoder), texts), 1.0
 
     def _put(
         self, user: str, value: Prefix | UserCode, details: Mapping[str, Any], **extras: Any

@@ -109,6 +109,11 @@ def train_users(
         """Start the next user; False if nobody waits."""
         for user, user_texts in waiting:
             try:
+                if any(user == other.name for other in active):
+                    raise TrainingDataError(
+                        f"user {user!r} comes twice, and is being trained on the first texts; "
+                        "give all texts of a user together"
+                    )
                 key = PrefixKey("user", user)
                 usable, rows = user_rows(frozen, user, user_texts, settings.seed)
                 training, held_out = split_user_rows(rows, settings)

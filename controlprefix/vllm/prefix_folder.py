@@ -104,6 +104,20 @@ class PrefixFolder:
         except OSError as error:
             raise StoreError(f"cannot remove files of a forgotten user: {error}") from error
 
+    def remove_expired(self) -> None:
+        """Remove files that were not used for an hour.
+
+        Raises:
+            StoreError: If one cannot be removed.
+        """
+        try:
+            with contextlib.suppress(OverloadedError):  # what is in use may fill the folder
+                self._make_room(0)
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"cannot remove old files of prefixes: {error}") from error
+
     def write(
         self, name: str, make_prefix: Callable[[], Prefix], *, overwrite: bool = False
     ) -> None:

@@ -194,6 +194,14 @@ class VllmRunner:
         if key.kind == "user":
             self._folder.forget(tenant, key.name)
 
+    def remove_expired(self) -> None:
+        """Remove files that nobody used for an hour: see `Runner.remove_expired`.
+
+        Raises:
+            StoreError: If one cannot be removed.
+        """
+        self._folder.remove_expired()
+
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Accept no more requests, and finish the accepted ones: see `Runner.close`."""
         with self._lock:

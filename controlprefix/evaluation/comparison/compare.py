@@ -71,7 +71,7 @@ def compare(
         num_rows: Prompts of test rows and of validation rows to use, at most; rows without a
             prompt count one by one.
         max_new_tokens: Maximum length of the texts that are generated.
-        instruction: What instructed models are told; `{labels}` stands for a row's labels.
+        instruction: The instruction of instructed models; `{labels}` stands for a row's labels.
         classifiers: Attribute classifiers, trained on other texts, for rows with labels.
         general: Texts that people wrote for no task, to measure forgetting.
         other_prompts: Prompts of another task, to measure divergence; left out, general ones.

@@ -32,7 +32,7 @@ class Problem:
     Attributes:
         frozen: The model.
         training, validation, test: Rows of a single task each.
-        instruction: What instructed models are told, or None.
+        instruction: The instruction of instructed models, or None.
         steps, batch_size, num_slots: How each method is trained.
         max_new_tokens: Maximum length of a text.
     """

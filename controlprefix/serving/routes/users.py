@@ -65,7 +65,7 @@ async def enroll_user(
             await server.work.with_store(client.cp.store.keep_samples, user, body.texts)
         return await accepted("train_user", user, body.job_options(), response, client, server)
     fields = body.model_dump(exclude={"train"})
-    version = await server.work.with_model(client.tenant, client.cp.enroll, user, **fields)
+    version = await server.work.enroll(client.tenant, client.cp.enroll, user, **fields)
     return EnrolledUser(user=user, version=version)
 
 
@@ -101,6 +101,6 @@ async def get_user(user: str, client: ClientDependency, server: ServerDependency
 
 @router.delete("/{user:path}")
 async def forget_user(user: str, client: ClientDependency, server: ServerDependency) -> Removed:
-    """Remove every version of a user's prefix, their kept texts and profile."""
+    """Remove every version of a user's prefix, kept texts, feedback, jobs and profile."""
     num_versions = await server.forget(client, "user", user)
     return Removed(name=user, num_versions=num_versions)
