@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from controlprefix.attributes.ordinal import are_numbers, as_number, between, by_attribute
+from controlprefix.attributes.ordinal import as_number, between, by_attribute, is_ordinal
 from controlprefix.errors import UnknownNameError, known_names
 from controlprefix.labels import WeightedLabel
 from controlprefix.prefixes import PrefixKey
@@ -26,7 +26,7 @@ def require_known(labels: Iterable[WeightedLabel], known: Iterable[PrefixKey]) -
                 f"unknown attribute {attribute!r}; known: {known_names(attribute, known_labels)}"
             )
         if label not in known_labels[attribute]:
-            if as_number(label) is not None and are_numbers(known_labels[attribute]):
+            if as_number(label) is not None and is_ordinal(known_labels[attribute]):
                 between(attribute, label, known_labels[attribute])  # or it is out of range
                 continue
             raise UnknownNameError(

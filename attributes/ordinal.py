@@ -16,21 +16,30 @@ _NUM_ANCHORS = 5
 
 
 def as_number(label: str) -> float | None:
-    """The number that a label is, if it is one."""
-    return float(label) if _NUMBER.fullmatch(label) else None
+    """The finite number that a label is, if it is one."""
+    number = float(label) if _NUMBER.fullmatch(label) else None
+    return number if number is not None and math.isfinite(number) else None
 
 
-def are_numbers(labels: Collection[str]) -> bool:
-    """Whether labels are those of an ordinal attribute: at least two, and all numbers."""
-    return len(labels) > 1 and all(as_number(label) is not None for label in labels)
+def numbers_of(labels: Iterable[str]) -> set[float]:
+    """The numbers among labels."""
+    return {number for label in labels if (number := as_number(label)) is not None}
+
+
+def is_ordinal(labels: Iterable[str]) -> bool:
+    """Whether labels are those of an ordinal attribute: two numbers at least are among them.
+
+    Labels that are no numbers, such as `n/a`, are then labels of their own.
+    """
+    return len(numbers_of(labels)) > 1
 
 
 def is_inside(label: str, labels: Collection[str]) -> bool:
     """Whether a label is a number within the range of an ordinal attribute's labels."""
     number = as_number(label)
-    if number is None or not are_numbers(labels):
+    numbers = numbers_of(labels)
+    if number is None or len(numbers) < 2:
         return False
-    numbers = [value for name in labels if (value := as_number(name)) is not None]
     return min(numbers) <= number <= max(numbers)
 
 
@@ -97,7 +106,7 @@ def interpolate(
             for _, label, _ in weighted_labels({attribute: value})
             if label not in existing and as_number(label) is not None
         ]
-        if not unknown or not are_numbers(existing):
+        if not unknown or not is_ordinal(existing):
             result[attribute] = value if isinstance(value, str) else dict(value)
             continue
         mixture: dict[str, float] = {}
@@ -117,7 +126,7 @@ def anchors(numbers: Sequence[float]) -> list[str]:
     Numbers between them are learned as mixtures, so that each label has many rows.
 
     Args:
-        numbers: One per row.
+        numbers: One per row, two different ones among them.
     """
     lowest, highest = min(numbers), max(numbers)
     inner = quantiles(numbers, n=_NUM_ANCHORS - 1, method="inclusive")

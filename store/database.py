@@ -56,6 +56,7 @@ class Database:
     Attributes:
         url: SQLAlchemy URL of the database that is open.
         label: How messages name the database: a path, or a URL without password.
+        is_missing: The file does not exist and was not created.
 
     Raises:
         StoreError: If it cannot be opened, or has another schema.
@@ -64,7 +65,9 @@ class Database:
     def __init__(self, url: str, tenant: str, *, pool_size: int = 5, create: bool = True) -> None:
         url = _full_url(url)
         self.label = _label(url)
-        if not create and (path := _sqlite_path(url)) is not None and not path.exists():
+        path = _sqlite_path(url)
+        self.is_missing = not create and path is not None and not path.exists()
+        if self.is_missing:
             self.label, url = f"{self.label} (no such file)", "sqlite://"
         self.url = url
         self.tenant = tenant

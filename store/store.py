@@ -94,6 +94,11 @@ class PrefixStore(UserData, JobMethods):
         return other
 
     @property
+    def is_missing(self) -> bool:
+        """Whether the file does not exist: with `create=False` it reads as an empty store."""
+        return self._database.is_missing
+
+    @property
     def ignores_row_security(self) -> bool:
         """Whether it is on PostgreSQL with a role for which tenants are not held apart."""
         return self._database.ignores_row_security

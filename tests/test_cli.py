@@ -148,7 +148,7 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
     assert all(name in listed for name in ("note", "tone=brief", "ana"))
     assert "tone=warm" not in run(tmp_path, "prefixes", "list", "--kind", "user")
     assert "tiny-llama" in run(tmp_path, "prefixes", "show", "user", "ana")
-    rollback = ("prefixes", "rollback", "user", "ana", "--to", "1", *model)
+    rollback = ("prefixes", "rollback", "user", "ana", "--to", "1")
     assert "is at version 1" in run(tmp_path, *rollback)
     assert "yes" in run(tmp_path, "prefixes", "show", "user", "ana")
     assert "2 versions removed" in run(tmp_path, "users", "forget", "ana", "--yes")

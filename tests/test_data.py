@@ -17,7 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlprefix import ContextLengthError, ControlPrefix, Example, TrainingDataError
-from controlprefix.data import Columns, as_examples, as_texts, read_labelled, read_texts, read_users
+from controlprefix.data import (
+    Columns,
+    as_examples,
+    as_requests,
+    as_texts,
+    read_labelled,
+    read_texts,
+    read_users,
+)
 from controlprefix.training.context_fit import cut_example_ids
 
 from helpers import QUICK, engine
@@ -362,6 +370,43 @@ def test_damaged_files_are_no_raw_errors(tmp_path: Path) -> None:
         as_examples(frame)
     (tmp_path / "one.txt").write_text("one\n")
     assert read_texts(tmp_path / "one.txt") == ["one"]
+
+
+def test_a_prompt_may_be_a_conversation() -> None:
+    messages = [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hi, Bob"}]
+    (example,) = as_examples([{"prompt": messages, "completion": "Hello"}])
+    assert [(m.role, m.content) for m in example.messages or ()] == [
+        ("system", "Be kind"),
+        ("user", "Hi, Bob"),
+    ]
+    (request,) = as_requests([{"prompt": messages}])
+    assert request.messages == example.messages
+
+
+def test_parquets_lists_are_read_from_a_frame(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"Say {i}"}],
+            "completion": [f"one {i}", f"two {i}"],
+        }
+        for i in range(2)
+    ]
+    path = tmp_path / "rows.parquet"
+    pandas.DataFrame(rows).to_parquet(path)
+    frame, file = as_examples(pandas.read_parquet(path)), as_examples(path)
+    assert [row.model_dump() for row in frame] == [row.model_dump() for row in file]
+    triples = [{"triples": [["A", "is", "b"]], "completion": "A is b."}]
+    pandas.DataFrame(triples).to_parquet(path)
+    (example,) = as_examples(pandas.read_parquet(path))
+    assert example.prompt == "| A : is : b"
+
+
+def test_blank_lines_before_a_header_do_not_hide_the_delimiter(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\r\nprompt;completion\r\nHi, you;Hello\r\n")
+    (example,) = as_examples(path)
+    assert (example.prompt, example.completion) == ("Hi, you", "Hello")
 
 
 def test_a_named_text_column_is_the_text(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,3 +127,19 @@ def test_the_command_reports_and_writes(
     assert all(f"<td>{user}</td>" in page for user in STYLES)
     groups.write_text('["ana"]')
     assert CliRunner().invoke(app, arguments).exit_code != 0
+
+
+def test_wrong_groups_are_told_before_anything_is_scored(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = rows(["ana", "bo"])
+    groups: Any = {"age": {"ana": 30, "bo": None}}
+    result = evaluate_users(cp, examples, groups=groups, min_group_size=1)
+    assert list(result.groups["age"]) == ["30"]
+    monkeypatch.setattr(ControlPrefix, "score", None)
+    wrong: list[dict[str, Any]] = [{"groups": {"ana": "a"}}, {"groups": ["a"]}]
+    for options in (*wrong, {"min_group_size": 0}):
+        with pytest.raises(
+            TrainingDataError, match="groups maps each grouping|min_group_size is 0"
+        ):
+            evaluate_users(cp, examples, **options)

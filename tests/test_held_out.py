@@ -164,6 +164,28 @@ def test_parts_of_one_text_are_on_one_side() -> None:
     assert ana.num_examples == 27
 
 
+def test_what_reads_the_same_is_on_one_side() -> None:
+    """Accents composed or not, ids, and texts that are another row's completion."""
+    composed, decomposed = "caf\u00e9 {}", "cafe\u0301 {}"
+    forms = {
+        "prompts": lambda i, form: Example(prompt=form.format(i), completion=f"{form} {i}"),
+        "users": lambda i, form: Example(
+            prompt=f"{form} {i}", completion=f"x{i}{form}", user=form.format(i)
+        ),
+        "ids": lambda i, form: Example(prompt_ids=(1, i), completion=f"{form} {i}"),
+        "texts": lambda i, form: (
+            Example(prompt="", raw=True, completion=f"text {i}")
+            if form == composed
+            else Example(prompt=f"Write {i}", completion=f"Text  {i}")
+        ),
+    }
+    for name, make in forms.items():
+        rows = [make(i, form) for i in range(20) for form in (composed, decomposed)]
+        training, held_out = split_examples(rows, [[]] * len(rows), 0.2, 0)
+        assert held_out, name
+        assert not {i // 2 for i in training} & {i // 2 for i in held_out}, name
+
+
 def test_a_prompt_is_the_same_as_one_message() -> None:
     as_text = Example(prompt="Greet  Sam", completion="x")
     as_message = Example(messages=[{"role": "user", "content": "greet Sam"}], completion="y")

@@ -30,6 +30,7 @@ def test_a_mixture_has_the_number_as_its_mean(points: list[int], at: float) -> N
 
 
 def test_what_is_a_number() -> None:
+    assert as_number("1e400") is None  # not finite
     assert [as_number(x) for x in ("0.8", "-2", "5e-05", "0", "1e+20")] == [0.8, -2, 5e-5, 0, 1e20]
     no_numbers = ("", "nan", "inf", "01000", "007", "0.8.1", "v1", "1 ", "-", "1e", "--1", "²")
     assert all(as_number(x) is None for x in no_numbers)
@@ -82,6 +83,20 @@ def test_many_numbers_are_learned_as_few_labels() -> None:
     assert len(report.saved) == 5
     assert {"attribute 'length=0.2'", "attribute 'length=1.15'"} <= set(report.saved)
     cp.generate("Say it", attributes={"length": 0.33}, max_new_tokens=2)
+
+
+def test_a_label_that_is_no_number_stands_beside_numbers() -> None:
+    cp = engine()
+    rows = [
+        {"prompt": f"Say {i}", "attributes": {"length": i}, "completion": "la"} for i in range(20)
+    ]
+    rows.append({"prompt": "Say nothing", "attributes": {"length": "n/a"}, "completion": "-"})
+    report = cp.train(rows, **{**QUICK, "validation": 0})
+    assert len(report.saved) == 6
+    for label in (2.5, "n/a"):
+        cp.generate("Say it", attributes={"length": label}, max_new_tokens=2)
+    again = cp.train(rows, init="stored", **{**QUICK, "validation": 0})
+    assert again.saved.keys() == report.saved.keys()
 
 
 def test_the_attribute_space_fixes_the_labels_of_numbers() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from controlprefix import (
+    ContextLengthError,
     ControlPrefix,
     Example,
     Part,
@@ -189,6 +190,40 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     assert torch.equal(run(4, folder=tmp_path, resume=True), run(4))
     with pytest.raises(TrainingDataError, match="another run"):
         run(4, folder=tmp_path, resume=True, beta=0.9)
+
+
+def test_a_finished_run_that_is_resumed_does_nothing(tmp_path: Path) -> None:
+    """Though the prefix that it would start from is now its own result."""
+    cp, options = engine(store=f"sqlite:///{tmp_path}/p.db"), {**OPTIONS, "steps": 2}
+    folder = tmp_path / "run"
+    report = cp.train_preferences(preferences(2), folder=folder, **options)
+    again = cp.train_preferences(preferences(2), folder=folder, resume=True, **options)
+    assert again.losses == report.losses
+    assert [v.version for v in cp.versions("user", "ana")] == [1]
+    cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=4, seed=1))
+    with pytest.raises(TrainingDataError, match="another run"):  # it would start elsewhere
+        cp.train_preferences(preferences(2), folder=folder, resume=True, **options)
+
+
+def test_long_rejected_texts_are_refused_cut_or_skipped() -> None:
+    rows = preferences(3)
+    rows[1] = rows[1].model_copy(update={"rejected": "n" * 500})
+    options = {**OPTIONS, "steps": 1, "validation": 0}
+    cp = engine()
+    with pytest.raises(ContextLengthError, match="(?s)row 2: .*to cut or skip such rows"):
+        cp.train_preferences(rows, **options)
+    skipped = cp.train_preferences(rows, too_long="skip", **options)
+    assert (skipped.num_examples, skipped.num_skipped) == (5, 1)
+    assert cp.train_preferences(rows, too_long="cut", **options).num_examples == 6
+
+
+def test_held_out_preferences_of_ones_own() -> None:
+    cp = engine()
+    report = cp.train_preferences(
+        preferences(3), validation=preferences(2)[:2], **{**OPTIONS, "steps": 2}
+    )
+    assert (report.num_examples, report.num_held_out) == (6, 2)
+    assert report.validation
 
 
 def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,9 +89,13 @@ def test_codes_keep_to_their_version_of_a_decoder(monkeypatch: pytest.MonkeyPatc
     assert other.names("user") == []
     fresh = engine()
     for number in (1, 2):
-        fresh.store.put([NewVersion(key, earlier.get(key, version=number).value)])
+        value = earlier.get(key, version=number).value
+        assert value is not None
+        fresh.store.put([NewVersion(key, value)])
     for user_key in (PrefixKey("user", "ana"), PrefixKey("user", "bo")):
-        fresh.store.put([NewVersion(user_key, earlier.get(user_key).value)])
+        value = earlier.get(user_key).value
+        assert value is not None
+        fresh.store.put([NewVersion(user_key, value)])
     assert set(rebind(fresh)) == {key, PrefixKey("user", "ana"), PrefixKey("user", "bo")}
     assert rebind(fresh) == []
     for user, prefix in expected.items():

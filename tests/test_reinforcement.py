@@ -30,7 +30,7 @@ from controlprefix.evaluation.rewards import (
     PatternReward,
     WeightedReward,
 )
-from controlprefix.inference import generation
+from controlprefix.inference import static_generation
 from controlprefix.prefixes import PrefixKey
 from controlprefix.training.objectives import ContrastPair, Rollout, TrainingRow
 from controlprefix.training.parameterization import parameterize
@@ -119,6 +119,13 @@ def test_only_what_is_learned_changes() -> None:
     assert torch.equal(task, slots(cp, "task", "greet"))
     assert not torch.equal(label, slots(cp, "attribute", "formality=formal"))
     assert not any("greet" in name for name in report.saved)
+
+
+def test_a_reward_that_gives_nothing_is_a_clear_error() -> None:
+    rewards: list[Any] = [lambda _, texts: None, lambda _, texts: ["good"] * len(texts)]
+    for reward in rewards:
+        with pytest.raises(TrainingDataError, match="give a list with a number for each text"):
+            trained().reinforce(requests(), reward=reward, **OPTIONS)
 
 
 def test_a_constant_reward_and_no_divergence_have_no_gradient() -> None:
@@ -215,7 +222,7 @@ def test_requests_are_sampled_with_all_their_parts(monkeypatch: pytest.MonkeyPat
 
     def spying(frozen: Any, resolved: Any, prompts: Any) -> Any:
         seeds.extend(request.request.seed for request in resolved)
-        return generation.generate_tokens(frozen, resolved, prompts)
+        return static_generation.generate_tokens(frozen, resolved, prompts)
 
     def reward(requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
         rewarded.extend(texts)

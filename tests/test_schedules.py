@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError, TrainingDataError
-from controlprefix.inference.generation import _NumbersOnly
+from controlprefix.inference.static_generation import _NumbersOnly
 from controlprefix.prefixes.assembly import Part, assemble
 from controlprefix.prefixes.schedule import multiplier_at
 

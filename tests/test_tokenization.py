@@ -16,7 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.errors import ContextLengthError, ModelOutputError, RequestError
-from controlprefix.inference.stopping import TextStream, completion_from_tokens, has_stop
+from controlprefix.inference.stopping import (
+    IncrementalDetokenizer,
+    completion_from_tokens,
+    has_stop,
+)
 from controlprefix.message import Message
 from controlprefix.model.tokenization import RequestTokenizer
 
@@ -339,7 +343,7 @@ TEXTS = st.text(
 
 
 def streamed(reader: RequestTokenizer, request: Request, ids: list[int]) -> tuple[str, str]:
-    stream, text = TextStream(reader, request), ""
+    stream, text = IncrementalDetokenizer(reader, request), ""
     for count in range(1, len(ids) + 1):
         added, finished = stream.update(ids[:count])
         text += added

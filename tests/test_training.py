@@ -306,7 +306,7 @@ def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored(
         (no_task, {"learn": ("task",)}, "learn names 'task' but no example has one"),
         ([*rows, no_task[0]], {"learn": ("task",)}, "row 5: nothing of what is to be learned"),
         (rows, {"num_slots": 0}, "num_slots is 0"),
-        (rows, {"num_slots": {"task": 3}}, "num_slots has no entry for 'attribute'"),
+        (rows, {"num_slots": {"task": 3}}, "num_slots has no entry for 'attributes'"),
         (rows, {"learning_rate": math.nan}, "learning_rate is nan"),
         (rows, {"lr": 1.0}, "unknown field 'lr'; a training run has: .*learning_rate"),
         (rows, {"validation": 1.0}, "validation is 1.0"),

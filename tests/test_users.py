@@ -216,6 +216,38 @@ def test_a_user_who_comes_twice_is_trained_once_at_a_time() -> None:
     assert later.users["ana"].saved == {"user 'ana'": 2}
 
 
+def test_accents_typed_in_two_ways_are_one_user() -> None:
+    composed, other = "jos\u00e9", "jose\u0301"
+    rows = [{"user": user, "text": f"text {user}"} for user in (composed, other)]
+    cp = engine()
+    report = cp.train_users(rows, **{**QUICK, "validation": 0})
+    assert list(report.users) == [composed]
+    assert len(cp.versions("user", composed)) == 1
+    with pytest.raises(TrainingDataError, match="comes twice"):
+        cp.train_users({composed: ["a"], other: ["b"]}, **QUICK)
+    assert cp.enroll(composed, [{"user": other, "text": "hello"}]) == 2
+
+
+def test_one_text_of_a_user_is_a_text_and_nothing_else_ends_the_run() -> None:
+    cp = engine()
+    users: dict[str, Any] = {"ana": "hello there", "bo": None, "cy": 3}
+    report = cp.enroll_users(users, num_slots=2, progress=False)
+    assert set(report.users) == {"ana"}
+    assert cp.versions("user", "ana")[-1].details["enrolled"]["texts"] == 1
+    assert "must be a list, got int" in report.failed["cy"]
+    trained = cp.train_users(users, **QUICK)
+    assert set(trained.failed) == {"bo", "cy"}
+
+
+def test_users_finished_in_another_store_are_trained_in_this_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"folder": tmp_path / "run", **QUICK}
+    texts = {"ana": TEXTS["ana"]}
+    engine(store=f"sqlite:///{tmp_path}/a.db").train_users(texts, **options)
+    other = engine(store=f"sqlite:///{tmp_path}/b.db")
+    assert other.train_users(texts, resume=True, **options).skipped == ()
+    assert other.train_users(texts, resume=True, **options).skipped == ("ana",)
+
+
 def test_many_users_are_enrolled_as_each_alone() -> None:
     texts = {f"u{i}": [f"a text {i}", "another"] for i in range(3)}
     cp, alone = engine(), engine()

@@ -18,7 +18,7 @@ from controlprefix.cli.groups import (
     grouped,
     require_yes,
 )
-from controlprefix.errors import RequestError
+from controlprefix.errors import RequestError, StoreError
 
 
 @store_app.command("stats")
@@ -42,6 +42,8 @@ def verify_store(
     """Read every version of a tenant, and list those that are damaged."""
     num_damaged = num_checked = 0
     with store.open_store() as opened:
+        if opened.is_missing:
+            raise StoreError(f"there is no store {store.store}; give --store")
         for key, version, intact in opened.verify():
             num_checked += 1
             if not intact:

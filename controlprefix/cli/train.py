@@ -16,6 +16,7 @@ from controlprefix.cli.options import (
     training_options,
 )
 from controlprefix.cli.runs import RunArguments, exit_when_interrupted, print_saved
+from controlprefix.errors import RequestError
 
 DataArgument = Annotated[
     Path,
@@ -130,11 +131,16 @@ def sweep(
 ) -> None:
     """Train with different numbers of slots, and compare validation losses; stores nothing."""
     from controlprefix.data import as_examples
+    from controlprefix.training import TrainingSettings
 
     held_out, names = parse_validation(validation), columns.columns()
     if isinstance(held_out, str):
         held_out = cast(Any, as_examples(held_out, columns=names, defaults=columns.defaults()))
     counts = [int(parse_number("--num-slots", item)) for item in parse_list(num_slots)]
+    if any(count < 1 for count in counts):
+        raise RequestError(f"--num-slots {num_slots!r} has a number below 1")
+    for name in parse_list(parameterizations):
+        TrainingSettings.from_options({"parameterization": name})
     examples = as_examples(data, columns=names, defaults=columns.defaults())
     cp = engine.open()
     with exit_when_interrupted():
@@ -171,7 +177,9 @@ def shorten(
     ],
     name: NameArgument,
     data: Annotated[Path, typer.Argument(help="Rows that name it and were not trained on.")],
-    keep: Annotated[float, typer.Option(help="Share of the prefix's gain that must stay.")] = 0.95,
+    keep: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the prefix's gain that must stay.")
+    ] = 0.95,
     *,
     columns: ColumnArguments,
     engine: EngineArguments,

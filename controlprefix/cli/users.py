@@ -84,7 +84,11 @@ def enroll(
 ) -> None:
     """Store a usable prefix for a user at once, from texts they wrote, without training."""
     from controlprefix.data import read_texts
+    from controlprefix.store.records import check_name
+    from controlprefix.users.enrolment import check_enrolment
 
+    check_name("user", user)
+    check_enrolment(decoder, refine=refine, add=add, guard=guard)
     user_texts = read_texts(texts, split=split, columns=columns.columns(), user=user)
     cp = engine.open(create=True)
     version = cp.enroll(

@@ -177,7 +177,7 @@ def _object(place: str, fields: Any) -> Record:
 
 def _csv(name: str, text: str) -> Iterator[Record]:
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    header_line = text.lstrip("\n").split("\n", 1)[0]
+    header_line = text.lstrip("\r\n").split("\n", 1)[0]
     delimiter = max(_DELIMITERS, key=header_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []

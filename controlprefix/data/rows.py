@@ -1,6 +1,5 @@
 """Rows of any form -> examples."""
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from controlprefix.data.files import Record, read_records
-from controlprefix.data.tables import is_table, linearize
+from controlprefix.data.tables import is_missing, is_table, linearize
 from controlprefix.errors import TrainingDataError, known_names, shortened
 from controlprefix.example import Example, Preference
 from controlprefix.labels import label_text
@@ -247,18 +246,22 @@ def _class_names(rows: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 def _without_gaps(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A row without cells that have no value, also among its attributes."""
-    plain = {name: value for name, value in fields.items() if not _is_missing(value)}
+    plain = {name: _plain(value) for name, value in fields.items() if not is_missing(value)}
     if isinstance(plain.get("attributes"), Mapping):
         labels = plain["attributes"].items()
-        plain["attributes"] = {name: label for name, label in labels if not _is_missing(label)}
+        plain["attributes"] = {name: label for name, label in labels if not is_missing(label)}
     return plain
 
 
-def _is_missing(value: Any) -> bool:
-    """Whether a cell is what stands for no value in JSON, pandas or numpy."""
-    if value is None or type(value).__name__ in {"NAType", "NaTType"}:
-        return True
-    return isinstance(value, float) and math.isnan(value)
+def _plain(value: Any) -> Any:
+    """A cell with lists in place of arrays, which pandas has of Parquet's lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
 
 
 def _rows_of(
@@ -275,6 +278,10 @@ def _rows_of(
         if "completion" in own or "prompt" in own or "messages" in own:
             raise ValueError("has a text and a prompt or completion; leave the text out")
         own |= {"prompt": "", "raw": True, "completion": own.pop("text")}
+    elif form is not Preference and _is_conversation(own.get("prompt")):
+        if "messages" in own:
+            raise ValueError("has messages and a prompt of messages; leave one of them out")
+        own["messages"] = _plain_messages(own.pop("prompt"))
     elif "messages" in own and form is not Preference:
         messages = _plain_messages(own["messages"])
         own["messages"] = messages
@@ -303,6 +310,15 @@ def _rows_of(
     return [cast(_Row, Example(**{**defaults, **own}))]
 
 
+def _is_conversation(value: Any) -> bool:
+    """Whether a prompt is a list of messages, as TRL has them."""
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(item, Mapping) and item.keys() >= {"role", "content"} for item in value)
+    )
+
+
 def _preference_fields(own: dict[str, Any]) -> dict[str, Any]:
     """A preference's fields, where its texts may be conversations.
 
@@ -317,6 +333,8 @@ def _preference_fields(own: dict[str, Any]) -> dict[str, Any]:
     for name in ("chosen", "rejected"):
         if not isinstance(own.get(name), (list, tuple)):
             continue
+        if not own[name]:
+            raise ValueError(f"{name} is an empty list; give a text, or messages")
         *before, last = _plain_messages(own[name])
         if last["role"] != "assistant":
             raise ValueError(f"{name} must end with the assistant's message")

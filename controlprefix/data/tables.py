@@ -1,5 +1,6 @@
 """Tables and facts as prompts: dicts, triples and rows of cells, in the papers' forms."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -13,9 +14,9 @@ def linearize(table: Any, form: TableForm | None = None) -> str:
     """A table, facts or a dict as one line of text.
 
     Args:
-        table: A dict of names and values (a value may be a list), a list of triples `[subject,
-            relation, object]`, a list of pairs `[name, value]`, or a list of dicts with the same
-            keys, which are the rows of a table.
+        table: A dict of names and values (a value may be a list; None is left out), a list of
+            triples `[subject, relation, object]`, a list of pairs `[name, value]`, or a list of
+            dicts with the same keys, which are the rows of a table.
         form: `brackets`: `name[The Vaults], food[French]`, as E2E writes its inputs; `bars`:
             `| Aarhus : leader : Jacob`, as Prefix-Tuning linearizes WebNLG and DART; `tags`:
             `<H> Aarhus <R> leader <T> Jacob`, as Control Prefixes does. Left out, `brackets` for
@@ -79,6 +80,13 @@ def parse_table(text: str) -> dict[str, str]:
     return values
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a cell is what stands for no value in JSON, pandas or numpy."""
+    if value is None or type(value).__name__ in {"NAType", "NaTType"}:
+        return True
+    return isinstance(value, float) and math.isnan(value)
+
+
 def is_table(value: Any) -> bool:
     """Whether a cell of a row holds a table or facts rather than a text."""
     if isinstance(value, Mapping):
@@ -94,7 +102,10 @@ def _facts(table: Any) -> Iterator[tuple[str, str, str]]:
     """Subject (or nothing), name and value of each fact."""
     if isinstance(table, Mapping):
         for name, value in table.items():
-            for item in value if isinstance(value, (list, tuple)) else [value]:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            for item in items:
+                if is_missing(item):  # Arrow has a column for each name of any row
+                    continue
                 yield "", _cell(name), _cell(item)
         return
     if not isinstance(table, Sequence) or isinstance(table, str):

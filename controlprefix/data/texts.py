@@ -12,6 +12,7 @@ from controlprefix.data.rows import Columns, Rows, as_examples
 from controlprefix.errors import TrainingDataError, known_names
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
+from controlprefix.prefixes.key import composed
 
 TextSplit = Literal["line", "paragraph", "file"]
 UserTexts = Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]] | Rows
@@ -93,6 +94,7 @@ def read_users(
         TrainingDataError: If the rows cannot be read, or one names no user.
     """
     if isinstance(source, Mapping):
+        _require_different_names(source)
         return cast(Mapping[str, Sequence[str]], source)
     if isinstance(source, Iterator) or (isinstance(source, Iterable) and _has_pairs(source)):
         first, source = _peek(cast(Iterable[Any], source))
@@ -104,8 +106,25 @@ def read_users(
             raise TrainingDataError(
                 f'{example.place(i)} names no user; a row is {{"user": "ana", "text": "…"}}'
             )
-        users.setdefault(example.user, []).append(example.completion)
+        users.setdefault(composed(example.user), []).append(example.completion)
     return users
+
+
+def _require_different_names(users: Mapping[str, Any]) -> None:
+    """Check that no name stands twice, with its accents composed and decomposed.
+
+    Raises:
+        TrainingDataError: If one does.
+    """
+    names: set[str] = set()
+    for user in users:
+        name = composed(user) if isinstance(user, str) else user
+        if name in names:
+            raise TrainingDataError(
+                f"user {name!r} comes twice, with accents written in two ways; give all texts of a "
+                "user together"
+            )
+        names.add(name)
 
 
 def read_labelled(
@@ -140,7 +159,7 @@ def _texts_of_rows(rows: Rows, columns: Columns | None, user: str | None) -> lis
     examples = as_examples(rows, columns=columns)
     users = {example.user for example in examples} - {None}
     if user is not None and users:
-        examples = [example for example in examples if example.user == user]
+        examples = [row for row in examples if row.user and composed(row.user) == composed(user)]
         if not examples:
             names = known_names(user, [str(name) for name in users])
             raise TrainingDataError(f"there are no rows of user {user!r}; there are: {names}")

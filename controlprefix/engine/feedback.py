@@ -185,6 +185,11 @@ class FeedbackMethods(TrainingMethods):
             learn = "user"
         control, fields = RunControl.split_off(options)
         own_settings, fields = PreferenceSettings.split_off(fields)
+        validation = fields.get("validation", 0.0)
+        held_out: list[Preference] = []
+        if not isinstance(validation, (int, float)):
+            held_out = as_preferences(validation, columns=columns, defaults=defaults)
+            held_out, fields["validation"] = self.with_default_labels(held_out), 0.0
         by_default = {"learning_rate": 0.01, "parameterization": "direct"}
         settings = TrainingSettings.from_options({**by_default, **fields})
         if settings.contrast:
@@ -199,5 +204,6 @@ class FeedbackMethods(TrainingMethods):
             learn=learn,
             num_slots=num_slots,
             num_slots_of=self._num_slots_of,
+            validation=interpolated(held_out, labels),
             control=control,
         )

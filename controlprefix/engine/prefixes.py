@@ -56,12 +56,17 @@ class PrefixMethods(Components):
             The number of the new version.
 
         Raises:
+            RequestError: If it is no prefix.
             GeometryMismatchError: If it was made for another model.
             PrefixFormatError: If it holds NaN or infinite values.
             VersionConflictError: If `replaces` is not the current version.
             StoreError: If the store cannot be written.
         """
         key = PrefixKey(kind, name)
+        if not isinstance(prefix, Prefix):
+            raise RequestError(
+                f"a {type(prefix).__name__} cannot be stored as {key}; give a Prefix"
+            )
         self.geometry.require(prefix.geometry, f"the prefix for {key}")
         prefix.to(dtype=self._frozen.dtype).require_finite(f"the prefix for {key}")
         return self.store.put([NewVersion(key, prefix, details or {}, replaces, dtype)])[0]

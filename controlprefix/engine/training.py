@@ -7,11 +7,12 @@ from typing import Any, Unpack
 from controlprefix.attributes.ordinal import (
     MAX_DISTINCT,
     anchors,
-    are_numbers,
     as_number,
     by_attribute,
     interpolate,
     is_inside,
+    is_ordinal,
+    numbers_of,
 )
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.generation import GenerationMethods
@@ -332,20 +333,22 @@ class TrainingMethods(GenerationMethods):
             own, earlier = names[attribute], stored.get(attribute, set())
             if attribute in space:
                 result[attribute] = space[attribute].labels.keys()
-            elif are_numbers(earlier):
-                few = len(own | earlier) <= MAX_DISTINCT
+            elif is_ordinal(earlier):
+                few = len(numbers_of(own | earlier)) <= MAX_DISTINCT
                 ends = own if few else {label_text(min(values)), label_text(max(values))}
                 outside = ends if few else {end for end in ends if not is_inside(end, earlier)}
+                outside |= {label for label in own if as_number(label) is None}
                 result[attribute] = earlier | (outside if learned else set())
-            elif are_numbers(own) and len(own) > MAX_DISTINCT:
-                result[attribute] = anchors(values)
+            elif len(numbers_of(own)) > MAX_DISTINCT:
+                points = anchors(values)
                 _log.warning(
                     "%s has %d numbers as labels: learned as %s, and mixtures of them",
                     attribute,
-                    len(own),
-                    ", ".join(result[attribute]),
+                    len(numbers_of(own)),
+                    ", ".join(points),
                 )
-            elif are_numbers(own):
+                result[attribute] = {*points, *(x for x in own if as_number(x) is None)}
+            elif is_ordinal(own):
                 result[attribute] = own
         return result
 

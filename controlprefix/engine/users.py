@@ -217,7 +217,7 @@ class UserMethods(ExchangeMethods):
         def enroll(user: str, own: Sequence[str]) -> int:
             return self._user_trainer.enroll(
                 user,
-                list(own),
+                own,
                 decoder=decoder,
                 refine=refine,
                 num_slots=num_slots,

@@ -15,6 +15,7 @@ from controlprefix.errors import TrainingDataError
 from controlprefix.evaluation.harness import about_prefixes
 from controlprefix.evaluation.metrics import Estimate, bootstrap_mean, wilson_proportion
 from controlprefix.example import Example
+from controlprefix.labels import label_text
 from controlprefix.model.log_probs import kl_divergences, target_logits
 from controlprefix.reports import few_rows_note, figure_of, render, to_png, write_report
 from controlprefix.request import Request
@@ -114,15 +115,18 @@ def evaluate_users(
         cp: With the prefixes of the rows' users.
         rows: Held-out rows with users, in any form (see `controlprefix.data.as_examples`).
         columns: Which columns of the rows hold what, if they have other names.
-        groups: Groupings, such as `{"gender": {"ana": "female", "bo": "male"}}`.
+        groups: Users' groups by grouping, such as `{"gender": {"ana": "female", "bo": "male"}}`.
         min_group_size: Groups with fewer users are not reported, only named.
         prompts: Impersonal prompts, on which a user's prefix should change little.
         seed: Seed of the choice of other users.
 
     Raises:
-        TrainingDataError: If there are rows of fewer than two users.
+        TrainingDataError: If there are rows of fewer than two users, or a grouping is none.
         UnknownNameError: If a user has no prefix.
     """
+    groups = _checked_groups(groups or {})
+    if min_group_size < 1:
+        raise TrainingDataError(f"min_group_size is {min_group_size}; it must be 1 or more")
     examples = [row for row in as_examples(rows, columns=columns) if row.user is not None]
     row_ids: dict[str, list[int]] = {}
     for i, row in enumerate(examples):
@@ -156,7 +160,7 @@ def evaluate_users(
         )
     means = sorted(result.gain.mean for result in users.values())
     worst = means[: max(1, round(_WORST_SHARE * len(means)))]
-    by_group, too_small = _by_group(users, groups or {}, min_group_size)
+    by_group, too_small = _by_group(users, groups, min_group_size)
     return UsersEvaluation(
         users,
         bootstrap_mean(means),
@@ -166,6 +170,22 @@ def evaluate_users(
         too_small,
         about_prefixes(cp, examples),
     )
+
+
+def _checked_groups(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Each user's group of each grouping, as text; users without one are left out.
+
+    Raises:
+        TrainingDataError: If it is no mapping of groupings to users' groups.
+    """
+    if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
+        raise TrainingDataError(
+            'groups maps each grouping to its users, such as {"gender": {"ana": "female"}}'
+        )
+    return {
+        str(grouping): {user: label_text(g) for user, g in of_users.items() if g is not None}
+        for grouping, of_users in groups.items()
+    }
 
 
 def _nats(cp: ControlPrefix, examples: Sequence[Example]) -> list[float]:

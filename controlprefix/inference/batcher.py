@@ -16,7 +16,7 @@ from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
 from controlprefix.inference.sampling import SampledRow
-from controlprefix.inference.stopping import TextStream, completion_from_tokens
+from controlprefix.inference.stopping import IncrementalDetokenizer, completion_from_tokens
 from controlprefix.inference.waiting_line import WaitingLine
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Part, PrefixBatch, PrefixKey
@@ -24,7 +24,7 @@ from controlprefix.request import Request
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class BatchedRequest:
     """One accepted request, in the waiting line or in a batch.
 
     Attributes:
@@ -47,7 +47,7 @@ class Sequence:
     start: tuple[int, ...]
     plan: RowPlan
     top_log_probs: int | None
-    text: TextStream
+    text: IncrementalDetokenizer
     new: list[int] = field(default_factory=list)
     sampling: SampledRow = field(init=False)
     position_offset: int = 0
@@ -110,7 +110,7 @@ class Batcher(ABC):
         self._frozen = frozen
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
         self._max_per_tenant = max_sequences_per_tenant or max_sequences
-        self._waiting: WaitingLine[Sequence] = WaitingLine(
+        self._waiting: WaitingLine[BatchedRequest] = WaitingLine(
             lambda sequence: len(sequence.rows), lambda sequence: sequence.num_tokens
         )
         self._wake = threading.Condition()
@@ -123,7 +123,7 @@ class Batcher(ABC):
         """Run one step of the active sequences, and admit waiting ones."""
 
     @abstractmethod
-    def _running(self) -> list[Sequence]:
+    def _running(self) -> list[BatchedRequest]:
         """The accepted sequences that no longer wait."""
 
     @abstractmethod
@@ -166,14 +166,14 @@ class Batcher(ABC):
         tokenizer = self._frozen.request_tokenizer
         resolved, prompt = resolved.fitted(tokenizer)
         start = tokenizer.decoder_start_ids if self._frozen.is_encoder_decoder else prompt
-        sequence = Sequence(
+        sequence = BatchedRequest(
             resolved,
             Ticket(deliver),
             prompt,
             start,
             plan_rows([resolved]),
             top_log_probs,
-            TextStream(tokenizer, resolved.request),
+            IncrementalDetokenizer(tokenizer, resolved.request),
         )
         if request.json_schema is not None:
             constraint = JsonConstraint(self._frozen, request.json_schema, len(start))
@@ -260,9 +260,9 @@ class Batcher(ABC):
     def _has_work(self) -> bool:
         return bool(len(self._waiting) or self._running())
 
-    def _take_waiting(self) -> list[Sequence]:
+    def _take_waiting(self) -> list[BatchedRequest]:
         """Remove the next sequences from the line that fit into the free rows."""
-        taken: list[Sequence] = []
+        taken: list[BatchedRequest] = []
         held = Counter[str]()
         for running in self._running():
             held[running.resolved.tenant] += len(running.rows)
@@ -286,9 +286,9 @@ class Batcher(ABC):
         for sequence in cancelled:
             sequence.finish(self._completion(sequence))
 
-    def _is_cancelled(self, sequence: Sequence) -> bool:
+    def _is_cancelled(self, sequence: BatchedRequest) -> bool:
         return self._abandoned or sequence.ticket.is_cancelled
 
-    def _completion(self, sequence: Sequence) -> Completion:
+    def _completion(self, sequence: BatchedRequest) -> Completion:
         tokenizer = self._frozen.request_tokenizer
         return completion_from_tokens(tokenizer, sequence.request, sequence.prompt, sequence.new)

@@ -8,8 +8,7 @@ other rows.
 """
 
 import time
-from collections.abc import Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batch_cache import BatchCache
-from controlprefix.inference.batcher import Batcher, Sequence
+from controlprefix.inference.batcher import BatchedRequest, Batcher
 from controlprefix.inference.generation_config import model_processors
 from controlprefix.inference.guidance import guided_logits
 from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
@@ -56,7 +55,7 @@ class ContinuousBatcher(Batcher):
         max_prefill_tokens: int = 512,
     ) -> None:
         # Per row its sequence, or None if it is vacant; rows of a sequence stand together.
-        self._rows: list[Sequence | None] = []
+        self._rows: list[BatchedRequest | None] = []
         self._first_rows: dict[int, int] = {}  # id of a sequence -> its first row
         self._cache = BatchCache(frozen)
         self._batch: PrefixBatch | None = None  # None: rows have changed
@@ -79,7 +78,7 @@ class ContinuousBatcher(Batcher):
     def _num_rows(self) -> int:
         return sum(len(sequence.rows) for sequence in self._running())
 
-    def _running(self) -> list[Sequence]:
+    def _running(self) -> list[BatchedRequest]:
         return [*self._decoding(), *self._prefills.sequences]
 
     def _reset(self) -> None:
@@ -107,7 +106,7 @@ class ContinuousBatcher(Batcher):
             self._decode_step()
             self._decode_seconds = time.perf_counter() - start
 
-    def _decoding(self) -> list[Sequence]:
+    def _decoding(self) -> list[BatchedRequest]:
         return [self._rows[first] for first in self._first_rows.values()]  # type: ignore[misc]
 
     # --- prefill -----------------------------------------------------------------------------
@@ -183,7 +182,11 @@ class ContinuousBatcher(Batcher):
         self._choose_tokens(decoding, firsts, logits, sampler)
 
     def _choose_tokens(
-        self, sequences: list[Sequence], firsts: list[int], logits: Tensor, sampler: BatchSampler
+        self,
+        sequences: list[BatchedRequest],
+        firsts: list[int],
+        logits: Tensor,
+        sampler: BatchSampler,
     ) -> None:
         """Choose a token per sequence.
 
@@ -224,19 +227,19 @@ class ContinuousBatcher(Batcher):
             if self._stream_text(sequence):
                 self._remove(sequence)
 
-    def _stream_text(self, sequence: Sequence) -> bool:
+    def _stream_text(self, sequence: BatchedRequest) -> bool:
         """Give the ticket the new text; returns whether the sequence is finished."""
         text, finished = sequence.text.update(sequence.new)
         if text:
             sequence.ticket.put(text)
         return finished
 
-    def _remove(self, sequence: Sequence) -> None:
+    def _remove(self, sequence: BatchedRequest) -> None:
         """Finish a sequence and vacate its rows."""
         sequence.finish(self._completion(sequence))
         self._vacate(sequence)
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _vacate(self, sequence: BatchedRequest) -> None:
         first = self._first_rows.pop(id(sequence))
         for row in range(first, first + len(sequence.rows)):
             self._rows[row] = None
@@ -247,12 +250,12 @@ class ContinuousBatcher(Batcher):
 
     def _arrange(
         self,
-        sequences: list[Sequence],
+        sequences: list[BatchedRequest],
         prefilled: Mapping[int, list[CacheRow]] | None = None,
     ) -> None:
         """Rebuild the batch without vacant rows and without columns of padding alone."""
         sources: list[CacheRow] = []
-        rows: list[Sequence | None] = []
+        rows: list[BatchedRequest | None] = []
         first_rows: dict[int, int] = {}
         for sequence in sequences:
             first = self._first_rows.get(id(sequence))
@@ -293,7 +296,7 @@ class ContinuousBatcher(Batcher):
         return logits
 
 
-def _sampler_of(rows: Rows[Sequence | None], device: torch.device) -> BatchSampler:
+def _sampler_of(rows: Sequence[BatchedRequest | None], device: torch.device) -> BatchSampler:
     """Samples the first row of each sequence; the others only change its logits."""
     sampled = [
         None if sequence is None or (i and rows[i - 1] is sequence) else sequence.sampling

@@ -16,12 +16,12 @@ from controlprefix.example import Example
 from controlprefix.inference.batch_cache import can_share_running_batch
 from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.continuous_batching import ContinuousBatcher
-from controlprefix.inference.generation import batch_key, generate_batch
 from controlprefix.inference.guidance import guided_log_probs, guided_target_logits, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import TokenLogProbs, token_log_probs_of
 from controlprefix.inference.static_batching import StaticBatcher
-from controlprefix.inference.stopping import TextStream
+from controlprefix.inference.static_generation import batch_key, generate_batch
+from controlprefix.inference.stopping import IncrementalDetokenizer
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import ImagePrompt
 from controlprefix.prefixes import PrefixBatch
@@ -98,7 +98,7 @@ class Generator:
 
         thread = threading.Thread(target=run, name="controlprefix-stream", daemon=True)
         thread.start()
-        texts, new = TextStream(self._frozen.request_tokenizer, request), list[int]()
+        texts, new = IncrementalDetokenizer(self._frozen.request_tokenizer, request), list[int]()
         try:
             while not isinstance(item := streamer.tokens.get(), (Completion, BaseException)):
                 new.append(item)

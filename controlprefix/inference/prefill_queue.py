@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from controlprefix.inference.batcher import Sequence
+from controlprefix.inference.batcher import BatchedRequest
 from controlprefix.model import FrozenModel
 from controlprefix.model.cache_rows import CacheRow, row_without_padding
 from controlprefix.model.images import ImagePrompt, image_inputs, image_positions
@@ -38,7 +38,7 @@ class Prefill:
         positions: `(num_rows, length)`, or what the model computes for images.
     """
 
-    sequences: list[Sequence]
+    sequences: list[BatchedRequest]
     encoded: bool = False
     num_done: int = 0
     ids: Tensor = field(init=False)
@@ -145,7 +145,7 @@ class PrefillQueue:
         self._num_steps = 0
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[BatchedRequest]:
         """All sequences that are being prefilled."""
         return [sequence for prefill in self._prefills for sequence in prefill.sequences]
 
@@ -165,9 +165,9 @@ class PrefillQueue:
         """Drop everything."""
         self._prefills = []
 
-    def add(self, sequences: Iterable[Sequence]) -> None:
+    def add(self, sequences: Iterable[BatchedRequest]) -> None:
         """Add sequences; those that fit one chunk together are prefilled together."""
-        group: list[Sequence] = []
+        group: list[BatchedRequest] = []
         for sequence in sorted(sequences, key=lambda s: len(s.prompt)):
             if isinstance(sequence.prompt, ImagePrompt):
                 self._prefills.append(Prefill([sequence]))
@@ -180,12 +180,12 @@ class PrefillQueue:
         if group:
             self._prefills.append(Prefill(group, encoded=self._encoded))
 
-    def remove(self, condition: Callable[[Sequence], bool]) -> list[Sequence]:
+    def remove(self, condition: Callable[[BatchedRequest], bool]) -> list[BatchedRequest]:
         """Remove the sequences that satisfy a condition, and return them.
 
         Of several that were begun together, all or none are removed.
         """
-        removed: list[Sequence] = []
+        removed: list[BatchedRequest] = []
         for prefill in self._prefills:
             matching = [sequence for sequence in prefill.sequences if condition(sequence)]
             if prefill.batch is None or len(matching) == len(prefill.sequences):

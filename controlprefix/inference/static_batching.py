@@ -4,9 +4,9 @@ It serves models whose cached rows cannot be moved between caches (see `batch_ca
 arrive meanwhile wait for the end of the batch.
 """
 
-from controlprefix.inference.batcher import Batcher, Sequence
-from controlprefix.inference.generation import batch_key
-from controlprefix.inference.streamed_text import generate_streamed
+from controlprefix.inference.batcher import BatchedRequest, Batcher
+from controlprefix.inference.static_generation import batch_key
+from controlprefix.inference.streamed_batch import generate_streamed
 
 
 class StaticBatcher(Batcher):
@@ -19,13 +19,13 @@ class StaticBatcher(Batcher):
     """
 
     supports_log_probs = False
-    _batch: tuple[Sequence, ...] = ()
+    _batch: tuple[BatchedRequest, ...] = ()
 
     @property
     def _num_rows(self) -> int:
         return sum(len(sequence.rows) for sequence in self._batch)
 
-    def _running(self) -> list[Sequence]:
+    def _running(self) -> list[BatchedRequest]:
         return list(self._batch)
 
     def _reset(self) -> None:
@@ -34,7 +34,7 @@ class StaticBatcher(Batcher):
     def _step(self) -> None:
         self._drop_cancelled_waiting()
         self._batch = tuple(self._take_waiting())
-        groups: dict[object, list[Sequence]] = {}
+        groups: dict[object, list[BatchedRequest]] = {}
         for sequence in self._batch:
             groups.setdefault(batch_key(sequence.request), []).append(sequence)
         batches = [

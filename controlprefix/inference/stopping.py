@@ -42,7 +42,7 @@ def completion_from_tokens(
     )
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Gives out the text of a completion while its tokens are generated.
 
     The texts joined are the text of the completion, whatever the tokenizer does to spaces.

@@ -10,6 +10,11 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _SEPARATOR = "="
 
 
+def composed(name: str) -> str:
+    """A name with its accents in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
 class _Fields(NamedTuple):
     kind: Kind
     name: str
@@ -37,7 +42,7 @@ class PrefixKey(_Fields):
     def __new__(cls, kind: Kind, name: str) -> Self:
         """Make a key."""
         is_text = isinstance(name, str) and not name.isascii()
-        return super().__new__(cls, kind, unicodedata.normalize("NFC", name) if is_text else name)
+        return super().__new__(cls, kind, composed(name) if is_text else name)
 
     @classmethod
     def for_label(cls, attribute: str, label: str) -> Self:

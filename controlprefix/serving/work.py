@@ -62,11 +62,11 @@ class WorkPools:
 
 
 class _TenantPool:
-    """A few threads, of which a tenant gets one at a time.
+    """A few threads; a tenant gets one at a time.
 
     Args:
         what: What they do, in the error.
-        num_threads: Of all tenants.
+        num_threads: Threads, for all tenants together.
         max_per_tenant: Pieces of work of a tenant, those that wait included.
     """
 

@@ -156,7 +156,11 @@ def run_identity(
     prefixes: TrainablePrefixes,
     objective_identity: Any = None,
 ) -> dict[str, Any]:
-    """What must be equal for a run to be resumed: settings, rows, and the initialization."""
+    """What must be equal for a run to be resumed: settings, rows, and the initialization.
+
+    `rows` leaves the initialization out, which is another one where a run that trains a stored
+    prefix further has stored its result.
+    """
     sha = hashlib.sha256()
     for part_of_data in (rows, held_out):
         for row in part_of_data:
@@ -169,10 +173,11 @@ def run_identity(
             content += [row.teacher, request, row.rejected and list(row.rejected.targets)]
             sha.update(repr(content).encode())
         sha.update(b"held out")
-    sha.update(prefixes.initial_digest().encode())
     sha.update(json.dumps(objective_identity).encode())
+    rows_hash = sha.hexdigest()
+    sha.update(prefixes.initial_digest().encode())
     fixed = {name: v for name, v in settings.to_dict().items() if name not in _MAY_CHANGE}
-    return {"settings": fixed, "data": sha.hexdigest()}
+    return {"settings": fixed, "rows": rows_hash, "data": sha.hexdigest()}
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:

@@ -72,6 +72,23 @@ def fit_to_context(
     return fitted._replace(num_cut=num_cut, num_skipped=num_skipped)
 
 
+def cut_completion_ids(
+    example: Example, prompt: Sequence[int], tokenizer: RequestTokenizer
+) -> TokenizedExample:
+    """The completion of an example, cut so that it fits behind a prompt that does.
+
+    Args:
+        example: An example.
+        prompt: Ids of its prompt, which may be cut.
+        tokenizer: The tokenizer of a model whose context is limited.
+    """
+    assert tokenizer.context_length is not None, "without a limit every example fits"
+    whole = tokenizer.inner_ids(example.completion)
+    num_before = 0 if tokenizer.is_encoder_decoder else len(prompt)
+    completion = tuple(whole[: max(1, tokenizer.context_length - 1 - num_before)])
+    return TokenizedExample(tuple(prompt), completion, len(completion) == len(whole))
+
+
 def cut_example_ids(example: Example, tokenizer: RequestTokenizer) -> TokenizedExample:
     """Prompt and completion of an example, cut so that they fit the context.
 

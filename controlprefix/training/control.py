@@ -116,21 +116,17 @@ class RunControl:
         except OSError as error:
             raise StoreError(f"cannot create the run's folder {self.folder}: {error}") from error
 
-    def finished_report(
-        self, report: TrainingReport, origin: Mapping[str, str]
-    ) -> TrainingReport | None:
-        """The report of the same run, if it was finished and stored before it was resumed.
+    def stored_report(self, origin: Mapping[str, str]) -> TrainingReport | None:
+        """The report of a run to be resumed, if it was finished and stored.
 
         Args:
-            report: Report of the run as it stands.
             origin: The store, the tenant and the model.
         """
         earlier = TrainingReport.load(self.folder) if self.folder and self.resume else None
         if earlier is None or not earlier.saved:
             return None
-        same_run = (earlier.data_hash, earlier.losses) == (report.data_hash, report.losses)
         same_place = all(getattr(earlier, name) == value for name, value in origin.items())
-        return earlier if same_run and same_place else None
+        return earlier if same_place else None
 
     def make_accelerator(self) -> "Accelerator":
         """The accelerator, logging to the tracker if there is one.

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import ContextLengthError, TrainingDataError
 from controlprefix.example import Example, Preference
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import Request
+from controlprefix.training.context_fit import cut_completion_ids, fit_to_context
 from controlprefix.training.control import RunControl
 from controlprefix.training.initialization import scale_of_all
 from controlprefix.training.objectives import Objective, Rejected, TrainingRow
@@ -14,7 +15,12 @@ from controlprefix.training.policy import PolicyObjective, Reward
 from controlprefix.training.preferences import with_margins
 from controlprefix.training.preparation import Learnable, Preparation, prepare, prepare_requests
 from controlprefix.training.report import TrainingReport
-from controlprefix.training.settings import PolicySettings, PreferenceSettings, TrainingSettings
+from controlprefix.training.settings import (
+    PolicySettings,
+    PreferenceSettings,
+    TooLong,
+    TrainingSettings,
+)
 from controlprefix.training.trainer import Trainer
 
 
@@ -73,6 +79,7 @@ class FeedbackTrainer(Trainer):
         learn: Learnable | Sequence[Learnable] | None,
         num_slots: int | Mapping[Learnable, int],
         num_slots_of: Callable[[PrefixKey], int | None],
+        validation: Sequence[Preference],
         control: RunControl,
     ) -> TrainingReport:
         """Train on preferences: see `ControlPrefix.train_preferences`.
@@ -82,14 +89,19 @@ class FeedbackTrainer(Trainer):
             settings, own_settings: Hyperparameters.
             learn, num_slots: As there.
             num_slots_of: Slots of one prefix, where that differs from `num_slots`.
+            validation: Held-out preferences; if there are none, the settings hold some out.
             control: Where the run is recorded, and who watches it.
         """
-        pairs = [preference.examples() for preference in preferences]
-        rejected = {id(chosen): other for chosen, other in pairs}
         tokenizer = self._frozen.request_tokenizer
+        pairs, num_skipped = self._pairs(preferences, settings.too_long)
+        held_out_pairs, num_held_out_skipped = self._pairs(validation, settings.too_long)
+        rejected = {id(chosen): other for chosen, other in (*pairs, *held_out_pairs)}
 
         def with_rejected(example: Example, row: TrainingRow) -> TrainingRow:
-            ids = tokenizer.example_ids(rejected[id(example)])
+            try:
+                ids = tokenizer.example_ids(rejected[id(example)])
+            except ContextLengthError:  # it is to be cut
+                ids = cut_completion_ids(rejected[id(example)], row.prompt, tokenizer)
             other = TrainingRow.from_example(ids, tokenizer.end_id, (), ())
             return row._replace(rejected=Rejected(other.targets, 0.0))
 
@@ -102,6 +114,7 @@ class FeedbackTrainer(Trainer):
             num_slots=num_slots,
             init="stored or tokens",
             num_slots_of=num_slots_of,
+            validation=[chosen for chosen, _ in held_out_pairs],
             complete=with_rejected,
         )
         is_start = own_settings.reference == "start"
@@ -110,6 +123,7 @@ class FeedbackTrainer(Trainer):
             preparation,
             rows=with_margins(self._frozen, preparation.rows, reference),
             held_out=with_margins(self._frozen, preparation.held_out, reference),
+            num_skipped=preparation.num_skipped + num_skipped + num_held_out_skipped,
         )
         objective = Objective(
             self._frozen,
@@ -117,3 +131,15 @@ class FeedbackTrainer(Trainer):
             likelihood_weight=own_settings.likelihood_weight,
         )
         return self._train_and_publish(preparation, settings, control, objective)
+
+    def _pairs(
+        self, preferences: Sequence[Preference], too_long: TooLong
+    ) -> tuple[list[tuple[Example, Example]], int]:
+        """Chosen and rejected examples, and how many preferences were skipped for the latter."""
+        pairs = [preference.examples() for preference in preferences]
+        if too_long == "cut" or not pairs:
+            return pairs, 0
+        others = [other for _, other in pairs]
+        fitted = fit_to_context(others, self._frozen.request_tokenizer, too_long)
+        fitting = set(map(id, fitted.examples))
+        return [pair for pair in pairs if id(pair[1]) in fitting], fitted.num_skipped

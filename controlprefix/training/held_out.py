@@ -9,6 +9,7 @@ from typing import NamedTuple
 from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.example import Example
 from controlprefix.prefixes import PrefixKey
+from controlprefix.prefixes.key import composed
 from controlprefix.training.objectives import TrainingRow
 
 _MAX_SHARE = 0.3  # of the rows, that one prompt or user may take out of training
@@ -43,15 +44,19 @@ def split_examples(
     Raises:
         TrainingDataError: If no row is left to train on.
     """
-    by_text = [[("text", _normalized(example.completion))] for example in examples]
+    by_text = [[("text", normalized(example.completion))] for example in examples]
+    identities = [prompt_identity(example) for example in examples]
+    # A text without a prompt that is another row's completion.
+    texts = {text for (text,), prompt in zip(by_text, identities, strict=True) if not prompt}
     by_prompt: list[list[tuple[str, str]]] = []
     by_both: list[list[tuple[str, str]]] = []
-    for example, keys, text in zip(examples, learned, by_text, strict=True):
-        prompt, user = prompt_identity(example), example.user
-        links = [("prompt", prompt)] if prompt else text
+    for example, prompt, keys, text in zip(examples, identities, learned, by_text, strict=True):
+        links = [("prompt", prompt)] if prompt else []
+        links += text if text[0] in texts else []
         by_prompt.append(links)
-        is_linked = user is not None and PrefixKey("user", user) not in keys
-        by_both.append([*links, ("user", user)] if user is not None and is_linked else links)
+        user = None if example.user is None else PrefixKey("user", example.user)
+        is_linked = user is not None and user not in keys
+        by_both.append([*links, ("user", user.name)] if user and is_linked else links)
     return split_at_first(
         [
             (by_both, ""),
@@ -166,16 +171,19 @@ def split(
 
 def prompt_identity(example: Example) -> str:
     """What examples with the same prompt have in common; empty for a text without a prompt."""
+    if example.prompt_ids is not None:
+        return f"ids {' '.join(map(str, example.prompt_ids))}"
     texts = [example.prompt or ""]
     if example.messages is not None and [m.role for m in example.messages] == ["user"]:
         texts = [example.messages[0].content]  # the same as a prompt
     elif example.messages is not None:
         texts = [f"{message.role}: {message.content}" for message in example.messages]
-    return _normalized(" ".join(texts))
+    return normalized(" ".join(texts))
 
 
-def _normalized(text: str) -> str:
-    return " ".join(text.split()).casefold()
+def normalized(text: str) -> str:
+    """What texts have in common that differ in case, blanks or how accents are written."""
+    return " ".join(composed(text).split()).casefold()
 
 
 def _groups(links: Sequence[Sequence[Hashable]]) -> Iterator[list[int]]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from controlprefix.completion import PartUsed
 from controlprefix.errors import TrainingDataError
-from controlprefix.inference.generation import generate_tokens
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
+from controlprefix.inference.static_generation import generate_tokens
 from controlprefix.inference.stopping import completion_from_tokens
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import followed_by
@@ -264,7 +264,13 @@ class PolicyObjective(Objective):
 
     def _rewards(self, rows: Sequence[TrainingRow], texts: Sequence[str]) -> list[float]:
         requests = [row.request for row in rows if row.request is not None]
-        rewards = [float(value) for value in self._reward(requests, texts)]
+        values = self._reward(requests, texts)
+        try:
+            rewards = [float(value) for value in values]
+        except (TypeError, ValueError) as error:
+            raise TrainingDataError(
+                f"the reward gave {str(values)[:80]!r}; give a list with a number for each text"
+            ) from error
         if len(rewards) != len(texts):
             raise TrainingDataError(
                 f"the reward gave {len(rewards)} numbers for {len(texts)} texts; give one each"

@@ -341,7 +341,8 @@ def _num_slots_for(
         else dict.fromkeys(_KINDS.values(), num_slots)
     )
     if kind not in by_kind:
-        raise TrainingDataError(f"num_slots has no entry for {kind!r}; add one")
+        (name,) = (name for name, own in _KINDS.items() if own == kind)
+        raise TrainingDataError(f"num_slots has no entry for {name!r}; add one")
     count = by_kind[kind]
     if not isinstance(count, int):
         raise TrainingDataError(f"num_slots is {count!r}; it must be a whole number")

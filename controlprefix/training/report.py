@@ -39,6 +39,7 @@ class TrainingReport:
         num_parameters: Trained parameters.
         settings: All settings by name, the seed among them.
         data_hash: SHA-256 of the settings, the rows and the initialization.
+        rows_hash: SHA-256 of the rows.
         saved: Version numbers in the store, such as `{"user 'ana'": 2}`.
         store, tenant, model: Where they were stored, and for which model.
         left_out: What examples name that was neither trained nor stored.
@@ -61,6 +62,7 @@ class TrainingReport:
     num_parameters: int
     settings: Mapping[str, Any]
     data_hash: str
+    rows_hash: str = ""
     saved: Mapping[str, int] = field(default_factory=dict)
     store: str = ""
     tenant: str = ""

@@ -225,6 +225,7 @@ class TrainingRun:
             num_parameters=sum(p.numel() for p in self.prefixes.parameters()),
             settings=self.settings.to_dict(),
             data_hash=self.identity,
+            rows_hash=self._identity["rows"],
         )
 
     def _learning_rate(self, step: int) -> float:

@@ -15,6 +15,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.slot_attention import Reference, observe
 from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.store import NewVersion, PrefixStore
+from controlprefix.training.checkpoint import run_identity
 from controlprefix.training.control import RunControl, in_first_process
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
@@ -241,27 +242,43 @@ class Trainer:
         self._store.require_writable(preparation.initial)
         if settings.patience is not None:
             _require_held_out(preparation, settings, "patience")
-        run = train(
-            self._frozen,
-            preparation.rows,
-            parameterize(settings, preparation.initial, preparation.scale),
-            settings=settings,
-            held_out=preparation.held_out,
-            control=control,
-            objective=objective,
-        )
         origin: dict[str, Any] = {
             "store": self._store.label,
             "tenant": self._store.tenant,
             "model": self._frozen.geometry.model_name,
         }
-        if (earlier := control.finished_report(run.report(), origin)) is not None:
+        prefixes = parameterize(settings, preparation.initial, preparation.scale)
+        objective = objective or Objective(self._frozen, contrast=settings.contrast)
+        identity = run_identity(
+            settings, preparation.rows, preparation.held_out, prefixes, objective.identity()
+        )
+        earlier = control.stored_report(origin)
+        if (
+            earlier is not None
+            and (earlier.rows_hash, earlier.settings) == (identity["rows"], settings.to_dict())
+            and self._starts_from(earlier, preparation.initial)
+        ):
+            return earlier
+        run = train(
+            self._frozen,
+            preparation.rows,
+            prefixes,
+            settings=settings,
+            held_out=preparation.held_out,
+            control=control,
+            objective=objective,
+        )
+        done = run.report()
+        if earlier is not None and (earlier.data_hash, earlier.losses) == (
+            done.data_hash,
+            done.losses,
+        ):
             return earlier
         untrained = run.untrained()
         if untrained:
             names = shortened(sorted(map(str, untrained)))
             _log.warning("no step had a row of %s: not stored", names)
-        prefixes = {
+        trained = {
             key: prefix
             for key, prefix in run.prefixes.materialize().items()
             if key not in untrained
@@ -278,17 +295,28 @@ class Trainer:
             "training": {
                 "examples": len(preparation.rows),
                 # Users by number: their names must not stay where they are forgotten.
-                "learned": [str(key) for key in prefixes if key.kind != "user"],
-                "users": sum(key.kind == "user" for key in prefixes),
+                "learned": [str(key) for key in trained if key.kind != "user"],
+                "users": sum(key.kind == "user" for key in trained),
                 "best_step": report.best_step,
                 "best_loss": round(report.best_loss, 4),
                 **settings.to_dict(),
             }
         }
-        report = replace(report, saved=self._publish(prefixes, details, preparation.users))
+        report = replace(report, saved=self._publish(trained, details, preparation.users))
         if control.folder is not None and PartialState().is_main_process:
             report.save(control.folder)
         return report
+
+    def _starts_from(self, earlier: TrainingReport, initial: Mapping[PrefixKey, Prefix]) -> bool:
+        """Whether a run would start from what a finished run stored: then it is that run."""
+        stored = self._store.for_model(self._frozen.fingerprint).fetch(initial)
+        return all(
+            key in stored
+            and stored[key].version == earlier.saved.get(str(key))
+            and isinstance(value := stored[key].value, Prefix)
+            and value.digest == prefix.digest
+            for key, prefix in initial.items()
+        )
 
     def _publish(
         self,

@@ -36,6 +36,20 @@ class EnrolmentReport:
     seconds: float = 0.0
 
 
+def check_enrolment(
+    decoder: str | None, *, refine: bool, keep_profile: bool = False, add: bool, guard: bool
+) -> None:
+    """Check that options of an enrolment go together: see `ControlPrefix.enroll`.
+
+    Raises:
+        RequestError: If they do not.
+    """
+    if add and (decoder is None or refine or keep_profile):
+        raise RequestError("add needs a decoder, and goes without refine and keep_profile")
+    if guard and (decoder is None or refine or add):
+        raise RequestError("guard needs a decoder, and goes without refine and add")
+
+
 def enroll_each(
     texts: Iterable[tuple[str, Sequence[str]]],
     enroll: Callable[[str, Sequence[str]], int],

@@ -17,7 +17,13 @@ from controlprefix.training.parameterization import TrainablePrefixes, parameter
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
-from controlprefix.users.enrolment import added_code, predict_code, prefix_from_texts, profile_of
+from controlprefix.users.enrolment import (
+    added_code,
+    check_enrolment,
+    predict_code,
+    prefix_from_texts,
+    profile_of,
+)
 from controlprefix.users.guard import guarded_code
 from controlprefix.users.migration import MigrationReport, migrate
 from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
@@ -167,6 +173,7 @@ class UserTrainer:
             initialize=self._initialize(settings, decoder, as_codes, num_slots),
             concurrent_users=concurrent_users,
             control=control,
+            origin=f"{self._store.label} {self._store.tenant} {self._frozen.fingerprint}",
         )
 
     def enroll(
@@ -188,10 +195,7 @@ class UserTrainer:
         """
         if num_slots < 1:
             raise RequestError(f"num_slots is {num_slots}; it must be 1 or more")
-        if add and (decoder is None or refine or keep_profile):
-            raise RequestError("add needs a decoder, and goes without refine and keep_profile")
-        if guard and (decoder is None or refine or add):
-            raise RequestError("guard needs a decoder, and goes without refine and add")
+        check_enrolment(decoder, refine=refine, keep_profile=keep_profile, add=add, guard=guard)
         texts = usable_texts(user, texts)
         extras: dict[str, Any] = {"texts": texts} if keep_texts else {}
         if keep_profile:

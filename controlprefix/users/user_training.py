@@ -27,7 +27,7 @@ from controlprefix.prefixes import Prefix, PrefixKey, UserCode
 from controlprefix.request import is_valid_unicode
 from controlprefix.store.records import check_key
 from controlprefix.training.control import RunControl, delayed_interrupt
-from controlprefix.training.held_out import split_at_first
+from controlprefix.training.held_out import normalized, split_at_first
 from controlprefix.training.loop import TrainingLoop
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
@@ -77,6 +77,7 @@ def train_users(
     initialize: Initialize,
     concurrent_users: int,
     control: RunControl,
+    origin: str = "",
 ) -> UsersReport:
     """Train a prefix or a code for each user on texts they wrote.
 
@@ -88,7 +89,8 @@ def train_users(
         initialize: Given a user's key and texts, what to train.
         concurrent_users: Users at a time; memory grows with it.
         control: In its folder, finished users are recorded; to resume skips users recorded there
-            with the same texts and settings.
+            with the same texts, settings and origin.
+        origin: Where finished users are stored.
 
     Raises:
         TrainingDataError: If `concurrent_users` is below 1.
@@ -109,12 +111,12 @@ def train_users(
         """Start the next user; False if nobody waits."""
         for user, user_texts in waiting:
             try:
-                if any(user == other.name for other in active):
+                key = PrefixKey("user", user)
+                if any(key == PrefixKey("user", other.name) for other in active):
                     raise TrainingDataError(
                         f"user {user!r} comes twice, and is being trained on the first texts; "
                         "give all texts of a user together"
                     )
-                key = PrefixKey("user", user)
                 usable, rows = user_rows(frozen, user, user_texts, settings.seed)
                 training, held_out = split_user_rows(rows, settings)
                 run = TrainingRun(
@@ -123,7 +125,7 @@ def train_users(
             except ControlPrefixError as error:
                 report.failed[user] = str(error)
                 return True
-            if run.identity in finished:
+            if (run.identity, origin) in finished:
                 skipped.append(user)
             else:
                 active.append(_ActiveUser(user, run, time.monotonic()))
@@ -150,7 +152,7 @@ def train_users(
                     if reason is None:
                         report.users[user.name] = _publish(user, publish)
                         if folder is not None:
-                            _record_finished(folder, user)
+                            _record_finished(folder, user, origin)
                 except PrefixFormatError as error:  # values too large for the model's dtype
                     reason = str(error)
                 if reason is not None:
@@ -212,7 +214,7 @@ def split_user_rows(
     Each user keeps rows to train on.
     """
     learned = [[key for key, _ in row.learned] for row, _ in rows]
-    by_text = [[(*keys, text)] for (_, text), keys in zip(rows, learned, strict=True)]
+    by_text = [[(*keys, normalized(text))] for (_, text), keys in zip(rows, learned, strict=True)]
     by_row = [[i] for i in range(len(rows))]
     training, held_out = split_at_first(
         [(by_text, ""), (by_row, "")], settings.validation, settings.seed, learned
@@ -226,6 +228,10 @@ def usable_texts(user: str, texts: Sequence[str]) -> list[str]:
     Raises:
         TrainingDataError: If there is none, or one is not a text.
     """
+    if texts is not None and not isinstance(texts, Iterable):
+        raise TrainingDataError(
+            f"the texts of user {user!r} must be a list, got {type(texts).__name__}"
+        )
     texts = [texts] if isinstance(texts, str) else list(texts or ())
     for text in texts:
         if not isinstance(text, str):
@@ -258,19 +264,20 @@ def _publish(user: _ActiveUser, publish: Publish) -> TrainingReport:
     return replace(report, saved={str(key): version})
 
 
-def _read_finished(folder: Path) -> set[str]:
+def _read_finished(folder: Path) -> set[tuple[str, str]]:
     path = folder / _FINISHED_FILE
     if not path.exists():
         return set()
     identities = set()
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
-            identities.add(json.loads(line)["identity"])
+            record = json.loads(line)
+            identities.add((record["identity"], record["origin"]))
     return identities
 
 
-def _record_finished(folder: Path, user: _ActiveUser) -> None:
-    line = json.dumps({"user": user.name, "identity": user.run.identity})
+def _record_finished(folder: Path, user: _ActiveUser, origin: str) -> None:
+    line = json.dumps({"user": user.name, "identity": user.run.identity, "origin": origin})
     try:
         with (folder / _FINISHED_FILE).open("a", encoding="utf-8") as file:
             file.write(line + "\n")

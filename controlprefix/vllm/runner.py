@@ -21,7 +21,7 @@ from controlprefix.errors import (
 )
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
-from controlprefix.inference.stopping import TextStream, completion_from_tokens
+from controlprefix.inference.stopping import IncrementalDetokenizer, completion_from_tokens
 from controlprefix.model import FrozenModel
 from controlprefix.model.mass_in_keys import MassInKeys
 from controlprefix.prefixes import PrefixKey
@@ -308,7 +308,7 @@ class VllmRunner:
         top = remote.top_log_probs
         body = self._body(request, remote.placement, remote.prompt, top)
         tokens: list[int] = []
-        stream, reason = TextStream(tokenizer, request), None
+        stream, reason = IncrementalDetokenizer(tokenizer, request), None
         async for chunk in self._client.complete(body):
             for choice in chunk["choices"]:
                 tokens += choice.get("token_ids") or []

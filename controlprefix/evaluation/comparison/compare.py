@@ -16,10 +16,10 @@ from controlprefix.engine import ControlPrefix
 from controlprefix.errors import TrainingDataError, UnsupportedModelError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import measures
+from controlprefix.evaluation.comparison.method_runner import METHODS, MethodRunner, require_methods
 from controlprefix.evaluation.comparison.methods import Problem
 from controlprefix.evaluation.comparison.peft_methods import peft_package
 from controlprefix.evaluation.comparison.report import ComparisonReport
-from controlprefix.evaluation.comparison.runner import METHODS, Runner, require_methods
 from controlprefix.evaluation.comparison.state import ComparisonState
 from controlprefix.example import Example
 from controlprefix.training.held_out import split_examples
@@ -126,7 +126,9 @@ def compare(
     options["classifiers"] = sorted(classifier.attribute for classifier in classifiers)
     state = ComparisonState(None if folder is None else Path(folder) / _FILE, options)
     elsewhere = measures.elsewhere(problem, general_rows, other_prompts)
-    runner = Runner(problem, state, elsewhere, {c.attribute: c for c in classifiers}, num_rates)
+    runner = MethodRunner(
+        problem, state, elsewhere, {c.attribute: c for c in classifiers}, num_rates
+    )
     counts = [len(seeds) + num_rates - 1 if METHODS[name](problem).rates else 1 for name in names]
     with progress_bar("compare", sum(counts), visible=progress) as update:
         for number, name in enumerate(names):

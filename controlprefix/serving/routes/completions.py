@@ -11,9 +11,9 @@ from controlprefix.serving.openai import (
     TextCompletionResponse,
     TextFormat,
 )
+from controlprefix.serving.responder import CompletionResponder
 from controlprefix.serving.responses_api import ResponseObject, ResponsesBody, ResponsesFormat
 from controlprefix.serving.server import Server
-from controlprefix.serving.stream import CompletionJob
 
 router = APIRouter(prefix="/v1", tags=["completions"], route_class=TenantRoute)
 
@@ -36,7 +36,7 @@ async def create_chat_completion(
         max_tokens=body.max_completion_tokens or body.max_tokens,
     )
     form = ChatFormat(body.top_logprobs if body.logprobs else None, server.token_bytes)
-    return await CompletionJob(server, client, request, form, body).respond(requests)
+    return await CompletionResponder(server, client, request, form, body).respond(requests)
 
 
 @router.post("/completions", response_model=TextCompletionResponse)
@@ -59,8 +59,8 @@ async def create_completion(
         max_tokens=body.max_tokens,
     )
     form = TextFormat(body.logprobs, server.token_bytes)
-    job = CompletionJob(server, client, request, form, body)
-    return await job.respond(requests, echoes=body.echo, generates=body.max_tokens != 0)
+    responder = CompletionResponder(server, client, request, form, body)
+    return await responder.respond(requests, echoes=body.echo, generates=body.max_tokens != 0)
 
 
 @router.post("/responses", response_model=ResponseObject)
@@ -75,7 +75,7 @@ async def create_response(
         default_limit=_DEFAULT_CHAT_TOKENS,
     )
     form = ResponsesFormat(body, body.top_logprobs or None, server.token_bytes)
-    return await CompletionJob(server, client, request, form, body).respond([own])
+    return await CompletionResponder(server, client, request, form, body).respond([own])
 
 
 def _require_few_choices(num_choices: int, server: Server) -> None:

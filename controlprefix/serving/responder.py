@@ -1,4 +1,4 @@
-"""CompletionJob: one HTTP completion, from submitted requests to a response or a stream."""
+"""CompletionResponder: one HTTP completion, from submitted requests to a response or a stream."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 15  # after which a silent stream gets a comment, so that proxies keep it open
 
 
-class CompletionJob:
+class CompletionResponder:
     """Submits the requests of one body, and turns their events into a response.
 
     Args:

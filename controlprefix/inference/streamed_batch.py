@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from controlprefix.completion import Completion
-from controlprefix.inference.generation import generate_batch
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Ticket
-from controlprefix.inference.stopping import TextStream
+from controlprefix.inference.static_generation import generate_batch
+from controlprefix.inference.stopping import IncrementalDetokenizer
 from controlprefix.model import FrozenModel
 
 
@@ -26,7 +26,7 @@ def generate_streamed(
         must_end: Asked after each step; a request whose ticket must end has what it has so far.
     """
     texts = [
-        StreamedText(TextStream(frozen.request_tokenizer, request.request), ticket)
+        TicketWriter(IncrementalDetokenizer(frozen.request_tokenizer, request.request), ticket)
         for request, ticket in zip(resolved, tickets, strict=True)
     ]
 
@@ -47,7 +47,7 @@ def generate_streamed(
         ticket.put(completion)
 
 
-class StreamedText:
+class TicketWriter:
     """Gives a ticket the text of its tokens, as far as it is certain.
 
     Args:
@@ -55,7 +55,7 @@ class StreamedText:
         ticket: Where it goes.
     """
 
-    def __init__(self, text: TextStream, ticket: Ticket) -> None:
+    def __init__(self, text: IncrementalDetokenizer, ticket: Ticket) -> None:
         self._text, self._ticket = text, ticket
         self._num_characters = 0
         self._num_tokens = 0

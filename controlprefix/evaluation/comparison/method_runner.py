@@ -74,7 +74,7 @@ def require_methods(names: Sequence[str]) -> None:
             )
 
 
-class Runner:
+class MethodRunner:
     """Trains and measures one method after another; what the state has is not repeated."""
 
     def __init__(
