@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from controlprefix.errors import OverloadedError, UnknownNameError
+from controlprefix.prefixes import PrefixKey
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
-from controlprefix.store.records import check_name
+from controlprefix.store.records import user_name
 from controlprefix.store.tables import JobRow, QueueRow
 
 JobKind = Literal["train_user", "learn_feedback"]
@@ -101,7 +102,7 @@ class JobMethods:
             UnknownNameError: If the user's name is not valid.
             OverloadedError: If the tenant has too many jobs that wait.
         """
-        check_name("user", user)
+        user = user_name(user)
         job_id = uuid.uuid4().hex
         content = json.dumps(dict(options)).encode()
 
@@ -152,7 +153,7 @@ class JobMethods:
         def read(session: Session, tenant: int) -> list[Job]:
             query = select(JobRow).where(JobRow.tenant_id == tenant)
             if user is not None:
-                query = query.where(JobRow.user_name == user)
+                query = query.where(JobRow.user_name == PrefixKey("user", user).name)
             query = query.order_by(JobRow.created_at.desc(), JobRow.id).limit(limit)
             return [_job(row) for row in session.scalars(query)]
 
@@ -175,11 +176,16 @@ class JobMethods:
 
     # --- for workers -------------------------------------------------------------------------
 
-    def claim_job(self, fingerprint: str) -> Claim | None:
+    def claim_job(self, fingerprint: str, *, served: Sequence[str] = ()) -> Claim | None:
         """Take a job of any tenant that is due, of the tenant with the fewest that run; or None.
 
         It must be renewed with `renew_job`, or another worker takes it after a minute.
+
+        Args:
+            fingerprint: Fingerprint of the model.
+            served: Tenants whose jobs this worker did, the last one last: others come first.
         """
+        turns = {tenant: turn for turn, tenant in enumerate(served)}
 
         def is_due(session: Session, _: int) -> bool:
             query = select(QueueRow.id).where(QueueRow.fingerprint == fingerprint)
@@ -187,6 +193,7 @@ class JobMethods:
 
         def claim(session: Session, _: int) -> Claim | None:
             own, other = QueueRow, aliased(QueueRow)
+            own_turn = [case(turns, value=own.tenant_name, else_=-1)] if turns else []
             num_running = (
                 select(func.count())
                 .where(other.tenant_name == own.tenant_name, other.is_running.is_(True))
@@ -196,7 +203,7 @@ class JobMethods:
             query = (
                 select(own)
                 .where(own.fingerprint == fingerprint, own.due_at <= _now())
-                .order_by(num_running, own.created_at)
+                .order_by(num_running, *own_turn, own.created_at)
                 .limit(1)
                 .with_for_update(skip_locked=True)
             )

@@ -210,6 +210,16 @@ def check_alias(alias: str) -> None:
         raise InvalidNameError(f"alias {alias!r} is a number, or longer than 64 characters")
 
 
+def user_name(name: str) -> str:
+    """The name of a user as it is stored, with accents in one form.
+
+    Raises:
+        InvalidNameError: If it is not a name that can be stored.
+    """
+    check_name("user", name)
+    return PrefixKey("user", name).name
+
+
 def check_name(what: str, name: str) -> None:
     """Check that a name can be read back.
 

@@ -4,11 +4,12 @@ from collections.abc import Collection, Sequence
 
 from sqlalchemy.orm import Session
 
+from controlprefix.prefixes import PrefixKey
 from controlprefix.store import profiles, samples
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.profiles import SimilarUser
-from controlprefix.store.records import Profile, check_name
+from controlprefix.store.records import Profile, user_name
 from controlprefix.store.samples import SampleKind
 
 
@@ -20,7 +21,7 @@ class UserData:
 
     def keep_samples(self, user: str, texts: Sequence[str]) -> None:
         """Keep texts of a user, to train on later."""
-        check_name("user", user)
+        user = user_name(user)
         self._database.run(
             lambda session, tenant: samples.add(session, tenant, self._cipher, user, texts),
             write=True,
@@ -44,7 +45,7 @@ class UserData:
         Returns:
             How many entries the user has now.
         """
-        check_name("user", user)
+        user = user_name(user)
 
         def keep(session: Session, tenant: int) -> int:
             samples.add(session, tenant, self._cipher, user, entries, "feedback")
@@ -66,7 +67,7 @@ class UserData:
 
     def keep_profile(self, user: str, profile: Profile) -> None:
         """Keep a user's profile, in place of an earlier one of the same embedder."""
-        check_name("user", user)
+        user = user_name(user)
         self._database.run(
             lambda session, tenant: profiles.replace(session, tenant, self._cipher, user, profile),
             write=True,
@@ -95,6 +96,7 @@ class UserData:
         )
 
     def _kept_of(self, user: str, kind: SampleKind) -> list[str]:
+        user = PrefixKey("user", user).name
         rows = self._database.run(
             lambda session, tenant: samples.rows_of(session, tenant, user, kind)
         )

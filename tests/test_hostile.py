@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from controlprefix import ControlPrefix, ControlPrefixError, Prefix, PrefixFormatError, StoreError
 from controlprefix.prefixes import Geometry, PrefixDecoder, UserCode, container
 from controlprefix.prefixes.key import content_hash
+from controlprefix.prefixes.original_files import read_original
 from controlprefix.store import PrefixStore
 from controlprefix.users.text_features import TextFeatures
 from controlprefix.vllm.prefix_folder import PrefixFolder
@@ -229,6 +230,41 @@ def test_damaged_exports_are_typed_errors(
         store.import_from(folder / "damaged.zip")
     except ControlPrefixError:
         assert not list(store.verify())
+
+
+def test_a_checkpoint_that_grows_when_it_is_read(tmp_path: Path) -> None:
+    """Tensors whose values share bytes, compressed entries, and what is no checkpoint at all."""
+    path, geometry = tmp_path / "x.ckpt", Geometry.from_dict(geometry_of(1, 2, 4, 4))
+    anchor = "control_trans.0.weight"
+    wide = torch.zeros(1, dtype=torch.float16).expand(1 << 15, 1 << 15)
+    for content in (
+        {anchor: wide},
+        {"state_dict": {anchor: torch.zeros(2, 2)}, "hyper_parameters": [1]},
+        {anchor: torch.zeros(2, 2)},
+        {anchor: torch.zeros(2), "wte.weight": torch.zeros(3)},
+        {1: torch.zeros(2), anchor: torch.zeros(2, 2)},
+    ):
+        torch.save(content, path)
+        with pytest.raises(PrefixFormatError):
+            read_original(path, geometry, task="t")
+    torch.save({anchor: torch.zeros(1 << 20)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    with pytest.raises(PrefixFormatError, match="compressed"):
+        read_original(path, geometry, task="t")
+
+
+def test_a_decoder_whose_codes_are_wider_than_its_tensors() -> None:
+    whole = decoder()
+    tensors = dict(whole.state_dict())
+    tensors["sites.decoder.initial"] = torch.zeros(30_000, 32)
+    header, _ = container.read(whole.to_bytes(), "x")
+    data = container.write(header, tensors, "x")
+    with pytest.raises(PrefixFormatError, match="embeddings has the shape"):
+        PrefixDecoder.from_bytes(data)
 
 
 def test_a_bad_file_in_vllms_folder_is_an_error_of_its_request(tmp_path: Path) -> None:

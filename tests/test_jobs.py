@@ -247,6 +247,34 @@ def test_many_workers_do_each_job_once(url: str) -> None:
             own.close()
 
 
+def test_tenants_take_turns_with_one_worker(url: str) -> None:
+    with PrefixStore(url, tenant="a") as store:
+        other = store.for_tenant("b")
+        ids = [store.add_job("train_user", f"u{i}", OPTIONS, F).id for i in range(4)]
+        late = [other.add_job("train_user", f"u{i}", OPTIONS, F).id for i in range(2)]
+        served: list[str] = []
+        order = []
+        while (claim := store.claim_job(F, served=served)) is not None:
+            served = [tenant for tenant in served if tenant != claim.tenant] + [claim.tenant]
+            own = store.for_tenant(claim.tenant)
+            assert own.start_job(claim) is not None
+            assert own.finish_job(claim, version=1)
+            order.append(claim.job_id)
+        assert order == [ids[0], late[0], ids[1], late[1], *ids[2:]]
+
+
+def test_accents_of_a_name_have_one_form(store: PrefixStore) -> None:
+    composed, decomposed = "zo\u00e9", "zoe\u0301"
+    store.add_job("train_user", decomposed, OPTIONS, F)
+    store.keep_samples(decomposed, ["a text"])
+    store.keep_feedback(decomposed, ["{}"])
+    assert [job.user for job in store.jobs(user=composed)] == [composed]
+    assert store.samples(composed) == store.samples(decomposed) == ["a text"]
+    assert store.users_with_feedback() == [composed]
+    store.forget(PrefixKey("user", composed))
+    assert (store.samples(decomposed), store.feedback(decomposed), store.jobs()) == ([], [], [])
+
+
 @pytest.mark.slow
 def test_a_worker_killed_in_the_middle_loses_nothing(
     url: str, model_folder: Path, clock: Clock

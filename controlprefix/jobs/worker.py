@@ -25,6 +25,7 @@ from controlprefix.training import TrainingReport, stoppable
 _log = logging.getLogger(__name__)
 
 _MAY_SUCCEED_LATER = (StoreError, OverloadedError, OSError, MemoryError, torch.OutOfMemoryError)
+_MAX_SERVED = 100
 _POLL_S = 2.0
 _RENEW_S = 5.0
 
@@ -48,6 +49,7 @@ class JobWorker:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._served: dict[str, None] = {}  # tenants, in the order of their last jobs
 
     def start(self) -> None:
         """Work in a thread until `close`."""
@@ -82,10 +84,13 @@ class JobWorker:
         while not self._closing.is_set():
             claim = None
             try:
-                claim = self._store.claim_job(self._frozen.fingerprint)
+                claim = self._store.claim_job(self._frozen.fingerprint, served=tuple(self._served))
                 if claim is not None:
-                    self._do(claim)
-                    num_done += 1
+                    self._served.pop(claim.tenant, None)
+                    self._served[claim.tenant] = None  # now the last one
+                    while len(self._served) > _MAX_SERVED:
+                        del self._served[next(iter(self._served))]
+                    num_done += self._do(claim)
             except StoreError as error:  # such as a database that restarts
                 _log.warning("jobs: %s", error)
             if claim is None:
@@ -95,15 +100,16 @@ class JobWorker:
                 self._wake.clear()
         return num_done
 
-    def _do(self, claim: Claim) -> None:
+    def _do(self, claim: Claim) -> bool:
+        """Do a claimed job; returns whether it came to an end."""
         store = self._store.for_tenant(claim.tenant)
         try:
             started = store.start_job(claim)
         except StoreError as error:  # its options cannot be decrypted
             store.finish_job(claim, error=str(error), again=True)
-            return
+            return True
         if started is None:
-            return
+            return False
         job, options = started
         renewal = _Renewal(store, claim, self._closing)
         try:
@@ -112,17 +118,19 @@ class JobWorker:
         except TrainingInterrupted:
             if self._closing.is_set():
                 store.release_job(claim)
-            return  # else it was cancelled, or its user was forgotten
+                return False
+            return True  # it was cancelled, or its user was forgotten
         except Exception as error:
             reason = str(error)
             if not isinstance(error, ControlPrefixError):
                 _log.exception("job %s failed", claim.job_id)
                 reason = f"{type(error).__name__} while training; see the worker's log"
             renewal.finish(error=reason, again=isinstance(error, _MAY_SUCCEED_LATER))
-            return
+            return True
         if not renewal.finish(version=version):  # forgotten in the last moment
             with contextlib.suppress(ControlPrefixError):
                 store.forget(PrefixKey("user", job.user))
+        return True
 
 
 def _train(cp: ControlPrefix, job: Job, options: dict[str, Any]) -> int:

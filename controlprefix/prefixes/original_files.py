@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError
+from controlprefix.prefixes.container import reading
 from controlprefix.prefixes.geometry import Geometry, Site
 from controlprefix.prefixes.key import PrefixKey
 from controlprefix.prefixes.prefix import Prefix
+from controlprefix.prefixes.torch_files import load_torch_file
 
 # Per site, the embedding and the network of the task's prefix, and the labels' embeddings.
 _NAMES: dict[Site, tuple[str, str, str]] = {
@@ -55,7 +57,14 @@ def read_original(
         PrefixFormatError: If it is no such checkpoint, or `labels` do not fit it.
         GeometryMismatchError: If it was made for a model with other shapes.
     """
-    tensors, num_slots = _read(Path(path))
+    with reading(str(path)):
+        return _prefixes_of(Path(path), geometry, task, labels or {})
+
+
+def _prefixes_of(
+    path: Path, geometry: Geometry, task: str, labels: Mapping[str, Sequence[str]]
+) -> dict[PrefixKey, Prefix]:
+    tensors, num_slots = _read(path)
     embeddings: dict[PrefixKey, dict[Site, Tensor]] = {
         PrefixKey("task", task): {
             site: tensors[f"{embedding}.weight"]
@@ -63,7 +72,7 @@ def read_original(
             if f"{network}.0.weight" in tensors
         }
     }
-    for attribute, names in _labels(tensors, labels or {}, num_slots).items():
+    for attribute, names in _labels(tensors, labels, num_slots).items():
         for index, label in enumerate(names):
             embeddings[PrefixKey.for_label(attribute, label)] = {
                 site: tensors[f"M_Prefixes.{prefix}_{attribute}.weight"].chunk(len(names))[index]
@@ -91,11 +100,7 @@ def read_original(
 
 def _read(path: Path) -> tuple[dict[str, Tensor], int | None]:
     """The prefix model's tensors, by their names in it, and the number of slots of a label."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # Lightning keeps arguments
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for files it cannot read
-        raise PrefixFormatError(f"cannot read the checkpoint {path}: {error}") from error
+    content = load_torch_file(path)
     state: Any = content.get("state_dict", content) if isinstance(content, dict) else {}
     anchor = next((name for name in state if str(name).endswith(_ANCHOR)), None)
     if anchor is None:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from controlprefix._io import atomic_path
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError, StoreError
 from controlprefix.prefixes.geometry import Geometry
+from controlprefix.prefixes.torch_files import load_torch_file
 
 CONFIG_FILE, TENSORS_FILE, OLD_TENSORS_FILE = (
     "adapter_config.json",
@@ -86,7 +86,7 @@ def read_checkpoint(folder: str | Path, *, task: int | None = None) -> PeftCheck
         if (folder / TENSORS_FILE).exists():
             tensors = load_file(folder / TENSORS_FILE)
         else:
-            tensors = torch.load(folder / OLD_TENSORS_FILE, map_location="cpu", weights_only=True)
+            tensors = load_torch_file(folder / OLD_TENSORS_FILE)
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise PrefixFormatError(f"{folder} is no PEFT checkpoint: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None

@@ -269,15 +269,25 @@ def _require_declared_sizes(
     """Compare a decoder's sizes with its tensors, before anything is allocated for them."""
     sizes = [network[name] for name in ("width", "hidden_size", "num_features")]
     width, hidden_size, num_features = sizes
-    shapes = [tuple(tensors[f"sites.{site}.network.hidden.0.weight"].shape) for site in sites]
-    if (
-        not sites
-        or not all(type(size) is int and size > 0 for size in sizes)
-        or set(shapes) != {(hidden_size, width)}
-        or tensors["predictor.feature_mean"].shape != (num_features,)
-        or tensors["predictor.weights"].shape[0] != num_features
-    ):
-        raise ValueError(f"its tensors do not have the declared sizes {sizes}")
+    if not sites or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"it declares the sizes {sizes}")
+    expected: dict[str, tuple[int, ...]] = {}
+    num_slots = 0
+    for site in sites:
+        rows, size = tensors[f"sites.{site}.initial"].shape
+        num_slots = max(num_slots, rows)
+        expected |= {
+            f"sites.{site}.embeddings": (rows, width),
+            f"sites.{site}.network.hidden.0.weight": (hidden_size, width),
+            f"sites.{site}.network.output.0.weight": (size, hidden_size),
+        }
+    expected["predictor.feature_mean"] = (num_features,)
+    expected["predictor.weights"] = (num_features, num_slots * width)
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(tensors[name].shape)}, and {shape} is declared"
+            )
 
 
 class CodePredictor(nn.Module):
