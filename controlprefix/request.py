@@ -245,7 +245,11 @@ class Request(SteeringFields):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not all(map(is_valid_unicode, _texts_in(self.model_dump()))):
+        try:
+            is_text = all(map(is_valid_unicode, _texts_in(self.model_dump())))
+        except RecursionError:
+            raise ValueError("a value is nested too deeply") from None
+        if not is_text:
             raise ValueError("a text contains half a surrogate pair, which is not a character")
         self._check_prompt()
         if self.raw and self.messages is not None:

@@ -347,6 +347,19 @@ class PrefixStore(UserData, JobMethods):
 
         return self._database.run(read)
 
+    def last_removal(self, key: PrefixKey) -> int:
+        """Number of the last entry of a name in the audit; 0 if it was never removed."""
+
+        def read(session: Session, tenant: int) -> int:
+            query = select(func.max(AuditRow.id)).where(
+                AuditRow.tenant_id == tenant,
+                AuditRow.kind == key.kind,
+                AuditRow.name == key.name,
+            )
+            return session.scalar(query) or 0
+
+        return self._database.run(read)
+
     def check_health(self) -> None:
         """Check that the database answers.
 

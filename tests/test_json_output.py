@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlprefix import ControlPrefix, Prefix, Request, RequestError
+from controlprefix.inference.json_constraint import JsonConstraint
 
+from helpers import frozen
 from models import build, byte_tokenizer
 
 SCHEMA = {
@@ -111,3 +113,19 @@ def test_the_text_of_a_control_token_in_a_value_is_spelt(value: str) -> None:
     result = cp.generate("hi", raw=True, max_new_tokens=40, json_schema={"enum": [value]})
     assert json.loads(result.text) == value
     assert result.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 99_999_989},
+        {"allOf": [{"type": "integer", "multipleOf": p} for p in (101, 103, 107)]},
+        {"type": "object", "properties": {"a": {"type": "number", "multipleOf": 0.1234567}}},
+    ],
+)
+def test_schemas_that_take_a_state_per_remainder_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="multipleOf"):
+        JsonConstraint(frozen(build("llama"), byte_tokenizer()), schema, 0)
+    JsonConstraint(
+        frozen(build("llama"), byte_tokenizer()), {"type": "number", "multipleOf": 0.01}, 0
+    )

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -13,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from controlprefix import ControlPrefix, UnknownNameError
+from controlprefix import ControlPrefix, RequestError, UnknownNameError
+from controlprefix.model.control_tokens import TextTokenizer
 from controlprefix.prefixes import PrefixKey
 from controlprefix.serving import ServerLimits
 from controlprefix.store import PrefixStore
@@ -329,3 +331,157 @@ def test_a_body_is_not_parsed_before_its_key(
     answer = httpx.post(f"{served.base}{CHAT}", **body)  # type: ignore[arg-type]
     assert answer.status_code == 400
     assert "JSON" in answer.json()["error"]["message"] or "pars" in answer.text
+
+
+def raw_connection(served: Served) -> socket.socket:
+    port = int(served.base.rpartition(":")[2])
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def test_a_client_that_does_not_read_is_cut(store: str) -> None:
+    limits = ServerLimits(body_timeout_s=0.5, header_timeout_s=0.5, max_connections=20)
+    served = Served(store, limits=limits)
+    try:
+        with raw_connection(served) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            with contextlib.suppress(OSError):
+                client.sendall(request * 400)
+            wait_for(lambda: not served.server.server_state.connections)
+    finally:
+        served.close()
+
+
+def test_new_connections_close_the_oldest_idle_ones(served: Served, keys: Keys) -> None:
+    """And a client that keeps connecting does not cut one that is about to send its request."""
+    with contextlib.ExitStack() as stack:
+        valid = []
+        for _ in range(60):
+            stack.enter_context(raw_connection(served))
+            client = stack.enter_context(raw_connection(served))
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            valid.append(client.recv(64).startswith(b"HTTP/1.1 200"))
+        assert all(valid)
+
+
+def test_an_active_connection_is_not_closed_between_requests(store: str) -> None:
+    served = Served(store, limits=ServerLimits(header_timeout_s=1.0))
+    try:
+        with httpx.Client(base_url=served.base) as client:
+            first = client.get("/health").extensions["network_stream"]
+            end = time.monotonic() + 2.5
+            while time.monotonic() < end:
+                response = client.get("/health")
+                assert response.extensions["network_stream"] is first
+                time.sleep(0.1)
+    finally:
+        served.close()
+
+
+def test_an_enrolment_that_takes_too_long_is_stopped(store: str) -> None:
+    served = Served(store, open_tenant="a", limits=ServerLimits(timeout_s=1.0))
+    try:
+        body = {"texts": [f"text {i} " * 40 for i in range(200)], "refine": True}
+        slow = httpx.put(f"{served.base}/v1/users/slow", json=body, timeout=60)
+        assert slow.status_code == 504
+        pool = served.gateway.work._enrolments
+        wait_for(lambda: not pool._counts)  # it ends at its next step
+        assert httpx.get(f"{served.base}/v1/users/slow").status_code == 404
+        quick = {"texts": ["a text"]}
+        assert httpx.put(f"{served.base}/v1/users/quick", json=quick, timeout=60).is_success
+    finally:
+        served.close()
+
+
+def test_a_user_who_is_forgotten_while_enrolled_stays_forgotten(
+    served: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, enroll = f"{served.base}/v1/users/race", ControlPrefix.enroll
+    body = {"texts": ["a text"]}
+    assert httpx.put(at, json=body, headers=keys["a"]).is_success
+
+    def slowly(cp: ControlPrefix, *arguments: Any, **options: Any) -> int:
+        assert httpx.delete(at, headers=keys["a"]).is_success
+        return enroll(cp, *arguments, **options)
+
+    monkeypatch.setattr(ControlPrefix, "enroll", slowly)
+    answer = httpx.put(at, json=body, headers=keys["a"], timeout=60)
+    assert "forgotten meanwhile" in answer.json()["error"]["message"]
+    assert httpx.get(at, headers=keys["a"]).status_code == 404
+
+
+def test_a_prompt_that_is_far_too_long_is_not_tokenized_as_a_whole(
+    served: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    tokenize = TextTokenizer.ids_of_text
+
+    def noting(tokenizer: TextTokenizer, text: str) -> list[int]:
+        lengths.append(len(text))
+        return tokenize(tokenizer, text)
+
+    monkeypatch.setattr(TextTokenizer, "ids_of_text", noting)
+    answer = ask(served, keys["a"], messages=[{"role": "user", "content": "x" * 900_000}])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert max(lengths) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/chat/completions", {"messages": ["hi"]}, "messages.0: must be a JSON object"),
+        ("/v1/chat/completions", {"response_format": "json"}, "response_format: must be"),
+        ("/v1/chat/completions", {"extra_body": [1]}, "extra_body must be a JSON object"),
+        ("/v1/chat/completions", {"model": "tiny/"}, "names no task"),
+        ("/v1/chat/completions", {"max_tokens": 10**1000}, "less than or equal to"),
+        ("/v1/responses", {"input": [{"role": "x", "content": "a"}]}, "input.0.role: "),
+        ("/v1/completions", {"prompt": "a", "stop": [1]}, "stop.0: "),
+    ],
+)
+def test_messages_about_bodies_name_the_place(
+    served: Served, keys: Keys, path: str, body: dict[str, Any], message: str
+) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    defaults = {"messages": messages} if "chat" in path else {}
+    whole = {"model": "tiny", **defaults, **body}
+    answer = httpx.post(f"{served.base}{path}", json=whole, headers=keys["a"])
+    assert answer.status_code in (400, 404)
+    assert message in answer.json()["error"]["message"]
+    assert len(answer.text) < 500
+
+
+def test_what_json_cannot_say_is_400(served: Served, keys: Keys) -> None:
+    headers = {**keys["a"], "Content-Type": "application/json"}
+    deep = b'{"type": "object", "properties": {"a": ' * 900 + b"{}" + b"}}" * 900
+    form = b'{"type": "json_schema", "json_schema": {"schema": %s}}' % deep
+    for content in (
+        b'{"model": "tiny", "prompt": "a", "max_tokens": %s}' % (b"1" * 5000),
+        b'{"model": "tiny", "prompt": "\xff"}',
+        b'{"model": "tiny", "prompt": "a", "response_format": %s}' % form,
+    ):
+        with httpx.Client(headers=headers) as client:
+            answer = client.post(f"{served.base}/v1/completions", content=content)
+            assert answer.status_code == 400, answer.text
+            assert client.get(f"{served.base}/v1/models").status_code == 200  # the same connection
+    for to in (10**30, "x" * 5000, "\ud800"):
+        at = f"{served.base}/v1/users/ana/rollback"
+        answer = httpx.post(at, content=json.dumps({"to": to}), headers=headers)
+        assert answer.status_code == 400, answer.text
+        assert len(answer.text) < 500
+
+
+def test_jobs_that_cannot_succeed_are_refused(served: Served, keys: Keys) -> None:
+    at = f"{served.base}/v1/users/zoe"
+    for body, status in (
+        ({"texts": [""], "train": {}}, 400),
+        ({"texts": ["a"], "decoder": "none", "train": {}}, 404),
+    ):
+        assert httpx.put(at, json=body, headers=keys["a"]).status_code == status
+
+
+def test_limits_are_above_zero() -> None:
+    assert ServerLimits(requests_per_minute=0).requests_per_minute == 0
+    for options in ({"max_sequences": 0}, {"max_waiting": -1}, {"timeout_s": -1.0}):
+        with pytest.raises(RequestError, match="must be above 0"):
+            ServerLimits(**options)

@@ -4,7 +4,7 @@ import signal
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from controlprefix.cli.common import app, err, jobs_app, out
 from controlprefix.cli.groups import EngineArguments, StoreArguments, grouped
@@ -44,7 +44,16 @@ def list_jobs(
     store: StoreArguments,
 ) -> None:
     """List a tenant's jobs, the newest first."""
-    table = Table("job", "kind", "user", "status", "created", "steps", "version", "error")
+    table = Table(
+        Column("job", no_wrap=True, min_width=32),
+        "kind",
+        "user",
+        "status",
+        "created",
+        "steps",
+        "version",
+        "error",
+    )
     with store.open_store() as opened:
         for job in opened.jobs(user=user):
             version = "" if job.version is None else str(job.version)

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import webbrowser
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -284,7 +284,7 @@ class TenantArguments(StoreArguments):
 
     tenant: Annotated[
         str, typer.Option(envvar="CONTROLPREFIX_TENANT", help="Tenant whose API keys they are.")
-    ]
+    ] = field()  # without a default, which it would have from the class above
 
 
 @api_keys_app.command("create")

@@ -1,8 +1,10 @@
 """JsonConstraint: only tokens that continue JSON of a schema can be chosen."""
 
 import json
+import math
 import weakref
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy
@@ -15,6 +17,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.control_tokens import control_token_ids
 
 _MAX_SCHEMA_BYTES = 64 << 10
+_MAX_DIVISOR = 10_000
 # One line, as `json.dumps` writes it: models that may write blanks can do so without end.
 _FORMAT: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _tokenizers: "weakref.WeakKeyDictionary[FrozenModel, Any]" = weakref.WeakKeyDictionary()
@@ -83,6 +86,12 @@ def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
         raise RequestError(
             f"the JSON schema has {len(text):,} bytes; up to {_MAX_SCHEMA_BYTES:,} are accepted"
         )
+    divisors = _divisors(schema)
+    if math.lcm(*divisors) > _MAX_DIVISOR:
+        raise RequestError(
+            "the JSON schema has multipleOf values whose least common multiple is above "
+            f"{_MAX_DIVISOR:,}; leave multipleOf out"
+        )
     try:
         grammar = LLMatcher.grammar_from_json_schema(text, defaults=_FORMAT)
         matcher = LLMatcher(_tokenizer(frozen), grammar, log_level=0)
@@ -92,6 +101,24 @@ def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
     if problem:
         raise RequestError(f"the JSON schema cannot be used: {problem.splitlines()[0]}")
     return matcher
+
+
+def _divisors(schema: Any) -> set[int]:
+    """The values of `multipleOf` anywhere in a schema, without their decimal points.
+
+    Numbers are recognized by a state machine with a state for each remainder.
+    """
+    if isinstance(schema, Mapping):
+        own = schema.get("multipleOf")
+        divisors = set().union(*(_divisors(value) for value in schema.values()))
+        if isinstance(own, (int, float)) and own > 0 and math.isfinite(own):
+            _, digits, exponent = Decimal(str(own)).as_tuple()
+            number = int("".join(map(str, digits))) * 10 ** max(0, int(exponent))
+            divisors.add(number)
+        return divisors
+    if isinstance(schema, (list, tuple)):
+        return set().union(*(_divisors(value) for value in schema))
+    return set()
 
 
 def _without_control_texts(tokenizer: Any) -> str:

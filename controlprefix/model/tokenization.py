@@ -23,6 +23,7 @@ from controlprefix.model.loading import load_processor
 from controlprefix.request import AnyRequest, Request
 
 _ANY_TEXT = "a"
+_CHARACTERS_PER_TOKEN = 8  # more than in most texts
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _END_OF_THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
 
@@ -175,6 +176,9 @@ class RequestTokenizer:
             RequestError: As `prompt_ids`.
             ContextLengthError: If the prompt and its new tokens do not fit the context.
         """
+        limit = context_length or self.context_length
+        if limit is not None:
+            self._require_short(request, limit)
         ids = self.prompt_ids(request)
         if unknown := [token for token in request.logit_bias if not self._is_embedded(token)]:
             raise RequestError(
@@ -184,7 +188,6 @@ class RequestTokenizer:
         if self._stop_texts:
             stop = (*request.stop, *self._stop_texts)
             request = request.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
-        limit = context_length or self.context_length
         if limit is None:
             return request, ids
         before = len(self.decoder_start_ids) - 1 if self.is_encoder_decoder else len(ids)
@@ -201,6 +204,20 @@ class RequestTokenizer:
                 "ask for fewer new tokens"
             )
         return request, ids
+
+    def _require_short(self, request: Request, limit: int) -> None:
+        """Refuse a prompt that is far too long for the context before all of it is tokenized."""
+        texts = [m.content for m in request.messages or ()] or [request.prompt or ""]
+        num_characters = _CHARACTERS_PER_TOKEN * limit
+        if sum(map(len, texts)) <= num_characters:
+            return
+        head = "\n".join(texts)[:num_characters]
+        num_tokens = len(self._texts.ids(head) if request.raw else self._texts.ids_of_text(head))
+        if num_tokens > limit + 2 * len(texts):  # not by what joins them
+            raise ContextLengthError(
+                f"this model's maximum context length is {limit} tokens, but the first "
+                f"{num_characters:,} characters of the prompt have {num_tokens} already; shorten it"
+            )
 
     def example_ids(self, example: Example) -> TokenizedExample:
         """Prompt and completion of an example.

@@ -36,6 +36,7 @@ _NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "top_k": (-1, 0),
 }
 MAX_ITEMS = 1000  # of any list in a body
+MAX_TOKENS = 1 << 31
 _MAX_PROMPT_IDS = 1 << 20
 _MIN_TEMPERATURE = 1e-3
 _MIN_TOP_P = 1e-6  # keeps the most likely token alone
@@ -95,8 +96,9 @@ class CompletionBody(SteeringFields):
             return data
         data = dict(data)
         extra = data.pop("extra_body", None)  # clients that do not unwrap it themselves
-        if isinstance(extra, Mapping):
-            data |= extra
+        if extra is not None and not isinstance(extra, Mapping):
+            raise ValueError("extra_body must be a JSON object")
+        data |= extra or {}
         names = {field.alias or name for name, field in cls.model_fields.items()}
         result: dict[str, Any] = {}
         for name, value in data.items():
@@ -164,13 +166,15 @@ class CompletionBody(SteeringFields):
                 f"no model {self.model[:80]!r} here; there is {model_name!r}, and "
                 f"{model_name}/<task>"
             )
+        if self.model.endswith("/"):
+            raise ModelNotFoundError(f"{self.model[:80]!r} names no task after the slash")
         return None if self.model == model_name else task or None
 
 
 class ChoicesBody(CompletionBody):
     """Fields of chat and text completions."""
 
-    max_tokens: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
     n: int = Field(default=1, ge=1, le=10_000)
     stop: str | Annotated[list[str], Field(max_length=MAX_ITEMS)] = Field(default_factory=list)
     stream_options: StreamOptions | None = None
@@ -265,7 +269,9 @@ class ChatMessage(BaseModel):
         images: list[bytes] = []
         for part in self.content:
             if part.get("type") in ("text", "input_text", "output_text"):
-                texts.append(str(part.get("text", "")))
+                if not isinstance(part.get("text"), str):
+                    raise RequestError("a part of a message has no text; give {'text': '…'}")
+                texts.append(part["text"])
             elif part.get("type") in ("image_url", "input_image"):
                 images.append(_image_of_part(part.get("image_url")))
             else:
@@ -295,8 +301,8 @@ class ChatBody(ChoicesBody):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
 

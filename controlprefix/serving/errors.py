@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,7 @@ from controlprefix.errors import (
     OverloadedError,
     PrefixFormatError,
     RateLimitError,
+    RequestError,
     RequestTimeoutError,
     StoreError,
     UnauthorizedError,
@@ -29,6 +31,8 @@ from controlprefix.errors import (
 from controlprefix.serving.openai import ErrorBody, ErrorResponse
 
 _log = logging.getLogger(__name__)
+
+_TRIED_TYPE = re.compile(r"(str|int|float|bool|InputItem)$|[a-z-]+\[")  # of a union
 
 _MAX_FINDINGS = 10  # mistakes of one body in a response
 _MAX_CHARACTERS = 300  # of each
@@ -71,8 +75,16 @@ def error_response(status: int, error: ErrorBody, **headers: str) -> JSONRespons
     return JSONResponse(ErrorResponse(error=error).model_dump(), status, headers)
 
 
+def _place(loc: Sequence[int | str]) -> str:
+    """Where in the body a mistake is: `messages.0.role`, without the types that were tried."""
+    parts = [str(part) for part in loc[1:]]
+    return ".".join(part for part in parts if not _TRIED_TYPE.match(part))
+
+
 def _message(finding: Mapping[str, Any]) -> str:
     """What is wrong with a field."""
+    if finding["type"] in ("model_attributes_type", "model_type"):
+        return "must be a JSON object"
     if finding["type"] == "extra_forbidden":
         return "unknown field; /docs lists those of this route"
     return str(finding["msg"]).removeprefix("Value error, ")
@@ -93,6 +105,10 @@ def add_error_handlers(app: FastAPI) -> None:
             headers["WWW-Authenticate"] = "Bearer"
         return error_response(status, body, **headers)
 
+    @app.exception_handler(RecursionError)
+    async def handle_depth(_: Request, __: RecursionError) -> JSONResponse:
+        return error_response(*error_body(RequestError("the body is nested too deeply")))
+
     @app.exception_handler(Exception)
     async def handle_unknown(_: Request, error: Exception) -> JSONResponse:
         return error_response(*error_body(InternalServerError(str(error))))
@@ -102,14 +118,17 @@ def add_error_handlers(app: FastAPI) -> None:
         # Without what was sent, which may be large.
         findings = error.errors()
         lines = [
-            f"{'.'.join(map(str, finding['loc'][1:]))[:_MAX_CHARACTERS] or 'body'}: "
+            f"{_place(finding['loc'])[:_MAX_CHARACTERS] or 'body'}: "
             f"{_message(finding)[:_MAX_CHARACTERS]}"
             for finding in findings[:_MAX_FINDINGS]
         ]
         if any(finding["type"] == "json_invalid" for finding in findings):
             reason = str(findings[0].get("ctx", {}).get("error", ""))[:_MAX_CHARACTERS]
             lines = [f"the body is no JSON: {reason} at character {findings[0]['loc'][-1]}"]
-        elif any(finding["type"] == "model_attributes_type" for finding in findings):
+        elif any(
+            finding["type"] == "model_attributes_type" and len(finding["loc"]) == 1
+            for finding in findings
+        ):
             lines = ["the body must be a JSON object, with Content-Type: application/json"]
         if len(findings) > _MAX_FINDINGS:
             lines.append(f"and {len(findings) - _MAX_FINDINGS} more")
@@ -120,5 +139,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def handle_http(_: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
+        if error.status_code == 400:  # what JSON's reader raises beside a syntax error
+            message = "the body is no JSON in UTF-8, or has a number of thousands of digits"
         body = ErrorBody(message=message, type="invalid_request_error", code="http")
         return error_response(error.status_code, body, **(error.headers or {}))

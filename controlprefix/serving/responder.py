@@ -29,6 +29,7 @@ from controlprefix.serving.errors import error_body
 from controlprefix.serving.openai import Echo, Finished, Format, Usage
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
+from controlprefix.serving.work import disconnection
 
 _log = logging.getLogger(__name__)
 
@@ -91,17 +92,19 @@ class CompletionResponder:
                 prompt = (request.prompt, request.prompt_ids, request.messages)
                 key = prompt if request.when == "relevant" else None
                 if key not in resolved:
-                    resolved[key] = await self._server.resolve(self._client, request)
+                    resolved[key] = await self._server.resolve(self._client, request, watch)
                 own.append(resolved[key].for_prompt(request))
             self._echoes = [None] * len(own)
             if echoes:
-                self._echoes = list(await self._server.echoes(self._client, own, self._form.top))
+                self._echoes = list(
+                    await self._server.echoes(self._client, own, self._form.top, watch)
+                )
             for i, steered in enumerate(own):
                 if generates:
                     await self._submit(i, steered)
                 else:
                     self._tickets.append(Ticket())
-                    empty = await self._server.without_tokens(steered)
+                    empty = await self._server.without_tokens(self._client, steered)
                     self._events.put_nowait((i, empty))
                 self._require_client(watch)
             if self._body.stream:
@@ -133,7 +136,9 @@ class CompletionResponder:
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(self._events.put_nowait, (i, event))
 
-        self._tickets.append(await self._server.submit(request, deliver, self._form.top))
+        self._tickets.append(
+            await self._server.submit(self._client, request, deliver, self._form.top)
+        )
         self._unfinished[i] = request.request.max_new_tokens
 
     async def _collect(self, num_choices: int) -> list[Finished]:
@@ -212,8 +217,7 @@ class CompletionResponder:
 
     async def _watch_client(self) -> None:
         """Wait until the client disconnects, and end the request then."""
-        while (await self._http_request.receive())["type"] != "http.disconnect":
-            pass
+        await disconnection(self._http_request)
         self._events.put_nowait((-1, _client_gone()))
 
     @staticmethod

@@ -10,7 +10,7 @@ from controlprefix.errors import RequestError
 from controlprefix.inference.runner import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.request import Request
-from controlprefix.serving.bodies import ChatMessage, CompletionBody
+from controlprefix.serving.bodies import MAX_TOKENS, ChatMessage, CompletionBody
 from controlprefix.serving.log_probs import TokenLogProb, chat_log_probs
 from controlprefix.serving.openai import (
     Echo,
@@ -50,7 +50,7 @@ class ResponsesBody(CompletionBody):
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=_MAX_ITEMS)]
     instructions: str | None = None
     """A system message in front of the input."""
-    max_output_tokens: int | None = Field(default=None, ge=1)
+    max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     text: TextBodyOptions = Field(default_factory=TextBodyOptions)
     top_logprobs: int = Field(default=0, ge=0, le=20)
     """Log-probabilities of the most likely tokens at each position, beside the token's own."""

@@ -1,11 +1,19 @@
 """Server: the state that all routes share."""
 
+import asyncio
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from controlprefix.attributes import AttributeSpace
 from controlprefix.completion import Completion
-from controlprefix.errors import OverloadedError, RequestError, UnknownNameError
+from controlprefix.errors import (
+    OverloadedError,
+    RequestError,
+    TrainingInterrupted,
+    UnknownNameError,
+)
 from controlprefix.evaluation import AttributeClassifier
 from controlprefix.inference.generator import Generator
 from controlprefix.inference.resolved_request import ResolvedRequest
@@ -22,6 +30,7 @@ from controlprefix.serving.settings import ServerLimits
 from controlprefix.serving.tenants import Client, Tenants
 from controlprefix.serving.work import WorkPools
 from controlprefix.store import EncryptionKeys
+from controlprefix.training.control import raise_if_stopped
 
 UnknownUsers = Literal["refuse", "plain"]
 _MAX_ECHO_BYTES = 2 << 30  # of the logits of a prompt, in float32
@@ -95,7 +104,7 @@ class Server:
         self.is_open = open_tenant is not None
         self.allowed_hosts = tuple(allowed_hosts)
         self.large_bodies = LargeBodies()
-        self.work = WorkPools(self.limits.max_enrolments)
+        self.work = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
         self._token_limiter = TokenLimiter(self.limits.tokens_per_minute)
         self._tenants = Tenants(
             frozen,
@@ -130,8 +139,15 @@ class Server:
         """The client with an API key: see `Tenants.authenticate`."""
         return self._tenants.authenticate(api_key, address)
 
-    async def resolve(self, client: Client, request: Request) -> ResolvedRequest[Request]:
+    async def resolve(
+        self, client: Client, request: Request, gone: "asyncio.Task[None] | None" = None
+    ) -> ResolvedRequest[Request]:
         """Find the prefixes of a request.
+
+        Args:
+            client: Who sent it.
+            request: The request.
+            gone: Done when the client has disconnected.
 
         Raises:
             ControlPrefixError: If it cannot be accepted.
@@ -145,41 +161,67 @@ class Server:
                 "label beforehand (cp.distill), or use unseen='text'"
             )
         try:
-            return await self._resolve(client, request)
+            return await self._resolve(client, request, gone)
         except UnknownNameError as error:
             if request.user is None or self._unknown_users == "refuse":
                 raise
             try:
-                return await self._resolve(client, request.model_copy(update={"user": None}))
+                plain = request.model_copy(update={"user": None})
+                return await self._resolve(client, plain, gone)
             except UnknownNameError:
                 raise error from None  # it was not the user
 
-    async def _resolve(self, client: Client, request: Request) -> ResolvedRequest[Request]:
+    async def _resolve(
+        self, client: Client, request: Request, gone: "asyncio.Task[None] | None"
+    ) -> ResolvedRequest[Request]:
         if request.unseen == "refuse" and request.when == "always":
             return await self.work.with_store(client.cp.resolve, request)
         # Labels without a prefix, and prompts, are looked up by embeddings.
-        return await self.work.with_model(client.tenant, client.cp.resolve, request)
+        resolve = partial(client.cp.resolve, request)
+        return await self.work.with_model(client.tenant, resolve, gone=gone)
 
     def count_tokens(self, client: Client, num_tokens: int) -> None:
         """Count a client's tokens against the limit of its API key."""
         self._token_limiter.add(client.tenant, client.key_name, num_tokens)
 
     async def submit(
-        self, resolved: ResolvedRequest[Request], deliver: Deliver, top_log_probs: int | None
+        self,
+        client: Client,
+        resolved: ResolvedRequest[Request],
+        deliver: Deliver,
+        top_log_probs: int | None,
     ) -> Ticket:
         """Start a request.
 
         Raises:
             ControlPrefixError: If it cannot be accepted.
         """
-        return await self.work.with_store(
-            self._runner.submit, resolved, top_log_probs=top_log_probs, deliver=deliver
-        )
+
+        def work() -> Ticket:
+            ticket = self._runner.submit(resolved, top_log_probs=top_log_probs, deliver=deliver)
+            try:
+                raise_if_stopped()
+            except TrainingInterrupted:  # nobody waits for it any more
+                ticket.cancel()
+                raise
+            return ticket
+
+        return await self.work.tokenize(client.tenant, work)
 
     async def echoes(
-        self, client: Client, resolved: Sequence[ResolvedRequest[Request]], top: int | None
+        self,
+        client: Client,
+        resolved: Sequence[ResolvedRequest[Request]],
+        top: int | None,
+        gone: "asyncio.Task[None]",
     ) -> list[Echo]:
         """The prompts of requests, with log-probabilities if `top` is given.
+
+        Args:
+            client: Who sent them.
+            resolved: The requests.
+            top: Likeliest tokens per position.
+            gone: Done when the client has disconnected.
 
         Raises:
             ControlPrefixError: If they cannot be computed.
@@ -199,7 +241,7 @@ class Server:
                 for (ids, request), row in zip(prompts.items(), rows, strict=True)
             }
 
-        echoes = await self.work.with_model(client.tenant, read)
+        echoes = await self.work.with_model(client.tenant, read, gone=gone)
         return [echoes[self._tokenizer.prompt_ids(r.request)] for r in resolved]
 
     def _log_probs(
@@ -207,16 +249,22 @@ class Server:
     ) -> Sequence[Sequence[TokenLogProbs | None]]:
         if top is None:
             return [()] * len(resolved)
-        # One at a time: each may take as much memory as there should be for it.
-        return self._generator.prompt_log_probs(resolved, top=top, batch_size=1)
+        rows = []
+        for request in resolved:  # each may take as much memory as there should be for it
+            raise_if_stopped()
+            rows += self._generator.prompt_log_probs([request], top=top, batch_size=1)
+        return rows
 
-    async def without_tokens(self, resolved: ResolvedRequest[Request]) -> Completion:
+    async def without_tokens(
+        self, client: Client, resolved: ResolvedRequest[Request]
+    ) -> Completion:
         """The completion of a request for no tokens.
 
         Raises:
             RequestError: If its prompt cannot be tokenized.
         """
-        prompt = await self.work.with_store(self._tokenizer.prompt_ids, resolved.request)
+        read = partial(self._tokenizer.prompt_ids, resolved.request)
+        prompt = await self.work.tokenize(client.tenant, read)
         empty = Completion(
             text="", finish_reason="length", num_prompt_tokens=len(prompt), num_tokens=0
         )
@@ -236,6 +284,37 @@ class Server:
         for tenant, key in self._tenants.drop_forgotten():
             self._runner.forget(tenant, key)
         self._runner.remove_expired()
+
+    async def enroll(
+        self,
+        client: Client,
+        user: str,
+        options: Mapping[str, Any],
+        gone: "asyncio.Task[None]",
+    ) -> int:
+        """Enroll a user; returns the version. A user who is forgotten meanwhile stays forgotten.
+
+        Args:
+            client: Who sent the request.
+            user: Name of the user.
+            options: Arguments of `ControlPrefix.enroll`.
+            gone: Done when the client has disconnected; then nothing is stored.
+
+        Raises:
+            ControlPrefixError: If the user cannot be enrolled.
+        """
+        key, store = PrefixKey("user", user), client.cp.store
+
+        def work() -> int:
+            before = store.last_removal(key)
+            version = client.cp.enroll(user, **options)
+            if store.last_removal(key) != before:
+                with contextlib.suppress(UnknownNameError):
+                    client.cp.remove("user", user)
+                raise RequestError(f"user {user!r} was forgotten meanwhile")
+            return version
+
+        return await self.work.enroll(client.tenant, work, gone=gone)
 
     async def forget(self, client: Client, kind: Kind, name: str) -> int:
         """Remove a name from the store, and from this process; returns its versions.
@@ -261,6 +340,7 @@ class Server:
     def close(self) -> None:
         """Accept no more requests, and finish the accepted ones."""
         self.is_ready = False
+        self.work.stop()
         if self._worker is not None:
             self._worker.close()
         self._runner.close(timeout_s=self.limits.timeout_s)

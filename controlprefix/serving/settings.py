@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from controlprefix.errors import RequestError
+
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
@@ -13,13 +15,17 @@ class ServerLimits:
         max_choices: Choices per request (`n`, or prompts times `n`).
         requests_per_minute, tokens_per_minute: Per API key; 0 for no limit.
         timeout_s: Seconds per request, from its arrival.
-        body_timeout_s: Seconds that a request's body may take to arrive.
+        body_timeout_s: Seconds that a request's body may take to arrive, and for which a client
+            may read nothing of a response.
         header_timeout_s: Seconds that a connection may be idle, or take to send a head.
         max_connections: Open connections; beyond it, those that are idle are closed.
         max_sequences, max_waiting: Sequences decoded concurrently, and requests that wait.
         max_texts: Texts per enrolment.
         max_enrolments: Enrolments that a tenant may have, those that wait included; one at a
             time is made.
+
+    Raises:
+        RequestError: If one is below 0, or 0 where that is not "no limit".
     """
 
     max_body_bytes: int = 1 << 20
@@ -35,3 +41,10 @@ class ServerLimits:
     max_waiting: int = 256
     max_texts: int = 1000
     max_enrolments: int = 4
+
+    def __post_init__(self) -> None:
+        may_be_zero = {"requests_per_minute", "tokens_per_minute"}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value < 0 or (value == 0 and name not in may_be_zero):
+                raise RequestError(f"{name} is {value}; it must be above 0")

@@ -16,6 +16,7 @@ from controlprefix.errors import (
     MissingDependencyError,
     StoreError,
     TrainingDataError,
+    TrainingInterrupted,
 )
 from controlprefix.training.report import TrainingReport
 
@@ -197,6 +198,16 @@ def stoppable(must_stop: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         _must_stop.reset(token)
+
+
+def raise_if_stopped() -> None:
+    """Stop other long work inside `stoppable`, where its function says so.
+
+    Raises:
+        TrainingInterrupted: If it does.
+    """
+    if (must_stop := _must_stop.get()) is not None and must_stop():
+        raise TrainingInterrupted("stopped")
 
 
 @contextlib.contextmanager

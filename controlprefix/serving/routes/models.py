@@ -91,7 +91,7 @@ async def list_attributes(client: ClientDependency, server: ServerDependency) ->
 async def classify(
     body: ClassifyBody, client: ClientDependency, server: ServerDependency
 ) -> Classification:
-    """The probabilities of labels for texts, by the server's attribute classifiers."""
+    """The probabilities of labels for texts, by the server's attribute classifiers, if any."""
 
     def results() -> list[dict[str, dict[str, float]]]:
         rows: list[dict[str, dict[str, float]]] = [{} for _ in body.texts]

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.server import Server
@@ -50,12 +50,24 @@ class Removed(BaseModel):
     num_versions: int
 
 
+def _checked_version(value: int | str) -> int | str:
+    """Refuse what no version or alias can be."""
+    if isinstance(value, int) and not 1 <= value < 1 << 31:
+        raise ValueError("a version is a number from 1 on")
+    if isinstance(value, str) and not (0 < len(value) <= 64 and value.isprintable()):
+        raise ValueError("an alias is up to 64 printable characters")
+    return value
+
+
+VersionOrAlias = Annotated[int | str, AfterValidator(_checked_version)]
+
+
 class VersionBody(BaseModel):
     """A version, by its number or alias."""
 
     model_config = ConfigDict(extra="forbid")
 
-    to: int | str
+    to: VersionOrAlias
 
 
 class AliasBody(BaseModel):
@@ -63,7 +75,7 @@ class AliasBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    to: int | str | None
+    to: VersionOrAlias | None
 
 
 @router.get("/{kind}")

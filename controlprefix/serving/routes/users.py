@@ -1,6 +1,8 @@
 """Routes of users."""
 
-from fastapi import APIRouter, Response
+import asyncio
+
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from controlprefix.errors import RequestError
@@ -17,7 +19,9 @@ from controlprefix.serving.routes.prefixes import (
     versions_of,
 )
 from controlprefix.serving.user_bodies import EnrolmentBody, LearningBody
+from controlprefix.serving.work import disconnection
 from controlprefix.store import Job
+from controlprefix.users.user_training import usable_texts
 
 router = APIRouter(prefix="/v1/users", tags=["users"], route_class=TenantRoute)
 
@@ -52,6 +56,7 @@ async def list_users(
 async def enroll_user(
     user: str,
     body: EnrolmentBody,
+    request: Request,
     response: Response,
     client: ClientDependency,
     server: ServerDependency,
@@ -61,11 +66,18 @@ async def enroll_user(
     if len(body.texts) > limit:
         raise RequestError(f"{len(body.texts)} texts; this server takes {limit} at once")
     if body.train is not None:
+        usable_texts(user, body.texts)  # fail before a job does
+        if body.decoder is not None:
+            await server.work.with_store(client.cp.versions, "decoder", body.decoder)
         if body.keep_texts:
             await server.work.with_store(client.cp.store.keep_samples, user, body.texts)
         return await accepted("train_user", user, body.job_options(), response, client, server)
     fields = body.model_dump(exclude={"train"})
-    version = await server.work.enroll(client.tenant, client.cp.enroll, user, **fields)
+    gone = asyncio.create_task(disconnection(request))
+    try:
+        version = await server.enroll(client, user, fields, gone)
+    finally:
+        gone.cancel()
     return EnrolledUser(user=user, version=version)
 
 
