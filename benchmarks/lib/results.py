@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -136,7 +137,7 @@ def describe(model: "FrozenModel") -> str:
 def provenance() -> dict[str, Any]:
     """The command, the commit, the date and the machine of this process."""
     script = Path(sys.argv[0]).resolve()
-    command = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
     return {
         "command": command.replace(str(Path.home()), "~"),
         "commit": _commit(),
