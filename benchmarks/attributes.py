@@ -24,8 +24,10 @@ from controlprefix.evaluation.harness import base_model_nlls
 from controlprefix.evaluation.metrics import distinct_n
 
 from lib.attribute_methods import (
+    BOTH,
     METHODS,
     REINFORCED,
+    SELF_TRAINED,
     ControlPrefixMethod,
     Method,
     RealTexts,
@@ -153,6 +155,12 @@ def page(results: Mapping[str, Any]) -> str:
             "classifiers over embeddings that are trained on other rows again; weights "
             f"{options['kl']} of the KL divergence, {options['diversity']} of diversity."
         )
+    if "pool" in options:
+        parts.append(
+            f"**self-trained**: {options['self_steps']} further steps on the {options['keep']} of "
+            f"{options['pool']} texts of each combination, written with logits for and against at "
+            "strength 2, that these classifiers prefer, and as many training rows."
+        )
     for name, study in results["studies"].items():
         classifiers = "; ".join(
             f"{attribute} {accuracy:.2f}" for attribute, accuracy in study["classifiers"].items()
@@ -185,13 +193,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     reward.add_argument("--diversity", type=float, default=1.0, help="weight")
     reward.add_argument("--kl", type=float, default=0.05, help="weight")
     reward.add_argument("--demonstrated", type=float, default=0.0, help="share of requests")
+    own = parser.add_argument_group("self-training on the best of sampled texts")
+    own.add_argument("--pool", type=int, default=32, help="texts per combination")
+    own.add_argument("--keep", type=int, default=8, help="of them")
+    own.add_argument("--self-steps", type=int, default=60)
     parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--texts", type=int, default=16, help="texts per combination")
     parser.add_argument("--new-tokens", type=int, default=24)
     options = parser.parse_args(argv)
     frozen = load_from(options)
     settings: tuple[str, ...] = ("steps", "num_slots", "texts", "new_tokens")
-    if REINFORCED in options.methods:
+    if {SELF_TRAINED, BOTH} & set(options.methods):
+        settings += ("pool", "keep", "self_steps")
+    if {REINFORCED, BOTH} & set(options.methods):
         settings += ("reward_steps", "requests", "samples", "diversity", "kl", "demonstrated")
     part = [] if options.studies == list(STUDIES) else options.studies
     device = [] if options.device == "cpu" else [options.device]

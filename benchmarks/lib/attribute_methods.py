@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from controlprefix import Example, Request
-from controlprefix.evaluation import pseudo_label
+from controlprefix.evaluation import best_texts, pseudo_label
 from controlprefix.evaluation.comparison.measures import TEMPERATURE
 from controlprefix.evaluation.comparison.methods import Problem
 from controlprefix.evaluation.comparison.peft_methods import LORA, PEFT_KINDS, PeftMethod
@@ -210,25 +210,41 @@ class ControlPrefixMethod(Method):
         return self.generate([self.request(combination)] * count, seed)
 
 
-class Reinforced(ControlPrefixMethod):
-    """This library: the prefixes of a trained method, then rewards of composed requests."""
+class Continued(ControlPrefixMethod):
+    """This library: the prefixes of a trained method, trained further with a reward.
+
+    Attributes:
+        start: Name of that method.
+    """
+
+    start = "controlprefix"
 
     def train_from(self, other: Method) -> None:
         """Start from another method's prefixes."""
         for kind in ("task", "attribute"):
             for name in other.cp.names(kind):
                 self.cp.put(kind, name, other.cp.get(kind, name))
-        requests = [
+        self.train_further()
+
+    def train_further(self) -> None:
+        """Train the stored prefixes."""
+
+    def requests(self, method: ControlPrefixMethod) -> list[Request]:
+        """A request for each combination of labels, as another method makes it."""
+        return [
             Request(
                 prompt=str(self.cp.tokenizer.bos_token),
                 raw=True,
                 max_new_tokens=self.options.new_tokens,
                 stop=("\n",),
-                **self.request(combination),
+                **method.request(combination),
             )
             for combination in self.study.combinations()
         ]
-        demonstrations = [
+
+    def rows(self, count: int | None = None) -> list[Example]:
+        """Training rows of the study."""
+        return [
             Example(
                 prompt="",
                 raw=True,
@@ -236,12 +252,51 @@ class Reinforced(ControlPrefixMethod):
                 task="text",
                 attributes=attributes_of(row),
             )
-            for row in self.study.rows
+            for row in self.study.rows[:count]
         ]
+
+
+class SelfTrained(Continued):
+    """Then texts of logits for and against that a reward prefers, beside training rows."""
+
+    teacher_coefficient = 2.0
+
+    def train_further(self) -> None:
+        teacher = ControlPrefixMethod(self.study, self.options, mixing="logits", against=True)
+        teacher.coefficient = self.teacher_coefficient
+        texts = best_texts(
+            self.cp,
+            [
+                request.model_copy(update={"temperature": TEMPERATURE})
+                for request in self.requests(teacher)
+            ],
+            self.study.reward,
+            num_samples=self.options.pool,
+            keep=self.options.keep,
+            batch_size=128,
+        )
+        # What a completion follows in training: nothing, as in the rows.
+        examples = [text.model_copy(update={"prompt": ""}) for text in texts]
+        self.cp.train(
+            [*examples, *self.rows(len(examples))],
+            learn=("task", "attributes"),
+            init="stored",
+            steps=self.options.self_steps,
+            batch_size=BATCH_SIZE,
+            contrast=0.3,
+            validation=0,
+            progress=False,
+        )
+
+
+class Reinforced(Continued):
+    """Then rewards of composed requests."""
+
+    def train_further(self) -> None:
         self.cp.reinforce(
-            requests,
+            self.requests(self),
             reward=self.study.reward,
-            demonstrations=demonstrations,
+            demonstrations=self.rows(),
             steps=self.options.reward_steps,
             batch_size=self.options.requests,
             num_samples=self.options.samples,
@@ -251,6 +306,12 @@ class Reinforced(ControlPrefixMethod):
             progress=False,
             on_step=_print_tenth,
         )
+
+
+class SelfTrainedReinforced(Reinforced):
+    """Then both."""
+
+    start = "controlprefix, self-trained"
 
 
 def _print_tenth(step: StepInfo) -> None:
@@ -365,7 +426,9 @@ class SteeringVectors(Method):
 
 LOGITS: dict[str, Any] = {"mixing": "logits", "coefficients": (0.5, 1.0, 2.0)}
 JOINT = "controlprefix"
+SELF_TRAINED = "controlprefix, self-trained"
 REINFORCED = "controlprefix, reinforced"
+BOTH = "controlprefix, self-trained and reinforced"
 PSEUDO_LABELS = "controlprefix, pseudo-labels"
 SEPARATE = "controlprefix, trained separately"
 own = partial(partial, ControlPrefixMethod)
@@ -378,7 +441,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "controlprefix, chosen strength": own(coefficients=(1.0, 1.5, 2.0)),
     "controlprefix, logits": own(**LOGITS),
     "controlprefix, logits, for and against": own(**LOGITS, against=True),
+    SELF_TRAINED: SelfTrained,
     REINFORCED: Reinforced,
+    BOTH: SelfTrainedReinforced,
     PSEUDO_LABELS: own(pseudo_labels=True, coefficients=(1.0, 1.5, 2.0)),
     "controlprefix, pseudo-labels, for and against": own(
         **LOGITS, pseudo_labels=True, against=True
@@ -412,10 +477,11 @@ def trained(
 ) -> Method:
     """A trained method; it shares the prefixes of an earlier one that was trained alike."""
     method = METHODS[name](study, options)
-    if isinstance(method, Reinforced):
-        if JOINT not in earlier:
-            trained(JOINT, study, options, earlier)
-        method.train_from(earlier[JOINT])
+    if isinstance(method, Continued):
+        if method.start not in earlier:
+            trained(method.start, study, options, earlier)
+        method.train_from(earlier[method.start])
+        earlier[name] = method
         return method
     trained_as = TRAINED_AS.get(name, name)
     if trained_as in earlier:

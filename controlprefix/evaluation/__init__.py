@@ -1,5 +1,6 @@
 """What prefixes do, measured: attribute classifiers, calibrated dials, evaluation reports."""
 
+from controlprefix.evaluation.best_texts import best_texts
 from controlprefix.evaluation.calibration import Calibration, calibrate, strength_curve
 from controlprefix.evaluation.classifier import AttributeClassifier, pseudo_label
 from controlprefix.evaluation.harness import evaluate
@@ -18,6 +19,7 @@ __all__ = [
     "SlotErrors",
     "UserResult",
     "UsersEvaluation",
+    "best_texts",
     "calibrate",
     "evaluate",
     "evaluate_users",
