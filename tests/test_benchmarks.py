@@ -52,6 +52,7 @@ RUNS = {
     "--num-slots 2 --training-rows 32",
     "relevance": "DATA --prompts 16",
     "attributes": "DATA --studies styles --steps 6 --reward-steps 1 --num-slots 2 --texts 2 "
+    "--pool 2 --keep 1 --self-steps 1 "
     "--new-tokens 2",
     "strengths": "DATA --steps 6 --user-steps 1 --num-slots 2 --texts 24 --curve-texts 4 "
     "--new-tokens 2",

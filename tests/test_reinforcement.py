@@ -23,6 +23,7 @@ from controlprefix import (
 )
 from controlprefix.cli.reinforce import parse_rewards
 from controlprefix.data import as_requests
+from controlprefix.evaluation import best_texts
 from controlprefix.evaluation.rewards import (
     AttributeReward,
     JsonReward,
@@ -478,3 +479,38 @@ def test_demonstrated_needs_demonstrations() -> None:
         **OPTIONS,
     )
     assert report.saved
+
+
+def test_the_best_texts_of_requests_are_examples_without_their_mixing() -> None:
+    cp = trained()
+    slow = [
+        Request(
+            prompt=f"Say {i}",
+            task="greet",
+            attributes={"formality": {"formal": 2.0, "informal": -1.0}},
+            mixing="logits",
+            strengths={"task": 0.5},
+            max_new_tokens=6,
+        )
+        for i in range(2)
+    ]
+    rewarded: dict[str, float] = {}
+
+    def reward(requests: Any, texts: Any) -> list[float]:
+        values = share_of_vowels(requests, texts)
+        rewarded.update(zip(texts, values, strict=True))
+        return values
+
+    examples = best_texts(cp, slow, reward, num_samples=8, keep=3, seed=1)
+    assert 2 <= len(examples) <= 6
+    for i in range(2):
+        own = [example.completion for example in examples if example.prompt == f"Say {i}"]
+        assert len(set(own)) == len(own) <= 3
+        assert [rewarded[text] for text in own] == sorted((rewarded[t] for t in own), reverse=True)
+    assert max(rewarded.values()) in {rewarded[example.completion] for example in examples}
+    for example in examples:
+        assert (example.task, example.attributes) == ("greet", {"formality": "formal"})
+        assert (example.mixing, example.strengths) == ("attention", {})
+    assert cp.train(examples, init="stored", **{**QUICK, "validation": 0, "steps": 1}).saved
+    with pytest.raises(RequestError, match="keep is 0"):
+        best_texts(cp, slow, reward, keep=0)
