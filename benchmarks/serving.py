@@ -11,14 +11,12 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,11 +31,11 @@ from controlprefix.prefixes import PrefixKey
 from controlprefix.store import NewVersion
 
 from lib.results import arguments, save
+from lib.servers import server
 
 NUM_SLOTS = 16
 PROMPT = "The weather report for tomorrow, as it was read on the radio this evening, said that "
 ZIPF_EXPONENT = 1.1
-START_TIMEOUT_S = 300
 PEFT_ADAPTERS = 8
 
 # Draws a request: its URL and its body.
@@ -145,29 +143,6 @@ async def open_loop(
 
 
 # --- servers ------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def server(command: Sequence[str], port: int, log: Path, **environment: str) -> Iterator[str]:
-    """Run a server; the block starts when it answers `/health`, and gets its URL."""
-    url = f"http://127.0.0.1:{port}"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-        )
-        try:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/health").status_code == 200:
-                        break
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"{command[2]} did not start:\n{log.read_text()[-3000:]}")
-                time.sleep(0.5)
-            yield url
-        finally:
-            process.terminate()
-            process.wait()
 
 
 def own_server(

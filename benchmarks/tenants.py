@@ -7,15 +7,12 @@ for four tokens now and then. Times of the latter are compared with those while 
 import argparse
 import asyncio
 import contextlib
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +22,24 @@ from controlprefix.store import PrefixStore
 
 from lib.models import add_model_options, load_from
 from lib.results import arguments, describe, save
+from lib.servers import free_port, server
 from lib.tables import header, line
 
-START_TIMEOUT_S = 300
 PAUSE_S = 0.3
 ABANDONED_AFTER_S = 3.0
 WRONG_BODY = b'{"messages": [' + b'{"x": 1234567},' * 65_000 + b"1]}"  # made once
 WORDS = "the harbour board heard two reports on the old crane and the new square "
 
 
-@contextmanager
-def served(model: str, store: str) -> Iterator[str]:
+def served(model: str, store: str, log: Path) -> AbstractContextManager[str]:
     """A server for API keys on a free port; yields its URL."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [
         *(sys.executable, "-m", "controlprefix.cli", "serve", "--model", model, "--store", store),
         *("--port", str(port), "--no-request-log", "--max-sequences", "16"),
         *("--served-model-name", "m"),
     ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/ready", timeout=60).status_code == 200:
-                    break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the server did not start")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    return server(command, port, log, path="/ready")
 
 
 Client = httpx.AsyncClient
@@ -232,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for tenant in ("a", "b"):
             with PrefixStore(store, tenant=tenant) as own:
                 keys[tenant] = own.create_api_key("web")
-        with served(model, store) as url:
+        with served(model, store, Path(folder) / "log") as url:
             results = asyncio.run(measured(url, keys, options))
     about = {"model": describe(frozen), "seconds": options.seconds}
     save(options.results, "tenants", {**about, "measured": results}, page)

@@ -250,10 +250,6 @@ class PrefixStore(UserData, JobMethods):
             lambda session, tenant: api_keys.name_of(session, tenant, api_key)
         )
 
-    def api_key_name(self, key: str) -> str | None:
-        """The name of an API key, if it is one of the tenant's."""
-        return self._database.run(lambda session, tenant: api_keys.name_of(session, tenant, key))
-
     def api_keys(self) -> list[ApiKeyInfo]:
         """All API keys by name, oldest first."""
         return self._database.run(api_keys.list_all)

@@ -173,7 +173,7 @@ class Tenants:
         name, claimed_tenant = None, tenant_of(api_key)
         if claimed_tenant is not None and claimed_tenant.isprintable():
             with contextlib.suppress(UnknownNameError):  # no name of a tenant
-                name = self._store.for_tenant(claimed_tenant).api_key_name(api_key)
+                name = self._store.for_tenant(claimed_tenant).name_of_api_key(api_key)
         if claimed_tenant is None or name is None:
             raise UnauthorizedError("the API key is missing, unknown or revoked")
         with self._lock:
