@@ -452,3 +452,36 @@ def test_what_a_row_does_to_its_logits_fails_alone(monkeypatch: pytest.MonkeyPat
 def test_numbers_that_no_tensor_holds_are_refused(field: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
         Request(**{"prompt": "a", "raw": True, **field})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next", "bart"])
+def test_choices_of_a_prompt_are_prefilled_once(name: str) -> None:
+    """And each is what it is alone; the same prompt under other slots is another row."""
+    cp = engine(name)
+    fields: dict[str, Any] = {"raw": True, "max_new_tokens": 6, "temperature": 1.0, "task": "note"}
+    rows = [
+        Request(prompt=prompt, user=user, seed=seed, **fields)
+        for prompt in ("x" * 50, "a longer prompt " * 4)
+        for user in ("ana", "bo")
+        for seed in range(4)
+    ]
+    rows += [Request(prompt="x" * 50, strengths={"task": -0.5}, **fields, seed=9)] * 2
+    expected = [cp.generate(row).text for row in rows]
+    batcher = cp.batcher(max_sequences=32)
+    assert isinstance(batcher, ContinuousBatcher)
+    forward, num_rows = batcher._forward, []
+
+    def noting(batch: Any, **inputs: Any) -> Any:
+        ids = inputs.get("input_ids")  # an encoder-decoder decodes without them
+        if ids is not None and ids.shape[1] > 1:
+            num_rows.append(len(ids))
+        return forward(batch, **inputs)
+
+    batcher._forward = noting  # type: ignore[method-assign]
+    try:
+        with batcher._wake:  # all are waiting before the first step
+            tickets = [batcher.submit(cp.resolve(row)) for row in rows]
+        assert [ticket.result().text for ticket in tickets] == expected
+        assert sum(num_rows) <= 6  # 4 prompts with slots, and 2 rows of a strength below 0
+    finally:
+        batcher.close()

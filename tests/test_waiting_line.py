@@ -88,6 +88,7 @@ def test_nothing_is_lost_or_taken_twice(entries: list[tuple[str, int, int]]) -> 
 def sequence(num_tokens: int, tenant: str = "a", rows: int = 1) -> Any:
     result = Mock()  # compared by identity, as sequences are
     result.prompt, result.rows, result.resolved.tenant = range(num_tokens), [[]] * rows, tenant
+    result.row_keys = [(id(result), i) for i in range(rows)]
     return result
 
 

@@ -2,8 +2,9 @@
 
 import threading
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from controlprefix.inference.sampling import SampledRow
 from controlprefix.inference.stopping import IncrementalDetokenizer, completion_from_tokens
 from controlprefix.inference.waiting_line import WaitingLine
 from controlprefix.model import FrozenModel
+from controlprefix.model.images import ImagePrompt
 from controlprefix.prefixes import Part, PrefixBatch, PrefixKey
 from controlprefix.request import Request
 
@@ -39,6 +41,7 @@ class BatchedRequest:
         text: Gives out its text while tokens are generated.
         sampling: Its sampling settings and random generator.
         position_offset: By how much its positions differ from counting tokens, as behind images.
+        row_keys: Per row, what it reads: the prompt and the parts; equal for choices of a prompt.
     """
 
     resolved: ResolvedRequest[Any]
@@ -51,9 +54,17 @@ class BatchedRequest:
     new: list[int] = field(default_factory=list)
     sampling: SampledRow = field(init=False)
     position_offset: int = 0
+    row_keys: list[Hashable] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sampling = SampledRow(self.request, self.start, self.new)
+        # Bytes keep their hash.
+        has_images = isinstance(self.prompt, ImagePrompt)
+        prompt = id(self) if has_images else array("q", self.prompt).tobytes()
+        self.row_keys = [
+            (prompt, tuple((id(part.prefix), part.strength, part.schedule) for part in parts))
+            for parts in self.rows
+        ]
 
     @property
     def request(self) -> Request:

@@ -129,6 +129,7 @@ class ContinuousBatcher(Batcher):
             self._merge(prefill)
             rows = [sequence for sequence in prefill.sequences for _ in sequence.rows]
             firsts = [rows.index(sequence) for sequence in prefill.sequences]
+            logits = logits[prefill.sources]
             self._choose_tokens(prefill.sequences, firsts, logits, _sampler_of(rows, logits.device))
 
     def _merge(self, prefill: Prefill) -> None:

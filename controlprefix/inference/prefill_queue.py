@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from controlprefix.model.cache_rows import CacheRow, row_without_padding
 from controlprefix.model.images import ImagePrompt, image_inputs, image_positions
 from controlprefix.model.kv_cache import new_cache
 from controlprefix.model.padding import pad_rows
-from controlprefix.prefixes import PrefixBatch
+from controlprefix.prefixes import Part, PrefixBatch
 
 _MIN_TOKENS = 128  # of a chunk; fewer take hardly less time
 _CHUNK_SECONDS = 0.2  # of a chunk while others decode; longer if a decode step is
@@ -36,6 +36,9 @@ class Prefill:
         batch: The slots of their rows; None before `prepare`.
         images: What the model reads of images, if there are any.
         positions: `(num_rows, length)`, or what the model computes for images.
+        starts: Per row that is read, the ids that its decoder starts from.
+        sources: Per row of the sequences, the row of the cache that has it: those of choices of
+            one prompt are read once.
     """
 
     sequences: list[BatchedRequest]
@@ -48,6 +51,8 @@ class Prefill:
     batch: PrefixBatch | None = None
     images: dict[str, Tensor] = field(default_factory=dict)
     positions: Tensor = field(init=False)
+    starts: list[Sequence[int]] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
 
     @property
     def has_images(self) -> bool:
@@ -70,13 +75,26 @@ class Prefill:
         return sum(len(sequence.rows) for sequence in self.sequences)
 
     @property
+    def num_read(self) -> int:
+        """Rows that are read, of which several sequences may start."""
+        return len({key for sequence in self.sequences for key in sequence.row_keys})
+
+    @property
     def num_left(self) -> int:
         """Tokens that are left, padding included."""
-        return (self.length - self.num_done) * self.num_rows
+        return (self.length - self.num_done) * self.num_read
 
     def prepare(self, frozen: FrozenModel) -> None:
         """Assemble the prefixes and pad the prompts."""
-        prompts = [sequence.prompt for sequence in self.sequences for _ in sequence.rows]
+        read: dict[Hashable, tuple[BatchedRequest, list[Part]]] = {}
+        keys = []
+        for sequence in self.sequences:
+            for key, parts in zip(sequence.row_keys, sequence.rows, strict=True):
+                read.setdefault(key, (sequence, parts))
+                keys.append(key)
+        numbers = {key: number for number, key in enumerate(read)}
+        self.sources = [numbers[key] for key in keys]
+        prompts = [sequence.prompt for sequence, _ in read.values()]
         ids, mask = pad_rows(prompts, frozen.pad_id, left=not self.encoded)
         self.ids, self.mask = ids.to(frozen.device), mask.to(frozen.device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
@@ -86,7 +104,8 @@ class Prefill:
             if own is not None:
                 self.positions, offsets = own
                 self.sequences[0].position_offset = offsets[0]
-        batch = frozen.assemble([row for sequence in self.sequences for row in sequence.rows])
+        self.starts = [sequence.start for sequence, _ in read.values()]
+        batch = frozen.assemble([parts for _, parts in read.values()])
         self.cache = new_cache(frozen.model)
         if self.encoded:
             self.cross = new_cache(frozen.model)
@@ -96,11 +115,10 @@ class Prefill:
     def inputs(self, end: int) -> dict[str, Any]:
         """The model's inputs of a pass over the columns up to `end`."""
         if self.encoded:
-            starts = [sequence.start for sequence in self.sequences for _ in sequence.rows]
             return {
                 "input_ids": self.ids,
                 "attention_mask": self.mask,
-                "decoder_input_ids": torch.tensor(starts, device=self.ids.device),
+                "decoder_input_ids": torch.tensor(self.starts, device=self.ids.device),
                 "past_key_values": EncoderDecoderCache(self.cache, self.cross),
             }
         chunk = slice(self.num_done, end)
@@ -113,7 +131,7 @@ class Prefill:
         }
 
     def rows(self) -> list[CacheRow]:
-        """The rows of the cache, when all is done."""
+        """The rows of the cache that the sequences' rows start from, when all is done."""
         sequences = [sequence for sequence in self.sequences for _ in sequence.rows]
         return [
             CacheRow(
@@ -122,7 +140,7 @@ class Prefill:
                 len(sequence.start),
                 row_without_padding(self.cross, i, len(sequence.prompt)) if self.encoded else None,
             )
-            for i, sequence in enumerate(sequences)
+            for i, sequence in zip(self.sources, sequences, strict=True)
         ]
 
 
@@ -168,15 +186,18 @@ class PrefillQueue:
     def add(self, sequences: Iterable[BatchedRequest]) -> None:
         """Add sequences; those that fit one chunk together are prefilled together."""
         group: list[BatchedRequest] = []
-        for sequence in sorted(sequences, key=lambda s: len(s.prompt)):
+        read: set[Hashable] = set()
+        for sequence in sorted(sequences, key=lambda s: (len(s.prompt), tuple(s.prompt))):
             if isinstance(sequence.prompt, ImagePrompt):
                 self._prefills.append(Prefill([sequence]))
                 continue
-            num_rows = sum(len(s.rows) for s in [*group, sequence])
-            if group and len(sequence.prompt) * num_rows > self._max_tokens:
+            own = sequence.row_keys
+            is_full = len(sequence.prompt) * len(read.union(own)) > self._max_tokens
+            if group and is_full and not read.issuperset(own):
                 self._prefills.append(Prefill(group, encoded=self._encoded))
-                group = []
+                group, read = [], set()
             group.append(sequence)
+            read.update(own)
         if group:
             self._prefills.append(Prefill(group, encoded=self._encoded))
 
@@ -230,11 +251,12 @@ class PrefillQueue:
         if self._tokens_per_second is not None and (is_long or decode_seconds is not None):
             seconds = max(_CHUNK_SECONDS, decode_seconds or 0.0)
             tokens = min(tokens, max(_MIN_TOKENS, int(self._tokens_per_second * seconds)))
-        end = min(prefill.length, prefill.num_done + max(1, tokens // prefill.num_rows))
+        num_rows = prefill.num_read
+        end = min(prefill.length, prefill.num_done + max(1, tokens // num_rows))
         end = prefill.length if prefill.is_one_pass else end
         start = time.perf_counter()
         yield end
-        num_tokens = (end - prefill.num_done) * prefill.num_rows
+        num_tokens = (end - prefill.num_done) * num_rows
         speed = num_tokens / max(1e-6, time.perf_counter() - start)
         earlier = self._tokens_per_second
         self._tokens_per_second = speed if earlier is None else 0.7 * earlier + 0.3 * speed
