@@ -1,6 +1,7 @@
 """Atomic file writes, progress bars, and optional packages."""
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from controlprefix.errors import MissingDependencyError
 
@@ -97,6 +99,15 @@ def _progress_lines(description: str, total: int | None) -> Callable[[int, str],
         print(f"{description} {count} {note}".rstrip(), file=sys.stderr, flush=True)
 
     return update
+
+
+def finite(value: Any) -> Any:
+    """A nested value with None for NaN and infinite numbers, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

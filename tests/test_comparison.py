@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from controlprefix.evaluation.comparison import (
     compare,
     measures,
 )
+from controlprefix.evaluation.comparison.measures import text_figures
 from controlprefix.evaluation.comparison.methods import ControlPrefixMethod, Method, Problem
 from controlprefix.model.probing import probe
 from controlprefix.training import off_context
@@ -138,6 +140,41 @@ def test_an_interrupted_comparison_continues(
     assert list(result.methods) == names
     with pytest.raises(StoreError, match="holds a comparison with another steps"):
         compare(cp, rows, **{**settings, "steps": 3})
+
+
+def test_another_classifier_is_another_comparison(tmp_path: Path) -> None:
+    class Fixed:
+        attribute, labels = "formality", ("formal", "informal")
+
+        def __init__(self, probability: float) -> None:
+            self.probability = probability
+
+        def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
+            return torch.tensor([[self.probability, 1 - self.probability]] * len(texts))
+
+    settings = {**SETTINGS, "methods": ["plain"], "folder": tmp_path}
+    first: Any = Fixed(0.9)
+    compare(engine(), greetings(8), classifiers=[first], **settings)
+    compare(engine(), greetings(8), classifiers=[first], **settings)
+    with pytest.raises(StoreError, match="another classifiers"):
+        compare(engine(), greetings(8), classifiers=[Fixed(0.1)], **settings)  # type: ignore[list-item]
+
+
+def test_bleu_of_rows_with_different_numbers_of_references() -> None:
+    import sacrebleu
+
+    long = "a much longer text with nine words in it"
+    rows = [
+        Example(prompt="A", completion="the cat sat on the mat"),
+        Example(prompt="A", completion="a cat was sitting there"),
+        Example(prompt="B", completion=long),
+    ]
+    texts = ["the cat sat on the mat", "a much longer text"]
+    figures = text_figures(rows, [rows[0], rows[2]], texts)
+    references: Any = [[rows[0].completion, long], [rows[1].completion, None]]
+    assert figures["BLEU"] == pytest.approx(sacrebleu.corpus_bleu(texts, references).score)
+    assert figures["BLEU"] < 80  # the second text is too short
+    assert figures["chrF"] == pytest.approx(sacrebleu.corpus_chrf(texts, references).score)
 
 
 def test_the_learning_rate_is_that_of_the_lowest_validation_loss() -> None:

@@ -418,6 +418,48 @@ def test_figures_of_texts() -> None:
     assert math.isnan(self_bleu(["one text", " "]))
 
 
+def test_few_values_have_wide_intervals() -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    alone = bootstrap_mean([0.3])
+    assert (alone.mean, alone.low, alone.high) == (0.3, -math.inf, math.inf)
+    assert alone.text() == "0.30 (too few for an interval)"
+    assert bootstrap_mean([0.3, 0.7], ["same", "same"]).high == math.inf
+    values = [0.1, 0.5, 0.2, 0.9]
+    expected = scipy_stats.ttest_1samp(values, 0).confidence_interval()
+    assert bootstrap_mean(values)[1:] == pytest.approx(tuple(expected), abs=1e-3)
+    twice = bootstrap_mean(
+        [*values, *values], [*range(4), *range(4)]
+    )  # each value as a group of two
+    assert twice == pytest.approx(bootstrap_mean(values))
+    draw = random.Random(0)
+    for count in (2, 5, 9):
+        hits = sum(
+            estimate.low <= 0 <= estimate.high
+            for estimate in (
+                bootstrap_mean([draw.gauss(0, 1) for _ in range(count)]) for _ in range(400)
+            )
+        )
+        assert 0.91 < hits / 400 < 0.99, count
+
+
+def test_one_prompt_calibrates_nothing(cp: ControlPrefix, classifier: AttributeClassifier) -> None:
+    label = classifier.labels[0]
+    name = f"{classifier.attribute}={label}"
+    before = len(cp.versions("attribute", name))
+    with pytest.raises(TrainingDataError, match="give more prompts or samples"):
+        calibrate(
+            cp,
+            Request(prompt="x", max_new_tokens=2),
+            classifier.attribute,
+            label,
+            classifier,
+            prompts=("Hi",),
+            num_samples=4,
+            progress=False,
+        )
+    assert len(cp.versions("attribute", name)) == before
+
+
 def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:
     def row(text: str, **attributes: Any) -> Example:
         return Example(prompt="", raw=True, completion=text, attributes=attributes)

@@ -108,6 +108,8 @@ def test_slot_errors_are_missing_and_invented_values() -> None:
     invented = slot_errors(["The Vaults is French and Thai", right[1]], tables)
     assert (invented.missing, invented.invented) == (0.0, 0.25)
     assert slot_errors(right[::-1], tables).rate == 2.0
+    twice = [{"name": "Loch"}, {"name": "Vaults", "near": "Vaults"}]
+    assert slot_errors(["Loch Vaults", "x Vaults"], twice).invented == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="1 texts for 2 tables"):
         slot_errors(right[:1], tables)
     with pytest.raises(ValueError, match="no values"):

@@ -13,6 +13,7 @@ from controlprefix import (
     Example,
     Prefix,
     Request,
+    RequestError,
     UnknownNameError,
     embeddings,
 )
@@ -99,10 +100,12 @@ def test_a_trained_opposite_is_steered_away_from(cp: ControlPrefix) -> None:
     assert "tone=warm" not in instead.used
 
 
-def test_nothing_stands_in_where_opposites_are_equally_near(cp: ControlPrefix) -> None:
+def test_a_label_with_an_opposite_stands_in_only_if_words_say_on_which_side(
+    cp: ControlPrefix,
+) -> None:
     labels = "attributes: {tone: {labels: {strict: {opposite: %s}, firm: {}, warm: {}, stern: {}}}}"
     (instead,) = with_space(cp, labels % "warm").generate(asked("stern", "nearest")).stand_ins
-    assert set(instead.used) == {"tone=strict", "tone=firm"}
+    assert set(instead.used) == {"tone=firm"}
     (instead,) = with_space(cp, labels % "firm").generate(asked("stern", "nearest")).stand_ins
     assert (instead.how, instead.used) == ("left out", {})
 
@@ -233,3 +236,11 @@ def test_a_trained_label_is_not_distilled(cp: ControlPrefix) -> None:
     resolved = cp.resolve(Request(prompt="hi", attributes={"tone": "warm"}, unseen="distill"))
     assert not resolved.stand_ins
     assert not any("distilled" in name for name in cp.names("attribute"))
+
+
+def test_a_number_outside_the_range_is_refused_in_every_way(cp: ControlPrefix) -> None:
+    for length in ("0.4", "0.6", "1"):
+        cp.put("attribute", f"length={length}", Prefix.random(cp.geometry, num_slots=1, seed=1))
+    for unseen in ("refuse", "nearest"):
+        with pytest.raises(RequestError, match=r"outside of what the attribute has: 0.4 to 1"):
+            cp.generate(asked("x", unseen, attributes={"length": 1.01}))

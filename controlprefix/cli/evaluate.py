@@ -66,7 +66,7 @@ def evaluate(
     for name, estimate in report.attribute_accuracy.items():
         table.add_row(
             name,
-            f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f})",
+            estimate.text(),
             f"{report.attribute_accuracy_without[name].mean:.2f}",
             f"{report.monotonicity[name]:.2f}",
         )
@@ -106,12 +106,12 @@ def evaluate_users(
     result = evaluation.evaluate_users(
         cp, examples, groups=groupings, min_group_size=min_group_size, seed=seed
     )
-    table = Table("users", "gain, nats per token", "95 % interval")
+    table = Table("users", "gain, nats per token (95 % interval)")
     gains = [("all", result.gain)]
     for grouping, by_group in result.groups.items():
         gains += [(f"{grouping}={group}", gain) for group, gain in by_group.items()]
     for name, gain in gains:
-        table.add_row(name, f"{gain.mean:.3f}", f"{gain.low:.3f} to {gain.high:.3f}")
+        table.add_row(name, gain.text(".3f"))
     out.print(table)
     out.print(
         f"{len(result.users)} users; harmed: {result.harmed.mean:.1%} (up to "

@@ -136,8 +136,9 @@ def calibrate(
     """Measure a label's strength curve, and store its prefix with a dial that makes it even.
 
     At position d of the dial, the label's probability has moved the share d of the way from
-    where it is without the label to where it is at strength 1; positions beyond 1 go as far as
-    was measured. Requests with `calibrated=True` then give positions.
+    where it is without the label to where it is at strength 1; positions beyond 1 have
+    strengths in proportion to the last one measured. Requests with `calibrated=True` then give
+    positions.
 
     Args:
         cp, request, attribute, label, classifier, prompts, num_samples, seed, progress: As in
@@ -184,6 +185,10 @@ def calibrate(
     dial = even_dial(
         [point.strength for point in curve], [point.probability.mean for point in curve]
     )
+    if math.isinf(uncertainty):
+        raise TrainingDataError(
+            "one sample or prompt says nothing of what is chance; give more prompts or samples"
+        )
     if not dial or at[1.0].mean - at[0.0].mean <= uncertainty:
         raise TrainingDataError(
             f"{name} moves the classifier's probability from {at[0.0].mean:.2f} to "

@@ -126,9 +126,9 @@ def evaluate(
             for name, points in curves.items()
         },
         cross_talk=_cross_talk(classifiers, row_ids, curve_texts, curve_prompts),
-        quality=_quality(cp, generated),
-        quality_without=_quality(cp, generated_plain),
-        quality_references=_quality(cp, references),
+        quality=_quality(cp, generated, prompts),
+        quality_without=_quality(cp, generated_plain, prompts),
+        quality_references=_quality(cp, references, prompts),
         content={
             "similarity": bootstrap_mean(similarity(generated, references), prompts),
             "chrF": bootstrap_mean(chrf(generated, references), prompts),
@@ -185,9 +185,9 @@ def about_prefixes(cp: ControlPrefix, rows: Sequence[Example]) -> dict[str, Any]
     )
 
 
-def _quality(cp: ControlPrefix, texts: Sequence[str]) -> TextQuality:
+def _quality(cp: ControlPrefix, texts: Sequence[str], prompts: Sequence[Hashable]) -> TextQuality:
     return TextQuality(
-        bootstrap_mean(base_model_nlls(cp, texts)),
+        bootstrap_mean(base_model_nlls(cp, texts), prompts),
         distinct_n(texts, 1),
         distinct_n(texts, 2),
         self_bleu(texts),

@@ -13,21 +13,43 @@ _NUM_RESAMPLES = 1000
 _MAX_SELF_BLEU_TEXTS = 64
 
 
+# The factor of the standard error in a 95 % interval of Student's t, for 1 degree of freedom on.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
+
+
 class Estimate(NamedTuple):
-    """A mean and its 95 % confidence interval."""
+    """A mean and its 95 % confidence interval, without limits where one value says nothing."""
 
     mean: float
     low: float
     high: float
 
+    def text(self, form: str = ".2f") -> str:
+        """The mean and the interval.
+
+        Args:
+            form: How a number is formatted.
+
+        Example:
+            >>> Estimate(0.5, 0.25, 0.75).text()
+            '0.50 (0.25 to 0.75)'
+            >>> Estimate(0.5, -math.inf, math.inf).text()
+            '0.50 (too few for an interval)'
+        """
+        if not math.isfinite(self.high - self.low):
+            return f"{self.mean:{form}} (too few for an interval)"
+        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
+
 
 def bootstrap_mean(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Estimate:
-    """The mean of values with a 95 % bootstrap interval.
+    """The mean of values with a 95 % bootstrap interval, or of Student's t for fewer than ten.
+
+    A bootstrap of few values is too narrow, and of one value it has no width.
 
     Args:
         values: At least one.
         groups: What each value belongs to, such as its prompt. Values of one group are not
-            independent, so whole groups are resampled (cluster bootstrap).
+            independent, so whole groups are resampled (cluster bootstrap) and counted.
 
     Example:
         >>> bootstrap_mean([0.5, 0.5])
@@ -37,6 +59,8 @@ def bootstrap_mean(values: Sequence[float], groups: Sequence[Hashable] | None = 
     for group, value in zip(groups or range(len(values)), values, strict=True):
         clusters.setdefault(group, []).append(value)
     sums = [(sum(cluster), len(cluster)) for cluster in clusters.values()]
+    if len(sums) <= len(_T) + 1:
+        return _student_interval(statistics.fmean(values), sums)
     draw = random.Random(0)
     means = []
     for _ in range(_NUM_RESAMPLES):
@@ -45,6 +69,16 @@ def bootstrap_mean(values: Sequence[float], groups: Sequence[Hashable] | None = 
     means.sort()
     low, high = means[round(0.025 * _NUM_RESAMPLES)], means[round(0.975 * _NUM_RESAMPLES) - 1]
     return Estimate(statistics.fmean(values), low, high)
+
+
+def _student_interval(mean: float, sums: Sequence[tuple[float, int]]) -> Estimate:
+    """A mean of groups, each given as the sum and the number of its values."""
+    count = len(sums)
+    if count < 2:
+        return Estimate(mean, -math.inf, math.inf)
+    squares = sum((total - mean * size) ** 2 for total, size in sums)
+    error = math.sqrt(count / (count - 1) * squares) / sum(size for _, size in sums)
+    return Estimate(mean, mean - _T[count - 2] * error, mean + _T[count - 2] * error)
 
 
 def wilson_proportion(hits: Sequence[bool], groups: Sequence[Hashable] | None = None) -> Estimate:

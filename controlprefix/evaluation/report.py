@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from controlprefix._io import finite
 from controlprefix.evaluation.metrics import Estimate
 from controlprefix.reports import (
     comparison_in_words,
@@ -135,7 +136,7 @@ class EvaluationReport:
         """
         plots = {"curves": _plot_curves(self), "cross_talk": _plot_cross_talk(self)}
         html = _render(self, plots)
-        results = json.dumps(_nan_to_null(self.to_dict()), indent=2) + "\n"
+        results = json.dumps(finite(self.to_dict()), indent=2) + "\n"
         images = {f"{name}.png": image for name, image in plots.items()}
         write_report(folder, {"report.json": results, **images, "report.html": html})
         return Path(folder) / "report.html"
@@ -143,15 +144,6 @@ class EvaluationReport:
     def to_dict(self) -> dict[str, Any]:
         """All results in a form that JSON can hold."""
         return asdict(self)
-
-
-def _nan_to_null(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: _nan_to_null(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_nan_to_null(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _render(report: EvaluationReport, plots: dict[str, bytes]) -> str:
@@ -211,7 +203,7 @@ def _number(value: Estimate | float, digits: int) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{estimate.mean:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+    return estimate.text()
 
 
 def _plot_curves(report: EvaluationReport) -> bytes:
@@ -221,8 +213,8 @@ def _plot_curves(report: EvaluationReport) -> bytes:
         strengths = [point.strength for point in points]
         means = [point.probability.mean for point in points]
         (line,) = left.plot(strengths, means, marker="o", label=_escape(name))
-        low = [point.probability.low for point in points]
-        high = [point.probability.high for point in points]
+        low = [max(0.0, point.probability.low) for point in points]
+        high = [min(1.0, point.probability.high) for point in points]
         color = line.get_color()
         left.fill_between(strengths, low, high, color=color, alpha=0.15)
         nll = [point.base_model_nll for point in points]

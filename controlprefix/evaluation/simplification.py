@@ -19,9 +19,11 @@ def sari(
     """SARI: how well texts keep, delete and add words, compared with references.
 
     Per text, the mean over n-grams of 1 to 4 words of three scores: F1 of those kept and of those
-    added, precision of those deleted. As in the authors' code, a score is 0 where there is nothing
-    to add or delete, so that copying a source is not rewarded. Words are those of sacrebleu's
-    tokenizer 13a, in lower case.
+    added, precision of those deleted. A score is 0 where there is nothing to add or delete, so that
+    copying a source is not rewarded. Words are those of sacrebleu's tokenizer 13a, in lower case.
+    Recall of n-grams that are kept is over their counts, as the paper has it, where the authors'
+    script averages over distinct n-grams; values of other implementations differ by a point or
+    two (on 100 sources of ASSET: 42.0 here, 40.4 by that script, 42.4 by Hugging Face).
 
     Args:
         sources: The texts that were simplified.

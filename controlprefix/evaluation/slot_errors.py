@@ -67,9 +67,12 @@ def slot_errors(texts: Sequence[str], tables: Sequence[Mapping[str, str]]) -> Sl
             if plain in values.get(name, ()):
                 num_values += 1
                 missing += f" {plain} " not in words
+        counted: set[str] = set()  # a value may be one of several names
         for all_values in values.values():
             others = {v for v in all_values if not any(v in value for value in own)}
-            invented += any(f" {other} " in words for other in others)
+            written = {other for other in others if f" {other} " in words}
+            invented += bool(written - counted)
+            counted |= written
     if not num_values:
         raise ValueError("the tables have no values to look for")
     return SlotErrors(missing / num_values, invented / num_values, num_values)

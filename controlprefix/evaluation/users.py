@@ -1,6 +1,7 @@
 """For whom user prefixes work: the distribution of their gain over users and groups of users."""
 
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from controlprefix._io import finite
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import TrainingDataError
@@ -19,6 +21,7 @@ from controlprefix.labels import label_text
 from controlprefix.model.log_probs import kl_divergences, target_logits
 from controlprefix.reports import few_rows_note, figure_of, render, to_png, write_report
 from controlprefix.request import Request
+from controlprefix.training.held_out import prompt_identity
 
 IMPERSONAL_PROMPTS = (
     "What is the capital of France?",
@@ -89,7 +92,7 @@ class UsersEvaluation:
             MissingDependencyError: If matplotlib or jinja2 is not installed.
         """
         image = _plot(self)
-        results = json.dumps(asdict(self), indent=2) + "\n"
+        results = json.dumps(finite(asdict(self)), indent=2) + "\n"
         html = _render(self, image)
         write_report(folder, {"users.json": results, "users.png": image, "users.html": html})
         return Path(folder) / "users.html"
@@ -152,10 +155,12 @@ def evaluate_users(
     for user in names:
         ids = row_ids[user]
         gains = [sum(nats[i] for nats in other) / num_others - own[i] for i in ids]
+        # The same row twice says no more than once.
+        texts = [(prompt_identity(examples[i]), examples[i].completion) for i in ids]
         users[user] = UserResult(
             len(ids),
-            bootstrap_mean(gains),
-            bootstrap_mean([none[i] - own[i] for i in ids]),
+            bootstrap_mean(gains, texts),
+            bootstrap_mean([none[i] - own[i] for i in ids], texts),
             _off_context(cp, user, answers),
         )
     means = sorted(result.gain.mean for result in users.values())
@@ -251,16 +256,20 @@ def _off_context(
     return float(kl_divergences(steered, plain).mean())
 
 
+def _is_finite(estimate: Estimate) -> bool:
+    return math.isfinite(estimate.high - estimate.low)
+
+
 def _render(result: UsersEvaluation, image: bytes) -> str:
     def interval(estimate: Estimate) -> str:
-        return f"{estimate.mean:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"
+        return estimate.text("+.3f")
 
     summary = [
         ("gain ↑", interval(result.gain)),
         ("gain of the tenth of users with the least ↑", f"{result.worst_decile:+.3f}"),
         (
             "users whose texts are less likely with their own prefix ↓",
-            f"{result.harmed.mean:.0%} ({result.harmed.low:.0%} to {result.harmed.high:.0%})",
+            result.harmed.text(".0%"),
         ),
         *(
             (f"gain, {grouping} {group}", interval(gain))
@@ -305,7 +314,15 @@ def _plot(evaluation: UsersEvaluation) -> bytes:
     results = sorted(evaluation.users.values(), key=lambda result: result.gain.mean)
     places = range(len(results))
     axes.axhline(0, color="0.6", linewidth=1)
-    axes.vlines(places, [r.gain.low for r in results], [r.gain.high for r in results], color="0.8")
+    with_interval = [
+        (i, r.gain) for i, r in zip(places, results, strict=True) if _is_finite(r.gain)
+    ]
+    axes.vlines(
+        [i for i, _ in with_interval],
+        [gain.low for _, gain in with_interval],
+        [gain.high for _, gain in with_interval],
+        color="0.8",
+    )
     axes.plot(places, [r.gain.mean for r in results], "o", markersize=3)
     axes.set(xlabel="users, by gain", ylabel="gain over other users' prefixes, nats/token")
     return to_png(figure)

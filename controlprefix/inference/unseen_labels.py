@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from controlprefix.attributes import AttributeSpace
-from controlprefix.attributes.ordinal import is_inside
+from controlprefix.attributes.ordinal import as_number, between, is_inside, is_ordinal
 from controlprefix.completion import StandIn
 from controlprefix.embeddings import embed
 from controlprefix.errors import RequestError
+from controlprefix.inference.polarity import are_opposed
 from controlprefix.labels import RESERVED_PARTS, WeightedLabel, weighted_labels
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import AnyRequest, Request
 
-MIN_LEAD = 0.1  # of the nearest label over its opposite
 MIN_SIMILARITY = 0.3  # cosine of sentence embeddings, below which no label counts as near
 _MAX_TEXT_CHARACTERS = 2000
 _MAX_LABELS = 3  # labels in a mixture
+_MAX_POLES = 2  # labels of an attribute that may be opposites, where no space says so
 _SOFTMAX_SCALE = 10.0  # shares grow by e for each 0.1 of cosine
 
 Embed = Callable[[Sequence[str]], Tensor]
@@ -46,6 +47,10 @@ def nearest_labels(
 ) -> NearestLabels:
     """The trained labels of the same attribute with the most similar descriptions.
 
+    Embeddings know topics, not polarity: opposites are as near to each other as synonyms. So a
+    label that words say is the opposite is left out, and so is one that has an opposite (or is
+    one of two labels at most), unless words say that it has the same polarity.
+
     Args:
         label: A label without a prefix.
         trained: Keys of the labels with one.
@@ -53,11 +58,18 @@ def nearest_labels(
         embed: Texts -> embeddings of length 1.
     """
     opposites = _opposites(label.attribute, space)
-    candidates = sorted(
-        key.label
-        for key in trained
-        if key.attribute == label.attribute and {key.label, label.label} not in opposites
-    )
+    existing = {key.label for key in trained if key.attribute == label.attribute}
+    paired = set().union(*opposites)
+    if len(existing) <= _MAX_POLES:  # most likely the poles of a dial
+        paired |= existing
+    candidates = []
+    for name in sorted(existing):
+        is_opposite = _are_opposed(label.attribute, label.label, name, space)
+        if {name, label.label} in opposites or is_opposite:
+            continue
+        if name in paired and is_opposite is None:  # it may be the opposite
+            continue
+        candidates.append(name)
     if not candidates:
         return NearestLabels({}, 0.0)
     texts = [describe(label.attribute, name, space) for name in (label.label, *candidates)]
@@ -67,18 +79,24 @@ def nearest_labels(
     max_labels = 1 if attribute is not None and attribute.exclusive else _MAX_LABELS
     best = cosines.argsort(descending=True)[:max_labels]
     near = [int(i) for i in best if cosines[i] >= MIN_SIMILARITY]
-    # Embeddings know topics better than polarity: between opposites they can only guess.
-    for i in near[1:]:
-        if {candidates[near[0]], candidates[i]} in opposites:
-            near = [j for j in near if j != i]
-            if cosines[best[0]] - cosines[i] < MIN_LEAD:
-                near = []
-                break
     if not near:
         return NearestLabels({}, float(cosines.max()))
     shares = torch.softmax(_SOFTMAX_SCALE * cosines[near], dim=0).tolist()
     by_label = {candidates[i]: share for i, share in zip(near, shares, strict=True)}
     return NearestLabels(by_label, float(cosines.max()))
+
+
+def _are_opposed(
+    attribute: str, first: str, second: str, space: AttributeSpace | None
+) -> bool | None:
+    """Whether labels are opposites, by their names, or else by their descriptions."""
+    by_name = are_opposed(first, second)
+    entry = space.attributes.get(attribute) if space else None
+    if by_name is not None or entry is None:
+        return by_name
+    labels = entry.labels
+    texts = [labels[name].description if name in labels else "" for name in (first, second)]
+    return are_opposed(texts[0] or first, texts[1] or second)
 
 
 def _opposites(attribute: str, space: AttributeSpace | None) -> list[set[str]]:
@@ -177,6 +195,9 @@ def _stand_in(
         make_prefix(PrefixKey.for_label(label.attribute, name), text)
         stand_in = StandIn(label=label.key.name, how="text", used={text: 1.0}, similarity=1.0)
         return stand_in, {name: 1.0}
+    existing = [key.label for key in trained if key.attribute == label.attribute]
+    if as_number(label.label) is not None and is_ordinal(existing):
+        between(label.attribute, label.label, existing)  # it is out of range
     entry = space.attributes.get(label.attribute) if space else None
     own = entry.labels.get(label.label) if entry else None
     if own and own.opposite and not request.schedules and request.num_beams == 1:

@@ -32,7 +32,7 @@ class PrivacyReport:
             greedily, after the first 8; `extraction_rate_without`: the same without the
             prefix.
         exposure_bits: Mean exposure of secret numbers, each planted once among the texts, by
-            rank among alternatives; chance gives about 1 (Carlini et al., "The Secret
+            rank among alternatives; chance gives about 1.4 (Carlini et al., "The Secret
             Sharer", 2019, https://arxiv.org/abs/1802.08232). None if none were planted.
         max_exposure_bits: The largest possible exposure.
     """
@@ -153,7 +153,8 @@ class PrivacyAuditor:
         for secret in secrets:
             candidates = [secret, *(_canary(draw) for _ in range(_NUM_ALTERNATIVES))]
             losses = self.losses(candidates, prefix)
-            rank = 1 + sum(loss < losses[0] for loss in losses[1:])
+            below = sum(loss < losses[0] for loss in losses[1:])
+            rank = 1 + below + sum(loss == losses[0] for loss in losses[1:]) / 2
             bits.append(math.log2(len(candidates)) - math.log2(rank))
         return sum(bits) / len(bits)
 

@@ -26,6 +26,7 @@ from controlprefix.training.held_out import split_examples
 
 _FILE = "comparison.json"
 _TASK = "comparison"
+_NUM_HASHED_TEXTS = 20
 
 
 def compare(
@@ -123,7 +124,10 @@ def compare(
     }
     general_rows = [] if general is None else _examples(general, None)[:num_rows]
     options["elsewhere"] = _hash([general_rows], *(other_prompts or ()))
-    options["classifiers"] = sorted(classifier.attribute for classifier in classifiers)
+    options["classifiers"] = {
+        classifier.attribute: _classifier_hash(classifier, problem.test)
+        for classifier in classifiers
+    }
     state = ComparisonState(None if folder is None else Path(folder) / _FILE, options)
     elsewhere = measures.elsewhere(problem, general_rows, other_prompts)
     runner = MethodRunner(
@@ -179,6 +183,13 @@ def _split(
         chosen = random.Random(0).sample(requests, min(num_rows, len(requests)))
         parts.append(measures.rows_of_requests(part, chosen))
     return rows, parts[1], parts[0]
+
+
+def _classifier_hash(classifier: AttributeClassifier, rows: Sequence[Example]) -> str:
+    """A hash of a classifier's labels, and of what it says of some texts."""
+    texts = [row.completion for row in rows[:_NUM_HASHED_TEXTS]]
+    values = classifier.probabilities(texts).round(decimals=3).tolist() if texts else []
+    return hashlib.sha256(repr((tuple(classifier.labels), values)).encode()).hexdigest()
 
 
 def _hash(parts: Sequence[Sequence[Example]], *texts: str) -> str:

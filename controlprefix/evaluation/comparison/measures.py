@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -208,7 +208,9 @@ def text_figures(
         completions.setdefault(_request_identity(row), []).append(row.completion)
     references = [completions[_request_identity(request)] for request in requests]
     most = max(map(len, references))
-    columns = [[(own + [""] * most)[i] for own in references] for i in range(most)]
+    # None where a row has fewer: an empty text would be a reference of no length.
+    padded = [[*own, *[None] * (most - len(own))] for own in references]
+    columns: Any = [list(column) for column in zip(*padded, strict=True)]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     rouge = [
         scorer.score_multi(own, text)["rougeL"].fmeasure

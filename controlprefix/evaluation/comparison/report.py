@@ -39,7 +39,7 @@ QUALITY = (
         "nats, other label",
         "loss, other label",
         3,
-        "high",
+        "",
         "nats per token of the same completions under another label",
     ),
     Column("nats, unseen", "loss, unseen", 3, "low", "of rows with labels that were not trained"),
