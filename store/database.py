@@ -3,16 +3,18 @@
 import contextlib
 import copy
 import logging
+import re
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import sqlalchemy as sa
 import tenacity
 from sqlalchemy import Engine, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from controlprefix.errors import ControlPrefixError, DamagedRowError, StoreError
@@ -27,6 +29,10 @@ _log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.05  # doubled each time: about 1.5 s in total
 _NO_TENANT = -1  # a tenant that has no row yet has no other rows either
+_SCHEMES = ("postgres", "postgresql", "sqlite")
+# PostgreSQL's states of transactions that another one was in the way of: serialization, deadlock,
+# a key that exists or is gone meanwhile.
+_RACES = ("40001", "40P01", "23505", "23503")
 _ADVISORY_LOCK = 7263519  # any number that only this library uses
 
 
@@ -84,7 +90,7 @@ class Database:
                 "(for PostgreSQL: pip install 'controlprefix[postgres]')"
             ) from error
         except (ArgumentError, ValueError) as error:
-            reason = str(error).splitlines()[0].replace(url, "it")
+            reason = _redacted(str(error).splitlines()[0].replace(url, "it"), url)
             raise StoreError(
                 f"cannot open the store {without_password(url)!r}: {reason}; give a path, or an "
                 "SQLAlchemy URL such as sqlite:///prefixes.db or postgresql://user@host/name"
@@ -153,7 +159,8 @@ class Database:
             raise StoreError(f"the store {self.label!r} has no file to purge; check its path")
         if self.is_postgresql:
             tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
-            statements = [f"VACUUM (FULL) {tables}", "CHECKPOINT"]
+            self._require_owner()
+            statements = [f"VACUUM (FULL, ANALYZE) {tables}", "CHECKPOINT"]
         else:
             statements = ["VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"]
         try:
@@ -161,12 +168,29 @@ class Database:
                 driver = link.connection.driver_connection
                 for statement in statements:
                     # Below SQLAlchemy, which would begin a transaction.
-                    driver.execute(statement)  # type: ignore[union-attr]
+                    result = driver.execute(statement)  # type: ignore[union-attr]
+                    is_checkpoint = statement.startswith("PRAGMA wal_checkpoint")
+                    if is_checkpoint and (row := result.fetchone()) and row[0]:
+                        raise StoreError("another process reads it; purge when nobody does")
         except Exception as error:
             raise StoreError(
                 f"cannot purge the store {self.label!r}: {_reason(error)}; on PostgreSQL run it as "
                 "the tables' owner with the role pg_checkpoint"
             ) from error
+
+    def _require_owner(self) -> None:
+        """Check that the role owns the tables: PostgreSQL only warns of those it skips."""
+        names = [table.name for table in Base.metadata.sorted_tables]
+        query = sa.text(
+            "SELECT bool_and(pg_has_role(current_user, relowner, 'USAGE')) FROM pg_class "
+            "WHERE relname = ANY(:names) AND relkind = 'r'"
+        )
+        owns = self._transaction(lambda s: s.scalar(query, {"names": names}), write=False)
+        if not owns:
+            raise StoreError(
+                f"cannot purge the store {self.label!r}: this role does not own its tables; run it "
+                "as their owner, with the role pg_checkpoint"
+            )
 
     def close(self) -> None:
         """Close all connections, also those of other tenants."""
@@ -231,7 +255,7 @@ class Database:
             stop=tenacity.stop_after_attempt(_MAX_ATTEMPTS),
             wait=tenacity.wait_exponential(multiplier=_FIRST_PAUSE_S),
             retry=tenacity.retry_if_exception(lambda error: _can_be_repeated(error, write)),
-            before_sleep=tenacity.before_sleep_log(_log, logging.WARNING),
+            before_sleep=self._log_retry,
             reraise=True,
         )
         try:
@@ -239,6 +263,14 @@ class Database:
         except _TransactionError as error:
             unsure = error.dropped and write and error.committing
             raise self._explain(error.cause, write, unsure=unsure) from error.cause
+
+    def _log_retry(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        cause = error.cause if isinstance(error, _TransactionError) else error
+        reason = (
+            _redacted(_reason(cause), self.url) if isinstance(cause, Exception) else "it failed"
+        )
+        _log.warning("the store %s is asked again: %s", self.label, reason)
 
     def _attempt(self, work: Callable[[Session], Result], write: bool) -> Result:
         options = self._engine.execution_options(controlprefix_write=write)
@@ -258,13 +290,17 @@ class Database:
                 "store verify`, or restore a backup"
             ) from error
         except DBAPIError as error:
-            dropped = error.connection_invalidated or _is_refused(error)
+            dropped = (
+                error.connection_invalidated
+                or _is_refused(error)
+                or getattr(error.orig, "sqlstate", None) in _RACES
+            )
             raise _TransactionError(error, dropped=dropped, committing=committing) from error
         except SQLAlchemyError as error:
             raise _TransactionError(error, dropped=False, committing=committing) from error
 
     def _explain(self, error: SQLAlchemyError, write: bool, *, unsure: bool) -> StoreError:
-        reason, url = _reason(error), self.label
+        reason, url = _redacted(_reason(error), self.url), self.label
         if unsure:
             return StoreError(
                 f"the connection to the store {url!r} broke while a change was committed: "
@@ -295,15 +331,19 @@ def upgrade(url: str, *, service_role: str | None = None) -> tuple[str | None, s
     Raises:
         StoreError: If it cannot be opened or written, or a later version made it.
     """
-    database = Database(url, "")
+    database = Database(url, "", create=False)
     try:
         if service_role is not None and not database.is_postgresql:
             raise StoreError(
                 f"the store {database.label!r} is not on PostgreSQL, which alone has roles; leave "
                 "the service role out"
             )
+        if database.is_missing:
+            raise StoreError(f"there is no store {url}; what is stored first creates it")
 
         def work(session: Session) -> tuple[str | None, str]:
+            if database.is_postgresql:  # two may be run at the same time
+                session.execute(sa.text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
             result = revisions.upgrade(session.connection())
             if service_role is not None:
                 _grant(session, service_role)
@@ -338,13 +378,34 @@ def without_password(url: str) -> str:
     """A URL that may be shown."""
     try:
         # A query may contain passwords too.
-        return make_url(url).set(query={}).render_as_string(hide_password=True)
+        shown = make_url(url).set(query={})
     except (ArgumentError, ValueError):
-        return url.rpartition("@")[2]
+        return url.rpartition("@")[2].partition("?")[0]
+    if shown.host is not None and "@" in shown.host:  # of a password that is not quoted
+        shown = shown.set(host=shown.host.rpartition("@")[2])
+    return shown.render_as_string(hide_password=True)
+
+
+def _redacted(text: str, url: str) -> str:
+    """A message without what may be passwords of a URL."""
+    address, _, query = url.partition("://")[2].partition("?")
+    user_info = address.rpartition("@")[0].partition(":")[2]
+    secrets = {user_info, *re.split("[@:]", user_info), unquote(user_info)}
+    secrets |= {pair.partition("=")[2] for pair in query.split("&")}
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) > 2:
+            text = text.replace(secret, "***")
+    return text
 
 
 def _full_url(url: str) -> str:
     """The SQLAlchemy URL of a path, and of a URL in the short form that hosts give out."""
+    scheme = url.partition(":")[0]
+    if "://" not in url and ":" in url and scheme.partition("+")[0] in _SCHEMES:
+        raise StoreError(
+            f"the store's URL begins with {scheme}: but not with {scheme}://; write it as "
+            "postgresql://user:password@host/name"
+        )
     if "://" not in url:
         return f"sqlite:///{url}"
     scheme, rest = url.split("://", 1)
@@ -383,4 +444,5 @@ def _can_be_repeated(error: BaseException, write: bool) -> bool:
 
 def _is_refused(error: DBAPIError) -> bool:
     """Whether a server could not be reached at all, as while it restarts."""
-    return error.statement is None and type(error.orig).__module__.startswith("psycopg")
+    is_driver = type(error.orig).__module__.startswith("psycopg")
+    return error.statement is None and is_driver and isinstance(error, OperationalError)

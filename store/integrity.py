@@ -92,7 +92,7 @@ class PayloadReader:
             return version.content_hash, session.get(PayloadRow, (prefix_id, number))
 
         try:
-            stored = self._database.run(read)
+            stored = self._database.run(read, repeatable_read=True)
         except DamagedRowError:
             return False
         if stored is None:

@@ -16,7 +16,6 @@ from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from controlprefix.errors import OverloadedError, UnknownNameError
-from controlprefix.prefixes import PrefixKey
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import user_name
@@ -153,7 +152,7 @@ class JobMethods:
         def read(session: Session, tenant: int) -> list[Job]:
             query = select(JobRow).where(JobRow.tenant_id == tenant)
             if user is not None:
-                query = query.where(JobRow.user_name == PrefixKey("user", user).name)
+                query = query.where(JobRow.user_name == user_name(user))
             query = query.order_by(JobRow.created_at.desc(), JobRow.id).limit(limit)
             return [_job(row) for row in session.scalars(query)]
 
@@ -282,10 +281,13 @@ class JobMethods:
             if row is None:
                 session.execute(delete(QueueRow).where(QueueRow.id == claim.job_id))
                 return False
-            row.num_steps = num_steps
             if row.finished_at is not None:  # cancelled while it was stored
                 row.version = version
                 return True
+            queued = session.get(QueueRow, claim.job_id)
+            if queued is not None and queued.num_attempts != claim.num_attempts:
+                return True  # another worker has it, since this one was silent for too long
+            row.num_steps = num_steps
             if error and again and claim.num_attempts < MAX_ATTEMPTS:
                 pause = _RETRY_PAUSE * 2 ** (claim.num_attempts - 1)
                 changes = {"due_at": _now() + pause, "is_running": False}

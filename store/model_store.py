@@ -116,7 +116,7 @@ class ModelStore:
             content = session.get_one(VersionRow, (row.id, number)).content_hash
             return StoredVersion(number, content, None), session.get(PayloadRow, (row.id, number))
 
-        stored, row = self._database.run(read)
+        stored, row = self._database.run(read, repeatable_read=True)
         payload, key_id = (None, None) if row is None else (row.payload, row.key_id)
         return stored._replace(value=self._parse(key, stored, payload, key_id))
 

@@ -38,12 +38,36 @@ def forget(session: Session, tenant: int, key: PrefixKey) -> int:
     return num_removed
 
 
+def remove_version(
+    session: Session, tenant: int, key: PrefixKey, fingerprint: str, version: int
+) -> None:
+    """Remove one version: see `PrefixStore.remove_version`."""
+    query = select_prefixes(tenant, fingerprint, [key]).with_for_update()
+    row = session.scalars(query).one_or_none()
+    numbers = [] if row is None else version_numbers(session, row)
+    if row is None or version not in numbers:
+        return
+    others = [number for number in numbers if number != version]
+    for table in (*codes.LINK_TABLES, AliasRow, PayloadRow, VersionRow):
+        is_own = and_(table.prefix_id == row.id, table.version == version)
+        session.execute(delete(table).where(is_own))
+    if not others:
+        session.execute(delete(PrefixRow).where(PrefixRow.id == row.id))
+    elif row.current_version == version:
+        row.current_version = max(others)
+    _add_to_audit(session, tenant, "remove", key, 1)
+
+
 def prune(session: Session, tenant: int, keep: int) -> int:
     """Remove old versions of every name except those in use; returns how many."""
     num_removed = 0
     many = select(VersionRow.prefix_id).where(VersionRow.tenant_id == tenant)
     many = many.group_by(VersionRow.prefix_id).having(func.count() > keep)
-    query = select_prefixes(tenant, None).where(PrefixRow.id.in_(many)).order_by(PrefixRow.id)
+    query = (
+        select_prefixes(tenant, None)
+        .where(PrefixRow.id.in_(many))
+        .order_by(PrefixRow.kind, PrefixRow.name)
+    )  # as `put` locks them
     for row in session.scalars(query.with_for_update()):
         numbers = version_numbers(session, row)
         aliased = select(AliasRow.version).where(AliasRow.prefix_id == row.id)

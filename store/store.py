@@ -5,6 +5,7 @@ prefixes of one training run.
 """
 
 import copy
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from typing import Self
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from controlprefix.errors import RequestError, UnknownNameError
+from controlprefix.errors import RequestError, StoreError, UnknownNameError
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.store import api_keys, removal, versions
 from controlprefix.store.api_keys import ApiKeyInfo
@@ -142,6 +143,10 @@ class PrefixStore(UserData, JobMethods):
         for new in new_versions:
             check_key(new.key)
             check_value_fits(new.key, new.value)
+            try:
+                json.dumps(dict(new.details), allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise StoreError(f"the details of {new.key} are not JSON: {error}") from error
         payloads = [new.value.to_bytes(new.dtype) for new in new_versions]
 
         def publish(session: Session, tenant: int) -> dict[int, int]:
@@ -213,6 +218,19 @@ class PrefixStore(UserData, JobMethods):
         )
         _log.info("tenant %s: forgot %s, %d versions", self.tenant, key, num_removed)
         return num_removed
+
+    def remove_version(self, key: PrefixKey, fingerprint: str, version: int) -> None:
+        """Remove one version of a name; the newest other one becomes current.
+
+        Where there is no other version, the name is removed; where there is no such version,
+        nothing is.
+        """
+        self._database.run(
+            lambda session, tenant: removal.remove_version(
+                session, tenant, key, fingerprint, version
+            ),
+            write=True,
+        )
 
     def prune(self, *, keep: int) -> int:
         """Remove old versions of every name, except the newest `keep` and those in use.
@@ -334,7 +352,8 @@ class PrefixStore(UserData, JobMethods):
         """
 
         def read(session: Session, tenant: int) -> list[AuditEntry]:
-            query = select(AuditRow).where(AuditRow.tenant_id == tenant, AuditRow.id > after)
+            number = min(max(0, after), (1 << 63) - 1)
+            query = select(AuditRow).where(AuditRow.tenant_id == tenant, AuditRow.id > number)
             query = query.order_by(AuditRow.id)
             return [
                 AuditEntry(row.id, row.at, row.action, key_of(row), row.num_versions)

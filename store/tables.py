@@ -67,7 +67,7 @@ class Time(TypeDecorator[datetime]):
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         if value is None or value.tzinfo is not None:
-            return value
+            return None if value is None else value.astimezone(UTC)
         return value.replace(tzinfo=UTC)
 
 

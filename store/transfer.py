@@ -6,6 +6,7 @@ Exporting what was imported gives the same file again.
 
 import json
 import zipfile
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ from controlprefix.store.records import (
     version_id,
 )
 from controlprefix.store.tables import AliasRow, PayloadRow, PrefixRow, VersionRow
-from controlprefix.store.versions import key_of, select_prefixes
+from controlprefix.store.versions import MAX_VERSION, key_of, select_prefixes
 
 FORMAT = 1
-_MAX_MANIFEST_BYTES = 64 << 20
+_MAX_MANIFEST_BYTES = 1 << 30
 _MAX_RATIO = 4  # of an entry to its size in the file; exports are not compressed
 _MAX_TOTAL_BYTES = 64 << 30  # what an import may add to the store
 _MAX_VERSIONS_PER_PAYLOAD = 8  # on average
@@ -62,10 +63,13 @@ def export_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
     def write(session: Session, tenant: int) -> int:
         unfinished.touch(mode=0o600)  # plain, also of an encrypted store
         with zipfile.ZipFile(unfinished, "w") as archive:
-            manifest, written = _manifest(session, tenant), set()
+            manifest = _manifest(session, tenant)
+            counts = Counter[str]()
             for key, fingerprint, prefix_id, version, expected_hash in _versions(session, tenant):
-                if expected_hash in written:
-                    continue
+                copy, remainder = divmod(counts[expected_hash], _MAX_VERSIONS_PER_PAYLOAD)
+                counts[expected_hash] += 1
+                if remainder:
+                    continue  # several versions share a payload, but no more than an import takes
                 identity = version_id(key, fingerprint, version)
                 row = session.get(PayloadRow, (prefix_id, version))
                 payload = cipher.decrypt(row.payload, row.key_id, identity) if row else b""
@@ -73,12 +77,15 @@ def export_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
                     raise PrefixFormatError(
                         f"{identity} is damaged in the store; roll back and prune, then export"
                     )
-                archive.writestr(_entry(expected_hash), payload)
+                archive.writestr(_entry(expected_hash, copy), payload)
                 session.expunge_all()  # at most one in memory
-                written.add(expected_hash)
-            archive.writestr(
-                zipfile.ZipInfo("manifest.json"), json.dumps(manifest, sort_keys=True, indent=1)
-            )
+            text = json.dumps(manifest, sort_keys=True, indent=1)
+            if len(text) > _MAX_MANIFEST_BYTES:
+                raise StoreError(
+                    f"the tenant's list of versions has {len(text):,} bytes, more than an import "
+                    "reads; copy the database instead"
+                )
+            archive.writestr(zipfile.ZipInfo("manifest.json"), text)
         return sum(len(prefix["versions"]) for prefix in manifest["prefixes"])
 
     try:
@@ -189,18 +196,18 @@ def _read_entry(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
 def _require_whole(archive: zipfile.ZipFile, manifest: dict[str, Any]) -> None:
     """Read every payload, before anything is written: sizes, hashes and contents."""
     versions = [
-        (PrefixKey(prefix["kind"], prefix["name"]), version)
+        (PrefixKey(prefix["kind"], prefix["name"]), prefix["fingerprint"], version)
         for prefix in manifest["prefixes"]
         for version in prefix["versions"]
     ]
-    total = sum(int(version["size_bytes"]) for _, version in versions)
+    total = sum(int(version["size_bytes"]) for _, _, version in versions)
     payloads = (e for e in archive.infolist() if e.filename != "manifest.json")
     stored = sum(entry.file_size for entry in payloads)
     # The same content may have several versions, each of which takes its bytes in the store.
     if total > min(_MAX_TOTAL_BYTES, _MAX_VERSIONS_PER_PAYLOAD * max(1, stored)):
         raise ValueError(f"its versions claim {total:,} bytes")
     checked = set[str]()
-    for key, version in versions:
+    for key, own_fingerprint, version in versions:
         name = f"{key} version {version['version']}"
         expected = version["content_hash"]
         entry = archive.getinfo(_entry(expected).filename)
@@ -211,9 +218,12 @@ def _require_whole(archive: zipfile.ZipFile, manifest: dict[str, Any]) -> None:
             if content_hash(payload) != expected:
                 raise ValueError(f"{name} has the wrong hash")
             try:
-                parse_payload(key, payload, name)
+                value = parse_payload(key, payload, name)
             except PrefixFormatError as error:
                 raise ValueError(str(error)) from error
+            fingerprint = getattr(getattr(value, "geometry", None), "fingerprint", own_fingerprint)
+            if fingerprint != own_fingerprint:
+                raise ValueError(f"{name} is listed for another model than it was made for")
             checked.add(expected)
 
 
@@ -236,6 +246,12 @@ def _add(
         )
     numbers = [version["version"] for version in prefix["versions"]]
     referenced = {prefix["current_version"], *prefix["aliases"].values()}
+    counts = [version["num_slots"] for version in prefix["versions"]]
+    for number in (*numbers, prefix["newest_version"]):
+        if type(number) is not int or not 1 <= number < MAX_VERSION:
+            raise ValueError(f"{key} has the version {number!r}")
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError(f"{key} has a version with an impossible number of slots")
     if not referenced <= set(numbers) or max(numbers) > prefix["newest_version"]:
         raise ValueError(f"{key} refers to versions that are not there")
     row = PrefixRow(
@@ -279,7 +295,7 @@ def _add_version(
     fields = {field: version[field] for field in _VERSION_FIELDS if field != "version"}
     if not isinstance(fields["num_forgotten"], int):
         raise ValueError(f"{name} has num_forgotten {fields['num_forgotten']!r}")
-    created_at = datetime.fromisoformat(version["created_at"])
+    created_at = datetime.fromisoformat(version["created_at"]).astimezone(UTC)
     details = dict(version["details"])
     session.add(VersionRow(**ids, **fields, created_at=created_at, details=details))
     session.flush()
@@ -296,5 +312,6 @@ def _add_version(
     session.expunge_all()
 
 
-def _entry(expected_hash: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(f"payloads/{expected_hash.removeprefix('sha256:')}")
+def _entry(expected_hash: str, copy: int = 0) -> zipfile.ZipInfo:
+    suffix = f"-{copy}" if copy else ""
+    return zipfile.ZipInfo(f"payloads/{expected_hash.removeprefix('sha256:')}{suffix}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Select, and_, or_, select
 from sqlalchemy.orm import Session
 
-from controlprefix.errors import UnknownNameError, VersionConflictError, known_names
+from controlprefix.errors import StoreError, UnknownNameError, VersionConflictError, known_names
 from controlprefix.prefixes import Kind, PrefixKey, content_hash
 from controlprefix.store import codes, profiles, samples
 from controlprefix.store.database import Database
@@ -22,6 +22,9 @@ from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow
 if TYPE_CHECKING:
     from controlprefix.store.records import Value
 
+MAX_VERSION = 1 << 30
+_MAX_MODEL_NAME = 255
+_MAX_ATTEMPTS = 20
 _MAX_NAMES_SEARCHED = 1000  # for the message of an unknown name: a store may have millions
 
 is_current = and_(
@@ -80,21 +83,25 @@ def publish(
     else:
         geometry = new.value.geometry
         fingerprint, model_name = geometry.fingerprint, geometry.model_name
-    session.execute(
-        database.insert_if_absent(
-            PrefixRow,
-            tenant_id=tenant,
-            kind=new.key.kind,
-            name=new.key.name,
-            fingerprint=fingerprint,
-            model_name=model_name,
-            current_version=0,
-            newest_version=0,
-        )
+    insertion = database.insert_if_absent(
+        PrefixRow,
+        tenant_id=tenant,
+        kind=new.key.kind,
+        name=new.key.name,
+        fingerprint=fingerprint,
+        model_name=model_name[:_MAX_MODEL_NAME],
+        current_version=0,
+        newest_version=0,
     )
     # The lock makes the next writer of this name wait for the end of this transaction.
     query = select_prefixes(tenant, fingerprint, [new.key]).with_for_update()
-    row = session.scalars(query).one()
+    row = None
+    for _ in range(_MAX_ATTEMPTS):  # another transaction may remove it in between
+        session.execute(insertion)
+        if (row := session.scalars(query).one_or_none()) is not None:
+            break
+    if row is None:
+        raise StoreError(f"{new.key} is removed again and again; nothing was stored")
     if new.replaces not in (None, row.current_version):
         raise VersionConflictError(
             f"{new.key} is at version {row.current_version}, not at {new.replaces}, which this "
@@ -157,7 +164,7 @@ def find_version(session: Session, row: PrefixRow, version: int | str | None) ->
         alias = session.get(AliasRow, (row.id, version))
         if alias is not None:
             return alias.version
-    elif session.get(VersionRow, (row.id, version)) is not None:
+    elif 0 < version <= MAX_VERSION and session.get(VersionRow, (row.id, version)) is not None:
         return version
     raise unknown_version(session, row, version)
 

@@ -17,6 +17,7 @@ from controlprefix.cli import app
 from controlprefix.cli.config import apply_config
 from controlprefix.cli.runs import RunArguments
 from controlprefix.errors import ControlPrefixError, RequestError
+from controlprefix.store import PrefixStore
 
 from helpers import Histogram, Letters, commands
 from models import build, byte_tokenizer
@@ -440,8 +441,11 @@ def test_a_configuration_file_has_the_defaults(
     config.write_text('tenant = "acme"\nstore = "shop.db"\n')
     apply_config()
     result = CliRunner().invoke(app, ["store", "stats"])
-    assert f"store {tmp_path}/shop.db (no such file), tenant 'acme'" in result.output
+    assert "there is no store shop.db" in str(result.exception)
     assert not (tmp_path / "shop.db").exists()
+    PrefixStore(f"sqlite:///{tmp_path}/shop.db").close()
+    result = CliRunner().invoke(app, ["store", "stats"])
+    assert f"store {tmp_path}/shop.db, tenant 'acme'" in result.output
     monkeypatch.setenv("CONTROLPREFIX_TENANT", "other")
     apply_config()
     assert "tenant 'other'" in CliRunner().invoke(app, ["store", "stats"]).output

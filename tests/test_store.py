@@ -1,13 +1,17 @@
 """The store: versions, tenants, and nothing half-written."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -627,3 +631,138 @@ def test_a_service_role_reads_and_writes_rows_and_nothing_else(tmp_path: Path) -
         engine.dispose()
     with pytest.raises(StoreError, match="not on PostgreSQL"):
         upgrade(f"sqlite:///{tmp_path}/x.db", service_role="x")
+
+
+def test_an_export_of_one_content_in_many_versions_is_imported(url: str, tmp_path: Path) -> None:
+    with PrefixStore(url) as store:
+        for _ in range(20):
+            store.put([new(ANA, seed=1)])
+        assert store.export_to(tmp_path / "a.zip") == 20
+        other = store.for_tenant("copy")
+        assert other.import_from(tmp_path / "a.zip") == 20
+        assert other.export_to(tmp_path / "b.zip") == 20
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"newest_version": (1 << 31) - 1},
+        {"current_version": -1},
+        {"fingerprint": "e" * 64},
+        {"versions": {"version": -5}},
+        {"versions": {"num_slots": -5}},
+        {"versions": {"created_at": "9999-12-31T23:59:59-12:00"}},
+    ],
+)
+def test_an_import_of_nonsense_is_refused(url: str, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "a.zip"
+    with PrefixStore(url) as store:
+        store.put([new(ANA, seed=1)])
+        store.export_to(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        manifest = json.loads(entries["manifest.json"])
+        (entry,) = manifest["prefixes"]
+        entry["versions"][0] |= change.get("versions", {})
+        entry |= {name: value for name, value in change.items() if name != "versions"}
+        entries["manifest.json"] = json.dumps(manifest).encode()
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in entries.items():
+                archive.writestr(name, data)
+        other = store.for_tenant("copy")
+        with pytest.raises(PrefixFormatError, match="nothing was changed"):
+            other.import_from(path)
+        assert other.prefixes() == []
+
+
+def test_writers_that_meet_a_removal_store_or_say_so(url: str) -> None:
+    """`put`, `get`, `forget`, `prune` and profiles of the same names, all at once."""
+    keys = [PrefixKey("user", f"u{i}") for i in range(3)]
+    profile = Profile("e", (0.5, 0.5), 1)
+    with PrefixStore(url) as store:
+        stop = time.monotonic() + 3
+        own = store.for_model(F)
+
+        def put(i: int) -> None:
+            store.put([replace(new(key, seed=1), profile=profile) for key in keys[:: 1 - 2 * i]])
+
+        def read(_: int) -> None:
+            for key in keys:
+                with contextlib.suppress(UnknownNameError):
+                    own.get(key)
+
+        def remove(i: int) -> None:
+            with contextlib.suppress(UnknownNameError):
+                store.forget(keys[i])
+            store.prune(keep=1)
+
+        def keep_doing(work: Any, i: int) -> None:
+            while time.monotonic() < stop:
+                work(i)
+
+        with ThreadPoolExecutor(6) as pool:
+            futures = [
+                pool.submit(keep_doing, work, i) for work in (put, read, remove) for i in (0, 1)
+            ]
+            for future in futures:
+                future.result()
+        assert all(intact for _, _, intact in store.verify())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:p@ssW0rd@localhost:1/db",
+        "postgresql://u:p@ss:W0rd@localhost:1/db",
+        "postgresql://localhost:abc/db?password=W0rd",
+        "postgresql://u:a%40W0rd@localhost:1/db",
+        "postgresql:/u:W0rd@localhost/db",
+    ],
+)
+def test_no_part_of_a_password_is_shown(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("controlprefix.store.database._MAX_ATTEMPTS", 2)
+    with pytest.raises(StoreError) as error:
+        PrefixStore(url).stats()
+    assert "W0rd" not in str(error.value)
+    assert "W0rd" not in caplog.text
+
+
+def test_times_are_utc_wherever_the_server_is(url: str) -> None:
+    zone = {"options": "-c timezone=Asia/Tokyo"} if "postgresql" in url else {}
+    there = make_url(url).update_query_dict(zone).render_as_string(hide_password=False)
+    with PrefixStore(there) as store:
+        store.put([new(ANA, seed=1)])
+        (info,) = store.prefixes()
+        store.forget(ANA)
+        (entry,) = store.audit()
+        assert entry.at.utcoffset() == info.current.created_at.utcoffset() == timedelta(0)
+
+
+def test_what_no_version_can_be_is_no_version(url: str) -> None:
+    with PrefixStore(url) as store:
+        store.put([new(ANA, seed=1)])
+        own = store.for_model(F)
+        for number in (10**24, 1 << 31, 0, -1):
+            with pytest.raises(UnknownNameError, match="has no version"):
+                own.get(ANA, version=number)
+        assert store.audit(after=10**24) == []
+        for details in ({"a": float("nan")}, {"a": object()}):
+            with pytest.raises(StoreError, match="are not JSON"):
+                store.put([replace(new(ANA, seed=1), details=details)])
+
+
+def test_one_version_is_removed_and_the_newest_other_is_current(url: str) -> None:
+    with PrefixStore(url) as store:
+        for seed in (1, 2, 3):
+            store.put([new(ANA, seed=seed)])
+        fingerprint = F
+        own = store.for_model(fingerprint)
+        store.remove_version(ANA, fingerprint, 3)
+        store.remove_version(ANA, fingerprint, 3)  # it is gone
+        assert [(v.version, v.current) for v in own.versions(ANA)] == [(1, False), (2, True)]
+        store.remove_version(ANA, fingerprint, 1)
+        store.remove_version(ANA, fingerprint, 2)
+        assert store.prefixes() == []

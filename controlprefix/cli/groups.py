@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from controlprefix.errors import RequestError
+from controlprefix.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
     from controlprefix.data import Columns
@@ -46,13 +46,21 @@ class StoreArguments:
         ),
     ] = None
 
-    def open_store(self, *, create: bool = False) -> "PrefixStore":
-        """Open the store, which must exist unless it is to be created."""
+    def open_store(self, *, create: bool = False, must_exist: bool = False) -> "PrefixStore":
+        """Open the store; one that does not exist reads as empty, unless it must.
+
+        Raises:
+            StoreError: If it must exist and does not, or cannot be opened.
+        """
         from controlprefix.store import PrefixStore
 
-        return PrefixStore(
+        opened = PrefixStore(
             self.store, tenant=self.tenant, encryption_keys=self.read_keys(), create=create
         )
+        if must_exist and opened.is_missing:
+            opened.close()
+            raise StoreError(f"there is no store {self.store}; give its path or URL with --store")
+        return opened
 
     def read_keys(self) -> "EncryptionKeys | None":
         """The encryption keys, if a file is given."""

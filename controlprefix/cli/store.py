@@ -18,14 +18,14 @@ from controlprefix.cli.groups import (
     grouped,
     require_yes,
 )
-from controlprefix.errors import RequestError, StoreError
+from controlprefix.errors import RequestError
 
 
 @store_app.command("stats")
 @grouped
 def store_stats(*, store: StoreArguments) -> None:
     """Show how much a tenant has stored."""
-    with store.open_store() as opened:
+    with store.open_store(must_exist=True) as opened:
         stats = opened.stats()
     for kind, count in sorted(stats.num_prefixes.items()):
         out.print(f"{count} {kind} prefixes")
@@ -41,9 +41,7 @@ def verify_store(
 ) -> None:
     """Read every version of a tenant, and list those that are damaged."""
     num_damaged = num_checked = 0
-    with store.open_store() as opened:
-        if opened.is_missing:
-            raise StoreError(f"there is no store {store.store}; give --store")
+    with store.open_store(must_exist=True) as opened:
         for key, version, intact in opened.verify():
             num_checked += 1
             if not intact:
@@ -64,7 +62,7 @@ def prune_store(
 ) -> None:
     """Remove old versions, except current ones and those with an alias."""
     require_yes(yes, f"Remove all but the {keep} newest versions of each name, for good?")
-    with store.open_store() as opened:
+    with store.open_store(must_exist=True) as opened:
         out.print(f"{opened.prune(keep=keep)} versions removed")
 
 
@@ -72,7 +70,7 @@ def prune_store(
 @grouped
 def purge_store(*, store: StoreArguments) -> None:
     """Overwrite what was removed or forgotten in the database's files; others wait meanwhile."""
-    with store.open_store() as opened:
+    with store.open_store(must_exist=True) as opened:
         opened.purge()
     out.print("purged; backups and archived logs are not touched")
 
@@ -86,7 +84,7 @@ def rotate_keys(
     """Re-encrypt everything that is not encrypted with the tenant's current key."""
     if store.encryption_keys is None:
         raise RequestError("give the file of keys with --encryption-keys")
-    with store.open_store() as opened:
+    with store.open_store(must_exist=True) as opened:
         out.print(f"{opened.rotate_keys()} versions re-encrypted")
 
 
@@ -95,7 +93,7 @@ def rotate_keys(
 def show_audit(*, store: StoreArguments) -> None:
     """List what was removed on request, and when."""
     table = Table("time (UTC)", "action", "kind", "name", "versions")
-    with store.open_store() as opened:
+    with store.open_store(must_exist=True) as opened:
         for entry in opened.audit():
             at = f"{entry.at:%Y-%m-%d %H:%M}"
             table.add_row(at, entry.action, entry.key.kind, entry.key.name, str(entry.num_versions))
@@ -113,7 +111,7 @@ def export_store(
     """Write all prefixes, versions and aliases of a tenant to one file, decrypted."""
     if file.exists():
         require_yes(yes, f"{file} exists; overwrite it?")
-    with store.open_store() as opened:
+    with store.open_store(must_exist=True) as opened:
         out.print(f"{opened.export_to(file)} versions written to {file}")
 
 

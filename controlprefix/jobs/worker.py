@@ -111,10 +111,12 @@ class JobWorker:
         if started is None:
             return False
         job, options = started
+        key = PrefixKey("user", job.user)
         renewal = _Renewal(store, claim, self._closing)
         try:
             with stoppable(renewal.must_stop), renewal.in_background():
                 version = _train(ControlPrefix(self._frozen, store, self._attributes), job, options)
+                removals = store.last_removal(key)
         except TrainingInterrupted:
             if self._closing.is_set():
                 store.release_job(claim)
@@ -127,9 +129,12 @@ class JobWorker:
                 reason = f"{type(error).__name__} while training; see the worker's log"
             renewal.finish(error=reason, again=isinstance(error, _MAY_SUCCEED_LATER))
             return True
-        if not renewal.finish(version=version):  # forgotten in the last moment
+        if not renewal.finish(version=version):  # the user was forgotten in the last moment
             with contextlib.suppress(ControlPrefixError):
-                store.forget(PrefixKey("user", job.user))
+                # Before this version was stored, or else it went with the others. What was
+                # stored since stays.
+                if store.last_removal(key) == removals:
+                    store.remove_version(key, self._frozen.fingerprint, version)
         return True
 
 
