@@ -378,12 +378,12 @@ def without_password(url: str) -> str:
     """A URL that may be shown."""
     try:
         # A query may contain passwords too.
-        shown = make_url(url).set(query={})
+        parsed = make_url(url).set(query={})
     except (ArgumentError, ValueError):
         return url.rpartition("@")[2].partition("?")[0]
-    if shown.host is not None and "@" in shown.host:  # of a password that is not quoted
-        shown = shown.set(host=shown.host.rpartition("@")[2])
-    return shown.render_as_string(hide_password=True)
+    if parsed.host is not None and "@" in parsed.host:  # of a password that is not quoted
+        parsed = parsed.set(host=parsed.host.rpartition("@")[2])
+    return parsed.render_as_string(hide_password=True)
 
 
 def _redacted(text: str, url: str) -> str:

@@ -25,10 +25,10 @@ def are_opposed(first: str, second: str) -> bool | None:
         >>> are_opposed("formal", "informal"), are_opposed("terse", "verbose")
         (True, None)
     """
-    one, other = (" ".join(_words(label)) for label in (first, second))
-    if _is_negation(one, other) or _is_negation(other, one):
+    start, end = (" ".join(_words(label)) for label in (first, second))
+    if _is_negation(start, end) or _is_negation(end, start):
         return True
-    valences = _valence(one), _valence(other)
+    valences = _valence(start), _valence(end)
     if min(map(abs, valences)) < _MIN_VALENCE:
         return None
     return valences[0] * valences[1] < 0
