@@ -3,17 +3,13 @@
 import contextlib
 import copy
 import logging
-import re
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 import sqlalchemy as sa
 import tenacity
 from sqlalchemy import Engine, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -21,6 +17,7 @@ from controlprefix.errors import ControlPrefixError, DamagedRowError, StoreError
 from controlprefix.store import revisions
 from controlprefix.store.connections import Connections, is_in_memory
 from controlprefix.store.tables import Base, TenantRow
+from controlprefix.store.urls import full_url, label_of, redacted, sqlite_path, without_password
 
 Result = TypeVar("Result")
 
@@ -29,7 +26,6 @@ _log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.05  # doubled each time: about 1.5 s in total
 _NO_TENANT = -1  # a tenant that has no row yet has no other rows either
-_SCHEMES = ("postgres", "postgresql", "sqlite")
 # PostgreSQL's states of transactions that another one was in the way of: serialization, deadlock,
 # a key that exists or is gone meanwhile.
 _RACES = ("40001", "40P01", "23505", "23503")
@@ -69,16 +65,16 @@ class Database:
     """
 
     def __init__(self, url: str, tenant: str, *, pool_size: int = 5, create: bool = True) -> None:
-        url = _full_url(url)
-        self.label = _label(url)
-        path = _sqlite_path(url)
+        url = full_url(url)
+        self.label = label_of(url)
+        path = sqlite_path(url)
         self.is_missing = not create and path is not None and not path.exists()
         if self.is_missing:
             self.label, url = f"{self.label} (no such file)", "sqlite://"
         self.url = url
         self.tenant = tenant
         self._tenant_id: int | None = None
-        path = _sqlite_path(url)
+        path = sqlite_path(url)
         if create and path is not None and path.parent.is_dir():
             with contextlib.suppress(OSError):  # one that exists is left; others are told below
                 path.touch(mode=0o600, exist_ok=False)
@@ -90,7 +86,7 @@ class Database:
                 "(for PostgreSQL: pip install 'controlprefix[postgres]')"
             ) from error
         except (ArgumentError, ValueError) as error:
-            reason = _redacted(str(error).splitlines()[0].replace(url, "it"), url)
+            reason = redacted(str(error).splitlines()[0].replace(url, "it"), url)
             raise StoreError(
                 f"cannot open the store {without_password(url)!r}: {reason}; give a path, or an "
                 "SQLAlchemy URL such as sqlite:///prefixes.db or postgresql://user@host/name"
@@ -267,9 +263,7 @@ class Database:
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         cause = error.cause if isinstance(error, _TransactionError) else error
-        reason = (
-            _redacted(_reason(cause), self.url) if isinstance(cause, Exception) else "it failed"
-        )
+        reason = redacted(_reason(cause), self.url) if isinstance(cause, Exception) else "it failed"
         _log.warning("the store %s is asked again: %s", self.label, reason)
 
     def _attempt(self, work: Callable[[Session], Result], write: bool) -> Result:
@@ -300,7 +294,7 @@ class Database:
             raise _TransactionError(error, dropped=False, committing=committing) from error
 
     def _explain(self, error: SQLAlchemyError, write: bool, *, unsure: bool) -> StoreError:
-        reason, url = _redacted(_reason(error), self.url), self.label
+        reason, url = redacted(_reason(error), self.url), self.label
         if unsure:
             return StoreError(
                 f"the connection to the store {url!r} broke while a change was committed: "
@@ -372,61 +366,6 @@ def _grant(session: Session, role: str) -> None:
         ("USAGE", f"SEQUENCE {', '.join(sequences)}"),
     ):
         session.execute(sa.text(f"GRANT {rights} ON {on} TO {name}"))
-
-
-def without_password(url: str) -> str:
-    """A URL that may be shown."""
-    try:
-        # A query may contain passwords too.
-        parsed = make_url(url).set(query={})
-    except (ArgumentError, ValueError):
-        return url.rpartition("@")[2].partition("?")[0]
-    if parsed.host is not None and "@" in parsed.host:  # of a password that is not quoted
-        parsed = parsed.set(host=parsed.host.rpartition("@")[2])
-    return parsed.render_as_string(hide_password=True)
-
-
-def _redacted(text: str, url: str) -> str:
-    """A message without what may be passwords of a URL."""
-    address, _, query = url.partition("://")[2].partition("?")
-    user_info = address.rpartition("@")[0].partition(":")[2]
-    secrets = {user_info, *re.split("[@:]", user_info), unquote(user_info)}
-    secrets |= {pair.partition("=")[2] for pair in query.split("&")}
-    for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) > 2:
-            text = text.replace(secret, "***")
-    return text
-
-
-def _full_url(url: str) -> str:
-    """The SQLAlchemy URL of a path, and of a URL in the short form that hosts give out."""
-    scheme = url.partition(":")[0]
-    if "://" not in url and ":" in url and scheme.partition("+")[0] in _SCHEMES:
-        raise StoreError(
-            f"the store's URL begins with {scheme}: but not with {scheme}://; write it as "
-            "postgresql://user:password@host/name"
-        )
-    if "://" not in url:
-        return f"sqlite:///{url}"
-    scheme, rest = url.split("://", 1)
-    return f"postgresql+psycopg://{rest}" if scheme in {"postgres", "postgresql"} else url
-
-
-def _sqlite_path(url: str) -> Path | None:
-    """The file of an SQLite database; None for any other."""
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        return None
-    if parsed.get_backend_name() != "sqlite" or is_in_memory(url):
-        return None
-    database = str(parsed.database)
-    return None if database.startswith("file:") else Path(database)
-
-
-def _label(url: str) -> str:
-    path = _sqlite_path(url)
-    return without_password(url) if path is None else str(path.absolute())
 
 
 def _reason(error: Exception) -> str:

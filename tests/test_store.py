@@ -40,9 +40,9 @@ from controlprefix.store import (
     upgrade,
     versions,
 )
-from controlprefix.store.database import _full_url
 from controlprefix.store.revisions import HEAD, REVISION_TABLE
 from controlprefix.store.tables import Base
+from controlprefix.store.urls import full_url
 
 from databases import own_server, restart
 from helpers import coded, decoder, payload_of, prefix_of, raw
@@ -378,7 +378,7 @@ def test_a_store_is_a_path_or_a_url_in_any_form(
         assert relative.label == f"{tmp_path}/prefixes.db"
         assert relative.for_model(F).get(ANA).version == 1
     for url in ("postgres://me:secret@host:1/db", "postgresql://me:secret@host:1/db"):
-        assert _full_url(url) == "postgresql+psycopg://me:secret@host:1/db"
+        assert full_url(url) == "postgresql+psycopg://me:secret@host:1/db"
     with pytest.raises(StoreError, match="check that the server runs") as caught:
         PrefixStore("postgres://me:secret@127.0.0.1:1/db")
     assert "secret" not in str(caught.value)
