@@ -325,15 +325,13 @@ def upgrade(url: str, *, service_role: str | None = None) -> tuple[str | None, s
     Raises:
         StoreError: If it cannot be opened or written, or a later version made it.
     """
-    database = Database(url, "", create=False)
+    database = Database(url, "")
     try:
         if service_role is not None and not database.is_postgresql:
             raise StoreError(
                 f"the store {database.label!r} is not on PostgreSQL, which alone has roles; leave "
                 "the service role out"
             )
-        if database.is_missing:
-            raise StoreError(f"there is no store {url}; what is stored first creates it")
 
         def work(session: Session) -> tuple[str | None, str]:
             if database.is_postgresql:  # two may be run at the same time

@@ -157,7 +157,11 @@ def upgrade_store(
 ) -> None:
     """Upgrade the database to this version's schema; back it up before."""
     from controlprefix.store import upgrade
+    from controlprefix.store.urls import full_url, sqlite_path
 
+    path = sqlite_path(full_url(store.store))
+    if path is not None and not path.exists():
+        raise RequestError(f"there is no store {store.store}; the first that is stored creates it")
     before, after = upgrade(store.store, service_role=service_role)
     if before == after:
         out.print(f"the store is at schema {after} already")
