@@ -7,6 +7,7 @@ another row do not decrypt. Names, sizes and training details stay readable; so 
 
 import base64
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from controlprefix._io import requires_extra
 from controlprefix.errors import StoreKeyError
 
 _NONCE_BYTES = 12
+_log = logging.getLogger(__name__)
 
 
 class EncryptionKeys(Protocol):
@@ -108,6 +110,7 @@ class TenantCipher:
     def __init__(self, tenant: str, keys: EncryptionKeys | None) -> None:
         self._tenant = tenant
         self._keys = keys
+        self._has_warned = False
 
     @property
     def current_key_id(self) -> str | None:
@@ -129,6 +132,9 @@ class TenantCipher:
         """
         key_id = self.current_key_id
         if key_id is None:
+            if self._keys is not None and not self._has_warned:
+                self._has_warned = True
+                _log.warning("no encryption key for tenant %r: stored in plain", self._tenant)
             return plain, None
         nonce = os.urandom(_NONCE_BYTES)
         cipher = self._cipher(key_id)

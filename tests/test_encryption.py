@@ -170,3 +170,16 @@ def test_an_export_is_readable_and_is_encrypted_again_on_the_way_in(
     ) as other:  # has no key: plain
         other.import_from(tmp_path / "one.zip")
         assert payload_of(other.for_model(F).get(ANA)) == payload_of(new(seed=1))
+
+
+def test_a_tenant_without_a_key_is_warned_of(
+    keys: Keys, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys.use("k1")
+    with PrefixStore(f"sqlite:///{tmp_path}/x.db", tenant="mine", encryption_keys=keys) as store:
+        store.keep_samples("ana", ["a text"])
+        assert "stored in plain" not in caplog.text
+        other = store.for_tenant("other")
+        for _ in range(2):
+            other.keep_samples("ana", ["a text"])
+    assert caplog.text.count("no encryption key for tenant 'other': stored in plain") == 1
