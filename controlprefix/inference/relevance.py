@@ -41,8 +41,9 @@ def learn_relevance(
     """Choose prompts to compare with, and how near to them a prompt must be.
 
     A prompt must be as near to the prefix's own prompts as these are to each other, but for the
-    farthest fiftieth, and nearer to them than to other prompts: by so much that at most a
-    twentieth of other prompts passes, by split conformal prediction.
+    farthest fiftieth, and nearer to them than to other prompts: by so much that a twentieth of
+    others that are held back passes (split conformal prediction). That is a bound for prompts
+    like these, not for prompts of any kind: see docs/results/relevance.md.
 
     Args:
         prompts: Prompts that the prefix is meant for.
