@@ -34,6 +34,9 @@ if TYPE_CHECKING:  # they import torch
     from controlprefix.store.records import Value
 
 
+_MAX_KEYS = 10_000  # of a statement, whose parameters databases limit
+
+
 class ModelStore:
     """What one tenant has stored for one frozen model. Get it with `PrefixStore.for_model`.
 
@@ -51,7 +54,7 @@ class ModelStore:
     def fetch(
         self, keys: Iterable[PrefixKey], *, known_hashes: Collection[str] = ()
     ) -> dict[PrefixKey, StoredVersion]:
-        """The current versions of those keys that exist, in one round trip.
+        """The current versions of those keys that exist, in one round trip per 10,000 keys.
 
         Args:
             keys: Any number.
@@ -65,6 +68,13 @@ class ModelStore:
         keys = list(dict.fromkeys(keys))
         if not keys:
             return {}
+        if len(keys) > _MAX_KEYS:
+            parts = (keys[i : i + _MAX_KEYS] for i in range(0, len(keys), _MAX_KEYS))
+            return {
+                key: version
+                for part in parts
+                for key, version in self.fetch(part, known_hashes=known_hashes).items()
+            }
         for key in keys:
             check_key(key)
 

@@ -766,3 +766,10 @@ def test_one_version_is_removed_and_the_newest_other_is_current(url: str) -> Non
         store.remove_version(ANA, fingerprint, 1)
         store.remove_version(ANA, fingerprint, 2)
         assert store.prefixes() == []
+
+
+def test_any_number_of_keys_is_fetched(url: str) -> None:
+    with PrefixStore(url) as store:
+        store.put([new(ANA), new(BO)])
+        keys = [ANA, *(PrefixKey("user", f"u{i}") for i in range(40_000)), BO]
+        assert set(store.for_model(F).fetch(keys)) == {ANA, BO}
