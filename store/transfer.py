@@ -206,14 +206,14 @@ def _require_whole(archive: zipfile.ZipFile, manifest: dict[str, Any]) -> None:
     # The same content may have several versions, each of which takes its bytes in the store.
     if total > min(_MAX_TOTAL_BYTES, _MAX_VERSIONS_PER_PAYLOAD * max(1, stored)):
         raise ValueError(f"its versions claim {total:,} bytes")
-    checked = set[str]()
+    models: dict[str, str] = {}  # content hash -> the model that it was made for
     for key, own_fingerprint, version in versions:
         name = f"{key} version {version['version']}"
         expected = version["content_hash"]
         entry = archive.getinfo(_entry(expected).filename)
         if entry.file_size != version["size_bytes"]:
             raise ValueError(f"{name} has {entry.file_size:,} bytes")
-        if expected not in checked:
+        if expected not in models:
             payload = _read_entry(archive, entry.filename, entry.file_size)
             if content_hash(payload) != expected:
                 raise ValueError(f"{name} has the wrong hash")
@@ -221,10 +221,10 @@ def _require_whole(archive: zipfile.ZipFile, manifest: dict[str, Any]) -> None:
                 value = parse_payload(key, payload, name)
             except PrefixFormatError as error:
                 raise ValueError(str(error)) from error
-            fingerprint = getattr(getattr(value, "geometry", None), "fingerprint", own_fingerprint)
-            if fingerprint != own_fingerprint:
-                raise ValueError(f"{name} is listed for another model than it was made for")
-            checked.add(expected)
+            geometry = getattr(value, "geometry", None)  # a code has its decoder's
+            models[expected] = "" if geometry is None else geometry.fingerprint
+        if models[expected] not in ("", own_fingerprint):
+            raise ValueError(f"{name} is listed for another model than it was made for")
 
 
 def _add(

@@ -676,6 +676,24 @@ def test_an_import_of_nonsense_is_refused(url: str, tmp_path: Path, change: dict
         assert other.prefixes() == []
 
 
+def test_an_import_lists_no_content_under_another_model(url: str, tmp_path: Path) -> None:
+    """Also where the same content is listed rightly before."""
+    path = tmp_path / "a.zip"
+    with PrefixStore(url) as store:
+        store.put([new(ANA, seed=1), new(BO, seed=1)])
+        store.export_to(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        manifest = json.loads(entries["manifest.json"])
+        manifest["prefixes"][1]["fingerprint"] = "e" * 64
+        entries["manifest.json"] = json.dumps(manifest).encode()
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in entries.items():
+                archive.writestr(name, data)
+        with pytest.raises(PrefixFormatError, match="another model than it was made for"):
+            store.for_tenant("copy").import_from(path)
+
+
 def test_writers_that_meet_a_removal_store_or_say_so(url: str) -> None:
     """`put`, `get`, `forget`, `prune` and profiles of the same names, all at once."""
     keys = [PrefixKey("user", f"u{i}") for i in range(3)]

@@ -24,6 +24,11 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether there were enough values for one."""
+        return math.isfinite(self.high - self.low)
+
     def text(self, form: str = ".2f") -> str:
         """The mean and the interval.
 
@@ -36,7 +41,7 @@ class Estimate(NamedTuple):
             >>> Estimate(0.5, -math.inf, math.inf).text()
             '0.50 (too few for an interval)'
         """
-        if not math.isfinite(self.high - self.low):
+        if not self.has_interval:
             return f"{self.mean:{form}} (too few for an interval)"
         return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
 

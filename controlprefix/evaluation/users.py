@@ -1,7 +1,6 @@
 """For whom user prefixes work: the distribution of their gain over users and groups of users."""
 
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -256,10 +255,6 @@ def _off_context(
     return float(kl_divergences(steered, plain).mean())
 
 
-def _is_finite(estimate: Estimate) -> bool:
-    return math.isfinite(estimate.high - estimate.low)
-
-
 def _render(result: UsersEvaluation, image: bytes) -> str:
     def interval(estimate: Estimate) -> str:
         return estimate.text("+.3f")
@@ -314,9 +309,7 @@ def _plot(evaluation: UsersEvaluation) -> bytes:
     results = sorted(evaluation.users.values(), key=lambda result: result.gain.mean)
     places = range(len(results))
     axes.axhline(0, color="0.6", linewidth=1)
-    with_interval = [
-        (i, r.gain) for i, r in zip(places, results, strict=True) if _is_finite(r.gain)
-    ]
+    with_interval = [(i, r.gain) for i, r in enumerate(results) if r.gain.has_interval]
     axes.vlines(
         [i for i, _ in with_interval],
         [gain.low for _, gain in with_interval],

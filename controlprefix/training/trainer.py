@@ -249,16 +249,12 @@ class Trainer:
         }
         prefixes = parameterize(settings, preparation.initial, preparation.scale)
         objective = objective or Objective(self._frozen, contrast=settings.contrast)
-        identity = run_identity(
-            settings, preparation.rows, preparation.held_out, prefixes, objective.identity()
-        )
         earlier = control.stored_report(origin)
-        if (
-            earlier is not None
-            and (earlier.rows_hash, earlier.settings) == (identity["rows"], settings.to_dict())
-            and self._starts_from(earlier, preparation.initial)
-        ):
-            return earlier
+        if earlier is not None and self._starts_from(earlier, preparation.initial):
+            rows, held_out = preparation.rows, preparation.held_out
+            identity = run_identity(settings, rows, held_out, prefixes, objective.identity())
+            if (earlier.rows_hash, earlier.settings) == (identity["rows"], settings.to_dict()):
+                return earlier
         run = train(
             self._frozen,
             preparation.rows,
