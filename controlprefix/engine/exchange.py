@@ -185,6 +185,7 @@ class ExchangeMethods(PrefixMethods):
         copies: list[Prefix] = []
         for item in resolved.parts:
             part, used = item.part, item.used
+            part.prefix.require_joint("PEFT, whose prefixes are in the KV cache")
             is_whole = float(part.strength).is_integer() and not item.in_logit_space
             if not is_whole or part.schedule:
                 raise RequestError(

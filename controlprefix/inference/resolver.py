@@ -294,10 +294,10 @@ class Resolver:
 def part_at_strength(
     key: PrefixKey, stored: StoredVersion, strength: float, schedule: Schedule = ()
 ) -> ResolvedPart:
-    """A stored prefix as a part; strengths below 0 are applied in logit space."""
+    """A stored prefix as a part; strengths below 0 of joint ones are applied in logit space."""
     assert isinstance(stored.value, Prefix)
     used = PartUsed(kind=key.kind, name=key.name, version=stored.version, strength=strength)
-    if strength < 0:
+    if strength < 0 and stored.value.form == "joint":
         return ResolvedPart(used, Part(stored.value, 1.0, schedule), in_logit_space=True)
     return ResolvedPart(used, Part(stored.value, strength, schedule))
 

@@ -2,8 +2,9 @@
 
 transformers looks its attention function up by name. While a prefix batch is attached to a
 model, the names `sdpa` and `eager` lead here: in a layer with slots every query attends to
-them beside the tokens; any other call, of any model, goes on to the original function. Slots
-never enter a KV cache and never shift a position.
+them beside the tokens, and those of decoupled prefixes in a softmax of their own; any other call,
+of any model, goes on to the original function. Slots never enter a KV cache and never shift a
+position.
 """
 
 import contextlib
@@ -23,9 +24,10 @@ from transformers import AttentionInterface
 
 from controlprefix.errors import UnsupportedModelError
 from controlprefix.model.decode_kernel import decode
+from controlprefix.model.decoupled_attention import decoupled_attention
 from controlprefix.model.masks import joined_keys_and_values, mask_with_slots
 from controlprefix.model.prefill_kernel import PREFILL_CHUNK, prefill
-from controlprefix.prefixes import Site, SlotBlock
+from controlprefix.prefixes import DecoupledBlock, Site, SlotBlock
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # transformers' names of the functions we stand in for
 # Set on attention modules while a batch is attached: the layer, and a number for compiled graphs.
@@ -44,8 +46,8 @@ class SteeredLayer(Protocol):
     def index(self) -> int:
         """Index among the layers of the site."""
 
-    def blocks(self, num_rows: int) -> tuple[SlotBlock, ...]:
-        """The slots that a call with `num_rows` rows attends to; may be empty."""
+    def slots(self, num_rows: int) -> tuple[tuple[SlotBlock, ...], tuple[DecoupledBlock, ...]]:
+        """What a call with `num_rows` rows attends to beside its tokens; both may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +208,38 @@ def _attend(
     if _recordings and (calls := _recordings.get(threading.get_ident())) is not None:
         calls.append(AttentionCall(module, query, key, value, kwargs.get("scaling")))
     layer: SteeredLayer | None = module.__dict__.get(LAYER_ATTRIBUTE)
-    blocks = layer.blocks(query.shape[0]) if layer else ()
-    if layer is None or not blocks:
+    blocks, decoupled = layer.slots(query.shape[0]) if layer else ((), ())
+    if layer is None or not (blocks or decoupled):
         return base(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("cache") is not None:
         raise UnsupportedModelError(
             "transformers' continuous batching packs rows into one sequence, where the slots of "
             "different rows cannot be told apart; use generate"
         )
+    if not blocks:
+        output, weights = base(module, query, key, value, attention_mask, **kwargs)
+    else:
+        output, weights = _attend_jointly(
+            implementation, base, module, layer, query, key, value, attention_mask, blocks, kwargs
+        )
+    for block in decoupled:
+        output = output + decoupled_attention(query, block, layer.index, kwargs.get("scaling"))
+    return output, weights
+
+
+def _attend_jointly(
+    implementation: str,
+    base: Callable[..., Any],
+    module: nn.Module,
+    layer: SteeredLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    blocks: tuple[SlotBlock, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """One softmax over slots and tokens, by the fastest function that knows the arguments."""
     watcher = _watchers.get(threading.get_ident()) if _watchers else None
     if (
         query.shape[2] == 1

@@ -31,7 +31,15 @@ from controlprefix.model.attention import (
     watching,
 )
 from controlprefix.model.probing import LayerIndex, probe
-from controlprefix.prefixes import Geometry, Part, PrefixBatch, Site, SlotBlock, assemble
+from controlprefix.prefixes import (
+    DecoupledBlock,
+    Geometry,
+    Part,
+    PrefixBatch,
+    Site,
+    SlotBlock,
+    assemble,
+)
 
 # Coroutines are told apart by their tasks' contexts.
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -45,15 +53,17 @@ class _Layer:
     site: Site
     index: int
 
-    def blocks(self, num_rows: int) -> tuple[SlotBlock, ...]:
+    def slots(self, num_rows: int) -> tuple[tuple[SlotBlock, ...], tuple[DecoupledBlock, ...]]:
         batch = self.steering.current()
-        blocks = batch.blocks.get(self.site, ()) if batch else ()
-        if batch and blocks and num_rows % batch.num_rows:
+        if batch is None:
+            return (), ()
+        blocks, decoupled = batch.blocks.get(self.site, ()), batch.decoupled.get(self.site, ())
+        if (blocks or decoupled) and num_rows % batch.num_rows:
             raise RequestError(
                 f"the model was called with {num_rows} rows inside a block assembled for "
                 f"{batch.num_rows} requests; give each request its row"
             )
-        return blocks
+        return blocks, decoupled
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,21 +5,30 @@ from typing import TYPE_CHECKING
 from controlprefix._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from controlprefix.prefixes.assembly import Part, PrefixBatch, SlotBlock, assemble
+    from controlprefix.prefixes.assembly import (
+        DecoupledBlock,
+        Part,
+        PrefixBatch,
+        SlotBlock,
+        assemble,
+    )
     from controlprefix.prefixes.container import StorageDtype
     from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
     from controlprefix.prefixes.key import KINDS, Kind, PrefixKey, content_hash
-    from controlprefix.prefixes.prefix import LayerSlots, Prefix
+    from controlprefix.prefixes.layer_slots import LayerSlots
+    from controlprefix.prefixes.prefix import Form, Prefix
     from controlprefix.prefixes.relevance import Relevance
     from controlprefix.prefixes.schedule import Schedule
     from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
 
 _HOMES = {
+    "DecoupledBlock": "assembly",
+    "Form": "prefix",
     "Geometry": "geometry",
     "KINDS": "key",
     "Kind": "key",
     "LayerShape": "geometry",
-    "LayerSlots": "prefix",
+    "LayerSlots": "layer_slots",
     "Part": "assembly",
     "Prefix": "prefix",
     "PrefixBatch": "assembly",
@@ -39,6 +48,8 @@ _HOMES = {
 __all__ = [
     "KINDS",
     "SITES",
+    "DecoupledBlock",
+    "Form",
     "Geometry",
     "Kind",
     "LayerShape",

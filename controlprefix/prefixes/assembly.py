@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,12 +21,13 @@ class Part:
 
     Attributes:
         prefix: The slots.
-        strength: Multiplies the unnormalized attention mass of the slots: 0 is exactly
-            absent, 1 exactly as trained.
+        strength: Multiplies the unnormalized attention mass of the slots, or the output of a
+            decoupled prefix: 0 is exactly absent, 1 exactly as trained.
         schedule: Multiplies the strength per generated token.
 
     Raises:
-        RequestError: If the strength is negative, NaN or infinite.
+        RequestError: If the strength is NaN or infinite, or negative where the prefix is not
+            decoupled.
     """
 
     prefix: Prefix
@@ -34,7 +35,8 @@ class Part:
     schedule: Schedule = ()
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.strength) and self.strength >= 0):
+        is_signed = self.prefix.form == "decoupled"
+        if not math.isfinite(self.strength) or (self.strength < 0 and not is_signed):
             raise RequestError(
                 f"strength {self.strength} is not a finite number >= 0; 0 leaves the part out, "
                 "1 is as trained"
@@ -69,6 +71,25 @@ class SlotBlock:
     scheduled: tuple[ScheduledSlots, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class DecoupledBlock:
+    """At most one decoupled prefix of each row, at one site.
+
+    Attributes:
+        keys, values: Per layer, `(num_rows, num_kv_heads, num_slots, head_dim)`; one row if all
+            rows have the same prefix. A row without a prefix has zeros.
+        is_slot: `(num_rows, num_slots)`, False for padding; None without any.
+        strengths: `(num_rows,)`, float32, by which each row's output is multiplied.
+        scheduled: Rows, and their parts, whose strength changes during generation.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    is_slot: Tensor | None
+    strengths: Tensor
+    scheduled: tuple[tuple[int, Part], ...] = ()
+
+
 @dataclass(frozen=True)
 class PrefixBatch:
     """The slots that a batch of requests attends to beside its tokens.
@@ -77,10 +98,13 @@ class PrefixBatch:
         num_rows: Requests in the batch.
         blocks: Per site, at most two blocks: the slots that all rows share (kept once),
             then each row's own slots.
+        decoupled: Per site, a block for the first decoupled prefix of each row, one for the
+            second, and so on.
     """
 
     num_rows: int
     blocks: Mapping[Site, tuple[SlotBlock, ...]]
+    decoupled: Mapping[Site, tuple[DecoupledBlock, ...]] = field(default_factory=dict)
 
     def set_token(self, tokens: int | Sequence[int]) -> None:
         """Set scheduled strengths to their values at a new token.
@@ -93,15 +117,24 @@ class PrefixBatch:
                 token = tokens if isinstance(tokens, int) else tokens[row]
                 strength = part.strength * multiplier_at(part.schedule, token)
                 block.log_strengths[row, first:last] = _log(strength)
+        for alone in (block for blocks in self.decoupled.values() for block in blocks):
+            for row, part in alone.scheduled:
+                token = tokens if isinstance(tokens, int) else tokens[row]
+                alone.strengths[row] = part.strength * multiplier_at(part.schedule, token)
 
     @property
     def is_scheduled(self) -> bool:
         """Whether any strength has a schedule."""
-        return any(block.scheduled for blocks in self.blocks.values() for block in blocks)
+        return any(
+            block.scheduled
+            for sites in (self.blocks, self.decoupled)
+            for blocks in sites.values()
+            for block in blocks
+        )
 
     @cached_property
     def num_slots(self) -> int:
-        """Slots of the longest row, at the site with the most slots."""
+        """Slots of the longest row in one softmax with its tokens, at the site with the most."""
         return max(
             (sum(b.log_strengths.shape[1] for b in blocks) for blocks in self.blocks.values()),
             default=0,
@@ -119,7 +152,8 @@ def assemble(
 
     Attention reads slots as a set, so parts need no order and assembly is
     union. Parts that every row has at the same strength are kept once and
-    shared by all rows. Gradients flow through.
+    shared by all rows. Decoupled parts stay apart, since each has a softmax
+    of its own. Gradients flow through.
 
     Args:
         requests: The parts of each row; a row may have none.
@@ -147,7 +181,9 @@ def assemble(
     """
     for prefix in {id(part.prefix): part.prefix for row in requests for part in row}.values():
         geometry.require(prefix.geometry, "prefix")
-    rows = [_merged(request) for request in requests]
+    merged = [_merged(request) for request in requests]
+    rows = [[part for part in row if part.prefix.form == "joint"] for row in merged]
+    alone = [[part for part in row if part.prefix.form == "decoupled"] for row in merged]
     shared = [part for part in rows[0] if all(_holds(row, part) for row in rows)] if rows else []
     own = [[part for part in row if not _holds(shared, part)] for row in rows]
     blocks = {}
@@ -158,19 +194,29 @@ def assemble(
         )
         if present := tuple(block for block in pair if block is not None):
             blocks[site] = present
-    return PrefixBatch(num_rows=len(rows), blocks=blocks)
+    decoupled = {}
+    for site in geometry.sites:
+        with_slots = [[part for part in row if len(part.prefix.slots[site])] for row in alone]
+        if count := max(map(len, with_slots), default=0):
+            decoupled[site] = tuple(
+                _decoupled(
+                    [row[i] if i < len(row) else None for row in with_slots], site, device, dtype
+                )
+                for i in range(count)
+            )
+    return PrefixBatch(num_rows=len(rows), blocks=blocks, decoupled=decoupled)
 
 
 def _merged(request: Sequence[Part]) -> list[Part]:
-    """The parts above strength 0, each prefix once: the strengths of two copies add up."""
+    """The parts of another strength than 0, each prefix once: strengths of copies add up."""
     merged: dict[tuple[int, Schedule], Part] = {}
     for part in request:
-        if part.strength > 0:
+        if part.strength:
             same = id(part.prefix), part.schedule
             earlier = merged.get(same)
             strength = part.strength + (earlier.strength if earlier else 0.0)
             merged[same] = Part(part.prefix, strength, part.schedule)
-    return list(merged.values())
+    return [part for part in merged.values() if part.strength]
 
 
 def _holds(row: Sequence[Part], part: Part) -> bool:
@@ -213,18 +259,61 @@ def _block(
         stacked.append(padding[: longest - length])
         log_strengths.append(logs + [-math.inf] * (longest - length))
     # Two copies in total: rows beside each other, then per layer.
-    slots = torch.cat(stacked).view(len(parts), longest, -1)  # (num_rows, num_slots, slot_size)
+    keys, values = _by_layer(torch.cat(stacked).view(len(parts), longest, -1), geometry, site)
+    return SlotBlock(
+        keys=keys,
+        values=values,
+        log_strengths=torch.tensor(log_strengths, device=device),
+        unweighted=not scheduled and not any(map(any, log_strengths)),
+        scheduled=tuple(scheduled),
+    )
+
+
+def _decoupled(
+    parts: Sequence[Part | None],
+    site: Site,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> DecoupledBlock:
+    """One decoupled part per row at one site, padded; at least one row has one."""
+    present = [part for part in parts if part is not None]
+    prefixes = {id(part.prefix): part.prefix for part in present}
+    first = present[0].prefix.slots[site]
+    device, dtype = device or first.device, dtype or first.dtype
+    longest = max(len(prefix.slots[site]) for prefix in prefixes.values())
+    rows = present[:1] if len(prefixes) == 1 else parts
+    empty = first.new_zeros(longest, first.shape[1], device=device, dtype=dtype)
+    stacked, lengths = [], []
+    for part in rows:
+        slots = empty if part is None else part.prefix.slots[site].to(device, dtype)
+        lengths.append(len(slots))
+        stacked += [slots, empty[len(slots) :]]
+    keys, values = _by_layer(
+        torch.cat(stacked).view(len(rows), longest, -1), present[0].prefix.geometry, site
+    )
+    is_slot = None
+    if min(lengths) < longest:
+        counts = torch.tensor(lengths, device=device)
+        is_slot = torch.arange(longest, device=device) < counts[:, None]
+    strengths = [p.strength * multiplier_at(p.schedule, 0) if p else 0.0 for p in parts]
+    return DecoupledBlock(
+        keys,
+        values,
+        is_slot,
+        torch.tensor(strengths, device=device),
+        tuple((i, part) for i, part in enumerate(parts) if part and part.schedule),
+    )
+
+
+def _by_layer(
+    slots: Tensor, geometry: Geometry, site: Site
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`(num_rows, num_slots, slot_size)` as the keys and the values of `SlotBlock`."""
     heads = [shape.num_kv_heads for shape in geometry.layers(site) for _ in range(2)]
     layered = [
         tensor.unflatten(2, (num_heads, -1)).transpose(1, 2).contiguous()
         for tensor, num_heads in zip(
             slots.split(geometry.split_sizes(site), dim=2), heads, strict=True
         )
-    ]  # (num_rows, num_kv_heads, num_slots, head_dim)
-    return SlotBlock(
-        keys=tuple(layered[0::2]),
-        values=tuple(layered[1::2]),
-        log_strengths=torch.tensor(log_strengths, device=device),
-        unweighted=not scheduled and not any(map(any, log_strengths)),
-        scheduled=tuple(scheduled),
-    )
+    ]
+    return tuple(layered[0::2]), tuple(layered[1::2])

@@ -12,6 +12,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from controlprefix.errors import ControlPrefixError, PrefixFormatError, short_reason
+from controlprefix.prefixes.geometry import Site
 
 StorageDtype = Literal["float32", "bfloat16", "float16", "int8"]
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -164,3 +165,30 @@ def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def dequantize_sites(
+    tensors: Mapping[str, Tensor],
+    head_sizes: Mapping[Site, Sequence[int]],
+    dtype: object,
+    name: str,
+) -> dict[Site, Tensor]:
+    """Undo `quantize` for the slots of some sites.
+
+    Args:
+        tensors: Per site its int8 rows, and its scales as `<site>.scales`.
+        head_sizes: Per site, as in `quantize`.
+        dtype: Name of the dtype that the slots had.
+        name: What the file is called in errors.
+
+    Raises:
+        PrefixFormatError: If it is no float dtype, or scales are missing or damaged.
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise PrefixFormatError(f"{name} was quantized from {dtype!r}, which is no float dtype")
+    return {
+        site: dequantize(
+            tensors[site], tensors.get(f"{site}.scales"), sizes, f"{name} at {site}"
+        ).to(getattr(torch, str(dtype)))
+        for site, sizes in head_sizes.items()
+    }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -20,15 +20,18 @@ from controlprefix.errors import (
     UnsupportedModelError,
 )
 from controlprefix.prefixes import container
-from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype
+from controlprefix.prefixes.container import StorageDtype
 from controlprefix.prefixes.dial import Dial, read_dial, strength_at
-from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
+from controlprefix.prefixes.geometry import SITES, Geometry, Site
+from controlprefix.prefixes.layer_slots import LayerSlots, heads_first, stack_layers
 from controlprefix.prefixes.peft_files import read_checkpoint, write_checkpoint
 from controlprefix.prefixes.relevance import Relevance
 
 _log = logging.getLogger("controlprefix")
 
-LayerSlots = tuple[Tensor, Tensor]  # keys, values: (num_kv_heads, num_slots, head_dim) each
+# Whether attention normalizes over tokens and slots together, or over the slots by themselves.
+Form = Literal["joint", "decoupled"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,10 @@ class Prefix:
             `ControlPrefix.learn_relevance`.
         is_exact: For a prefix just made from a text or read from another library's checkpoint,
             whether attending to it equals what it was made from; None for others. Not stored.
+        form: `"joint"`: its slots share one softmax with the tokens and the other parts.
+            `"decoupled"`: they have a softmax of their own, whose output, times the strength, is
+            added to that of attention (Wang et al., "Prefix-Tuning+", 2025,
+            https://arxiv.org/abs/2506.13674, without its kernel and its weight on attention).
 
     Raises:
         GeometryMismatchError: If sites or shapes are not those of the geometry.
@@ -60,6 +67,7 @@ class Prefix:
     dial: Dial = ()
     relevance: Relevance | None = None
     is_exact: bool | None = None
+    form: Form = "joint"
 
     def __post_init__(self) -> None:
         slots = dict(self.slots)
@@ -108,7 +116,7 @@ class Prefix:
             "cross": cross,
         }
         slots = {
-            site: _stack_layers(geometry, site, layers)
+            site: stack_layers(geometry, site, layers)
             for site, layers in sites.items()
             if len(layers)
         }
@@ -144,8 +152,8 @@ class Prefix:
         shape = self.geometry.layers(site)[index]
         columns = self.slots[site].split(self.geometry.split_sizes(site), dim=1)
         return (
-            _heads_first(columns[2 * index], shape.num_kv_heads),
-            _heads_first(columns[2 * index + 1], shape.num_kv_heads),
+            heads_first(columns[2 * index], shape.num_kv_heads),
+            heads_first(columns[2 * index + 1], shape.num_kv_heads),
         )
 
     @property
@@ -165,8 +173,8 @@ class Prefix:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the slots as float32, independent of dtype, device and metadata."""
-        sha = hashlib.sha256()
+        """SHA-256 of form and slots as float32, independent of dtype, device and metadata."""
+        sha = hashlib.sha256(b"" if self.form == "joint" else self.form.encode())
         for slots in self.slots.values():
             sha.update(slots.detach().float().cpu().contiguous().numpy().tobytes())
         return sha.hexdigest()
@@ -214,6 +222,8 @@ class Prefix:
         prefix.require_finite()
         tensors: dict[str, Tensor] = {str(site): rows for site, rows in prefix.slots.items()}
         header: dict[str, Any] = {"geometry": self.geometry.to_dict()}
+        if self.form != "joint":
+            header["form"] = self.form
         if self.dial:
             header["dial"] = self.dial
         if self.relevance is not None:
@@ -246,11 +256,13 @@ class Prefix:
             geometry = Geometry.from_dict(header["geometry"])
             slots = {site: tensors[site] for site in SITES if site in tensors}
             try:
-                prefix = cls(geometry, slots, read_dial(header.get("dial", []), name))
+                form = _read_form(header.get("form", "joint"), name)
+                prefix = cls(geometry, slots, read_dial(header.get("dial", []), name), form=form)
                 if (relevance := header.get("relevance")) is not None:
                     prefix = replace(prefix, relevance=Relevance.from_dict(relevance, name))
                 if "int8" in header:  # after the shapes were compared with the geometry
-                    floats = _dequantize_sites(geometry, slots, tensors, header["int8"], name)
+                    sizes = {site: geometry.head_sizes(site) for site in slots}
+                    floats = container.dequantize_sites(tensors, sizes, header["int8"], name)
                     prefix = replace(prefix, slots=floats)
             except GeometryMismatchError as error:
                 raise PrefixFormatError(f"{name} contradicts its own geometry: {error}") from error
@@ -331,16 +343,33 @@ class Prefix:
 
         Raises:
             PrefixFormatError: If no model is loaded.
-            UnsupportedModelError: If the model's positions are not rotations of keys.
+            UnsupportedModelError: If the model's positions are not rotations of keys, or the
+                prefix is decoupled.
             GeometryMismatchError: If the prefix is for another model, or layers differ in shape.
             StoreError: If the folder cannot be written.
         """
+        self.require_joint("PEFT, whose prefixes are in the KV cache")
         geometry = self.geometry if geometry is None else geometry
         geometry.require(self.geometry, "the prefix")
         if geometry.shift is None:
             raise PrefixFormatError("a PEFT checkpoint needs a loaded model; give cp.geometry")
         shifted = geometry.shift(self, self.num_slots)
         write_checkpoint(geometry, shifted.slots["decoder"], folder)
+
+    def require_joint(self, what: str) -> None:
+        """Check that the slots share their softmax with the tokens.
+
+        Args:
+            what: What needs that, in the error.
+
+        Raises:
+            UnsupportedModelError: If the prefix is decoupled.
+        """
+        if self.form != "joint":
+            raise UnsupportedModelError(
+                f"a prefix of form {self.form!r} has a softmax of its own, which is not possible "
+                f"in {what}; train it with form='joint'"
+            )
 
     def require_finite(self, name: str = "prefix") -> Self:
         """Return this prefix if all its values are finite floats.
@@ -364,56 +393,13 @@ class Prefix:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{site}: {len(rows)}" for site, rows in self.slots.items())
-        return f"Prefix({counts} slots, {self.dtype}, model {self.geometry.model_name!r})"
+        form = "" if self.form == "joint" else f", {self.form}"
+        return f"Prefix({counts} slots, {self.dtype}{form}, model {self.geometry.model_name!r})"
 
 
-def _dequantize_sites(
-    geometry: Geometry,
-    slots: Mapping[Site, Tensor],
-    tensors: Mapping[str, Tensor],
-    dtype: object,
-    name: str,
-) -> dict[Site, Tensor]:
-    if dtype not in FLOAT_DTYPES:
-        raise PrefixFormatError(f"{name} was quantized from {dtype!r}, which is no float dtype")
-    return {
-        site: container.dequantize(
-            rows, tensors.get(f"{site}.scales"), geometry.head_sizes(site), f"{name} at {site}"
-        ).to(getattr(torch, str(dtype)))
-        for site, rows in slots.items()
-    }
-
-
-def _heads_first(rows: Tensor, num_heads: int) -> Tensor:
-    return rows.unflatten(1, (num_heads, -1)).transpose(0, 1)  # (num_heads, num_slots, head_dim)
-
-
-def _stack_layers(geometry: Geometry, site: Site, layers: Sequence[LayerSlots]) -> Tensor:
-    """Keys and values per layer as one row per slot, `(num_slots, slot_size)`."""
-    shapes = geometry.layers(site)
-    if len(layers) != len(shapes):
-        raise GeometryMismatchError(
-            f"prefix has {len(layers)} {site} layers but model {geometry.model_name!r} has "
-            f"{len(shapes)}"
+def _read_form(form: object, name: str) -> Form:
+    if form not in FORMS:
+        raise PrefixFormatError(
+            f"{name} has form {form!r}; this version knows: {', '.join(FORMS)}; upgrade it"
         )
-    num_slots = layers[0][0].shape[1] if layers[0][0].ndim == 3 else 0
-    columns = []
-    for i, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
-        expected_shapes = _expected_shapes(shape, num_slots)
-        for kind, tensor, expected in zip(("keys", "values"), layer, expected_shapes, strict=True):
-            if tuple(tensor.shape) != expected:
-                raise GeometryMismatchError(
-                    f"{kind} of {site} layer {i} have shape {tuple(tensor.shape)} but model "
-                    f"{geometry.model_name!r} needs {expected} (num_kv_heads, num_slots, head_dim)"
-                )
-            columns.append(tensor.transpose(0, 1).flatten(1))  # (num_slots, num_heads * head_dim)
-    return torch.cat(columns, dim=1)
-
-
-def _expected_shapes(
-    shape: LayerShape, num_slots: int
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    return (
-        (shape.num_kv_heads, num_slots, shape.key_dim),
-        (shape.num_kv_heads, num_slots, shape.value_dim),
-    )
+    return form

@@ -11,7 +11,7 @@ from torch import Tensor
 from controlprefix.errors import TrainingDataError
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.model.slot_attention import Reference, most_attended, observe
-from controlprefix.prefixes import Kind, Prefix, PrefixKey, Site
+from controlprefix.prefixes import Form, Kind, Prefix, PrefixKey, Site
 from controlprefix.training.objectives import TrainingRow
 
 Initialization = Literal["text", "tokens", "random", "stored", "stored or tokens"]
@@ -78,6 +78,7 @@ def make_slots(
     text: str,
     rows: Sequence[TrainingRow],
     completions: Sequence[Sequence[int]],
+    form: Form,
     seed: int,
     index: int,
 ) -> Prefix:
@@ -86,7 +87,7 @@ def make_slots(
     Args:
         frozen: The model.
         key: Which prefix.
-        num_slots: Its slots; a given or stored prefix keeps its own number.
+        num_slots, form: Its slots and their form; a given or stored prefix keeps its own.
         spec: How to start.
         stored: Its stored version, if there is one.
         text: Its training text, from training rows only.
@@ -104,15 +105,28 @@ def make_slots(
     if start is None and spec.default.startswith("stored") and stored is not None:
         return stored
     if start is None and spec.default == "random":
-        return Prefix.random(frozen.geometry, num_slots=num_slots, seed=seed + index)
-    if start is None and spec.default.endswith("tokens"):
+        prefix = Prefix.random(frozen.geometry, num_slots=num_slots, seed=seed + index)
+    elif start is None and spec.default.endswith("tokens"):
         vocabulary = sorted({token for ids in completions for token in ids})
         ids = random.Random(f"{seed}:{index}").choices(vocabulary, k=num_slots)
-        return prefix_from_tokens(frozen, ids)
-    # The last rows choose the slots: a row attends above all to its own copy, which is at the
-    # start of the text. A single row has no other to choose by.
-    attending = rows[-_MAX_ATTENDING_ROWS:] if start or len(rows) > 1 else ()
-    return slots_from_text(frozen, start or text, attending, num_slots)
+        prefix = prefix_from_tokens(frozen, ids)
+    else:
+        # The last rows choose the slots: a row attends above all to its own copy, which is at the
+        # start of the text. A single row has no other to choose by.
+        attending = rows[-_MAX_ATTENDING_ROWS:] if start or len(rows) > 1 else ()
+        prefix = slots_from_text(frozen, start or text, attending, num_slots)
+    return prefix if form == "joint" else as_decoupled(prefix)
+
+
+def as_decoupled(prefix: Prefix) -> Prefix:
+    """A decoupled prefix of the same keys, which changes nothing yet: its values are 0."""
+    slots = {}
+    for site, rows in prefix.slots.items():
+        columns = rows.split(prefix.geometry.split_sizes(site), dim=1)
+        zeros = [torch.zeros_like(values) for values in columns[1::2]]
+        pairs = zip(columns[0::2], zeros, strict=True)
+        slots[site] = torch.cat([tensor for pair in pairs for tensor in pair], dim=1)
+    return Prefix(prefix.geometry, slots, form="decoupled")
 
 
 def slots_from_text(

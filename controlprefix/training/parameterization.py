@@ -20,6 +20,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -61,7 +62,7 @@ class TrainablePrefixes(nn.Module, ABC):
         """All prefixes as detached copies."""
         with torch.no_grad():
             return {
-                key: Prefix(prefix.geometry, {s: t.clone() for s, t in prefix.slots.items()})
+                key: replace(prefix, slots={s: t.clone() for s, t in prefix.slots.items()})
                 for key, prefix in self.prefixes(self.keys).items()
             }
 
@@ -125,7 +126,9 @@ class Parameterization(TrainablePrefixes):
         for site in self._geometry.sites:
             for key, change in self.changes[site](keys).items():
                 slots[key][site] = slots[key][site] + self._scale[site] * change
-        prefixes = {key: Prefix(self._geometry, slots[key]) for key in keys}
+        prefixes = {
+            key: Prefix(self._geometry, slots[key], form=self._initial[key].form) for key in keys
+        }
         if seed is None or not (self._slot_dropout or self._nested):
             return prefixes
         return {key: self._drop_slots(key, prefix, seed) for key, prefix in prefixes.items()}
@@ -152,10 +155,8 @@ class Parameterization(TrainablePrefixes):
         draws = torch.rand(prefix.num_slots, generator=generator, device="cpu")
         keep_mask = draws >= self._slot_dropout
         keep_mask[draws.argmax()] = True  # at least one
-        return Prefix(
-            prefix.geometry,
-            {site: rows[keep_mask[: len(rows)]] for site, rows in prefix.slots.items()},
-        )
+        slots = {site: rows[keep_mask[: len(rows)]] for site, rows in prefix.slots.items()}
+        return replace(prefix, slots=slots)
 
 
 def parameterize(

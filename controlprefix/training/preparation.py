@@ -263,6 +263,7 @@ def _initial_prefixes(
             text="\n".join(texts[i] for i in row_ids),
             rows=[rows[i] for i in row_ids],
             completions=completions,
+            form=settings.form,
             seed=settings.seed,
             index=index,
         )

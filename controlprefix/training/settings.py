@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from controlprefix.data import Rows
 from controlprefix.errors import TrainingDataError, validation_message
+from controlprefix.prefixes import Form
 from controlprefix.training.control import RunOptions
 
 ParameterizationName = Literal["direct", "mlp", "shared", "shared-kv"]
@@ -55,6 +56,10 @@ class TrainingSettings:
 
     parameterization: ParameterizationName = "shared"
     """How slots are produced during training (see `controlprefix.training.parameterization`)."""
+
+    form: Form = "joint"
+    """The form of new prefixes: one softmax over their slots and the tokens, or one of their own
+    (see `Prefix`); stored and given ones keep theirs."""
 
     hidden_size: _PositiveInt = 512
     """Size of the networks' hidden layers."""
@@ -217,6 +222,7 @@ class TrainingOptions(RunOptions, total=False):
     weight_decay: float
     max_grad_norm: float
     parameterization: ParameterizationName
+    form: Form
     hidden_size: int
     slot_dropout: float
     nested: bool

@@ -219,6 +219,7 @@ class Trainer:
     ) -> ShorteningReport:
         """Store a prefix with only the slots it needs: see `ControlPrefix.shorten`."""
         prefix = self._resolver.get(key).to(device=self._frozen.device)
+        prefix.require_joint("shortening, which refits the shares of one softmax")
         rows = self._rows_naming(key, examples)
         references = [Reference(row.prompt, row.targets, row.frozen) for row in rows]
         attention = observe(self._frozen, prefix, references)

@@ -12,7 +12,7 @@ from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser, StoredVersion
 from controlprefix.training.control import RunControl, in_first_process
-from controlprefix.training.initialization import typical_scale
+from controlprefix.training.initialization import as_decoupled, typical_scale
 from controlprefix.training.parameterization import TrainablePrefixes, parameterize
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
@@ -38,8 +38,8 @@ _MAX_REFINED_SLOTS = 16
 # Training options that have no effect here.
 _NOT_FOR_USERS = ("contrast", "off_context", "gradient_checkpointing", "save_steps")
 _NOT_FOR_RUNS_OF_USERS = ("accelerator", "tracker", "on_step", "on_validation")
-_NOT_FOR_CODES = ("hidden_size", "nested", "parameterization", "slot_dropout")
-_NOT_FOR_DECODERS = ("contrast", "nested", "off_context", "slot_dropout")
+_NOT_FOR_CODES = ("form", "hidden_size", "nested", "parameterization", "slot_dropout")
+_NOT_FOR_DECODERS = ("contrast", "form", "nested", "off_context", "slot_dropout")
 
 
 class UserTrainer:
@@ -356,6 +356,8 @@ class UserTrainer:
         def initialize(key: PrefixKey, texts: list[str]) -> TrainablePrefixes:
             ids = self._frozen.request_tokenizer.text_ids("\n".join(texts[:num_slots]))
             initial = prefix_from_tokens(self._frozen, ids, num_slots=num_slots)
+            if settings.form == "decoupled":
+                initial = as_decoupled(initial)
             return parameterize(settings, {key: initial}, typical_scale(self._frozen, ids))
 
         return initialize

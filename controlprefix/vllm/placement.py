@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from controlprefix.errors import RequestError
+from controlprefix.errors import RequestError, UnsupportedModelError
 from controlprefix.inference.guidance import plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.model.mass_in_keys import MassInKeys
@@ -109,6 +109,10 @@ def place(
                 "schedules change slots between tokens, which this server's engine (vLLM) "
                 "cannot; leave them out"
             )
+        try:
+            prefix.require_joint("this server's engine (vLLM), where slots are in the KV cache")
+        except UnsupportedModelError as error:
+            raise RequestError(f"{used.kind} {used.name!r}: {error}") from error
         strength = round(strength, _STRENGTH_DIGITS)
         if prefix.num_slots and strength:
             count = math.ceil(strength)
