@@ -158,7 +158,7 @@ class Request(SteeringFields):
     """Maximum number of tokens to generate. Left out, fewer where the context has less room."""
 
     temperature: float | None = Field(default=None, ge=1e-3, allow_inf_nan=False)
-    """Sampling temperature, 0.001 or more."""
+    """Sampling temperature, 0.001 or more; 0 is greedy, whatever the other sampling settings."""
 
     num_beams: int = Field(default=1, ge=1, le=_MAX_BEAMS)
     """Beam search with so many beams; it does not sample."""
@@ -242,6 +242,13 @@ class Request(SteeringFields):
             NamedPart(key, weight * self.strengths.get(name, 1.0), self.schedules.get(name, ()))
             for key, name, weight in parts
         ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_sampling_at_zero(cls, fields: Any) -> Any:
+        if isinstance(fields, Mapping) and fields.get("temperature") == 0:
+            return {**fields, **dict.fromkeys(SAMPLING_SETTINGS)}
+        return fields
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -353,8 +360,7 @@ def with_sampling_defaults(
 ) -> dict[str, Any]:
     """Fields of a request, with sampling settings in place of those that are left out.
 
-    A temperature of 0 is greedy. Without any setting, a request with a seed, or for several
-    choices, samples at temperature 1.
+    Without any setting, a request with a seed, or for several choices, samples at temperature 1.
 
     Args:
         fields: Fields of `Request`.
@@ -362,10 +368,8 @@ def with_sampling_defaults(
         num_choices: How many completions are asked for.
     """
     result = dict(fields)
-    if (result.get("num_beams") or 1) > 1:
+    if (result.get("num_beams") or 1) > 1 or result.get("temperature") == 0:
         return result
-    if result.get("temperature") == 0:
-        return {**result, **dict.fromkeys(SAMPLING_SETTINGS)}
     for name in SAMPLING_SETTINGS:
         if result.get(name) is None and name in defaults:
             result[name] = defaults[name]

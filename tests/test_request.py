@@ -41,7 +41,7 @@ from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
         ),
         ({"prompt": "x", "strengths": {"tone": 1}}, "it can name: task, user"),
         (
-            {"prompt": "x", "temperature": 0},
+            {"prompt": "x", "temperature": 1e-4},
             "temperature: Input should be greater than or equal to 0.001",
         ),
         ({"prompt": "x", "top_p": 1.5}, "top_p: Input should be less than or equal to 1"),
@@ -126,3 +126,9 @@ def test_data_files_name_the_line_that_is_wrong(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TrainingDataError, match="cannot read"):
         as_examples(path)
+
+
+def test_a_temperature_of_zero_is_greedy_whatever_else_is_set() -> None:
+    request = Request(prompt="x", temperature=0, top_p=0.9, top_k=5, num_beams=2)
+    assert not request.samples
+    assert request == Request(prompt="x", num_beams=2)
