@@ -1,5 +1,6 @@
 """Comparisons of ways to adapt a model: the same rows, honest figures, nothing changed."""
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -26,12 +27,13 @@ from controlprefix.evaluation.comparison import (
     compare,
     measures,
 )
+from controlprefix.evaluation.comparison.adapters import PrefixMemory
 from controlprefix.evaluation.comparison.measures import text_figures
 from controlprefix.evaluation.comparison.methods import ControlPrefixMethod, Method, Problem
 from controlprefix.model.probing import probe
 from controlprefix.training import off_context
 
-from helpers import QUICK, engine, greetings, nats_per_token
+from helpers import QUICK, engine, greetings, nats_per_token, tokens
 
 SETTINGS: dict[str, Any] = {
     "steps": 2,
@@ -93,8 +95,18 @@ def test_what_is_switched_off_is_the_plain_model_exactly(
 ) -> None:
     _, result = report
     assert result.figures("plain", "divergence, written") == [0.0]
-    for name in ("controlprefix", "controlprefix, task only", "PEFT LoRA r8", "prefix, then LoRA"):
+    assert result.figures("plain", "spectrum gap") == [0.0]
+    for name in (
+        "controlprefix",
+        "controlprefix, task only",
+        "PEFT LoRA r8",
+        "prefix, then LoRA",
+        "controlprefix, decoupled",
+        "prefix memory",
+    ):
         assert result.figures(name, "divergence, off") == [0.0]
+        if name in ("controlprefix, decoupled", "prefix memory"):
+            continue  # two steps from zero
         assert result.figures(name, "divergence, written")[0] > 0
     for name in ("full fine-tuning", "BitFit", "LoRA, then prefix"):
         assert not result.figures(name, "divergence, off")
@@ -114,6 +126,37 @@ def test_losses_are_those_of_the_library(name: str) -> None:
     own = nats_per_token(method.cp, rows[14:])
     assert measured(method, rows[14:]) == pytest.approx(own, abs=1e-5)
     assert own != pytest.approx(nats_per_token(cp, plain[14:]), abs=1e-3)
+
+
+def test_prefix_memory_adds_a_product_with_the_query() -> None:
+    cp = engine("gpt2")  # whose queries have no rotation
+    method = PrefixMemory(problem(cp, greetings(8)))
+    model: Any = method.adapted(copy.deepcopy(cp.model), [])
+    layer, outputs = model.transformer.h[0].attn, []
+    layer.c_attn.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    layer.c_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
+    ids = tokens(5)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, cp.model(ids).logits)
+        layer.prefix_memory.normal_(generator=torch.Generator().manual_seed(0))
+        model(ids)
+    states, before, _, after = outputs
+    num_heads = layer.num_heads
+    queries = states.split(states.shape[2] // 3, dim=2)[0].unflatten(2, (num_heads, -1))
+    products = torch.nn.functional.elu(queries)[:, :, :, None] @ layer.prefix_memory
+    assert torch.allclose(after - before, products.flatten(2), atol=1e-5)
+
+
+def test_spectra_of_known_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One direction has a rank of a tenth; ten equal ones of .9 (nine of ten are .9)."""
+    cp = engine()
+    texts = [Example(prompt="", raw=True, completion="twelve letters")]
+    for states, rank in ((torch.ones(10, 16), 0.1), (torch.eye(10, 16), 0.9)):
+        monkeypatch.setattr(adapter_training, "completion_states", lambda *_, own=states: [own])
+        measured = measures.spectrum(Method(problem(cp, greetings(8))), texts)
+        assert measured is not None
+        assert measured.rank == pytest.approx(rank)
+        assert measured.gap(measured) == 0.0
 
 
 def test_an_interrupted_comparison_continues(

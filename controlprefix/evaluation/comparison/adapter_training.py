@@ -93,13 +93,39 @@ def completion_logits(
     Returns:
         Logits `(num_targets, vocab_size)` row by row, and the target ids `(num_targets,)`.
     """
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) for k, v in padded(rows, tokenizer, with_end=False).items()}
-    labels = inputs.pop("labels")[:, 1:]
+    inputs, labels = _inputs_and_labels(model, rows, tokenizer)
     # Virtual tokens, if there are any, are in front.
     logits = model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
     targets = labels != _IGNORED
     return logits[:, :-1][targets], labels[targets]
+
+
+@torch.no_grad()
+def completion_states(
+    model: Any, rows: Sequence[TokenizedExample], tokenizer: RequestTokenizer
+) -> list[Tensor]:
+    """The last layer's states from which completions are predicted.
+
+    Args:
+        model, rows, tokenizer: As in `completion_logits`.
+
+    Returns:
+        Per row `(num_targets, hidden_size)`, float32, on the CPU.
+    """
+    inputs, labels = _inputs_and_labels(model, rows, tokenizer)
+    output = model(**inputs, use_cache=False, output_hidden_states=True)
+    states = output.hidden_states[-1][:, -inputs["input_ids"].shape[1] : -1]
+    pairs = zip(states, labels != _IGNORED, strict=True)
+    return [own[targets].float().cpu() for own, targets in pairs]
+
+
+def _inputs_and_labels(
+    model: Any, rows: Sequence[TokenizedExample], tokenizer: RequestTokenizer
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What a model reads, on its device, and the next token where it is to be predicted."""
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) for k, v in padded(rows, tokenizer, with_end=False).items()}
+    return inputs, inputs.pop("labels")[:, 1:]
 
 
 def nll(

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import elu
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from controlprefix.evaluation.comparison import adapter_training
 from controlprefix.evaluation.comparison.methods import Method, Problem
@@ -18,6 +22,7 @@ from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.training.run import learning_rate_schedule
 
 _BOTTLENECK_SIZE = 16
+_MEMORY = "controlprefix_prefix_memory"  # name of its attention function in transformers
 
 
 class AdapterMethod(Method):
@@ -154,6 +159,68 @@ class _Bottleneck(nn.Module):
     def _added(self, hidden: Tensor) -> Tensor:
         change = self.up(torch.relu(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + change.to(hidden.dtype)
+
+
+class PrefixMemory(AdapterMethod):
+    """A matrix per attention head, applied to the query and added to the output of attention.
+
+    `o + φ(q) M` with φ = elu and M of zeros at first; a kv head's queries share M. The queries are
+    those after rotary embedding: the paper does not say which it takes.
+
+    Reference:
+        Wang et al., "Prefix-Tuning+" (PrefixMemory-Tuning), 2025,
+        https://arxiv.org/abs/2506.13674.
+    """
+
+    rates: Sequence[float] = (3e-4, 1e-3, 3e-3)
+
+    def unavailable(self) -> str | None:
+        name = self.problem.frozen.model.config._attn_implementation
+        if name != "sdpa" or self.problem.frozen.is_encoder_decoder:
+            return "it is added to the attention of decoders with attn_implementation='sdpa'"
+        return None
+
+    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
+        shapes = self.problem.frozen.geometry.decoder
+        paths = self.problem.frozen.steering.attention_paths
+        for path, shape in zip(paths, shapes, strict=True):
+            module: Any = model.get_submodule(path)
+            device = next(module.parameters()).device
+            memory = torch.zeros(shape.num_kv_heads, shape.key_dim, shape.value_dim, device=device)
+            module.prefix_memory = nn.Parameter(memory)
+            module.prefix_memory_is_on = True
+        AttentionInterface.register(_MEMORY, _attend_with_memory)
+        AttentionMaskInterface.register(_MEMORY, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        changed: Any = model
+        changed.set_attn_implementation(_MEMORY)
+        return model
+
+    @contextlib.contextmanager
+    def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
+        model = self.models[self.group(rows[0])]
+        modules: list[Any] = [
+            model.get_submodule(path) for path in self.problem.frozen.steering.attention_paths
+        ]
+        for module in modules:
+            module.prefix_memory_is_on = False
+        try:
+            yield model
+        finally:
+            for module in modules:
+                module.prefix_memory_is_on = True
+
+
+def _attend_with_memory(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention by `sdpa`, and the module's memory of the queries."""
+    output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+    if not module.prefix_memory_is_on:
+        return output, None
+    memory = module.prefix_memory.to(query.dtype)
+    grouped = elu(query).unflatten(1, (memory.shape[0], -1))  # (batch, kv heads, group, n, key_dim)
+    added = (grouped @ memory[:, None]).flatten(1, 2).transpose(1, 2)
+    return output + added, None
 
 
 class FullFineTuning(AdapterMethod):

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from controlprefix._io import requires_extra
 from controlprefix.data import parse_table
@@ -26,6 +27,7 @@ _BATCH_SIZE = 16
 _NUM_SPEED_TOKENS = 16
 _NUM_PLAIN_TEXTS = 16
 _PLAIN_TOKENS = 32
+_RANK_SHARE = 0.9  # of the sum of the singular values
 
 Figures = dict[str, float]
 
@@ -136,6 +138,53 @@ def divergence(method: Method, texts: Sequence[Example], *, off: bool = False) -
         with torch.no_grad():
             divergences += kl_divergences(logits, plain).tolist()
     return statistics.fmean(divergences) if divergences else 0.0
+
+
+class Spectrum(NamedTuple):
+    """The singular values of the last layer's states of some texts.
+
+    Attributes:
+        rank: Effective rank: the share of the singular values, from the largest on, that make up
+            .9 of their sum; the mean over texts.
+        cumulated: Per text, the cumulated singular values as shares of their sum.
+    """
+
+    rank: float
+    cumulated: Sequence[Tensor]
+
+    def gap(self, other: "Spectrum") -> float:
+        """The largest difference between two cumulated spectra, the mean over texts."""
+        pairs = zip(self.cumulated, other.cumulated, strict=True)
+        return statistics.fmean(float((own - its).abs().max()) for own, its in pairs)
+
+
+def spectrum(method: Method, texts: Sequence[Example]) -> Spectrum | None:
+    """The spectrum of representations of texts that a training row's adaptation is applied to.
+
+    Args:
+        method: A trained method.
+        texts: Prompts and completions.
+
+    Returns:
+        The spectrum; None if no text has two tokens.
+
+    Reference:
+        "PT-PEFT", 2024, https://arxiv.org/abs/2411.00029.
+    """
+    tokenizer = method.problem.frozen.request_tokenizer
+    cumulated = []
+    for batch in _batches(method, in_context(method.problem, texts)):
+        with method.applied(batch) as model:
+            tokens = [method.tokenized(row) for row in batch]
+            states = adapter_training.completion_states(model, tokens, tokenizer)
+        for own in states:
+            if len(own) > 1:
+                values = torch.linalg.svdvals(own)
+                cumulated.append(values.cumsum(0) / values.sum())
+    if not cumulated:
+        return None
+    ranks = [(int((own < _RANK_SHARE).sum()) + 1) / len(own) for own in cumulated]
+    return Spectrum(statistics.fmean(ranks), cumulated)
 
 
 def distinct_requests(rows: Sequence[Example]) -> list[Example]:

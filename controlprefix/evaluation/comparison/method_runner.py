@@ -18,6 +18,7 @@ from controlprefix.evaluation.comparison.adapters import (
     BitFit,
     BottleneckAdapter,
     FullFineTuning,
+    PrefixMemory,
 )
 from controlprefix.evaluation.comparison.methods import (
     ControlPrefixMethod,
@@ -51,8 +52,10 @@ METHODS: Final[dict[str, MethodMaker]] = {
     "controlprefix, contrast": partial(ControlPrefixMethod, contrast=0.3),
     "controlprefix, off context": partial(ControlPrefixMethod, off_context=0.1),
     "controlprefix, direct": partial(ControlPrefixMethod, parameterization="direct"),
+    "controlprefix, decoupled": partial(ControlPrefixMethod, form="decoupled"),
     **{name: partial(PeftMethod, kind=kind) for name, kind in PEFT_KINDS.items()},
     "PEFT LoRA r8": partial(LoraMethod, kind=LORA),
+    "prefix memory": PrefixMemory,
     "bottleneck adapters": BottleneckAdapter,
     "BitFit": BitFit,
     "full fine-tuning": FullFineTuning,
@@ -93,6 +96,10 @@ class MethodRunner:
     @cached_property
     def _plain_nats_of_general(self) -> float:
         return measures.nats_per_token(Plain(self.problem), self.elsewhere.general)
+
+    @cached_property
+    def _plain_spectrum(self) -> measures.Spectrum | None:
+        return measures.spectrum(Plain(self.problem), self.elsewhere.answers)
 
     def measure(self, name: str, seeds: Sequence[int]) -> Iterator[str]:
         """Measure a method; yields what was done after each training."""
@@ -199,6 +206,10 @@ class MethodRunner:
         for key, completed in (("written", elsewhere.written), ("answers", elsewhere.answers)):
             value = measures.divergence(method, completed)
             figures[f"divergence, {key}"] = value if value is not None else 0.0
+        spectrum = measures.spectrum(method, elsewhere.answers)
+        if spectrum is not None and self._plain_spectrum is not None:
+            figures["effective rank"] = spectrum.rank
+            figures["spectrum gap"] = spectrum.gap(self._plain_spectrum)
         if elsewhere.general:
             general = measures.in_context(problem, elsewhere.general)
             nats = measures.nats_per_token(method, general)

@@ -73,6 +73,21 @@ KEPT = (
         "forgetting", "forgetting", 3, "low", "what it adds to the nats per token of general texts"
     ),
     Column(
+        "effective rank",
+        "effective rank",
+        3,
+        "",
+        "share of the singular values of the last layer's states that make up .9 of their sum, on "
+        "those answers",
+    ),
+    Column(
+        "spectrum gap",
+        "spectrum gap",
+        3,
+        "low",
+        "largest difference of those cumulated singular values from the plain model's",
+    ),
+    Column(
         "divergence, off",
         "R⁻, off",
         3,
