@@ -111,16 +111,17 @@ class JobMethods:
             if num_waiting >= _MAX_WAITING:
                 raise OverloadedError(f"{num_waiting} jobs of this tenant wait; try again later")
             payload, key_id = self._cipher.encrypt(content, _identity(job_id))
+            now = _now(session)
             row = JobRow(
                 id=job_id, tenant_id=tenant, kind=kind, user_name=user, status="queued",
-                created_at=_now(), num_attempts=0, num_steps=0, payload=payload, key_id=key_id,
+                created_at=now, num_attempts=0, num_steps=0, payload=payload, key_id=key_id,
                 error="",
             )  # fmt: skip
             session.add(row)
             session.add(
                 QueueRow(
                     id=job_id, tenant_name=self.tenant, fingerprint=fingerprint,
-                    created_at=_now(), due_at=_now(), num_attempts=0,
+                    created_at=now, due_at=now, num_attempts=0,
                 )
             )  # fmt: skip
             session.flush()
@@ -188,20 +189,21 @@ class JobMethods:
 
         def is_due(session: Session, _: int) -> bool:
             query = select(QueueRow.id).where(QueueRow.fingerprint == fingerprint)
-            return session.scalar(query.where(QueueRow.due_at <= _now()).limit(1)) is not None
+            due = query.where(QueueRow.due_at <= _now(session)).limit(1)
+            return session.scalar(due) is not None
 
         def claim(session: Session, _: int) -> Claim | None:
-            own, other = QueueRow, aliased(QueueRow)
+            own, other, now = QueueRow, aliased(QueueRow), _now(session)
             own_turn = [case(turns, value=own.tenant_name, else_=-1)] if turns else []
             num_running = (
                 select(func.count())
                 .where(other.tenant_name == own.tenant_name, other.is_running.is_(True))
-                .where(other.due_at > _now())
+                .where(other.due_at > now)
                 .scalar_subquery()
             )
             query = (
                 select(own)
-                .where(own.fingerprint == fingerprint, own.due_at <= _now())
+                .where(own.fingerprint == fingerprint, own.due_at <= now)
                 .order_by(num_running, *own_turn, own.created_at)
                 .limit(1)
                 .with_for_update(skip_locked=True)
@@ -210,7 +212,7 @@ class JobMethods:
             if row is None:
                 return None
             row.num_attempts += 1
-            row.due_at, row.is_running = _now() + _LEASE, True
+            row.due_at, row.is_running = now + _LEASE, True
             return Claim(row.tenant_name, row.id, row.num_attempts)
 
         if not self._database.run(is_due):  # most often there is nothing to do
@@ -233,7 +235,7 @@ class JobMethods:
                 _finish(session, row, "failed", error=f"its worker stopped {MAX_ATTEMPTS} times")
                 return None
             content = self._cipher.decrypt(row.payload or b"", row.key_id, _identity(row.id))
-            row.status, row.started_at, row.num_steps = "running", _now(), 0
+            row.status, row.started_at, row.num_steps = "running", _now(session), 0
             row.num_attempts = claim.num_attempts
             return _job(row), json.loads(content)
 
@@ -249,7 +251,7 @@ class JobMethods:
                 return False
             if queued.num_attempts != claim.num_attempts:
                 return False
-            row.num_steps, queued.due_at = num_steps, _now() + _LEASE
+            row.num_steps, queued.due_at = num_steps, _now(session) + _LEASE
             return True
 
         return self._database.run(renew, write=True)
@@ -290,7 +292,7 @@ class JobMethods:
             row.num_steps = num_steps
             if error and again and claim.num_attempts < MAX_ATTEMPTS:
                 pause = _RETRY_PAUSE * 2 ** (claim.num_attempts - 1)
-                changes = {"due_at": _now() + pause, "is_running": False}
+                changes = {"due_at": _now(session) + pause, "is_running": False}
                 session.execute(update(QueueRow).where(QueueRow.id == claim.job_id).values(changes))
                 row.status, row.error = "queued", error
                 return True
@@ -307,7 +309,7 @@ class JobMethods:
             if row is None or queued is None or queued.num_attempts != claim.num_attempts:
                 return
             row.status = "queued"
-            queued.due_at, queued.is_running = _now(), False
+            queued.due_at, queued.is_running = _now(session), False
             queued.num_attempts = row.num_attempts = claim.num_attempts - 1
 
         self._database.run(release, write=True)
@@ -338,7 +340,8 @@ def _finish(
     version: int | None = None,
     error: str = "",
 ) -> None:
-    row.status, row.finished_at, row.version, row.error = status, _now(), version, error
+    row.status, row.finished_at = status, _now(session)
+    row.version, row.error = version, error
     row.payload = row.key_id = None
     session.execute(delete(QueueRow).where(QueueRow.id == row.id))
 
@@ -388,5 +391,9 @@ def _identity(job_id: str) -> str:
     return f"job {job_id}"
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
+def _now(session: Session) -> datetime:
+    """The database's time: clocks of workers on several machines differ."""
+    if session.get_bind().dialect.name == "postgresql":
+        now: datetime = session.scalars(select(func.clock_timestamp())).one()
+        return now
+    return datetime.now(UTC)  # SQLite is on this machine

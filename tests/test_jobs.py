@@ -40,7 +40,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ahead = timedelta()
-        monkeypatch.setattr(jobs, "_now", lambda: datetime.now(UTC) + self.ahead)
+        monkeypatch.setattr(jobs, "_now", lambda _: datetime.now(UTC) + self.ahead)
 
     def advance(self, seconds: float) -> None:
         self.ahead += timedelta(seconds=seconds)
@@ -137,6 +137,28 @@ def test_what_a_killed_worker_had_is_taken_again(store: PrefixStore, clock: Cloc
     assert "3 times" in store.job(job.id).error
     clock.advance(61)
     assert store.claim_job(F) is None
+
+
+def test_a_worker_with_a_wrong_clock_takes_no_job_from_another(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not store.url.startswith("postgresql"):
+        pytest.skip("SQLite and its workers are on one machine")
+    store.add_job("train_user", "ana", OPTIONS, F)
+    claim = store.claim_job(F)
+    assert claim is not None
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Ahead":
+            return super().now(tz) + timedelta(hours=1)
+
+    monkeypatch.setattr(jobs, "datetime", Ahead)
+    assert store.claim_job(F) is None
+    assert store.renew_job(claim, 1)
+    monkeypatch.undo()
+    assert store.claim_job(F) is None  # nor did the renewal keep it for an hour
+    assert store.finish_job(claim, version=1)
 
 
 def test_a_store_that_was_away_is_tried_again(

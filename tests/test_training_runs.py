@@ -215,6 +215,19 @@ def test_another_run_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
         cp.train(greetings(), folder=tmp_path / "file" / "below", **QUICK)
 
 
+def preferences() -> list[dict[str, Any]]:
+    """Preferences of one completion over another, of labels that are not stored."""
+    return [
+        {
+            "prompt": f"Say {i}",
+            "attributes": {"tone": "warm"},
+            "chosen": f"dear {i}",
+            "rejected": "no" * (1 + i % 3),
+        }
+        for i in range(6)
+    ]
+
+
 @pytest.fixture
 def port() -> str:
     import socket
@@ -232,7 +245,16 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
     settings = {**QUICK, "batch_size": 3, "parameterization": name, "slot_dropout": 0.2}
     alone = engine()
     expected = alone.train(greetings(), **settings)
+    preferred: dict[str, Any] = {**settings, "slot_dropout": 0.0, "steps": 3, "validation": 0}
+    expected_metrics: list[dict[str, float]] = []
+    alone.train_preferences(
+        preferences(),
+        on_step=lambda step: expected_metrics.append(dict(step.metrics)),
+        learn="attributes",
+        **preferred,
+    )
     script = f"""
+        from test_training_runs import preferences
         cp = engine(store="sqlite:///{tmp_path}/prefixes.db")
         report = cp.train(greetings(), **{settings!r})
         embeddings.load_embedder = lambda embedder: Letters()
@@ -244,7 +266,14 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
             assert "each process would train all users" in str(error)
         else:
             raise AssertionError
-        saved = [dict(report.saved), decoder.version]
+        metrics = []
+        cp.train_preferences(
+            preferences(),
+            on_step=lambda step: metrics.append(dict(step.metrics)),
+            learn="attributes",
+            **{preferred!r},
+        )
+        saved = [dict(report.saved), decoder.version, metrics]
         print(json.dumps([report.losses, report.validation, *saved]))
         """
     pair = [
@@ -265,13 +294,16 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
         assert process.returncode == 0, errors
         result.append(json.loads(printed.splitlines()[-1]))
     assert result[0] == result[1]
-    losses, validation, saved, decoder_version = result[0]
+    losses, validation, saved, decoder_version, metrics = result[0]
     assert losses == pytest.approx(expected.losses, abs=1e-4)
     assert [loss for _, loss in validation] == pytest.approx(
         [loss for _, loss in expected.validation], abs=1e-4
     )
     assert saved == expected.saved  # stored once
     assert decoder_version == 1
+    assert expected_metrics
+    for own, its in zip(metrics, expected_metrics, strict=True):  # of all rows, in each process
+        assert own == pytest.approx(its, abs=2e-3)
     together = (
         engine(store=f"sqlite:///{tmp_path}/prefixes.db").get("task", "greet").slots["decoder"]
     )

@@ -31,7 +31,7 @@ def worker(
 
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop)
-    out.print(f"doing jobs of {cp.store.label}")
+    out.print(f"doing the jobs of all tenants in {cp.store.label}")
     num_done = jobs.run(until_empty=until_empty)
     out.print(f"{num_done} jobs done")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -150,7 +151,7 @@ class TrainingLoop:
         """
         failures: dict[TrainingRun, str] = {}
         self._validate(runs, failures)
-        self._objective.take_metrics()  # those of the validation pass
+        self._objective.take_metrics()  # those of the validation pass are no step's
         active = [run for run in runs if run not in failures and not run.is_finished]
         steps = {}
         for run in active:
@@ -161,7 +162,7 @@ class TrainingLoop:
             [(run, pair) for run, (pairs, _) in steps.items() for pair in pairs],
             {run: seed for run, (_, seed) in steps.items()},
         )
-        metrics = self._objective.take_metrics()
+        metrics = self._objective.take_metrics(self._gather)
         for run, (pairs, _) in steps.items():
             try:
                 run.require_finite(losses[run])
@@ -257,6 +258,13 @@ class TrainingLoop:
         norm = self._accelerator.clip_grad_norm_(parameters, max_norm)
         self._prepared_optimizers[run].step()
         return 0.0 if norm is None else float(norm)
+
+    def _gather(self, values: Sequence[float]) -> list[float]:
+        """The values of all processes."""
+        if self._accelerator is None or self._accelerator.num_processes == 1:
+            return list(values)
+        gathered: list[float] = gather_object(list(values))
+        return gathered
 
     def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum gradients over processes; a parameter that no row uses keeps none."""

@@ -1,7 +1,7 @@
 """Training objectives: next token, contrast between labels, and distillation."""
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -17,6 +17,9 @@ from controlprefix.request import Request
 
 if TYPE_CHECKING:
     from controlprefix.training.parameterization import TrainablePrefixes
+
+
+Gather = Callable[[Sequence[float]], list[float]]
 
 
 class Rejected(NamedTuple):
@@ -135,9 +138,13 @@ class Objective:
         """
         return list(pairs)
 
-    def take_metrics(self) -> dict[str, float]:
-        """Figures of the losses since the last call, by name."""
-        margins, self._margins = self._margins, []
+    def take_metrics(self, gather: Gather = list) -> dict[str, float]:
+        """Figures of the losses since the last call, by name.
+
+        Args:
+            gather: From what this process has to what all have.
+        """
+        margins, self._margins = gather(self._margins), []
         if not margins:
             return {}
         return {"accuracy": fmean(m > 0 for m in margins), "margin": fmean(margins)}

@@ -22,7 +22,13 @@ from controlprefix.model.images import followed_by
 from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
 from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.request import Request
-from controlprefix.training.objectives import ContrastPair, Objective, Rollout, TrainingRow
+from controlprefix.training.objectives import (
+    ContrastPair,
+    Gather,
+    Objective,
+    Rollout,
+    TrainingRow,
+)
 from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.settings import PolicySettings
 
@@ -97,11 +103,11 @@ class PolicyObjective(Objective):
         ]
         return {**asdict(self._settings), "demonstrations": rows}
 
-    def take_metrics(self) -> dict[str, float]:
+    def take_metrics(self, gather: Gather = list) -> dict[str, float]:
         """Reward, divergence, length and diversity of the last step's samples."""
-        metrics = dict(self._metrics)
-        if metrics and self._divergences:
-            metrics["kl"] = fmean(self._divergences)
+        metrics, divergences = dict(self._metrics), gather(self._divergences)
+        if metrics and divergences:
+            metrics["kl"] = fmean(divergences)
         self._metrics, self._divergences = {}, []
         return metrics
 
