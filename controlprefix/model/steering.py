@@ -63,6 +63,13 @@ class _Layer:
                 f"the model was called with {num_rows} rows inside a block assembled for "
                 f"{batch.num_rows} requests; give each request its row"
             )
+        if 1 < batch.num_rows < num_rows and self.steering.puts_copies_behind:
+            raise RequestError(
+                f"the model was called with {num_rows} rows for {batch.num_rows} requests, and "
+                "this class puts the unconditional rows of images behind all others: assemble "
+                "[*requests, *unconditional], where those are requests too (without parts, the "
+                "plain model); with beams, one request at a time"
+            )
         return blocks, decoupled
 
 
@@ -219,6 +226,11 @@ class Steering:
         """The layer of a recorded call; None outside the model's text attention."""
         layer: SteeredLayer | None = call.module.__dict__.get(LAYER_ATTRIBUTE)
         return layer
+
+    @property
+    def puts_copies_behind(self) -> bool:
+        """Whether rows of one request may stand apart: Janus has its unconditional rows last."""
+        return self._live_model().config.model_type == "janus"
 
     @property
     def attention_paths(self) -> tuple[str, ...]:
