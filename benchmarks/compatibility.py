@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import transformers
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto import modeling_auto
 
 from controlprefix import ControlPrefix, Example, Prefix, Request, UnsupportedModelError
@@ -78,6 +84,12 @@ SIZES: dict[str, Any] = {
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
     "rotary_dim": 8,
+    "mamba_d_ssm": 64,
+    "vocab_size_per_layer_input": 49152,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "input_embedding_size": 32,
+    "output_embedding_size": 32,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
     "linear_key_head_dim": 8,
@@ -90,24 +102,83 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 2,
     "decoder_start_token_id": 2,
 }
+# Of what reads images and sounds, in configs that have one for it.
+ENCODER_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+    "depth": 2,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "embed_dim": 32,
+    "projection_dim": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "d_model": 32,
+}
+# Some configs compute these, or want them to fit other settings: the first choice that builds.
+_LEFT_OUT: tuple[tuple[str, ...], ...] = (
+    (),
+    ("head_dim", "v_head_dim"),
+    ("num_hidden_layers", "num_layers", "n_layer"),
+    ("head_dim", "v_head_dim", "num_attention_heads", "num_key_value_heads"),
+    ("head_dim", "v_head_dim", "num_hidden_layers"),
+)
 _MAX_PARAMETERS = 20_000_000
 SETTINGS: dict[str, Any] = {"num_slots": 2, "steps": 2, "batch_size": 2, "validation": 0.0}
 
 
-def build(config_class: type, auto: Any) -> PreTrainedModel:
-    """A small random model of a family."""
+def sizes_of(config_class: Any, left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Small sizes for the settings that a config and those inside it have."""
     defaults = config_class()
-    sizes = {name: value for name, value in SIZES.items() if hasattr(defaults, name)}
+    sizes = {n: v for n, v in SIZES.items() if n not in left_out and hasattr(defaults, n)}
+    for name, inner_class in config_class.sub_configs.items():
+        inner = getattr(defaults, name, None)
+        inner = inner_class() if inner is None and inner_class is not AutoConfig else inner
+        if inner is None:
+            continue
+        if any(word in name for word in ("text", "decoder", "llm")):
+            own = sizes_of(type(inner), left_out)
+        else:
+            own = {n: value for n, value in ENCODER_SIZES.items() if hasattr(inner, n)}
+        sizes[name] = {"model_type": inner.model_type, **own}
     if "kv_lora_rank" in sizes:  # latent attention, whose head sizes are its own
         sizes.pop("head_dim", None)
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    config = config_class(**sizes)
+        sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
+    return sizes
+
+
+def small_config(config_class: Any, auto: Any) -> PreTrainedConfig:
+    """A config of a family whose model is small.
+
+    Raises:
+        Exception: If none can be built of sizes alone.
+    """
+    reason: Exception = ValueError("there is nothing to try")
+    for left_out in _LEFT_OUT:
+        try:
+            config: PreTrainedConfig = config_class(**sizes_of(config_class, left_out))
+            with torch.device("meta"):
+                parameters = auto.from_config(config).parameters()
+                num_parameters = sum(p.numel() for p in parameters)
+        except Exception as error:
+            reason = error
+            continue
+        if num_parameters <= _MAX_PARAMETERS:
+            return config
+        reason = ValueError(f"{num_parameters:,} parameters at these sizes")
+    raise reason
+
+
+def build(config_class: Any, auto: Any) -> PreTrainedModel:
+    """A small random model of a family."""
+    config: Any = small_config(config_class, auto)
     if config.is_encoder_decoder:
         config.decoder_start_token_id = SIZES["decoder_start_token_id"]
-    with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in auto.from_config(config).parameters())
-    if num_parameters > _MAX_PARAMETERS:
-        raise ValueError(f"{num_parameters:,} parameters at these sizes")
     torch.manual_seed(0)
     model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():

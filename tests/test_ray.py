@@ -12,8 +12,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from controlprefix import ControlPrefix, EngineError, RequestError, TrainingDataError
+from controlprefix import (
+    ControlPrefix,
+    EngineError,
+    Prefix,
+    RequestError,
+    TrainingDataError,
+    UnknownNameError,
+)
 from controlprefix.cli import app
+from controlprefix.evaluation import UsersEvaluation, evaluate_users
 from controlprefix.interop.ray_users import RayCluster
 
 ray = pytest.importorskip("ray")
@@ -81,6 +89,89 @@ def test_enrolled_users_are_those_of_one_process(model_folder: Path, tmp_path: P
     for user in TEXTS:
         assert cp.get("user", user).digest == alone.get("user", user).digest
         assert len(cp.versions("user", user)) == 1
+    cp.store.close()
+
+
+def stored_users(model_folder: Path, url: str) -> ControlPrefix:
+    cp = ControlPrefix.from_pretrained(model_folder, store=url)
+    for i, user in enumerate(TEXTS):
+        cp.put("user", user, Prefix.random(cp.geometry, num_slots=3, scale=0.5, seed=i))
+    return cp
+
+
+def held_out() -> list[dict[str, str]]:
+    return [
+        {"user": user, "text": f"{text} {i}"}
+        for user, texts in TEXTS.items()
+        for i, text in enumerate(texts)
+    ]
+
+
+def close(results: UsersEvaluation, others: UsersEvaluation) -> bool:
+    """Whether all figures are equal but for rounding: rows share other batches."""
+    pairs = [(results.users[user], others.users[user]) for user in results.users]
+    return list(results.users) == list(others.users) and all(
+        own.num_rows == its.num_rows
+        and own.off_context == pytest.approx(its.off_context, abs=1e-4)
+        and own.gain.mean == pytest.approx(its.gain.mean, abs=1e-4)
+        and own.gain.low == pytest.approx(its.gain.low, abs=1e-3)
+        for own, its in pairs
+    )
+
+
+def test_results_of_users_are_those_of_one_process(model_folder: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/cluster.db"
+    cp = stored_users(model_folder, url)
+    groups = {"half": {user: str(i % 2) for i, user in enumerate(TEXTS)}}
+    expected = evaluate_users(cp, held_out(), groups=groups, min_group_size=2)
+    cluster = RayCluster(model=model_folder, store=url, num_actors=2)
+    result = cluster.evaluate_users(
+        held_out(), groups=groups, min_group_size=2, chunk_size=2, progress=False
+    )
+    assert close(result, expected)
+    assert result.groups.keys() == expected.groups.keys()
+    for name in ("prefixes", "data", "weights"):
+        assert result.about[name] == expected.about[name]
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "report"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in held_out()))
+    command = ["eval-users", str(rows), "--store", url, "--model", str(model_folder)]
+    command += ["--ray", "local", "--actors", "1", "--folder", str(folder)]
+    printed = CliRunner().invoke(app, command)
+    assert printed.exit_code == 0, printed.output
+    assert (folder / "users.html").exists()
+    with pytest.raises(UnknownNameError, match="nobody"):
+        cluster.evaluate_users([*held_out(), {"user": "nobody", "text": "x"}], progress=False)
+    with pytest.raises(TrainingDataError, match="two or more"):
+        cluster.evaluate_users(held_out()[:1], progress=False)
+    cp.store.close()
+
+
+def test_an_evaluation_survives_a_killed_actor(model_folder: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/cluster.db"
+    cp = stored_users(model_folder, url)
+    expected = evaluate_users(cp, held_out())
+    earlier, num_killed = set(processes()), 0
+
+    def kill() -> None:
+        nonlocal num_killed
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            started = set(processes()) - earlier
+            if started:
+                time.sleep(2)  # in the middle of loading or measuring
+                for process in started:
+                    os.kill(process, signal.SIGKILL)
+                    num_killed += 1
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    cluster = RayCluster(model=model_folder, store=url, num_actors=2)
+    result = cluster.evaluate_users(held_out(), chunk_size=1, progress=False)
+    thread.join()
+    assert num_killed
+    assert close(result, expected)
     cp.store.close()
 
 

@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from controlprefix.cli.common import TaskOption, app, out
-from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
+from controlprefix.cli.groups import (
+    ClusterArguments,
+    ColumnArguments,
+    EngineArguments,
+    grouped,
+)
 from controlprefix.cli.options import parse_list, parse_number, parse_pair
 from controlprefix.errors import RequestError
 
@@ -94,6 +99,7 @@ def evaluate_users(
     seed: SeedOption = 0,
     *,
     columns: ColumnArguments,
+    cluster: ClusterArguments,
     engine: EngineArguments,
 ) -> None:
     """Measure for whom user prefixes work: gains over other users' prefixes, harm, groups."""
@@ -102,10 +108,15 @@ def evaluate_users(
 
     groupings = {} if groups is None else _read_groups(groups)
     examples = as_examples(rows, columns=columns.columns(), defaults=columns.defaults())
-    cp = engine.open()
-    result = evaluation.evaluate_users(
-        cp, examples, groups=groupings, min_group_size=min_group_size, seed=seed
-    )
+    options: dict[str, Any] = {
+        "groups": groupings,
+        "min_group_size": min_group_size,
+        "seed": seed,
+    }
+    if cluster.ray is None:
+        result = evaluation.evaluate_users(engine.open(), examples, **options)
+    else:
+        result = cluster.connect(engine).evaluate_users(examples, **options)
     table = Table("users", "gain, nats per token (95 % interval)")
     gains = [("all", result.gain)]
     for grouping, by_group in result.groups.items():

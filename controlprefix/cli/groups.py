@@ -16,6 +16,7 @@ from controlprefix.errors import RequestError, StoreError
 if TYPE_CHECKING:
     from controlprefix.data import Columns
     from controlprefix.engine import ControlPrefix
+    from controlprefix.interop.ray_users import RayCluster
     from controlprefix.model import FrozenModel
     from controlprefix.store import EncryptionKeys, PrefixStore
 
@@ -228,6 +229,39 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             ]
             command = with_options(command, parameter.name, options, _builder(group))
     return command
+
+
+@dataclass(frozen=True)
+class ClusterArguments:
+    """Whether many users are done by actors on a Ray cluster."""
+
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Work on a Ray cluster: its address, auto, or local for one of this machine. "
+            "Its actors keep no run folder, so leave out the options of one.",
+        ),
+    ] = None
+    actors: Annotated[int, typer.Option(help="With --ray: processes, each with a model.")] = 2
+
+    def connect(self, engine: EngineArguments) -> "RayCluster":
+        """The cluster, whose actors have this model and this store.
+
+        Raises:
+            TrainingDataError: If there are to be fewer than one actor.
+            MissingDependencyError: If ray is not installed.
+        """
+        from controlprefix.interop.ray_users import RayCluster
+
+        return RayCluster(
+            model=engine.model,
+            store=engine.store,
+            tenant=engine.tenant,
+            encryption_keys=engine.read_keys(),
+            address=None if self.ray == "local" else self.ray,
+            num_actors=self.actors,
+            loading={**engine.loading_options(), "device": engine.device},
+        )
 
 
 def option(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from controlprefix.cli.common import app, audit_app, out, users_app
 from controlprefix.cli.groups import (
+    ClusterArguments,
     ColumnArguments,
     EngineArguments,
     StoreArguments,
@@ -21,7 +22,6 @@ from controlprefix.cli.runs import RunArguments, UsersRunArguments, exit_when_in
 from controlprefix.errors import RequestError
 
 if TYPE_CHECKING:
-    from controlprefix.interop.ray_users import RayCluster
     from controlprefix.users import EnrolmentReport, UsersReport
 
 DecoderOption = Annotated[
@@ -40,15 +40,6 @@ GuardOption = Annotated[
         "--guard", help="With a decoder: be no more personal than helps on left-out texts."
     ),
 ]
-RayOption = Annotated[
-    str | None,
-    typer.Option(
-        "--ray",
-        help="Work on a Ray cluster: its address, auto, or local for one of this machine. "
-        "Its actors keep no run folder, so leave out the options of one.",
-    ),
-]
-ActorsOption = Annotated[int, typer.Option(help="With --ray: processes, each with a model.")]
 UserArgument = Annotated[str, typer.Argument(help="Name of the user.")]
 SplitOption = Annotated[
     Literal["line", "paragraph", "file"],
@@ -131,11 +122,10 @@ def train_users(
         int, typer.Option(min=1, help="Slots per prefix, without a decoder.")
     ] = 16,
     concurrent_users: Annotated[int, typer.Option(help="Users at a time.")] = 16,
-    ray_address: RayOption = None,
-    actors: ActorsOption = 2,
     *,
     columns: ColumnArguments,
     run: UsersRunArguments,
+    cluster: ClusterArguments,
     engine: EngineArguments,
 ) -> None:
     """Train a prefix for each of many users, and store each as soon as it is finished."""
@@ -150,7 +140,7 @@ def train_users(
         **training_fields,
     }
     with exit_when_interrupted():
-        if ray_address is None:
+        if cluster.ray is None:
             cp = engine.open(create=True)
             report = cp.train_users(texts, **run.options(data or Path("users")), **options)
         else:
@@ -158,7 +148,7 @@ def train_users(
                 raise RequestError("a cluster trains on texts of a file; give one")
             if run != UsersRunArguments():
                 raise RequestError("--ray has no run folder; leave the options of one out")
-            report = _cluster(engine, ray_address, actors).train_users(texts, **options)
+            report = cluster.connect(engine).train_users(texts, **options)
     _print_stored(report)
 
 
@@ -171,10 +161,9 @@ def enroll_users(
     num_slots: EnrolledSlotsOption = 64,
     keep_texts: KeepTextsOption = False,
     guard: GuardOption = False,
-    ray_address: RayOption = None,
-    actors: ActorsOption = 2,
     *,
     columns: ColumnArguments,
+    cluster: ClusterArguments,
     engine: EngineArguments,
 ) -> None:
     """Store a usable prefix for each of many users at once, from texts they wrote."""
@@ -189,25 +178,11 @@ def enroll_users(
         "guard": guard,
     }
     with exit_when_interrupted():
-        if ray_address is None:
+        if cluster.ray is None:
             report = engine.open(create=True).enroll_users(texts, **options)
         else:
-            report = _cluster(engine, ray_address, actors).enroll_users(texts, **options)
+            report = cluster.connect(engine).enroll_users(texts, **options)
     _print_stored(report)
-
-
-def _cluster(engine: EngineArguments, address: str, num_actors: int) -> "RayCluster":
-    from controlprefix.interop.ray_users import RayCluster
-
-    return RayCluster(
-        model=engine.model,
-        store=engine.store,
-        tenant=engine.tenant,
-        encryption_keys=engine.read_keys(),
-        address=None if address == "local" else address,
-        num_actors=num_actors,
-        loading={**engine.loading_options(), "device": engine.device},
-    )
 
 
 def _print_stored(report: "UsersReport | EnrolmentReport") -> None:

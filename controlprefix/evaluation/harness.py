@@ -174,15 +174,20 @@ def about_prefixes(cp: ControlPrefix, rows: Sequence[Example]) -> dict[str, Any]
         for part in resolved.parts
     }
     frozen = cp.frozen_model
-    data = hashlib.sha256(repr([row.model_dump() for row in rows]).encode()).hexdigest()
     return provenance(
         model=f"{frozen.geometry.model_name} in {str(frozen.dtype).removeprefix('torch.')}",
         weights=frozen.fingerprint[:12],
-        data=f"{len(rows)} rows, {data[:12]}",
+        data=describe_rows(rows),
         store=cp.store.label,
         tenant=cp.store.tenant,
         prefixes=sorted(used),
     )
+
+
+def describe_rows(rows: Sequence[Example]) -> str:
+    """The number of rows, and the beginning of a hash of them."""
+    data = hashlib.sha256(repr([row.model_dump() for row in rows]).encode()).hexdigest()
+    return f"{len(rows)} rows, {data[:12]}"
 
 
 def _quality(cp: ControlPrefix, texts: Sequence[str], prompts: Sequence[Hashable]) -> TextQuality:

@@ -59,6 +59,19 @@ class UserResult:
 
 
 @dataclass(frozen=True, slots=True)
+class UserRows:
+    """What is measured of one user.
+
+    Attributes:
+        rows: Held-out rows of the user.
+        others: Users whose prefixes the rows are scored with for comparison.
+    """
+
+    rows: Sequence[Example]
+    others: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class UsersEvaluation:
     """The distribution over users of what their prefixes do.
 
@@ -126,42 +139,94 @@ def evaluate_users(
         TrainingDataError: If there are rows of fewer than two users, or a grouping is none.
         UnknownNameError: If a user has no prefix.
     """
-    groups = _checked_groups(groups or {})
-    if min_group_size < 1:
-        raise TrainingDataError(f"min_group_size is {min_group_size}; it must be 1 or more")
-    examples = [row for row in as_examples(rows, columns=columns) if row.user is not None]
-    row_ids: dict[str, list[int]] = {}
-    for i, row in enumerate(examples):
-        row_ids.setdefault(str(row.user), []).append(i)
-    if len(row_ids) < 2:
+    groups = checked_groups(groups or {}, min_group_size)
+    users = rows_by_user(rows, columns=columns, seed=seed)
+    results = results_of_users(cp, users, prompts=prompts)
+    about = about_prefixes(cp, [row for own in users.values() for row in own.rows])
+    return summarize(results, groups, min_group_size, about)
+
+
+def rows_by_user(rows: Rows, *, columns: Columns | None, seed: int) -> dict[str, UserRows]:
+    """What is measured of each user, in the order of their names.
+
+    Args:
+        rows, columns, seed: As in `evaluate_users`.
+
+    Raises:
+        TrainingDataError: If there are rows of fewer than two users.
+    """
+    own: dict[str, list[Example]] = {}
+    for row in as_examples(rows, columns=columns):
+        if row.user is not None:
+            own.setdefault(row.user, []).append(row)
+    if len(own) < 2:
         raise TrainingDataError(
-            f"there are rows of {len(row_ids)} users; a user is compared with others: give rows "
+            f"there are rows of {len(own)} users; a user is compared with others: give rows "
             "of two or more"
         )
-    draw, names = random.Random(seed), sorted(row_ids)
+    draw, names = random.Random(seed), sorted(own)
     num_others = min(_NUM_OTHERS, len(names) - 1)
-    others = {
-        user: draw.sample([name for name in names if name != user], num_others) for user in names
+    return {
+        user: UserRows(own[user], draw.sample([name for name in names if name != user], num_others))
+        for user in names
     }
+
+
+def results_of_users(
+    cp: ControlPrefix,
+    users: Mapping[str, UserRows],
+    *,
+    prompts: Sequence[str] = IMPERSONAL_PROMPTS,
+) -> dict[str, UserResult]:
+    """The result of each user, from passes over the rows of all.
+
+    Args:
+        cp: With the prefixes of these users and of those whom they are compared with.
+        users: Their rows.
+        prompts: As in `evaluate_users`.
+
+    Raises:
+        UnknownNameError: If a user has no prefix.
+    """
+    examples = [row for own in users.values() for row in own.rows]
+    others = [own.others for own in users.values() for _ in own.rows]
+    num_others = len(others[0])
     own = _nats(cp, examples)
     none = _nats(cp, [_of_user(row, None) for row in examples])
     other = [
-        _nats(cp, [_of_user(row, others[str(row.user)][k]) for row in examples])
+        _nats(cp, [_of_user(row, names[k]) for row, names in zip(examples, others, strict=True)])
         for k in range(num_others)
     ]
     answers = _plain_answers(cp, prompts)
-    users = {}
-    for user in names:
-        ids = row_ids[user]
+    results, first = {}, 0
+    for user, of_user in users.items():
+        ids = range(first, first := first + len(of_user.rows))
         gains = [sum(nats[i] for nats in other) / num_others - own[i] for i in ids]
         # The same row twice says no more than once.
         texts = [(prompt_identity(examples[i]), examples[i].completion) for i in ids]
-        users[user] = UserResult(
+        results[user] = UserResult(
             len(ids),
             bootstrap_mean(gains, texts),
             bootstrap_mean([none[i] - own[i] for i in ids], texts),
             _off_context(cp, user, answers),
         )
+    return results
+
+
+def summarize(
+    users: Mapping[str, UserResult],
+    groups: Mapping[str, Mapping[str, str]],
+    min_group_size: int,
+    about: dict[str, Any],
+) -> UsersEvaluation:
+    """The distribution over users.
+
+    Args:
+        users: The result of each.
+        groups, min_group_size: From `checked_groups`.
+        about: What the results were made with.
+    """
+    users = dict(sorted(users.items()))
     means = sorted(result.gain.mean for result in users.values())
     worst = means[: max(1, round(_WORST_SHARE * len(means)))]
     by_group, too_small = _by_group(users, groups, min_group_size)
@@ -172,16 +237,21 @@ def evaluate_users(
         wilson_proportion([result.is_harmed for result in users.values()]),
         by_group,
         too_small,
-        about_prefixes(cp, examples),
+        about,
     )
 
 
-def _checked_groups(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+def checked_groups(
+    groups: Mapping[str, Mapping[str, Any]], min_group_size: int
+) -> dict[str, dict[str, str]]:
     """Each user's group of each grouping, as text; users without one are left out.
 
     Raises:
-        TrainingDataError: If it is no mapping of groupings to users' groups.
+        TrainingDataError: If it is no mapping of groupings to users' groups, or the least size of
+            a group is below 1.
     """
+    if min_group_size < 1:
+        raise TrainingDataError(f"min_group_size is {min_group_size}; it must be 1 or more")
     if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
         raise TrainingDataError(
             'groups maps each grouping to its users, such as {"gender": {"ana": "female"}}'

@@ -9,21 +9,46 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, Unpack
 
 from controlprefix._io import progress_bar, requires_extra
-from controlprefix.data import read_users
+from controlprefix.data import Columns, Rows, read_users
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import EngineError, TrainingDataError, UnknownNameError
+from controlprefix.evaluation.harness import about_prefixes, describe_rows
+from controlprefix.evaluation.users import (
+    IMPERSONAL_PROMPTS,
+    MIN_GROUP_SIZE,
+    UserResult,
+    UsersEvaluation,
+    checked_groups,
+    results_of_users,
+    rows_by_user,
+    summarize,
+)
 from controlprefix.store import EncryptionKeys
 from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
 from controlprefix.users import EnrolmentReport, UsersReport
 
 _MAX_ATTEMPTS = 3
 
-Users = list[tuple[str, list[str]]]
-Report = TypeVar("Report", UsersReport, EnrolmentReport)
+Method = Literal["train_users", "enroll_users", "evaluate_users"]
+Users = list[tuple[str, Any]]
+
+
+@dataclass
+class _EvaluationReport:
+    """Results of users, in the form of the other reports, and what each chunk was made with."""
+
+    users: dict[str, UserResult] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    seconds: float = 0.0
+    about: list[dict[str, Any]] = field(default_factory=list)
+
+
+Report = TypeVar("Report", UsersReport, EnrolmentReport, _EvaluationReport)
 
 
 @dataclass
@@ -31,7 +56,7 @@ class _Chunk:
     """Users that one actor is given together.
 
     Attributes:
-        users: Their texts.
+        users: Their texts, or their rows.
         versions: Their current versions before, 0 for none.
         num_attempts: How often it was given to an actor.
     """
@@ -52,9 +77,13 @@ class _Actor:
         return {user: self._version(user) for user in users}
 
     def work(
-        self, method: str, users: Users, versions: Mapping[str, int], options: dict[str, Any]
-    ) -> tuple[UsersReport | EnrolmentReport, list[str]]:
-        """Train or enroll users, except those that an actor stored before it died; names these."""
+        self, method: Method, users: Users, versions: Mapping[str, int], options: dict[str, Any]
+    ) -> tuple[UsersReport | EnrolmentReport | _EvaluationReport, list[str]]:
+        """Do users, except those that an actor stored before it died; names these."""
+        if method == "evaluate_users":  # which stores nothing
+            results = results_of_users(self._cp, dict(users), **options)
+            about = about_prefixes(self._cp, [row for _, own in users for row in own.rows])
+            return _EvaluationReport(results, about=[about]), []
         stored = [user for user, _ in users if self._version(user) != versions[user]]
         texts = [(user, own) for user, own in users if user not in stored]
         report = getattr(self._cp, method)(texts, progress=False, **options)
@@ -69,7 +98,7 @@ class _Actor:
 
 
 class RayCluster:
-    """Trains or enrolls many users by actors on a Ray cluster.
+    """Trains, enrolls or evaluates many users by actors on a Ray cluster.
 
     Users are drawn from `texts` as actors are free, so there may be millions. Each is stored as
     soon as it is finished. What an actor had when it was killed is done by another, without the
@@ -153,7 +182,7 @@ class RayCluster:
             "as_codes": as_codes,
             "concurrent_users": concurrent_users,
         }
-        chunks = _chunks(texts, concurrent_users)
+        chunks = _chunks(_users(texts), concurrent_users)
         return self._run("train_users", UsersReport(), chunks, settings, control.progress)
 
     def enroll_users(
@@ -175,12 +204,51 @@ class RayCluster:
             TypeError: If there is no such option.
             EngineError: If the actors cannot start, or die again and again.
         """
-        chunks = _chunks(texts, chunk_size)
+        chunks = _chunks(_users(texts), chunk_size)
         return self._run("enroll_users", EnrolmentReport(), chunks, options, progress)
+
+    def evaluate_users(
+        self,
+        rows: Rows,
+        *,
+        columns: Columns | None = None,
+        groups: Mapping[str, Mapping[str, str]] | None = None,
+        min_group_size: int = MIN_GROUP_SIZE,
+        prompts: Sequence[str] = IMPERSONAL_PROMPTS,
+        seed: int = 0,
+        chunk_size: int = 64,
+        progress: bool = True,
+    ) -> UsersEvaluation:
+        """Measure for whom prefixes work: `controlprefix.evaluation.evaluate_users` by many actors.
+
+        Args:
+            rows, columns, groups, min_group_size, prompts, seed: As there.
+            chunk_size: Users that an actor is given at a time.
+            progress: Show a bar.
+
+        Raises:
+            TrainingDataError: If there are rows of fewer than two users, or a grouping is none.
+            UnknownNameError: If a user has no prefix.
+            EngineError: If the actors cannot start, or die again and again.
+        """
+        own_groups = checked_groups(groups or {}, min_group_size)
+        users = rows_by_user(rows, columns=columns, seed=seed)
+        chunks = _chunks(users.items(), chunk_size)
+        options = {"prompts": tuple(prompts)}
+        report = self._run("evaluate_users", _EvaluationReport(), chunks, options, progress)
+        if report.failed:
+            user, reason = next(iter(report.failed.items()))
+            raise EngineError(f"{len(report.failed)} users, such as {user!r}: {reason}")
+        about = {
+            **report.about[0],
+            "data": describe_rows([row for own in users.values() for row in own.rows]),
+            "prefixes": sorted({name for chunk in report.about for name in chunk["prefixes"]}),
+        }
+        return summarize(report.users, own_groups, min_group_size, about)
 
     def _run(
         self,
-        method: Literal["train_users", "enroll_users"],
+        method: Method,
         report: Report,
         chunks: Iterator[_Chunk],
         options: dict[str, Any],
@@ -200,7 +268,7 @@ class RayCluster:
         run = _Run(ray, start, itertools.chain(first, chunks), report, method, options)
         skipped = run.until_done(max(1, len(first)), progress)
         seconds = time.monotonic() - started
-        return type(report)(report.users, report.failed, tuple(skipped), seconds)
+        return replace(report, skipped=tuple(skipped), seconds=seconds)
 
 
 class _Run:
@@ -211,12 +279,13 @@ class _Run:
         ray: Any,
         start: Any,
         chunks: Iterator[_Chunk],
-        report: UsersReport | EnrolmentReport,
-        method: str,
+        report: UsersReport | EnrolmentReport | _EvaluationReport,
+        method: Method,
         options: dict[str, Any],
     ) -> None:
         self._ray, self._start, self._method, self._options = ray, start, method, options
         self._chunks = chunks
+        self._actors: list[Any] = []  # all that were started
         self._again: deque[_Chunk] = deque()
         self._doing: dict[Any, tuple[Any, _Chunk]] = {}  # by reference: the actor and its chunk
         self._report: Any = report
@@ -224,8 +293,15 @@ class _Run:
         self._num_dead = 0
 
     def until_done(self, num_actors: int, progress: bool) -> list[str]:
-        """Do all users; returns those that were skipped."""
-        actors = [self._start() for _ in range(num_actors)]
+        """Do all users; returns those that were skipped. No actor is left behind."""
+        try:
+            return self._until_done(num_actors, progress)
+        finally:
+            for actor in self._actors:
+                self._ray.kill(actor)
+
+    def _until_done(self, num_actors: int, progress: bool) -> list[str]:
+        actors = [self._new_actor() for _ in range(num_actors)]
         with progress_bar("users", None, visible=progress) as update:
             for actor in actors:
                 self._give(actor)
@@ -240,6 +316,8 @@ class _Run:
                     self._report.users.update(report.users)
                     self._report.failed.update(report.failed)
                     self._skipped += [*report.skipped, *stored]
+                    if isinstance(report, _EvaluationReport):
+                        self._report.about += report.about
                 self._give(actor)
                 note = f"{len(self._report.failed)} failed" if self._report.failed else ""
                 update(len(self._report.users) + len(self._report.failed), note)
@@ -252,7 +330,7 @@ class _Run:
             self._ray.kill(actor)
             return
         try:
-            if not chunk.num_attempts:
+            if not chunk.num_attempts and self._method != "evaluate_users":
                 names = [user for user, _ in chunk.users]
                 chunk.versions = self._ray.get(actor.versions.remote(names))
         except self._ray.exceptions.RayActorError as error:
@@ -278,23 +356,34 @@ class _Run:
             self._report.failed.update((user, reason) for user, _ in chunk.users)
         else:
             self._again.append(chunk)
-        return self._start()
+        return self._new_actor()
+
+    def _new_actor(self) -> Any:
+        self._actors.append(self._start())
+        return self._actors[-1]
 
 
-def _chunks(texts: Any, size: int) -> Iterator[_Chunk]:
-    """Users by so many; rows of a Ray Dataset are grouped by user first.
+def _users(texts: Any) -> Iterator[tuple[str, list[str]]]:
+    """Users and their texts; rows of a Ray Dataset are grouped by user first.
 
     Raises:
-        TrainingDataError: If the size is below 1, or the rows cannot be read.
+        TrainingDataError: If the rows cannot be read.
     """
-    if size < 1:
-        raise TrainingDataError(f"{size} users at a time; it must be 1 or more")
     if hasattr(texts, "iter_rows") and hasattr(texts, "materialize"):
         texts = list(texts.iter_rows())
     users = read_users(texts)
-    pairs: Iterable[tuple[str, Sequence[str]]] = (
-        users.items() if isinstance(users, Mapping) else users
-    )
-    iterator = iter(pairs)
-    while chunk := [(user, list(own)) for user, own in itertools.islice(iterator, size)]:
+    for user, own in users.items() if isinstance(users, Mapping) else users:
+        yield user, list(own)
+
+
+def _chunks(users: Iterable[tuple[str, Any]], size: int) -> Iterator[_Chunk]:
+    """Users by so many.
+
+    Raises:
+        TrainingDataError: If the size is below 1.
+    """
+    if size < 1:
+        raise TrainingDataError(f"{size} users at a time; it must be 1 or more")
+    iterator = iter(users)
+    while chunk := list(itertools.islice(iterator, size)):
         yield _Chunk(chunk)

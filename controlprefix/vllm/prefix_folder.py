@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from controlprefix._io import atomic_path
@@ -31,6 +31,17 @@ def file_name(digest: str, tenant: str, user: str | None) -> str:
         'bc6333b9f17552409528e6948b1eb99e-0123'
     """
     return digest if user is None else f"{_owner(tenant, user)}-{digest}"
+
+
+@contextlib.contextmanager
+def _writing(failure: str) -> Iterator[None]:
+    """Raise errors of the file system inside as a `StoreError` that begins with `failure`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{failure}: {error}") from error
 
 
 def _owner(tenant: str, user: str) -> str:
@@ -69,10 +80,8 @@ class PrefixFolder:
         self._lock = threading.Lock()
         self._size_bytes = 0
         self._last_sweep = 0.0
-        try:
+        with _writing(f"cannot use the folder {self._path}"):
             self._path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"cannot use the folder {self._path}: {error}") from error
 
     def file(self, name: str) -> Path:
         """The path of a prefix's file, whether it exists or not."""
@@ -98,11 +107,9 @@ class PrefixFolder:
         Raises:
             StoreError: If one cannot be removed.
         """
-        try:
+        with _writing("cannot remove files of a forgotten user"):
             for path in self._path.glob(f"{_owner(tenant, user)}-*"):
                 path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StoreError(f"cannot remove files of a forgotten user: {error}") from error
 
     def remove_expired(self) -> None:
         """Remove files that were not used for an hour.
@@ -110,13 +117,11 @@ class PrefixFolder:
         Raises:
             StoreError: If one cannot be removed.
         """
-        try:
-            with contextlib.suppress(OverloadedError):  # what is in use may fill the folder
-                self._make_room(0)
-        except OSError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"cannot remove old files of prefixes: {error}") from error
+        with (
+            _writing("cannot remove old files of prefixes"),
+            contextlib.suppress(OverloadedError),  # what is in use may fill the folder
+        ):
+            self._make_room(0)
 
     def write(
         self, name: str, make_prefix: Callable[[], Prefix], *, overwrite: bool = False
@@ -133,7 +138,7 @@ class PrefixFolder:
             StoreError: If it cannot be written.
         """
         path = self.file(name)
-        try:
+        with _writing(f"cannot write {path}"):
             if not overwrite:
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(path)
@@ -143,10 +148,6 @@ class PrefixFolder:
             with atomic_path(path) as unfinished:
                 unfinished.write_bytes(data)
                 unfinished.chmod(_FILE_MODE)
-        except OSError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"cannot write {path}: {error}") from error
 
     def _make_room(self, num_bytes: int) -> None:
         """Remove old files, and evict what does not fit."""
