@@ -102,7 +102,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 2,
     "decoder_start_token_id": 2,
 }
-# Of what reads images and sounds, in configs that have one for it.
+# Sizes of encoders of images and sounds, in configs that have them.
 ENCODER_SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -6,6 +6,7 @@ from controlprefix.attributes import AttributeSpace
 from controlprefix.inference.generator import Generator
 from controlprefix.inference.resolver import PrefixCaches, Resolver
 from controlprefix.model import FrozenModel
+from controlprefix.model.rotation import geometry_with_shift
 from controlprefix.prefixes import Geometry
 from controlprefix.store import PrefixStore
 from controlprefix.training import FeedbackTrainer
@@ -62,7 +63,7 @@ class Components:
     @property
     def geometry(self) -> Geometry:
         """The attention shapes and weights fingerprint that prefixes must match."""
-        return self._frozen.geometry
+        return geometry_with_shift(self._frozen)
 
     @property
     def tenant(self) -> str:

@@ -5,14 +5,17 @@ Reference:
     https://arxiv.org/abs/2104.09864.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Self
+from dataclasses import replace
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from controlprefix.errors import UnsupportedModelError
+from controlprefix.errors import PrefixFormatError, UnsupportedModelError
 from controlprefix.model.frozen import FrozenModel
 from controlprefix.model.text_prefix import is_rotary, keys_and_values, prefix_from_tokens
 from controlprefix.prefixes import Geometry, Part, Prefix
@@ -62,7 +65,18 @@ class Rotation:
         self._layers = layers
 
     @classmethod
-    def of(cls, frozen: FrozenModel) -> Self:
+    def of(cls, frozen: FrozenModel) -> "Rotation":
+        """The rotation of a model, read once.
+
+        Raises:
+            UnsupportedModelError: If its prefixes cannot be shifted exactly.
+        """
+        if frozen not in _rotations:
+            _rotations[frozen] = cls._read(frozen)
+        return _rotations[frozen]
+
+    @classmethod
+    def _read(cls, frozen: FrozenModel) -> "Rotation":
         """Read the rotations off the model's own rotary modules, and check them on the model.
 
         Raises:
@@ -121,6 +135,22 @@ class Rotation:
         logits = model(input_ids=ids, position_ids=positions, past_key_values=cache).logits
         if not _is_close(expected, logits, _TOLERANCE[model.dtype]):
             raise _unsupported(model, "its logits change when all positions shift together")
+
+
+_rotations: WeakKeyDictionary[FrozenModel, Rotation] = WeakKeyDictionary()
+
+
+def geometry_with_shift(frozen: FrozenModel) -> Geometry:
+    """The geometry of a loaded model, which can move prefixes along its positions."""
+    reference = weakref.ref(frozen)  # a prefix must not keep a model in memory
+
+    def shift(prefix: Prefix, positions: int) -> Prefix:
+        loaded = reference()
+        if loaded is None:
+            raise PrefixFormatError("the model of this geometry is no longer loaded")
+        return Rotation.of(loaded).shifted(prefix, positions)
+
+    return replace(frozen.geometry, shift=shift)
 
 
 def _require_rotations(frozen: FrozenModel) -> None:

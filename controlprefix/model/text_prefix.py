@@ -1,6 +1,7 @@
 """The keys and values of a text as a prefix."""
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from controlprefix.prefixes import LayerSlots, Prefix
 
 _PROBE = (5, 11, 17, 23, 29, 31, 37, 41)  # token ids; every vocabulary has them
 _MAX_VALUE_SHIFT = 0.1  # relative change of values that still counts as rounding
+_reads_before_zero: WeakKeyDictionary[FrozenModel, bool] = WeakKeyDictionary()
 
 
 def prefix_from_tokens(
@@ -40,7 +42,7 @@ def prefix_before_text(frozen: FrozenModel, tokens: Sequence[int] | Tensor) -> P
         frozen: The model.
         tokens: Token ids; or embeddings, `(num_tokens, hidden_size)`, as prompt tuning trains.
     """
-    first_position = -len(tokens) if frozen.reads_before_zero else 0
+    first_position = -len(tokens) if reads_before_zero(frozen) else 0
     layers = keys_and_values(frozen, tokens, first_position=first_position)
     return Prefix.from_layers(frozen.geometry, **layers)
 
@@ -51,6 +53,12 @@ def reads_before_zero(frozen: FrozenModel) -> bool:
     Values carry no rotation, so moving a text must not change them. Where it does, the model uses
     positions in another way too, and negative ones may be meaningless to it.
     """
+    if frozen not in _reads_before_zero:
+        _reads_before_zero[frozen] = _values_do_not_move(frozen)
+    return _reads_before_zero[frozen]
+
+
+def _values_do_not_move(frozen: FrozenModel) -> bool:
     if frozen.is_encoder_decoder or not is_rotary(frozen.model):
         return False
     here = keys_and_values(frozen, _PROBE)["decoder"][-1][1].float()

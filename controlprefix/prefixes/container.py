@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -12,10 +12,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from controlprefix.errors import ControlPrefixError, PrefixFormatError, short_reason
-from controlprefix.prefixes.geometry import Site
 
 StorageDtype = Literal["float32", "bfloat16", "float16", "int8"]
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+Key = TypeVar("Key", bound=str)
 
 FORMAT = 1
 _MAX_HEADER_BYTES = 1 << 20
@@ -169,10 +170,10 @@ def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def dequantize_sites(
     tensors: Mapping[str, Tensor],
-    head_sizes: Mapping[Site, Sequence[int]],
+    head_sizes: Mapping[Key, Sequence[int]],
     dtype: object,
     name: str,
-) -> dict[Site, Tensor]:
+) -> dict[Key, Tensor]:
     """Undo `quantize` for the slots of some sites.
 
     Args:

@@ -2,19 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, Self, get_args
 
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError
-
-if TYPE_CHECKING:
-    from controlprefix.prefixes.prefix import Prefix
 
 Site = Literal["decoder", "encoder", "cross"]
 SITES: tuple[Site, ...] = get_args(Site)
 
 
-# A prefix and the number of positions to move it by -> the prefix there.
-Shift: TypeAlias = "Callable[[Prefix, int], Prefix]"
+# A `Prefix` and the number of positions to move it by -> the `Prefix` there.
+Shift = Callable[[Any, int], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class Geometry:
     cross: tuple[LayerShape, ...] = ()
     fingerprint: str = ""
     model_name: str = field(default="model", compare=False)
-    shift: "Shift | None" = field(default=None, compare=False, repr=False)
+    shift: Shift | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def uniform(
