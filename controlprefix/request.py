@@ -95,6 +95,14 @@ class SteeringFields(BaseModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=_MAX_ENTRIES)
     """Variables for the model's chat template, such as `enable_thinking`, with their values."""
 
+    source_language: str | None = None
+    """Language of the prompt, as the tokenizer of a multilingual encoder-decoder names it
+    (`eng_Latn`). Left out, the one that the tokenizer is set to."""
+
+    target_language: str | None = None
+    """Language of the completion, named likewise. Left out, the one of the model's generation
+    config."""
+
     continue_final_message: bool = False
     """Continue the last of `messages`, which is the assistant's, instead of answering it."""
 

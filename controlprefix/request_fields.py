@@ -21,6 +21,8 @@ class RequestFields(TypedDict, total=False):
     when: When
     schedules: Mapping[str, Any]
     chat_template_kwargs: Mapping[str, Any]
+    source_language: str | None
+    target_language: str | None
     continue_final_message: bool
     max_new_tokens: int
     temperature: float | None

@@ -21,6 +21,7 @@ from controlprefix.inference.stopping import IncrementalDetokenizer, completion_
 from controlprefix.inference.waiting_line import WaitingLine
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import ImagePrompt
+from controlprefix.model.languages import start_ids_of
 from controlprefix.prefixes import Part, PrefixBatch, PrefixKey
 from controlprefix.request import Request
 
@@ -61,8 +62,9 @@ class BatchedRequest:
         # Bytes keep their hash.
         has_images = isinstance(self.prompt, ImagePrompt)
         prompt = id(self) if has_images else array("q", self.prompt).tobytes()
+        start = array("q", self.start).tobytes() if self.start is not self.prompt else b""
         self.row_keys = [
-            (prompt, tuple((id(part.prefix), part.strength, part.schedule) for part in parts))
+            (prompt, start, tuple((id(p.prefix), p.strength, p.schedule) for p in parts))
             for parts in self.rows
         ]
 
@@ -176,7 +178,9 @@ class Batcher(ABC):
             )
         tokenizer = self._frozen.request_tokenizer
         resolved, prompt = resolved.fitted(tokenizer)
-        start = tokenizer.decoder_start_ids if self._frozen.is_encoder_decoder else prompt
+        start = prompt
+        if self._frozen.is_encoder_decoder:
+            start = start_ids_of(prompt, tokenizer.decoder_start_ids)
         sequence = BatchedRequest(
             resolved,
             Ticket(deliver),

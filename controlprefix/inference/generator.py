@@ -20,7 +20,7 @@ from controlprefix.inference.guidance import guided_log_probs, guided_target_log
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import TokenLogProbs, token_log_probs_of
 from controlprefix.inference.static_batching import StaticBatcher
-from controlprefix.inference.static_generation import batch_key, generate_batch
+from controlprefix.inference.static_generation import batches_of, generate_batch
 from controlprefix.inference.stopping import IncrementalDetokenizer
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import ImagePrompt
@@ -49,19 +49,9 @@ class Generator:
         tokenizer = self._frozen.request_tokenizer
         fitted = [request.fitted(tokenizer) for request in resolved]
         resolved, prompts = [request for request, _ in fitted], [prompt for _, prompt in fitted]
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for i, request in enumerate(resolved):
-            groups.setdefault(batch_key(request.request), []).append(i)
         completions: dict[int, Completion] = {}
-        batches = [
-            [group[i] for i in batch]
-            for group in groups.values()
-            for batch in self._frozen.batches(
-                [len(prompts[i]) + resolved[i].request.max_new_tokens for i in group],
-                _checked(batch_size),
-            )
-        ]
-        for indices in batches:
+        requests = [request.request for request in resolved]
+        for indices in batches_of(self._frozen, requests, prompts, _checked(batch_size)):
             batch = generate_batch(
                 self._frozen, [resolved[i] for i in indices], [prompts[i] for i in indices]
             )

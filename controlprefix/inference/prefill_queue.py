@@ -187,13 +187,17 @@ class PrefillQueue:
         """Add sequences; those that fit one chunk together are prefilled together."""
         group: list[BatchedRequest] = []
         read: set[Hashable] = set()
-        for sequence in sorted(sequences, key=lambda s: (len(s.prompt), tuple(s.prompt))):
+        sequences = sorted(sequences, key=lambda s: (len(s.prompt), tuple(s.prompt)))
+        if self._encoded:  # a decoder starts from as many tokens in each row
+            sequences.sort(key=lambda s: len(s.start))
+        for sequence in sequences:
             if isinstance(sequence.prompt, ImagePrompt):
                 self._prefills.append(Prefill([sequence]))
                 continue
             own = sequence.row_keys
             is_full = len(sequence.prompt) * len(read.union(own)) > self._max_tokens
-            if group and is_full and not read.issuperset(own):
+            is_other = self._encoded and group and len(group[0].start) != len(sequence.start)
+            if is_other or (group and is_full and not read.issuperset(own)):
                 self._prefills.append(Prefill(group, encoded=self._encoded))
                 group, read = [], set()
             group.append(sequence)

@@ -5,7 +5,7 @@ arrive meanwhile wait for the end of the batch.
 """
 
 from controlprefix.inference.batcher import BatchedRequest, Batcher
-from controlprefix.inference.static_generation import batch_key
+from controlprefix.inference.static_generation import batches_of
 from controlprefix.inference.streamed_batch import generate_streamed
 
 
@@ -34,17 +34,10 @@ class StaticBatcher(Batcher):
     def _step(self) -> None:
         self._drop_cancelled_waiting()
         self._batch = tuple(self._take_waiting())
-        groups: dict[object, list[BatchedRequest]] = {}
-        for sequence in self._batch:
-            groups.setdefault(batch_key(sequence.request), []).append(sequence)
-        batches = [
-            [group[i] for i in batch]
-            for group in groups.values()
-            for batch in self._frozen.batches(
-                [len(s.prompt) + s.request.max_new_tokens for s in group], len(group)
-            )
-        ]
-        for group in batches:
+        requests = [sequence.request for sequence in self._batch]
+        prompts = [sequence.prompt for sequence in self._batch]
+        for indices in batches_of(self._frozen, requests, prompts, max(1, len(requests))):
+            group = [self._batch[i] for i in indices]
             generate_streamed(
                 self._frozen,
                 [sequence.resolved for sequence in group],

@@ -6,7 +6,7 @@ processor makes each row's choice (see `sampling`).
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from controlprefix.inference.stopping import completion_from_tokens, has_stop
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import image_inputs
 from controlprefix.model.kv_cache import growing_cache
+from controlprefix.model.languages import start_ids_of
 from controlprefix.model.padding import pad_rows
 from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.prefixes import PrefixBatch
@@ -48,7 +49,7 @@ def generate_batch(
     cancelled: threading.Event | None = None,
     on_step: OnStep | None = None,
 ) -> list[Completion | ModelOutputError]:
-    """Generate for requests that have the same `batch_key`, in one batch.
+    """Generate for requests that can share a batch (see `batches_of`).
 
     A request whose logits are no numbers has an error in its place.
 
@@ -76,7 +77,7 @@ def generate_tokens(
     cancelled: threading.Event | None = None,
     on_step: OnStep | None = None,
 ) -> list[list[int] | None]:
-    """Generate token ids for requests that have the same `batch_key`, in one batch.
+    """Generate token ids for requests that can share a batch (see `batches_of`).
 
     Args:
         frozen: The model.
@@ -103,7 +104,9 @@ def generate_tokens(
     options: dict[str, Any] = dict(image_inputs(row_prompts, lengths, frozen.model))
     num_before = ids.shape[1]  # columns before the first new token
     if frozen.is_encoder_decoder:
-        decoder_ids = torch.tensor([tokenizer.decoder_start_ids] * len(ids), device=frozen.device)
+        default = tokenizer.decoder_start_ids
+        decoder_starts = [start_ids_of(prompt, default) for prompt in row_prompts]
+        decoder_ids = torch.tensor(decoder_starts, device=frozen.device)
         options["decoder_input_ids"], num_before = decoder_ids, decoder_ids.shape[1]
     criteria = StoppingCriteriaList()
     check = _NumbersOnly(len(row_prompts), frozen.device)
@@ -114,16 +117,16 @@ def generate_tokens(
     processors.extend(own_prompt_processors(frozen, config, row_prompts, paddings, num_before))
     has_beams = requests[0].num_beams > 1
     if not has_beams and any(request.changes_logits for request in own_requests):
-        starts = tokenizer.decoder_start_ids if frozen.is_encoder_decoder else None
+        starts = decoder_starts if frozen.is_encoder_decoder else prompts
         rows = [
             SampledRow(
                 request,
-                prompt if starts is None else starts,
+                start,
                 processors=[]
                 if request.json_schema is None
-                else [JsonConstraint(frozen, request.json_schema, len(starts or prompt))],
+                else [JsonConstraint(frozen, request.json_schema, len(start))],
             )
-            for request, prompt in zip(own_requests, prompts, strict=True)
+            for request, start in zip(own_requests, starts, strict=False)  # without guidance rows
         ]
         sampling.append(RowSampling(rows, frozen.device))
     if plan.has_guidance:
@@ -164,10 +167,31 @@ def generate_tokens(
     ]
 
 
-def batch_key(request: Request) -> tuple[Any, ...]:
-    """Requests with equal keys can share a batch: beam search has one setting for all rows."""
-    beams = request.num_beams
-    return (1,) if beams == 1 else (beams, request.max_new_tokens, request.repetition_penalty)
+def batches_of(
+    frozen: FrozenModel,
+    requests: Sequence[Request],
+    prompts: Sequence[Sequence[int]],
+    size: int,
+) -> Iterator[list[int]]:
+    """Indices of requests that share a batch, at most `size` each."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(_batch_key(request), []).append(i)
+    for group in groups.values():
+        lengths = [len(prompts[i]) + requests[i].max_new_tokens for i in group]
+        for batch in frozen.batches(lengths, size):
+            yield [group[i] for i in batch]
+
+
+def _batch_key(request: Request) -> tuple[Any, ...]:
+    """Requests with equal keys can share a batch.
+
+    Beam search has one setting for all rows, and a decoder starts from as many tokens in each.
+    """
+    beams, is_targeted = request.num_beams, request.target_language is not None
+    if beams == 1:
+        return (1, is_targeted)
+    return (beams, is_targeted, request.max_new_tokens, request.repetition_penalty)
 
 
 class _NumbersOnly(LogitsProcessor):

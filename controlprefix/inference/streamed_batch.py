@@ -18,7 +18,7 @@ def generate_streamed(
     tickets: Sequence[Ticket],
     must_end: Callable[[Ticket], bool],
 ) -> None:
-    """Generate for requests that have the same `batch_key`; their tickets get texts and results.
+    """Generate for requests that can share a batch; their tickets get texts and results.
 
     Args:
         frozen, resolved, prompts: As in `generate_batch`.

@@ -51,6 +51,8 @@ class ImagePrompt(tuple[int, ...]):
 
 def followed_by(prompt: Sequence[int], ids: Sequence[int]) -> Sequence[int]:
     """A prompt with more ids behind it."""
+    if not ids:
+        return prompt
     both = (*prompt, *ids)
     return ImagePrompt.of(both, prompt) if isinstance(prompt, ImagePrompt) else both
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from controlprefix.model.frozen import FrozenModel
 from controlprefix.model.images import image_inputs, image_positions
+from controlprefix.model.languages import start_ids_of
 from controlprefix.model.padding import pad_rows
 
 _CHUNK_TOKENS = 64  # tokens whose float32 logits are held at a time, forward and backward
@@ -82,8 +83,7 @@ def target_logits(
         `(num_targets,)`; and a mask of the targets `(num_rows, longest_target)`.
     """
     if frozen.is_encoder_decoder:
-        inputs, target_ids, mask = _encoder_decoder_inputs(frozen, prompts, targets)
-        positions = mask
+        inputs, target_ids, mask, positions = _encoder_decoder_inputs(frozen, prompts, targets)
     else:
         inputs, target_ids, mask = _decoder_only_inputs(frozen, prompts, targets)
         positions = pad(mask, (0, 1))  # the logits of a token are those at the token before it
@@ -156,16 +156,23 @@ def _decoder_only_inputs(
 
 def _encoder_decoder_inputs(
     frozen: FrozenModel, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
-) -> tuple[dict[str, Any], Tensor, Tensor]:
+) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
+    """The model's inputs, the targets, their mask, and where in the decoder they are predicted."""
     ids, attention_mask = _padded(frozen, prompts, left=False)
     target_ids, mask = _padded(frozen, targets, left=False)
-    starts = target_ids.new_tensor(frozen.request_tokenizer.decoder_start_ids)
+    default = frozen.request_tokenizer.decoder_start_ids
+    starts = [start_ids_of(prompt, default) for prompt in prompts]
+    rows = [[*start, *target[:-1]] for start, target in zip(starts, targets, strict=True)]
+    decoder_ids, _ = _padded(frozen, rows, left=False)
+    first = torch.tensor([len(start) - 1 for start in starts], device=ids.device)
+    columns = torch.arange(decoder_ids.shape[1], device=ids.device) - first[:, None]
+    positions = (columns >= 0) & (columns < mask.sum(1, keepdim=True))
     inputs = {
         "input_ids": ids,
         "attention_mask": attention_mask,
-        "decoder_input_ids": torch.cat([starts.expand(len(ids), -1), target_ids[:, :-1]], dim=1),
+        "decoder_input_ids": decoder_ids,
     }
-    return inputs, target_ids, mask.bool()
+    return inputs, target_ids, mask.bool(), positions
 
 
 def _padded(

@@ -19,6 +19,7 @@ from controlprefix.example import Example
 from controlprefix.model.chat_template import ChatTemplate, with_images
 from controlprefix.model.control_tokens import TextTokenizer
 from controlprefix.model.images import ImagePrompt, ImageReader, PromptImages
+from controlprefix.model.languages import Languages, TargetedPrompt, start_ids_of
 from controlprefix.model.loading import load_processor
 from controlprefix.request import AnyRequest, Request
 
@@ -144,8 +145,8 @@ class RequestTokenizer:
 
         Raises:
             RequestError: If the tokenizer has no chat template and messages need one, or the
-                template refuses them; the model has no embedding of an id; or the request has
-                images, and the model reads none.
+                template refuses them; the model has no embedding of an id; the request has
+                images, and the model reads none; or it names a language that there is not.
         """
         contents = [image for message in request.conversation for image in message.images]
         if not contents:
@@ -154,11 +155,28 @@ class RequestTokenizer:
                 raise RequestError(
                     "the chat template of this model renders nothing for these messages"
                 )
-            return tuple(ids)
+            return self._in_languages(tuple(ids), request)
         if self.is_encoder_decoder:
             raise RequestError("images are supported by decoder-only models; leave them out")
         images = self._image_reader.read(contents)
         return ImagePrompt.of(self._require_embedded(self._prompt_ids(request, images)), images)
+
+    def _in_languages(self, ids: tuple[int, ...], request: Request) -> tuple[int, ...]:
+        """A prompt in the languages that a request names."""
+        source, target = request.source_language, request.target_language
+        if source is None and target is None:
+            return ids
+        if not self.is_encoder_decoder:
+            raise RequestError(
+                "source_language and target_language are for encoder-decoders; say in the prompt "
+                "which language to write"
+            )
+        if source is not None:
+            ids = tuple(self._languages.with_source(ids, source))
+        if target is None:
+            return ids
+        start = (self.decoder_start_ids[0], self._languages.id_of(target))
+        return TargetedPrompt.of(self._require_embedded(ids), self._require_embedded(start))
 
     def fitted(
         self, request: AnyRequest, *, num_slots: int = 0, context_length: int | None = None
@@ -190,8 +208,7 @@ class RequestTokenizer:
             request = request.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
         if limit is None:
             return request, ids
-        before = len(self.decoder_start_ids) - 1 if self.is_encoder_decoder else len(ids)
-        used = num_slots + before
+        used = num_slots + self._num_before(ids)
         room = limit - used
         if "max_new_tokens" not in request.model_fields_set and 1 <= room < request.max_new_tokens:
             request = request.with_default_limit(room)
@@ -228,7 +245,7 @@ class RequestTokenizer:
         """
         prompt = self.prompt_ids(example)
         completion = self._require_embedded(self._texts.ids_of_text(example.completion))
-        if not self.has_room(len(prompt), len(completion)):
+        if not self.has_room(prompt, len(completion)):
             raise ContextLengthError(
                 f"an example has {len(prompt)} + {len(completion)} tokens, but the context of this "
                 f"model is {self.context_length}; shorten it"
@@ -241,15 +258,19 @@ class RequestTokenizer:
 
     def fits(self, example: Example) -> bool:
         """Whether an example fits the model's context."""
-        return self.has_room(*self.num_tokens(example))
+        completion = self._texts.ids_of_text(example.completion)
+        return self.has_room(self.prompt_ids(example), len(completion))
 
-    def has_room(self, num_prompt: int, num_completion: int) -> bool:
+    def has_room(self, prompt: Sequence[int], num_completion: int) -> bool:
         """Whether a prompt and a completion with its end token fit the context."""
-        if self.is_encoder_decoder:
-            needed = max(num_prompt, num_completion + len(self.decoder_start_ids))
-        else:
-            needed = num_prompt + num_completion + 1
+        needed = max(len(prompt), self._num_before(prompt) + num_completion + 1)
         return self.context_length is None or needed <= self.context_length
+
+    def _num_before(self, prompt: Sequence[int]) -> int:
+        """Positions that are taken when the first new token is predicted."""
+        if self.is_encoder_decoder:
+            return len(start_ids_of(prompt, self.decoder_start_ids)) - 1
+        return len(prompt)
 
     def ids_of_examples(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """Prompts and completions of examples.
@@ -309,6 +330,10 @@ class RequestTokenizer:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         assert isinstance(text, str)
         return text
+
+    @cached_property
+    def _languages(self) -> Languages:
+        return Languages(self._tokenizer)
 
     @cached_property
     def _image_reader(self) -> ImageReader:

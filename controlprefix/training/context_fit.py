@@ -109,7 +109,7 @@ def cut_example_ids(example: Example, tokenizer: RequestTokenizer) -> TokenizedE
     whole = tokenizer.inner_ids(example.completion)
     room = context - 1 if tokenizer.is_encoder_decoder else context - 1 - len(prompt)
     completion = tuple(whole[: max(room, context // 2)])
-    if not tokenizer.has_room(len(prompt), len(completion)):
+    if not tokenizer.has_room(prompt, len(completion)):
         texts = [m.content for m in example.messages or ()] or [example.prompt or ""]
         longest = max(range(len(texts)), key=lambda i: len(texts[i]))
 
@@ -123,7 +123,7 @@ def cut_example_ids(example: Example, tokenizer: RequestTokenizer) -> TokenizedE
 
         counts = range(1, len(texts[longest]) + 1)
         num_fitting = bisect.bisect_left(
-            counts, True, key=lambda n: not tokenizer.has_room(len(shortened(n)), len(completion))
+            counts, True, key=lambda n: not tokenizer.has_room(shortened(n), len(completion))
         )
         if num_fitting == 0:
             raise ContextLengthError(

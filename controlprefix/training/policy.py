@@ -15,7 +15,7 @@ from torch import Tensor
 from controlprefix.completion import PartUsed
 from controlprefix.errors import TrainingDataError
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
-from controlprefix.inference.static_generation import generate_tokens
+from controlprefix.inference.static_generation import batches_of, generate_tokens
 from controlprefix.inference.stopping import completion_from_tokens
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import followed_by
@@ -241,12 +241,10 @@ class PolicyObjective(Objective):
             )
         tokenizer = self._frozen.request_tokenizer
         completions: dict[int, tuple[Sequence[int], str]] = {}
-        lengths = [
-            len(row.prompt) + r.request.max_new_tokens
-            for row, r in zip(rows, resolved, strict=True)
-        ]
-        for batch in self._frozen.batches(lengths, _MAX_ROWS_PER_BATCH):
-            prompts = [followed_by(rows[i].prompt, heads[i]) for i in batch]
+        requests = [request.request for request in resolved]
+        row_prompts = [row.prompt for row in rows]
+        for batch in batches_of(self._frozen, requests, row_prompts, _MAX_ROWS_PER_BATCH):
+            prompts = [followed_by(row_prompts[i], heads[i]) for i in batch]
             results = generate_tokens(self._frozen, [resolved[i] for i in batch], prompts)
             for i, prompt, new in zip(batch, prompts, results, strict=True):
                 if new is None:
