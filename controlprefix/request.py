@@ -363,31 +363,6 @@ class Request(SteeringFields):
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 
-def with_sampling_defaults(
-    fields: Mapping[str, Any], defaults: Mapping[str, float], *, num_choices: int = 1
-) -> dict[str, Any]:
-    """Fields of a request, with sampling settings in place of those that are left out.
-
-    Without any setting, a request with a seed, or for several choices, samples at temperature 1.
-
-    Args:
-        fields: Fields of `Request`.
-        defaults: Values of `temperature`, `top_k`, `top_p` and `min_p`.
-        num_choices: How many completions are asked for.
-    """
-    result = dict(fields)
-    if (result.get("num_beams") or 1) > 1 or result.get("temperature") == 0:
-        return result
-    for name in SAMPLING_SETTINGS:
-        if result.get(name) is None and name in defaults:
-            result[name] = defaults[name]
-    if all(result.get(name) is None for name in SAMPLING_SETTINGS) and (
-        num_choices > 1 or result.get("seed") is not None
-    ):
-        result["temperature"] = 1.0
-    return result
-
-
 def is_valid_unicode(text: str) -> bool:
     """Whether a text can be encoded as UTF-8: JSON can hold half a surrogate pair."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,9 +1,9 @@
-"""RequestFields: the fields of a request as keyword arguments."""
+"""The fields of a request as keyword arguments, and their defaults."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from controlprefix.request import Mixing, Unseen, When
+from controlprefix.request import SAMPLING_SETTINGS, Mixing, Unseen, When
 
 
 class RequestFields(TypedDict, total=False):
@@ -37,3 +37,28 @@ class RequestFields(TypedDict, total=False):
     stop: tuple[str, ...] | list[str]
     json_schema: Mapping[str, Any] | None
     seed: int | None
+
+
+def with_sampling_defaults(
+    fields: Mapping[str, Any], defaults: Mapping[str, float], *, num_choices: int = 1
+) -> dict[str, Any]:
+    """Fields of a request, with sampling settings in place of those that are left out.
+
+    Without any setting, a request with a seed, or for several choices, samples at temperature 1.
+
+    Args:
+        fields: Fields of `Request`.
+        defaults: Values of `temperature`, `top_k`, `top_p` and `min_p`.
+        num_choices: How many completions are asked for.
+    """
+    result = dict(fields)
+    if (result.get("num_beams") or 1) > 1 or result.get("temperature") == 0:
+        return result
+    for name in SAMPLING_SETTINGS:
+        if result.get(name) is None and name in defaults:
+            result[name] = defaults[name]
+    if all(result.get(name) is None for name in SAMPLING_SETTINGS) and (
+        num_choices > 1 or result.get("seed") is not None
+    ):
+        result["temperature"] = 1.0
+    return result

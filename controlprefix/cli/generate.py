@@ -20,7 +20,8 @@ def generate(
     engine: EngineArguments,
 ) -> None:
     """Generate text, printed as it is generated."""
-    from controlprefix.request import Request, with_sampling_defaults
+    from controlprefix.request import Request
+    from controlprefix.request_fields import with_sampling_defaults
 
     # Fail before a model is loaded.
     Request(prompt=prompt, **with_sampling_defaults(request_fields, {}))

@@ -1,15 +1,15 @@
-"""Languages of multilingual encoder-decoders (mBART, NLLB, M2M100), per request.
+"""What an encoder-decoder's decoder starts from, and the languages of multilingual ones.
 
-The source's language is a control token beside its text; the target's is the first token of the
-decoder, behind its start token.
+In mBART, NLLB and M2M100 the source's language is a control token beside its text; the target's
+is the first token of the decoder, behind its start token.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from controlprefix.errors import RequestError, shortened
+from controlprefix.errors import RequestError, UnsupportedModelError, shortened
 
 
 class TargetedPrompt(tuple[int, ...]):
@@ -95,3 +95,32 @@ def start_ids_of(prompt: Sequence[int], default: tuple[int, ...]) -> tuple[int, 
         default: Where the prompt names no target language.
     """
     return prompt.start_ids if isinstance(prompt, TargetedPrompt) else default
+
+
+def decoder_start_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids that an encoder-decoder's decoder starts from.
+
+    Those are its start token and what its generation config forces first, such as the token of
+    the target language.
+
+    Raises:
+        UnsupportedModelError: If the model has no start token.
+    """
+    generation, config = model.generation_config, model.config
+    decoder = getattr(config, "decoder", None)
+    start = next(
+        (
+            token
+            for name in ("decoder_start_token_id", "bos_token_id")
+            for source in (generation, config, decoder)
+            if isinstance(token := getattr(source, name, None), int)
+        ),
+        None,
+    )
+    if start is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} names no token to start its decoder with; set "
+            "model.generation_config.decoder_start_token_id"
+        )
+    forced = getattr(generation, "forced_bos_token_id", None)
+    return (start, forced) if isinstance(forced, int) else (start,)

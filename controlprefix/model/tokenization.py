@@ -12,14 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from controlprefix.errors import (
     ContextLengthError,
     RequestError,
-    UnsupportedModelError,
     shortened,
 )
 from controlprefix.example import Example
 from controlprefix.model.chat_template import ChatTemplate, with_images
 from controlprefix.model.control_tokens import TextTokenizer
 from controlprefix.model.images import ImagePrompt, ImageReader, PromptImages
-from controlprefix.model.languages import Languages, TargetedPrompt, start_ids_of
+from controlprefix.model.languages import (
+    Languages,
+    TargetedPrompt,
+    decoder_start_ids,
+    start_ids_of,
+)
 from controlprefix.model.loading import load_processor
 from controlprefix.request import AnyRequest, Request
 
@@ -113,32 +117,12 @@ class RequestTokenizer:
     def decoder_start_ids(self) -> tuple[int, ...]:
         """The ids in front of a completion in an encoder-decoder's decoder.
 
-        Those are its start token and what its generation config forces first, such as the
-        token of the target language.
-
         Raises:
             UnsupportedModelError: If the model has no start token.
         """
         model = self._model()
         assert model is not None
-        generation, config = model.generation_config, model.config
-        decoder = getattr(config, "decoder", None)
-        start = next(
-            (
-                token
-                for name in ("decoder_start_token_id", "bos_token_id")
-                for source in (generation, config, decoder)
-                if isinstance(token := getattr(source, name, None), int)
-            ),
-            None,
-        )
-        if start is None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} names no token to start its decoder with; set "
-                "model.generation_config.decoder_start_token_id"
-            )
-        forced = getattr(generation, "forced_bos_token_id", None)
-        return (start, forced) if isinstance(forced, int) else (start,)
+        return decoder_start_ids(model)
 
     def prompt_ids(self, request: Request) -> tuple[int, ...]:
         """The ids that the completion follows.

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from controlprefix.errors import ModelNotFoundError, RequestError
 from controlprefix.message import image_from_data_uri
-from controlprefix.request import Request, SteeringFields, with_sampling_defaults
+from controlprefix.request import Request, SteeringFields
+from controlprefix.request_fields import with_sampling_defaults
 
 # Fields of OpenAI's API that change nothing that is generated here.
 _WITHOUT_EFFECT = frozenset(
