@@ -209,6 +209,7 @@ def test_files_keep_the_form(tmp_path: Path) -> None:
         Prefix.from_bytes(save(load(data), changed))
 
 
+@pytest.mark.slow
 def test_a_run_starts_at_the_plain_model_and_learns() -> None:
     cp = engine()
     before = nats_per_token(
