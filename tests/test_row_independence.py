@@ -58,6 +58,34 @@ def longrope() -> PreTrainedModel:
     return build("llama", **LONGROPE)
 
 
+class _WithoutPositions(transformers.LlamaForCausalLM):
+    """A model whose forward names no position ids, so that `generate` gives it none."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def test_rows_are_alone_where_padding_moves_them_away_from_their_slots() -> None:
+    """Rotations are relative, so that tokens alone do not notice that padding moves all of them."""
+    config: Any = build("llama").config
+    torch.manual_seed(0)
+    cp = engine(louder(_WithoutPositions(config)))
+    assert cp.frozen_model.rows.padding_counts
+    assert not engine(build("llama")).frozen_model.rows.padding_counts
+    cp.put("user", "ana", random_prefix(cp.model, 3))
+    rows = [
+        Request(prompt=prompt, user="ana", max_new_tokens=6)
+        for prompt in ("a long prompt of many letters", "Hi", "who?")
+    ]
+    alone = [cp.generate(row).text for row in rows]
+    assert [completion.text for completion in cp.generate(rows)] == alone
+    examples = [Example(prompt=row.prompt, completion="so", user="ana") for row in rows]
+    together = cp.score(examples)
+    for example, score in zip(examples, together, strict=True):
+        (own,) = cp.score([example])
+        assert score.log_likelihood == pytest.approx(own.log_likelihood, abs=1e-4)
+
+
 def recurrent_gemma() -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32}

@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 
 from controlprefix.errors import UnsupportedModelError
 from controlprefix.model.padding import pad_rows
+from controlprefix.model.steering import Steering
+from controlprefix.prefixes import Part, Prefix
 
 _PROMPT, _NEIGHBOUR = (7, 11, 5, 9), (3, 8, 6, 4, 10, 5, 7, 12, 9, 6, 11)  # any token ids
 _TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}  # of the largest logit; else for half
 _TOLERANCE_IN_HALF = 0.1
+_NUM_SLOTS = 4
 # Kinds of rotary scaling that depend on the longest row of a batch.
 _SCALING_BY_LENGTH = ("dynamic", "longrope")
 
@@ -42,6 +45,9 @@ class RowIndependence:
 def check_rows(model: PreTrainedModel) -> RowIndependence:
     """Run a few short rows through a model and compare.
 
+    They attend to slots: where a row's positions depend on padding, tokens do not notice that all
+    of them move together, but their distance to the slots changes.
+
     Raises:
         UnsupportedModelError: If a decoder-only model attends to tokens that follow.
     """
@@ -57,8 +63,11 @@ def check_rows(model: PreTrainedModel) -> RowIndependence:
     ]
     vocab_size = text.vocab_size
     prompt, neighbour = ([i % vocab_size for i in ids] for ids in (_PROMPT, _NEIGHBOUR))
-    alone, neighbour_alone = _logits(model, [prompt])[0], _logits(model, [neighbour])[0]
-    padded = _logits(model, [prompt, neighbour])[0]
+    steering = Steering.for_model(model)
+    prefix = Prefix.random(steering.geometry, num_slots=_NUM_SLOTS, scale=1.0, seed=0)
+    with steering.attached(steering.assemble([[Part(prefix)]])):  # for all rows
+        alone, padded = _logits(model, [prompt])[0], _logits(model, [prompt, neighbour])[0]
+    neighbour_alone = _logits(model, [neighbour])[0]
     if not model.config.is_encoder_decoder:
         padded = padded[-len(prompt) :]
         changed = _logits(model, [[*neighbour[:-1], prompt[0]]])[0]
