@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from controlprefix import (
+    AttributeSpace,
     ControlPrefix,
     EngineError,
     Prefix,
@@ -92,8 +93,13 @@ def test_enrolled_users_are_those_of_one_process(model_folder: Path, tmp_path: P
     cp.store.close()
 
 
+# Every row has a default label.
+SPACE = AttributeSpace.parse("attributes: {tone: {default: warm, labels: [warm]}}")
+
+
 def stored_users(model_folder: Path, url: str) -> ControlPrefix:
-    cp = ControlPrefix.from_pretrained(model_folder, store=url)
+    cp = ControlPrefix.from_pretrained(model_folder, store=url, attributes=SPACE)
+    cp.put("attribute", "tone=warm", Prefix.random(cp.geometry, num_slots=3, scale=0.5, seed=99))
     for i, user in enumerate(TEXTS):
         cp.put("user", user, Prefix.random(cp.geometry, num_slots=3, scale=0.5, seed=i))
     return cp
@@ -124,7 +130,8 @@ def test_results_of_users_are_those_of_one_process(model_folder: Path, tmp_path:
     cp = stored_users(model_folder, url)
     groups = {"half": {user: str(i % 2) for i, user in enumerate(TEXTS)}}
     expected = evaluate_users(cp, held_out(), groups=groups, min_group_size=2)
-    cluster = RayCluster(model=model_folder, store=url, num_actors=2)
+    assert any("tone=warm" in name for name in expected.about["prefixes"])
+    cluster = RayCluster(model=model_folder, store=url, attributes=SPACE, num_actors=2)
     result = cluster.evaluate_users(
         held_out(), groups=groups, min_group_size=2, chunk_size=2, progress=False
     )
@@ -167,7 +174,7 @@ def test_an_evaluation_survives_a_killed_actor(model_folder: Path, tmp_path: Pat
 
     thread = threading.Thread(target=kill)
     thread.start()
-    cluster = RayCluster(model=model_folder, store=url, num_actors=2)
+    cluster = RayCluster(model=model_folder, store=url, attributes=SPACE, num_actors=2)
     result = cluster.evaluate_users(held_out(), chunk_size=1, progress=False)
     thread.join()
     assert num_killed

@@ -14,6 +14,7 @@ import typer
 from controlprefix.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
+    from controlprefix.attributes import AttributeSpace
     from controlprefix.data import Columns
     from controlprefix.engine import ControlPrefix
     from controlprefix.interop.ray_users import RayCluster
@@ -155,12 +156,20 @@ class EngineArguments(StoreArguments, ModelArguments):
         Args:
             create: Create the store if it does not exist, as for what will be trained.
         """
-        from controlprefix.attributes import AttributeSpace
         from controlprefix.engine import ControlPrefix
 
         store = self.open_store(create=create)
-        space = AttributeSpace.read(self.attribute_file) if self.attribute_file else None
-        return ControlPrefix(self.load(), store, space)
+        return ControlPrefix(self.load(), store, self.attribute_space())
+
+    def attribute_space(self) -> "AttributeSpace | None":
+        """The attribute space, if a file is given.
+
+        Raises:
+            AttributeSpaceError: If the file cannot be read, or is none.
+        """
+        from controlprefix.attributes import AttributeSpace
+
+        return AttributeSpace.read(self.attribute_file) if self.attribute_file else None
 
 
 @dataclass(frozen=True)
@@ -239,7 +248,7 @@ class ClusterArguments:
         str | None,
         typer.Option(
             help="Work on a Ray cluster: its address, auto, or local for one of this machine. "
-            "Its actors keep no run folder, so leave out the options of one.",
+            "Training has no run folder there.",
         ),
     ] = None
     actors: Annotated[int, typer.Option(help="With --ray: processes, each with a model.")] = 2
@@ -258,6 +267,7 @@ class ClusterArguments:
             store=engine.store,
             tenant=engine.tenant,
             encryption_keys=engine.read_keys(),
+            attributes=engine.attribute_space(),
             address=None if self.ray == "local" else self.ray,
             num_actors=self.actors,
             loading={**engine.loading_options(), "device": engine.device},

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, Unpack
 
 from controlprefix._io import progress_bar, requires_extra
+from controlprefix.attributes import AttributeSpace
 from controlprefix.data import Columns, Rows, read_users
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import EngineError, TrainingDataError, UnknownNameError
@@ -107,7 +108,7 @@ class RayCluster:
     Args:
         model: Name or folder that every node can load.
         store: SQLAlchemy URL that every node reaches.
-        tenant, encryption_keys: As in `ControlPrefix.from_pretrained`.
+        tenant, encryption_keys, attributes: As in `ControlPrefix.from_pretrained`.
         address: Address of the cluster, such as `auto` or `ray://host:10001`; left out, the one
             that is connected, or a cluster of this machine.
         num_actors: Processes, each with a model.
@@ -126,6 +127,7 @@ class RayCluster:
         store: str,
         tenant: str = "default",
         encryption_keys: EncryptionKeys | None = None,
+        attributes: AttributeSpace | None = None,
         address: str | None = None,
         num_actors: int = 2,
         cpus_per_actor: float = 1,
@@ -138,7 +140,12 @@ class RayCluster:
             raise TrainingDataError(f"num_actors is {num_actors}; it must be 1 or more")
         self._ray, self._address, self._num_actors = ray, address, num_actors
         self._resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
-        opened = {"store": store, "tenant": tenant, "encryption_keys": encryption_keys}
+        opened = {
+            "store": store,
+            "tenant": tenant,
+            "encryption_keys": encryption_keys,
+            "attributes": attributes,
+        }
         self._arguments = (os.fspath(model), opened, dict(loading or {}))
 
     def train_users(
