@@ -16,6 +16,7 @@ from controlprefix.evaluation import best_texts, pseudo_label
 from controlprefix.evaluation.comparison.measures import TEMPERATURE
 from controlprefix.evaluation.comparison.methods import Problem
 from controlprefix.evaluation.comparison.peft_methods import LORA, PEFT_KINDS, PeftMethod
+from controlprefix.prefixes import Form
 from controlprefix.training import StepInfo
 
 from lib.attribute_studies import BATCH_SIZE, IN_WORDS, Combination, Study, attributes_of, parts_of
@@ -140,6 +141,7 @@ class ControlPrefixMethod(Method):
     Args:
         study, options: As for every method.
         separate: Train each attribute alone, without a task prefix.
+        form: Form of the prefixes.
         pseudo_labels: Fill in the labels that rows leave out.
         mixing: How a request mixes labels.
         against: Steer away from the other labels of each attribute.
@@ -154,6 +156,7 @@ class ControlPrefixMethod(Method):
         options: argparse.Namespace,
         *,
         separate: bool = False,
+        form: Form = "joint",
         pseudo_labels: bool = False,
         mixing: str = "attention",
         against: bool = False,
@@ -163,7 +166,7 @@ class ControlPrefixMethod(Method):
     ) -> None:
         super().__init__(study, options)
         self.separate, self.pseudo_labels, self.instructed = separate, pseudo_labels, instructed
-        self.mixing, self.against = mixing, against
+        self.form, self.mixing, self.against = form, mixing, against
         self.coefficients, self.nll_limit = coefficients, nll_limit
 
     def train(self) -> None:
@@ -184,6 +187,7 @@ class ControlPrefixMethod(Method):
                 pseudo_label(rows) if self.pseudo_labels else rows,
                 learn=("attributes",) if self.separate else ("task", "attributes"),
                 num_slots=self.options.num_slots,
+                form=self.form,
                 steps=-(-self.options.steps * len(group) // len(attributes)),
                 batch_size=BATCH_SIZE,
                 contrast=0.3,
@@ -439,6 +443,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "few-shot": FewShot,
     JOINT: ControlPrefixMethod,
     "controlprefix, chosen strength": own(coefficients=(1.0, 1.5, 2.0)),
+    "controlprefix, decoupled": own(form="decoupled"),
     "controlprefix, logits": own(**LOGITS),
     "controlprefix, logits, for and against": own(**LOGITS, against=True),
     SELF_TRAINED: SelfTrained,
