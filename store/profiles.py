@@ -52,7 +52,10 @@ def nearest(
     limit: int,
     exclude: Collection[str] = (),
 ) -> list[SimilarUser]:
-    """The users with the most similar profiles, the most similar first."""
+    """The users with the most similar profiles, the most similar first.
+
+    Profiles of another size are of an earlier model under the embedder's name, and left out.
+    """
     candidates = and_(
         ProfileRow.tenant_id == tenant,
         ProfileRow.embedder == embedder,
@@ -62,8 +65,9 @@ def nearest(
         distance = sa.cast(ProfileRow.numbers, _Vector()).op("<=>")(
             sa.cast(str(list(values)), _Vector())
         )
-        query = select(ProfileRow.user_name, distance).where(candidates).order_by(distance)
-        matches = session.execute(query.limit(limit))
+        has_size = sa.func.cardinality(ProfileRow.numbers) == len(values)
+        query = select(ProfileRow.user_name, distance).where(candidates, has_size)
+        matches = session.execute(query.order_by(distance).limit(limit))
         return [
             SimilarUser(user, 1.0 - float(cosine_distance)) for user, cosine_distance in matches
         ]
@@ -74,10 +78,13 @@ def nearest(
     query_all = select(ProfileRow).where(candidates)
     query_all = query_all.execution_options(yield_per=_ROWS_PER_PARTITION)
     for rows in session.scalars(query_all).partitions(_ROWS_PER_PARTITION):
-        profiles = torch.tensor([list(_read_values(row, cipher)) for row in rows])
-        similarities = (torch.nn.functional.normalize(profiles, dim=1) @ target).tolist()
-        names = (row.user_name for row in rows)
-        best += [SimilarUser(*pair) for pair in zip(names, similarities, strict=True)]
+        profiles = [(row.user_name, list(_read_values(row, cipher))) for row in rows]
+        comparable = {name: own for name, own in profiles if len(own) == len(target)}
+        if not comparable:
+            continue
+        stacked = torch.nn.functional.normalize(torch.tensor(list(comparable.values())), dim=1)
+        pairs = zip(comparable, (stacked @ target).tolist(), strict=True)
+        best += [SimilarUser(*pair) for pair in pairs]
         best = sorted(best, key=lambda match: (-match.similarity, match.user))[:limit]
     return best
 

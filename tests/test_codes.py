@@ -190,6 +190,8 @@ def test_similar_users_come_first(
             store.keep_profile(user, Profile("e", [math.cos(i / 3), math.sin(i / 3)], num_texts=1))
         store.keep_profile("a", Profile("other", [0.0, 1.0], num_texts=1))
         store.keep_profile("g", Profile("e", [math.cos(0.1), math.sin(0.1)], num_texts=1))
+        # An earlier model under the same name had larger embeddings.
+        store.keep_profile("early", Profile("e", [1.0, 0.0, 0.0], num_texts=1))
         result = store.similar_users("e", [2.0, 0.0], limit=3, exclude=["b"])
         assert [item.user for item in result] == ["a", "g", "c"]
         cosines = [1.0, math.cos(0.1), math.cos(2 / 3)]
