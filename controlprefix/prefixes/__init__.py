@@ -13,17 +13,17 @@ if TYPE_CHECKING:
         assemble,
     )
     from controlprefix.prefixes.container import StorageDtype
-    from controlprefix.prefixes.geometry import SITES, Geometry, LayerShape, Site
+    from controlprefix.prefixes.geometry import SITES, Form, Geometry, LayerShape, Site
     from controlprefix.prefixes.key import KINDS, Kind, PrefixKey, content_hash
     from controlprefix.prefixes.layer_slots import LayerSlots
-    from controlprefix.prefixes.prefix import Form, Prefix
+    from controlprefix.prefixes.prefix import Prefix
     from controlprefix.prefixes.relevance import Relevance
     from controlprefix.prefixes.schedule import Schedule
     from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
 
 _HOMES = {
     "DecoupledBlock": "assembly",
-    "Form": "prefix",
+    "Form": "geometry",
     "Geometry": "geometry",
     "KINDS": "key",
     "Kind": "key",

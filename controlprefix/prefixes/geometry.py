@@ -8,6 +8,9 @@ from controlprefix.errors import GeometryMismatchError, PrefixFormatError
 
 Site = Literal["decoder", "encoder", "cross"]
 SITES: tuple[Site, ...] = get_args(Site)
+# Whether attention normalizes over tokens and slots together, or over the slots by themselves.
+Form = Literal["joint", "decoupled"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 # A `Prefix` and the number of positions to move it by -> the `Prefix` there.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,16 +22,12 @@ from controlprefix.errors import (
 from controlprefix.prefixes import container
 from controlprefix.prefixes.container import StorageDtype
 from controlprefix.prefixes.dial import Dial, read_dial, strength_at
-from controlprefix.prefixes.geometry import SITES, Geometry, Site
+from controlprefix.prefixes.geometry import FORMS, SITES, Form, Geometry, Site
 from controlprefix.prefixes.layer_slots import LayerSlots, heads_first, stack_layers
 from controlprefix.prefixes.peft_files import read_checkpoint, write_checkpoint
 from controlprefix.prefixes.relevance import Relevance
 
 _log = logging.getLogger("controlprefix")
-
-# Whether attention normalizes over tokens and slots together, or over the slots by themselves.
-Form = Literal["joint", "decoupled"]
-FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass(frozen=True, eq=False)
