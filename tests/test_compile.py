@@ -1,6 +1,7 @@
 """Compiled models: graphs hold no slots, and attaching others does not compile again."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import CompileConfig
 
 from controlprefix import ControlPrefix, Part, Prefix, Request
 from controlprefix.model.steering import Steering
+from controlprefix.prefixes import Form
 
 from helpers import engine, inputs, random_prefix, tokens
 from models import build
@@ -26,10 +28,12 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def users() -> ControlPrefix:
-    """A tiny model with users whose prefixes have the same and different lengths."""
+    """A tiny model with users whose prefixes differ in length and form."""
     cp = engine()
     for i in range(NUM_USERS):
-        cp.put("user", f"u{i}", random_prefix(cp.model, 4 + i % 3, seed=i))
+        form: Form = "decoupled" if i % 4 == 1 else "joint"
+        prefix = replace(random_prefix(cp.model, 4 + i % 3, seed=i), form=form)
+        cp.put("user", f"u{i}", prefix)
     return cp
 
 
@@ -83,6 +87,8 @@ def test_a_steered_pass_is_one_graph(name: str) -> None:
     model = build(name)
     steering = Steering.for_model(model)
     batches = [steering.assemble([[Part(random_prefix(model, n))], []]) for n in (3, 5)]
+    alone = replace(random_prefix(model, 4), form="decoupled")
+    batches.append(steering.assemble([[Part(alone), Part(random_prefix(model, 2))], []]))
     batch = inputs(model, [tokens(6), tokens(4)])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for prefixes in (*batches, batches[0]):
