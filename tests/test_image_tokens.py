@@ -135,6 +135,11 @@ def test_unconditional_rows_of_janus_have_requests_of_their_own() -> None:
         assert torch.equal(together[i], alone[0])
     both = image_tokens(cp, ids[:1], [steered[0]])  # one request steers both of its rows
     assert torch.equal(both, image_tokens(cp, ids[:1], [steered[0], steered[0]]))
+    texts = [
+        request.model_copy(update={"num_beams": 2, "max_new_tokens": 4}) for request in steered
+    ]
+    beams = [completion.text for completion in cp.generate(texts)]  # which stand together
+    assert beams == [cp.generate(request).text for request in texts]
     plain = image_tokens(cp, ids, [*bare, *bare])
     assert not torch.equal(plain, together)
 

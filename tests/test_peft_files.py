@@ -220,3 +220,11 @@ def test_damaged_and_other_checkpoints_are_refused(tmp_path: Path) -> None:
     save_file(broken, tmp_path / "adapter_model.safetensors")
     with pytest.raises(PrefixFormatError, match="NaN"):
         Prefix.from_peft(tmp_path, cp.geometry)
+
+
+def test_a_prefix_made_of_a_text_is_written_without_naming_the_model(tmp_path: Path) -> None:
+    cp = engine()
+    prefix = cp.prefix_from_text("hello there")
+    prefix.to_peft(tmp_path / "peft")
+    read = Prefix.from_peft(tmp_path / "peft", cp.geometry)
+    assert torch.allclose(read.slots["decoder"], prefix.slots["decoder"], atol=1e-5)

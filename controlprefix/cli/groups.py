@@ -220,26 +220,6 @@ class ColumnArguments:
         return {} if self.task is None else {"task": self.task}
 
 
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of its arguments that are dataclasses."""
-    for parameter in inspect.signature(command).parameters.values():
-        group = parameter.annotation
-        if isinstance(group, type) and dataclasses.is_dataclass(group):
-            hints = typing.get_type_hints(group, include_extras=True)
-            options = [
-                option(
-                    field.name,
-                    hints[field.name],
-                    inspect.Parameter.empty
-                    if field.default is dataclasses.MISSING
-                    else field.default,
-                )
-                for field in dataclasses.fields(group)
-            ]
-            command = with_options(command, parameter.name, options, _builder(group))
-    return command
-
-
 @dataclass(frozen=True)
 class ClusterArguments:
     """Whether many users are done by actors on a Ray cluster."""
@@ -272,6 +252,26 @@ class ClusterArguments:
             num_actors=self.actors,
             loading={**engine.loading_options(), "device": engine.device},
         )
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of its arguments that are dataclasses."""
+    for parameter in inspect.signature(command).parameters.values():
+        group = parameter.annotation
+        if isinstance(group, type) and dataclasses.is_dataclass(group):
+            hints = typing.get_type_hints(group, include_extras=True)
+            options = [
+                option(
+                    field.name,
+                    hints[field.name],
+                    inspect.Parameter.empty
+                    if field.default is dataclasses.MISSING
+                    else field.default,
+                )
+                for field in dataclasses.fields(group)
+            ]
+            command = with_options(command, parameter.name, options, _builder(group))
+    return command
 
 
 def option(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -6,7 +6,6 @@ from controlprefix.attributes import AttributeSpace
 from controlprefix.inference.generator import Generator
 from controlprefix.inference.resolver import PrefixCaches, Resolver
 from controlprefix.model import FrozenModel
-from controlprefix.model.rotation import geometry_with_shift
 from controlprefix.prefixes import Geometry
 from controlprefix.store import PrefixStore
 from controlprefix.training import FeedbackTrainer
@@ -63,7 +62,7 @@ class Components:
     @property
     def geometry(self) -> Geometry:
         """The attention shapes and weights fingerprint that prefixes must match."""
-        return geometry_with_shift(self._frozen)
+        return self._frozen.geometry
 
     @property
     def tenant(self) -> str:

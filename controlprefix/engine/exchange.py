@@ -16,7 +16,6 @@ from controlprefix.errors import (
     StoreError,
     UnsupportedModelError,
 )
-from controlprefix.model.rotation import Rotation
 from controlprefix.model.text_prefix import prefix_before_text
 from controlprefix.prefixes import Kind, Prefix, PrefixKey
 from controlprefix.prefixes.folder import (
@@ -164,7 +163,7 @@ class ExchangeMethods(PrefixMethods):
             )
         prefix = prefix_before_text(self._frozen, checkpoint.values)
         try:
-            Rotation.of(self._frozen)  # an error if there is none
+            self._frozen.rotation  # noqa: B018 (it is an error if there is none)
         except UnsupportedModelError as error:
             _log.warning("%s: its prefix is only a start for training: %s", folder, error)
             return replace(prefix, is_exact=False)

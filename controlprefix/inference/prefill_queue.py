@@ -187,10 +187,13 @@ class PrefillQueue:
         """Add sequences; those that fit one chunk together are prefilled together."""
         group: list[BatchedRequest] = []
         read: set[Hashable] = set()
-        sequences = sorted(sequences, key=lambda s: (len(s.prompt), tuple(s.prompt)))
-        if self._encoded:  # a decoder starts from as many tokens in each row
-            sequences.sort(key=lambda s: len(s.start))
-        for sequence in sequences:
+
+        def order(sequence: BatchedRequest) -> tuple[int, int, tuple[int, ...]]:
+            # A decoder starts from as many tokens in each row.
+            num_start = len(sequence.start) if self._encoded else 0
+            return num_start, len(sequence.prompt), tuple(sequence.prompt)
+
+        for sequence in sorted(sequences, key=order):
             if isinstance(sequence.prompt, ImagePrompt):
                 self._prefills.append(Prefill([sequence]))
                 continue

@@ -1,9 +1,12 @@
 """FrozenModel: one frozen transformers model with its tokenizer and the means to steer it."""
 
 import contextlib
+import functools
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, Unpack
 from weakref import WeakKeyDictionary
 
@@ -11,11 +14,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from controlprefix.errors import PrefixFormatError
 from controlprefix.model.loading import LoadOptions, load
+from controlprefix.model.rotation import Rotation
 from controlprefix.model.self_check import check_rows
 from controlprefix.model.steering import Steering
+from controlprefix.model.text_prefix import reads_before_zero
 from controlprefix.model.tokenization import RequestTokenizer
-from controlprefix.prefixes import Geometry, Part, PrefixBatch
+from controlprefix.prefixes import Geometry, Part, Prefix, PrefixBatch
 from controlprefix.request import SAMPLING_SETTINGS
 
 _pass_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -37,7 +43,6 @@ class FrozenModel:
         model, tokenizer: As given.
         request_tokenizer: Requests -> token ids, and generated ids -> text.
         steering: Attaches prefix batches to the model.
-        geometry: The attention shapes and weights fingerprint that prefixes must match.
         rows: Which rows can share a batch.
 
     Raises:
@@ -56,7 +61,6 @@ class FrozenModel:
         self._pass_lock = _pass_locks.setdefault(model, threading.RLock())
         self.request_tokenizer = RequestTokenizer(model, tokenizer, chat_template_kwargs, processor)
         self.steering = Steering.for_model(model, probe_again=True)
-        self.geometry: Geometry = self.steering.geometry
         self.rows = check_rows(model)
 
     @classmethod
@@ -71,6 +75,33 @@ class FrozenModel:
         """Load and freeze a model, with the options of `controlprefix.model.loading.load`."""
         loaded = load(model, **options)
         return cls(*loaded, chat_template_kwargs, processor)
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """The attention shapes and weights fingerprint that prefixes must match."""
+        reference = weakref.ref(self)  # a prefix must not keep a model in memory
+
+        def shift(prefix: Prefix, positions: int) -> Prefix:
+            frozen = reference()
+            if frozen is None:
+                raise PrefixFormatError("the model of this geometry is no longer loaded")
+            return frozen.rotation.shifted(prefix, positions)
+
+        return replace(self.steering.geometry, shift=shift)
+
+    @functools.cached_property
+    def rotation(self) -> Rotation:
+        """How positions rotate the model's keys.
+
+        Raises:
+            UnsupportedModelError: If its prefixes cannot be shifted along positions.
+        """
+        return Rotation.of(self)
+
+    @functools.cached_property
+    def reads_before_zero(self) -> bool:
+        """Whether the model reads tokens at negative positions as it does at others."""
+        return reads_before_zero(self)
 
     @property
     def sampling_defaults(self) -> dict[str, float]:

@@ -5,18 +5,15 @@ Reference:
     https://arxiv.org/abs/2104.09864.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from controlprefix.errors import PrefixFormatError, UnsupportedModelError
-from controlprefix.model.frozen import FrozenModel
+from controlprefix.errors import UnsupportedModelError
+from controlprefix.model.steering import SteeredModel
 from controlprefix.model.text_prefix import is_rotary, keys_and_values, prefix_from_tokens
 from controlprefix.prefixes import Geometry, Part, Prefix
 
@@ -65,18 +62,7 @@ class Rotation:
         self._layers = layers
 
     @classmethod
-    def of(cls, frozen: FrozenModel) -> "Rotation":
-        """The rotation of a model, read once.
-
-        Raises:
-            UnsupportedModelError: If its prefixes cannot be shifted exactly.
-        """
-        if frozen not in _rotations:
-            _rotations[frozen] = cls._read(frozen)
-        return _rotations[frozen]
-
-    @classmethod
-    def _read(cls, frozen: FrozenModel) -> "Rotation":
+    def of(cls, frozen: SteeredModel) -> Self:
         """Read the rotations off the model's own rotary modules, and check them on the model.
 
         Raises:
@@ -117,12 +103,12 @@ class Rotation:
         return Prefix.from_layers(self._geometry, decoder=layers)
 
     @torch.no_grad()
-    def _check(self, frozen: FrozenModel) -> None:
+    def _check(self, frozen: SteeredModel) -> None:
         """Check that a shifted prefix in the model's own cache gives the logits of slots."""
         model = frozen.model
         prefix = prefix_from_tokens(frozen, _PROBE[:2])
         ids = torch.tensor([_PROBE[2:5]], device=frozen.device)
-        with frozen.attached(frozen.assemble([[Part(prefix)]])):
+        with frozen.steering.attached(frozen.steering.assemble([[Part(prefix)]])):
             expected = model(input_ids=ids, use_cache=False).logits
         shifted = self.shifted(prefix, prefix.num_slots)
         shifted = shifted.to(device=frozen.device, dtype=frozen.dtype)
@@ -137,23 +123,7 @@ class Rotation:
             raise _unsupported(model, "its logits change when all positions shift together")
 
 
-_rotations: WeakKeyDictionary[FrozenModel, Rotation] = WeakKeyDictionary()
-
-
-def geometry_with_shift(frozen: FrozenModel) -> Geometry:
-    """The geometry of a loaded model, which can move prefixes along its positions."""
-    reference = weakref.ref(frozen)  # a prefix must not keep a model in memory
-
-    def shift(prefix: Prefix, positions: int) -> Prefix:
-        loaded = reference()
-        if loaded is None:
-            raise PrefixFormatError("the model of this geometry is no longer loaded")
-        return Rotation.of(loaded).shifted(prefix, positions)
-
-    return replace(frozen.geometry, shift=shift)
-
-
-def _require_rotations(frozen: FrozenModel) -> None:
+def _require_rotations(frozen: SteeredModel) -> None:
     """Refuse, by name, kinds of models whose slots cannot stand at positions before a text."""
     model = frozen.model
     config = model.config.get_text_config()

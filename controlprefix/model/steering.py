@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
-from typing import ClassVar
+from typing import ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,16 +54,18 @@ class _Layer:
     index: int
 
     def slots(self, num_rows: int) -> tuple[tuple[SlotBlock, ...], tuple[DecoupledBlock, ...]]:
-        batch = self.steering.current()
-        if batch is None:
+        attachment = self.steering.current_attachment()
+        if attachment is None:
             return (), ()
+        batch = attachment.batch
         blocks, decoupled = batch.blocks.get(self.site, ()), batch.decoupled.get(self.site, ())
         if (blocks or decoupled) and num_rows % batch.num_rows:
             raise RequestError(
                 f"the model was called with {num_rows} rows inside a block assembled for "
                 f"{batch.num_rows} requests; give each request its row"
             )
-        if 1 < batch.num_rows < num_rows and self.steering.puts_copies_behind:
+        may_be_apart = attachment.everywhere and 1 < batch.num_rows < num_rows
+        if may_be_apart and self.steering.puts_copies_behind:
             raise RequestError(
                 f"the model was called with {num_rows} rows for {batch.num_rows} requests, and "
                 "this class puts the unconditional rows of images behind all others: assemble "
@@ -90,6 +92,33 @@ class _Attachment:
     everywhere: bool
     is_in_task: bool
     frame: FrameType | None
+
+
+class SteeredModel(Protocol):
+    """What functions below `FrozenModel` need of it."""
+
+    model: PreTrainedModel
+    steering: "Steering"
+
+    @property
+    def geometry(self) -> Geometry:
+        """The attention shapes and weights fingerprint that prefixes must match."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model has an encoder that reads the prompt."""
+
+    @property
+    def reads_before_zero(self) -> bool:
+        """Whether the model reads tokens at negative positions as it does at others."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model."""
 
 
 # The open blocks of the calling thread or asyncio task, innermost last. A task inherits those
@@ -172,8 +201,8 @@ class Steering:
         finally:
             self._detach(attachment)  # once more, in case an interrupt ended the first
 
-    def current(self) -> PrefixBatch | None:
-        """The prefix batch that the calling thread's forward passes attend to.
+    def current_attachment(self) -> _Attachment | None:
+        """The block whose prefix batch the calling thread's forward passes attend to.
 
         Raises:
             RequestError: If several threads attached one for all threads, or if only generators
@@ -188,7 +217,7 @@ class Steering:
             if attachment in attachments:
                 frame = attachment.frame
                 if frame is None or attachment.thread != thread or _is_running(frame):
-                    return attachment.batch
+                    return attachment
                 is_suspended = True
         if is_suspended:
             raise RequestError(
@@ -203,7 +232,7 @@ class Steering:
                 "it is not known whose prefixes to use; open `assembled` in the thread or task "
                 "that calls the model"
             )
-        return candidates[-1].batch if candidates else None
+        return candidates[-1] if candidates else None
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[AttentionCall]]:

@@ -1,22 +1,20 @@
 """The keys and values of a text as a prefix."""
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from controlprefix.model.frozen import FrozenModel
+from controlprefix.model.steering import SteeredModel
 from controlprefix.prefixes import LayerSlots, Prefix
 
 _PROBE = (5, 11, 17, 23, 29, 31, 37, 41)  # token ids; every vocabulary has them
 _MAX_VALUE_SHIFT = 0.1  # relative change of values that still counts as rounding
-_reads_before_zero: WeakKeyDictionary[FrozenModel, bool] = WeakKeyDictionary()
 
 
 def prefix_from_tokens(
-    frozen: FrozenModel, ids: Sequence[int], *, num_slots: int | None = None
+    frozen: SteeredModel, ids: Sequence[int], *, num_slots: int | None = None
 ) -> Prefix:
     """The keys and values of tokens that stand just before position 0, one slot per token.
 
@@ -35,30 +33,24 @@ def prefix_from_tokens(
     return prefix_before_text(frozen, ids)
 
 
-def prefix_before_text(frozen: FrozenModel, tokens: Sequence[int] | Tensor) -> Prefix:
+def prefix_before_text(frozen: SteeredModel, tokens: Sequence[int] | Tensor) -> Prefix:
     """The keys and values of tokens that stand just before position 0: see `prefix_from_tokens`.
 
     Args:
         frozen: The model.
         tokens: Token ids; or embeddings, `(num_tokens, hidden_size)`, as prompt tuning trains.
     """
-    first_position = -len(tokens) if reads_before_zero(frozen) else 0
+    first_position = -len(tokens) if frozen.reads_before_zero else 0
     layers = keys_and_values(frozen, tokens, first_position=first_position)
     return Prefix.from_layers(frozen.geometry, **layers)
 
 
-def reads_before_zero(frozen: FrozenModel) -> bool:
+def reads_before_zero(frozen: SteeredModel) -> bool:
     """Whether a model reads tokens at negative positions as it does at others.
 
     Values carry no rotation, so moving a text must not change them. Where it does, the model uses
     positions in another way too, and negative ones may be meaningless to it.
     """
-    if frozen not in _reads_before_zero:
-        _reads_before_zero[frozen] = _values_do_not_move(frozen)
-    return _reads_before_zero[frozen]
-
-
-def _values_do_not_move(frozen: FrozenModel) -> bool:
     if frozen.is_encoder_decoder or not is_rotary(frozen.model):
         return False
     here = keys_and_values(frozen, _PROBE)["decoder"][-1][1].float()
@@ -72,7 +64,7 @@ def is_rotary(model: PreTrainedModel) -> bool:
 
 
 def keys_and_values(
-    frozen: FrozenModel, tokens: Sequence[int] | Tensor, *, first_position: int = 0
+    frozen: SteeredModel, tokens: Sequence[int] | Tensor, *, first_position: int = 0
 ) -> dict[str, list[LayerSlots]]:
     """Keys and values of tokens per site and layer, `(num_kv_heads, num_tokens, head_dim)` each.
 

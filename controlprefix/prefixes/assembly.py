@@ -117,10 +117,10 @@ class PrefixBatch:
                 token = tokens if isinstance(tokens, int) else tokens[row]
                 strength = part.strength * multiplier_at(part.schedule, token)
                 block.log_strengths[row, first:last] = _log(strength)
-        for alone in (block for blocks in self.decoupled.values() for block in blocks):
-            for row, part in alone.scheduled:
+        for decoupled in (block for blocks in self.decoupled.values() for block in blocks):
+            for row, part in decoupled.scheduled:
                 token = tokens if isinstance(tokens, int) else tokens[row]
-                alone.strengths[row] = part.strength * multiplier_at(part.schedule, token)
+                decoupled.strengths[row] = part.strength * multiplier_at(part.schedule, token)
 
     @property
     def is_scheduled(self) -> bool:

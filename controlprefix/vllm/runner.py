@@ -24,7 +24,6 @@ from controlprefix.inference.runner import Deliver, Ticket, closing_error
 from controlprefix.inference.stopping import IncrementalDetokenizer, completion_from_tokens
 from controlprefix.model import FrozenModel
 from controlprefix.model.mass_in_keys import MassInKeys
-from controlprefix.model.rotation import Rotation
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import Request
 from controlprefix.vllm.client import CONNECT_TIMEOUT_S, VllmClient, parse_log_probs
@@ -95,7 +94,7 @@ class VllmRunner:
     ) -> None:
         self._frozen, self._folder = frozen, folder
         try:
-            self._rotation = Rotation.of(frozen)
+            self._rotation = frozen.rotation
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"vLLM cannot serve this model: {error}; serve it with --engine transformers"
