@@ -138,12 +138,12 @@ def test_prefix_memory_adds_a_product_with_the_query() -> None:
     ids = tokens(5)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, cp.model(ids).logits)
-        layer.prefix_memory.normal_(generator=torch.Generator().manual_seed(0))
+        layer.prefix_memory.matrices.normal_(generator=torch.Generator().manual_seed(0))
         model(ids)
     states, before, _, after = outputs
     num_heads = layer.num_heads
     queries = states.split(states.shape[2] // 3, dim=2)[0].unflatten(2, (num_heads, -1))
-    products = torch.nn.functional.elu(queries)[:, :, :, None] @ layer.prefix_memory
+    products = torch.nn.functional.elu(queries)[:, :, :, None] @ layer.prefix_memory.matrices
     assert torch.allclose(after - before, products.flatten(2), atol=1e-5)
 
 

@@ -19,6 +19,7 @@ from controlprefix.evaluation.comparison import adapter_training
 from controlprefix.evaluation.comparison.methods import Method, Problem
 from controlprefix.example import Example
 from controlprefix.model.tokenization import TokenizedExample
+from controlprefix.prefixes import LayerShape
 from controlprefix.training.run import learning_rate_schedule
 
 _BOTTLENECK_SIZE = 16
@@ -107,7 +108,29 @@ class AdapterMethod(Method):
         self.models.clear()
 
 
-class BottleneckAdapter(AdapterMethod):
+class _Switch(nn.Module):
+    """What an adapter adds to a model, unless it is off."""
+
+    is_on = True
+
+
+class SwitchedAdapter(AdapterMethod):
+    """Adapters that add to the model, and can be switched off."""
+
+    @contextlib.contextmanager
+    def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
+        model = self.models[self.group(rows[0])]
+        switches = [module for module in model.modules() if isinstance(module, _Switch)]
+        for switch in switches:
+            switch.is_on = False
+        try:
+            yield model
+        finally:
+            for switch in switches:
+                switch.is_on = True
+
+
+class BottleneckAdapter(SwitchedAdapter):
     """Two small matrices with a ReLU between them, added to the output of every layer.
 
     Reference:
@@ -127,26 +150,14 @@ class BottleneckAdapter(AdapterMethod):
         model.bottleneck_adapters = adapters
         return model
 
-    @contextlib.contextmanager
-    def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
-        model: Any = self.models[self.group(rows[0])]
-        for adapter in model.bottleneck_adapters:
-            adapter.is_on = False
-        try:
-            yield model
-        finally:
-            for adapter in model.bottleneck_adapters:
-                adapter.is_on = True
 
-
-class _Bottleneck(nn.Module):
+class _Bottleneck(_Switch):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.down = nn.Linear(size, _BOTTLENECK_SIZE)
         self.up = nn.Linear(_BOTTLENECK_SIZE, size)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
-        self.is_on = True
 
     def add_to_output(self, _: nn.Module, inputs: Any, output: Any) -> Any:
         """A hook of the layer whose output it changes."""
@@ -161,7 +172,7 @@ class _Bottleneck(nn.Module):
         return hidden + change.to(hidden.dtype)
 
 
-class PrefixMemory(AdapterMethod):
+class PrefixMemory(SwitchedAdapter):
     """A matrix per attention head, applied to the query and added to the output of attention.
 
     `o + φ(q) M` with φ = elu and M of zeros at first; a kv head's queries share M. The queries are
@@ -185,29 +196,19 @@ class PrefixMemory(AdapterMethod):
         paths = self.problem.frozen.steering.attention_paths
         for path, shape in zip(paths, shapes, strict=True):
             module: Any = model.get_submodule(path)
-            device = next(module.parameters()).device
-            memory = torch.zeros(shape.num_kv_heads, shape.key_dim, shape.value_dim, device=device)
-            module.prefix_memory = nn.Parameter(memory)
-            module.prefix_memory_is_on = True
+            module.prefix_memory = _Memory(shape).to(next(module.parameters()).device)
         AttentionInterface.register(_MEMORY, _attend_with_memory)
         AttentionMaskInterface.register(_MEMORY, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         changed: Any = model
         changed.set_attn_implementation(_MEMORY)
         return model
 
-    @contextlib.contextmanager
-    def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
-        model = self.models[self.group(rows[0])]
-        modules: list[Any] = [
-            model.get_submodule(path) for path in self.problem.frozen.steering.attention_paths
-        ]
-        for module in modules:
-            module.prefix_memory_is_on = False
-        try:
-            yield model
-        finally:
-            for module in modules:
-                module.prefix_memory_is_on = True
+
+class _Memory(_Switch):
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        zeros = torch.zeros(shape.num_kv_heads, shape.key_dim, shape.value_dim)
+        self.matrices = nn.Parameter(zeros)
 
 
 def _attend_with_memory(
@@ -215,9 +216,9 @@ def _attend_with_memory(
 ) -> tuple[Tensor, None]:
     """transformers' attention by `sdpa`, and the module's memory of the queries."""
     output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
-    if not module.prefix_memory_is_on:
+    if not module.prefix_memory.is_on:
         return output, None
-    memory = module.prefix_memory.to(query.dtype)
+    memory = module.prefix_memory.matrices.to(query.dtype)
     grouped = elu(query).unflatten(1, (memory.shape[0], -1))  # (batch, kv heads, group, n, key_dim)
     added = (grouped @ memory[:, None]).flatten(1, 2).transpose(1, 2)
     return output + added, None
