@@ -5,7 +5,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ def processes() -> list[int]:
         except OSError:
             continue
     return ids
+
+
+def kill_actors() -> int:
+    """Kill all actors; returns how many."""
+    num_killed = 0
+    for process in processes():
+        with suppress(ProcessLookupError):  # a child that was about to become another program
+            os.kill(process, signal.SIGKILL)
+            num_killed += 1
+    return num_killed
 
 
 def test_users_are_those_of_one_process(model_folder: Path, tmp_path: Path) -> None:
@@ -153,31 +164,26 @@ def test_results_of_users_are_those_of_one_process(model_folder: Path, tmp_path:
     cp.store.close()
 
 
-def test_an_evaluation_survives_a_killed_actor(model_folder: Path, tmp_path: Path) -> None:
+def test_an_evaluation_survives_killed_actors(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"sqlite:///{tmp_path}/cluster.db"
     cp = stored_users(model_folder, url)
     expected = evaluate_users(cp, held_out())
-    earlier, num_killed = set(processes()), 0
+    num_killed: list[int] = []
 
-    def kill() -> None:
-        nonlocal num_killed
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline:
-            started = set(processes()) - earlier
-            if started:
-                time.sleep(2)  # in the middle of loading or measuring
-                for process in started:
-                    os.kill(process, signal.SIGKILL)
-                    num_killed += 1
-                return
-            time.sleep(0.01)
+    @contextmanager
+    def killing_bar(*_: object, **__: object) -> Iterator[Callable[[int, str], None]]:
+        def update(done: int, note: str) -> None:  # called when a chunk is done
+            if not num_killed:
+                num_killed.append(kill_actors())
 
-    thread = threading.Thread(target=kill)
-    thread.start()
+        yield update
+
+    monkeypatch.setattr("controlprefix.interop.ray_users.progress_bar", killing_bar)
     cluster = RayCluster(model=model_folder, store=url, attributes=SPACE, num_actors=2)
-    result = cluster.evaluate_users(held_out(), chunk_size=1, progress=False)
-    thread.join()
-    assert num_killed
+    result = cluster.evaluate_users(held_out(), chunk_size=1)
+    assert num_killed[0] >= 1
     assert close(result, expected)
     cp.store.close()
 
@@ -193,8 +199,7 @@ def test_what_a_killed_actor_had_is_done_once(model_folder: Path, tmp_path: Path
         deadline = time.monotonic() + 300  # actors start slowly on a busy machine
         while time.monotonic() < deadline:
             if cp.names("user"):  # the first user is stored
-                for process in processes():
-                    os.kill(process, signal.SIGKILL)
+                if kill_actors():
                     killed.set()
                 return
             time.sleep(0.01)
