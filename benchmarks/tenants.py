@@ -20,7 +20,7 @@ import httpx
 
 from controlprefix.store import PrefixStore
 
-from lib.models import add_model_options, load_from
+from lib.models import add_model_options, folder_of, load_from
 from lib.results import arguments, describe, save
 from lib.servers import free_port, server
 from lib.tables import header, line
@@ -198,11 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     frozen = load_from(options)
     with tempfile.TemporaryDirectory() as folder:
-        model, store = options.model, f"sqlite:///{folder}/prefixes.db"
-        if model != "smollm2":
-            model = str(Path(folder) / "m")
-            frozen.model.save_pretrained(model)
-            frozen.tokenizer.save_pretrained(model)
+        model, store = folder_of(options, Path(folder) / "m"), f"sqlite:///{folder}/prefixes.db"
         keys = {}
         for tenant in ("a", "b"):
             with PrefixStore(store, tenant=tenant) as own:

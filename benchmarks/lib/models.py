@@ -6,6 +6,7 @@ Speed does not depend on the values of weights. The tiny one is for tests of the
 import argparse
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -71,6 +72,16 @@ def load(name: str, device: str = "cpu", dtype: str = "auto") -> FrozenModel:
 def load_from(options: argparse.Namespace) -> FrozenModel:
     """The model that the options name."""
     return load(options.model, options.device, options.dtype)
+
+
+def folder_of(options: argparse.Namespace, folder: Path) -> str:
+    """What another process loads the model by: its name, or a folder that it is saved to."""
+    if options.model == "smollm2":
+        return "smollm2"
+    frozen = load_from(options)
+    frozen.model.save_pretrained(folder)
+    frozen.tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def engine(frozen: FrozenModel, store: str = "sqlite://") -> ControlPrefix:

@@ -23,6 +23,64 @@ def free_port() -> int:
     return port
 
 
+class Process:
+    """A program that may be killed and started again.
+
+    Args:
+        command: Its command line.
+        log: Where its output is added.
+        url: What it answers with 200 when it has started; left out, it is not waited for.
+        environment: Further environment variables.
+    """
+
+    def __init__(
+        self, command: Sequence[str], log: Path, url: str | None = None, **environment: str
+    ) -> None:
+        self.command, self.log, self.url, self.environment = command, log, url, environment
+        self.running: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers.
+
+        Raises:
+            SystemExit: If it ends or does not answer; says what it printed last.
+        """
+        with self.log.open("a") as output:
+            self.running = subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment},
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.url is not None:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(self.url, timeout=60).status_code == 200:
+                    break
+            if self.running.poll() is not None or time.monotonic() > deadline:
+                printed = self.log.read_text()[-3000:]
+                raise SystemExit(f"{self.command[2]} did not start:\n{printed}")
+            time.sleep(0.5)
+
+    def stop(self) -> float:
+        """Ask it to end, and kill it if it does not; returns the seconds that it took."""
+        if self.running is None:
+            return 0.0
+        start = time.monotonic()
+        self.running.terminate()
+        try:
+            self.running.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        return time.monotonic() - start
+
+    def kill(self) -> None:
+        """Kill it without notice."""
+        if self.running is not None:
+            self.running.kill()
+            self.running.wait()
+
+
 @contextmanager
 def server(
     command: Sequence[str], port: int, log: Path, *, path: str = "/health", **environment: str
@@ -37,23 +95,9 @@ def server(
         environment: Further environment variables.
     """
     url = f"http://127.0.0.1:{port}"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-        )
-        try:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}{path}", timeout=60).status_code == 200:
-                        break
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"{command[2]} did not start:\n{log.read_text()[-3000:]}")
-                time.sleep(0.5)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    process = Process(command, log, f"{url}{path}", **environment)
+    try:
+        process.start()
+        yield url
+    finally:
+        process.stop()

