@@ -297,8 +297,8 @@ def page(results: Mapping[str, Any]) -> str:
             "\n".join([header(*titles), *rows]),
             "Texts are compared with what the library alone generates; *lost* is what was "
             "acknowledged and is not in the store, *back again* what was forgotten and is. After "
-            f"`store purge` texts of {len(results['found in files'])} forgotten users were found in "
-            "the database's files.",
+            f"`store purge` texts of {len(results['found in files'])} forgotten users were found "
+            "in the database's files.",
             "Memory and open files of the server that ran throughout:",
             "\n".join([header("minute", "MiB", "open files"), *growth]),
         ]
