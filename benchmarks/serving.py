@@ -26,12 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from controlprefix import ControlPrefix, Prefix
-from controlprefix.model.loading import packaged_model
 from controlprefix.prefixes import PrefixKey
 from controlprefix.store import NewVersion
 
 from lib.results import arguments, save
-from lib.servers import server
+from lib.servers import server, vllm_server
 
 NUM_SLOTS = 16
 PROMPT = "The weather report for tomorrow, as it was read on the radio this evening, said that "
@@ -152,25 +151,6 @@ def own_server(
     command = [sys.executable, "-m", "controlprefix.cli", "serve", "--tenant", "default"]
     command += ["--store", store, "--port", str(port), "--max-waiting", "4096", *options]
     return server(command, port, log)
-
-
-def vllm_server(
-    port: int, folder: Path, log: Path, max_sequences: int
-) -> contextlib.AbstractContextManager[str]:
-    """vLLM with the connector of this library."""
-    transfer = {
-        "kv_connector": "ControlPrefixConnector",
-        "kv_connector_module_path": "controlprefix.vllm.connector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"folder": str(folder)},
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    command += [str(packaged_model("smollm2")), "--served-model-name", "smollm2"]
-    command += ["--port", str(port), "--dtype", "bfloat16", "--max-model-len", "512"]
-    command += ["--max-num-seqs", str(max_sequences), "--block-size", "32"]
-    command += ["--kv-transfer-config", json.dumps(transfer)]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    return server(command, port, log, **environment)
 
 
 def serve_peft(port: int) -> None:
@@ -334,7 +314,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         peft_url = None
         if options.engine == "vllm":
             vllm_url = stack.enter_context(
-                vllm_server(8711, folder / "prefixes", folder / "vllm.log", options.concurrency)
+                vllm_server(
+                    8711,
+                    folder / "prefixes",
+                    folder / "vllm.log",
+                    *("--max-num-seqs", str(options.concurrency)),
+                )
             )
             more = ["--engine", "vllm", "--vllm-url", vllm_url]
             more += ["--vllm-prefixes", str(folder / "prefixes")]

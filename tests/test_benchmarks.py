@@ -85,6 +85,7 @@ SKIPPED = {
     "adapters_batch_split": "needs an environment with an older transformers",
     "serving": "tested with real servers, below",
     "tables": "tested in test_docs.py",
+    "vllm_strengths": "tested in test_vllm.py, with a vLLM server",
 }
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import importlib
 import json
 import threading
 import time
@@ -330,6 +331,22 @@ def test_a_fractional_strength_is_what_the_keys_hold(
     expected = cp.generate(Request(**how, user="half")).text
     assert texts_of(cp, runner, [request, request]) == [expected, expected]
     assert expected != cp.generate(Request(**how, user="ana")).text
+
+
+def test_the_benchmark_of_strengths_runs_for_one_round(
+    cp: ControlPrefix, runner: VllmRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("vllm_strengths")
+    strengths = (1.0, 2.0)  # exact there
+    results = benchmark.measured(cp, runner, ["ana"], strengths, num_prompts=2, top=20)
+    figures = results["ana"]
+    assert list(figures) == ["1.0", "2.0"]
+    assert all(abs(row["largest"]) < 1e-3 for row in figures.values())
+    assert figures["2.0"]["strength 1"] > 1e-5
+    written = {"options": {"dtype": "float32", "prompts": 2}, "divergences": results}
+    about = {"command": "x", "commit": "y", "date": "z"}
+    assert "| ana | 2.0 |" in benchmark.page({**written, **about})
 
 
 def test_slots_count_against_the_context_there(cp: ControlPrefix, runner: VllmRunner) -> None:

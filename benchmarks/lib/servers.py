@@ -1,15 +1,19 @@
 """Servers as processes of their own."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+
+from controlprefix.model.loading import packaged_model
 
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
@@ -101,3 +105,21 @@ def server(
         yield url
     finally:
         process.stop()
+
+
+def vllm_server(
+    port: int, folder: Path, log: Path, *options: str, dtype: str = "bfloat16"
+) -> contextlib.AbstractContextManager[str]:
+    """vLLM with SmolLM2 and the connector of this library, which reads slots in `folder`."""
+    transfer = {
+        "kv_connector": "ControlPrefixConnector",
+        "kv_connector_module_path": "controlprefix.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"folder": str(folder)},
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    command += [str(packaged_model("smollm2")), "--served-model-name", "smollm2"]
+    command += ["--port", str(port), "--dtype", dtype, "--max-model-len", "512"]
+    command += ["--block-size", "32", "--kv-transfer-config", json.dumps(transfer), *options]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return server(command, port, log, **environment)
