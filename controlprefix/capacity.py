@@ -14,7 +14,9 @@ CODE_BYTES: Final = 1_416  # of the decoder with the default sizes, whatever the
 _ROW_BYTES: Final = 750  # of names, versions and indexes per user, on PostgreSQL
 _HEADER_BYTES: Final = 800  # of a safetensors file
 _PAGE_OVERHEAD: Final = 1.03  # pages that are not full
-_CACHE_BYTES: Final = 512 << 20  # of prefixes in a server's memory
+_CACHE_BYTES: Final = 512 << 20  # of prefixes in a server's memory, at most
+_RUNTIME_BYTES: Final = 600 << 20  # of Python, torch and transformers
+_HOURS_PER_MONTH: Final = 730
 _UTILIZATION: Final = 0.7  # above which waiting lines grow
 
 
@@ -25,7 +27,8 @@ class Load:
     Attributes:
         slot_values: Values of one slot: keys and values of all layers and kv heads.
         slot_heads: Key heads and value heads of all layers; int8 has a scale for each.
-        num_parameters: The model's weights.
+        weight_bytes: The model's weights in memory.
+        value_bytes: A value in memory: 2, or 4 in float32.
         users, num_slots: Users, and slots of each prefix.
         form: How prefixes are stored.
         requests_per_second: At the peak.
@@ -34,11 +37,14 @@ class Load:
         seconds_per_user: Training of a user, as `train_users` reports it; 0 for codes that are
             predicted.
         max_sequences: Requests that a process runs at a time.
+        price_per_hour: Of the machine, or the share of one, that a process needs.
+        price_per_gb: Of a gigabyte of the store per month.
     """
 
     slot_values: int
     slot_heads: int
-    num_parameters: int
+    weight_bytes: int
+    value_bytes: int = 2
     users: int = 1000
     num_slots: int = 16
     form: Form = "int8"
@@ -48,6 +54,8 @@ class Load:
     tokens_per_second: float = 100.0
     seconds_per_user: float = 0.0
     max_sequences: int = 32
+    price_per_hour: float = 0.0
+    price_per_gb: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,13 +63,16 @@ class Capacity:
     """What a load takes.
 
     Attributes:
-        slot_bytes: One slot, or one token, in a running request's memory (16 bits per value).
+        slot_bytes: One slot, or one token, in a running request's memory.
         prefix_bytes: A user's prefix in memory.
         stored_bytes: A user in the store, rows and indexes included.
         store_bytes: All users in the store.
         num_processes: Processes that serve the requests at 70 % of their speed.
-        process_bytes: Memory of each: weights, prefixes in use, and keys and values.
+        process_bytes: Memory of each: weights, prefixes in use, keys and values, and what Python
+            and torch take.
         training_hours: Hours of one process to train all users once.
+        monthly_cost: Of the processes and the store, in the currency of the prices.
+        cost_per_million: That of the store for a million users, and of training them once.
     """
 
     slot_bytes: int
@@ -71,6 +82,8 @@ class Capacity:
     num_processes: int
     process_bytes: int
     training_hours: float
+    monthly_cost: float
+    cost_per_million: float
 
     @property
     def advice(self) -> str:
@@ -89,8 +102,9 @@ def capacity(load: Load) -> Capacity:
         ValueError: If a number is negative, or a size is not above 0.
     """
     sizes = (load.slot_values, load.slot_heads, load.num_slots, load.max_sequences)
-    numbers = (load.users, load.requests_per_second, load.prompt_tokens, load.new_tokens)
-    if min(sizes) < 1 or min(*numbers, load.seconds_per_user) < 0 or load.tokens_per_second <= 0:
+    numbers = (load.users, load.requests_per_second, load.prompt_tokens, load.new_tokens,
+               load.seconds_per_user, load.price_per_hour, load.price_per_gb)  # fmt: skip
+    if min(sizes) < 1 or min(numbers) < 0 or load.tokens_per_second <= 0:
         values_by_name = {name: value for name, value in asdict(load).items() if name != "form"}
         negative = [f"{n} is {v}" for n, v in values_by_name.items() if v is not None and v < 0]
         reason = f": {', '.join(negative)}" if negative else ""
@@ -104,16 +118,23 @@ def capacity(load: Load) -> Capacity:
         "bfloat16": _HEADER_BYTES + load.num_slots * 2 * values,
     }[load.form]
     stored = round(payload * _PAGE_OVERHEAD) + _ROW_BYTES
+    slot_bytes = load.value_bytes * values
     tokens_per_request = load.prompt_tokens + load.new_tokens + load.num_slots
     needed = load.requests_per_second * load.new_tokens
+    num_processes = max(1, math.ceil(needed / (_UTILIZATION * load.tokens_per_second)))
+    training_hours = load.users * load.seconds_per_user / 3600
+    storing = stored * load.price_per_gb / 1e9
     return Capacity(
-        slot_bytes=2 * values,
-        prefix_bytes=2 * values * load.num_slots,
+        slot_bytes=slot_bytes,
+        prefix_bytes=slot_bytes * load.num_slots,
         stored_bytes=stored,
         store_bytes=stored * load.users,
-        num_processes=max(1, math.ceil(needed / (_UTILIZATION * load.tokens_per_second))),
-        process_bytes=2 * load.num_parameters
-        + _CACHE_BYTES
-        + load.max_sequences * tokens_per_request * 2 * values,
-        training_hours=load.users * load.seconds_per_user / 3600,
+        num_processes=num_processes,
+        process_bytes=_RUNTIME_BYTES
+        + load.weight_bytes
+        + min(_CACHE_BYTES, load.users * slot_bytes * load.num_slots)
+        + load.max_sequences * tokens_per_request * slot_bytes,
+        training_hours=training_hours,
+        monthly_cost=num_processes * _HOURS_PER_MONTH * load.price_per_hour + storing * load.users,
+        cost_per_million=1e6 * (storing + load.seconds_per_user / 3600 * load.price_per_hour),
     )

@@ -13,7 +13,7 @@ from controlprefix.prefixes import Geometry, PrefixKey
 from controlprefix.store import NewVersion, PrefixStore
 
 GEOMETRY = Geometry.uniform(num_layers=12, num_kv_heads=3, head_dim=64, fingerprint="f" * 64)
-LOAD = Load(slot_values=12 * 3 * 64 * 2, slot_heads=12 * 3 * 2, num_parameters=10**6)
+LOAD = Load(slot_values=12 * 3 * 64 * 2, slot_heads=12 * 3 * 2, weight_bytes=2 * 10**6)
 
 
 @pytest.mark.parametrize("form", ["int8", "bfloat16"])
@@ -38,7 +38,7 @@ def test_a_store_is_as_large_as_computed(tmp_path: Path, form: Form) -> None:
 def test_the_measured_store_is_as_computed() -> None:
     """`docs/results/store.md`: 20,000 users of 16 slots in int8 take 3,915 to 4,046 MB."""
     smollm2 = Load(
-        slot_values=30 * 3 * 64 * 2, slot_heads=30 * 3 * 2, num_parameters=135 * 10**6, users=20_000
+        slot_values=30 * 3 * 64 * 2, slot_heads=30 * 3 * 2, weight_bytes=270 * 10**6, users=20_000
     )
     assert 3.8e9 < capacity(smollm2).store_bytes < 4.1e9
     codes = capacity(replace(smollm2, users=10**6, form="code")).store_bytes
@@ -54,8 +54,20 @@ def test_more_requests_need_more() -> None:
     assert many.advice.startswith("vLLM")
     assert many.process_bytes == small.process_bytes
     assert capacity(replace(LOAD, max_sequences=64)).process_bytes > small.process_bytes
+    in_float32 = capacity(replace(LOAD, value_bytes=4))
+    assert in_float32.prefix_bytes == 2 * small.prefix_bytes
+    assert in_float32.store_bytes == small.store_bytes
     with pytest.raises(ValueError, match="above 0"):
         capacity(replace(LOAD, tokens_per_second=0))
+
+
+def test_a_price_is_that_of_processes_and_of_the_store() -> None:
+    load = replace(LOAD, users=10**6, form="code", seconds_per_user=3.6)
+    assert capacity(load).monthly_cost == capacity(load).cost_per_million == 0
+    priced = capacity(replace(load, price_per_hour=2.0, price_per_gb=0.5))
+    storing = priced.store_bytes / 1e9 * 0.5
+    assert priced.monthly_cost == pytest.approx(3 * 730 * 2.0 + storing)
+    assert priced.cost_per_million == pytest.approx(storing + 1000 * 2.0)
 
 
 def test_the_command(model_folder: Path) -> None:
@@ -63,5 +75,8 @@ def test_the_command(model_folder: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--users", "1000", "--seconds-per-user", "3.6"])
     assert result.exit_code == 0, result.output
     assert "1.0 hours" in result.output
+    assert "per month" not in result.output
+    priced = CliRunner().invoke(app, [*arguments, "--price-per-hour", "1"])
+    assert "2,190.00" in priced.output  # 3 processes
     assert "guide on capacity" in result.output
     assert CliRunner().invoke(app, [*arguments, "--form", "int4"]).exit_code != 0

@@ -28,6 +28,12 @@ def capacity(
         float, typer.Option(help="Seconds to train a user, as `users train` reports them.")
     ] = 0.0,
     max_sequences: Annotated[int, typer.Option(help="As in `serve`.")] = 32,
+    price_per_hour: Annotated[
+        float, typer.Option(help="Price of the machine of one process, per hour.")
+    ] = 0.0,
+    price_per_gb: Annotated[
+        float, typer.Option(help="Price of a gigabyte of the store, per month.")
+    ] = 0.0,
     *,
     model: ModelArguments,
 ) -> None:
@@ -40,7 +46,8 @@ def capacity(
             Load(
                 slot_values=sum(sum(shape.sizes) for shape in shapes),
                 slot_heads=sum(2 * shape.num_kv_heads for shape in shapes),
-                num_parameters=sum(p.numel() for p in frozen.model.parameters()),
+                weight_bytes=sum(p.nbytes for p in frozen.model.parameters()),
+                value_bytes=frozen.dtype.itemsize,
                 users=users,
                 num_slots=num_slots,
                 form=form,
@@ -50,6 +57,8 @@ def capacity(
                 tokens_per_second=tokens_per_second,
                 seconds_per_user=seconds_per_user,
                 max_sequences=max_sequences,
+                price_per_hour=price_per_hour,
+                price_per_gb=price_per_gb,
             )
         )
     except ValueError as error:
@@ -62,5 +71,9 @@ def capacity(
     table.add_row("memory of each", f"{result.process_bytes / 1e9:,.1f} GB")
     if seconds_per_user:
         table.add_row("training all users once", f"{result.training_hours:,.1f} hours")
+    if price_per_hour or price_per_gb:
+        table.add_row("cost of serving and storing, per month", f"{result.monthly_cost:,.2f}")
+        what = "storing a million users for a month, and training them once"
+        table.add_row(what, f"{result.cost_per_million:,.2f}")
     out.print(table)
     out.print(f"run {result.advice}: see the guide on capacity")
