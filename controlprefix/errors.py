@@ -6,7 +6,7 @@
     ├── RequestError              a request that cannot be carried out as written
     │   ├── ContextLengthError    prompt and completion do not fit the model's context
     │   ├── ModelNotFoundError    a server was asked for a model that it does not serve
-    │   └── ModelOutputError      the model's logits are no numbers
+    │   └── ModelOutputError      no token can be chosen
     ├── UnknownNameError          no such task, attribute, label, user, version or key
     │   └── InvalidNameError      a name that nothing in a store can have
     ├── PrefixFormatError         bytes or tensors that are not a valid prefix
@@ -60,13 +60,14 @@ class ModelNotFoundError(RequestError):
 
 
 class ModelOutputError(RequestError):
-    """A request for which the model's logits are no numbers."""
+    """A request for which no token can be chosen."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the logits of the model for this request are no numbers (NaN): values overflowed, or "
-            "weights are damaged; load the model with dtype=torch.bfloat16 or torch.float32, or "
-            "lower the strengths"
+            "no token can be chosen for this request: the logits of the model are no numbers (NaN: "
+            "values overflowed, or weights are damaged; load it with dtype=torch.bfloat16 or "
+            "torch.float32, or lower the strengths), or the model's generation config, logit_bias "
+            "and json_schema together rule out every token"
         )
 
 

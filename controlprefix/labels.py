@@ -39,7 +39,9 @@ def check_labels(attributes: Any) -> Any:
         names = list(labels) if isinstance(labels, Mapping) else [labels]
         for name in names:
             plain = name.item() if hasattr(name, "item") else name
-            is_finite = isinstance(plain, (int, float)) and math.isfinite(plain)
+            is_finite = isinstance(plain, int) or (
+                isinstance(plain, float) and math.isfinite(plain)
+            )
             if not isinstance(plain, str) and not is_finite:
                 raise ValueError(
                     f"a label of {attribute!r} must be a text or a number, got "

@@ -7,6 +7,7 @@ prefixes of one training run.
 import copy
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,14 +65,16 @@ class PrefixStore(UserData, JobMethods):
 
     def __init__(
         self,
-        url: str,
+        url: str | os.PathLike[str],
         *,
         tenant: str = "default",
         encryption_keys: EncryptionKeys | None = None,
         pool_size: int = 5,
         create: bool = True,
     ) -> None:
-        database = Database(url, tenant, pool_size=pool_size, create=create)
+        if not isinstance(url, (str, os.PathLike)):
+            raise StoreError(f"the store is {url!r}; give a path or an SQLAlchemy URL")
+        database = Database(os.fspath(url), tenant, pool_size=pool_size, create=create)
         self.url, self.label = database.url, database.label
         self._encryption_keys = encryption_keys
         self._use(database)

@@ -102,9 +102,10 @@ def test_hidden_slots_get_no_attention() -> None:
     assert few.weights.shape[1] == 5 * 4 // few.weights.shape[0]
 
 
-def test_logits_of_queries_are_products() -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # with a scaling of its own
+def test_logits_of_queries_are_products(name: str) -> None:
     """The recorded queries and the keys give the recorded weights."""
-    model = frozen("llama")
+    model = frozen(name)
     whole = Prefix.random(model.geometry, num_slots=6, scale=1.0, seed=1)
     for i, layer in enumerate(observe(model, whole, references(1))["decoder"]):
         keys = whole.layer("decoder", i)[0].double()

@@ -485,3 +485,33 @@ def test_choices_of_a_prompt_are_prefilled_once(name: str) -> None:
         assert sum(num_rows) <= 6  # 4 prompts with slots, and 2 rows of a strength below 0
     finally:
         batcher.close()
+
+
+def test_the_rows_of_a_running_request_are_all_counted(cp: ControlPrefix) -> None:
+    fields: dict[str, Any] = {"raw": True, "max_new_tokens": 60, "logit_bias": NO_END}
+    away = Request(prompt="x", user="ana", strengths={"user": -1}, **fields)
+    rows, runs = [], threading.Event()
+    with contextlib.closing(cp.batcher(max_sequences=3)) as batcher:
+
+        def deliver(_: object) -> None:
+            rows.append(batcher.load[0])
+            runs.set()
+
+        batcher.submit(cp.resolve(away), deliver=deliver)
+        assert runs.wait(60)
+        assert batcher.submit(cp.resolve(away)).result() == cp.generate(away)
+    assert max(rows) == 2
+
+
+def test_choices_with_other_schedules_are_read_apart(cp: ControlPrefix) -> None:
+    fields: dict[str, Any] = {"raw": True, "max_new_tokens": 8, "user": "ana", "logit_bias": NO_END}
+    asked = [
+        Request(prompt="x" * 50, schedules={"user": [(0, multiplier)]}, **fields)
+        for multiplier in (0.0, 3.0)
+    ]
+    expected = [cp.generate(request).text for request in asked]
+    assert expected[0] != expected[1]
+    with contextlib.closing(cp.batcher()) as batcher:
+        with batcher._wake:  # both are waiting before the first step
+            tickets = [batcher.submit(cp.resolve(request)) for request in asked]
+        assert [ticket.result().text for ticket in tickets] == expected

@@ -8,7 +8,7 @@ import torch
 from sqlalchemy.engine import make_url
 
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, UnknownNameError
-from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
+from controlprefix.prefixes.user_code import CodePredictor, PrefixDecoder, UserCode
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile, profiles, tenant_of
 from controlprefix.training.initialization import scale_of
 
@@ -231,3 +231,10 @@ def test_api_keys_open_their_own_tenant_alone(url: str) -> None:
             own_store.revoke_api_key("web")
     for no_key in ("", "cp", "cp.x", "sk-123", "cp.%%%.secret", "cp..", "cp.gA.x"):
         assert tenant_of(no_key) is None
+
+
+def test_an_unusual_text_does_not_lead_far_away() -> None:
+    predictor = CodePredictor(num_features=2, code_size=3)
+    predictor.feature_std.fill_(0.5)
+    shrunk = predictor.shrunk_features(torch.tensor([[100.0, -1.0]]))
+    assert shrunk.tolist() == [2.0, -1.0]  # half of 4 deviations, and of 2

@@ -403,7 +403,7 @@ def test_off_context_rows_have_their_share_of_the_tokens() -> None:
     assert mixed[: len(plain)] == plain
     tokens = sum(len(row.targets) for row in added)
     total = tokens + sum(len(row.targets) for row in plain)
-    assert 0.15 < tokens / total < 0.3
+    assert 0.2 <= tokens / total < 0.23  # the last answer may go beyond
     assert all(row.teacher == row.prompt and row.learned for row in added)
     assert prepared(0.2) == mixed
     with pytest.raises(TrainingDataError, match="decoder-only"):

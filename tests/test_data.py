@@ -145,6 +145,7 @@ def test_fine_tuning_chats_teach_the_last_answer() -> None:
         (chat["messages"][:2], "must end with the assistant's message"),
         ([{"role": "tool", "content": "x"}, *chat["messages"]], "a message has the role 'tool'"),
         ("Hi", "messages must be a list"),
+        ([*chat["messages"][:2], {"role": "assistant", "content": "x", "weight": 0}], "weight 0"),
     ):
         with pytest.raises(TrainingDataError, match=message):
             as_examples([{"messages": wrong}])

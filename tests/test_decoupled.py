@@ -92,7 +92,7 @@ def written_out(model: PreTrainedModel, ids: Tensor, parts: Sequence[Part]) -> T
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gpt_neox", "gemma3", "opt"])
 def test_the_output_is_that_of_attention_written_out(name: str, attention: str) -> None:
     model = build(name, attention=attention)
     parts = [Part(decoupled(model, 5)), Part(decoupled(model, 3, seed=2), -0.7)]

@@ -9,7 +9,8 @@ import pytest
 import sqlalchemy
 
 from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, StoreKeyError
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore
+from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile
+from controlprefix.store.encryption import KeyFile, TenantCipher
 
 from helpers import Keys, payload_of, prefix_of
 
@@ -107,6 +108,7 @@ def test_kept_texts_are_encrypted_rotated_and_forgotten(
 ) -> None:
     secret = "meet me at the old mill"
     store.keep_samples("ana", [secret, "second"])
+    store.keep_profile("ana", Profile("e", [1.0, 0.0], num_texts=2))
     store.put([new()])
     keys.use("k2")
     store.keep_samples("ana", ["third", secret, "third"])  # each once
@@ -115,6 +117,7 @@ def test_kept_texts_are_encrypted_rotated_and_forgotten(
     keys.use("k2")
     assert store.samples("ana") == [secret, "second", "third"]
     assert store.samples("bo") == []
+    assert store.similar_users("e", [1.0, 0.0]) == [("ana", 1.0)]
     assert store.keep_feedback("ana", [secret]) == 1
     assert store.feedback("ana") == [secret]
     if url.startswith("sqlite"):
@@ -183,3 +186,13 @@ def test_a_tenant_without_a_key_is_warned_of(
         for _ in range(2):
             other.keep_samples("ana", ["a text"])
     assert caplog.text.count("no encryption key for tenant 'other': stored in plain") == 1
+
+
+def test_bytes_moved_to_another_tenant_do_not_open(tmp_path: Path) -> None:
+    """With one key for all, which alone does not hold tenants apart."""
+    (tmp_path / "key").write_text(base64.b64encode(os.urandom(32)).decode())
+    keys = KeyFile(tmp_path / "key")
+    sealed, key_id = TenantCipher("mine", keys).encrypt(b"x", "user 'ana' version 1")
+    assert TenantCipher("mine", keys).decrypt(sealed, key_id, "user 'ana' version 1") == b"x"
+    with pytest.raises(StoreKeyError, match="cannot be decrypted"):
+        TenantCipher("theirs", keys).decrypt(sealed, key_id, "user 'ana' version 1")

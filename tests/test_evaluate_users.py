@@ -8,10 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from controlprefix import ControlPrefix, Example, Prefix, TrainingDataError
+from controlprefix import ControlPrefix, Example, Part, Prefix, Request, TrainingDataError
 from controlprefix.evaluation import evaluate_users
 
-from helpers import engine
+from helpers import engine, run
 
 STYLES = {"ana": "so good!! xo", "bo": "Fair wind. Bo out.", "cleo": "One must suppose."}
 
@@ -143,3 +143,18 @@ def test_wrong_groups_are_told_before_anything_is_scored(
             TrainingDataError, match="groups maps each grouping|min_group_size is 0"
         ):
             evaluate_users(cp, examples, **options)
+
+
+def test_divergence_is_that_of_the_plain_model_from_the_steered_one(cp: ControlPrefix) -> None:
+    request = Request(prompt="Say", raw=True, max_new_tokens=24)
+    reader = cp.frozen_model.request_tokenizer
+    prompt, answer = reader.prompt_ids(request), reader.inner_ids(cp.generate(request).text)
+    plain, steered = (
+        run(cp.model, [torch.tensor([[*prompt, *answer]])], [parts])[0, len(prompt) - 1 : -1]
+        .double()
+        .log_softmax(1)
+        for parts in ([], [Part(cp.get("user", "ana"))])
+    )
+    expected = float((plain.exp() * (plain - steered)).sum(1).mean())
+    result = evaluate_users(cp, rows(["ana", "bo"]), prompts=["Say"])
+    assert result.users["ana"].off_context == pytest.approx(expected, abs=1e-4)

@@ -1,6 +1,7 @@
 """The fingerprint: equal for the same computation, different for every other."""
 
 import copy
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix
 from controlprefix.errors import GeometryMismatchError, UnsupportedModelError
+from controlprefix.model.fingerprint import first_fingerprint
 from controlprefix.model.probing import probe
 
 from helpers import random_prefix
@@ -203,3 +205,18 @@ def test_stores_outlive_upgrades(name: str) -> None:
             values = (torch.arange(parameter.numel()) * 31 + 7 * i) % 17 - 8
             parameter.copy_(values.view(parameter.shape) / 64)
     assert fingerprint(model) == GOLDEN[name]
+
+
+def test_the_context_counts_where_rotary_scaling_depends_on_it() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    short, long = (
+        build("llama", rope_parameters=rope, max_position_embeddings=n) for n in (64, 128)
+    )
+    assert fingerprint(short) != fingerprint(long)
+
+
+def test_the_first_fingerprint_is_that_of_version_0_1_0() -> None:
+    layer = nn.Linear(2, 1)
+    layer.load_state_dict({"weight": torch.tensor([[1.0, -2.0]]), "bias": torch.tensor([0.5])})
+    hashed = b"bias (1,)" + b"\x00\x3f" + b"weight (1, 2)" + b"\x80\x3f\x00\xc0"  # as bfloat16
+    assert first_fingerprint(layer) == hashlib.sha256(hashed).hexdigest()

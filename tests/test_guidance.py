@@ -1,6 +1,8 @@
 """Strengths below 0 steer away from a part by the documented formula, in any batch."""
 
+import json
 import math
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from controlprefix import (
     RequestError,
     TrainingDataError,
 )
-from controlprefix.inference.guidance import combined_logits, guided_logits
+from controlprefix.errors import ModelOutputError
+from controlprefix.inference.guidance import combined_logits, without_implausible
 
 from models import build, byte_tokenizer
 
@@ -187,9 +190,17 @@ def test_guidance_is_refused_where_it_is_not_supported() -> None:
 def test_tokens_that_the_base_finds_implausible_are_not_chosen() -> None:
     base = torch.tensor([[5.0, 4.0, 0.0, -math.inf]])  # 1/100 of the likeliest is at 0.39
     away = torch.tensor([[5.0, 4.0, -90.0, 0.0]])
-    result = guided_logits(base, [away], [-3.0])
+    combined = combined_logits(base, [away], [-3.0])
+    assert combined[0, 2] == 270.0
+    result = without_implausible(base, combined)
     assert result[0].isfinite().tolist() == [True, True, False, False]
-    assert combined_logits(base, [away], [-3.0])[0, 2] == 270.0
+
+
+def test_tokens_that_the_model_rules_out_stay_so() -> None:
+    base, row = torch.tensor([0.0, -math.inf]), torch.tensor([1.0, -math.inf])
+    combined = combined_logits(base, [row], [-1.0])
+    assert combined.tolist() == [-1.0, -math.inf]
+    assert without_implausible(base, combined).tolist() == [-1.0, -math.inf]
 
 
 def test_a_weight_of_0_is_absent_with_logit_mixing_too() -> None:
@@ -205,3 +216,75 @@ def test_beams_and_schedules_cannot_be_combined_with_logit_mixing() -> None:
     for what in ({"num_beams": 2}, {"user": "ana", "schedules": {"user": [(0, 1.0)]}}):
         with pytest.raises(RequestError, match="cannot be combined with mixing"):
             Request(prompt="x", mixing="logits", **what)
+
+
+def confident(**generation_config: Any) -> ControlPrefix:
+    """A model that is as sure of its tokens as a trained one: few of them are plausible."""
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(15)
+    for name, value in generation_config.items():
+        setattr(model.generation_config, name, value)
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    cp.put("attribute", "tone=warm", Prefix.random(cp.geometry, num_slots=2, seed=1))
+    return cp
+
+
+def in_both_engines(cp: ControlPrefix, **fields: Any) -> str:
+    request = Request(
+        prompt="hello", attributes={"tone": "warm"}, **{"max_new_tokens": 12, **fields}
+    )
+    with closing(cp.batcher()) as batcher:
+        in_running_batch = batcher.submit(cp.resolve(request), top_log_probs=0)
+        assert in_running_batch.result().text == cp.generate(request).text
+        assert all(math.isfinite(token.log_prob) for token in in_running_batch.tokens)
+    return in_running_batch.result().text
+
+
+GUIDED: list[dict[str, Any]] = [{"strengths": {"tone": -1.0}}, {"mixing": "logits"}]
+
+
+@pytest.mark.parametrize("guided", GUIDED, ids=str)
+def test_guided_json_is_json(guided: dict[str, Any]) -> None:
+    schema = {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}
+    text = in_both_engines(confident(), json_schema=schema, max_new_tokens=40, **guided)
+    assert isinstance(json.loads(text), list)
+
+
+@pytest.mark.parametrize("guided", GUIDED, ids=str)
+def test_a_bias_chooses_and_bans_tokens_with_guidance_too(guided: dict[str, Any]) -> None:
+    cp = confident()
+    tokenizer = byte_tokenizer()
+    (chosen,) = tokenizer.encode("x")
+    assert in_both_engines(cp, logit_bias={chosen: 100.0}, **guided) == "x" * 12
+    usual = tokenizer.encode(in_both_engines(cp, **guided))
+    without = in_both_engines(cp, logit_bias=dict.fromkeys(usual, -100.0), **guided)
+    assert not set(usual) & set(tokenizer.encode(without))
+
+
+@pytest.mark.parametrize("guided", [{}, *GUIDED], ids=str)
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ({"sequence_bias": {(50,): 5.0, (60,): 8.0}}, {"temperature": 2.0, "seed": 1}),
+        ({"bad_words_ids": [[i] for i in range(40, 240)]}, {}),
+        ({"renormalize_logits": True}, {"repetition_penalty": 0.8}),
+        ({"max_time": 0.0}, {}),
+        ({"no_repeat_ngram_size": 1}, {}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_generation_config_means_the_same_in_every_engine(
+    guided: dict[str, Any], config: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    assert in_both_engines(confident(**config), **fields, **guided)
+
+
+def test_a_request_whose_tokens_are_all_ruled_out_is_an_error() -> None:
+    cp = confident(suppress_tokens=list(range(300)))
+    request = Request(prompt="hello", attributes={"tone": "warm"}, temperature=1.0)
+    with pytest.raises(ModelOutputError, match="rule out every token"):
+        cp.generate(request)
+    with closing(cp.batcher()) as batcher:
+        with pytest.raises(ModelOutputError, match="rule out every token"):
+            batcher.submit(cp.resolve(request)).result()

@@ -127,6 +127,10 @@ def test_what_a_killed_worker_had_is_taken_again(store: PrefixStore, clock: Cloc
     assert other is not None
     assert other.num_attempts == 2
     assert not store.renew_job(claim, 2)  # the first one, which was only slow, stops
+    assert store.finish_job(claim, error="too late")  # nor does it end what the other does
+    store.release_job(claim)
+    assert not store.job(job.id).is_finished
+    assert store.claim_job(F) is None
     for _ in range(2):
         clock.advance(61)
         other = store.claim_job(F)
@@ -357,3 +361,15 @@ def test_too_many_jobs_are_refused(store: PrefixStore, monkeypatch: pytest.Monke
     store.add_job("train_user", "c", OPTIONS, F)
     assert len(store.jobs()) == 2  # one is finished, one waits
     assert first.id not in {job.id for job in store.jobs()}
+
+
+def test_a_job_whose_worker_died_does_not_count_as_running(
+    store: PrefixStore, clock: Clock
+) -> None:
+    job = store.add_job("train_user", "ana", OPTIONS, F)
+    assert store.claim_job(F) is not None
+    clock.advance(61)
+    store.for_tenant("theirs").add_job("train_user", "bo", OPTIONS, F)
+    claim = store.claim_job(F)
+    assert claim is not None
+    assert claim.job_id == job.id  # the older of two, neither of whose tenants has one running

@@ -164,3 +164,17 @@ def test_the_command_migrates(
     result = CliRunner().invoke(app, ["users", "migrate", "--from", "old", "--model", "new"])
     assert result.exit_code == 0, result.output
     assert "stored 18 users; learned from 12" in result.output
+
+
+def test_codes_of_another_decoder_teach_nothing(both: tuple[ControlPrefix, ControlPrefix]) -> None:
+    old_cp, new_cp = both
+    stored = new_cp.store.for_model(new_cp.geometry.fingerprint).get(PrefixKey("decoder", "users"))
+    assert isinstance(stored.value, PrefixDecoder)
+    is_full = stored.value.dtype == torch.float32
+    other = PrefixDecoder.from_bytes(stored.value.to_bytes("bfloat16" if is_full else "float32"))
+    code = UserCode(other.content_hash, torch.zeros(SLOTS, NEW_WIDTH))
+    new_cp.store.put([NewVersion(PrefixKey("decoder", "others"), other)])
+    new_cp.store.put([NewVersion(PrefixKey("user", "user20"), code)])
+    report = new_cp.migrate_users(old_cp)
+    assert report.num_shared == 12
+    assert "user20" not in report.saved

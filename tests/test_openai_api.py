@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlprefix import ControlPrefix, Example, Prefix, Request
+from controlprefix.inference.runner import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.serving import Server, ServerLimits, create_app
+from controlprefix.serving.log_probs import text_log_probs
 from controlprefix.store import PrefixStore
 
 from helpers import Instance, frozen
@@ -663,3 +666,9 @@ def test_fields_of_the_library_are_told_where_they_are_here(served: Served) -> N
 def test_times_of_versions_say_that_they_are_in_utc(served: Served) -> None:
     (version,) = httpx.get(f"{served.base}/v1/users/ana").json()["versions"]
     assert version["created_at"].endswith("+00:00")
+
+
+def test_tokens_of_one_text_are_told_apart() -> None:
+    names: Any = SimpleNamespace(text=lambda _: "a", in_text=lambda _: b"a")
+    token = TokenLogProbs(5, -1.0, ((7, -0.5), (5, -1.0)))
+    assert text_log_probs([token], names).top_logprobs == [{"a": -1.0, "token_id:7": -0.5}]

@@ -22,6 +22,7 @@ from controlprefix.training import run
 from controlprefix.users import guard
 from controlprefix.users.enrolment import predict_code
 from controlprefix.users.text_features import TextFeatures, style_features
+from controlprefix.users.text_losses import losses_of_texts
 from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
 
 from helpers import Letters
@@ -134,6 +135,10 @@ def test_texts_are_added_to_a_code_without_the_earlier_ones(cp: ControlPrefix) -
     for user in ("trained", "slots"):
         with pytest.raises(RequestError, match="the same decoder predicted"):
             cp.enroll(user, texts, decoder="users", add=True)
+    other = PrefixDecoder.from_bytes(stored_decoder(cp).to_bytes("float32"))
+    cp.store.put([NewVersion(PrefixKey("decoder", "others"), other)])
+    with pytest.raises(RequestError, match="the same decoder predicted"):
+        cp.enroll("bit", texts, decoder="others", add=True)
     with pytest.raises(UnknownNameError):
         cp.enroll("nobody", texts, decoder="users", add=True)
     with pytest.raises(RequestError, match="add needs a decoder"):
@@ -382,3 +387,19 @@ def test_the_privacy_audit_finds_memorized_texts_only() -> None:
     cp.trainable(rows, learn="user", num_slots=2, init="random").publish()
     with pytest.raises(TrainingDataError, match="was not made by train_users or enroll"):
         cp.audit_user("di", texts, held_out, num_canaries=1)
+
+
+def test_a_guard_tries_each_half_on_the_other(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored_decoder(cp)
+    tried: list[list[str]] = []
+
+    def losses(frozen: Any, texts: list[str], prefix: Any) -> Any:
+        tried.append(texts)
+        return losses_of_texts(frozen, texts, prefix)
+
+    monkeypatch.setattr(guard, "losses_of_texts", losses)
+    texts = [f"AHOY {i}" for i in range(4)]
+    cp.enroll("ana", texts, decoder="users", guard=True)
+    assert tried == [texts[1::2]] * len(guard.SHARES) + [texts[::2]] * len(guard.SHARES)

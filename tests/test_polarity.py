@@ -24,6 +24,7 @@ from controlprefix.prefixes import PrefixKey
         ("long", ("terse", "verbose"), "terse"),
         ("pessimistic", ("optimistic", "confident", "calm"), "optimistic"),
         ("not kind", ("kind", "cruel"), "kind"),
+        ("not kind", ("friendly", "cruel"), "friendly"),
         ("careless", ("careful",), "careful"),
     ],
 )

@@ -143,9 +143,9 @@ def test_a_safetensors_file_that_is_no_prefix_is_refused() -> None:
 
 
 def test_a_later_format_says_to_upgrade() -> None:
-    header = {"format": 99, "geometry": SMALL.to_dict(), "sha256": ""}
+    header = {"format": 2, "geometry": SMALL.to_dict(), "sha256": ""}
     data = save({"decoder": torch.zeros(1, 32)}, metadata={"controlprefix": json.dumps(header)})
-    with pytest.raises(PrefixFormatError, match="format 99; this version reads up to 1, so"):
+    with pytest.raises(PrefixFormatError, match="format 2; this version reads up to 1, so"):
         Prefix.from_bytes(data)
 
 

@@ -230,7 +230,8 @@ def test_requests_are_sampled_with_all_their_parts(monkeypatch: pytest.MonkeyPat
         return [0.0] * len(texts)
 
     monkeypatch.setattr("controlprefix.training.policy.generate_tokens", spying)
-    sampled = [r.model_copy(update={"user": "ana", "stop": ("e",)}) for r in requests(2)]
+    own = {"user": "ana", "stop": ("e",), "temperature": 0.3, "strengths": {"task": 0.5}}
+    sampled = [r.model_copy(update=own) for r in requests(2)]
     before = cp.without_defaults()
     cp.reinforce(sampled, reward=reward, **{**OPTIONS, "steps": 1, "learning_rate": 1e-9})
     twice = [request for request in sampled for _ in range(2)]
@@ -497,6 +498,7 @@ def test_the_best_texts_of_requests_are_examples_without_their_mixing() -> None:
     rewarded: dict[str, float] = {}
 
     def reward(requests: Any, texts: Any) -> list[float]:
+        assert len({request.seed for request in requests}) == len(requests)
         values = share_of_vowels(requests, texts)
         rewarded.update(zip(texts, values, strict=True))
         return values

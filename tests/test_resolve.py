@@ -13,6 +13,7 @@ from controlprefix import Prefix, PrefixFormatError, UnknownNameError
 from controlprefix.inference.resolver import PrefixCaches, Resolver
 from controlprefix.request import Request
 from controlprefix.store import NewVersion, PrefixCache, PrefixKey, PrefixStore, SingleFlight
+from controlprefix.store.model_store import ModelStore
 
 from helpers import frozen
 
@@ -208,3 +209,18 @@ def test_the_cache_stays_within_its_bytes_and_drops_the_least_recently_used(
     everyone = [PrefixKey("user", f"u{i}") for i in range(6)]
     hashes = {key: entry.content_hash for key, entry in cache.get(everyone).items()}
     assert hashes == {key: content for key, (content, _) in saved.items()}
+
+
+def test_a_change_during_a_query_is_seen_by_the_next(
+    store: PrefixStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, fetch = resolver(store), ModelStore.fetch
+
+    def fetch_before_a_change(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(ModelStore, "fetch", fetch)
+        fetched = fetch(*args, **kwargs)
+        store.put([NewVersion(ANA, prefix(5))])
+        return fetched
+
+    monkeypatch.setattr(ModelStore, "fetch", fetch_before_a_change)
+    assert [result.current({ANA})[ANA].version for _ in range(2)] == [1, 2]

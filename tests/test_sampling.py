@@ -152,7 +152,7 @@ def test_penalties_count_what_was_generated() -> None:
 
 
 def test_a_bias_is_added_and_ids_beyond_the_vocabulary_are_ignored() -> None:
-    sampler = BatchSampler(rows_of({"logit_bias": {1: 5.0, 99: 100.0}}, {}), CPU)
+    sampler = BatchSampler(rows_of({"logit_bias": {1: 5.0, 2: 100.0, 99: 100.0}}, {}), CPU)
     assert sampler(torch.tensor([[2.0, 0.0], [2.0, 0.0]])).tolist() == [1, 0]
 
 

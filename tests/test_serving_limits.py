@@ -13,13 +13,19 @@ from typing import Any
 
 import httpx
 import pytest
+import starlette.requests
 
 from controlprefix import ControlPrefix, RequestError, UnknownNameError
+from controlprefix.errors import RateLimitError, UnauthorizedError
 from controlprefix.model.control_tokens import TextTokenizer
 from controlprefix.prefixes import PrefixKey
 from controlprefix.serving import ServerLimits
+from controlprefix.serving.large_bodies import _may_be_large
+from controlprefix.serving.rate_limit import RateLimiter
+from controlprefix.serving.tenants import Tenants
 from controlprefix.store import PrefixStore
 
+from helpers import frozen
 from servers import Served, fill, wait_for
 
 CHAT = "/v1/chat/completions"
@@ -485,3 +491,38 @@ def test_limits_are_above_zero() -> None:
     for options in ({"max_sequences": 0}, {"max_waiting": -1}, {"timeout_s": -1.0}):
         with pytest.raises(RequestError, match="must be above 0"):
             ServerLimits(**options)
+
+
+def test_wrong_keys_of_one_address_limit_no_other(store: str) -> None:
+    tenants = Tenants(
+        frozen(), store, open_tenant=None, encryption_keys=None, attributes=None,
+        rate_limiter=RateLimiter(0),
+    )  # fmt: skip
+    with contextlib.closing(tenants):
+        for _ in range(60):
+            with pytest.raises(UnauthorizedError):
+                tenants.authenticate("cp.YQ.x", "10.0.0.1")
+        with pytest.raises(RateLimitError):
+            tenants.authenticate("cp.YQ.x", "10.0.0.1")
+        with pytest.raises(UnauthorizedError):
+            tenants.authenticate("cp.YQ.x", "10.0.0.2")
+
+
+@pytest.mark.parametrize(
+    ("header", "large"),
+    [
+        ((b"content-length", b"65536"), False),
+        ((b"content-length", b"65537"), True),
+        ((b"transfer-encoding", b"chunked"), True),  # which says nothing of its size
+    ],
+)
+def test_a_body_of_unknown_size_may_be_large(header: tuple[bytes, bytes], large: bool) -> None:
+    assert _may_be_large(starlette.requests.Request({"type": "http", "headers": [header]})) == large
+
+
+def test_each_key_of_a_tenant_has_its_own_rate() -> None:
+    limiter = RateLimiter(1)
+    for tenant, key in (("a", "web"), ("a", "app"), ("b", "web")):
+        limiter.hit(tenant, key)
+        with pytest.raises(RateLimitError):
+            limiter.hit(tenant, key)

@@ -20,7 +20,8 @@ import pytest
 import sqlalchemy
 import torch
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.orm import Session
 
 from controlprefix import (
     Geometry,
@@ -42,7 +43,7 @@ from controlprefix.store import (
 )
 from controlprefix.store.revisions import HEAD, REVISION_TABLE
 from controlprefix.store.tables import Base
-from controlprefix.store.urls import full_url
+from controlprefix.store.urls import full_url, redacted
 
 from databases import own_server, restart
 from helpers import coded, decoder, payload_of, prefix_of, raw
@@ -262,6 +263,10 @@ def test_a_version_to_be_replaced_must_still_be_current(store: PrefixStore) -> N
             put(stale)
     assert [len(store.for_model(F).versions(key)) for key in (ANA, BO)] == [2, 2]  # all or nothing
     assert [v.parent_version for v in store.for_model(F).versions(ANA)] == [None, 1]
+    store.for_model(F).rollback(ANA, to=1)
+    with pytest.raises(VersionConflictError, match="'ana' is at version 1, not at 2"):
+        put(2)
+    assert put(1) == [3, 3]
 
 
 def test_aliases_name_versions_and_follow_moves(store: PrefixStore) -> None:
@@ -791,3 +796,38 @@ def test_any_number_of_keys_is_fetched(url: str) -> None:
         store.put([new(ANA), new(BO)])
         keys = [ANA, *(PrefixKey("user", f"u{i}") for i in range(40_000)), BO]
         assert set(store.for_model(F).fetch(keys)) == {ANA, BO}
+
+
+def test_a_write_whose_commit_broke_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = Session.commit
+
+    def breaking(session: Session) -> None:
+        commit(session)
+        raise OperationalError("COMMIT", {}, Exception("gone"), connection_invalidated=True)
+
+    with PrefixStore(f"sqlite:///{tmp_path}/prefixes.db") as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "commit", breaking)
+            with pytest.raises(StoreError, match="broke while a change was committed"):
+                store.put([new()])
+        assert len(store.for_model(F).versions(ANA)) == 1
+
+
+def test_sqlite_overwrites_what_is_forgotten_whatever_it_was_built_with(tmp_path: Path) -> None:
+    def off(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA secure_delete = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.Pool, "connect", off)
+    try:
+        with PrefixStore(f"sqlite:///{tmp_path}/prefixes.db") as store:
+            query = sqlalchemy.text("PRAGMA secure_delete")
+            assert store._database.run(lambda session, _: session.scalar(query)) == 1
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Pool, "connect", off)
+
+
+def test_a_quoted_password_is_shown_in_neither_form() -> None:
+    url = "postgresql://me:s%40crets@host/name"
+    assert redacted("no s%40crets, no s@crets for me", url) == "no ***, no *** for me"

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from controlprefix.inference.stopping import (
     has_stop,
 )
 from controlprefix.message import Message
+from controlprefix.model.control_tokens import TextTokenizer
+from controlprefix.model.languages import decoder_start_ids
 from controlprefix.model.tokenization import RequestTokenizer
 
 from models import VOCAB, build, byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
@@ -210,6 +213,85 @@ def test_any_template_keeps_texts_whole_and_control_tokens_its_own(
         assert content.strip() in text
     if name != "chatml":  # which trims
         assert len(text) - sum(map(len, contents)) == len(neutral) - len(contents)
+
+
+@pytest.mark.parametrize("typed", [("<", "/s>"), ("a <", "/s>b"), ("<", "/", "s>"), ("</s", ">")])
+def test_messages_that_a_template_joins_make_no_control_token(typed: tuple[str, ...]) -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content | trim }}{% endfor %}"
+    reader = RequestTokenizer(MODEL, tokenizer)
+    roles = ["user", "assistant", "user"]
+    messages = [Message(role=r, content=c) for r, c in zip(roles, typed, strict=False)]  # type: ignore[arg-type]
+    ids = list(reader.prompt_ids(Request(messages=messages)))
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == "<s>" + "".join(typed)
+
+
+@pytest.mark.parametrize(
+    "change", ["{0} | wordwrap(4)", "{0}[::-1]", "{0} | replace('0', 'x')", "{0}[:6]", "{0} | list"]
+)
+def test_a_template_that_changes_typed_control_tokens_is_refused(change: str) -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = f"<s>{{{{ {change.format('messages[0].content')} }}}}"
+    reader = RequestTokenizer(MODEL, tokenizer)
+    with pytest.raises(RequestError, match="do not survive as text; leave them out"):
+        reader.prompt_ids(says("hi </s> 100"))
+    assert reader.prompt_ids(says("hi 100"))
+
+
+def test_characters_of_private_use_are_kept_beside_control_tokens() -> None:
+    reader = RequestTokenizer(MODEL, byte_tokenizer(chat=True))
+    text = "\ue000</s>\ue001:0\ue002"
+    assert text in reader.decode(reader.prompt_ids(says(text)))
+
+
+def test_templates_find_the_thoughts_that_answers_have() -> None:
+    """Where the marks of thoughts are control tokens too."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {% if m.role == 'assistant' %}"
+        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    reader = RequestTokenizer(MODEL, tokenizer)
+    messages = [
+        {"role": "user", "content": "q</think>"},
+        {"role": "assistant", "content": "<think>secret</think>answer"},
+        {"role": "user", "content": "x"},
+    ]
+    ids = list(reader.prompt_ids(Request(messages=messages)))
+    assert tokenizer.decode(ids) == "<s>user: q</think><s>assistant: answer<s>user: x"
+    assert tokenizer.convert_tokens_to_ids("</think>") not in ids
+
+
+def test_a_typed_control_token_has_no_blanks_around_it() -> None:
+    tokenizer = sentencepiece_tokenizer()  # puts one in front of a text
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    reader = RequestTokenizer(MODEL, tokenizer)
+    text = "ab</s>cd"
+    assert list(reader.prompt_ids(says(text))) == list(reader.inner_ids(text))
+
+
+def test_a_control_token_among_the_bytes_of_a_character_does_not_end_a_stream() -> None:
+    tokenizer = sentencepiece_tokenizer()
+    reader = RequestTokenizer(MODEL, tokenizer)
+    names = ["<0x0D>", "<unk>", "<0xA2>", "a", "b", "c"]
+    new = [tokenizer.vocab[name] for name in names]
+    request = Request(prompt="a", max_new_tokens=len(new))
+    text = IncrementalDetokenizer(reader, request)
+    pieces = [text.update(new[:n])[0] for n in range(1, len(new) + 1)]
+    assert "".join(pieces) == completion_from_tokens(reader, request, [1], new).text
+
+
+def test_half_a_character_is_no_stop_text() -> None:
+    reader = RequestTokenizer(MODEL, byte_tokenizer())
+    new = list(reader.inner_ids("é ok"))
+    request = Request(prompt="a", max_new_tokens=len(new) + 1, stop=("\ufffd",))
+    text = IncrementalDetokenizer(reader, request)
+    updates = [text.update(new[:n]) for n in range(1, len(new) + 1)]
+    assert "".join(piece for piece, _ in updates) == "é ok"
+    assert not any(finished for _, finished in updates)
+    assert not any(has_stop(reader, request, new[:n]) for n in range(1, len(new) + 1))
 
 
 def test_a_prompt_without_control_tokens_is_tokenized_as_a_whole() -> None:
@@ -592,3 +674,25 @@ def test_a_bias_of_a_token_that_the_model_has_not_is_refused() -> None:
     cp = engine(byte_tokenizer())
     with pytest.raises(RequestError, match="logit_bias has the token id 99999"):
         cp.generate("hi", raw=True, max_new_tokens=2, logit_bias={99999: 1.0})
+
+
+def test_a_composite_model_starts_as_its_decoders_config_says() -> None:
+    model: Any = build("bart")
+    for source in (model.generation_config, model.config):
+        source.decoder_start_token_id = source.bos_token_id = None
+    model.config.decoder = SimpleNamespace(decoder_start_token_id=7)
+    assert decoder_start_ids(model) == (7,)
+
+
+def test_text_with_control_tokens_is_read_by_one_thread_at_a_time() -> None:
+    """Tokenizers keep the option for that as a state."""
+    reader, tokenizer, locked = TextTokenizer(byte_tokenizer()), byte_tokenizer(), []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        locked.append(reader._lock.locked())
+        return tokenizer(*args, **options)
+
+    reader._literal_tokenizer = noting  # type: ignore[assignment]
+    assert reader.literal_ids("a</s>b")
+    assert all(locked)
+    assert locked

@@ -345,3 +345,12 @@ def test_a_sweep_refuses_what_records_or_watches_a_run(tmp_path: Path) -> None:
         with pytest.raises(TrainingDataError, match=f"{next(iter(options))} has no effect"):
             engine().sweep(greetings(), num_slots=[1], **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_slot_masses_are_those_of_the_site_with_the_most_slots() -> None:
+    queries = torch.zeros(1, 2, 8, dtype=torch.float64)
+    attention: dict[Site, list[LayerAttention]] = {
+        "encoder": [LayerAttention(queries, torch.zeros(1, 2, 0, dtype=torch.float64))],
+        "decoder": [LayerAttention(queries, torch.full((1, 2, 3), 0.2, dtype=torch.float64))],
+    }
+    assert mean_masses(attention).tolist() == pytest.approx([0.2] * 3)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,3 +245,21 @@ def test_a_number_outside_the_range_is_refused_in_every_way(cp: ControlPrefix) -
     for unseen in ("refuse", "nearest"):
         with pytest.raises(RequestError, match=r"outside of what the attribute has: 0.4 to 1"):
             cp.generate(asked("x", unseen, attributes={"length": 1.01}))
+
+
+def test_a_calibrated_label_is_not_steered_away_from(cp: ControlPrefix) -> None:
+    for label in ("strict", "firm", "warm"):
+        with_dial = replace(cp.get("attribute", f"tone={label}"), dial=((0.0, 0.0), (1.0, 1.0)))
+        cp.put("attribute", f"tone={label}", with_dial)
+    asking = asked("stern", "nearest", calibrated=True)
+    (instead,) = with_space(cp, SPACE).generate(asking).stand_ins
+    assert instead.how == "nearest"
+    assert "tone=warm" not in instead.used
+
+
+def test_shares_are_added_to_labels_that_are_named_too(cp: ControlPrefix) -> None:
+    asking = asked("-", "nearest", attributes={"tone": {"strict": 0.5, "stern": 1.0}})
+    outcome = cp.generate(asking)
+    (instead,) = outcome.stand_ins
+    strengths = {part.name: part.strength for part in outcome.parts}
+    assert strengths["tone=strict"] == pytest.approx(0.5 + instead.used["tone=strict"])

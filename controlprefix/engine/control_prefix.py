@@ -34,7 +34,7 @@ class ControlPrefix(OnDemandMethods, UserMethods):
         cls,
         model: str | os.PathLike[str] | nn.Module = "smollm2",
         *,
-        store: str = "prefixes.db",
+        store: str | os.PathLike[str] = "prefixes.db",
         tenant: str = "default",
         encryption_keys: EncryptionKeys | None = None,
         attributes: AttributeSpace | str | Path | None = None,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.prefixes import PrefixMethods
 from controlprefix.errors import (
     GeometryMismatchError,
@@ -33,6 +34,7 @@ from controlprefix.store import NewVersion
 _log = logging.getLogger("controlprefix")
 
 
+@checks_arguments
 class ExchangeMethods(PrefixMethods):
     """Folders, the Hub and checkpoints of other libraries <-> prefixes."""
 
@@ -181,6 +183,8 @@ class ExchangeMethods(PrefixMethods):
             UnsupportedModelError: If the model's positions are not rotations of keys.
             StoreError: If the folder cannot be written.
         """
+        if not isinstance(request, Request):
+            raise RequestError(f"expected a Request, got {type(request).__name__}")
         (resolved,) = self._resolver.resolve([request])
         copies: list[Prefix] = []
         for item in resolved.parts:

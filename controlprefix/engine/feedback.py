@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 from controlprefix.data import Columns, Rows, as_preferences, as_requests
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.training import TrainingMethods, interpolated
 from controlprefix.errors import TrainingDataError
 from controlprefix.example import Example, Preference
@@ -21,6 +22,7 @@ from controlprefix.training import (
 )
 
 
+@checks_arguments
 class FeedbackMethods(TrainingMethods):
     """What is said of texts -> new versions of prefixes."""
 

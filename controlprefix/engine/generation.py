@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 from controlprefix._io import requires_extra
 from controlprefix.completion import Completion, Score
 from controlprefix.data import Columns, Rows, as_examples
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.components import Components
 from controlprefix.errors import RequestError
 from controlprefix.inference.batcher import Batcher
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from controlprefix.vllm.runner import VllmRunner
 
 
+@checks_arguments
 class GenerationMethods(Components):
     """Requests -> texts, scores, or a steered model."""
 
@@ -184,7 +186,12 @@ class GenerationMethods(Components):
             max_sequences: Rows of the batch.
             max_waiting: Requests that may wait for a row; more are refused.
             max_prefill_tokens: Prompt tokens per step.
+
+        Raises:
+            RequestError: If a number is too small.
         """
+        if max_prefill_tokens < 1:
+            raise RequestError(f"max_prefill_tokens is {max_prefill_tokens}; it must be 1 or more")
         return self._generator.batcher(
             max_sequences=max_sequences,
             max_waiting=max_waiting,

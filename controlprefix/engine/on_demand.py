@@ -3,6 +3,7 @@
 import threading
 import time
 
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.feedback import FeedbackMethods
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
@@ -19,6 +20,7 @@ _PASSES_PER_STEP = 4.0  # a training step takes as long as so many passes withou
 _lock = threading.Lock()  # one label at a time in a process: training takes all of a machine
 
 
+@checks_arguments
 class OnDemandMethods(FeedbackMethods):
     """What `unseen="distill"` does.
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.components import Components
 from controlprefix.errors import RequestError
 from controlprefix.inference.relevance import LearnedRelevance, learn_relevance
@@ -12,6 +13,7 @@ from controlprefix.prefixes import Kind, Prefix, PrefixKey, StorageDtype
 from controlprefix.store import NewVersion, VersionInfo
 
 
+@checks_arguments
 class PrefixMethods(Components):
     """Names -> stored prefixes and their versions."""
 
@@ -135,7 +137,12 @@ class PrefixMethods(Components):
             kind: Which of them.
             after: Only names that come after this one.
             limit: At most so many.
+
+        Raises:
+            RequestError: If the limit is below 0.
         """
+        if limit is not None and limit < 0:
+            raise RequestError(f"limit is {limit}; it must be 0 or more")
         return self._model_store.names(kind, after=after, limit=limit)
 
     def exists(self, kind: Kind, name: str) -> bool:

@@ -15,6 +15,7 @@ from controlprefix.attributes.ordinal import (
     numbers_of,
 )
 from controlprefix.data import Columns, Rows, as_examples
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.generation import GenerationMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.example import Example
@@ -44,6 +45,7 @@ _NOT_FOR_SWEEPS = RunOptions.__annotations__.keys() - {"progress"}
 _log = logging.getLogger("controlprefix")
 
 
+@checks_arguments
 class TrainingMethods(GenerationMethods):
     """Examples -> new versions of prefixes."""
 

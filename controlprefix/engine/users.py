@@ -5,6 +5,7 @@ from typing import Unpack
 
 from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_users
 from controlprefix.embeddings import DEFAULT_EMBEDDER
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.exchange import ExchangeMethods
 from controlprefix.store import SimilarUser
 from controlprefix.training import RunControl, TrainingOptions
@@ -18,6 +19,7 @@ from controlprefix.users import (
 )
 
 
+@checks_arguments
 class UserMethods(ExchangeMethods):
     """Texts of users -> their prefixes."""
 

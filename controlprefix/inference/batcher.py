@@ -120,6 +120,11 @@ class Batcher(ABC):
         max_waiting: int = 1024,
         max_sequences_per_tenant: int | None = None,
     ) -> None:
+        if max_sequences < 1 or max_waiting < 0:
+            raise RequestError(
+                f"max_sequences is {max_sequences} and max_waiting {max_waiting}; they must be at "
+                "least 1 and 0"
+            )
         self._frozen = frozen
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
         self._max_per_tenant = max_sequences_per_tenant or max_sequences
@@ -191,8 +196,9 @@ class Batcher(ABC):
             IncrementalDetokenizer(tokenizer, resolved.request),
         )
         if request.json_schema is not None:
-            constraint = JsonConstraint(self._frozen, request.json_schema, len(start))
-            sequence.sampling.processors = [constraint]
+            sequence.sampling.constraint = JsonConstraint(
+                self._frozen, request.json_schema, len(start)
+            )
         with self._wake:
             self.require_capacity()
             is_shared = self._max_per_tenant < self._max_sequences

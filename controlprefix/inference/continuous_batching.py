@@ -18,7 +18,7 @@ from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batch_cache import BatchCache
 from controlprefix.inference.batcher import BatchedRequest, Batcher
 from controlprefix.inference.generation_config import model_processors
-from controlprefix.inference.guidance import guided_logits
+from controlprefix.inference.guidance import GuidanceTerm, combined_logits
 from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
 from controlprefix.inference.runner import token_log_probs_of
 from controlprefix.inference.sampling import BatchSampler
@@ -139,12 +139,9 @@ class ContinuousBatcher(Batcher):
         row = 0
         for sequence in prefill.sequences:
             if self._has_processors:
-                sequence.sampling.processors = [
-                    *model_processors(
-                        self._frozen, sequence.request, sequence.prompt, sequence.start
-                    ),
-                    *sequence.sampling.processors,
-                ]
+                sequence.sampling.processors = model_processors(
+                    self._frozen, sequence.request, sequence.prompt, sequence.start
+                )
             sources[id(sequence)] = prefilled[row : row + len(sequence.rows)]
             row += len(sequence.rows)
         fits = self._first_rows and all(map(self._cache.fits, prefilled))
@@ -201,18 +198,24 @@ class ContinuousBatcher(Batcher):
         invalid = logits.amax(1).isnan()
         for sequence, first in zip(sequences, firsts, strict=True):
             if sequence.weights:
-                others = range(first + 1, first + len(sequence.rows))
-                invalid[first] = invalid[first : others.stop].any()
-                rows = [logits[row] for row in others]
-                logits[first] = guided_logits(logits[first], rows, sequence.weights)
+                invalid[first] = invalid[first : first + len(sequence.rows)].any()
         recorded = [
             (sequence, first)
             for sequence, first in zip(sequences, firsts, strict=True)
             if sequence.top_log_probs is not None
         ]
         # Before sampling, which may write to the logits.
-        own_logits = {first: logits[first].clone() for _, first in recorded}
-        columns = torch.stack([sampler(logits), invalid.long()]).tolist()
+        own_logits = {
+            first: combined_logits(
+                logits[first],
+                [*logits[first + 1 : first + len(sequence.rows)]],
+                sequence.weights,
+            ).clone()
+            for sequence, first in recorded
+        }
+        tokens = sampler(logits)
+        assert sampler.is_impossible is not None
+        columns = torch.stack([tokens, (invalid | sampler.is_impossible).long()]).tolist()
         for sequence, first in recorded:
             sequence.ticket.tokens += token_log_probs_of(
                 own_logits[first][None], [columns[0][first]], sequence.top_log_probs or 0
@@ -303,4 +306,9 @@ def _sampler_of(rows: Sequence[BatchedRequest | None], device: torch.device) -> 
         None if sequence is None or (i and rows[i - 1] is sequence) else sequence.sampling
         for i, sequence in enumerate(rows)
     ]
-    return BatchSampler(sampled, device)
+    guidance = {
+        i: [GuidanceTerm(i + 1 + n, weight) for n, weight in enumerate(sequence.weights)]
+        for i, sequence in enumerate(rows)
+        if sequence is not None and sampled[i] is not None
+    }
+    return BatchSampler(sampled, device, guidance)

@@ -30,6 +30,7 @@ _OTHER_MODES = (
     "force_words_ids",
     "guidance_scale",
     "is_assistant",
+    "max_time",  # limits are those of requests
     "num_beam_groups",
     "penalty_alpha",
     "prompt_lookup_num_tokens",
@@ -38,7 +39,8 @@ _OTHER_MODES = (
 )
 _SET_HERE = frozenset(
     {*_OF_PROMPTS, *_OTHER_MODES, "cache_implementation", "forced_bos_token_id",
-     "forced_eos_token_id", "max_length", "temperature", "top_k", "top_p", "min_p"}
+     "forced_eos_token_id", "max_length", "renormalize_logits", "temperature", "top_k", "top_p",
+     "min_p"}
 )  # fmt: skip
 
 
@@ -124,6 +126,8 @@ def batch_config(frozen: FrozenModel, requests: Sequence[Request]) -> Generation
         pad_token_id=frozen.pad_id,
         return_dict_in_generate=False,
         use_cache=True,
+        # Of no effect on a choice among all tokens, but on a penalty that comes after it.
+        renormalize_logits=first.num_beams > 1 and bool(config.renormalize_logits),
         forced_bos_token_id=None,  # of encoder-decoders, among the decoder's start ids
     )
     if frozen.is_encoder_decoder:

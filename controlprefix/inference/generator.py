@@ -144,6 +144,8 @@ class Generator:
             ContextLengthError: If a prompt does not fit the context.
         """
         tokenizer = self._frozen.request_tokenizer
+        if top < 0:
+            raise RequestError(f"top is {top}; it must be 0 or more")
         if self._frozen.is_encoder_decoder:
             raise RequestError("an encoder-decoder does not predict its prompt's tokens")
         prompts = []

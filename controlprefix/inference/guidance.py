@@ -94,18 +94,21 @@ def combined_logits(base: Tensor, rows: Sequence[Tensor], weights: Sequence[floa
     return torch.where(base.isfinite(), combined, base)
 
 
-def guided_logits(base: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`combined_logits` for sampling: implausible tokens are masked with -inf.
+def without_implausible(base: Tensor, combined: Tensor) -> Tensor:
+    """Combined logits for sampling: tokens that the base finds implausible are masked with -inf.
 
-    Tokens below 1 % of the base's top probability are masked, since differences of logits
-    mean little where all rows find a token all but impossible.
+    These have below 1 % of the base's top probability: differences of logits mean little where
+    all rows find a token all but impossible.
+
+    Args:
+        base: The base row's logits, with what was added to them or ruled out, any shape.
+        combined: Those of `combined_logits`, likewise.
 
     Reference:
         Li et al., "Contrastive Decoding", 2022, https://arxiv.org/abs/2210.15097, with 10 %.
     """
-    base = base.float()
     threshold = base.max(dim=-1, keepdim=True).values + math.log(_MIN_RELATIVE_PROBABILITY)
-    return torch.where(base >= threshold, combined_logits(base, rows, weights), -math.inf)
+    return torch.where(base >= threshold, combined, -math.inf)
 
 
 def guided_log_probs(

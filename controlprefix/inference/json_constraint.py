@@ -81,7 +81,10 @@ class JsonConstraint:
 def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
     with requires_extra("json", "JSON output"):
         from llguidance import LLMatcher
-    text = json.dumps(schema)
+    try:
+        text = json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the JSON schema is no JSON: {short_reason(error)}") from None
     if len(text) > _MAX_SCHEMA_BYTES:
         raise RequestError(
             f"the JSON schema has {len(text):,} bytes; up to {_MAX_SCHEMA_BYTES:,} are accepted"

@@ -54,11 +54,14 @@ def learn_relevance(
         The relevance, and the share of held-out prompts that it accepts.
 
     Raises:
-        TrainingDataError: If there are fewer than 8 different prompts.
+        TrainingDataError: If there are fewer than 8 different prompts, or one is no text.
 
     Reference:
         Vovk, Gammerman & Shafer, "Algorithmic Learning in a Random World", 2005.
     """
+    for text in (*prompts, *others):
+        if not isinstance(text, str):
+            raise TrainingDataError(f"a prompt must be a text (str), got {type(text).__name__}")
     own = sorted({text.strip() for text in prompts} - {""})
     if len(own) < _MIN_PROMPTS:
         raise TrainingDataError(

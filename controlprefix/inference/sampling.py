@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from controlprefix.inference.guidance import GuidanceTerm, combined_logits, without_implausible
 from controlprefix.request import Request
 
 # `top_k`, `top_p` and `min_p` are decided among so many of a row's most likely tokens; rows
@@ -32,8 +33,8 @@ class SampledRow:
         request: Its sampling settings and seed.
         prompt: Token ids that a repetition penalty counts beside the generated ones.
         new: Ids generated so far; kept up to date by the caller.
-        processors: What is done to the logits first: by the model's generation config, and to
-            keep to a JSON schema.
+        processors: What the model's generation config does to the logits of each of its rows.
+        constraint: What rules out tokens, to keep to a JSON schema.
         generator: Its random generator.
     """
 
@@ -41,6 +42,7 @@ class SampledRow:
     prompt: Sequence[int] = ()
     new: Sequence[int] = ()
     processors: Sequence[Processor] = ()
+    constraint: Processor | None = None
     generator: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,15 +52,19 @@ class SampledRow:
 class BatchSampler:
     """Chooses the next token of each row of a batch.
 
-    Settings apply in this order: processors, `logit_bias`, penalties, `temperature`, `top_k`,
-    `top_p`, `min_p`. Tokens that are exactly as likely as the last one kept are kept too.
+    Settings apply in this order: processors, the constraint, `logit_bias`, guidance, penalties,
+    `temperature`, `top_k`, `top_p`, `min_p`. Tokens that are exactly as likely as the last one
+    kept are kept too.
 
     Args:
         rows: Per row of the batch its sampling; None chooses the most likely token.
         device: Device of the logits.
+        guidance: By row, the rows whose differences are added to its logits.
 
     Attributes:
         errors: By row, what its processors raised; it gets some token.
+        is_impossible: Per row, whether no token can be chosen, since all are ruled out; it gets
+            some token.
 
     Reference:
         Inverse transform sampling: Devroye, "Non-Uniform Random Variate Generation", 1986.
@@ -68,11 +74,16 @@ class BatchSampler:
         https://arxiv.org/abs/1909.05858; the other penalties are those of OpenAI's API.
     """
 
-    def __init__(self, rows: Sequence[SampledRow | None], device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: Sequence[SampledRow | None],
+        device: torch.device,
+        guidance: Mapping[int, Sequence[GuidanceTerm]] | None = None,
+    ) -> None:
         self._rows = rows
         self._device = device
+        self._guidance = {i: terms for i, terms in (guidance or {}).items() if terms}
         requests = {i: row.request for i, row in enumerate(rows) if row is not None}
-        self._with_processors = [i for i in requests if rows[i].processors]  # type: ignore[union-attr]
         self._bias = _biased_logits(requests, device)
         self._penalized = [i for i, request in requests.items() if request.has_penalty]
         self._penalties = self._columns(
@@ -87,6 +98,7 @@ class BatchSampler:
         sampled = [requests[i] for i in self._sampled]
         self._settings = _Settings.of(sampled, device)
         self.errors: dict[int, Exception] = {}
+        self.is_impossible: Tensor | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Choose a token per row.
@@ -97,22 +109,15 @@ class BatchSampler:
         Returns:
             `(num_rows,)`, token ids. A row with a NaN among its logits gets some token.
         """
-        for i in self._with_processors:
-            row = self._rows[i]
-            assert row is not None
-            ids = torch.tensor([[*row.prompt, *row.new]], device=logits.device)
-            try:
-                for process in row.processors:
-                    logits[i : i + 1] = process(ids, logits[i : i + 1])
-            except Exception as error:  # the other rows go on
-                self.errors[i] = error
+        combined = self._process(logits)
         if self._bias is not None:
-            rows, tokens, values = self._bias
-            is_known = tokens < logits.shape[1]
-            logits.index_put_((rows[is_known], tokens[is_known]), values[is_known], accumulate=True)
+            self._add_bias(logits, combined)
+        for i, guided in combined.items():
+            logits[i] = without_implausible(logits[i], guided)
         if self._penalized:
             self._penalize(logits)
         top, tokens = logits.max(dim=1)
+        self.is_impossible = top.isneginf()
         if self._sampled:
             uniform = [self._rows[i].generator.random() for i in self._sampled]  # type: ignore[union-attr]
             is_whole = len(self._sampled) == len(logits)
@@ -128,6 +133,43 @@ class BatchSampler:
             new = tokens[self._penalized][:, None]
             self._counts.scatter_add_(1, new, torch.ones_like(new, dtype=torch.float32))
         return tokens
+
+    def _process(self, logits: Tensor) -> dict[int, Tensor]:
+        """Apply processors and constraints; returns the combined logits of guided rows."""
+        row_ids: dict[int, Tensor] = {}
+        for i, row in enumerate(self._rows):
+            if row is not None and (row.processors or row.constraint is not None):
+                row_ids[i] = torch.tensor([[*row.prompt, *row.new]], device=logits.device)
+        for i, ids in row_ids.items():
+            row = self._rows[i]
+            assert row is not None
+            try:
+                for process in row.processors:
+                    for j in (i, *(term.row for term in self._guidance.get(i, ()))):
+                        logits[j : j + 1] = process(ids, logits[j : j + 1])
+            except Exception as error:  # the other rows go on
+                self.errors[i] = error
+        combined = {
+            i: combined_logits(
+                logits[i], [logits[term.row] for term in terms], [term.weight for term in terms]
+            )
+            for i, terms in self._guidance.items()
+        }
+        for i, ids in row_ids.items():
+            row = self._rows[i]
+            if row is not None and row.constraint is not None and i not in self.errors:
+                try:
+                    logits[i : i + 1] = row.constraint(ids, logits[i : i + 1])
+                except Exception as error:
+                    self.errors[i] = error
+        return combined
+
+    def _add_bias(self, logits: Tensor, combined: Mapping[int, Tensor]) -> None:
+        assert self._bias is not None
+        rows, tokens, values = (column[self._bias[1] < logits.shape[1]] for column in self._bias)
+        logits.index_put_((rows, tokens), values, accumulate=True)
+        for i, guided in combined.items():
+            guided.index_put_((tokens[rows == i],), values[rows == i], accumulate=True)
 
     def _penalize(self, logits: Tensor) -> None:
         rows = [self._rows[i] for i in self._penalized]
@@ -351,12 +393,22 @@ class RowSampling(LogitsProcessor):
     Args:
         rows: The sampling of each of the first rows.
         device: Device of the logits.
+        guidance: As of `BatchSampler`; their rows come after the first ones.
+        invalid: Where to note the rows for which no token can be chosen, `(num_rows or more,)`.
     """
 
-    def __init__(self, rows: Sequence[SampledRow], device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: Sequence[SampledRow],
+        device: torch.device,
+        guidance: Mapping[int, Sequence[GuidanceTerm]] | None = None,
+        *,
+        invalid: Tensor | None = None,
+    ) -> None:
         self._rows, self._num_rows = rows, len(rows)
         self._num_before: int | None = None  # ids before the first generated one
-        self._sampler = BatchSampler(rows, device)
+        self._sampler = BatchSampler(rows, device, guidance)
+        self._invalid = invalid
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Process `scores` of shape `(num_rows or more, vocab_size)`.
@@ -367,11 +419,13 @@ class RowSampling(LogitsProcessor):
         if self._num_before is None:
             self._num_before = input_ids.shape[1]
         for i, row in enumerate(self._rows):
-            if row.processors:
+            if row.constraint is not None:
                 row.new = input_ids[i, self._num_before :].tolist()
-        tokens = self._sampler(scores[: self._num_rows].float())
+        tokens = self._sampler(scores.float())[: self._num_rows]
         for error in self._sampler.errors.values():
             raise error
+        if self._invalid is not None and self._sampler.is_impossible is not None:
+            self._invalid[: self._num_rows] |= self._sampler.is_impossible[: self._num_rows]
         choices = scores.new_full((self._num_rows, scores.shape[1]), -math.inf)
         choices.scatter_(1, tokens[:, None], 0.0)
         if len(scores) == self._num_rows:

@@ -20,9 +20,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from controlprefix.completion import Completion
-from controlprefix.errors import ModelOutputError
+from controlprefix.errors import MissingDependencyError, ModelOutputError
 from controlprefix.inference.generation_config import batch_config, own_prompt_processors
-from controlprefix.inference.guidance import RowPlan, guided_logits, plan_rows
+from controlprefix.inference.guidance import RowPlan, plan_rows
 from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.sampling import RowSampling, SampledRow
@@ -51,7 +51,7 @@ def generate_batch(
 ) -> list[Completion | ModelOutputError]:
     """Generate for requests that can share a batch (see `batches_of`).
 
-    A request whose logits are no numbers has an error in its place.
+    A request for which no token can be chosen has an error in its place.
 
     Args:
         frozen, resolved, prompts, streamer, cancelled, on_step: As in `generate_tokens`.
@@ -89,8 +89,8 @@ def generate_tokens(
             end; not for beams.
 
     Returns:
-        The new token ids of each request, with what follows its end; None if its logits are no
-        numbers.
+        The new token ids of each request, with what follows its end; None if no token can be
+        chosen for it.
     """
     tokenizer = frozen.request_tokenizer
     plan = plan_rows(resolved)
@@ -110,32 +110,34 @@ def generate_tokens(
         options["decoder_input_ids"], num_before = decoder_ids, decoder_ids.shape[1]
     criteria = StoppingCriteriaList()
     check = _NumbersOnly(len(row_prompts), frozen.device)
-    processors, sampling = LogitsProcessorList([check]), LogitsProcessorList()
+    processors = LogitsProcessorList([check])
     criteria.append(check.ends_rows)
     config = batch_config(frozen, requests)
     paddings = [ids.shape[1] - length if left else 0 for length in lengths]
     processors.extend(own_prompt_processors(frozen, config, row_prompts, paddings, num_before))
     has_beams = requests[0].num_beams > 1
-    if not has_beams and any(request.changes_logits for request in own_requests):
+    if plan.has_guidance or (
+        not has_beams and any(request.changes_logits for request in own_requests)
+    ):
         starts = decoder_starts if frozen.is_encoder_decoder else prompts
         rows = [
             SampledRow(
                 request,
                 start,
-                processors=[]
+                constraint=None
                 if request.json_schema is None
-                else [JsonConstraint(frozen, request.json_schema, len(start))],
+                else JsonConstraint(frozen, request.json_schema, len(start)),
             )
             for request, start in zip(own_requests, starts, strict=False)  # without guidance rows
         ]
-        sampling.append(RowSampling(rows, frozen.device))
+        guidance = dict(enumerate(plan.terms))
+        processors.append(RowSampling(rows, frozen.device, guidance, invalid=check.invalid))
     if plan.has_guidance:
-        sampling = LogitsProcessorList([_Guided(plan, sampling)])
+        processors.append(_SameChoice(plan.request_of_row))
         streamer = streamer and _FirstRowStreamer(streamer)
     if batch.is_scheduled:
         batch.set_token(0)
         criteria.append(_ScheduleUpdate(batch, num_before))
-    processors.extend(sampling)
     if not has_beams:
         criteria.append(_RowLimits(requests, num_before, tokenizer))
         if config.forced_eos_token_id is not None:  # at each row's own limit, not the batch's
@@ -150,15 +152,20 @@ def generate_tokens(
         cache = growing_cache(frozen.model, len(requests), batch.num_slots)
         options |= {} if cache is None else {"past_key_values": cache}
     with torch.no_grad(), frozen.exclusive(), frozen.attached(batch):
-        sequences = frozen.model.generate(  # type: ignore[operator]  # stubs: Tensor | Module
-            input_ids=ids.to(frozen.device),
-            attention_mask=mask.to(frozen.device),
-            generation_config=config,
-            logits_processor=processors,
-            stopping_criteria=criteria,
-            streamer=streamer,
-            **options,
-        )
+        try:
+            sequences = frozen.model.generate(  # type: ignore[operator]  # stubs: Tensor | Module
+                input_ids=ids.to(frozen.device),
+                attention_mask=mask.to(frozen.device),
+                generation_config=config,
+                logits_processor=processors,
+                stopping_criteria=criteria,
+                streamer=streamer,
+                **options,
+            )
+        except ImportError as error:  # such as of a quantized cache
+            raise MissingDependencyError(
+                f"the model's generation config needs a package: {error}"
+            ) from error
     invalid = {plan.request_of_row[i] for i in check.invalid.nonzero().flatten().tolist()}
     ends = {} if steps is None else steps.lengths
     return [
@@ -195,7 +202,11 @@ def _batch_key(request: Request) -> tuple[Any, ...]:
 
 
 class _NumbersOnly(LogitsProcessor):
-    """Notes the rows whose logits are NaN, and ends them; the other rows go on."""
+    """Notes the rows whose logits are NaN, and ends them; the other rows go on.
+
+    Attributes:
+        invalid: Per row, whether it was; others may note rows there too.
+    """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.invalid = torch.zeros(num_rows, dtype=torch.bool, device=device)
@@ -214,21 +225,14 @@ class _NumbersOnly(LogitsProcessor):
         return self.invalid.repeat_interleave(len(input_ids) // len(self.invalid))
 
 
-class _Guided(LogitsProcessor):
-    """Combines each request's rows before its choice, and gives all of them that choice."""
+class _SameChoice(LogitsProcessor):
+    """Gives all rows of a request the choice of its first row."""
 
-    def __init__(self, plan: RowPlan, sampling: Sequence[LogitsProcessor]) -> None:
-        self._plan = plan
-        self._sampling = LogitsProcessorList(sampling)
+    def __init__(self, request_of_row: Sequence[int]) -> None:
+        self._request_of_row = list(request_of_row)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        for i, terms in enumerate(self._plan.terms):
-            if terms:
-                rows = [scores[term.row] for term in terms]
-                scores[i] = guided_logits(scores[i], rows, [term.weight for term in terms])
-        scores = self._sampling(input_ids, scores)  # type: ignore[arg-type]  # a Tensor will do
-        return scores[self._plan.request_of_row]
+        return scores[self._request_of_row]
 
 
 class _FirstRowStreamer(BaseStreamer):

@@ -77,7 +77,8 @@ class IncrementalDetokenizer:
         is_end = new[-1] in self._tokenizer.end_ids
         finished = is_end or len(new) >= self._request.max_new_tokens
         text = self._decode(new[:-1] if is_end else new)
-        cut = first_stop(text, self._request.stop)
+        # A character whose bytes are not all there is not yet what it will be.
+        cut = first_stop(text if finished else _complete(text), self._request.stop)
         if cut is not None:
             return text[:cut], True
         if finished:
@@ -87,7 +88,7 @@ class IncrementalDetokenizer:
         else:
             self._advance(new, text)
         # The last character may be incomplete, and a stop text may have begun.
-        text = text.rstrip(_REPLACEMENT_CHARACTER)
+        text = _complete(text)
         text = text[: len(text) - partial_stop_length(text, self._request.stop)]
         if self._tokenizer.joins_words:  # the spaces of the last words may still vanish
             text = " ".join(text.split(" ")[:-_MAX_JOINED_WORDS])
@@ -112,15 +113,20 @@ class IncrementalDetokenizer:
             self._decoded, self._num_decoded, self._context = text, len(new), context
 
 
+def _complete(text: str) -> str:
+    """A text without a last character that may be incomplete."""
+    return text.rstrip(_REPLACEMENT_CHARACTER)
+
+
 def has_stop(tokenizer: RequestTokenizer, request: Request, new: Sequence[int]) -> bool:
     """Whether the last of some generated tokens completed a stop text."""
     if not request.stop:
         return False
     longest = max(len(text.encode()) for text in request.stop)  # a token has a byte at least
     tail = tokenizer.decode(new[-(longest + _TAIL_TOKENS) :])
-    if first_stop(tail, request.stop) is None:
+    if first_stop(_complete(tail), request.stop) is None:
         return False
-    return first_stop(tokenizer.decode(new), request.stop) is not None
+    return first_stop(_complete(tokenizer.decode(new)), request.stop) is not None
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
@@ -150,6 +156,8 @@ def _num_tokens_to_stop(tokenizer: RequestTokenizer, request: Request, new: Sequ
     """How many tokens it took to complete the first stop text."""
 
     def is_complete(count: int) -> bool:
-        return first_stop(tokenizer.decode(new[:count]), request.stop) is not None
+        text = tokenizer.decode(new[:count])
+        whole = text if count == len(new) else _complete(text)
+        return first_stop(whole, request.stop) is not None
 
     return 1 + bisect_left(range(1, len(new) + 1), True, key=is_complete)

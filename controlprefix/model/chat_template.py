@@ -1,8 +1,10 @@
 """Chat templates: from messages to the text of a prompt, with what users typed kept as text."""
 
+import bisect
+import hashlib
 import inspect
+import itertools
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ _PROBE = "a message of a user"
 _VARIABLES_OF_REQUESTS = frozenset(
     {"add_generation_prompt", "continue_final_message", "documents", "tools"}
 )
+# In answers: templates look for them to leave thoughts out.
+_THINKING = re.compile(r"</?(think|thinking|thought|reasoning)>|\[/?THINK\]")
 # What a template may leave open at the end of a prompt, and how it is closed.
 _OPEN_THINKING = re.compile(r"(?:<(think|thinking|thought|reasoning)>|(\[THINK\]))\s*\Z")
 
@@ -31,6 +35,48 @@ class Piece(NamedTuple):
 
     text: str
     is_literal: bool
+
+
+class _Marks:
+    """Marks of texts that go through a template, and come out as pieces.
+
+    Args:
+        content: All that goes through it. Equal contents have equal marks.
+    """
+
+    def __init__(self, content: str) -> None:
+        used = set(content)
+        private = (chr(code) for code in range(0xE000, 0xF900))
+        self._start, self._end = itertools.islice((c for c in private if c not in used), 2)
+        # Digits, which filters of text leave alone; nobody can type the hash of his own text.
+        number = int.from_bytes(hashlib.sha256(content.encode("utf-8", "replace")).digest()[:8])
+        self._nonce = f"{number:020d}:"
+        self._texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        """What stands for a text in the template."""
+        self._texts.append(text)
+        return f"{self._start}{self._nonce}{len(self._texts) - 1}{self._end}"
+
+    def pieces(self, text: str) -> list[Piece]:
+        """The pieces of a rendered text.
+
+        Raises:
+            RequestError: If the template has changed a mark.
+        """
+        pieces = re.split(f"{self._start}{self._nonce}(\\d+){self._end}", text)
+        rest = "".join(pieces[::2])
+        if self._texts and any(part in rest for part in (self._start, self._end, self._nonce)):
+            raise RequestError(
+                "the chat template of this model changes texts of messages in a way that control "
+                f"tokens in them, such as {self._texts[0][:20]!r}, do not survive as text; leave "
+                "them out of messages"
+            )
+        return [
+            Piece(self._texts[int(piece)], True) if i % 2 else Piece(piece, False)
+            for i, piece in enumerate(pieces)
+            if piece
+        ]
 
 
 class ChatTemplate:
@@ -90,24 +136,13 @@ class ChatTemplate:
                 f"chat_template_kwargs cannot have {reserved[0]!r}, which is no variable of a "
                 "template but an option of the tokenizer"
             )
-        marks: list[str] = []
-        nonce = f"{secrets.randbelow(10**12):012d}:"  # digits, which filters of text leave alone
-
-        def mark(match: re.Match[str]) -> str:
-            marks.append(match[0])
-            return f"\ue000{nonce}{len(marks) - 1}\ue001"
-
-        def marked(value: Any) -> Any:
-            if isinstance(value, str) and self._control_tokens is not None:
-                if self._is_normalized and value:  # what becomes one is not known here
-                    return mark(re.match(r"(?s).*", value))  # type: ignore[arg-type]
-                return self._control_tokens.sub(mark, value)
-            if isinstance(value, Mapping):
-                return {marked(name): marked(item) for name, item in value.items()}
-            return [marked(item) for item in value] if isinstance(value, list | tuple) else value
-
-        messages = [{**m, "content": marked(m["content"])} for m in messages]
-        variables = {**self._variables, **{name: marked(v) for name, v in variables.items()}}
+        marks = _Marks(repr([messages, variables]))
+        contents = self._marked_contents(messages, marks)
+        messages = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
+        variables = {
+            **self._variables,
+            **{name: self._marked(v, marks) for name, v in variables.items()},
+        }
         text = self._apply(
             _in_parts(messages, num_images)
             if any(num_images)
@@ -118,12 +153,43 @@ class ChatTemplate:
         if close_thinking and (match := _OPEN_THINKING.search(text)):
             closing = f"</{match[1]}>" if match[1] else "[/THINK]"
             text = f"{text.rstrip()}\n\n{closing}\n\n"
-        pieces = re.split(f"\ue000{nonce}(\\d+)\ue001", text)
+        return marks.pieces(text)
+
+    def _marked_contents(self, messages: Sequence[Mapping[str, str]], marks: "_Marks") -> list[str]:
+        """The contents of messages, with control tokens that were typed marked."""
+        contents = [m["content"] for m in messages]
+        if self._control_tokens is None:
+            return contents
+        # A template may put contents next to each other: one token may be typed in two messages.
+        ends = list(itertools.accumulate(len(content.strip()) for content in contents))
+        joined = "".join(content.strip() for content in contents)
+        for match in self._control_tokens.finditer(joined):
+            i = bisect.bisect_right(ends, match.start())
+            if match.end() > ends[i]:
+                at = len(contents[i].rstrip()) - (ends[i] - match.start())
+                contents[i] = contents[i][:at] + marks.mark(contents[i][at:])
         return [
-            Piece(marks[int(piece)], True) if i % 2 else Piece(piece, False)
-            for i, piece in enumerate(pieces)
-            if piece
+            self._marked(content, marks, keep=_THINKING if m["role"] == "assistant" else None)
+            for content, m in zip(contents, messages, strict=True)
         ]
+
+    def _marked(self, value: Any, marks: "_Marks", *, keep: re.Pattern[str] | None = None) -> Any:
+        """A value with control tokens in its texts marked, except those to keep."""
+
+        def mark(match: re.Match[str]) -> str:
+            return match[0] if keep and keep.fullmatch(match[0]) else marks.mark(match[0])
+
+        if isinstance(value, str) and self._control_tokens is not None:
+            if self._is_normalized and value:  # what becomes one is not known here
+                return marks.mark(value)
+            return self._control_tokens.sub(mark, value)
+        if isinstance(value, Mapping):
+            return {
+                self._marked(name, marks): self._marked(item, marks) for name, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self._marked(item, marks) for item in value]
+        return value
 
     def _with_content_in_parts(
         self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]

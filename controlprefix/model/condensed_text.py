@@ -14,6 +14,7 @@ from controlprefix.model.frozen import FrozenModel
 from controlprefix.model.slot_attention import Reference, observe
 from controlprefix.model.text_prefix import prefix_from_tokens
 from controlprefix.prefixes import Part, Prefix, PrefixBatch
+from controlprefix.request import is_valid_unicode
 
 _MAX_REFERENCES = 16
 _CHAT_SHARE = 4  # one reference in so many is an answer in a chat
@@ -42,6 +43,8 @@ def prefix_from_text(frozen: FrozenModel, text: str, *, max_slots: int | None = 
     """
     if not isinstance(text, str):
         raise RequestError(f"expected a text (str), got {type(text).__name__}")
+    if not is_valid_unicode(text):
+        raise RequestError("the text contains half a surrogate pair, which is not a character")
     if max_slots is not None and max_slots < 1:
         raise RequestError(f"max_slots is {max_slots}; it must be 1 or more")
     tokenizer = frozen.request_tokenizer

@@ -6,6 +6,8 @@ import threading
 
 from transformers import PreTrainedTokenizerBase
 
+_BEFORE_A_PIECE = ("\n", ">", ";", "a")  # texts that a piece may not merge with
+
 
 def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """Matches what the tokenizer reads as a control token; None if it has none."""
@@ -52,6 +54,23 @@ class TextTokenizer:
             if self._control_ids.isdisjoint(ids):  # else a normalizer made one
                 return ids
         return self.literal_ids(text)
+
+    def ids_of_piece(self, text: str, *, is_literal: bool, is_first: bool) -> list[int]:
+        """The ids of a piece of a text.
+
+        Args:
+            text: The piece.
+            is_literal: Control tokens are text too.
+            is_first: Nothing is in front of it; some tokenizers begin a text with a blank.
+        """
+        ids_of = self.literal_ids if is_literal else self.ids
+        if not is_first:
+            for before in _BEFORE_A_PIECE:
+                start = ids_of(before)
+                ids = ids_of(before + text)
+                if ids[: len(start)] == start:
+                    return ids[len(start) :]
+        return ids_of(text)
 
     def literal_ids(self, text: str) -> list[int]:
         """The ids of a text that has control tokens as text."""

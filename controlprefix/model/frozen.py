@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from controlprefix.errors import PrefixFormatError
+from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.model.loading import LoadOptions, load
 from controlprefix.model.rotation import Rotation
 from controlprefix.model.self_check import check_rows
@@ -47,6 +47,7 @@ class FrozenModel:
 
     Raises:
         UnsupportedModelError: If the model's attention cannot take slots.
+        RequestError: If the tokenizer is none.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class FrozenModel:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         processor: Any = None,
     ) -> None:
+        if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+            raise RequestError(f"tokenizer is {tokenizer!r:.60}; give the model's tokenizer")
         self.model = model
         self.tokenizer = tokenizer
         self._pass_lock = _pass_locks.setdefault(model, threading.RLock())

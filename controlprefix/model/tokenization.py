@@ -304,10 +304,15 @@ class RequestTokenizer:
         """How many of the last tokens are bytes, whose text the next byte may change."""
         if not self._has_byte_tokens:
             return 0
-        for count, token in enumerate(reversed(ids)):
+        unsettled = 0
+        special = set(self._tokenizer.all_special_ids)  # decoded as nothing
+        for count, token in enumerate(reversed(ids), 1):
+            if token in special:
+                continue
             if not _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
-                return count
-        return len(ids)
+                break
+            unsettled = count
+        return unsettled
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
@@ -347,9 +352,9 @@ class RequestTokenizer:
             pieces = with_images(pieces, self._image_reader.placeholder, images.texts)
         return [
             token
-            for piece in pieces
-            for token in (self._texts.literal_ids if piece.is_literal else self._texts.ids)(
-                piece.text
+            for i, piece in enumerate(pieces)
+            for token in self._texts.ids_of_piece(
+                piece.text, is_literal=piece.is_literal, is_first=i == 0
             )
         ]
 

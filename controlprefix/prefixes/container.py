@@ -86,6 +86,8 @@ def read_header(data: bytes, name: str) -> dict[str, Any]:
     Raises:
         PrefixFormatError: As `read`.
     """
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise PrefixFormatError(f"{name} must be bytes, got {type(data).__name__}")
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER_BYTES):
         raise PrefixFormatError(f"{name} is not a whole safetensors file ({len(data)} bytes)")

@@ -129,7 +129,12 @@ class Prefix:
             num_slots: Slots at each site.
             scale: Standard deviation of the values.
             seed: Seed of the draw; left out, another draw at each call.
+
+        Raises:
+            ValueError: If `num_slots` is below 0.
         """
+        if num_slots < 0:
+            raise ValueError(f"num_slots is {num_slots}; it must be 0 or more")
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         return cls(

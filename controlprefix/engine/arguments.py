@@ -1,0 +1,92 @@
+"""Checks of plain arguments: numbers, texts and choices of the wrong type are clear errors."""
+
+import functools
+import inspect
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from controlprefix.errors import RequestError
+
+Class = TypeVar("Class", bound=type)
+_NAMES = {int: "an int", float: "a number", str: "a text (str)", bool: "a bool", Path: "a path"}
+
+
+def checks_arguments(cls: Class) -> Class:
+    """Let the public methods of a class check their plain arguments.
+
+    Plain are those whose annotation has nothing but `int`, `float`, `str`, `bool`, `Path`, None
+    and literals; others are left to the methods.
+    """
+    for name, method in list(vars(cls).items()):
+        if inspect.isfunction(method) and not name.startswith("_"):
+            setattr(cls, name, _checked(method))
+    return cls
+
+
+def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+    choices = functools.cache(lambda: _plain_choices(method))
+
+    @functools.wraps(method)
+    def checking(*args: Any, **options: Any) -> Any:
+        try:
+            given = signature.bind(*args, **options).arguments
+        except TypeError:  # the call says so itself
+            return method(*args, **options)
+        for name, allowed in choices().items():
+            if name in given and not any(_is_a(given[name], choice) for choice in allowed):
+                expected = " or ".join(map(_described, allowed))
+                raise RequestError(
+                    f"{name} is {_shown(given[name])}; {method.__name__} takes {expected}"
+                )
+        return method(*args, **options)
+
+    return checking
+
+
+def _plain_choices(method: Callable[..., Any]) -> Mapping[str, list[Any]]:
+    """The types and values that each plain parameter may have."""
+    parameters = inspect.signature(method).parameters
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    result = {}
+    for name, annotation in typing.get_type_hints(inspect.unwrap(method)).items():
+        if name not in parameters or parameters[name].kind in variadic:
+            continue
+        allowed = _choices(annotation)
+        if allowed is not None:
+            result[name] = allowed
+    return result
+
+
+def _choices(annotation: Any) -> list[Any] | None:
+    """The types and values of an annotation; None if it has any that is not plain."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        members = [_choices(member) for member in typing.get_args(annotation)]
+        return None if None in members else [item for own in members for item in own or ()]
+    if typing.get_origin(annotation) is Literal:
+        return list(typing.get_args(annotation))
+    return [annotation] if annotation in (*_NAMES, type(None)) else None
+
+
+def _is_a(value: Any, choice: Any) -> bool:
+    if choice is Path:
+        return isinstance(value, os.PathLike)
+    if choice in (int, float):  # numpy's numbers too
+        is_number = hasattr(value, "__index__") or (choice is float and hasattr(value, "__float__"))
+        return is_number and not isinstance(value, (bool, str, bytes))
+    return isinstance(value, choice) if isinstance(choice, type) else bool(value == choice)
+
+
+def _described(choice: Any) -> str:
+    if choice is type(None):
+        return "None"
+    return _NAMES[choice] if isinstance(choice, type) else repr(choice)
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"of type {type(value).__name__}"
