@@ -252,12 +252,13 @@ def checked(ledger: Ledger, cp: ControlPrefix, deadline: float) -> dict[str, Any
 
 def found_in_files(folder: Path, users: set[str]) -> list[str]:
     """Users whose texts any file of a database holds."""
-    found: set[str] = set()
+    users_in_files: set[str] = set()
     for path in folder.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
-            found |= {user for user in users - found if secret_of(user).encode() in content}
-    return sorted(found)
+            remaining = users - users_in_files
+            users_in_files |= {u for u in remaining if secret_of(u).encode() in content}
+    return sorted(users_in_files)
 
 
 def page(results: Mapping[str, Any]) -> str:

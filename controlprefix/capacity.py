@@ -37,8 +37,8 @@ class Load:
         seconds_per_user: Training of a user, as `train_users` reports it; 0 for codes that are
             predicted.
         max_sequences: Requests that a process runs at a time.
-        price_per_hour: Of the machine, or the share of one, that a process needs.
-        price_per_gb: Of a gigabyte of the store per month.
+        price_per_hour: Price of the machine, or the share of one, that a process needs.
+        price_per_gb: Price of a gigabyte of the store per month.
     """
 
     slot_values: int
@@ -71,8 +71,8 @@ class Capacity:
         process_bytes: Memory of each: weights, prefixes in use, keys and values, and what Python
             and torch take.
         training_hours: Hours of one process to train all users once.
-        monthly_cost: Of the processes and the store, in the currency of the prices.
-        cost_per_million: That of the store for a million users, and of training them once.
+        monthly_cost: Cost of the processes and the store, in the currency of the prices.
+        cost_per_million: Cost of storing a million users for a month, and training them once.
     """
 
     slot_bytes: int

@@ -505,13 +505,13 @@ def test_the_rows_of_a_running_request_are_all_counted(cp: ControlPrefix) -> Non
 
 def test_choices_with_other_schedules_are_read_apart(cp: ControlPrefix) -> None:
     fields: dict[str, Any] = {"raw": True, "max_new_tokens": 8, "user": "ana", "logit_bias": NO_END}
-    asked = [
+    schedule_requests = [
         Request(prompt="x" * 50, schedules={"user": [(0, multiplier)]}, **fields)
         for multiplier in (0.0, 3.0)
     ]
-    expected = [cp.generate(request).text for request in asked]
+    expected = [cp.generate(request).text for request in schedule_requests]
     assert expected[0] != expected[1]
     with contextlib.closing(cp.batcher()) as batcher:
         with batcher._wake:  # both are waiting before the first step
-            tickets = [batcher.submit(cp.resolve(request)) for request in asked]
+            tickets = [batcher.submit(cp.resolve(request)) for request in schedule_requests]
         assert [ticket.result().text for ticket in tickets] == expected

@@ -419,7 +419,7 @@ def test_runs_have_folders_of_their_own(
         "--num-slots",
         "2",
     )
-    with pytest.raises(ControlPrefixError, match="there is no run of songs.jsonl in"):
+    with pytest.raises(ControlPrefixError, match="there is no run of this command and songs.jsonl"):
         run(tmp_path, *train, "--resume")
     run(tmp_path, *train)
     run(tmp_path, *train)
@@ -520,21 +520,28 @@ def test_ways_to_adapt_a_model_are_compared(model_folder: Path, tmp_path: Path) 
         run(tmp_path, *command, "--steps", "2")
 
 
-def test_resume_passes_over_runs_that_never_began(
+def folder_of_run(data: str, command: str = "train", *, resume: bool = False) -> str:
+    with RunArguments(resume=resume).recorded(command, Path(data)) as options:
+        (options["folder"] / "checkpoint.safetensors").touch()
+        name: str = options["folder"].name
+        return name
+
+
+def test_resume_continues_the_latest_run_of_the_command_and_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data = Path("rows.jsonl")
-    for name, saved in (("rows", True), ("rows-2", False)):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        if saved:
-            (folder / "checkpoint.safetensors").touch()
-    assert RunArguments(resume=True).options(data)["folder"].name == "rows"
-    assert RunArguments().options(data)["folder"].name == "rows-3"
-    (tmp_path / "runs/rows/checkpoint.safetensors").unlink()
-    with pytest.raises(RequestError, match="no run of rows.jsonl .* that was saved"):
-        RunArguments(resume=True).options(data)
+    with RunArguments().recorded("train", Path("rows.jsonl")) as options:
+        assert options["folder"].is_dir()
+    assert not (tmp_path / "runs/rows").exists()  # nothing was saved
+    assert folder_of_run("rows.jsonl", "train") == "rows"
+    assert folder_of_run("rows.jsonl", "users train") == "rows-2"
+    assert folder_of_run("other/rows.csv", "train") == "rows-3"
+    assert folder_of_run("rows.jsonl", resume=True) == "rows"
+    assert folder_of_run("rows.jsonl", "users train", resume=True) == "rows-2"
+    assert folder_of_run("other/rows.csv", resume=True) == "rows-3"
+    with pytest.raises(RequestError, match=r"and songs.jsonl in .* There are: .*users train rows"):
+        folder_of_run("songs.jsonl", resume=True)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta2"])

@@ -376,6 +376,9 @@ def test_unknown_names_say_what_exists(cp: ControlPrefix) -> None:
     ):
         with pytest.raises(UnknownNameError) as caught:
             cp.generate(["fine", Request(prompt="Hi", **fields)])
+        assert str(caught.value) == f"row 2: {message}"
+        with pytest.raises(UnknownNameError) as caught:
+            cp.generate("Hi", **fields)
         assert str(caught.value) == message
 
 

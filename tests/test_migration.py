@@ -178,3 +178,11 @@ def test_codes_of_another_decoder_teach_nothing(both: tuple[ControlPrefix, Contr
     report = new_cp.migrate_users(old_cp)
     assert report.num_shared == 12
     assert "user20" not in report.saved
+
+
+def test_users_cannot_be_migrated_to_where_they_are(
+    both: tuple[ControlPrefix, ControlPrefix],
+) -> None:
+    old_cp, _ = both
+    with pytest.raises(TrainingDataError, match="nothing to migrate"):
+        old_cp.migrate_users(old_cp)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlprefix import AttributeSpace, ControlPrefix, Example, Request, RequestError
+from controlprefix import (
+    AttributeSpace,
+    ControlPrefix,
+    Example,
+    Request,
+    RequestError,
+    TrainingDataError,
+    UnknownNameError,
+)
 from controlprefix.attributes.ordinal import anchors, as_number, between
 
 from helpers import QUICK, engine
@@ -146,7 +154,7 @@ def test_rows_over_stored_labels_attend_to_their_mixtures() -> None:
     assert not report.left_out
     checked = cp.train(rows_of([1.0, 3.0] * 4), **{**QUICK, "validation": rows_of([2.0])})
     assert not checked.left_out
-    with pytest.raises(RequestError, match="outside of what the attribute has"):
+    with pytest.raises(TrainingDataError, match="outside of what the attribute has"):
         cp.train(rows_of([1.0, 3.0] * 4), **{**QUICK, "validation": rows_of([99.0])})
 
 
@@ -172,3 +180,37 @@ def test_numbers_are_interpolated_however_labels_are_combined() -> None:
     for fields in ({"mixing": "logits"}, {"unseen": "nearest"}, {"strengths": {"n": 0.5}}):
         completion = cp.generate("Say", attributes={"n": 2}, max_new_tokens=2, **fields)
         assert {part.name for part in completion.parts} == {"n=1", "n=3"}
+
+
+def test_trained_again_numbers_between_are_mixtures_and_others_become_labels() -> None:
+    cp = engine()
+
+    def train(*numbers: float) -> set[str]:
+        rows = [
+            {"prompt": f"p{i}", "completion": "x", "attributes": {"len": number}}
+            for i, number in enumerate(numbers)
+        ]
+        cp.train(rows, learn="attributes", **{**QUICK, "steps": 1, "validation": 0.0})
+        return set(cp.names("attribute"))
+
+    assert train(0, 10) == {"len=0", "len=10"}
+    assert train(3, 7, 5) == {"len=0", "len=10"}
+    assert train(3, 12, 15) == {"len=0", "len=10", "len=12", "len=15"}
+
+
+def test_a_number_that_lies_outside_is_named_with_its_row() -> None:
+    cp = engine()
+    rows = [
+        {"prompt": f"p{i}", "completion": "x", "attributes": {"len": i}, "task": "t"}
+        for i in range(3)
+    ]
+    cp.train(rows, **{**QUICK, "steps": 1, "validation": 0.0})
+    outside = {**rows[0], "attributes": {"len": 9}}
+    with pytest.raises(RequestError, match=r"^row 4: len=9 is outside of"):
+        cp.score([*rows, outside])
+    with pytest.raises(UnknownNameError, match=r"^row 4: .*nobody"):
+        cp.score([*rows, {**rows[0], "user": "nobody"}])
+    with pytest.raises(TrainingDataError, match=r"^row 2: len=9 is outside of"):
+        cp.train(rows, validation=[rows[0], outside], **{**QUICK, "steps": 1})
+    with pytest.raises(RequestError, match=r"^len=9"):
+        cp.generate("x", attributes={"len": 9})

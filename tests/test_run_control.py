@@ -155,3 +155,26 @@ def test_a_wrong_folder_or_callback_is_told() -> None:
     for options, message in (({"folder": 5}, "give a path"), ({"on_step": 5}, "give a function")):
         with pytest.raises(TrainingDataError, match=message):
             cp.train(greetings(), **{**QUICK, **options})
+
+
+def test_a_run_that_is_not_finished_is_not_written_over(tmp_path: Path) -> None:
+    options = {**QUICK, "steps": 4, "save_steps": 1}
+    stopped = press_ctrl_c_at(2)
+    cp = engine()
+    with pytest.raises(TrainingInterrupted):
+        cp.train(greetings(), folder=tmp_path, on_step=stopped, **options)
+    with pytest.raises(TrainingDataError, match="not finished; resume continues it"):
+        cp.train(greetings()[:4], folder=tmp_path, **options)
+    report = cp.train(greetings(), folder=tmp_path, resume=True, **options)
+    assert report.losses == engine().train(greetings(), **options).losses
+    cp.train(greetings(), folder=tmp_path, **options)  # another run, after one that is finished
+
+
+def test_another_number_of_slots_is_not_called_other_examples(tmp_path: Path) -> None:
+    cp = engine()
+    cp.train(greetings(), folder=tmp_path, **QUICK)
+    more = {**QUICK, "num_slots": 5}
+    with pytest.raises(TrainingDataError, match=r"holds another run \(another num_slots or init"):
+        cp.train(greetings(), folder=tmp_path, resume=True, **more)
+    with pytest.raises(TrainingDataError, match="other examples, or other prefixes beside"):
+        cp.train(greetings()[2:], folder=tmp_path, resume=True, **QUICK)

@@ -199,7 +199,7 @@ def test_another_run_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
     for examples, changes, message in (
         (greetings(), {"seed": 2}, "seed was 1, is 2"),
         (greetings(), {"learning_rate": 0.3}, "learning_rate was 0.1, is 0.3"),
-        (greetings(7), {}, "other examples, initializations or stored prefixes"),
+        (greetings(7), {}, "other examples, or other prefixes beside"),
     ):
         with pytest.raises(TrainingDataError, match=f"holds another run .*{message}"):
             cp.train(examples, folder=tmp_path, resume=True, **{**QUICK, **changes})

@@ -26,7 +26,8 @@ from controlprefix.evaluation.comparison.measures import TEMPERATURE
 from controlprefix.evaluation.comparison.peft_methods import LORA, PEFT_KINDS
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, UserCode
-from controlprefix.training import TrainingSettings, checkpoint
+from controlprefix.training import TrainingSettings
+from controlprefix.training.report import CHECKPOINT_FILE
 from controlprefix.training.run import learning_rate_schedule
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE
 
@@ -157,7 +158,7 @@ class Authors:
         """The mean code of the most similar authors of the decoder's training."""
         decoder = self._decoder()
         profiles = torch.stack([embed(texts).mean(0) for texts in self.decoder_posts.values()])
-        state = load_file(self.options.work / checkpoint.FILE)
+        state = load_file(self.options.work / CHECKPOINT_FILE)
         changes = [state[f"best.changes.{i}"] for i in range(len(self.decoder_posts))]
         codes = CODE_LEARNING_RATE / TrainingSettings().peak_learning_rate * torch.stack(changes)
         for author, texts in posts.items():

@@ -21,7 +21,8 @@ _REPEATABLE = {
     "attributes": (
         "--attribute",
         "-a",
-        "Label of an attribute, such as formality=formal; tone=warm:0.6 in a mixture.",
+        "Label of an attribute, such as formality=formal; tone=warm:0.6 in a mixture. A label that "
+        "ends in a colon and a number needs its weight too: time=12:30:1.",
     ),
     "strengths": (
         "--strength",

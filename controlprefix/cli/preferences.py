@@ -8,7 +8,7 @@ import typer
 from controlprefix.cli.common import app, out
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import objective_options, parse_list, training_options
-from controlprefix.cli.runs import RunArguments, exit_when_interrupted, print_saved
+from controlprefix.cli.runs import RunArguments, print_saved
 from controlprefix.cli.train import NumSlotsOption
 from controlprefix.errors import RequestError
 
@@ -70,13 +70,13 @@ def train_preferences(
     if data is not None:
         rows = as_preferences(data, columns=columns.columns(), defaults=columns.defaults())
     cp = engine.open(create=True)
-    with exit_when_interrupted():
+    with run.recorded("train-preferences", data or Path("feedback")) as recorded:
         report = cp.train_preferences(
             rows,
             learn=cast(Any, None if learn is None else parse_list(learn)),
             validation=validation,
             num_slots=num_slots,
-            **run.options(data or Path("feedback")),
+            **recorded,
             **objective_fields,
             **training_fields,
         )

@@ -10,7 +10,7 @@ import typer
 from controlprefix.cli.common import app, out
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import objective_options, parse_list, training_options
-from controlprefix.cli.runs import RunArguments, exit_when_interrupted, print_saved
+from controlprefix.cli.runs import RunArguments, print_saved
 from controlprefix.cli.train import LearnOption
 from controlprefix.errors import RequestError
 
@@ -76,13 +76,13 @@ def reinforce(
         examples = as_examples(demonstrations, columns=names, defaults=defaults)
     rewards = parse_rewards(reward)
     cp = engine.open()
-    with exit_when_interrupted():
+    with run.recorded("reinforce", requests) as recorded:
         report = cp.reinforce(
             rows,
             reward=rewards,
             demonstrations=examples,
             learn=cast(Any, None if learn is None else parse_list(learn)),
-            **run.options(requests),
+            **recorded,
             **objective_fields,
             **training_fields,
         )

@@ -1,6 +1,7 @@
 """Folders of runs on the command line, and what Ctrl-C does."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from controlprefix.cli.common import err, out
-from controlprefix.errors import RequestError, TrainingInterrupted
+from controlprefix.errors import RequestError, TrainingInterrupted, known_names
 
 if TYPE_CHECKING:
     from controlprefix.training import TrainingReport
 
 RUNS = Path("runs")
+_RECORD = "run.json"
 _SAVED = ("checkpoint.safetensors", "finished.jsonl", "report.json")  # one is in a run that began
 
 
@@ -33,35 +35,61 @@ class UsersRunArguments:
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --folder; left out, the latest one in runs/ of this data.",
+            help="Continue the run in --folder; left out, the latest one in runs/ of this command "
+            "and data.",
         ),
     ] = False
 
-    def options(self, data: Path) -> dict[str, Any]:
-        """Keyword arguments of a training function, after the folder is printed.
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a training function, without the folder."""
+        return {"resume": self.resume}
+
+    @contextlib.contextmanager
+    def recorded(self, command: str, data: Path) -> Iterator[dict[str, Any]]:
+        """Print the run's folder, and yield the keyword arguments of a training function.
+
+        After Ctrl-C the process exits as a shell expects. A folder in which nothing was saved is
+        removed.
 
         Args:
+            command: The command, so that `--resume` finds its own runs.
             data: What the run is named after.
 
         Raises:
             RequestError: If there is no run to resume.
         """
-        folder = self.folder or self._default_folder(data)
-        err.print(f"the run is recorded in {folder}")
-        return {"folder": folder, "resume": self.resume}
+        from controlprefix.training.control import in_first_process
 
-    def _default_folder(self, data: Path) -> Path:
+        about = {"command": command, "data": str(data.resolve())}
+
+        def begin() -> Path:
+            folder = self.folder or self._default_folder(data, about)
+            err.print(f"the run is recorded in {folder}")
+            if not self.resume:
+                _record(folder, about)
+            return folder
+
+        folder = in_first_process(begin)
+        try:
+            with exit_when_interrupted():
+                yield {"folder": folder, **self.options()}
+        finally:
+            _remove_if_nothing_was_saved(folder)
+
+    def _default_folder(self, data: Path, about: dict[str, str]) -> Path:
         name = data.name.split(".")[0] or "run"
-        runs = [RUNS / name, *(RUNS / f"{name}-{i}" for i in range(2, 10_000))]
         if not self.resume:
+            runs = (RUNS / name, *(RUNS / f"{name}-{i}" for i in range(2, 10_000)))
             return next(path for path in runs if not path.exists())
-        existing = [path for path in runs if any((path / file).is_file() for file in _SAVED)]
-        if not existing:
-            raise RequestError(
-                f"there is no run of {data} in {RUNS.absolute()} that was saved; give its "
-                "--folder, or start one without --resume"
-            )
-        return max(existing, key=lambda path: path.stat().st_mtime)
+        others = {path: _read_record(path) for path in RUNS.glob("*") if _was_saved(path)}
+        own = [path for path, record in others.items() if record == about]
+        if own:
+            return max(own, key=lambda path: path.stat().st_mtime)
+        names = [f"{p} ({r['command']} {Path(r['data']).name})" for p, r in others.items() if r]
+        raise RequestError(
+            f"there is no run of this command and {data} in {RUNS.absolute()} that was saved; give "
+            f"its --folder, or start one without --resume. There are: {known_names('', names)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,10 +107,37 @@ class RunArguments(UsersRunArguments):
         str | None, typer.Option(help="Log to one of accelerate's trackers, such as tensorboard.")
     ] = None
 
-    def options(self, data: Path) -> dict[str, Any]:
-        """Keyword arguments of a training function, after the folder is printed."""
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a training function, without the folder."""
         tracker = {} if self.tracker is None else {"tracker": self.tracker}
-        return {**super().options(data), **tracker}
+        return {**super().options(), **tracker}
+
+
+def _record(folder: Path, about: dict[str, str]) -> None:
+    """Note in a run's folder which command and data it is of."""
+    with contextlib.suppress(OSError):  # training says why a folder cannot be written
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _RECORD).write_text(json.dumps(about))
+
+
+def _remove_if_nothing_was_saved(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [_RECORD]:
+            (folder / _RECORD).unlink()
+            folder.rmdir()
+
+
+def _read_record(folder: Path) -> dict[str, str]:
+    try:
+        record = json.loads((folder / _RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    is_whole = isinstance(record, dict) and {"command", "data"} <= record.keys()
+    return record if is_whole else {}
+
+
+def _was_saved(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in _SAVED)
 
 
 def print_saved(report: "TrainingReport") -> None:

@@ -80,14 +80,14 @@ def train(
     kinds: Any = None if learn is None else parse_list(learn)
     kinds_to_learn(examples, kinds)
     cp = engine.open(create=True)
-    with exit_when_interrupted():
+    with run.recorded("train", data) as recorded:
         report = cp.train(
             examples,
             learn=kinds,
             validation=held_out,
             num_slots=num_slots,
             init=init,
-            **run.options(data),
+            **recorded,
             **training_fields,
         )
     if not is_main_process():
@@ -221,7 +221,7 @@ def distill(
     distillation_target(task=task, attribute=name, label=label, user=user)
     texts = read_texts(prompts)
     cp = engine.open(create=True)
-    with exit_when_interrupted():
+    with run.recorded("distill", prompts[0]) as recorded:
         report = cp.distill(
             instruction,
             texts,
@@ -230,7 +230,7 @@ def distill(
             label=label,
             user=user,
             num_slots=num_slots,
-            **run.options(prompts[0]),
+            **recorded,
             **training_fields,
         )
     print_saved(report)

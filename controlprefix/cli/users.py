@@ -139,15 +139,16 @@ def train_users(
         "concurrent_users": concurrent_users,
         **training_fields,
     }
-    with exit_when_interrupted():
-        if cluster.ray is None:
-            cp = engine.open(create=True)
-            report = cp.train_users(texts, **run.options(data or Path("users")), **options)
-        else:
-            if texts is None:
-                raise RequestError("a cluster trains on texts of a file; give one")
-            if run != UsersRunArguments():
-                raise RequestError("--ray has no run folder; leave the options of one out")
+    if cluster.ray is None:
+        cp = engine.open(create=True)
+        with run.recorded("users train", data or Path("users")) as recorded:
+            report = cp.train_users(texts, **recorded, **options)
+    else:
+        if texts is None:
+            raise RequestError("a cluster trains on texts of a file; give one")
+        if run != UsersRunArguments():
+            raise RequestError("--ray has no run folder; leave the options of one out")
+        with exit_when_interrupted():
             report = cluster.connect(engine).train_users(texts, **options)
     _print_stored(report)
 
@@ -241,13 +242,13 @@ def learn_decoder(
 
     texts = read_users(data, columns=columns.columns())
     cp = engine.open(create=True)
-    with exit_when_interrupted():
+    with run.recorded("users decoder", data) as recorded:
         report = cp.learn_decoder(
             texts,
             name=name,
             num_slots=num_slots,
             width=width,
-            **run.options(data),
+            **recorded,
             **training_fields,
         )
     out.print(

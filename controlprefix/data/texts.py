@@ -17,6 +17,7 @@ from controlprefix.prefixes.key import composed
 TextSplit = Literal["line", "paragraph", "file"]
 UserTexts = Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]] | Rows
 
+_MAX_PATH = 1024  # characters
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n")
 
 
@@ -64,9 +65,14 @@ def as_texts(
         columns, user: As in `read_texts`.
 
     Raises:
-        TrainingDataError: If it is none of those.
+        TrainingDataError: If it is none of those, or a str that names a file.
     """
     if isinstance(source, str):
+        if len(source) < _MAX_PATH and "\n" not in source and os.path.isfile(source):
+            raise TrainingDataError(
+                f"{source!r} is a file: give its Path, pathlib.Path({source!r}), to read it; a str "
+                "is a text, and a list holds texts"
+            )
         return [source]
     if isinstance(source, os.PathLike):
         return read_texts([Path(source)], columns=columns, user=user)

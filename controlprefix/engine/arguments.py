@@ -34,14 +34,14 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def checking(*args: Any, **options: Any) -> Any:
         try:
-            given = signature.bind(*args, **options).arguments
+            values = signature.bind(*args, **options).arguments
         except TypeError:  # the call says so itself
             return method(*args, **options)
         for name, allowed in choices().items():
-            if name in given and not any(_is_a(given[name], choice) for choice in allowed):
+            if name in values and not any(_is_a(values[name], choice) for choice in allowed):
                 expected = " or ".join(map(_described, allowed))
                 raise RequestError(
-                    f"{name} is {_shown(given[name])}; {method.__name__} takes {expected}"
+                    f"{name} is {_text_of(values[name])}; {method.__name__} takes {expected}"
                 )
         return method(*args, **options)
 
@@ -87,6 +87,6 @@ def _described(choice: Any) -> str:
     return _NAMES[choice] if isinstance(choice, type) else repr(choice)
 
 
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"of type {type(value).__name__}"
+def _text_of(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"of type {type(value).__name__}"

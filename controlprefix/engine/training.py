@@ -1,6 +1,7 @@
 """The methods of `ControlPrefix` that train task and attribute prefixes."""
 
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -17,7 +18,7 @@ from controlprefix.attributes.ordinal import (
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.generation import GenerationMethods
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.example import Example
 from controlprefix.labels import label_text, weighted_labels
 from controlprefix.prefixes import Kind, PrefixKey
@@ -209,7 +210,12 @@ class TrainingMethods(GenerationMethods):
         control, settings_fields = RunControl.split_off(options)
         settings = TrainingSettings.from_options(settings_fields)
         key, fields = distillation_target(task=task, attribute=attribute, label=label, user=user)
-        if isinstance(prompts, str) or not prompts:
+        if isinstance(prompts, (str, os.PathLike)):
+            raise TrainingDataError(
+                f"prompts is {str(prompts)[:60]!r}; give a list of texts, such as the lines of a "
+                "file"
+            )
+        if not prompts:
             raise TrainingDataError("there are no prompts to distill on; give a list of texts")
         if completions is None:
             requests = [
@@ -338,7 +344,7 @@ class TrainingMethods(GenerationMethods):
             elif is_ordinal(earlier):
                 few = len(numbers_of(own | earlier)) <= MAX_DISTINCT
                 ends = own if few else {label_text(min(values)), label_text(max(values))}
-                outside = ends if few else {end for end in ends if not is_inside(end, earlier)}
+                outside = {end for end in ends if not is_inside(end, earlier)}
                 outside |= {label for label in own if as_number(label) is None}
                 result[attribute] = earlier | (outside if learned else set())
             elif len(numbers_of(own)) > MAX_DISTINCT:
@@ -385,10 +391,18 @@ class TrainingMethods(GenerationMethods):
 def interpolated(
     rows: Sequence[AnyRequest], labels: Mapping[str, Collection[str]]
 ) -> list[AnyRequest]:
-    """Rows with the numbers of ordinal attributes as mixtures of labels."""
+    """Rows with the numbers of ordinal attributes as mixtures of labels.
+
+    Raises:
+        TrainingDataError: If a number lies outside of an attribute's labels.
+    """
     if not labels:
         return list(rows)
-    return [
-        row.model_copy(update={"attributes": interpolate(row.attributes, labels)[0]})
-        for row in rows
-    ]
+    result = []
+    for number, row in enumerate(rows, 1):
+        try:
+            attributes, _ = interpolate(row.attributes, labels)
+        except RequestError as error:
+            raise TrainingDataError(f"{row.place(number)}: {error}") from None
+        result.append(row.model_copy(update={"attributes": attributes}))
+    return result

@@ -7,6 +7,7 @@ from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_users
 from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.exchange import ExchangeMethods
+from controlprefix.errors import TrainingDataError
 from controlprefix.store import SimilarUser
 from controlprefix.training import RunControl, TrainingOptions
 from controlprefix.users import (
@@ -248,12 +249,18 @@ class UserMethods(ExchangeMethods):
 
         Raises:
             UnknownNameError: If there is no such decoder.
-            TrainingDataError: If fewer than eight users have a code on both.
+            TrainingDataError: If fewer than eight users have a code on both, or both are the same
+                model and store.
             StoreError: If the store cannot be written; nothing is stored then.
 
         Reference:
             See `controlprefix.users.migration.fit_code_map`.
         """
+        place = (source.store.url, source.tenant, source.geometry.fingerprint)
+        if source is self or place == (self.store.url, self.tenant, self.geometry.fingerprint):
+            raise TrainingDataError(
+                "both are the same model with the same store, so there is nothing to migrate"
+            )
         return self._user_trainer.migrate(source._model_store, decoder)
 
     def audit_user(

@@ -11,7 +11,7 @@ from cachetools import LRUCache
 from controlprefix.attributes import AttributeSpace, require_known
 from controlprefix.attributes.ordinal import as_number, by_attribute, interpolate
 from controlprefix.completion import PartUsed, StandIn
-from controlprefix.errors import PrefixFormatError, RequestError
+from controlprefix.errors import PrefixFormatError, RequestError, UnknownNameError
 from controlprefix.inference.relevance import relevance_of
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.inference.unseen_labels import MakePrefix, replace_unseen
@@ -116,8 +116,26 @@ class Resolver:
 
         Raises:
             UnknownNameError: With what exists and the nearest match.
-            RequestError: If a request cannot be carried out as written.
+            RequestError: If a request cannot be carried out as written. Of several requests,
+                either error names the first that it is about.
         """
+        try:
+            return self._resolve(requests)
+        except (UnknownNameError, RequestError) as error:
+            if len(requests) > 1 and (place := self._place_of_error(requests)):
+                error.args = (f"{place}: {error}",)
+            raise
+
+    def _place_of_error(self, requests: Sequence[Request]) -> str:
+        """The place of the first request that cannot be resolved by itself; empty if all can."""
+        for number, request in enumerate(requests, 1):
+            try:
+                self._resolve([request])
+            except (UnknownNameError, RequestError):
+                return request.place(number)
+        return ""
+
+    def _resolve(self, requests: Sequence[AnyRequest]) -> list[ResolvedRequest[AnyRequest]]:
         requests = self.with_default_labels(requests)
         stand_ins: list[tuple[StandIn, ...]] = [()] * len(requests)
         text_prefixes: dict[PrefixKey, Prefix] = {}

@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -64,7 +65,9 @@ class _Marks:
         Raises:
             RequestError: If the template has changed a mark.
         """
-        pieces = re.split(f"{self._start}{self._nonce}(\\d+){self._end}", text)
+        # Templates may write lists and objects as Python or JSON does, which escapes characters.
+        start, end = (f"(?:{c}|\\\\u{ord(c):04x})" for c in (self._start, self._end))
+        pieces = re.split(f"{start}{self._nonce}(\\d+){end}", text)
         rest = "".join(pieces[::2])
         if self._texts and any(part in rest for part in (self._start, self._end, self._nonce)):
             raise RequestError(
@@ -136,7 +139,7 @@ class ChatTemplate:
                 f"chat_template_kwargs cannot have {reserved[0]!r}, which is no variable of a "
                 "template but an option of the tokenizer"
             )
-        marks = _Marks(repr([messages, variables]))
+        marks = _Marks(json.dumps([messages, variables], ensure_ascii=False, default=str))
         contents = self._marked_contents(messages, marks)
         messages = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
         variables = {

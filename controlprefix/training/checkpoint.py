@@ -18,9 +18,9 @@ from controlprefix.model.images import ImagePrompt
 from controlprefix.prefixes.container import digest
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
+from controlprefix.training.report import CHECKPOINT_FILE
 from controlprefix.training.settings import TrainingSettings
 
-FILE = "checkpoint.safetensors"
 # A run may be resumed with other values of these.
 _MAY_CHANGE = {
     "epochs",
@@ -87,7 +87,7 @@ def save(
     metadata: dict[str, Any] = {"identity": identity, "progress": asdict(progress)}
     metadata["sha256"] = digest(json.loads(json.dumps(metadata)), tensors)
     try:
-        with atomic_path(folder / FILE) as unfinished:
+        with atomic_path(folder / CHECKPOINT_FILE) as unfinished:
             unfinished.touch(mode=0o600)
             save_file(
                 tensors,
@@ -116,7 +116,7 @@ def load(
         StoreError: If it cannot be read.
         TrainingDataError: If it belongs to another run.
     """
-    path = folder / FILE
+    path = folder / CHECKPOINT_FILE
     if not path.exists():
         return None
     try:
@@ -191,8 +191,10 @@ def _require_same_run(folder: Path, saved: Mapping[str, Any], expected: Mapping[
         for name, value in expected["settings"].items()
         if saved["settings"].get(name) != value
     ]
-    if saved["data"] != expected["data"]:
-        differences.append("other examples, initializations or stored prefixes")
+    if saved["rows"] != expected["rows"]:
+        differences.append("other examples, or other prefixes beside what is trained")
+    elif saved["data"] != expected["data"]:
+        differences.append("another num_slots or init, or other stored prefixes")
     if differences:
         raise TrainingDataError(
             f"{folder} holds another run ({'; '.join(differences)}); give another folder, or the "

@@ -21,6 +21,7 @@ from controlprefix.reports import (
 )
 
 REPORT_FILE = "report.json"
+CHECKPOINT_FILE = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Trainer: trains prefixes on examples or an instruction, and stores them."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -243,6 +244,8 @@ class Trainer:
         self._store.require_writable(preparation.initial)
         if settings.patience is not None:
             _require_held_out(preparation, settings, "patience")
+        if settings.contrast:
+            _require_contrast(preparation)
         origin: dict[str, Any] = {
             "store": self._store.label,
             "tenant": self._store.tenant,
@@ -412,4 +415,19 @@ def _require_held_out(preparation: Preparation, settings: TrainingSettings, what
             f"{what} needs held-out examples, but validation {settings.validation} of "
             f"{len(preparation.rows)} examples is none; raise it, give rows as validation, or give "
             "more examples"
+        )
+
+
+def _require_contrast(preparation: Preparation) -> None:
+    """Check that some attribute has two labels to compare.
+
+    Raises:
+        TrainingDataError: If none has.
+    """
+    counts = Counter(key.attribute for key in preparation.initial if key.attribute)
+    if not counts or max(counts.values()) < 2:
+        trained = ", ".join(str(key) for key in list(preparation.initial)[:5])
+        raise TrainingDataError(
+            "contrast compares a row under two labels of one attribute, but no attribute of these "
+            f"rows has two that are trained; leave it out. Trained: {trained}"
         )
