@@ -47,6 +47,7 @@ RUNS = {
     "store": "--small 40 --large 40 --times 2",
     "users_at_scale": "--users 40 400 --times 3",
     "tenants": "--seconds 0.5 --rest 0 --prompt-words 200",
+    "ray_users": "--users 2 --texts 2 --steps 1 --rounds 1",
     "capacity": "--users 3 --seconds 1 --concurrency 2 --new-tokens 2 --shares 1",
     "soak": "--seconds 8 --fault-seconds 1",
     "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.001",
