@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix
+from controlprefix.store import PrefixStore
 
 import models
 from models import CONFIGS, PARTICULAR, RECURRENT, STATIC, build, byte_tokenizer
@@ -100,6 +101,13 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     result = parsed.set(drivername="postgresql+psycopg", username="app", password="secret")
     yield result.render_as_string(hide_password=False)
     server.psql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def empty_store(url: str) -> Iterator[PrefixStore]:
+    """An empty store on each kind of database."""
+    with PrefixStore(url) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -37,10 +37,13 @@ QUICK: dict[str, Any] = {
 }
 
 
-def engine(name: str = "llama", store: str = "sqlite://", **changes: Any) -> ControlPrefix:
+def engine(
+    name: str = "llama", store: str = "sqlite://", *, tokenizer: Any = None, **changes: Any
+) -> ControlPrefix:
     """A tiny random model, with changes to its config, and a store."""
-    model = build(name, **changes)
-    return ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store=store)
+    return ControlPrefix.from_pretrained(
+        build(name, **changes), tokenizer=tokenizer or byte_tokenizer(), store=store
+    )
 
 
 def greetings(num_each: int = 8) -> list[Example]:

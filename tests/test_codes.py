@@ -7,16 +7,15 @@ import pytest
 import torch
 from sqlalchemy.engine import make_url
 
-from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, UnknownNameError
+from controlprefix import Prefix, PrefixFormatError, StoreError, UnknownNameError
 from controlprefix.prefixes.user_code import CodePredictor, PrefixDecoder, UserCode
 from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile, profiles, tenant_of
 from controlprefix.training.initialization import scale_of
 
 from helpers import coded, decoder
+from stores import ANA, BO, GEOMETRY, F
 
-GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
-F = GEOMETRY.fingerprint
-ANA, BO, USERS = PrefixKey("user", "ana"), PrefixKey("user", "bo"), PrefixKey("decoder", "users")
+USERS = PrefixKey("decoder", "users")
 
 
 def prefix_of(store: PrefixStore, key: PrefixKey) -> Prefix:

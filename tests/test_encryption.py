@@ -8,19 +8,12 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 
-from controlprefix import Geometry, Prefix, PrefixFormatError, StoreError, StoreKeyError
-from controlprefix.store import NewVersion, PrefixKey, PrefixStore, Profile
+from controlprefix import PrefixFormatError, StoreError, StoreKeyError
+from controlprefix.store import PrefixStore, Profile
 from controlprefix.store.encryption import KeyFile, TenantCipher
 
 from helpers import Keys, payload_of, prefix_of
-
-GEOMETRY = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
-F = GEOMETRY.fingerprint
-ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
-
-
-def new(key: PrefixKey = ANA, seed: int = 0) -> NewVersion:
-    return NewVersion(key, Prefix.random(GEOMETRY, num_slots=3, seed=seed))
+from stores import ANA, BO, F, new
 
 
 @pytest.fixture

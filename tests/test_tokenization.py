@@ -1,13 +1,9 @@
-"""What the model reads and writes: templates, control tokens, raw prompts, streams, stop texts."""
+"""What the model reads: chat templates, control tokens, raw prompts."""
 
-import threading
 from collections.abc import Callable
-from contextlib import closing
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -16,18 +12,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.errors import ContextLengthError, ModelOutputError, RequestError
-from controlprefix.inference.stopping import (
-    IncrementalDetokenizer,
-    completion_from_tokens,
-    has_stop,
-)
+from controlprefix.errors import RequestError
 from controlprefix.message import Message
 from controlprefix.model.control_tokens import TextTokenizer
-from controlprefix.model.languages import decoder_start_ids
 from controlprefix.model.tokenization import RequestTokenizer
 
-from models import VOCAB, build, byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
+from models import build, byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer
 
 MODEL = build("llama")
 THINKING = "<s>assistant: <think>\n"
@@ -272,28 +262,6 @@ def test_a_typed_control_token_has_no_blanks_around_it() -> None:
     assert list(reader.prompt_ids(says(text))) == list(reader.inner_ids(text))
 
 
-def test_a_control_token_among_the_bytes_of_a_character_does_not_end_a_stream() -> None:
-    tokenizer = sentencepiece_tokenizer()
-    reader = RequestTokenizer(MODEL, tokenizer)
-    names = ["<0x0D>", "<unk>", "<0xA2>", "a", "b", "c"]
-    new = [tokenizer.vocab[name] for name in names]
-    request = Request(prompt="a", max_new_tokens=len(new))
-    text = IncrementalDetokenizer(reader, request)
-    pieces = [text.update(new[:n])[0] for n in range(1, len(new) + 1)]
-    assert "".join(pieces) == completion_from_tokens(reader, request, [1], new).text
-
-
-def test_half_a_character_is_no_stop_text() -> None:
-    reader = RequestTokenizer(MODEL, byte_tokenizer())
-    new = list(reader.inner_ids("é ok"))
-    request = Request(prompt="a", max_new_tokens=len(new) + 1, stop=("\ufffd",))
-    text = IncrementalDetokenizer(reader, request)
-    updates = [text.update(new[:n]) for n in range(1, len(new) + 1)]
-    assert "".join(piece for piece, _ in updates) == "é ok"
-    assert not any(finished for _, finished in updates)
-    assert not any(has_stop(reader, request, new[:n]) for n in range(1, len(new) + 1))
-
-
 def test_a_prompt_without_control_tokens_is_tokenized_as_a_whole() -> None:
     tokenizer = chat_tokenizer()
     messages = [{"role": "user", "content": "hello"}]
@@ -319,232 +287,6 @@ def test_a_raw_prompt_has_one_start_token_and_keeps_its_end() -> None:
     assert ids("a</s><s>b").count(0) == 2
     encoder = RequestTokenizer(build("bart"), tokenizer)
     assert encoder.prompt_ids(Request(prompt="hi</s>", raw=True)) == (*ids("hi"), 1)
-
-
-# --- tokenizers as they are shipped ----------------------------------------------------------
-
-
-def test_a_pad_id_outside_the_vocabulary_is_not_used() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    while len(tokenizer) <= VOCAB:
-        tokenizer.add_tokens([f"<extra {len(tokenizer)}>"])
-    tokenizer.pad_token = f"<extra {len(tokenizer) - 1}>"
-    cp = engine(tokenizer)
-    prompts = [Request(prompt=text, raw=True, max_new_tokens=3) for text in ("a", "abcdef")]
-    assert [c.text for c in cp.generate(prompts)] == [cp.generate(p).text for p in prompts]
-    with pytest.raises(RequestError, match="token id .* embeddings"):
-        cp.generate(tokenizer.pad_token, raw=True)
-
-
-@pytest.mark.parametrize("without", ["bos_token", "eos_token", "pad_token"])
-@pytest.mark.parametrize("name", ["llama", "bart"])
-def test_tokenizers_without_some_special_token_work(name: str, without: str) -> None:
-    tokenizer = byte_tokenizer()
-    setattr(tokenizer, without, None)
-    cp = engine(tokenizer, name)
-    requests = [Request(prompt=text, raw=True, max_new_tokens=3) for text in ("a", "abcdef")]
-    assert [c.text for c in cp.generate(requests)] == [cp.generate(r).text for r in requests]
-    rows = [Example(prompt="a", task="t", completion="b")] * 4
-    cp.train(rows, num_slots=2, steps=1, progress=False)
-    cp.enroll("ana", ["some text of hers"])
-
-
-def test_tokenizers_that_ship_truncation_and_padding_read_everything_in_threads() -> None:
-    tokenizer = chat_tokenizer()
-    tokenizer.backend_tokenizer.enable_truncation(8)
-    tokenizer.backend_tokenizer.enable_padding(length=8)
-    reader = RequestTokenizer(build("llama", max_position_embeddings=4096), tokenizer)
-    failures: list[object] = []
-
-    def read(seed: int) -> None:
-        try:
-            for i in range(40):
-                text = "ab</s>"[: 2 + 4 * (i % 2)] * (1 + (seed * 40 + i) % 60)
-                ids = reader.prompt_ids(says(text))
-                if tokenizer.decode(list(ids)) != f"<s>user: {text}</s><s>assistant: ":
-                    failures.append(ids)
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-
-
-# --- encoder-decoders ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("forced", [None, 7])
-def test_generate_score_and_train_read_the_same_decoder_sequence(forced: int | None) -> None:
-    model = build("bart")
-    model.generation_config.forced_bos_token_id = forced
-    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
-    prompt = torch.tensor([cp.frozen_model.request_tokenizer.prompt_ids(Request(prompt="q"))])
-    generate: Any = model.generate
-    expected = generate(prompt, max_new_tokens=6, do_sample=False)[0]
-    assert (int(expected[1]) == forced) == (forced is not None)
-    completion = cp.generate("q", max_new_tokens=6 - (forced is not None))
-    first = 1 if forced is None else 2
-    assert completion.text == cp.tokenizer.decode(expected[first:], skip_special_tokens=True)
-
-    ids = cp.tokenizer("abc")["input_ids"]
-    start = [0, *([] if forced is None else [forced])]
-    with torch.no_grad():
-        logits = model(input_ids=prompt, decoder_input_ids=torch.tensor([[*start, *ids]])).logits
-    log_probs = logits.log_softmax(-1)[0, len(start) - 1 : -1]
-    expected_score = log_probs.gather(1, torch.tensor(ids)[:, None]).sum().item()
-    (score,) = cp.score([Example(prompt="q", completion="abc")])
-    assert score.log_likelihood == pytest.approx(expected_score, abs=1e-4)
-
-
-def test_a_start_token_is_taken_from_where_it_is_or_its_lack_is_said() -> None:
-    model = build("bart")
-    example = Example(prompt="a", completion="b")
-    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
-    expected = cp.score([example])
-    model.config.decoder_start_token_id = None
-    model.generation_config.decoder_start_token_id = 0
-    assert cp.score([example]) == expected
-    model.generation_config.decoder_start_token_id = None
-    model.generation_config.bos_token_id = model.config.bos_token_id = None
-    with pytest.raises(TypeError, match="decoder_start_token_id"):
-        cp.score([example])
-
-
-# --- what is written -------------------------------------------------------------------------
-
-TEXTS = st.text(
-    st.sampled_from("ab .,'\n\r\t!?") | st.sampled_from("é日本語한😀👍🏽عر\u0301"),
-    min_size=1,
-    max_size=24,
-)
-
-
-def streamed(reader: RequestTokenizer, request: Request, ids: list[int]) -> tuple[str, str]:
-    stream, text = IncrementalDetokenizer(reader, request), ""
-    for count in range(1, len(ids) + 1):
-        added, finished = stream.update(ids[:count])
-        text += added
-        if finished:
-            ids = ids[:count]
-            break
-    return text, completion_from_tokens(reader, request, [0], ids).text
-
-
-@pytest.mark.parametrize("make", TOKENIZERS)
-@given(text=TEXTS, draws=st.lists(st.integers(3, 290), max_size=30))
-@settings(max_examples=60)
-def test_a_stream_joined_is_the_text(
-    make: Callable[[], PreTrainedTokenizerFast], text: str, draws: list[int]
-) -> None:
-    tokenizer = make()
-    reader = RequestTokenizer(build("llama"), tokenizer)
-    for ids in (tokenizer(text, add_special_tokens=False)["input_ids"], draws):
-        if ids := [token for token in ids if token < len(tokenizer)]:
-            joined, expected = streamed(reader, Request(prompt="q", max_new_tokens=len(ids)), ids)
-            assert joined == expected
-
-
-@pytest.mark.parametrize("make", TOKENIZERS)
-def test_words_of_real_text_stream_with_their_spaces(
-    make: Callable[[], PreTrainedTokenizerFast],
-) -> None:
-    tokenizer = make()
-    reader = RequestTokenizer(build("llama"), tokenizer)
-    ids = tokenizer("do n't , we ' re the a b\nthe", add_special_tokens=False)["input_ids"]
-    joined, expected = streamed(reader, Request(prompt="q", max_new_tokens=len(ids) + 1), [*ids, 1])
-    assert joined == expected
-
-
-@pytest.mark.parametrize("stop", ["😀😀😀😀", "日本語", "END", "\r\n"])
-def test_a_stop_text_is_found_at_the_step_it_appears(stop: str) -> None:
-    tokenizer = byte_tokenizer()
-    reader = RequestTokenizer(build("llama"), tokenizer)
-    request = Request(prompt="q", stop=[stop])
-    ids = tokenizer(f"é{'x' * 40}{stop}yz")["input_ids"]
-    steps = [has_stop(reader, request, ids[:count]) for count in range(1, len(ids) + 1)]
-    assert steps.index(True) + 1 == len(ids) - 2
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_one_seed_gives_one_text_in_every_engine_in_bfloat16(name: str) -> None:
-    model = build(name, dtype=torch.bfloat16)
-    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
-    fields: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 8}
-    requests = [Request(prompt="hi", raw=True, seed=seed, **fields) for seed in range(24)]
-    expected = [cp.generate(request).text for request in requests]
-    assert len(set(expected)) > 12
-    with closing(cp.batcher()) as batcher:
-        assert [
-            batcher.submit(cp.resolve(request)).result().text for request in requests
-        ] == expected
-    assert ["".join(cp.stream(request)) for request in requests] == expected
-
-
-def test_a_damaged_weight_is_an_error_of_the_request() -> None:
-    model = build("llama")
-    head: Any = model.get_output_embeddings()
-    head.weight.data[7] = float("nan")
-    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
-    with pytest.raises(ModelOutputError):
-        cp.generate("hi", raw=True, max_new_tokens=4)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "bart"])
-def test_logits_that_are_no_numbers_are_an_error_of_their_row(name: str) -> None:
-    model = build(name)
-    reader: Any = model.get_encoder() if name == "bart" else model
-    head: Any = reader.get_input_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    head.weight.data[byte_tokenizer()("~")["input_ids"][0]] = float("nan")  # read by one prompt
-    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
-    output: Any = model.get_output_embeddings()
-    output.weight = torch.nn.Parameter(output.weight.detach().nan_to_num(), requires_grad=False)
-    good, bad = (Request(prompt=text, raw=True, max_new_tokens=3) for text in ("a", "~"))
-    expected = cp.generate(good).text
-    for request in (bad, [good, bad]):
-        with pytest.raises(ModelOutputError, match="no numbers"):
-            cp.generate(request)
-    with pytest.raises(ModelOutputError):
-        list(cp.stream(bad))
-    with closing(cp.batcher()) as batcher:
-        tickets = [batcher.submit(cp.resolve(request)) for request in (good, bad, good)]
-        assert tickets[0].result().text == tickets[2].result().text == expected
-        with pytest.raises(ModelOutputError):
-            tickets[1].result()
-        assert batcher.submit(cp.resolve(good)).result().text == expected
-
-
-@pytest.mark.parametrize("make", TOKENIZERS)
-@given(texts=st.lists(TEXTS, min_size=8, max_size=30), stop=st.sampled_from(["", "ab", "日本"]))
-@settings(max_examples=20)
-def test_a_long_stream_joined_is_the_text(
-    make: Callable[[], PreTrainedTokenizerFast], texts: list[str], stop: str
-) -> None:
-    tokenizer = make()
-    reader = RequestTokenizer(build("llama"), tokenizer)
-    ids = tokenizer(" ".join(texts), add_special_tokens=False)["input_ids"]
-    ids = [token for token in ids if token < len(tokenizer)]
-    request = Request(prompt="q", max_new_tokens=max(1, len(ids)), stop=[stop] if stop else [])
-    if ids:
-        joined, expected = streamed(reader, request, ids)
-        assert joined == expected
-
-
-def test_the_work_of_a_stream_does_not_grow_with_the_text() -> None:
-    reader = RequestTokenizer(build("llama"), byte_tokenizer())
-    numbers: list[int] = []
-    decode = reader.decode
-    reader.decode = lambda ids: numbers.append(len(ids)) or decode(ids)  # type: ignore[method-assign,func-returns-value]
-    ids = byte_tokenizer()("the words of a long text " * 80)["input_ids"]
-    joined, expected = streamed(reader, Request(prompt="q", max_new_tokens=len(ids)), ids)
-    assert joined == expected
-    assert len(numbers) <= 1.1 * len(ids)
-    assert max(numbers[:-1]) < 50
 
 
 def unigram_tokenizer() -> PreTrainedTokenizerFast:
@@ -647,43 +389,6 @@ def test_a_template_that_renders_nothing_is_told() -> None:
         cp.score([Example(prompt="a", completion="b")])
 
 
-def test_an_end_id_beyond_the_embeddings_is_not_used() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([f"<x{i}>" for i in range(45)])
-    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
-    cp = engine(tokenizer)
-    assert tokenizer.eos_token_id not in cp.frozen_model.request_tokenizer.end_ids
-    rows = [Example(prompt="a", completion="b", task="t")] * 4
-    cp.train(rows, num_slots=2, steps=1, validation=0, progress=False)
-    assert cp.generate("a", task="t", max_new_tokens=2).num_tokens <= 2
-
-
-def test_what_is_forced_first_takes_its_position() -> None:
-    model = build("bart")
-    model.generation_config.forced_bos_token_id = 77
-    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
-    limit = cp.frozen_model.request_tokenizer.context_length
-    assert limit is not None
-    options: dict[str, Any] = {"raw": True, "logit_bias": {1: -100.0}}
-    assert cp.generate("hello", max_new_tokens=limit - 1, **options).num_tokens == limit - 1
-    with pytest.raises(ContextLengthError):
-        cp.generate("hello", max_new_tokens=limit, **options)
-
-
-def test_a_bias_of_a_token_that_the_model_has_not_is_refused() -> None:
-    cp = engine(byte_tokenizer())
-    with pytest.raises(RequestError, match="logit_bias has the token id 99999"):
-        cp.generate("hi", raw=True, max_new_tokens=2, logit_bias={99999: 1.0})
-
-
-def test_a_composite_model_starts_as_its_decoders_config_says() -> None:
-    model: Any = build("bart")
-    for source in (model.generation_config, model.config):
-        source.decoder_start_token_id = source.bos_token_id = None
-    model.config.decoder = SimpleNamespace(decoder_start_token_id=7)
-    assert decoder_start_ids(model) == (7,)
-
-
 def test_text_with_control_tokens_is_read_by_one_thread_at_a_time() -> None:
     """Tokenizers keep the option for that as a state."""
     reader, tokenizer, locked = TextTokenizer(byte_tokenizer()), byte_tokenizer(), []
@@ -696,3 +401,28 @@ def test_text_with_control_tokens_is_read_by_one_thread_at_a_time() -> None:
     assert reader.literal_ids("a</s>b")
     assert all(locked)
     assert locked
+
+
+def test_tokenizers_that_ship_truncation_and_padding_read_everything_in_threads() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    reader = RequestTokenizer(build("llama", max_position_embeddings=4096), tokenizer)
+    failures: list[object] = []
+
+    def read(seed: int) -> None:
+        try:
+            for i in range(40):
+                text = "ab</s>"[: 2 + 4 * (i % 2)] * (1 + (seed * 40 + i) % 60)
+                ids = reader.prompt_ids(says(text))
+                if tokenizer.decode(list(ids)) != f"<s>user: {text}</s><s>assistant: ":
+                    failures.append(ids)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

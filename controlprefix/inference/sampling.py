@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from controlprefix.inference.drawing import DrawSettings, column, draw
 from controlprefix.inference.guidance import GuidanceTerm, combined_logits, without_implausible
 from controlprefix.request import Request
 
-# `top_k`, `top_p` and `min_p` are decided among so many of a row's most likely tokens; rows
-# for which that is not enough are sorted.
-_NUM_CANDIDATES = 128
 Processor = Callable[[Any, Any], Tensor]  # of ids and logits of one row, as in transformers
-_BLOCK_SIZE = 256  # tokens whose probabilities are summed before a block is searched
 
 
 @dataclass(slots=True)
@@ -84,6 +81,11 @@ class BatchSampler:
         self._device = device
         self._guidance = {i: terms for i, terms in (guidance or {}).items() if terms}
         requests = {i: row.request for i, row in enumerate(rows) if row is not None}
+        self._processed = [
+            (i, row)
+            for i, row in enumerate(rows)
+            if row is not None and (row.processors or row.constraint is not None)
+        ]
         self._bias = _biased_logits(requests, device)
         self._penalized = [i for i, request in requests.items() if request.has_penalty]
         self._penalties = self._columns(
@@ -96,7 +98,7 @@ class BatchSampler:
         self._occurred: Tensor | None = None  # and whether a token occurred, also in the prompt
         self._sampled = [i for i, request in requests.items() if request.samples]
         sampled = [requests[i] for i in self._sampled]
-        self._settings = _Settings.of(sampled, device)
+        self._settings = DrawSettings.of(sampled, device)
         self.errors: dict[int, Exception] = {}
         self.is_impossible: Tensor | None = None
 
@@ -122,7 +124,7 @@ class BatchSampler:
             uniform = [self._rows[i].generator.random() for i in self._sampled]  # type: ignore[union-attr]
             is_whole = len(self._sampled) == len(logits)
             of_rows: Any = slice(None) if is_whole else self._sampled
-            sampled_tokens = _draw(
+            sampled_tokens = draw(
                 logits[of_rows],
                 top[of_rows],
                 self._settings,
@@ -136,17 +138,15 @@ class BatchSampler:
 
     def _process(self, logits: Tensor) -> dict[int, Tensor]:
         """Apply processors and constraints; returns the combined logits of guided rows."""
-        row_ids: dict[int, Tensor] = {}
-        for i, row in enumerate(self._rows):
-            if row is not None and (row.processors or row.constraint is not None):
-                row_ids[i] = torch.tensor([[*row.prompt, *row.new]], device=logits.device)
-        for i, ids in row_ids.items():
-            row = self._rows[i]
-            assert row is not None
+        ids = [
+            torch.tensor([[*row.prompt, *row.new]], device=logits.device)
+            for _, row in self._processed
+        ]
+        for (i, row), row_ids in zip(self._processed, ids, strict=True):
             try:
                 for process in row.processors:
                     for j in (i, *(term.row for term in self._guidance.get(i, ()))):
-                        logits[j : j + 1] = process(ids, logits[j : j + 1])
+                        logits[j : j + 1] = process(row_ids, logits[j : j + 1])
             except Exception as error:  # the other rows go on
                 self.errors[i] = error
         combined = {
@@ -155,11 +155,10 @@ class BatchSampler:
             )
             for i, terms in self._guidance.items()
         }
-        for i, ids in row_ids.items():
-            row = self._rows[i]
-            if row is not None and row.constraint is not None and i not in self.errors:
+        for (i, row), row_ids in zip(self._processed, ids, strict=True):
+            if row.constraint is not None and i not in self.errors:
                 try:
-                    logits[i : i + 1] = row.constraint(ids, logits[i : i + 1])
+                    logits[i : i + 1] = row.constraint(row_ids, logits[i : i + 1])
                 except Exception as error:
                     self.errors[i] = error
         return combined
@@ -191,181 +190,7 @@ class BatchSampler:
     def _columns(
         self, requests: Sequence[Request], *settings: Callable[[Request], float]
     ) -> list[Tensor]:
-        return [_column([setting(r) for r in requests], self._device) for setting in settings]
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """Settings of rows that are sampled, as columns `(num_rows, 1)`."""
-
-    temperature: Tensor
-    top_k: Tensor  # int64; the largest number if there is no limit
-    top_p: Tensor  # infinite if there is no limit
-    min_p: Tensor
-    truncated: list[int]  # rows with any limit
-    num_without_top_k: int  # among the truncated rows, those with `top_p` and without `top_k`
-
-    @staticmethod
-    def of(requests: Sequence[Request], device: torch.device) -> "_Settings":
-        largest = torch.iinfo(torch.int64).max
-        top_p = [r.top_p if r.top_p is not None and r.top_p < 1 else math.inf for r in requests]
-        return _Settings(
-            temperature=_column([r.temperature or 1.0 for r in requests], device),
-            top_k=_column([r.top_k or largest for r in requests], device, torch.int64),
-            top_p=_column(top_p, device, torch.float64),
-            min_p=_column([r.min_p or 0.0 for r in requests], device),
-            truncated=[
-                i
-                for i, request in enumerate(requests)
-                if request.top_k is not None or request.min_p or top_p[i] < math.inf
-            ],
-            num_without_top_k=sum(
-                request.top_k is None and p < math.inf
-                for request, p in zip(requests, top_p, strict=True)
-            ),
-        )
-
-    def rows(self, index: Tensor) -> "_Settings":
-        """Those of some rows."""
-        return _Settings(
-            self.temperature[index],
-            self.top_k[index],
-            self.top_p[index],
-            self.min_p[index],
-            truncated=[],
-            num_without_top_k=self.num_without_top_k,
-        )
-
-
-def _draw(logits: Tensor, top: Tensor, settings: _Settings, uniform: Tensor) -> Tensor:
-    """A token per row, `(num_rows,)`.
-
-    Args:
-        logits: `(num_rows, vocab_size)`, float32.
-        top: Their maxima, `(num_rows,)`.
-        settings: The rows' settings.
-        uniform: A number from [0, 1) per row, `(num_rows,)`, float64.
-    """
-    if not settings.truncated:
-        return _draw_from_all(logits, top, settings.temperature, uniform)
-    if len(settings.truncated) == len(logits):
-        return _draw_truncated(logits, top, settings, uniform)
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    is_truncated = torch.zeros(len(logits), dtype=torch.bool)
-    is_truncated[settings.truncated] = True
-    truncated = is_truncated.nonzero()[:, 0].to(logits.device)
-    others = (~is_truncated).nonzero()[:, 0].to(logits.device)
-    tokens[truncated] = _draw_truncated(
-        logits[truncated], top[truncated], settings.rows(truncated), uniform[truncated]
-    )
-    tokens[others] = _draw_from_all(
-        logits[others], top[others], settings.temperature[others], uniform[others]
-    )
-    return tokens
-
-
-def _draw_from_all(logits: Tensor, top: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
-    """Draw from all tokens: first a block of them, then a token of the block."""
-    weights = _weights(logits, top, temperature)
-    num_rows, vocab_size = weights.shape
-    whole = vocab_size // _BLOCK_SIZE * _BLOCK_SIZE
-    sums = weights[:, :whole].view(num_rows, -1, _BLOCK_SIZE).sum(2)
-    if whole < vocab_size:
-        sums = torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
-    cumulative = sums.double().cumsum(1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    block = _first_above(cumulative, target)
-    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    tokens = block * _BLOCK_SIZE + torch.arange(_BLOCK_SIZE, device=logits.device)
-    inside = weights.gather(1, tokens.clamp(max=vocab_size - 1)).double()
-    inside = torch.where(tokens < vocab_size, inside, 0.0).cumsum(1)
-    result = tokens.gather(1, _first_above(inside, target - before))[:, 0]
-    return result.clamp(max=vocab_size - 1)
-
-
-def _draw_truncated(logits: Tensor, top: Tensor, settings: _Settings, uniform: Tensor) -> Tensor:
-    """Draw from the tokens that `top_k`, `top_p` and `min_p` keep."""
-    totals = None
-    if settings.num_without_top_k:
-        totals = _weights(logits, top, settings.temperature).sum(1, dtype=torch.float64)
-    vocab_size = logits.shape[1]
-    num_candidates = min(_NUM_CANDIDATES, vocab_size)
-    tokens, is_complete = _draw_from_most_likely(
-        logits, top, settings, uniform, totals, num_candidates
-    )
-    if num_candidates < vocab_size and not is_complete.all():
-        rest = (~is_complete).nonzero()[:, 0]
-        tokens[rest], _ = _draw_from_most_likely(
-            logits[rest],
-            top[rest],
-            settings.rows(rest),
-            uniform[rest],
-            None if totals is None else totals[rest],
-            vocab_size,
-        )
-    return tokens
-
-
-def _draw_from_most_likely(
-    logits: Tensor,
-    top: Tensor,
-    settings: _Settings,
-    uniform: Tensor,
-    totals: Tensor | None,
-    num_candidates: int,
-) -> tuple[Tensor, Tensor]:
-    """Draw among the most likely tokens of each row.
-
-    Args:
-        totals: The weights of all tokens together, `(num_rows,)`; needed for `top_p` without
-            `top_k`.
-
-    Returns:
-        A token per row, and whether all tokens that its settings keep were candidates.
-    """
-    logits, tokens = logits.topk(num_candidates, dim=1)  # the most likely first
-    weights = _weights(logits, top, settings.temperature).double()
-    kth = logits.gather(1, settings.top_k.clamp(max=num_candidates) - 1)
-    weights = torch.where(logits >= kth, weights, 0.0)
-    has_top_k = settings.top_k < torch.iinfo(torch.int64).max
-    total = weights.sum(1, keepdim=True)
-    if totals is not None:
-        total = torch.where(has_top_k, total, totals[:, None])
-    before = weights.cumsum(1) - weights
-    is_kept = (logits >= kth) & (before < settings.top_p * total)
-    is_kept[:, 0] = True
-    smallest = logits.masked_fill(~is_kept, math.inf).amin(1, keepdim=True)
-    least = top[:, None] + settings.temperature * settings.min_p.log()
-    smallest = torch.maximum(smallest, least)
-    is_complete = logits[:, -1] < smallest[:, 0]
-    is_complete &= ~has_top_k[:, 0] | (settings.top_k[:, 0] <= num_candidates)
-    tokens, order = tokens.sort(1)  # ties may come in any order
-    weights = torch.where(logits >= smallest, weights, 0.0).gather(1, order)
-    cumulative = weights.cumsum(1)
-    index = _first_above(cumulative, uniform[:, None] * cumulative[:, -1:])
-    return tokens.gather(1, index)[:, 0], is_complete
-
-
-def _weights(logits: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
-    """Probabilities relative to the most likely token's, at the temperature."""
-    return (logits - top[:, None]).div_(temperature).exp_()
-
-
-def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index of the first cumulative weight above the target, `(num_rows, 1)`.
-
-    A target that rounding put beyond the last one counts as just below it.
-    """
-    below = torch.nextafter(cumulative[:, -1:], torch.zeros_like(target))
-    return torch.searchsorted(cumulative, torch.minimum(target, below), right=True).clamp(
-        max=cumulative.shape[1] - 1
-    )
-
-
-def _column(
-    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)[:, None]
+        return [column([setting(r) for r in requests], self._device) for setting in settings]
 
 
 def _biased_logits(
