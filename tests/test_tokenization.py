@@ -1,5 +1,6 @@
 """What the model reads: chat templates, control tokens, raw prompts."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
