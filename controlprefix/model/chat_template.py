@@ -163,14 +163,15 @@ class ChatTemplate:
         contents = [m["content"] for m in messages]
         if self._control_tokens is None:
             return contents
-        # A template may put contents next to each other: one token may be typed in two messages.
-        ends = list(itertools.accumulate(len(content.strip()) for content in contents))
-        joined = "".join(content.strip() for content in contents)
-        for match in self._control_tokens.finditer(joined):
-            i = bisect.bisect_right(ends, match.start())
-            if match.end() > ends[i]:
-                at = len(contents[i].rstrip()) - (ends[i] - match.start())
-                contents[i] = contents[i][:at] + marks.mark(contents[i][at:])
+        if not self._is_normalized:  # else each is marked as a whole
+            # A template may put contents next to each other: one token may be in two messages.
+            ends = list(itertools.accumulate(len(content.strip()) for content in contents))
+            joined = "".join(content.strip() for content in contents)
+            for match in self._control_tokens.finditer(joined):
+                i = bisect.bisect_right(ends, match.start())
+                if match.end() > ends[i]:
+                    at = len(contents[i].rstrip()) - (ends[i] - match.start())
+                    contents[i] = contents[i][:at] + marks.mark(contents[i][at:])
         return [
             self._marked(content, marks, keep=_THINKING if m["role"] == "assistant" else None)
             for content, m in zip(contents, messages, strict=True)
