@@ -215,7 +215,7 @@ def distill(
 ) -> None:
     """Train a prefix that does what an instruction does; needs prompts, no labelled data."""
     from controlprefix.data import read_texts
-    from controlprefix.training.trainer import distillation_target
+    from controlprefix.training.distillation import distillation_target
 
     name, label = parse_pair("--attribute", attribute) if attribute else (None, None)
     distillation_target(task=task, attribute=name, label=label, user=user)

@@ -9,7 +9,7 @@ from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
 from controlprefix.prefixes import PrefixKey
 from controlprefix.request import Request
-from controlprefix.training.trainer import with_instruction
+from controlprefix.training.distillation import with_instruction
 
 _PROMPTS = ("Write a sentence.", "Write something.", "Say something.", "What is new?")
 _NUM_ROWS, _BATCH_SIZE = 24, 8

@@ -37,7 +37,7 @@ from controlprefix.training import (
     TrainingSettings,
 )
 from controlprefix.training.control import RunOptions
-from controlprefix.training.trainer import distillation_target, with_instruction
+from controlprefix.training.distillation import distillation_target, with_instruction
 
 _DISTILL_BATCH_SIZE = 32
 _NOT_FOR_SWEEPS = RunOptions.__annotations__.keys() - {"progress"}

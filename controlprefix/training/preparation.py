@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -56,6 +57,37 @@ class Preparation:
     num_cut: int
     num_skipped: int
     users: frozenset[str]
+
+    def require_held_out(self, settings: TrainingSettings, what: str) -> None:
+        """Check that there are rows for validation.
+
+        Args:
+            settings: The run's.
+            what: What needs them.
+
+        Raises:
+            TrainingDataError: If there are none.
+        """
+        if not self.held_out:
+            raise TrainingDataError(
+                f"{what} needs held-out examples, but validation {settings.validation} of "
+                f"{len(self.rows)} examples is none; raise it, give rows as validation, or give "
+                "more examples"
+            )
+
+    def require_contrast(self) -> None:
+        """Check that some attribute has two labels to compare.
+
+        Raises:
+            TrainingDataError: If none has.
+        """
+        counts = Counter(key.attribute for key in self.initial if key.attribute)
+        if not counts or max(counts.values()) < 2:
+            trained = ", ".join(str(key) for key in list(self.initial)[:5])
+            raise TrainingDataError(
+                "contrast compares a row under two labels of one attribute, but no attribute of "
+                f"these rows has two that are trained; leave it out. Trained: {trained}"
+            )
 
 
 def prepare(

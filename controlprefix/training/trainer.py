@@ -1,7 +1,6 @@
 """Trainer: trains prefixes on examples or an instruction, and stores them."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -18,6 +17,7 @@ from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.store import NewVersion, PrefixStore
 from controlprefix.training.checkpoint import run_identity
 from controlprefix.training.control import RunControl, in_first_process
+from controlprefix.training.distillation import with_instruction
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
 from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
@@ -202,7 +202,7 @@ class Trainer:
                     init=init,
                     validation=validation,
                 )
-                _require_held_out(preparation, settings, "a sweep")
+                preparation.require_held_out(settings, "a sweep")
                 run = train(
                     self._frozen,
                     preparation.rows,
@@ -243,9 +243,9 @@ class Trainer:
         """Train, and publish all trained prefixes together, or none."""
         self._store.require_writable(preparation.initial)
         if settings.patience is not None:
-            _require_held_out(preparation, settings, "patience")
+            preparation.require_held_out(settings, "patience")
         if settings.contrast:
-            _require_contrast(preparation)
+            preparation.require_contrast()
         origin: dict[str, Any] = {
             "store": self._store.label,
             "tenant": self._store.tenant,
@@ -379,55 +379,3 @@ class Trainer:
             with torch.no_grad(), self._frozen.attached(batch):
                 total += float(objective(pairs).sum())
         return total / sum(len(row.targets) for row in rows)
-
-
-def distillation_target(
-    *, task: str | None, attribute: str | None, label: str | None, user: str | None
-) -> tuple[PrefixKey, dict[str, Any]]:
-    """The one prefix to distill into, and the request fields that name it.
-
-    Raises:
-        TrainingDataError: If not exactly one is named.
-    """
-    if (attribute is None) != (label is None):
-        raise TrainingDataError("give an attribute and its label, or neither")
-    targets: list[tuple[PrefixKey, dict[str, Any]]] = []
-    if task is not None:
-        targets.append((PrefixKey("task", task), {"task": task}))
-    if attribute is not None and label is not None:
-        key = PrefixKey.for_label(attribute, label)
-        targets.append((key, {"attributes": {attribute: label}}))
-    if user is not None:
-        targets.append((PrefixKey("user", user), {"user": user}))
-    if len(targets) != 1:
-        raise TrainingDataError("name one to learn: a task, an attribute and its label, or a user")
-    return targets[0]
-
-
-def with_instruction(instruction: str, prompt: str) -> str:
-    """A prompt as the teacher reads it."""
-    return f"{instruction}\n\n{prompt}" if prompt else instruction
-
-
-def _require_held_out(preparation: Preparation, settings: TrainingSettings, what: str) -> None:
-    if not preparation.held_out:
-        raise TrainingDataError(
-            f"{what} needs held-out examples, but validation {settings.validation} of "
-            f"{len(preparation.rows)} examples is none; raise it, give rows as validation, or give "
-            "more examples"
-        )
-
-
-def _require_contrast(preparation: Preparation) -> None:
-    """Check that some attribute has two labels to compare.
-
-    Raises:
-        TrainingDataError: If none has.
-    """
-    counts = Counter(key.attribute for key in preparation.initial if key.attribute)
-    if not counts or max(counts.values()) < 2:
-        trained = ", ".join(str(key) for key in list(preparation.initial)[:5])
-        raise TrainingDataError(
-            "contrast compares a row under two labels of one attribute, but no attribute of these "
-            f"rows has two that are trained; leave it out. Trained: {trained}"
-        )
