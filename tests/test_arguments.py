@@ -44,6 +44,7 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
     "schema": (lambda cp: cp.generate("a", json_schema={"a": object()}), "is no JSON"),
     "bytes": (lambda cp: Prefix.from_bytes("abc"), "must be bytes, got str"),  # type: ignore[arg-type]
     "store": (lambda cp: PrefixStore(5), "the store is 5"),  # type: ignore[arg-type]
+    "url": (lambda cp: cp.vllm_runner(5, "folder"), "url is 5"),
     "tokenizer": (
         lambda cp: ControlPrefix.from_pretrained(cp.model, tokenizer=5, store="sqlite://"),  # type: ignore[arg-type]
         "tokenizer is 5",

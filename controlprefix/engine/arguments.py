@@ -29,7 +29,7 @@ def checks_arguments(cls: Class) -> Class:
 
 def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(method)
-    choices = functools.cache(lambda: _plain_choices(method))
+    choices = _plain_choices(signature)
 
     @functools.wraps(method)
     def checking(*args: Any, **options: Any) -> Any:
@@ -37,7 +37,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
             values = signature.bind(*args, **options).arguments
         except TypeError:  # the call says so itself
             return method(*args, **options)
-        for name, allowed in choices().items():
+        for name, allowed in choices.items():
             if name in values and not any(_is_a(values[name], choice) for choice in allowed):
                 expected = " or ".join(map(_described, allowed))
                 raise RequestError(
@@ -48,16 +48,13 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     return checking
 
 
-def _plain_choices(method: Callable[..., Any]) -> Mapping[str, list[Any]]:
+def _plain_choices(signature: inspect.Signature) -> Mapping[str, list[Any]]:
     """The types and values that each plain parameter may have."""
-    parameters = inspect.signature(method).parameters
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     result = {}
-    for name, annotation in typing.get_type_hints(inspect.unwrap(method)).items():
-        if name not in parameters or parameters[name].kind in variadic:
-            continue
-        allowed = _choices(annotation)
-        if allowed is not None:
+    for name, parameter in signature.parameters.items():
+        # Quoted annotations name classes that are not imported: nothing plain.
+        if parameter.kind not in variadic and (allowed := _choices(parameter.annotation)):
             result[name] = allowed
     return result
 
