@@ -10,6 +10,8 @@ from controlprefix.errors import EngineError, RequestError
 from controlprefix.inference.runner import TokenLogProbs
 
 CONNECT_TIMEOUT_S = 10.0
+_KEEPALIVE_S = 2.0  # less than servers keep idle connections; uvicorn's default is 5
+_BROKEN = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
 
 
 class VllmClient:
@@ -26,7 +28,9 @@ class VllmClient:
             base_url=url.rstrip("/"),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEEPALIVE_S
+            ),
         )
 
     async def model_info(self, name: str | None = None) -> dict[str, Any]:
@@ -69,10 +73,27 @@ class VllmClient:
     async def complete(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a streamed `/v1/completions`.
 
+        A connection that breaks before there is an answer, as one that the server closed while it
+        was idle, is replaced once.
+
         Raises:
             RequestError: If the server refuses the request.
             EngineError: If it fails.
         """
+        has_answer = False
+        try:
+            async for chunk in self._chunks(body):
+                has_answer = True
+                yield chunk
+        except _BROKEN:
+            if has_answer:
+                raise
+        else:
+            return
+        async for chunk in self._chunks(body):
+            yield chunk
+
+    async def _chunks(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         async with self._http.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
                 await response.aread()
