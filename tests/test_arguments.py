@@ -6,8 +6,15 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 
-from controlprefix import ControlPrefix, ControlPrefixError, Prefix, Request
+from controlprefix import (
+    ControlPrefix,
+    ControlPrefixError,
+    Prefix,
+    Request,
+    UnknownNameError,
+)
 from controlprefix.store import PrefixStore
 
 from models import build, byte_tokenizer
@@ -44,6 +51,7 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
     "schema": (lambda cp: cp.generate("a", json_schema={"a": object()}), "is no JSON"),
     "bytes": (lambda cp: Prefix.from_bytes("abc"), "must be bytes, got str"),  # type: ignore[arg-type]
     "store": (lambda cp: PrefixStore(5), "the store is 5"),  # type: ignore[arg-type]
+    "sizes": (lambda cp: cp.generate(["a"], batch_size=torch.tensor([2, 3])), "takes an int"),
     "url": (lambda cp: cp.vllm_runner(5, "folder"), "url is 5"),
     "tokenizer": (
         lambda cp: ControlPrefix.from_pretrained(cp.model, tokenizer=5, store="sqlite://"),  # type: ignore[arg-type]
@@ -67,11 +75,24 @@ def test_a_label_that_is_a_huge_number_is_unknown(cp: ControlPrefix) -> None:
 
 def test_numbers_of_numpy_and_paths_are_taken(cp: ControlPrefix, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"max_new_tokens": 2, "raw": True}
-    size: Any = numpy.int64(1)
-    several = cp.generate(["a"], batch_size=size, **fields)
-    assert several == [cp.generate("a", **fields)]
+    sizes: list[Any] = [numpy.int64(1), torch.tensor(1)]
+    for size in sizes:
+        assert cp.generate(["a"], batch_size=size, **fields) == [cp.generate("a", **fields)]
+        assert cp.get("user", "ana", version=size).digest == cp.get("user", "ana").digest
+    no: Any = numpy.bool_(False)
+    assert cp.enroll("bo", ["a text"], keep_texts=no)
+    cp.distill(
+        "Be 4.", ["a", "b", "c", "d"], attribute="age", label=4, steps=1, num_slots=2,
+        max_new_tokens=2, progress=False,
+    )  # fmt: skip
+    assert cp.exists("attribute", "age=4")
     with PrefixStore(tmp_path / "prefixes.db"):
         assert (tmp_path / "prefixes.db").exists()
+
+
+def test_a_kind_that_is_none_is_an_unknown_name(cp: ControlPrefix) -> None:
+    with pytest.raises(UnknownNameError):
+        cp.get("tone", "warm")  # type: ignore[arg-type]
 
 
 def test_calls_that_do_not_fit_are_those_of_python(cp: ControlPrefix) -> None:

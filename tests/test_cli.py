@@ -1,6 +1,7 @@
 """The command line: what it prints, and that a mistake is one line and no traceback."""
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -540,6 +541,16 @@ def test_resume_continues_the_latest_run_of_the_command_and_the_data(
     assert folder_of_run("rows.jsonl", resume=True) == "rows"
     assert folder_of_run("rows.jsonl", "users train", resume=True) == "rows-2"
     assert folder_of_run("other/rows.csv", resume=True) == "rows-3"
+    with (
+        contextlib.suppress(ControlPrefixError),
+        RunArguments(folder=Path("runs/rows")).recorded("train", Path("songs.jsonl")),
+    ):
+        raise ControlPrefixError("refused: another run is there")
+    assert folder_of_run("rows.jsonl", resume=True) == "rows"
+    Path("runs/mine").mkdir()
+    with RunArguments(folder=Path("runs/mine")).recorded("train", Path("songs.jsonl")):
+        pass
+    assert list(Path("runs/mine").iterdir()) == []
     with pytest.raises(RequestError, match=r"and songs.jsonl in .* There are: .*users train rows"):
         folder_of_run("songs.jsonl", resume=True)
 

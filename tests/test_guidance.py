@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import WatermarkingConfig
 
 from controlprefix import (
     ControlPrefix,
@@ -271,6 +272,11 @@ def test_a_bias_chooses_and_bans_tokens_with_guidance_too(guided: dict[str, Any]
         ({"renormalize_logits": True}, {"repetition_penalty": 0.8}),
         ({"max_time": 0.0}, {}),
         ({"no_repeat_ngram_size": 1}, {}),
+        ({"forced_eos_token_id": 1}, {"json_schema": {"type": "object"}, "max_new_tokens": 3}),
+        (
+            {"watermarking_config": WatermarkingConfig(bias=50.0, seeding_scheme="lefthash")},
+            {"temperature": 0.8, "seed": 1},
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -278,6 +284,38 @@ def test_a_generation_config_means_the_same_in_every_engine(
     guided: dict[str, Any], config: dict[str, Any], fields: dict[str, Any]
 ) -> None:
     assert in_both_engines(confident(**config), **fields, **guided)
+
+
+@pytest.mark.parametrize("guided", [{}, *GUIDED], ids=str)
+def test_guided_requests_without_allowed_tokens_are_errors_of_their_own(
+    guided: dict[str, Any],
+) -> None:
+    cp = confident(
+        suppress_tokens=[token for word in "tf" for token in byte_tokenizer().encode(word)]
+    )
+    own = Request(
+        prompt="hello", attributes={"tone": "warm"}, json_schema={"type": "boolean"}, **guided
+    )
+    plain = Request(prompt="hello", max_new_tokens=4)
+    with pytest.raises(ModelOutputError):
+        cp.generate(own)
+    with closing(cp.batcher()) as batcher:
+        tickets = [batcher.submit(cp.resolve(request)) for request in (own, plain)]
+        with pytest.raises(ModelOutputError):
+            tickets[0].result()
+        assert tickets[1].result().text == cp.generate(plain).text
+
+
+def test_a_finished_row_is_not_an_error_while_others_go_on() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    model = build("llama", pad_token_id=tokenizer.eos_token_id)
+    model.generation_config.no_repeat_ngram_size = 3  # which rules paddings out
+    cp = ControlPrefix.from_pretrained(model, tokenizer=tokenizer, store="sqlite://")
+    short = Request(prompt="Hello", raw=True, max_new_tokens=20, json_schema={"type": "boolean"})
+    long = Request(prompt="Hello you", raw=True, max_new_tokens=30)
+    expected = [cp.generate(request).text for request in (short, long)]
+    assert [completion.text for completion in cp.generate([short, long])] == expected
 
 
 def test_a_request_whose_tokens_are_all_ruled_out_is_an_error() -> None:

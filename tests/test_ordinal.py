@@ -210,7 +210,7 @@ def test_a_number_that_lies_outside_is_named_with_its_row() -> None:
         cp.score([*rows, outside])
     with pytest.raises(UnknownNameError, match=r"^row 4: .*nobody"):
         cp.score([*rows, {**rows[0], "user": "nobody"}])
-    with pytest.raises(TrainingDataError, match=r"^row 2: len=9 is outside of"):
+    with pytest.raises(TrainingDataError, match=r"^validation, row 2: len=9 is outside"):
         cp.train(rows, validation=[rows[0], outside], **{**QUICK, "steps": 1})
     with pytest.raises(RequestError, match=r"^len=9"):
         cp.generate("x", attributes={"len": 9})

@@ -165,7 +165,9 @@ def test_a_run_that_is_not_finished_is_not_written_over(tmp_path: Path) -> None:
         cp.train(greetings(), folder=tmp_path, on_step=stopped, **options)
     with pytest.raises(TrainingDataError, match="not finished; resume continues it"):
         cp.train(greetings()[:4], folder=tmp_path, **options)
+    os.utime(tmp_path / "checkpoint.safetensors", (0, 0))  # as a copy may have it
     report = cp.train(greetings(), folder=tmp_path, resume=True, **options)
+    os.utime(tmp_path / "report.json", (0, 0))
     assert report.losses == engine().train(greetings(), **options).losses
     cp.train(greetings(), folder=tmp_path, **options)  # another run, after one that is finished
 

@@ -218,6 +218,47 @@ def test_messages_that_a_template_joins_make_no_control_token(typed: tuple[str, 
     assert tokenizer.decode(ids) == "<s>" + "".join(typed)
 
 
+EACH = "{% for m in messages %}BODY{% endfor %}"
+JOINING: list[tuple[str, list[tuple[str, str]], dict[str, Any]]] = [
+    (
+        EACH.replace("BODY", "{{ m.content.split('</think>')[-1] }}"),
+        [("user", "</"), ("assistant", "<think>foo</think>s>")],
+        {},
+    ),
+    (
+        EACH.replace("BODY", "{% if m.role != 'system' %}{{ m.content }}{% endif %}"),
+        [("user", "</"), ("system", "be"), ("assistant", "s>")],
+        {},
+    ),
+    (
+        "{% for d in documents %}{{ d.text }}{% endfor %}{{ messages[0].content }}",
+        [("user", "s>hi")],
+        {"documents": [{"text": "</"}]},
+    ),
+    ("{{ tags | join('') }}{{ messages[0].content }}", [("user", "x")], {"tags": ["</", "s>"]}),
+    ("{{ messages[0].content }}{{ messages[0].content }}", [("user", "s>hi</")], {}),
+    (
+        "{% for m in messages[::-1] %}{{ m.content }}{% endfor %}",
+        [("user", "s>"), ("assistant", "</")],
+        {},
+    ),
+    ("{{ messages[0].content.split('\n') | join('') }}", [("user", "a </\ns>")], {}),
+]
+
+
+@pytest.mark.parametrize(("template", "conversation", "variables"), JOINING)
+def test_texts_that_a_template_puts_together_make_no_control_token(
+    template: str, conversation: list[tuple[str, str]], variables: dict[str, Any]
+) -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = template
+    reader = RequestTokenizer(MODEL, tokenizer)
+    messages = [Message(role=role, content=content) for role, content in conversation]  # type: ignore[arg-type]
+    ids = list(reader.prompt_ids(Request(messages=messages, chat_template_kwargs=variables)))
+    assert "</s>" in tokenizer.decode(ids)
+    assert tokenizer.eos_token_id not in ids
+
+
 @pytest.mark.parametrize(
     "change", ["{0} | wordwrap(4)", "{0}[::-1]", "{0} | replace('0', 'x')", "{0}[:6]"]
 )

@@ -62,19 +62,22 @@ class UsersRunArguments:
 
         about = {"command": command, "data": str(data.resolve())}
 
-        def begin() -> Path:
+        def begin() -> tuple[Path, bool]:
             folder = self.folder or self._default_folder(data, about)
             err.print(f"the run is recorded in {folder}")
-            if not self.resume:
+            is_new = not folder.exists()
+            if not self.resume and not _was_saved(folder):  # an earlier run may not be finished
                 _record(folder, about)
-            return folder
+            return folder, is_new
 
-        folder = in_first_process(begin)
+        folder, is_new = in_first_process(begin)
         try:
             with exit_when_interrupted():
                 yield {"folder": folder, **self.options()}
+            if not self.resume:
+                in_first_process(lambda: _record(folder, about))
         finally:
-            _remove_if_nothing_was_saved(folder)
+            in_first_process(lambda: _clean_up(folder, is_new))
 
     def _default_folder(self, data: Path, about: dict[str, str]) -> Path:
         name = data.name.split(".")[0] or "run"
@@ -120,11 +123,13 @@ def _record(folder: Path, about: dict[str, str]) -> None:
         (folder / _RECORD).write_text(json.dumps(about))
 
 
-def _remove_if_nothing_was_saved(folder: Path) -> None:
+def _clean_up(folder: Path, is_new: bool) -> None:
+    """Remove the record of a run in which nothing was saved, and the folder that it made."""
     with contextlib.suppress(OSError):
-        if [path.name for path in folder.iterdir()] == [_RECORD]:
-            (folder / _RECORD).unlink()
-            folder.rmdir()
+        if {path.name for path in folder.iterdir()} <= {_RECORD}:
+            (folder / _RECORD).unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()
 
 
 def _read_record(folder: Path) -> dict[str, str]:

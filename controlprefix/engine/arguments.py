@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from controlprefix.errors import RequestError
+from controlprefix.prefixes import Kind
 
 Class = TypeVar("Class", bound=type)
 _NAMES = {int: "an int", float: "a number", str: "a text (str)", bool: "a bool", Path: "a path"}
@@ -34,16 +35,20 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def checking(*args: Any, **options: Any) -> Any:
         try:
-            values = signature.bind(*args, **options).arguments
+            bound = signature.bind(*args, **options)
         except TypeError:  # the call says so itself
             return method(*args, **options)
         for name, allowed in choices.items():
-            if name in values and not any(_is_a(values[name], choice) for choice in allowed):
+            if name not in bound.arguments:
+                continue
+            value = _plain(bound.arguments[name])
+            if not any(_is_a(value, choice) for choice in allowed):
                 expected = " or ".join(map(_described, allowed))
                 raise RequestError(
-                    f"{name} is {_text_of(values[name])}; {method.__name__} takes {expected}"
+                    f"{name} is {_text_of(value)}; {method.__name__} takes {expected}"
                 )
-        return method(*args, **options)
+            bound.arguments[name] = value
+        return method(*bound.args, **bound.kwargs)
 
     return checking
 
@@ -61,6 +66,8 @@ def _plain_choices(signature: inspect.Signature) -> Mapping[str, list[Any]]:
 
 def _choices(annotation: Any) -> list[Any] | None:
     """The types and values of an annotation; None if it has any that is not plain."""
+    if annotation == Kind:  # what is none has an error of its own
+        return None
     if typing.get_origin(annotation) in (Union, types.UnionType):
         members = [_choices(member) for member in typing.get_args(annotation)]
         return None if None in members else [item for own in members for item in own or ()]
@@ -69,13 +76,25 @@ def _choices(annotation: Any) -> list[Any] | None:
     return [annotation] if annotation in (*_NAMES, type(None)) else None
 
 
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as one of Python; anything else as it is."""
+    if isinstance(value, (int, float, str)) or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except (TypeError, ValueError, RuntimeError):  # several numbers
+        return value
+
+
 def _is_a(value: Any, choice: Any) -> bool:
     if choice is Path:
         return isinstance(value, os.PathLike)
-    if choice in (int, float):  # numpy's numbers too
-        is_number = hasattr(value, "__index__") or (choice is float and hasattr(value, "__float__"))
-        return is_number and not isinstance(value, (bool, str, bytes))
-    return isinstance(value, choice) if isinstance(choice, type) else bool(value == choice)
+    if choice in (int, float):
+        types_of_choice = int if choice is int else (int, float)
+        return isinstance(value, types_of_choice) and not isinstance(value, bool)
+    if isinstance(choice, type):
+        return isinstance(value, choice)
+    return isinstance(value, type(choice)) and bool(value == choice)
 
 
 def _described(choice: Any) -> str:

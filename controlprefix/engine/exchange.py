@@ -62,7 +62,7 @@ class ExchangeMethods(PrefixMethods):
         *,
         version: int | str | None = None,
         private: bool | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
     ) -> str:
         """Upload a stored prefix with its card to the Hugging Face Hub.
 
@@ -70,7 +70,7 @@ class ExchangeMethods(PrefixMethods):
             kind, name, version: As in `export`.
             repo_id: Such as `me/formal-emails`; created if it does not exist.
             private: Whether a new repository is private.
-            token: Access token; left out, the one you are logged in with.
+            token: Access token, or False for none; left out, the one you are logged in with.
 
         Returns:
             URL of the commit.
@@ -96,14 +96,14 @@ class ExchangeMethods(PrefixMethods):
         return str(commit.commit_url)
 
     def pull_from_hub(
-        self, repo_id: str, *, revision: str | None = None, token: str | None = None
+        self, repo_id: str, *, revision: str | None = None, token: str | bool | None = None
     ) -> tuple[PrefixKey, int]:
         """Download a prefix from the Hugging Face Hub, and store it under its name.
 
         Args:
             repo_id: A repository that `push_to_hub` wrote.
             revision: Branch, tag or commit.
-            token: Access token; left out, the one you are logged in with.
+            token: Access token, or False for none; left out, the one you are logged in with.
 
         Returns:
             Its key and the number of the new version.

@@ -171,7 +171,7 @@ class TrainingMethods(GenerationMethods):
         *,
         task: str | None = None,
         attribute: str | None = None,
-        label: str | None = None,
+        label: str | float | None = None,
         user: str | None = None,
         completions: Sequence[str] | None = None,
         max_new_tokens: int = 48,
@@ -380,7 +380,11 @@ class TrainingMethods(GenerationMethods):
         if not isinstance(validation, (int, float)):
             held_out, fields["validation"] = self._rows(validation, columns, task), 0.0
         labels = self._ordinal_labels(examples, learn)
-        return interpolated(examples, labels), interpolated(held_out, labels), fields
+        rows_to_learn = interpolated(examples, labels)
+        try:
+            return rows_to_learn, interpolated(held_out, labels), fields
+        except TrainingDataError as error:
+            raise TrainingDataError(f"validation, {error}") from None
 
     def _num_slots_of(self, key: PrefixKey) -> int | None:
         """The attribute space's number of slots for a label."""

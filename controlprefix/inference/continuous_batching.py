@@ -17,7 +17,7 @@ from torch import Tensor
 from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batch_cache import BatchCache
 from controlprefix.inference.batcher import BatchedRequest, Batcher
-from controlprefix.inference.generation_config import model_processors
+from controlprefix.inference.generation_config import forced_end_id, model_processors
 from controlprefix.inference.guidance import GuidanceTerm, combined_logits
 from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
 from controlprefix.inference.runner import token_log_probs_of
@@ -67,6 +67,7 @@ class ContinuousBatcher(Batcher):
         self._has_processors = bool(
             model_processors(frozen, request, [frozen.pad_id], [frozen.pad_id])
         )
+        self._forced_end = forced_end_id(frozen)
         super().__init__(
             frozen,
             max_sequences=max_sequences,
@@ -138,6 +139,7 @@ class ContinuousBatcher(Batcher):
         prefilled = prefill.rows()
         row = 0
         for sequence in prefill.sequences:
+            sequence.sampling.forced_end = self._forced_end
             if self._has_processors:
                 sequence.sampling.processors = model_processors(
                     self._frozen, sequence.request, sequence.prompt, sequence.start

@@ -15,8 +15,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from controlprefix.model import FrozenModel
 from controlprefix.request import Request
 
-# What looks at the tokens of a prompt, which padding would be among.
+# What looks at the tokens of a prompt, which padding would be among, or comes after choices.
 _OF_PROMPTS = (
+    "watermarking_config",
     "no_repeat_ngram_size",
     "min_length",
     "encoder_no_repeat_ngram_size",
@@ -56,8 +57,16 @@ def model_processors(
         start: Ids in front of the first generated one.
     """
     config = batch_config(frozen, [request])
-    config.max_length = len(start) + request.max_new_tokens  # where an end may be forced
+    config.forced_eos_token_id = None  # by the sampler, after the row's own settings
     return _processors(frozen, config, prompt, len(start))
+
+
+def forced_end_id(frozen: FrozenModel) -> int | None:
+    """The id that the generation config forces at a request's limit; None if there is none."""
+    ids = getattr(frozen.model.generation_config, "forced_eos_token_id", None)
+    if ids is None:
+        return None
+    return ids if isinstance(ids, int) else min(ids)
 
 
 def _processors(

@@ -108,7 +108,7 @@ def without_implausible(base: Tensor, combined: Tensor) -> Tensor:
         Li et al., "Contrastive Decoding", 2022, https://arxiv.org/abs/2210.15097, with 10 %.
     """
     threshold = base.max(dim=-1, keepdim=True).values + math.log(_MIN_RELATIVE_PROBABILITY)
-    return torch.where(base >= threshold, combined, -math.inf)
+    return torch.where((base >= threshold) & ~base.isneginf(), combined, -math.inf)
 
 
 def guided_log_probs(

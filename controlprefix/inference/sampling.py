@@ -32,6 +32,7 @@ class SampledRow:
         new: Ids generated so far; kept up to date by the caller.
         processors: What the model's generation config does to the logits of each of its rows.
         constraint: What rules out tokens, to keep to a JSON schema.
+        forced_end: The last token that the request's limit allows, whatever is likely there.
         generator: Its random generator.
     """
 
@@ -40,6 +41,7 @@ class SampledRow:
     new: Sequence[int] = ()
     processors: Sequence[Processor] = ()
     constraint: Processor | None = None
+    forced_end: int | None = None
     generator: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +88,9 @@ class BatchSampler:
             for i, row in enumerate(rows)
             if row is not None and (row.processors or row.constraint is not None)
         ]
+        self._forced = [
+            (i, row) for i, row in enumerate(rows) if row is not None and row.forced_end is not None
+        ]
         self._bias = _biased_logits(requests, device)
         self._penalized = [i for i, request in requests.items() if request.has_penalty]
         self._penalties = self._columns(
@@ -131,6 +136,9 @@ class BatchSampler:
                 torch.tensor(uniform, dtype=torch.float64, device=logits.device),
             )
             tokens[of_rows] = torch.where(top[of_rows].isfinite(), sampled_tokens, tokens[of_rows])
+        for i, row in self._forced:
+            if row.forced_end is not None and len(row.new) == row.request.max_new_tokens - 1:
+                tokens[i] = row.forced_end
         if self._counts is not None:
             new = tokens[self._penalized][:, None]
             self._counts.scatter_add_(1, new, torch.ones_like(new, dtype=torch.float32))
@@ -219,7 +227,7 @@ class RowSampling(LogitsProcessor):
         rows: The sampling of each of the first rows.
         device: Device of the logits.
         guidance: As of `BatchSampler`; their rows come after the first ones.
-        invalid: Where to note the rows for which no token can be chosen, `(num_rows or more,)`.
+        note: Called with the rows for which no token can be chosen, `(num_rows,)`.
     """
 
     def __init__(
@@ -228,12 +236,12 @@ class RowSampling(LogitsProcessor):
         device: torch.device,
         guidance: Mapping[int, Sequence[GuidanceTerm]] | None = None,
         *,
-        invalid: Tensor | None = None,
+        note: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._rows, self._num_rows = rows, len(rows)
         self._num_before: int | None = None  # ids before the first generated one
         self._sampler = BatchSampler(rows, device, guidance)
-        self._invalid = invalid
+        self._note = note
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Process `scores` of shape `(num_rows or more, vocab_size)`.
@@ -249,8 +257,8 @@ class RowSampling(LogitsProcessor):
         tokens = self._sampler(scores.float())[: self._num_rows]
         for error in self._sampler.errors.values():
             raise error
-        if self._invalid is not None and self._sampler.is_impossible is not None:
-            self._invalid[: self._num_rows] |= self._sampler.is_impossible[: self._num_rows]
+        if self._note is not None and self._sampler.is_impossible is not None:
+            self._note(self._sampler.is_impossible[: self._num_rows])
         choices = scores.new_full((self._num_rows, scores.shape[1]), -math.inf)
         choices.scatter_(1, tokens[:, None], 0.0)
         if len(scores) == self._num_rows:

@@ -109,7 +109,8 @@ def generate_tokens(
         decoder_ids = torch.tensor(decoder_starts, device=frozen.device)
         options["decoder_input_ids"], num_before = decoder_ids, decoder_ids.shape[1]
     criteria = StoppingCriteriaList()
-    check = _NumbersOnly(len(row_prompts), frozen.device)
+    limits = _RowLimits(requests, num_before, tokenizer, frozen.device)
+    check = _NumbersOnly(len(row_prompts), limits)
     processors = LogitsProcessorList([check])
     criteria.append(check.ends_rows)
     config = batch_config(frozen, requests)
@@ -131,7 +132,7 @@ def generate_tokens(
             for request, start in zip(own_requests, starts, strict=False)  # without guidance rows
         ]
         guidance = dict(enumerate(plan.terms))
-        processors.append(RowSampling(rows, frozen.device, guidance, invalid=check.invalid))
+        processors.append(RowSampling(rows, frozen.device, guidance, note=check.note))
     if plan.has_guidance:
         processors.append(_SameChoice(plan.request_of_row))
         streamer = streamer and _FirstRowStreamer(streamer)
@@ -139,7 +140,7 @@ def generate_tokens(
         batch.set_token(0)
         criteria.append(_ScheduleUpdate(batch, num_before))
     if not has_beams:
-        criteria.append(_RowLimits(requests, num_before, tokenizer))
+        criteria.append(limits)
         if config.forced_eos_token_id is not None:  # at each row's own limit, not the batch's
             processors.append(_ForcedEnds(requests, num_before, config.forced_eos_token_id))
             config.update(forced_eos_token_id=None)
@@ -205,16 +206,26 @@ class _NumbersOnly(LogitsProcessor):
     """Notes the rows whose logits are NaN, and ends them; the other rows go on.
 
     Attributes:
-        invalid: Per row, whether it was; others may note rows there too.
+        invalid: Per row, whether it was.
     """
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.invalid = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    def __init__(self, num_rows: int, limits: "_RowLimits") -> None:
+        self._limits = limits
+        self.invalid = torch.zeros(num_rows, dtype=torch.bool, device=limits.ended.device)
+
+    def note(self, invalid: Tensor) -> None:
+        """Note that some of the first rows are invalid, unless they have ended before.
+
+        Args:
+            invalid: `(num_rows or fewer,)`.
+        """
+        first = slice(len(invalid))
+        self.invalid[first] |= invalid & ~self._limits.ended[first]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         invalid = scores.amax(1).isnan()
         if len(invalid) == len(self.invalid):
-            self.invalid |= invalid
+            self.note(invalid)
             return scores  # of no effect: such a row ends
         # Beams stand together, and are sorted by scores that must be numbers.
         self.invalid |= invalid.view(len(self.invalid), -1).any(1)
@@ -249,11 +260,21 @@ class _FirstRowStreamer(BaseStreamer):
 
 
 class _RowLimits(StoppingCriteria):
-    """Ends each row at its own `max_new_tokens`, or at one of its `stop` texts."""
+    """Ends each row at its own `max_new_tokens`, or at one of its `stop` texts.
+
+    Attributes:
+        ended: Per row, whether it has ended, also by an end token.
+    """
 
     def __init__(
-        self, requests: Sequence[Request], num_before: int, tokenizer: RequestTokenizer
+        self,
+        requests: Sequence[Request],
+        num_before: int,
+        tokenizer: RequestTokenizer,
+        device: torch.device,
     ) -> None:
+        self.ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
+        self._end_ids = torch.tensor(sorted(tokenizer.end_ids), dtype=torch.long, device=device)
         self._requests = requests
         self._num_before = num_before
         self._tokenizer = tokenizer
@@ -265,6 +286,7 @@ class _RowLimits(StoppingCriteria):
         for i, request in enumerate(self._requests):
             if request.stop and not finished[i]:
                 finished[i] = has_stop(self._tokenizer, request, new[i].tolist())
+        self.ended |= finished | torch.isin(new[:, -1], self._end_ids)
         return finished
 
 

@@ -6,13 +6,17 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from controlprefix.errors import RequestError
-from controlprefix.model.control_tokens import control_token_pattern
+from controlprefix.model.control_tokens import (
+    PartialTokens,
+    control_token_pattern,
+    control_tokens,
+)
 
 _NO_TEMPLATE = "this model has no chat template, so it takes a prompt, not messages"
 _PROBE = "a message of a user"
@@ -43,6 +47,9 @@ class _Marks:
 
     Args:
         content: All that goes through it. Equal contents have equal marks.
+
+    Attributes:
+        split: Beginnings of control tokens whose rest is in another text.
     """
 
     def __init__(self, content: str) -> None:
@@ -53,6 +60,7 @@ class _Marks:
         number = int.from_bytes(hashlib.sha256(content.encode("utf-8", "replace")).digest()[:8])
         self._nonce = f"{number:020d}:"
         self._texts: list[str] = []
+        self.split: list[str] = []
 
     def mark(self, text: str) -> str:
         """What stands for a text in the template."""
@@ -97,6 +105,7 @@ class ChatTemplate:
         self._variables = dict(variables or {})
         self._takes_parts: dict[str, bool] = {}  # by template
         self._control_tokens = control_token_pattern(tokenizer)
+        self._partial_tokens = PartialTokens(control_tokens(tokenizer))
         self._is_normalized = any(
             token.special and token.normalized
             for token in getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -140,6 +149,7 @@ class ChatTemplate:
                 "template but an option of the tokenizer"
             )
         marks = _Marks(json.dumps([messages, variables], ensure_ascii=False, default=str))
+        marks.split = self._partial_tokens.beginnings(_typed_texts(messages, variables))
         contents = self._marked_contents(messages, marks)
         messages = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
         variables = {
@@ -186,7 +196,11 @@ class ChatTemplate:
         if isinstance(value, str) and self._control_tokens is not None:
             if self._is_normalized and value:  # what becomes one is not known here
                 return marks.mark(value)
-            return self._control_tokens.sub(mark, value)
+            value = self._control_tokens.sub(mark, value)
+            if marks.split:  # the rest of a token begins another line
+                beginnings = "|".join(map(re.escape, marks.split))
+                value = re.sub(rf"(?m)(?:{beginnings})(?=[^\S\n]*$)", mark, value)
+            return value
         if isinstance(value, Mapping):
             return {
                 self._marked(name, marks): self._marked(item, marks) for name, item in value.items()
@@ -261,6 +275,24 @@ def with_images(pieces: Sequence[Piece], placeholder: str, texts: Sequence[str])
         else Piece(re.sub(re.escape(placeholder), lambda _: next(remaining), piece.text), False)
         for piece in pieces
     ]
+
+
+def _typed_texts(
+    messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+) -> Iterator[str]:
+    """All texts that users typed; of answers also what follows their thoughts."""
+    for message in messages:
+        yield message["content"]
+        yield from _THINKING.split(message["content"])[2::2]
+    values: list[Any] = [*variables.values()]
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            values += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            values += value
 
 
 def _in_parts(

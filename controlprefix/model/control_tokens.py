@@ -3,19 +3,57 @@
 import copy
 import re
 import threading
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 _BEFORE_A_PIECE = ("\n", ">", ";", "a")  # texts that a piece may not merge with
 
 
-def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Matches what the tokenizer reads as a control token; None if it has none."""
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the tokenizer reads as control tokens, the longest first."""
     tokens = {str(token) for token in tokenizer.all_special_tokens}
     added = getattr(tokenizer, "added_tokens_decoder", {})
     tokens |= {token.content for token in added.values() if token.special}
-    longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    return sorted((token for token in tokens if token), key=len, reverse=True)
+
+
+def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Matches what the tokenizer reads as a control token; None if it has none."""
+    tokens = control_tokens(tokenizer)
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+
+class PartialTokens:
+    """Finds pieces of control tokens that become one where a template puts texts together.
+
+    Args:
+        tokens: The control tokens.
+    """
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._rests: dict[str, set[str]] = {}  # by the beginning of a token, what follows it
+        for token in tokens:
+            for n in range(1, len(token)):
+                self._rests.setdefault(token[:n], set()).add(token[n:])
+        self._ends = {rest for rests in self._rests.values() for rest in rests}
+        self._longest = max(map(len, tokens), default=0)
+
+    def beginnings(self, texts: Iterable[str]) -> list[str]:
+        """Beginnings of tokens at the end of a line whose rest is at the start of one.
+
+        Args:
+            texts: Texts that a template may put together in any order, by whole lines.
+        """
+        begun: set[str] = set()
+        rests: set[str] = set()
+        for text in texts:
+            for line in text.split("\n"):
+                end, start = line.rstrip()[-self._longest :], line.lstrip()[: self._longest]
+                begun |= {end[i:] for i in range(len(end))} & self._rests.keys()
+                rests |= {start[:n] for n in range(1, len(start) + 1)} & self._ends
+        split = [begin for begin in begun if self._rests[begin] & rests]
+        return sorted(split, key=len, reverse=True)
 
 
 def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -180,11 +180,6 @@ def run_identity(
     return {"settings": fixed, "rows": rows_hash, "data": sha.hexdigest()}
 
 
-def identity_hash(identity: Mapping[str, Any]) -> str:
-    """A hash of a run's identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
 def _require_same_run(folder: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     differences = [
         f"{name} was {saved['settings'].get(name)!r}, is {value!r}"

@@ -18,7 +18,7 @@ from controlprefix.errors import (
     TrainingDataError,
     TrainingInterrupted,
 )
-from controlprefix.training.report import CHECKPOINT_FILE, REPORT_FILE, TrainingReport
+from controlprefix.training.report import TrainingReport, is_unfinished
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,7 +113,7 @@ class RunControl:
             if self.resume:
                 raise TrainingDataError("resume continues from a checkpoint; give its folder")
             return
-        if not self.resume and _is_unfinished(self.folder):
+        if not self.resume and is_unfinished(self.folder):
             raise TrainingDataError(
                 f"{self.folder} holds a run that is not finished; resume continues it, else give "
                 "another folder"
@@ -160,14 +160,6 @@ class RunControl:
             )
         accelerator.init_trackers("controlprefix")
         return accelerator
-
-
-def _is_unfinished(folder: Path) -> bool:
-    """Whether a run was saved there, and has not ended since."""
-    saved, ended = folder / CHECKPOINT_FILE, folder / REPORT_FILE
-    if not saved.exists():
-        return False
-    return not ended.exists() or ended.stat().st_mtime_ns < saved.stat().st_mtime_ns
 
 
 def in_first_process(action: Callable[[], Result]) -> Result:

@@ -3,11 +3,12 @@
 from typing import Any
 
 from controlprefix.errors import TrainingDataError
+from controlprefix.labels import label_text
 from controlprefix.prefixes import PrefixKey
 
 
 def distillation_target(
-    *, task: str | None, attribute: str | None, label: str | None, user: str | None
+    *, task: str | None, attribute: str | None, label: str | float | None, user: str | None
 ) -> tuple[PrefixKey, dict[str, Any]]:
     """The one prefix to distill into, and the request fields that name it.
 
@@ -20,8 +21,8 @@ def distillation_target(
     if task is not None:
         targets.append((PrefixKey("task", task), {"task": task}))
     if attribute is not None and label is not None:
-        key = PrefixKey.for_label(attribute, label)
-        targets.append((key, {"attributes": {attribute: label}}))
+        name = label_text(label)
+        targets.append((PrefixKey.for_label(attribute, name), {"attributes": {attribute: name}}))
     if user is not None:
         targets.append((PrefixKey("user", user), {"user": user}))
     if len(targets) != 1:

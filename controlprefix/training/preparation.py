@@ -231,7 +231,8 @@ def prepare_requests(
     all_rows = [*requests, *demonstrations]
     named = [part.key for row in all_rows for part in row.named_parts]
     keys = [key for key in dict.fromkeys(named) if key.kind in kinds]
-    resolver.resolve(all_rows)  # names whatever is not stored
+    resolver.resolve(requests)  # names whatever is not stored
+    resolver.resolve(demonstrations)
     stored = resolver.current(set(named))
     rows = [
         TrainingRow(prompt, (), *_divide_parts(request, keys, stored), request=request)

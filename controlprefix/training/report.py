@@ -1,12 +1,15 @@
 """TrainingReport: the result of a run, as files in its folder."""
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
 
 from controlprefix._io import atomic_path
 from controlprefix._version import __version__
@@ -197,3 +200,20 @@ def _running_mean(losses: Sequence[float]) -> list[float]:
         average, weight = 0.9 * average + 0.1 * loss, 0.9 * weight + 0.1
         means.append(average / weight)
     return means
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """A hash of a run's identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder has the checkpoint of a run that is not the one of its report."""
+    try:
+        with safe_open(folder / CHECKPOINT_FILE, framework="pt") as file:
+            saved = json.loads((file.metadata() or {})["controlprefix"])
+        identity, step = identity_hash(saved["identity"]), int(saved["progress"]["step"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return False  # there is none that could be resumed
+    report = TrainingReport.load(folder)
+    return report is None or report.data_hash != identity or len(report.losses) < step

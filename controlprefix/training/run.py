@@ -18,7 +18,7 @@ from controlprefix.training import checkpoint
 from controlprefix.training.control import StepInfo
 from controlprefix.training.objectives import ContrastPair, TrainingRow, add_contrast
 from controlprefix.training.parameterization import TrainablePrefixes
-from controlprefix.training.report import TrainingReport
+from controlprefix.training.report import TrainingReport, identity_hash
 from controlprefix.training.settings import TrainingSettings
 
 _log = logging.getLogger("controlprefix")
@@ -111,7 +111,7 @@ class TrainingRun:
     @property
     def identity(self) -> str:
         """A hash of the settings, the rows and the initialization."""
-        return checkpoint.identity_hash(self._identity)
+        return identity_hash(self._identity)
 
     @property
     def is_finished(self) -> bool:
