@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from controlprefix._io import requires_extra
-from controlprefix.errors import StoreKeyError
+from controlprefix.errors import StoreKeyError, short_reason
 
 _NONCE_BYTES = 12
 _log = logging.getLogger(__name__)
@@ -61,11 +61,11 @@ class JsonEncryptionKeys:
                 raise ValueError("not an object")
             for tenant in tenants.values():
                 if tenant["current"] not in tenant["keys"]:
-                    raise ValueError("a current key that is not among the keys")
+                    raise ValueError("the current key of a tenant is not among its keys")
             return tenants
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise StoreKeyError(
-                f"cannot read the encryption keys in {str(self._path)!r}: {type(error).__name__}; "
+                f"cannot read the encryption keys in {str(self._path)!r}: {short_reason(error)}; "
                 'it must be JSON of the form {"tenant": {"current": "k1", "keys": {"k1": '
                 '"<base64>"}}}'
             ) from error

@@ -176,6 +176,15 @@ class JobMethods:
 
     # --- for workers -------------------------------------------------------------------------
 
+    def num_jobs_of_other_models(self, fingerprint: str) -> int:
+        """How many jobs of all tenants wait for a worker with another model."""
+
+        def count(session: Session, _: int) -> int:
+            others = select(func.count()).where(QueueRow.fingerprint != fingerprint)
+            return session.scalar(others) or 0
+
+        return self._database.run(count)
+
     def claim_job(self, fingerprint: str, *, served: Sequence[str] = ()) -> Claim | None:
         """Take a job of any tenant that is due, of the tenant with the fewest that run; or None.
 

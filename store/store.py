@@ -291,7 +291,11 @@ class PrefixStore(UserData, JobMethods):
         """Read every version; yields its key, its number, and whether it is intact.
 
         A version that cannot be decrypted with the given keys is not intact.
+
+        Raises:
+            StoreKeyError: If the tenant's own key cannot be used.
         """
+        self._cipher.encrypt(b"", "a check of the key")
         return self._reader.verify_all()
 
     def purge(self) -> None:

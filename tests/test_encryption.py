@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy
 
 from controlprefix import PrefixFormatError, StoreError, StoreKeyError
-from controlprefix.store import PrefixStore, Profile
+from controlprefix.store import JsonEncryptionKeys, PrefixStore, Profile
 from controlprefix.store.encryption import KeyFile, TenantCipher
 
 from helpers import Keys, payload_of, prefix_of
@@ -189,3 +189,23 @@ def test_bytes_moved_to_another_tenant_do_not_open(tmp_path: Path) -> None:
     assert TenantCipher("mine", keys).decrypt(sealed, key_id, "user 'ana' version 1") == b"x"
     with pytest.raises(StoreKeyError, match="cannot be decrypted"):
         TenantCipher("theirs", keys).decrypt(sealed, key_id, "user 'ana' version 1")
+
+
+def test_a_key_file_that_cannot_be_used_says_why(tmp_path: Path) -> None:
+    path, url = tmp_path / "keys.json", f"sqlite:///{tmp_path}/prefixes.db"
+    for content, message in (
+        ('{"mine": {"current": "k2", "keys": {"k1": "YQ=="}}}', "is not among its keys"),
+        ("{", "Expecting"),
+    ):
+        path.write_text(content)
+        with (
+            PrefixStore(url, tenant="mine", encryption_keys=JsonEncryptionKeys(path)) as store,
+            pytest.raises(StoreKeyError, match=message),
+        ):
+            store.put([new()])
+    path.write_text('{"mine": {"current": "k1", "keys": {"k1": "YWJj"}}}')
+    with (
+        PrefixStore(url, tenant="mine", encryption_keys=JsonEncryptionKeys(path)) as store,
+        pytest.raises(StoreKeyError, match="is not 16, 24 or 32 bytes"),
+    ):
+        list(store.verify())

@@ -114,3 +114,9 @@ def test_slot_errors_are_missing_and_invented_values() -> None:
         slot_errors(right[:1], tables)
     with pytest.raises(ValueError, match="no values"):
         slot_errors(["x"], [{"kids": "yes"}])
+
+
+def test_triples_that_are_none_are_refused() -> None:
+    for wrong in ([["a", "b"]], [["a", "b", "c", "d"]], [["a", "b", "c"], "x"], 5):
+        with pytest.raises(TrainingDataError, match="subject, relation and object"):
+            as_examples([{"triples": wrong, "completion": "b"}])

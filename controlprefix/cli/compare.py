@@ -135,7 +135,8 @@ def compare(
         named_columns = named_columns or _columns(options.pop("columns"))
     if "model" in options:
         name = str(options.pop("model"))
-        model = replace(model, model=name) if model == ModelArguments() else model
+        if model.model == ModelArguments().model:  # none is given on the command line
+            model = replace(model, model=name)
     # Files are read first, to fail before a model is loaded.
     examples = as_examples(data, columns=named_columns)
     for name in ("validation", "test", "general"):
@@ -157,6 +158,8 @@ def compare(
     for name, reason in report.skipped.items():
         out.print(f"skipped {name}: {reason}")
     out.print(f"the report is in {report.save(folder)}")
+    if len(report.skipped) == len(report.methods):
+        raise typer.Exit(1)
 
 
 def _read_experiment(path: Path) -> dict[str, Any]:

@@ -136,6 +136,8 @@ def evaluate_users(
 def _read_groups(path: Path) -> dict[str, dict[str, str]]:
     try:
         groups: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(groups, dict):
+            raise ValueError("it is no JSON object")
         pairs = [pair for group_of in groups.values() for pair in group_of.items()]
     except (OSError, ValueError, AttributeError) as error:
         raise RequestError(

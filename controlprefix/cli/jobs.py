@@ -34,6 +34,8 @@ def worker(
     out.print(f"doing the jobs of all tenants in {cp.store.label}")
     num_done = jobs.run(until_empty=until_empty)
     out.print(f"{num_done} jobs done")
+    if num_others := cp.store.num_jobs_of_other_models(cp.geometry.fingerprint):
+        out.print(f"{num_others} jobs wait for a worker with another --model")
 
 
 @jobs_app.command("list")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from controlprefix.data.files import Record, read_records
-from controlprefix.data.tables import is_missing, is_table, linearize
+from controlprefix.data.tables import is_missing, is_table, linearize, require_triples
 from controlprefix.errors import TrainingDataError, known_names, shortened
 from controlprefix.example import Example, Preference
 from controlprefix.labels import label_text
@@ -294,6 +294,8 @@ def _rows_of(
         if name in own:
             if "prompt" in own:
                 raise ValueError(f"has a prompt and {name}; leave one of them out")
+            if name == "triples":
+                require_triples(own[name])
             own["prompt"] = linearize(own.pop(name))
     if form is not Preference and is_table(own.get("prompt")):
         own["prompt"] = linearize(own["prompt"])

@@ -129,3 +129,17 @@ def _cell(value: Any) -> str:
     if isinstance(value, (Mapping, list, tuple)) or value is None:
         raise ValueError(f"a table has the cell {value!r}; cells are texts and numbers")
     return " ".join(str(value).split())
+
+
+def require_triples(value: object) -> None:
+    """Check that a value is a list of triples, or one.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    rows = value if isinstance(value, (list, tuple)) else [value]
+    if rows and isinstance(rows[0], str):
+        rows = [rows]
+    for row in rows:
+        if not isinstance(row, (list, tuple)) or len(row) != 3:
+            raise ValueError(f"triples are lists of subject, relation and object, got {row!r:.60}")

@@ -7,12 +7,13 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union, cast
 
 from controlprefix.errors import RequestError
 from controlprefix.prefixes import Kind
 
 Class = TypeVar("Class", bound=type)
+Function = TypeVar("Function", bound=Callable[..., Any])
 _NAMES = {int: "an int", float: "a number", str: "a text (str)", bool: "a bool", Path: "a path"}
 
 
@@ -24,11 +25,12 @@ def checks_arguments(cls: Class) -> Class:
     """
     for name, method in list(vars(cls).items()):
         if inspect.isfunction(method) and not name.startswith("_"):
-            setattr(cls, name, _checked(method))
+            setattr(cls, name, checks_own_arguments(method))
     return cls
 
 
-def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
+def checks_own_arguments(method: Function) -> Function:
+    """Let a function check its plain arguments, as `checks_arguments` does methods."""
     signature = inspect.signature(method)
     choices = _plain_choices(signature)
 
@@ -50,7 +52,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
             bound.arguments[name] = value
         return method(*bound.args, **bound.kwargs)
 
-    return checking
+    return cast(Function, checking)
 
 
 def _plain_choices(signature: inspect.Signature) -> Mapping[str, list[Any]]:

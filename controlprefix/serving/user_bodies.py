@@ -62,8 +62,11 @@ class EnrolmentBody(BaseModel):
             raise RequestError("refine, add and guard are done at once; leave them or train out")
         options = self.train.model_dump(exclude_none=True) if self.train else {}
         if self.decoder is not None:
+            if "num_slots" in options:
+                raise RequestError(
+                    "train.num_slots is for a prefix without a decoder; leave it out"
+                )
             options["decoder"] = self.decoder
-            options.pop("num_slots", None)
         elif options.get("as_codes"):
             raise RequestError("train.as_codes is for a decoder; name one, or leave it out")
         return {"texts": self.texts, **options}

@@ -13,6 +13,7 @@ import torch
 from controlprefix._io import progress_bar
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine import ControlPrefix
+from controlprefix.engine.arguments import checks_own_arguments
 from controlprefix.errors import TrainingDataError, UnsupportedModelError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import measures
@@ -29,6 +30,7 @@ _TASK = "comparison"
 _NUM_HASHED_TEXTS = 20
 
 
+@checks_own_arguments
 def compare(
     cp: ControlPrefix,
     rows: Rows,
@@ -94,6 +96,9 @@ def compare(
         raise TrainingDataError(
             "a comparison needs a method, a seed, and at least 1 step, row and slot"
         )
+    for seed in seeds:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TrainingDataError(f"a seed is {seed!r}; give whole numbers")
     if not 1 <= num_rates <= 3:
         raise TrainingDataError(f"num_rates is {num_rates}; it must be 1, 2 or 3")
     frozen = cp.frozen_model
