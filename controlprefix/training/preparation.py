@@ -75,18 +75,13 @@ class Preparation:
                 "more examples"
             )
 
-    def require_contrast(self) -> None:
-        """Check that some attribute has two labels to compare.
-
-        Raises:
-            TrainingDataError: If none has.
-        """
+    def warn_without_contrast(self) -> None:
+        """Warn if no attribute has two labels to compare."""
         counts = Counter(key.attribute for key in self.initial if key.attribute)
         if not counts or max(counts.values()) < 2:
-            trained = ", ".join(str(key) for key in list(self.initial)[:5])
-            raise TrainingDataError(
-                "contrast compares a row under two labels of one attribute, but no attribute of "
-                f"these rows has two that are trained; leave it out. Trained: {trained}"
+            _log.warning(
+                "contrast has no effect: it compares a row under two labels of one attribute, but "
+                "no attribute of these rows has two that are trained"
             )
 
 

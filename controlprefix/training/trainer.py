@@ -245,7 +245,7 @@ class Trainer:
         if settings.patience is not None:
             preparation.require_held_out(settings, "patience")
         if settings.contrast:
-            preparation.require_contrast()
+            preparation.warn_without_contrast()
         origin: dict[str, Any] = {
             "store": self._store.label,
             "tenant": self._store.tenant,
