@@ -226,9 +226,9 @@ def cause(fault: str, database: Any, server: Process, worker: Process) -> float:
 
 def checked(ledger: Ledger, cp: ControlPrefix, deadline: float) -> dict[str, Any]:
     """What a tenant's store has, compared with what its clients were told."""
-    kept = ledger.jobs[-MAX_JOBS:]
+    newest = ledger.jobs[-MAX_JOBS:]
     while time.monotonic() < deadline:
-        jobs = [cp.store.job(job) for job in kept]
+        jobs = [cp.store.job(job) for job in newest]
         if all(job.is_finished for job in jobs):
             break
         time.sleep(1.0)
