@@ -40,13 +40,9 @@ def computed(
 ) -> capacity.Capacity:
     """What the library computes for one process of this speed."""
     frozen = load_from(options)
-    shapes = frozen.geometry.layers("decoder")
     return capacity.capacity(
-        capacity.Load(
-            slot_values=sum(sum(shape.sizes) for shape in shapes),
-            slot_heads=sum(2 * shape.num_kv_heads for shape in shapes),
-            weight_bytes=sum(p.nbytes for p in frozen.model.parameters()),
-            value_bytes=frozen.dtype.itemsize,
+        capacity.Load.for_model(
+            frozen,
             users=options.users,
             num_slots=NUM_SLOTS,
             form="bfloat16",

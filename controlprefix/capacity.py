@@ -6,7 +6,10 @@ given.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+if TYPE_CHECKING:
+    from controlprefix.model import FrozenModel
 
 Form = Literal["code", "int8", "bfloat16"]
 
@@ -56,6 +59,24 @@ class Load:
     max_sequences: int = 32
     price_per_hour: float = 0.0
     price_per_gb: float = 0.0
+
+    @classmethod
+    def for_model(cls, frozen: "FrozenModel", **numbers: Any) -> Self:
+        """A load of a model that is loaded, from its own shapes and weights.
+
+        Args:
+            frozen: The model.
+            **numbers: The other fields.
+        """
+        geometry = frozen.geometry
+        shapes = [shape for site in geometry.sites for shape in geometry.layers(site)]
+        return cls(
+            slot_values=sum(sum(shape.sizes) for shape in shapes),
+            slot_heads=sum(2 * shape.num_kv_heads for shape in shapes),
+            weight_bytes=sum(p.nbytes for p in frozen.model.parameters()),
+            value_bytes=frozen.dtype.itemsize,
+            **numbers,
+        )
 
 
 @dataclass(frozen=True)

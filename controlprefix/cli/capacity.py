@@ -39,15 +39,10 @@ def capacity(
 ) -> None:
     """Compute what a number of users and requests takes: store, memory, processes."""
     frozen = model.load()
-    geometry = frozen.geometry
-    shapes = [shape for site in geometry.sites for shape in geometry.layers(site)]
     try:
         result = compute(
-            Load(
-                slot_values=sum(sum(shape.sizes) for shape in shapes),
-                slot_heads=sum(2 * shape.num_kv_heads for shape in shapes),
-                weight_bytes=sum(p.nbytes for p in frozen.model.parameters()),
-                value_bytes=frozen.dtype.itemsize,
+            Load.for_model(
+                frozen,
                 users=users,
                 num_slots=num_slots,
                 form=form,

@@ -1,7 +1,6 @@
 """Commands about files of rows: data show, data ratios."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -99,8 +98,7 @@ def add_ratios(
     for record in records:
         if source is not None and not isinstance(record.fields.get(source), str):
             raise TrainingDataError(f"{record.place}: there is no text in the column {source!r}")
-    used = [v for v in asdict(names).values() if isinstance(v, str)] if names else []
-    unused = {source} - {*used, *(names.attributes.values() if names else ())}
+    unused = {source} - (names.named if names else set())  # no column of a row
     rows = [{k: v for k, v in r.fields.items() if k not in unused} for r in records]
     as_examples(rows, columns=names, defaults=defaults)  # all that is wrong in one message
     for record, fields in zip(records, rows, strict=True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from controlprefix.cli.common import err, out
+from controlprefix.cli.common import err, is_main_process, out
 from controlprefix.errors import RequestError, TrainingInterrupted, known_names
 
 if TYPE_CHECKING:
@@ -74,10 +74,11 @@ class UsersRunArguments:
         try:
             with exit_when_interrupted():
                 yield {"folder": folder, **self.options()}
-            if not self.resume:
-                in_first_process(lambda: _record(folder, about))
+            if not self.resume and is_main_process():
+                _record(folder, about)
         finally:
-            in_first_process(lambda: _clean_up(folder, is_new))
+            if is_main_process():  # without the others, which may have ended
+                _clean_up(folder, is_new)
 
     def _default_folder(self, data: Path, about: dict[str, str]) -> Path:
         name = data.name.split(".")[0] or "run"

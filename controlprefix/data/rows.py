@@ -49,11 +49,17 @@ class Columns:
     task: str | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def named(self) -> set[str]:
+        """All columns that are named here."""
+        names = (getattr(self, name) for name in _RENAMED)
+        return {name for name in names if name is not None} | {*self.attributes.values()}
+
     def applied(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """A row's fields under the names of an example's fields."""
         names = [name for name in _RENAMED if getattr(self, name) is not None]
         columns = {name: getattr(self, name) for name in names}
-        taken = {*columns.values(), *self.attributes.values()}
+        taken = self.named
         result = {name: value for name, value in fields.items() if name not in taken}
         if self.attributes or set(names) - {"task"}:
             result = {k: v for k, v in result.items() if k in (*_OWN_FIELDS, "text")}

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -52,20 +53,27 @@ class _Marks:
         split: Beginnings of control tokens whose rest is in another text.
     """
 
-    def __init__(self, content: str) -> None:
-        used = set(content)
-        private = (chr(code) for code in range(0xE000, 0xF900))
-        self._start, self._end = itertools.islice((c for c in private if c not in used), 2)
-        # Digits, which filters of text leave alone; nobody can type the hash of his own text.
-        number = int.from_bytes(hashlib.sha256(content.encode("utf-8", "replace")).digest()[:8])
-        self._nonce = f"{number:020d}:"
+    def __init__(self, content: Any) -> None:
+        self._content = content
         self._texts: list[str] = []
         self.split: list[str] = []
 
+    @cached_property
+    def _signs(self) -> tuple[str, str, str]:
+        """What a mark starts with, ends with, and has in front of its number."""
+        content = json.dumps(self._content, ensure_ascii=False, default=str)
+        used = set(content)
+        private = (chr(code) for code in range(0xE000, 0xF900))
+        start, end = itertools.islice((c for c in private if c not in used), 2)
+        # Digits, which filters of text leave alone; nobody can type the hash of his own text.
+        number = int.from_bytes(hashlib.sha256(content.encode("utf-8", "replace")).digest()[:8])
+        return start, end, f"{number:020d}:"
+
     def mark(self, text: str) -> str:
         """What stands for a text in the template."""
+        start, end, nonce = self._signs
         self._texts.append(text)
-        return f"{self._start}{self._nonce}{len(self._texts) - 1}{self._end}"
+        return f"{start}{nonce}{len(self._texts) - 1}{end}"
 
     def pieces(self, text: str) -> list[Piece]:
         """The pieces of a rendered text.
@@ -73,11 +81,13 @@ class _Marks:
         Raises:
             RequestError: If the template has changed a mark.
         """
+        if not self._texts:
+            return [Piece(text, False)] if text else []
         # Templates may write lists and objects as Python or JSON does, which escapes characters.
-        start, end = (f"(?:{c}|\\\\u{ord(c):04x})" for c in (self._start, self._end))
-        pieces = re.split(f"{start}{self._nonce}(\\d+){end}", text)
+        start, end = (f"(?:{c}|\\\\u{ord(c):04x})" for c in self._signs[:2])
+        pieces = re.split(f"{start}{self._signs[2]}(\\d+){end}", text)
         rest = "".join(pieces[::2])
-        if self._texts and any(part in rest for part in (self._start, self._end, self._nonce)):
+        if any(part in rest for part in self._signs):
             raise RequestError(
                 "the chat template of this model changes texts of messages in a way that control "
                 f"tokens in them, such as {self._texts[0][:20]!r}, do not survive as text; leave "
@@ -148,7 +158,7 @@ class ChatTemplate:
                 f"chat_template_kwargs cannot have {reserved[0]!r}, which is no variable of a "
                 "template but an option of the tokenizer"
             )
-        marks = _Marks(json.dumps([messages, variables], ensure_ascii=False, default=str))
+        marks = _Marks([messages, variables])
         marks.split = self._partial_tokens.beginnings(_typed_texts(messages, variables))
         contents = self._marked_contents(messages, marks)
         messages = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]

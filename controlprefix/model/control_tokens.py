@@ -45,13 +45,17 @@ class PartialTokens:
         Args:
             texts: Texts that a template may put together in any order, by whole lines.
         """
+        lines = [line for text in texts for line in text.split("\n")]
         begun: set[str] = set()
+        for line in lines:
+            end = line.rstrip()[-self._longest :]
+            begun |= {end[i:] for i in range(len(end))} & self._rests.keys()
+        if not begun:
+            return []
         rests: set[str] = set()
-        for text in texts:
-            for line in text.split("\n"):
-                end, start = line.rstrip()[-self._longest :], line.lstrip()[: self._longest]
-                begun |= {end[i:] for i in range(len(end))} & self._rests.keys()
-                rests |= {start[:n] for n in range(1, len(start) + 1)} & self._ends
+        for line in lines:
+            start = line.lstrip()[: self._longest]
+            rests |= {start[:n] for n in range(1, len(start) + 1)} & self._ends
         split = [begin for begin in begun if self._rests[begin] & rests]
         return sorted(split, key=len, reverse=True)
 
