@@ -172,6 +172,17 @@ def test_a_run_that_is_not_finished_is_not_written_over(tmp_path: Path) -> None:
     cp.train(greetings(), folder=tmp_path, **options)  # another run, after one that is finished
 
 
+def test_a_finished_run_that_was_continued_and_stopped_is_not_finished(tmp_path: Path) -> None:
+    options = {**QUICK, "steps": 4, "save_steps": 1}
+    cp = engine()
+    cp.train(greetings(), folder=tmp_path, **options)
+    more = {**options, "steps": 8}
+    with pytest.raises(TrainingInterrupted):
+        cp.train(greetings(), folder=tmp_path, resume=True, on_step=press_ctrl_c_at(6), **more)
+    with pytest.raises(TrainingDataError, match="not finished; resume continues it"):
+        cp.train(greetings(), folder=tmp_path, **options)
+
+
 def test_another_number_of_slots_is_not_called_other_examples(tmp_path: Path) -> None:
     cp = engine()
     cp.train(greetings(), folder=tmp_path, **QUICK)

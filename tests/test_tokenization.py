@@ -238,6 +238,11 @@ JOINING: list[tuple[str, list[tuple[str, str]], dict[str, Any]]] = [
     ("{{ tags | join('') }}{{ messages[0].content }}", [("user", "x")], {"tags": ["</", "s>"]}),
     ("{{ messages[0].content }}{{ messages[0].content }}", [("user", "s>hi</")], {}),
     (
+        "{{ a }}{{ b }}{{ c }}{{ messages[0].content }}",
+        [("user", ">")],
+        {"a": "<", "b": "/", "c": "s"},
+    ),
+    (
         "{% for m in messages[::-1] %}{{ m.content }}{% endfor %}",
         [("user", "s>"), ("assistant", "</")],
         {},

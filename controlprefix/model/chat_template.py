@@ -1,6 +1,5 @@
 """Chat templates: from messages to the text of a prompt, with what users typed kept as text."""
 
-import bisect
 import hashlib
 import inspect
 import itertools
@@ -160,8 +159,15 @@ class ChatTemplate:
             )
         marks = _Marks([messages, variables])
         marks.split = self._partial_tokens.beginnings(_typed_texts(messages, variables))
-        contents = self._marked_contents(messages, marks)
-        messages = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
+        messages = [
+            {
+                **m,
+                "content": self._marked(
+                    m["content"], marks, keep=_THINKING if m["role"] == "assistant" else None
+                ),
+            }
+            for m in messages
+        ]
         variables = {
             **self._variables,
             **{name: self._marked(v, marks) for name, v in variables.items()},
@@ -177,25 +183,6 @@ class ChatTemplate:
             closing = f"</{match[1]}>" if match[1] else "[/THINK]"
             text = f"{text.rstrip()}\n\n{closing}\n\n"
         return marks.pieces(text)
-
-    def _marked_contents(self, messages: Sequence[Mapping[str, str]], marks: "_Marks") -> list[str]:
-        """The contents of messages, with control tokens that were typed marked."""
-        contents = [m["content"] for m in messages]
-        if self._control_tokens is None:
-            return contents
-        if not self._is_normalized:  # else each is marked as a whole
-            # A template may put contents next to each other: one token may be in two messages.
-            ends = list(itertools.accumulate(len(content.strip()) for content in contents))
-            joined = "".join(content.strip() for content in contents)
-            for match in self._control_tokens.finditer(joined):
-                i = bisect.bisect_right(ends, match.start())
-                if match.end() > ends[i]:
-                    at = len(contents[i].rstrip()) - (ends[i] - match.start())
-                    contents[i] = contents[i][:at] + marks.mark(contents[i][at:])
-        return [
-            self._marked(content, marks, keep=_THINKING if m["role"] == "assistant" else None)
-            for content, m in zip(contents, messages, strict=True)
-        ]
 
     def _marked(self, value: Any, marks: "_Marks", *, keep: re.Pattern[str] | None = None) -> Any:
         """A value with control tokens in its texts marked, except those to keep."""

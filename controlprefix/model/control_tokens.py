@@ -40,7 +40,7 @@ class PartialTokens:
         self._longest = max(map(len, tokens), default=0)
 
     def beginnings(self, texts: Iterable[str]) -> list[str]:
-        """Beginnings of tokens at the end of a line whose rest is at the start of one.
+        """Beginnings of tokens at the end of a line whose rest is at the start of others.
 
         Args:
             texts: Texts that a template may put together in any order, by whole lines.
@@ -56,7 +56,15 @@ class PartialTokens:
         for line in lines:
             start = line.lstrip()[: self._longest]
             rests |= {start[:n] for n in range(1, len(start) + 1)} & self._ends
-        split = [begin for begin in begun if self._rests[begin] & rests]
+        whole = {line.strip() for line in lines}
+
+        def follows(rest: str) -> bool:
+            """Whether a line starts with this, or is a part of it that others continue."""
+            return rest in rests or any(
+                rest[:n] in whole and follows(rest[n:]) for n in range(1, len(rest))
+            )
+
+        split = [begin for begin in begun if any(map(follows, self._rests[begin]))]
         return sorted(split, key=len, reverse=True)
 
 
