@@ -276,6 +276,28 @@ def test_a_template_that_changes_typed_control_tokens_is_refused(change: str) ->
     assert reader.prompt_ids(says("hi 100"))
 
 
+@pytest.mark.parametrize(
+    ("change", "typed"),
+    [
+        ("replace('~', '')", "a <~/s> b"),
+        ("lower", "a </S> b"),
+        ("replace('<b>', '')", "a <<b>/s> b"),
+        ("replace('(', '<') | replace(')', '>')", "(/s)"),
+    ],
+)
+def test_a_template_whose_filters_make_control_tokens_of_texts_is_refused(
+    change: str, typed: str
+) -> None:
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        f"<s>{{% for m in messages %}}{{{{ m.content | {change} }}}}</s>{{% endfor %}}"
+    )
+    reader = RequestTokenizer(MODEL, tokenizer)
+    with pytest.raises(RequestError, match="do not survive as text; leave them out"):
+        reader.prompt_ids(says(typed))
+    assert reader.prompt_ids(says("A ~ b"))
+
+
 def test_characters_of_private_use_are_kept_beside_control_tokens() -> None:
     reader = RequestTokenizer(MODEL, byte_tokenizer(chat=True))
     text = "\ue000</s>\ue001:0\ue002"

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from controlprefix.model.control_tokens import (
 )
 
 _NO_TEMPLATE = "this model has no chat template, so it takes a prompt, not messages"
+_CHANGES_TEXTS = (
+    "the chat template of this model changes texts of messages in a way that control tokens in "
+    "them, such as {!r}, do not survive as text; leave them out of messages"
+)
 _PROBE = "a message of a user"
 # A request may set these options of `apply_chat_template`; the others are the operator's.
 _VARIABLES_OF_REQUESTS = frozenset(
@@ -26,6 +31,8 @@ _VARIABLES_OF_REQUESTS = frozenset(
 )
 # In answers: templates look for them to leave thoughts out.
 _THINKING = re.compile(r"</?(think|thinking|thought|reasoning)>|\[/?THINK\]")
+_ANYTHING = re.compile(r"(?s).+")
+_NOT_THINKING = re.compile(rf"(?s)(?:(?!{_THINKING.pattern}).)+")
 # What a template may leave open at the end of a prompt, and how it is closed.
 _OPEN_THINKING = re.compile(r"(?:<(think|thinking|thought|reasoning)>|(\[THINK\]))\s*\Z")
 
@@ -47,13 +54,15 @@ class _Marks:
 
     Args:
         content: All that goes through it. Equal contents have equal marks.
+        whole: Whether contents of messages are marked whole.
 
     Attributes:
         split: Beginnings of control tokens whose rest is in another text.
     """
 
-    def __init__(self, content: Any) -> None:
+    def __init__(self, content: Any, *, whole: bool = False) -> None:
         self._content = content
+        self.whole = whole
         self._texts: list[str] = []
         self.split: list[str] = []
 
@@ -87,11 +96,7 @@ class _Marks:
         pieces = re.split(f"{start}{self._signs[2]}(\\d+){end}", text)
         rest = "".join(pieces[::2])
         if any(part in rest for part in self._signs):
-            raise RequestError(
-                "the chat template of this model changes texts of messages in a way that control "
-                f"tokens in them, such as {self._texts[0][:20]!r}, do not survive as text; leave "
-                "them out of messages"
-            )
+            raise RequestError(_CHANGES_TEXTS.format(self._texts[0][:20]))
         return [
             Piece(self._texts[int(piece)], True) if i % 2 else Piece(piece, False)
             for i, piece in enumerate(pieces)
@@ -159,32 +164,68 @@ class ChatTemplate:
             )
         marks = _Marks([messages, variables])
         marks.split = self._partial_tokens.beginnings(_typed_texts(messages, variables))
-        messages = [
-            {
-                **m,
-                "content": self._marked(
-                    m["content"], marks, keep=_THINKING if m["role"] == "assistant" else None
-                ),
-            }
-            for m in messages
-        ]
+        text = self._rendered(messages, variables, marks, num_images, continue_final_message)
+        pieces = marks.pieces(text)
+        if not all(message["content"].strip() in text for message in messages):
+            whole = _Marks([messages, variables], whole=True)
+            own = self._rendered(messages, variables, whole, num_images, continue_final_message)
+            self._check_tokens(pieces, own)
+        if close_thinking and (match := _OPEN_THINKING.search(text)):
+            closing = f"</{match[1]}>" if match[1] else "[/THINK]"
+            pieces = marks.pieces(f"{text.rstrip()}\n\n{closing}\n\n")
+        return pieces
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        variables: Mapping[str, Any],
+        marks: _Marks,
+        num_images: Sequence[int],
+        continue_final_message: bool,
+    ) -> str:
+        """What the template makes of messages and variables with their marks."""
+        messages = [{**m, "content": self._marked_content(m, marks)} for m in messages]
         variables = {
             **self._variables,
             **{name: self._marked(v, marks) for name, v in variables.items()},
         }
-        text = self._apply(
+        return self._apply(
             _in_parts(messages, num_images)
             if any(num_images)
             else self._with_content_in_parts(messages, variables),
             variables,
             continue_final_message,
         )
-        if close_thinking and (match := _OPEN_THINKING.search(text)):
-            closing = f"</{match[1]}>" if match[1] else "[/THINK]"
-            text = f"{text.rstrip()}\n\n{closing}\n\n"
-        return marks.pieces(text)
+    def _check_tokens(self, pieces: Sequence[Piece], own: str) -> None:
+        """Check that a template has written no control token that it does not write by itself.
 
-    def _marked(self, value: Any, marks: "_Marks", *, keep: re.Pattern[str] | None = None) -> Any:
+        Args:
+            pieces: What it has rendered.
+            own: What it renders of marks in place of the texts of messages.
+
+        Raises:
+            RequestError: If it has, as filters that remove characters do.
+        """
+        if self._control_tokens is None:
+            return
+        written = Counter(
+            token.group()
+            for piece in pieces
+            if not piece.is_literal
+            for token in self._control_tokens.finditer(piece.text)
+        )
+        by_itself = Counter(token.group() for token in self._control_tokens.finditer(own))
+        if made := written - by_itself:
+            raise RequestError(_CHANGES_TEXTS.format(min(made)))
+
+    def _marked_content(self, message: Mapping[str, str], marks: _Marks) -> str:
+        content, is_answer = message["content"], message["role"] == "assistant"
+        if not marks.whole:
+            return str(self._marked(content, marks, keep=_THINKING if is_answer else None))
+        pattern = _NOT_THINKING if is_answer else _ANYTHING
+        return pattern.sub(lambda match: marks.mark(match[0]), content)
+
+    def _marked(self, value: Any, marks: _Marks, *, keep: re.Pattern[str] | None = None) -> Any:
         """A value with control tokens in its texts marked, except those to keep."""
 
         def mark(match: re.Match[str]) -> str:
