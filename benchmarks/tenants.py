@@ -31,13 +31,13 @@ WRONG_BODY = b'{"messages": [' + b'{"x": 1234567},' * 65_000 + b"1]}"  # made on
 WORDS = "the harbour board heard two reports on the old crane and the new square "
 
 
-def served(model: str, store: str, log: Path) -> AbstractContextManager[str]:
+def served(model: str, store: str, log: Path, *options: str) -> AbstractContextManager[str]:
     """A server for API keys on a free port; yields its URL."""
     port = free_port()
     command = [
         *(sys.executable, "-m", "controlprefix.cli", "serve", "--model", model, "--store", store),
         *("--port", str(port), "--no-request-log", "--max-sequences", "16"),
-        *("--served-model-name", "m"),
+        *("--served-model-name", "m", *options),
     ]
     return server(command, port, log, path="/ready")
 
@@ -153,21 +153,28 @@ def page(results: Mapping[str, Any]) -> str:
     )
 
 
-async def measured(
-    url: str, keys: Mapping[str, str], options: argparse.Namespace
-) -> dict[str, Any]:
-    """All rows of the table."""
+def all_attacks(prompt_words: int) -> dict[str, tuple[Attack | None, int]]:
+    """By name what one tenant does, and how many times at once."""
 
     async def long_prompts(client: Client, number: int) -> None:
-        await abandoned_prompts(client, number, num_words=options.prompt_words)
+        await abandoned_prompts(client, number, num_words=prompt_words)
 
-    attacks: dict[str, tuple[Attack | None, int]] = {
+    return {
         "nobody else": (None, 0),
-        f"3 × 16 prompts of {options.prompt_words:,} words, abandoned": (long_prompts, 3),
+        f"3 × 16 prompts of {prompt_words:,} words, abandoned": (long_prompts, 3),
         "20 requests with n=16": (many_choices, 20),
         "4 enrolments that train": (enrolments, 4),
         "4 × 1 MB of wrong JSON": (wrong_bodies, 4),
     }
+
+
+async def measured(
+    url: str,
+    keys: Mapping[str, str],
+    attacks: Mapping[str, tuple[Attack | None, int]],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """The row of the table for each of these attacks."""
     results = {}
     limits = httpx.Limits(max_connections=None)
     clients = [
@@ -195,6 +202,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=30, help="per row")
     parser.add_argument("--rest", type=float, default=10, help="seconds between rows")
     parser.add_argument("--prompt-words", type=int, default=5000)
+    parser.add_argument(
+        "--rows-per-tenant",
+        type=int,
+        default=4,
+        help="--max-sequences-per-tenant of a second server",
+    )
     options = parser.parse_args(argv)
     frozen = load_from(options)
     with tempfile.TemporaryDirectory() as folder:
@@ -203,8 +216,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for tenant in ("a", "b"):
             with PrefixStore(store, tenant=tenant) as own:
                 keys[tenant] = own.create_api_key("web")
+        attacks = all_attacks(options.prompt_words)
         with served(model, store, Path(folder) / "log") as url:
-            results = asyncio.run(measured(url, keys, options))
+            results = asyncio.run(measured(url, keys, attacks, options))
+        limit = ("--max-sequences-per-tenant", str(options.rows_per_tenant))
+        again = {
+            f"{name}, of which {options.rows_per_tenant} run": attack
+            for name, attack in attacks.items()
+            if attack[0] is many_choices
+        }
+        with served(model, store, Path(folder) / "log", *limit) as url:
+            results |= asyncio.run(measured(url, keys, again, options))
     about = {"model": describe(frozen), "seconds": options.seconds}
     save(options.results, "tenants", {**about, "measured": results}, page)
 

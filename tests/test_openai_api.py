@@ -556,6 +556,11 @@ def test_pages_versions_and_rollback_over_http(tmp_path: Path) -> None:
         cp.put("user", name, Prefix.random(cp.geometry, num_slots=2, seed=i))
     try:
         users = f"{served.base}/v1/users"
+        mistyped = httpx.get(users, params={"limt": 2})
+        assert mistyped.status_code == 400
+        assert mistyped.json()["error"]["message"] == (
+            "unknown query parameter 'limt'; this route has: after, limit"
+        )
         names: list[str] = []
         while True:
             after = names[-1] if names else ""

@@ -132,6 +132,27 @@ def test_work_with_the_model_of_one_tenant_keeps_no_other_waiting(
         assert sorted(future.result() for future in slow) == [200] * 4 + [503] * 6
 
 
+@pytest.mark.parametrize(("limit", "most"), [(3, 3), (None, 7)])
+def test_a_tenant_has_no_more_rows_than_allowed(
+    store: str, keys: Keys, limit: int | None, most: int
+) -> None:
+    served = Served(store, limits=ServerLimits(max_sequences=8, max_sequences_per_tenant=limit))
+    rows: list[int] = []
+    step = served.batcher._step
+
+    def counted() -> None:
+        step()
+        rows.append(served.batcher.load[0])
+
+    served.batcher._step = counted
+    try:
+        answer = ask(served, keys["a"], n=10, temperature=1)
+        assert len(answer.json()["choices"]) == 10
+        assert max(rows) == most
+    finally:
+        served.close()
+
+
 def test_several_choices_are_resolved_once(
     served: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

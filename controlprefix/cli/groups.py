@@ -254,8 +254,13 @@ class ClusterArguments:
         )
 
 
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per field of its arguments that are dataclasses."""
+def grouped(command: Callable[..., None], *, without: Sequence[str] = ()) -> Callable[..., None]:
+    """Give a command one option per field of its arguments that are dataclasses.
+
+    Args:
+        command: The command.
+        without: Fields that keep their defaults.
+    """
     for parameter in inspect.signature(command).parameters.values():
         group = parameter.annotation
         if isinstance(group, type) and dataclasses.is_dataclass(group):
@@ -269,6 +274,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
                     else field.default,
                 )
                 for field in dataclasses.fields(group)
+                if field.name not in without
             ]
             command = with_options(command, parameter.name, options, _builder(group))
     return command

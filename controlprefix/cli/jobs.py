@@ -1,6 +1,7 @@
 """Commands about jobs: worker, jobs."""
 
 import signal
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from controlprefix.cli.groups import EngineArguments, StoreArguments, grouped
 
 
 @app.command()
-@grouped
+@partial(grouped, without=["tenant"])
 def worker(
     until_empty: Annotated[
         bool, typer.Option(help="Stop when there is nothing left to do.")

@@ -60,6 +60,14 @@ def _serve(
         ),
     ] = None,
     max_sequences: Annotated[int, typer.Option(help="Sequences decoded concurrently.")] = 32,
+    max_sequences_per_tenant: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Those that one tenant may have: the fewer, the less another tenant's requests are "
+            "slowed. Left out, seven eighths.",
+        ),
+    ] = None,
     max_waiting: Annotated[
         int, typer.Option(help="Requests that may wait; others are answered 503.")
     ] = 256,
@@ -192,6 +200,7 @@ def _serve(
         classifiers=train_classifiers(labelled_texts, 0) if labelled_texts else (),
         limits=ServerLimits(
             max_sequences=max_sequences,
+            max_sequences_per_tenant=max_sequences_per_tenant,
             max_waiting=max_waiting,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,

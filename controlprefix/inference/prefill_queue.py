@@ -19,7 +19,7 @@ from controlprefix.model.padding import pad_rows
 from controlprefix.prefixes import Part, PrefixBatch
 
 _MIN_TOKENS = 128  # of a chunk; fewer take hardly less time
-_CHUNK_SECONDS = 0.2  # of a chunk while others decode; longer if a decode step is
+_CHUNK_SECONDS = 0.1  # of a chunk while others decode; longer if a decode step is
 _TURNS = 4  # a tenant that was served more than those who decode prefills once in so many steps
 
 

@@ -196,6 +196,7 @@ class ChatTemplate:
             variables,
             continue_final_message,
         )
+
     def _check_tokens(self, pieces: Sequence[Piece], own: str) -> None:
         """Check that a template has written no control token that it does not write by itself.
 
@@ -215,8 +216,8 @@ class ChatTemplate:
             for token in self._control_tokens.finditer(piece.text)
         )
         by_itself = Counter(token.group() for token in self._control_tokens.finditer(own))
-        if made := written - by_itself:
-            raise RequestError(_CHANGES_TEXTS.format(min(made)))
+        if added := written - by_itself:
+            raise RequestError(_CHANGES_TEXTS.format(min(added)))
 
     def _marked_content(self, message: Mapping[str, str], marks: _Marks) -> str:
         content, is_answer = message["content"], message["role"] == "assistant"

@@ -7,6 +7,7 @@ from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from controlprefix.errors import RequestError
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
 
@@ -22,11 +23,12 @@ ServerDependency = Annotated[Server, Depends(_server)]
 
 
 class TenantRoute(APIRoute):
-    """A route that authenticates the client before it reads the body."""
+    """A route that authenticates the client before it reads the body, and refuses other queries."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler of a request."""
         handle = super().get_route_handler()
+        parameters = {field.alias for field in self.dependant.query_params}
 
         async def handle_authenticated(request: Request) -> Response:
             server = _server(request)
@@ -36,6 +38,11 @@ class TenantRoute(APIRoute):
             client = await server.work.with_store(server.authenticate, api_key, address)
             request.state.client = client
             request.state.report = {"tenant": client.tenant, "api_key": client.key_name}
+            if unknown := sorted(request.query_params.keys() - parameters):
+                allowed = ", ".join(sorted(parameters)) or "none"
+                raise RequestError(
+                    f"unknown query parameter {unknown[0][:100]!r}; this route has: {allowed}"
+                )
             await server.large_bodies.parse(request, client.tenant)
             return await handle(request)
 

@@ -114,12 +114,10 @@ class Server:
             attributes=attributes,
             rate_limiter=RateLimiter(self.limits.requests_per_minute),
         )
-        num_rows = self.limits.max_sequences
         self._runner = runner or self._generator.batcher(
-            max_sequences=num_rows,
+            max_sequences=self.limits.max_sequences,
             max_waiting=self.limits.max_waiting,
-            # Others find a row free, whatever a tenant does.
-            max_sequences_per_tenant=num_rows if open_tenant else num_rows - num_rows // 8,
+            max_sequences_per_tenant=None if open_tenant else self.limits.sequences_per_tenant,
         )
         self._worker = self._tenants.worker() if does_jobs else None
         if self._worker is not None:

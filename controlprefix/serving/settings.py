@@ -20,6 +20,8 @@ class ServerLimits:
         header_timeout_s: Seconds that a connection may be idle, or take to send a head.
         max_connections: Open connections; beyond it, those that are idle are closed.
         max_sequences, max_waiting: Sequences decoded concurrently, and requests that wait.
+        max_sequences_per_tenant: Of these sequences, those that one tenant may have. The fewer,
+            the less another tenant's requests are slowed. Left out, seven eighths.
         max_texts: Texts per enrolment.
         max_enrolments: Enrolments that a tenant may have, those that wait included; one at a
             time is made.
@@ -39,6 +41,7 @@ class ServerLimits:
     max_connections: int = 512
     max_sequences: int = 32
     max_waiting: int = 256
+    max_sequences_per_tenant: int | None = None
     max_texts: int = 1000
     max_enrolments: int = 4
 
@@ -46,5 +49,12 @@ class ServerLimits:
         may_be_zero = {"requests_per_minute", "tokens_per_minute"}
         for name in self.__slots__:
             value = getattr(self, name)
+            if value is None:
+                continue
             if value < 0 or (value == 0 and name not in may_be_zero):
                 raise RequestError(f"{name} is {value}; it must be above 0")
+
+    @property
+    def sequences_per_tenant(self) -> int:
+        """Sequences that one of several tenants may have, so that others find a row free."""
+        return self.max_sequences_per_tenant or self.max_sequences - self.max_sequences // 8
