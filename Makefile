@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := compatibility decoding sampling peers training_speed long_prompts assembly loading \
+BENCHMARKS := demo compatibility decoding sampling peers training_speed long_prompts assembly loading \
 	storage_dtypes store serving
 READY := $(VENV)/ready
 

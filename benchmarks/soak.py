@@ -1,4 +1,4 @@
-"""Hours of use with faults: nothing acknowledged is lost, nothing forgotten is left.
+"""Use with faults: nothing acknowledged is lost, nothing forgotten is left.
 
 Two servers, a worker and PostgreSQL as processes of their own. Clients of two tenants ask, enrol,
 queue training, keep feedback, forget, hang up and send nonsense, while the database restarts or
@@ -292,7 +292,7 @@ def page(results: Mapping[str, Any]) -> str:
     stop = max(results["seconds to stop"], default=0.0)
     return "\n\n".join(
         [
-            "# Hours of use with faults",
+            "# Use with faults",
             f"{results['model']}; {results['seconds'] / 60:.0f} minutes, two servers, a worker and "
             f"PostgreSQL. Written by `{results['command']}` at commit {results['commit']}, "
             f"{results['date']}.",

@@ -164,7 +164,7 @@ class InternalServerError(ServerError):
 
 
 def short_reason(error: Exception) -> str:
-    """What an error of a library says, in one line of up to 200 characters."""
+    """Message of a third-party exception, in one line of up to 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

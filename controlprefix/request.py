@@ -169,7 +169,7 @@ class Request(SteeringFields):
     """Sampling temperature, 0.001 or more; 0 is greedy, whatever the other sampling settings."""
 
     num_beams: int = Field(default=1, ge=1, le=_MAX_BEAMS)
-    """Beam search with so many beams; it does not sample."""
+    """Number of beams; with more than one, beam search, which does not sample."""
 
     stop: tuple[str, ...] = ()
     """Texts that end the completion; they are cut off."""

@@ -84,6 +84,7 @@ WITHOUT_MODEL = (
     "users_at_scale",
 )  # these have no `--model`
 SKIPPED = {
+    "demo": "tested in test_cli.py, with a tiny model in the place of SmolLM2",
     "adapters_batch_split": "needs an environment with an older transformers",
     "serving": "tested with real servers, below",
     "tables": "tested in test_docs.py",

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -348,7 +349,12 @@ def test_the_demo_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ControlPrefix, "from_pretrained", tiny)
     output = run(tmp_path, "demo", "--json", str(tmp_path / "demo.json"))
     assert "reopen the store" in output
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    importlib.import_module("demo").main(["--results", str(tmp_path / "results")])
+    recorded = json.loads((tmp_path / "results" / "demo.json").read_text())
+    assert {"command", "commit", "date", "machine"} < recorded.keys()
     figures = json.loads((tmp_path / "demo.json").read_text())["nats_per_token"]
+    assert recorded["nats_per_token"].keys() == figures.keys()
     assert figures["labels"].keys() == {"formality", "tone"}
     assert figures["users"].keys() == {"ana", "bo", "cleo"}
 

@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 users_app = typer.Typer(help="Train users, and forget them.", no_args_is_help=True)
-jobs_app = typer.Typer(help="Training that servers accepted.", no_args_is_help=True)
+jobs_app = typer.Typer(help="Training jobs that servers have queued.", no_args_is_help=True)
 prefixes_app = typer.Typer(
     help="List, roll back, name and remove stored prefixes.", no_args_is_help=True
 )

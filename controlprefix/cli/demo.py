@@ -106,7 +106,6 @@ def run(store: str, out: Console, json_file: Path | None) -> None:
     out.print(f"see it with: controlprefix prefixes list --store {store} --tenant {TENANT}")
     if json_file is not None:
         record = {
-            "command": "controlprefix demo --json",
             "model": cp.geometry.model_name,
             "seed": SEED,
             "nats_per_token": figures,

@@ -29,7 +29,9 @@ LabelledTextsOption = Annotated[
     ),
 ]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Maximum number of tokens per text.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of sampling and classifiers.")]
+SeedOption = Annotated[
+    int, typer.Option(help="Seed of sampling, of classifiers and of the choice of users.")
+]
 
 
 @app.command("eval")

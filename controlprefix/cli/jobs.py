@@ -20,7 +20,7 @@ def worker(
     *,
     engine: EngineArguments,
 ) -> None:
-    """Train the users that servers have accepted, of all tenants, until it is stopped."""
+    """Run the training jobs that servers have queued, of all tenants, until it is stopped."""
     from controlprefix.jobs import JobWorker
 
     cp = engine.open()
@@ -42,7 +42,7 @@ def worker(
 @jobs_app.command("list")
 @grouped
 def list_jobs(
-    user: Annotated[str | None, typer.Option(help="Those of one user.")] = None,
+    user: Annotated[str | None, typer.Option(help="Only jobs of this user.")] = None,
     *,
     store: StoreArguments,
 ) -> None:

@@ -49,7 +49,7 @@ def reinforce(
         typer.Option(
             help="What to reward, repeatable: labels=ROWS (classifiers trained on a file of "
             "rows), classifier=FILES (comma-separated), length=10..30 (words), pattern=REGEX, "
-            "json, or python=module:function; in front a weight, such as 0.5*json."
+            "json, or python=module:function. A weight may precede it: 0.5*json."
         ),
     ],
     demonstrations: Annotated[

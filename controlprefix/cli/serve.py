@@ -64,8 +64,8 @@ def _serve(
         int | None,
         typer.Option(
             min=1,
-            help="Those that one tenant may have: the fewer, the less another tenant's requests are "
-            "slowed. Left out, seven eighths.",
+            help="Rows of the batch that one tenant may use: the fewer, the less it slows others. "
+            "Left out, 7/8 of --max-sequences, or all with --tenant.",
         ),
     ] = None,
     max_waiting: Annotated[

@@ -37,7 +37,9 @@ KeepTextsOption = Annotated[
 GuardOption = Annotated[
     bool,
     typer.Option(
-        "--guard", help="With a decoder: be no more personal than helps on left-out texts."
+        "--guard",
+        help="With a decoder: shrink the code towards the mean user as far as that lowers the "
+        "loss on texts left out of it.",
     ),
 ]
 UserArgument = Annotated[str, typer.Argument(help="Name of the user.")]

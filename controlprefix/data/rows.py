@@ -38,7 +38,10 @@ class Columns:
 
     Attributes:
         text: A text without a prompt, to be learned as a whole.
-        prompt, completion, task: The fields of an example, as is the name of the user.
+        prompt: Column of prompts.
+        completion: Column of completions.
+        user: Column of the names of users.
+        task: Column of tasks, or the task of rows without one.
         attributes: Per attribute, the column of its labels.
     """
 

@@ -68,7 +68,7 @@ def _plain_choices(signature: inspect.Signature) -> Mapping[str, list[Any]]:
 
 def _choices(annotation: Any) -> list[Any] | None:
     """The types and values of an annotation; None if it has any that is not plain."""
-    if annotation == Kind:  # what is none has an error of its own
+    if annotation == Kind:  # an unknown kind has its own error
         return None
     if typing.get_origin(annotation) in (Union, types.UnionType):
         members = [_choices(member) for member in typing.get_args(annotation)]

@@ -26,7 +26,7 @@ class ControlPrefix(OnDemandMethods, UserMethods):
 
     Attributes:
         store: As given.
-        distill_seconds: How long `unseen="distill"` may take for a label, about (60).
+        distill_seconds: Approximate time limit of `unseen="distill"` per label, in seconds (60).
     """
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import Unpack
 
 from controlprefix.data import Columns, Rows, as_preferences, as_requests
 from controlprefix.engine.arguments import checks_arguments
-from controlprefix.engine.training import TrainingMethods, interpolated
+from controlprefix.engine.training import TrainingMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.example import Example, Preference
 from controlprefix.training import (
@@ -20,11 +20,12 @@ from controlprefix.training import (
     TrainingReport,
     TrainingSettings,
 )
+from controlprefix.training.ordinal_labels import interpolated
 
 
 @checks_arguments
 class FeedbackMethods(TrainingMethods):
-    """What is said of texts -> new versions of prefixes."""
+    """Train prefixes on rewards and on preferences."""
 
     def reinforce(
         self,
@@ -181,31 +182,30 @@ class FeedbackMethods(TrainingMethods):
             preferences = [row for user in users for row in self.feedback(user)]
             if not preferences:
                 raise TrainingDataError("no feedback is kept in the store; give preferences")
-        rows = as_preferences(preferences, columns=columns, defaults=defaults)
-        rows = self.with_default_labels(rows)
-        if learn is None and any(row.user is not None for row in rows):
+
+        def read(rows: Rows) -> list[Preference]:
+            parsed = as_preferences(rows, columns=columns, defaults=defaults)
+            return self.with_default_labels(parsed)
+
+        preferences = read(preferences)
+        if learn is None and any(row.user is not None for row in preferences):
             learn = "user"
-        control, fields = RunControl.split_off(options)
+        rows, held_out, fields = self._training_rows(preferences, options, learn, read)
+        control, fields = RunControl.split_off(fields)
         own_settings, fields = PreferenceSettings.split_off(fields)
-        validation = fields.get("validation", 0.0)
-        held_out: list[Preference] = []
-        if not isinstance(validation, (int, float)):
-            held_out = as_preferences(validation, columns=columns, defaults=defaults)
-            held_out, fields["validation"] = self.with_default_labels(held_out), 0.0
         by_default = {"learning_rate": 0.01, "parameterization": "direct"}
         settings = TrainingSettings.from_options({**by_default, **fields})
         if settings.contrast:
             raise TrainingDataError("contrast compares labels, not preferences; leave it out")
         if settings.off_context:
             raise TrainingDataError("off_context applies to train; leave it out")
-        labels = self._ordinal_labels(rows, learn)
         return self._trainer.train_preferences(
-            interpolated(rows, labels),
+            rows,
             settings,
             own_settings,
             learn=learn,
             num_slots=num_slots,
             num_slots_of=self._num_slots_of,
-            validation=interpolated(held_out, labels),
+            validation=held_out,
             control=control,
         )

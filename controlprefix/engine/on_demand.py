@@ -16,7 +16,7 @@ _NUM_ROWS, _BATCH_SIZE = 24, 8
 _NUM_SLOTS = 8
 _NEW_TOKENS = 32
 _MIN_STEPS, _MAX_STEPS = 4, 40
-_PASSES_PER_STEP = 4.0  # a training step takes as long as so many passes without gradients
+_PASSES_PER_STEP = 4.0  # duration of a training step, in passes without gradients
 _lock = threading.Lock()  # one label at a time in a process: training takes all of a machine
 
 
@@ -25,7 +25,7 @@ class OnDemandMethods(FeedbackMethods):
     """What `unseen="distill"` does.
 
     Attributes:
-        distill_seconds: How long distilling one label may take, about.
+        distill_seconds: Approximate time limit per label, in seconds.
     """
 
     distill_seconds: float = 60.0

@@ -136,7 +136,7 @@ class PrefixMethods(Components):
         Args:
             kind: Which of them.
             after: Only names that come after this one.
-            limit: At most so many.
+            limit: Maximum number of names.
 
         Raises:
             RequestError: If the limit is below 0.

@@ -1,28 +1,16 @@
 """The methods of `ControlPrefix` that train task and attribute prefixes."""
 
-import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar, Unpack
 
-from controlprefix.attributes.ordinal import (
-    MAX_DISTINCT,
-    anchors,
-    as_number,
-    by_attribute,
-    interpolate,
-    is_inside,
-    is_ordinal,
-    numbers_of,
-)
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.generation import GenerationMethods
-from controlprefix.errors import RequestError, TrainingDataError
-from controlprefix.example import Example
-from controlprefix.labels import label_text, weighted_labels
+from controlprefix.errors import TrainingDataError
+from controlprefix.example import Example, Preference
 from controlprefix.prefixes import Kind, PrefixKey
-from controlprefix.request import AnyRequest, Request
+from controlprefix.request import Request
 from controlprefix.training import (
     Initialization,
     Initializations,
@@ -38,12 +26,12 @@ from controlprefix.training import (
 )
 from controlprefix.training.control import RunOptions
 from controlprefix.training.distillation import distillation_target, with_instruction
+from controlprefix.training.ordinal_labels import interpolated, ordinal_labels
 
 _DISTILL_BATCH_SIZE = 32
 _NOT_FOR_SWEEPS = RunOptions.__annotations__.keys() - {"progress"}
 
-
-_log = logging.getLogger("controlprefix")
+Row = TypeVar("Row", Example, Preference)
 
 
 @checks_arguments
@@ -101,7 +89,9 @@ class TrainingMethods(GenerationMethods):
             Clive et al., "Control Prefixes for Parameter-Efficient Text Generation", 2021,
             https://arxiv.org/abs/2110.08329.
         """
-        rows, held_out, fields = self._training_rows(examples, options, columns, task, learn)
+        rows, held_out, fields = self._training_rows(
+            examples, options, learn, lambda rows: self._rows(rows, columns, task)
+        )
         control, fields = RunControl.split_off(fields)
         only_users = learn == "user" or (learn is not None and list(learn) == ["user"])
         defaults = {"parameterization": "direct"} if only_users else {}
@@ -229,7 +219,17 @@ class TrainingMethods(GenerationMethods):
             ]
             teacher = self.without_defaults()
             generated = teacher.generate(requests, batch_size=_DISTILL_BATCH_SIZE)
-            completions = [completion.text for completion in generated]
+            # The teacher may write nothing, from which there is nothing to learn.
+            written = [i for i, completion in enumerate(generated) if completion.text.strip()]
+            prompts = [prompts[i] for i in written]
+            completions = [generated[i].text for i in written]
+            if not written:
+                raise TrainingDataError(
+                    "the model answered no prompt with this instruction; give other prompts, or "
+                    "completions"
+                )
+        if blank := [i for i, text in enumerate(completions, 1) if not text.strip()]:
+            raise TrainingDataError(f"completion {blank[0]} is blank; leave its prompt out")
         if len(completions) != len(prompts):
             raise TrainingDataError(
                 f"{len(completions)} completions for {len(prompts)} prompts; give one each"
@@ -237,7 +237,6 @@ class TrainingMethods(GenerationMethods):
         examples = [
             Example(prompt=prompt, completion=completion, **fields)
             for prompt, completion in zip(prompts, completions, strict=True)
-            if completion.strip()
         ]
         return self._trainer.distill(
             instruction,
@@ -275,7 +274,9 @@ class TrainingMethods(GenerationMethods):
         Raises:
             TrainingDataError: If the examples cannot be trained on, or none are held out.
         """
-        rows, held_out, fields = self._training_rows(examples, options, columns, task, learn)
+        rows, held_out, fields = self._training_rows(
+            examples, options, learn, lambda rows: self._rows(rows, columns, task)
+        )
         for option in _NOT_FOR_SWEEPS & fields.keys():
             raise TrainingDataError(f"{option} has no effect in a sweep; leave it out")
         control, fields = RunControl.split_off(fields)
@@ -317,49 +318,6 @@ class TrainingMethods(GenerationMethods):
         rows = self._rows(examples, columns, None)
         return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
 
-    def _ordinal_labels(
-        self, rows: Sequence[Request], learn: Learnable | Sequence[Learnable] | None = None
-    ) -> dict[str, Collection[str]]:
-        """Per attribute with numbers as labels, the labels that other numbers are mixtures of.
-
-        They are those of the attribute space, or the stored ones with what lies outside of them,
-        or the numbers of the rows, if they are few, or else anchors over their range.
-        """
-        numbers: dict[str, list[float]] = {}
-        names: dict[str, set[str]] = {}
-        for row in rows:
-            for attribute, label, _ in weighted_labels(row.attributes):
-                names.setdefault(attribute, set()).add(label)
-                if (number := as_number(label)) is not None:
-                    numbers.setdefault(attribute, []).append(number)
-        stored_names = self._model_store.names("attribute") if numbers else ()
-        stored = by_attribute(PrefixKey("attribute", name) for name in stored_names)
-        space = self.attributes.attributes if self.attributes else {}
-        learned = learn is None or "attributes" in ([learn] if isinstance(learn, str) else learn)
-        result: dict[str, Collection[str]] = {}
-        for attribute, values in numbers.items():
-            own, earlier = names[attribute], stored.get(attribute, set())
-            if attribute in space:
-                result[attribute] = space[attribute].labels.keys()
-            elif is_ordinal(earlier):
-                few = len(numbers_of(own | earlier)) <= MAX_DISTINCT
-                ends = own if few else {label_text(min(values)), label_text(max(values))}
-                outside = {end for end in ends if not is_inside(end, earlier)}
-                outside |= {label for label in own if as_number(label) is None}
-                result[attribute] = earlier | (outside if learned else set())
-            elif len(numbers_of(own)) > MAX_DISTINCT:
-                points = anchors(values)
-                _log.warning(
-                    "%s has %d numbers as labels: learned as %s, and mixtures of them",
-                    attribute,
-                    len(numbers_of(own)),
-                    ", ".join(points),
-                )
-                result[attribute] = {*points, *(x for x in own if as_number(x) is None)}
-            elif is_ordinal(own):
-                result[attribute] = own
-        return result
-
     def _rows(self, rows: Rows, columns: Columns | None, task: str | None) -> list[Example]:
         """Rows in any form as examples with default labels."""
         defaults = {} if task is None else {"task": task}
@@ -370,43 +328,30 @@ class TrainingMethods(GenerationMethods):
         self,
         rows: Rows,
         options: Mapping[str, Any],
-        columns: Columns | None,
-        task: str | None,
         learn: Learnable | Sequence[Learnable] | None,
-    ) -> tuple[list[Example], list[Example], dict[str, Any]]:
+        read: Callable[[Rows], list[Row]],
+    ) -> tuple[list[Row], list[Row], dict[str, Any]]:
         """Rows to train on, rows given as `validation`, and the options without those."""
-        examples, held_out, fields = self._rows(rows, columns, task), [], dict(options)
+        own, held_out, fields = read(rows), [], dict(options)
         validation = options.get("validation", 0.0)
         if not isinstance(validation, (int, float)):
-            held_out, fields["validation"] = self._rows(validation, columns, task), 0.0
-        labels = self._ordinal_labels(examples, learn)
-        rows_to_learn = interpolated(examples, labels)
-        try:
-            return rows_to_learn, interpolated(held_out, labels), fields
-        except TrainingDataError as error:
-            raise TrainingDataError(f"validation, {error}") from None
+            held_out, fields["validation"] = read(validation), 0.0
+        labels = self._ordinal_labels(own, learn)
+        held_out = interpolated(held_out, labels, source="validation, ")
+        return interpolated(own, labels), held_out, fields
+
+    def _ordinal_labels(
+        self, rows: Sequence[Request], learn: Learnable | Sequence[Learnable] | None
+    ) -> dict[str, Collection[str]]:
+        """Per attribute with numbers as labels, those that others are mixtures of."""
+        return ordinal_labels(
+            rows,
+            self.attributes,
+            lambda: [PrefixKey("attribute", name) for name in self._model_store.names("attribute")],
+            may_add=learn is None or "attributes" in ([learn] if isinstance(learn, str) else learn),
+        )
 
     def _num_slots_of(self, key: PrefixKey) -> int | None:
         """The attribute space's number of slots for a label."""
         space = self.attributes
         return space.attributes[key.attribute].num_slots if space and key.attribute else None
-
-
-def interpolated(
-    rows: Sequence[AnyRequest], labels: Mapping[str, Collection[str]]
-) -> list[AnyRequest]:
-    """Rows with the numbers of ordinal attributes as mixtures of labels.
-
-    Raises:
-        TrainingDataError: If a number lies outside of an attribute's labels.
-    """
-    if not labels:
-        return list(rows)
-    result = []
-    for number, row in enumerate(rows, 1):
-        try:
-            attributes, _ = interpolate(row.attributes, labels)
-        except RequestError as error:
-            raise TrainingDataError(f"{row.place(number)}: {error}") from None
-        result.append(row.model_copy(update={"attributes": attributes}))
-    return result

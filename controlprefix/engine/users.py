@@ -94,7 +94,7 @@ class UserMethods(ExchangeMethods):
         of them is forgotten later, `num_forgotten` of the decoder's versions counts it.
 
         Args:
-            texts, columns: As in `train_users`; some dozens of users at least.
+            texts, columns: As in `train_users`; of a hundred users or more, to be of use to others.
             name: Name of the decoder.
             num_slots: Slots of the prefixes.
             width: Values of a code per slot.

@@ -133,7 +133,7 @@ class BatchCache:
 
 
 def _mark(mask: Tensor, row: int, num_tokens: int) -> None:
-    """Let a row of a mask have so many tokens, which end at the last column."""
+    """Set the mask of a row to `num_tokens` tokens, which end at the last column."""
     mask[row] = 0
     mask[row, mask.shape[1] - num_tokens :] = 1
 

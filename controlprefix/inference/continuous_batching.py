@@ -290,7 +290,7 @@ class ContinuousBatcher(Batcher):
 
     def _forward(self, batch: PrefixBatch, **inputs: Any) -> Tensor:
         """Logits of the last position of each row, `(num_rows, vocab_size)`."""
-        with self._frozen.attached(batch):
+        with self._frozen.exclusive(), self._frozen.attached(batch):
             if not self._frozen.is_encoder_decoder:
                 inputs["logits_to_keep"] = 1
             elif "input_ids" in inputs:  # by itself, since some encoders refuse `use_cache`

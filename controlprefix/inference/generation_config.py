@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from controlprefix.model import FrozenModel
 from controlprefix.request import Request
 
-# What looks at the tokens of a prompt, which padding would be among, or comes after choices.
+# Settings whose processors read the prompt (run per row, without padding), or follow the choice.
 _OF_PROMPTS = (
     "watermarking_config",
     "no_repeat_ngram_size",
@@ -23,7 +23,7 @@ _OF_PROMPTS = (
     "encoder_no_repeat_ngram_size",
     "encoder_repetition_penalty",
 )
-# Other ways to decode than a row's own settings, and what needs more than a model.
+# Decoding methods that a request cannot have, or that need a second model or constraints.
 _OTHER_MODES = (
     "assistant_early_exit",
     "constraints",

@@ -18,9 +18,9 @@ from controlprefix.model.kv_cache import new_cache
 from controlprefix.model.padding import pad_rows
 from controlprefix.prefixes import Part, PrefixBatch
 
-_MIN_TOKENS = 128  # of a chunk; fewer take hardly less time
-_CHUNK_SECONDS = 0.1  # of a chunk while others decode; longer if a decode step is
-_TURNS = 4  # a tenant that was served more than those who decode prefills once in so many steps
+_MIN_TOKENS = 128  # minimum chunk size; a smaller one takes hardly less time
+_CHUNK_SECONDS = 0.1  # target duration of a chunk while others decode, at least a decode step's
+_YIELD_INTERVAL = 4  # steps per chunk of a tenant that was served more than those who decode
 
 
 @dataclass(slots=True, eq=False)
@@ -231,11 +231,11 @@ class PrefillQueue:
 
         Args:
             served: Tokens that a tenant was served so far.
-            decoding: Tenants whose sequences are being decoded; one that was served more than
-                all of these leaves them some steps.
+            decoding: Tenants whose sequences are being decoded. A tenant that was served more
+                tokens than each of these prefills in one of four steps.
         """
         self._num_steps += 1
-        is_turn_of_all = self._num_steps % _TURNS == 0
+        is_turn_of_all = self._num_steps % _YIELD_INTERVAL == 0
         due = [
             prefill
             for prefill in self._prefills

@@ -25,7 +25,7 @@ Deliver = Callable[[Event], object]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogProbs:
-    """A generated token and its log-probability in nats.
+    """A token and its log-probability in nats.
 
     Attributes:
         token: Its id.
@@ -76,7 +76,7 @@ class Runner(Protocol):
 
         Args:
             resolved: The request with its prefixes.
-            top_log_probs: Record each token's log-probability, and those of so many others.
+            top_log_probs: Record each token's log-probability, and those of this many others.
             deliver: See `Ticket`.
 
         Raises:
@@ -112,7 +112,7 @@ class Runner(Protocol):
         """Accept no more requests, and finish the accepted ones.
 
         Args:
-            timeout_s: After so many seconds, cancel what is left; None waits for all.
+            timeout_s: Seconds after which unfinished requests are cancelled; None waits for all.
 
         Returns:
             Whether all requests were finished.

@@ -384,7 +384,7 @@ def _users(texts: Any) -> Iterator[tuple[str, list[str]]]:
 
 
 def _chunks(users: Iterable[tuple[str, Any]], size: int) -> Iterator[_Chunk]:
-    """Users by so many.
+    """Users in groups of a size.
 
     Raises:
         TrainingDataError: If the size is below 1.

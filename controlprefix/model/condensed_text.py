@@ -17,10 +17,10 @@ from controlprefix.prefixes import Part, Prefix, PrefixBatch
 from controlprefix.request import is_valid_unicode
 
 _MAX_REFERENCES = 16
-_CHAT_SHARE = 4  # one reference in so many is an answer in a chat
+_CHAT_SHARE = 4  # one of this many references is an answer in a chat
 _MIN_REFERENCE_TOKENS, _MAX_REFERENCE_TOKENS = 16, 96
 _MAX_QUERIES = 24  # tokens per reference
-_PIECE_TOKENS = 64  # a text that is alone is cut into pieces of so many
+_PIECE_TOKENS = 64  # size of the pieces that a single text is cut into
 _MAX_PASS_TOKENS = 2048  # tokens that see each other
 _NUM_PROBED = 4
 _MAX_DIFFERENCE, _MAX_DIFFERENCE_IN_HALF = 0.005, 0.05  # of the largest logit

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from controlprefix.model.masks import joined_keys_and_values, mask_with_slots, token_bias
 from controlprefix.prefixes import SlotBlock
 
-# With at least so many elements of keys in a one-token call, attending in segments is faster
+# From this many elements of keys in a one-token call, attending in segments is faster
 # than one call of torch's fused attention. Measured on CPUs and on an H200.
 _MIN_SEGMENTED_VALUES = {"cpu": 1 << 20}
 _MIN_SEGMENTED_VALUES_ELSEWHERE = 1 << 26

@@ -37,7 +37,7 @@ class RowIndependence:
     keeps_state: bool = False
 
     def must_be_alone(self, num_tokens: int) -> bool:
-        """Whether a row with so many tokens needs a batch of its own."""
+        """Whether a row of `num_tokens` needs a batch of its own."""
         limit = self.max_shared_tokens
         return self.padding_counts or (limit is not None and num_tokens > limit)
 

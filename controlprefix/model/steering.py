@@ -120,6 +120,9 @@ class SteeredModel(Protocol):
     def dtype(self) -> torch.dtype:
         """Dtype of the model."""
 
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other threads from the model while inside, if its modules keep state."""
+
 
 # The open blocks of the calling thread or asyncio task, innermost last. A task inherits those
 # that were open when it was created, and never sees those that another task opens.

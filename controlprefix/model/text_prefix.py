@@ -66,7 +66,9 @@ def is_rotary(model: PreTrainedModel) -> bool:
 def keys_and_values(
     frozen: SteeredModel, tokens: Sequence[int] | Tensor, *, first_position: int = 0
 ) -> dict[str, list[LayerSlots]]:
-    """Keys and values of tokens per site and layer, `(num_kv_heads, num_tokens, head_dim)` each.
+    """Keys and values of tokens per site and layer.
+
+    Their shapes are `(num_kv_heads, num_tokens, key_dim)` and `(…, value_dim)`.
 
     Args:
         frozen: The model; slots that are attached to it are ignored.
@@ -86,7 +88,7 @@ def keys_and_values(
         positions = torch.arange(first_position, first_position + len(tokens), device=device)
         inputs["position_ids"] = positions[None]
     layers: dict[str, list[LayerSlots]] = {}
-    with torch.no_grad(), frozen.steering.recorded() as calls:
+    with torch.no_grad(), frozen.exclusive(), frozen.steering.recorded() as calls:
         frozen.model(**inputs, use_cache=False)
         for call in calls:  # in the order of the layers
             layer = frozen.steering.layer_of(call)

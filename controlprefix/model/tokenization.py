@@ -372,7 +372,7 @@ class RequestTokenizer:
 
     @property
     def _around_text(self) -> tuple[list[int], list[int]]:
-        """The ids that the tokenizer puts before and after a text."""
+        """The ids that the tokenizer puts before and after a text, as set to `src_lang` now."""
         inner = self._texts.ids(_ANY_TEXT)
         whole = list(self._tokenizer(_ANY_TEXT)["input_ids"])
         for at in range(len(whole) - len(inner) + 1):
@@ -399,7 +399,7 @@ class RequestTokenizer:
         """
         if unknown := [token for token in ids if not self._is_embedded(token)]:
             raise RequestError(
-                f"the prompt has the token id {unknown[0]}, but this model has "
+                f"a text has the token id {unknown[0]}, but this model has "
                 f"{self._num_embeddings} embeddings; give ids of its own tokenizer, and load the "
                 "tokenizer that belongs to the model"
             )

@@ -149,7 +149,7 @@ class Prefix:
         )
 
     def layer(self, site: Site, index: int) -> LayerSlots:
-        """Keys and values of one layer, `(num_kv_heads, num_slots, head_dim)` each."""
+        """Keys and values of one layer, `(num_kv_heads, num_slots, key_dim or value_dim)`."""
         shape = self.geometry.layers(site)[index]
         columns = self.slots[site].split(self.geometry.split_sizes(site), dim=1)
         return (
@@ -188,7 +188,7 @@ class Prefix:
         return replace(self, slots=slots)
 
     def first(self, num_slots: int) -> Self:
-        """The first slots alone, at most so many, of a prefix that was trained with `nested`.
+        """At most this many of the first slots of a prefix that was trained with `nested`.
 
         Raises:
             ValueError: If `num_slots` is below 1.

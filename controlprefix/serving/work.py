@@ -30,7 +30,7 @@ _MAX_MODEL_WORK = 64  # of a tenant
 
 
 class WorkPools:
-    """Runs blocking work in threads, so that one tenant's never keeps another's from starting.
+    """Runs blocking work in threads; work of one tenant never keeps that of another waiting.
 
     Enrolments, and other work with the model (prefixes from texts, relevance, classification,
     log-probabilities of prompts), have few threads each, one at a time per tenant.

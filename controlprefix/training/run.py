@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from controlprefix.errors import TrainingDataError
+from controlprefix.model import FrozenModel
 from controlprefix.prefixes import PrefixKey
 from controlprefix.training import checkpoint
 from controlprefix.training.control import StepInfo
@@ -23,7 +24,7 @@ from controlprefix.training.settings import TrainingSettings
 
 _log = logging.getLogger("controlprefix")
 
-_BATCHES_PER_BUCKET = 8  # batches are cut from so many batches of rows sorted by length
+_BATCHES_PER_BUCKET = 8  # rows are sorted by length within this many batches
 _WARM_UP_FRACTION = 0.1
 _MIN_LEARNING_RATE = 0.1  # at the end, relative to the peak
 
@@ -201,7 +202,7 @@ class TrainingRun:
             self.prefixes.load_state_dict(self._best)
 
     def untrained(self) -> set[PrefixKey]:
-        """The prefixes that no step so far had a row of."""
+        """Keys of the prefixes that no training row has used so far."""
         batches = self._all_batches()
         rows = (row for _ in range(self.progress.step) for row in next(batches))
         trained = {key for row in rows for key, strength in row.learned if strength}
@@ -239,10 +240,13 @@ class TrainingRun:
         return {name: value.clone() for name, value in self.prefixes.state_dict().items()}
 
 
-def batches_by_length(rows: Sequence[TrainingRow], size: int) -> Iterator[list[TrainingRow]]:
-    """Rows in batches of similar length, shortest first."""
+def batches_by_length(
+    frozen: FrozenModel, rows: Sequence[TrainingRow], size: int
+) -> Iterator[list[TrainingRow]]:
+    """Rows in batches of similar length, shortest first, so that no row changes another."""
     by_length = sorted(rows, key=lambda row: row.num_tokens)
-    yield from (by_length[at : at + size] for at in range(0, len(by_length), size))
+    for batch in frozen.batches([row.num_tokens for row in by_length], size):
+        yield [by_length[i] for i in batch]
 
 
 def learning_rate_schedule(num_steps: int) -> Callable[[int], float]:

@@ -368,7 +368,7 @@ class Trainer:
         """Nats per target token of rows, with only those trained parts that are given."""
         objective = Objective(self._frozen)
         total = 0.0
-        for batch_rows in batches_by_length(rows, _EVALUATION_BATCH_SIZE):
+        for batch_rows in batches_by_length(self._frozen, rows, _EVALUATION_BATCH_SIZE):
             pairs = [
                 ContrastPair(
                     row._replace(learned=[item for item in row.learned if item[0] in prefixes])

@@ -121,7 +121,8 @@ class PrivacyAuditor:
             ids = torch.tensor(rows[at : at + _BATCH_SIZE], device=self._frozen.device)
             context = ids[:, :-_EXTRACTED_TOKENS]
             parts = [[] if prefix is None else [Part(prefix)] for _ in ids]
-            with torch.no_grad(), self._frozen.attached(self._frozen.assemble(parts)):
+            batch = self._frozen.assemble(parts)
+            with torch.no_grad(), self._frozen.exclusive(), self._frozen.attached(batch):
                 generated = self._frozen.model.generate(  # type: ignore[operator]
                     input_ids=context,
                     attention_mask=torch.ones_like(context),

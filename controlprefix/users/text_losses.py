@@ -33,7 +33,7 @@ def losses_of_texts(
     parts = () if prefix is None else (Part(prefix),)
     rows = [TrainingRow(*first_tokens(frozen, text), parts, ()) for text in texts]
     losses: dict[int, float] = {}
-    for batch_rows in batches_by_length(rows, _BATCH_SIZE):
+    for batch_rows in batches_by_length(frozen, rows, _BATCH_SIZE):
         pairs = [ContrastPair(row) for row in batch_rows]
         batch = objective.assemble(pairs, {})
         with torch.no_grad(), frozen.attached(batch):

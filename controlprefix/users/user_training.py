@@ -35,7 +35,7 @@ from controlprefix.training.report import TrainingReport
 from controlprefix.training.run import TrainingRun
 from controlprefix.training.settings import TrainingSettings
 
-_MAX_ROW_TOKENS = 256  # a longer text is cut into rows of so many
+_MAX_ROW_TOKENS = 256  # length of the rows that longer texts are cut into
 _MAX_TEXTS = 1000  # per user; of more, a random sample is used
 _MAX_TEXT_CHARACTERS = 100_000
 _FINISHED_FILE = "finished.jsonl"

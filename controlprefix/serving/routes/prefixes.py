@@ -15,7 +15,7 @@ MAX_LISTED = 1000
 PrefixKind = Annotated[Literal["task", "attribute"], Path(description="What they are for.")]
 PrefixName = Annotated[str, Path(description="Such as `email`, or `formality=formal`.")]
 After = Annotated[str, Query(description="Only names that come after this one.")]
-Limit = Annotated[int, Query(ge=1, le=MAX_LISTED, description="At most so many.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_LISTED, description="Maximum number of names.")]
 
 
 class PrefixList(BaseModel):
