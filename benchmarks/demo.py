@@ -5,8 +5,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from controlprefix.cli import demo
 from rich.console import Console
+
+from controlprefix.cli import demo
 
 from lib.results import arguments, save
 

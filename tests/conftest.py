@@ -144,3 +144,39 @@ def served(store: str) -> "Iterator[Served]":
     built = Served(store, open_tenant="mine")
     yield built
     built.close()
+
+
+@pytest.fixture(scope="module")
+def two_tenants(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URL of a store in which tenants `a` and `b` have the same names."""
+    from servers import fill
+
+    url = f"sqlite:///{tmp_path_factory.mktemp('tenants')}/prefixes.db"
+    fill(url, "a", 2.0)
+    fill(url, "b", 3.0)
+    return url
+
+
+@pytest.fixture(scope="module")
+def keys(two_tenants: str) -> dict[str, dict[str, str]]:
+    """Per tenant, the headers of its requests."""
+    headers = {}
+    for tenant in ("a", "b"):
+        with PrefixStore(two_tenants, tenant=tenant) as own:
+            headers[tenant] = {"Authorization": f"Bearer {own.create_api_key('web')}"}
+    return headers
+
+
+@pytest.fixture(scope="module")
+def limited(two_tenants: str) -> "Iterator[Served]":
+    """A server of both tenants with low limits."""
+    from controlprefix.serving import ServerLimits
+
+    from servers import Served
+
+    limits = ServerLimits(
+        body_timeout_s=1.0, header_timeout_s=1.0, max_connections=20, max_sequences=16
+    )
+    served = Served(two_tenants, limits=limits)
+    yield served
+    served.close()

@@ -13,7 +13,8 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from controlprefix import ControlPrefix, Example, Geometry, Part, Prefix, assemble
+from controlprefix import ControlPrefix, Example, Geometry, Part, Prefix, Request, assemble
+from controlprefix.message import Message
 from controlprefix.model import FrozenModel
 from controlprefix.model.steering import Steering
 from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
@@ -223,3 +224,9 @@ class Keys(JsonEncryptionKeys):
             self.keys.setdefault(name, base64.b64encode(os.urandom(32)).decode())
         output = {"mine": {"current": name, "keys": self.keys}} if name else {}
         self.path.write_text(json.dumps(output))
+
+
+def says(*texts: str, **fields: Any) -> Request:
+    roles = ("user", "assistant")
+    messages = [Message(role=roles[i % 2], content=text) for i, text in enumerate(texts)]  # type: ignore[arg-type]
+    return Request(messages=messages, **fields)

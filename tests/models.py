@@ -1,6 +1,7 @@
 """Small random models, built from a config, and a tokenizer of bytes."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -290,3 +291,12 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="[UNK]",
         clean_up_tokenization_spaces=True,
     )
+
+
+def chat_tokenizer(change: Callable[[str], str] = str) -> PreTrainedTokenizerFast:
+    """The byte tokenizer with a changed chat template."""
+    tokenizer = byte_tokenizer(chat=True)
+    template = tokenizer.chat_template
+    assert isinstance(template, str)
+    tokenizer.chat_template = change(template)
+    return tokenizer

@@ -1,10 +1,12 @@
 """A server of this process for tests, and a store with two prefixes each."""
 
+import json
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import openai
 import uvicorn
 
@@ -19,6 +21,9 @@ from models import build, byte_tokenizer
 
 MODEL = build("llama")
 TOKENIZER = byte_tokenizer(chat=True)
+CHAT = "/v1/chat/completions"
+Keys = dict[str, dict[str, str]]  # of a tenant, the headers of its requests
+MESSAGES: Any = [{"role": "user", "content": "Tell Sam."}]
 
 
 def fill(url: str, tenant: str, scale: float) -> None:
@@ -72,3 +77,36 @@ class Served:
     def close(self) -> None:
         self.server.should_exit = True
         self.thread.join()
+
+
+def chat(served: Served, **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4, **fields}
+    return httpx.post(f"{served.base}/v1/chat/completions", json=body, timeout=60)
+
+
+def complete(served: Served, **fields: Any) -> httpx.Response:
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 4, **fields}
+    return httpx.post(f"{served.base}/v1/completions", json=body, timeout=60)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    data = [
+        line.removeprefix("data: ")
+        for line in response.text.splitlines()
+        if line.startswith("data: ") and line != "data: [DONE]"
+    ]
+    return [json.loads(line) for line in data]
+
+
+# --- fields --------------------------------------------------------------------------------------
+
+
+def ask(served: Served, key: dict[str, str], **fields: Any) -> httpx.Response:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 4,
+        "temperature": 0,
+        **fields,
+    }
+    return httpx.post(served.base + CHAT, json=body, headers=key, timeout=60)

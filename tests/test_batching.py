@@ -10,38 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from batches import CHANGES, engine, requests
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from controlprefix import (
     ControlPrefix,
-    OverloadedError,
-    Prefix,
     Request,
     RequestError,
-    UnknownNameError,
 )
 from controlprefix.inference.continuous_batching import ContinuousBatcher
-from controlprefix.inference.json_constraint import JsonConstraint
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.model.log_probs import token_log_probs
 
 from models import ENCODER_DECODER, RECURRENT, STATIC, build, byte_tokenizer
 
 NO_END = {1: -100.0}
-CHANGES: dict[str, dict[str, Any]] = {
-    "gpt_oss": {"attention": "eager"},  # it has no other
-    # With few heads many tokens are as relevant as others, and padding decides which are read.
-    "deepseek_v32": {"index_n_heads": 32, "index_head_dim": 64},
-}
-
-
-def engine(name: str = "llama") -> ControlPrefix:
-    model = build(name, **CHANGES.get(name, {}))
-    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
-    for seed, (kind, part) in enumerate((("task", "note"), ("user", "ana"), ("user", "bo"))):
-        prefix = Prefix.random(cp.geometry, num_slots=2 + seed, scale=2.0, seed=seed)
-        cp.put(kind, part, prefix)  # type: ignore[arg-type]
-    return cp
 
 
 @pytest.fixture(scope="module")
@@ -49,33 +32,6 @@ def cp() -> Iterator[ControlPrefix]:
     built = engine()
     yield built
     built.store.close()
-
-
-def requests(count: int, seed: int = 0) -> list[Request]:
-    """Requests with a random mix of parts, strengths, schedules and sampling settings."""
-    draw = random.Random(seed)
-    result = []
-    for i in range(count):
-        fields: dict[str, Any] = {
-            "prompt": "x" * draw.randrange(1, 60),
-            "raw": True,
-            "max_new_tokens": draw.randrange(1, 30),
-            "task": draw.choice([None, "note"]),
-            "user": draw.choice([None, "ana", "bo"]),
-        }
-        fields["strengths"] = {
-            part: draw.choice([0.3, 1.0, 2.0, -0.5]) for part in ("task", "user") if fields[part]
-        }
-        if draw.random() < 0.5:
-            fields |= {"temperature": 0.8, "top_p": 0.9, "seed": i}
-        if draw.random() < 0.3:
-            fields["repetition_penalty"] = 1.3
-        if draw.random() < 0.3:
-            fields["stop"] = ["a", "xx"]
-        if fields["user"] and min(fields["strengths"].values()) > 0 and draw.random() < 0.5:
-            fields["schedules"] = {"user": [(0, 1.0), (6, 0.0)]}
-        result.append(Request(**fields))
-    return result
 
 
 @pytest.mark.slow
@@ -138,51 +94,6 @@ def test_a_cancelled_sequence_leaves_and_the_others_stay(cp: ControlPrefix) -> N
     assert batcher.load == (0, 0)
 
 
-def test_a_request_that_cannot_be_carried_out_fails_alone(
-    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batcher = cp.batcher(max_sequences=4)
-    with pytest.raises(UnknownNameError, match="no user 'eve'"):
-        batcher.submit(cp.resolve(Request(prompt="x", user="eve")))
-    with pytest.raises(RequestError, match="beam search cannot join"):
-        batcher.submit(cp.resolve(Request(prompt="x", num_beams=2)))
-    forward = ContinuousBatcher._forward
-
-    def failing(self: ContinuousBatcher, batch: Any, **inputs: Any) -> Any:
-        if (inputs["input_ids"] == 126).any():  # the byte of one prompt
-            raise MemoryError("too long")
-        return forward(self, batch, **inputs)
-
-    monkeypatch.setattr(ContinuousBatcher, "_forward", failing)
-    good = Request(prompt="abc", raw=True, max_new_tokens=40)
-    running = batcher.submit(cp.resolve(good))
-    next(iter(running))
-    bad = batcher.submit(cp.resolve(Request(prompt=cp.tokenizer.decode([126]) * 3, raw=True)))
-    with pytest.raises(MemoryError):
-        bad.result()
-    assert running.result().text == cp.generate(good).text
-    assert batcher.submit(cp.resolve(good)).result().text == cp.generate(good).text
-    batcher.close()
-
-
-def test_a_full_queue_refuses_and_closing_finishes_what_there_is(cp: ControlPrefix) -> None:
-    batcher = cp.batcher(max_sequences=1, max_waiting=2)
-    long = Request(prompt="x", raw=True, max_new_tokens=60, repetition_penalty=1.5)
-    tickets = [batcher.submit(cp.resolve(long))]
-    next(iter(tickets[0]))
-    tickets += [batcher.submit(cp.resolve(long)) for _ in range(2)]
-    with pytest.raises(OverloadedError, match="2 requests are waiting already"):
-        batcher.submit(cp.resolve(long))
-    assert batcher.close()
-    assert len({ticket.result().text for ticket in tickets}) == 1
-    with pytest.raises(OverloadedError, match="shutting down"):
-        batcher.submit(cp.resolve(long))
-    hasty = cp.batcher(max_sequences=1)
-    tickets = [hasty.submit(cp.resolve(long)) for _ in range(3)]
-    assert not hasty.close(timeout_s=0.0)
-    assert tickets[2].result().num_tokens < 60
-
-
 @pytest.mark.parametrize("name", ENCODER_DECODER)
 def test_log_probabilities_of_an_encoder_decoder_add_up_to_the_score(name: str) -> None:
     cp = engine(name)
@@ -232,47 +143,6 @@ def test_many_threads_submit_at_once(cp: ControlPrefix) -> None:
         thread.join()
     batcher.close()
     assert result == expected
-
-
-def test_a_deliver_function_that_fails_cancels_only_its_own_request(cp: ControlPrefix) -> None:
-    batcher = cp.batcher(max_sequences=2)
-
-    def failing(event: object) -> None:
-        raise ValueError("no one home")
-
-    long = Request(prompt="x", raw=True, max_new_tokens=60, repetition_penalty=1.5)
-    with pytest.raises(RequestError, match="given to its deliver function"):
-        batcher.submit(cp.resolve(long), deliver=failing).result()
-    assert batcher.submit(cp.resolve(long)).result() == cp.generate(long)
-    assert batcher.close()
-
-
-def test_a_request_cannot_take_more_rows_than_there_are(cp: ControlPrefix) -> None:
-    away = Request(
-        prompt="x", raw=True, task="note", user="ana", strengths={"task": -1, "user": -1}
-    )
-    batcher = cp.batcher(max_sequences=2)
-    with pytest.raises(RequestError, match="needs 3 rows"):
-        batcher.submit(cp.resolve(away))
-    batcher.close()
-    with pytest.raises(RequestError, match="65 labels; a request may name 64"):
-        Request(prompt="x", attributes={"tone": {f"l{i}": 1.0 for i in range(65)}})
-
-
-@pytest.mark.slow
-def test_a_failure_while_joining_ends_every_ticket(
-    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batcher = cp.batcher(max_sequences=4)
-    long = Request(prompt="x", raw=True, max_new_tokens=200, repetition_penalty=1.5)
-    with monkeypatch.context() as patch:
-        patch.setattr("controlprefix.inference.batch_cache.arrange_rows", lambda *_: 1 / 0)
-        for ticket in [batcher.submit(cp.resolve(long)) for _ in range(3)]:
-            with pytest.raises(RuntimeError, match="division by zero"):
-                ticket.result()
-    assert batcher.submit(cp.resolve(long)).result() == cp.generate(long)
-    assert batcher.close()
-    assert batcher.load == (0, 0)
 
 
 @pytest.mark.slow
@@ -420,40 +290,6 @@ def test_a_decode_step_launches_and_waits_as_often_for_many_rows_as_for_few(
     assert many.num_waits <= max_waits
 
 
-def test_what_a_row_does_to_its_logits_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    cp = ControlPrefix.from_pretrained(
-        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
-    )
-    good = Request(prompt="a", raw=True, max_new_tokens=20, logit_bias={1: -100.0})
-    bad = good.model_copy(update={"json_schema": {}})
-    expected = cp.generate(good).text
-
-    def failing(self: JsonConstraint, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        raise IndexError("out of bounds")
-
-    monkeypatch.setattr(JsonConstraint, "__call__", failing)
-    with contextlib.closing(cp.batcher()) as batcher:
-        tickets = [batcher.submit(cp.resolve(request)) for request in (good, bad, good)]
-        with pytest.raises(IndexError, match="out of bounds"):
-            tickets[1].result()
-        assert [tickets[i].result().text for i in (0, 2)] == [expected] * 2
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"top_k": 1 << 70},
-        {"logit_bias": {10**30: 1.0}},
-        {"max_new_tokens": 1 << 63},
-        {"prompt_ids": [1 << 64], "prompt": None, "raw": False},
-        {"num_beams": 10**6},
-    ],
-)
-def test_numbers_that_no_tensor_holds_are_refused(field: dict[str, Any]) -> None:
-    with pytest.raises(RequestError):
-        Request(**{"prompt": "a", "raw": True, **field})
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3_next", "bart"])
 def test_choices_of_a_prompt_are_prefilled_once(name: str) -> None:
     """And each is what it is alone; the same prompt under other slots is another row."""
@@ -485,22 +321,6 @@ def test_choices_of_a_prompt_are_prefilled_once(name: str) -> None:
         assert sum(num_rows) <= 6  # 4 prompts with slots, and 2 rows of a strength below 0
     finally:
         batcher.close()
-
-
-def test_the_rows_of_a_running_request_are_all_counted(cp: ControlPrefix) -> None:
-    fields: dict[str, Any] = {"raw": True, "max_new_tokens": 60, "logit_bias": NO_END}
-    away = Request(prompt="x", user="ana", strengths={"user": -1}, **fields)
-    rows, runs = [], threading.Event()
-    with contextlib.closing(cp.batcher(max_sequences=3)) as batcher:
-
-        def deliver(_: object) -> None:
-            rows.append(batcher.load[0])
-            runs.set()
-
-        batcher.submit(cp.resolve(away), deliver=deliver)
-        assert runs.wait(60)
-        assert batcher.submit(cp.resolve(away)).result() == cp.generate(away)
-    assert max(rows) == 2
 
 
 def test_choices_with_other_schedules_are_read_apart(cp: ControlPrefix) -> None:

@@ -1,7 +1,6 @@
 """The command line: what it prints, and that a mistake is one line and no traceback."""
 
 import base64
-import contextlib
 import importlib
 import json
 import os
@@ -11,31 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from controlprefix import ControlPrefix, Prefix, __version__, embeddings
 from controlprefix.cli import app
-from controlprefix.cli.config import apply_config
-from controlprefix.cli.runs import RunArguments
-from controlprefix.errors import ControlPrefixError, RequestError
-from controlprefix.store import PrefixStore
+from controlprefix.errors import ControlPrefixError
 
 from helpers import Histogram, Letters, commands
 from models import build, byte_tokenizer
-
-
-def run(folder: Path, *arguments: str) -> str:
-    """Run a command in this process, with the store in `folder`; its errors are raised."""
-    result = CliRunner(env={"CONTROLPREFIX_STORE": f"sqlite:///{folder}/prefixes.db"}).invoke(
-        app, arguments
-    )
-    if isinstance(result.exception, ControlPrefixError):
-        raise result.exception
-    if result.exit_code == 2:  # the command line itself refused the arguments
-        raise ControlPrefixError(" ".join(result.output.replace("│", " ").split()))
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -51,61 +34,6 @@ def test_every_command_and_every_option_is_explained(command: tuple[str, ...]) -
 
 def test_the_version_is_printed(tmp_path: Path) -> None:
     assert run(tmp_path, "--version").strip().endswith(__version__)
-
-
-@pytest.mark.slow
-def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) -> None:
-    data, prompts = tmp_path / "data.jsonl", tmp_path / "prompts.txt"
-    rows = [{"prompt": f"Hi {i}", "completion": "Good day to you."} for i in range(8)]
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    prompts.write_text("\n".join(f"Hi {i}" for i in range(8)))
-    model = ("--model", str(model_folder))
-    common = (
-        "--task",
-        "note",
-        "--learn",
-        "task",
-        "--steps",
-        "30",
-        "--learning-rate",
-        "0.02",
-        *model,
-    )
-
-    swept = run(
-        tmp_path, "sweep", str(data), "--num-slots", "1,2", *common, "--folder", str(tmp_path)
-    )
-    assert "fewest slots within 0.01 of the lowest:" in swept
-    assert json.loads((tmp_path / "sweep.json").read_text())["points"][1]["num_slots"] == 2
-    assert run(tmp_path, "prefixes", "list").startswith("nothing is stored yet in ")
-
-    again = ("--folder", str(tmp_path / "run"), "--resume")
-    train = ("train", str(data), "--num-slots", "4", *common, *again)
-    first, second = run(tmp_path, *train), run(tmp_path, *train)
-    assert "stored task 'note' version 1" in first
-    assert "stored task 'note' version 1" in second  # it was finished
-    assert first.split("best loss")[1] == second.split("best loss")[1]
-    assert (tmp_path / "run" / "report.json").exists()
-
-    with data.open("w") as file:
-        for row in rows:
-            print(json.dumps({**row, "task": "note"}), file=file)
-    shorter = run(tmp_path, "shorten", "task", "note", str(data), "--keep", "0.5", *model)
-    assert "stored task 'note' version 2:" in shorter
-
-    text = ("distill", "Be brief.", str(prompts), "-a", "tone=brief", "--steps", "2", *model)
-    assert "stored attribute 'tone=brief' version 1" in run(tmp_path, *text)
-    for invalid, message in (
-        (
-            ("train", str(data), "--parameterization", "dirct", *model),
-            "'dirct' is not one of 'direct'",
-        ),
-        (("train", str(data), "--tracker", "nosuch", *model), "tracker 'nosuch'"),
-        (("sweep", str(data), "--num-slots", "a", *model), "--num-slots"),
-        (("distill", "Be brief.", str(prompts), *model), "name one to learn"),
-    ):
-        with pytest.raises(ControlPrefixError, match=message):
-            run(tmp_path, *invalid)
 
 
 @pytest.mark.slow
@@ -384,84 +312,6 @@ def test_someones_table_is_shown_and_trained_on(model_folder: Path, tmp_path: Pa
     assert scored.startswith("13 examples")
 
 
-def test_mistakes_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "x", "completion": "y", "task": "t"}\n')
-    model = ("--model", str(tmp_path / "no such model"))
-    for arguments, message in (
-        (("train", str(rows), "--steps", "0"), "steps is 0"),
-        (("train", str(rows), "--validation", "1.5"), "needs a fraction"),
-        (("train", str(rows), "--validation", "dev.jsonl"), "neither a fraction nor a file"),
-        (("train", str(rows), "--text", "body"), "no column 'body'"),
-        (("train", str(rows), "--too-long", "shrink"), "'shrink' is not one of"),
-        (("train", str(rows), "--learn", "user"), "no example has one"),
-        (("train", str(rows), "--learn", "tsk"), "cannot learn 'tsk'"),
-        (("train", str(rows), "--num-slots", "0"), "greater than or equal to 1"),
-        (("distill", "Be brief.", str(rows)), "name one to learn"),
-        (("prefixes", "import", "no folder"), "does not exist"),
-        (("generate", "Hi", "--strength", "user"), "not of the form name=value"),
-        (("generate", "Hi", "--strength", "tone=2"), "it can name: task, user"),
-    ):
-        with pytest.raises(ControlPrefixError, match=message):
-            run(tmp_path, *arguments, *model)
-    with pytest.raises(ControlPrefixError, match="there is no folder"):
-        run(tmp_path, "train", str(rows), *model)
-    with pytest.raises(ControlPrefixError, match="attributes init no.yaml"):
-        run(tmp_path, "attributes", "show", "no.yaml")
-
-
-def test_runs_have_folders_of_their_own(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows = [json.dumps({"prompt": f"Say {i}", "completion": "la", "task": "t"}) for i in range(8)]
-    (tmp_path / "songs.jsonl").write_text("\n".join(rows))
-    train = (
-        "train",
-        "songs.jsonl",
-        "--model",
-        str(model_folder),
-        "--steps",
-        "2",
-        "--num-slots",
-        "2",
-    )
-    with pytest.raises(ControlPrefixError, match="there is no run of this command and songs.jsonl"):
-        run(tmp_path, *train, "--resume")
-    run(tmp_path, *train)
-    run(tmp_path, *train)
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"songs", "songs-2"}
-    versions = run(tmp_path, "prefixes", "show", "task", "t")
-    run(tmp_path, *train, "--resume")
-    assert run(tmp_path, "prefixes", "show", "task", "t") == versions
-    assert (tmp_path / "runs" / "songs-2" / "report.json").exists()
-
-
-def test_a_configuration_file_has_the_defaults(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("STORE", "TENANT"):
-        monkeypatch.setenv(f"CONTROLPREFIX_{name}", "")
-        monkeypatch.delenv(f"CONTROLPREFIX_{name}")
-    config = tmp_path / "controlprefix.toml"
-    config.write_text('tenant = "acme"\nstore = "shop.db"\n')
-    apply_config()
-    result = CliRunner().invoke(app, ["store", "stats"])
-    assert "there is no store shop.db" in str(result.exception)
-    assert not (tmp_path / "shop.db").exists()
-    PrefixStore(f"sqlite:///{tmp_path}/shop.db").close()
-    result = CliRunner().invoke(app, ["store", "stats"])
-    assert f"store {tmp_path}/shop.db, tenant 'acme'" in result.output
-    monkeypatch.setenv("CONTROLPREFIX_TENANT", "other")
-    apply_config()
-    assert "tenant 'other'" in CliRunner().invoke(app, ["store", "stats"]).output
-    for content, message in (("tenat = 'x'", "did you mean 'tenant'"), ("tenant = 3", "in quotes")):
-        config.write_text(content)
-        with pytest.raises(ControlPrefixError, match=message):
-            apply_config()
-
-
 def test_one_prefix_is_exported_imported_named_and_removed(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -525,43 +375,3 @@ def test_ways_to_adapt_a_model_are_compared(model_folder: Path, tmp_path: Path) 
     assert run(tmp_path, *command).count("plain") == text.count("plain")  # nothing is repeated
     with pytest.raises(ControlPrefixError, match="another steps"):
         run(tmp_path, *command, "--steps", "2")
-
-
-def folder_of_run(data: str, command: str = "train", *, resume: bool = False) -> str:
-    with RunArguments(resume=resume).recorded(command, Path(data)) as options:
-        (options["folder"] / "checkpoint.safetensors").touch()
-        name: str = options["folder"].name
-        return name
-
-
-def test_resume_continues_the_latest_run_of_the_command_and_the_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with RunArguments().recorded("train", Path("rows.jsonl")) as options:
-        assert options["folder"].is_dir()
-    assert not (tmp_path / "runs/rows").exists()  # nothing was saved
-    assert folder_of_run("rows.jsonl", "train") == "rows"
-    assert folder_of_run("rows.jsonl", "users train") == "rows-2"
-    assert folder_of_run("other/rows.csv", "train") == "rows-3"
-    assert folder_of_run("rows.jsonl", resume=True) == "rows"
-    assert folder_of_run("rows.jsonl", "users train", resume=True) == "rows-2"
-    assert folder_of_run("other/rows.csv", resume=True) == "rows-3"
-    with (
-        contextlib.suppress(ControlPrefixError),
-        RunArguments(folder=Path("runs/rows")).recorded("train", Path("songs.jsonl")),
-    ):
-        raise ControlPrefixError("refused: another run is there")
-    assert folder_of_run("rows.jsonl", resume=True) == "rows"
-    Path("runs/mine").mkdir()
-    with RunArguments(folder=Path("runs/mine")).recorded("train", Path("songs.jsonl")):
-        pass
-    assert list(Path("runs/mine").iterdir()) == []
-    with pytest.raises(RequestError, match=r"and songs.jsonl in .* There are: .*users train rows"):
-        folder_of_run("songs.jsonl", resume=True)
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta2"])
-def test_a_device_that_is_none_is_told_before_anything_is_loaded(device: str) -> None:
-    with pytest.raises(ControlPrefixError, match=f"device is '{device}'"):
-        ControlPrefix.from_pretrained("no-such-model", device=device, store="sqlite://")

@@ -159,7 +159,6 @@ def _serve(
 
         from controlprefix.serving import Server, ServerLimits, create_app
         from controlprefix.serving.connections import config_for
-    from controlprefix.attributes import AttributeSpace
 
     if (backend == "vllm") != (vllm_prefixes is not None):
         raise RequestError(
@@ -196,7 +195,7 @@ def _serve(
         name=served_model_name or Path(engine.model).name,
         open_tenant=engine.tenant or None,
         encryption_keys=engine.read_keys(),
-        attributes=AttributeSpace.read(engine.attribute_file) if engine.attribute_file else None,
+        attributes=engine.attribute_space(),
         classifiers=train_classifiers(labelled_texts, 0) if labelled_texts else (),
         limits=ServerLimits(
             max_sequences=max_sequences,

@@ -1,0 +1,189 @@
+"""Rewards, demonstrated parts and the best of sampled texts."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rewarded import OPTIONS, requests, share_of_vowels, trained
+
+from controlprefix import (
+    ControlPrefixError,
+    Request,
+    RequestError,
+    TrainingDataError,
+)
+from controlprefix.cli.reinforce import parse_rewards
+from controlprefix.evaluation import best_texts
+from controlprefix.evaluation.rewards import (
+    AttributeReward,
+    JsonReward,
+    LengthReward,
+    PatternReward,
+    WeightedReward,
+)
+from controlprefix.prefixes import PrefixKey
+from controlprefix.training.objectives import ContrastPair, TrainingRow
+from controlprefix.training.parameterization import parameterize
+from controlprefix.training.policy import (
+    PolicyObjective,
+    _uncertain,
+    distinct_shares,
+)
+from controlprefix.training.settings import PolicySettings, TrainingSettings
+
+from helpers import QUICK, greetings
+
+
+def test_checks_of_texts() -> None:
+    texts = ["one two", "[1]", "one two three four five six"]
+    sampled = requests(3)
+    assert LengthReward(2, 4)(sampled, texts) == pytest.approx([0.0, -0.5, -0.5])
+    assert PatternReward("t[wh]")(sampled, texts) == [1.0, 0.0, 1.0]
+    assert JsonReward()(sampled, texts) == [0.0, 1.0, 0.0]
+    both = WeightedReward([(JsonReward(), 2.0), (PatternReward("t"), 0.5)])
+    assert both(sampled, texts) == [0.5, 2.0, 0.5]
+    assert distinct_shares([[1, 2, 3], [1, 2, 4], [5]]) == [0.5, 0.5, 1.0]
+    for bad in (lambda: LengthReward(4, 2), lambda: PatternReward("(")):
+        with pytest.raises(TrainingDataError):
+            bad()
+
+
+class Fixed:
+    """A classifier with given probabilities."""
+
+    labels = ("formal", "informal")
+
+    def __init__(self, attribute: str, probability: float) -> None:
+        self.attribute, self.probability = attribute, probability
+
+    def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[self.probability, 1 - self.probability]] * len(texts))
+
+
+def test_the_reward_of_labels_is_their_mean_log_probability() -> None:
+    reward = AttributeReward([Fixed("formality", 0.8), Fixed("formality", 0.4)])
+    formal, informal = requests(2)
+    expected = (math.log(0.8) + math.log(0.4)) / 2, (math.log(0.2) + math.log(0.6)) / 2
+    assert reward([formal, informal], ["", "x"]) == pytest.approx(expected)
+    sure = AttributeReward([Fixed("formality", 1.0)])
+    assert sure([informal], ["x"]) == pytest.approx([math.log(0.01)])
+    mixed = Request(prompt="x", attributes={"formality": {"formal": 0.3, "informal": 0.7}})
+    assert sure([mixed], ["x"]) == pytest.approx([math.log(0.01)])
+    assert sure([Request(prompt="x")], ["x"]) == [0.0]
+    with pytest.raises(TrainingDataError, match="no classifier of 'tone'"):
+        sure([Request(prompt="x", attributes={"tone": "warm"})], ["x"])
+    with pytest.raises(TrainingDataError, match="no label 'casual'"):
+        sure([Request(prompt="x", attributes={"formality": "casual"})], ["x"])
+
+
+def test_the_command_line_names_rewards(tmp_path: Path) -> None:
+    sampled = requests(1)
+    reward = parse_rewards(["0.5*length=1..2", "pattern=a", "python=helpers:letters_reward"])
+    assert reward(sampled, ["a b"]) == [0.0 + 1.0 + 3.0]
+    for bad in ("length=3", "size=3", "python=helpers", "python=helpers:nothing", "=", "json=1"):
+        with pytest.raises(ControlPrefixError, match="reward"):
+            parse_rewards([bad])
+    with pytest.raises(RequestError, match="regular|reward"):
+        parse_rewards(["-1*json"])
+
+
+def test_a_demonstrated_part_is_continued_and_shortens(monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = trained()
+    rewarded: list[str] = []
+
+    def reward(requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
+        rewarded.extend(texts)
+        return [float(len(text)) for text in texts]
+
+    key = PrefixKey("task", "greet")
+    initial = {key: cp.get("task", "greet")}
+    settings = PolicySettings(num_samples=2, demonstrated=1.0, demonstration_weight=0.0, kl=0.1)
+    target = [72, 73, 74, 75, 76, 77, 78, 79, 80, 81]
+    (request,) = requests(1, max_new_tokens=12)
+    row = TrainingRow([5, 6], target, (), [(key, 1.0)], request=request)
+    objective = PolicyObjective(cp.frozen_model, settings, reward, initial, [row])
+    prefixes = parameterize(
+        TrainingSettings(parameterization="direct"),
+        initial,
+        {"decoder": torch.ones(cp.geometry.slot_size("decoder"))},
+    )
+    lengths = []
+    for elapsed in (0.0, 0.5, 1.0):
+        seeds = range(6)
+        pairs = [
+            objective.expand([ContrastPair(row._replace(targets=()))], prefixes, seed, elapsed)
+            for seed in seeds
+        ]
+        own = [pair[0].row for pair in pairs]
+        for first in own:
+            assert first.rollout is not None
+            count = first.rollout.num_demonstrated
+            assert list(first.targets[:count]) == target[:count]
+            assert len(first.targets) <= 12
+        assert all(pair[1].row.rollout.num_demonstrated == 0 for pair in pairs)  # type: ignore[union-attr]
+        lengths.append(sum(first.rollout.num_demonstrated for first in own if first.rollout))
+    assert lengths[0] == 9 * 6
+    assert lengths[0] > lengths[1] > lengths[2] > 0
+    decoded = cp.frozen_model.request_tokenizer.decode(target[:9])
+    assert rewarded[0].startswith(decoded)
+
+
+def test_only_uncertain_tokens_of_a_demonstrated_part_count() -> None:
+    """The gradient at a token of the part is that of its likelihood, or none."""
+    logits = torch.zeros(10, 7)
+    logits[:, 0] = torch.tensor([9.0, 0, 8, 7, 6, 5, 0, 9, 9, 9])
+    weights = _uncertain(logits, 6).tolist()
+    assert weights == [0, 1, 0, 0, 0, 1, 1, 1, 1, 1]  # 2 of 6: the flattest ones
+
+
+def test_demonstrated_needs_demonstrations() -> None:
+    with pytest.raises(TrainingDataError, match="demonstrations="):
+        trained().reinforce(requests(), reward=share_of_vowels, demonstrated=0.5, **OPTIONS)
+    cp = trained()
+    report = cp.reinforce(
+        requests(),
+        reward=share_of_vowels,
+        demonstrations=greetings(2),
+        demonstrated=0.5,
+        **OPTIONS,
+    )
+    assert report.saved
+
+
+def test_the_best_texts_of_requests_are_examples_without_their_mixing() -> None:
+    cp = trained()
+    slow = [
+        Request(
+            prompt=f"Say {i}",
+            task="greet",
+            attributes={"formality": {"formal": 2.0, "informal": -1.0}},
+            mixing="logits",
+            strengths={"task": 0.5},
+            max_new_tokens=6,
+        )
+        for i in range(2)
+    ]
+    rewarded: dict[str, float] = {}
+
+    def reward(requests: Any, texts: Any) -> list[float]:
+        assert len({request.seed for request in requests}) == len(requests)
+        values = share_of_vowels(requests, texts)
+        rewarded.update(zip(texts, values, strict=True))
+        return values
+
+    examples = best_texts(cp, slow, reward, num_samples=8, keep=3, seed=1)
+    assert 2 <= len(examples) <= 6
+    for i in range(2):
+        own = [example.completion for example in examples if example.prompt == f"Say {i}"]
+        assert len(set(own)) == len(own) <= 3
+        assert [rewarded[text] for text in own] == sorted((rewarded[t] for t in own), reverse=True)
+    assert max(rewarded.values()) in {rewarded[example.completion] for example in examples}
+    for example in examples:
+        assert (example.task, example.attributes) == ("greet", {"formality": "formal"})
+        assert (example.mixing, example.strengths) == ("attention", {})
+    assert cp.train(examples, init="stored", **{**QUICK, "validation": 0, "steps": 1}).saved
+    with pytest.raises(RequestError, match="keep is 0"):
+        best_texts(cp, slow, reward, keep=0)
