@@ -25,7 +25,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_vllm.py tests/test_vllm_servers.py
 
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/python -m pytest -n 2 $(addprefix tests/test_,$(addsuffix .py,assembly attention \

@@ -9,10 +9,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import torch
+
+from controlprefix import ControlPrefix, Prefix, Request
+from controlprefix.vllm.runner import VllmRunner
+
+from models import build, byte_tokenizer
 
 _START_S = 240
+SLOTS = {"ana": 5, "bo": 20, "cleo": 32, "dan": 45}  # blocks have 32 tokens
+CHAT = byte_tokenizer(chat=True)
 
 
 def transfer(folder: str, **settings: str) -> dict[str, object]:
@@ -82,3 +91,46 @@ def served(
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def engine(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> ControlPrefix:
+    """A small model, saved for vLLM too, and a store with a prefix of each kind."""
+    torch.manual_seed(0)
+    more: dict[str, Any] = {} if name == "llama" else {"sliding_window": 64}
+    model = build(name, head_dim=32, dtype=dtype, **more)
+    model.save_pretrained(folder / "model")
+    CHAT.save_pretrained(folder / "model")
+    cp = ControlPrefix.from_pretrained(model, tokenizer=CHAT, store=f"sqlite:///{folder}/store.db")
+    for i, (user, count) in enumerate(SLOTS.items()):
+        cp.put("user", user, Prefix.random(cp.geometry, num_slots=count, scale=1.0, seed=i))
+    for i, task in enumerate(("email", "poem")):
+        cp.put("task", task, Prefix.random(cp.geometry, num_slots=40, scale=1.0, seed=10 + i))
+    cp.put("attribute", "tone=warm", Prefix.random(cp.geometry, num_slots=8, scale=1.0, seed=20))
+    return cp
+
+
+def requests(**more: Any) -> list[Request]:
+    """Users and tasks of all sizes, strengths, and none of them."""
+    fields: list[dict[str, Any]] = [
+        {},
+        *({"user": user} for user in SLOTS),
+        *({"task": task, "user": user} for task in ("email", "poem") for user in SLOTS),
+        {"task": "email"},
+        {"task": "email", "attributes": {"tone": "warm"}, "user": "bo"},
+        {"user": "ana", "strengths": {"user": 3.0}},
+        {"user": "ana", "strengths": {"user": 0.0}},
+    ]
+    return [
+        Request(prompt="tell me a story " * (1 + i % 3), **item, **{"max_new_tokens": 24, **more})
+        for i, item in enumerate(fields)
+    ]
+
+
+def texts_of(cp: ControlPrefix, runner: VllmRunner, request_list: list[Request]) -> list[str]:
+    tickets = [runner.submit(cp.resolve(item)) for item in request_list]
+    return [ticket.result().text for ticket in tickets]
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
