@@ -99,7 +99,7 @@ def run(queue: PrefillQueue, served: dict[str, float], decoding: set[str], steps
         prefill = queue.next(lambda tenant: served[tenant], decoding)
         order.append(prefill and prefill.sequences[0])
         if prefill:
-            with queue.measured(prefill, None):
+            with queue.next_chunk(prefill, None):
                 pass
             if prefill.num_done == prefill.length:
                 queue.drop(prefill)

@@ -1,6 +1,6 @@
 """Commands about users: enroll, users, audit."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -78,15 +78,10 @@ def enroll(
     """Store a usable prefix for a user at once, from texts they wrote, without training."""
     from controlprefix.data import read_texts
     from controlprefix.store.records import check_name
-    from controlprefix.users.enrolment import check_enrolment
+    from controlprefix.users.enrolment import EnrolmentOptions
 
     check_name("user", user)
-    check_enrolment(decoder, refine=refine, add=add, guard=guard)
-    user_texts = read_texts(texts, split=split, columns=columns.columns(), user=user)
-    cp = engine.open(create=True)
-    version = cp.enroll(
-        user,
-        user_texts,
+    options = EnrolmentOptions(
         decoder=decoder,
         refine=refine,
         num_slots=num_slots,
@@ -94,6 +89,9 @@ def enroll(
         add=add,
         guard=guard,
     )
+    user_texts = read_texts(texts, split=split, columns=columns.columns(), user=user)
+    cp = engine.open(create=True)
+    version = cp.enroll(user, user_texts, **asdict(options))
     read = f"{len(user_texts)} texts"
     if decoder is None and not refine:
         num_tokens = cp.versions("user", user)[-1].details["enrolled"]["tokens"]

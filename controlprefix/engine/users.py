@@ -1,6 +1,7 @@
 """The methods of `ControlPrefix` for users and their prefixes."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Unpack
 
 from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_users
@@ -18,6 +19,7 @@ from controlprefix.users import (
     UsersReport,
     enroll_each,
 )
+from controlprefix.users.enrolment import EnrolmentOptions
 
 
 @checks_arguments
@@ -170,9 +172,7 @@ class UserMethods(ExchangeMethods):
             RequestError: If the user's current prefix is nothing that texts can be added to.
             VersionConflictError: If another version was stored meanwhile, with `add`.
         """
-        return self._user_trainer.enroll(
-            user,
-            as_texts(texts, columns=columns, user=user),
+        options = EnrolmentOptions(
             decoder=decoder,
             refine=refine,
             num_slots=num_slots,
@@ -181,6 +181,8 @@ class UserMethods(ExchangeMethods):
             add=add,
             guard=guard,
         )
+        own = as_texts(texts, columns=columns, user=user)
+        return self._user_trainer.enroll(user, own, options)
 
     def enroll_users(
         self,
@@ -213,24 +215,19 @@ class UserMethods(ExchangeMethods):
             UnknownNameError: If there is no such decoder.
             StoreError: If a prefix cannot be stored.
         """
+        options = EnrolmentOptions(
+            decoder=decoder,
+            refine=refine,
+            num_slots=num_slots,
+            keep_texts=keep_texts,
+            keep_profile=keep_profile,
+            guard=guard,
+        )
         users = read_users(texts, columns=columns)
         if decoder is not None:
             self.versions("decoder", decoder)  # fail before any user is read
-
-        def enroll(user: str, own: Sequence[str]) -> int:
-            return self._user_trainer.enroll(
-                user,
-                own,
-                decoder=decoder,
-                refine=refine,
-                num_slots=num_slots,
-                keep_texts=keep_texts,
-                keep_profile=keep_profile,
-                add=False,
-                guard=guard,
-            )
-
         pairs = users.items() if isinstance(users, Mapping) else users
+        enroll = partial(self._user_trainer.enroll, options=options)
         return enroll_each(pairs, enroll, progress=progress)
 
     def migrate_users(self, source: "UserMethods", *, decoder: str = "users") -> MigrationReport:

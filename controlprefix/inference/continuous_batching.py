@@ -115,7 +115,7 @@ class ContinuousBatcher(Batcher):
     def _prefill_chunk(self, prefill: Prefill, *, is_alone: bool) -> None:
         try:
             decode_seconds = None if is_alone else self._decode_seconds
-            with self._prefills.measured(prefill, decode_seconds) as end:
+            with self._prefills.next_chunk(prefill, decode_seconds) as end:
                 if prefill.batch is None:
                     prefill.prepare(self._frozen)
                 assert prefill.batch is not None

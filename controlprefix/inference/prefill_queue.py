@@ -75,14 +75,14 @@ class Prefill:
         return sum(len(sequence.rows) for sequence in self.sequences)
 
     @property
-    def num_read(self) -> int:
+    def num_distinct_rows(self) -> int:
         """Rows that are read, of which several sequences may start."""
         return len({key for sequence in self.sequences for key in sequence.row_keys})
 
     @property
     def num_left(self) -> int:
         """Tokens that are left, padding included."""
-        return (self.length - self.num_done) * self.num_read
+        return (self.length - self.num_done) * self.num_distinct_rows
 
     def prepare(self, frozen: FrozenModel) -> None:
         """Assemble the prefixes and pad the prompts."""
@@ -176,7 +176,7 @@ class PrefillQueue:
         return sum(
             prefill.num_rows
             for prefill in self._prefills
-            if prefill.num_left <= self._max_tokens and _has_turn(prefill, served, decoding)
+            if prefill.num_left <= self._max_tokens and _may_prefill(prefill, served, decoding)
         )
 
     def clear(self) -> None:
@@ -235,18 +235,18 @@ class PrefillQueue:
                 tokens than each of these prefills in one of four steps.
         """
         self._num_steps += 1
-        is_turn_of_all = self._num_steps % _YIELD_INTERVAL == 0
+        may_all_prefill = self._num_steps % _YIELD_INTERVAL == 0
         due = [
             prefill
             for prefill in self._prefills
-            if is_turn_of_all or _has_turn(prefill, served, decoding)
+            if may_all_prefill or _may_prefill(prefill, served, decoding)
         ]
         if not due:
             return None
         return due[0] if self._num_steps % 2 else min(due, key=lambda prefill: prefill.num_left)
 
     @contextlib.contextmanager
-    def measured(self, prefill: Prefill, decode_seconds: float | None) -> Iterator[int]:
+    def next_chunk(self, prefill: Prefill, decode_seconds: float | None) -> Iterator[int]:
         """Choose and measure the next chunk of a prefill: yields its end column.
 
         Args:
@@ -258,7 +258,7 @@ class PrefillQueue:
         if self._tokens_per_second is not None and (is_long or decode_seconds is not None):
             seconds = max(_CHUNK_SECONDS, decode_seconds or 0.0)
             tokens = min(tokens, max(_MIN_TOKENS, int(self._tokens_per_second * seconds)))
-        num_rows = prefill.num_read
+        num_rows = prefill.num_distinct_rows
         end = min(prefill.length, prefill.num_done + max(1, tokens // num_rows))
         end = prefill.length if prefill.is_one_pass else end
         start = time.perf_counter()
@@ -270,7 +270,9 @@ class PrefillQueue:
         prefill.num_done = end
 
 
-def _has_turn(prefill: Prefill, served: Callable[[str], float], decoding: Collection[str]) -> bool:
+def _may_prefill(
+    prefill: Prefill, served: Callable[[str], float], decoding: Collection[str]
+) -> bool:
     """Whether a tenant of it was served no more than any whose sequences are decoded."""
     tenants = {sequence.resolved.tenant for sequence in prefill.sequences}
     return min(map(served, tenants)) <= min(map(served, decoding), default=float("inf"))

@@ -36,18 +36,29 @@ class EnrolmentReport:
     seconds: float = 0.0
 
 
-def check_enrolment(
-    decoder: str | None, *, refine: bool, keep_profile: bool = False, add: bool, guard: bool
-) -> None:
-    """Check that options of an enrolment go together: see `ControlPrefix.enroll`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnrolmentOptions:
+    """How a user is enrolled: see `ControlPrefix.enroll`.
 
     Raises:
-        RequestError: If they do not.
+        RequestError: If a value is invalid, or options do not go together.
     """
-    if add and (decoder is None or refine or keep_profile):
-        raise RequestError("add needs a decoder, and goes without refine and keep_profile")
-    if guard and (decoder is None or refine or add):
-        raise RequestError("guard needs a decoder, and goes without refine and add")
+
+    decoder: str | None = None
+    refine: bool = False
+    num_slots: int = 64
+    keep_texts: bool = False
+    keep_profile: bool = False
+    add: bool = False
+    guard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_slots < 1:
+            raise RequestError(f"num_slots is {self.num_slots}; it must be 1 or more")
+        if self.add and (self.decoder is None or self.refine or self.keep_profile):
+            raise RequestError("add needs a decoder, and goes without refine and keep_profile")
+        if self.guard and (self.decoder is None or self.refine or self.add):
+            raise RequestError("guard needs a decoder, and goes without refine and add")
 
 
 def enroll_each(

@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from controlprefix.errors import RequestError, TrainingDataError
+from controlprefix.errors import TrainingDataError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
@@ -18,8 +18,8 @@ from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
 from controlprefix.users.enrolment import (
+    EnrolmentOptions,
     added_code,
-    check_enrolment,
     predict_code,
     prefix_from_texts,
     profile_of,
@@ -176,34 +176,19 @@ class UserTrainer:
             origin=f"{self._store.label} {self._store.tenant} {self._frozen.fingerprint}",
         )
 
-    def enroll(
-        self,
-        user: str,
-        texts: Sequence[str],
-        *,
-        decoder: str | None,
-        refine: bool,
-        num_slots: int,
-        keep_texts: bool,
-        keep_profile: bool,
-        add: bool,
-        guard: bool,
-    ) -> int:
+    def enroll(self, user: str, texts: Sequence[str], options: EnrolmentOptions) -> int:
         """Store a user's prefix or code at once: see `ControlPrefix.enroll`.
 
         The version, the texts and the profile are stored in one transaction.
         """
-        if num_slots < 1:
-            raise RequestError(f"num_slots is {num_slots}; it must be 1 or more")
-        check_enrolment(decoder, refine=refine, keep_profile=keep_profile, add=add, guard=guard)
-        texts = usable_texts(user, texts)
-        extras: dict[str, Any] = {"texts": texts} if keep_texts else {}
-        if keep_profile:
+        texts, decoder = usable_texts(user, texts), options.decoder
+        extras: dict[str, Any] = {"texts": texts} if options.keep_texts else {}
+        if options.keep_profile:
             extras["profile"] = profile_of(texts)
-        if refine:
+        if options.refine:
             report = self.train_users(
                 {user: texts},
-                num_slots=min(num_slots, _MAX_REFINED_SLOTS),
+                num_slots=min(options.num_slots, _MAX_REFINED_SLOTS),
                 decoder=decoder,
                 as_codes=True,
                 concurrent_users=1,
@@ -217,7 +202,7 @@ class UserTrainer:
             return version
         num_tokens = sum(len(self._frozen.request_tokenizer.inner_ids(text)) for text in texts)
         enrolled: dict[str, Any] = {"texts": len(texts), "tokens": num_tokens, "decoder": decoder}
-        if add and decoder is not None:
+        if options.add and decoder is not None:
             key = PrefixKey("user", user)
             stored = self._model_store.get(key)
             (current,) = (info for info in self._model_store.versions(key) if info.current)
@@ -226,8 +211,8 @@ class UserTrainer:
             )
             # Nothing is lost where two add at once: the second is refused.
             return self._put(user, code, {"enrolled": enrolled}, replaces=current.version, **extras)
-        value, share = self._enrolled(texts, decoder, num_slots, guard)
-        if guard:
+        value, share = self._enrolled(texts, decoder, options.num_slots, options.guard)
+        if options.guard:
             enrolled["share"] = share
         return self._put(user, value, {"enrolled": enrolled}, **extras)
 
