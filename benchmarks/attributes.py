@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from controlprefix import ControlPrefix
-from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.evaluation.harness import base_model_nll
 from controlprefix.evaluation.metrics import distinct_n
 
 from lib.attribute_methods import (
@@ -75,7 +75,7 @@ def classify(
     if all(combination.keys() == study.labels.keys() for combination, _ in texts):
         rows = zip(*hits_by_attribute.values(), strict=True)
         figures["all correct"] = statistics.fmean(map(all, rows))
-    figures["base-model nll"] = statistics.fmean(base_model_nlls(cp, outputs))
+    figures["base-model nll"] = base_model_nll(cp, outputs)
     figures["distinct-2"] = distinct_n(outputs, 2)
     figures["words"] = statistics.fmean(len(text.split()) for text in outputs)
     return figures

@@ -53,7 +53,8 @@ def serve_peft(port: int) -> None:
 
     from controlprefix.model.loading import load
 
-    base, tokenizer = load("smollm2")
+    loaded = load("smollm2")
+    base, tokenizer = loaded.model, loaded.tokenizer
     config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=NUM_SLOTS)
     model: Any = get_peft_model(base, config, adapter_name="0").eval()
     for i in range(1, PEFT_ADAPTERS):

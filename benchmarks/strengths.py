@@ -19,7 +19,7 @@ from controlprefix.completion import PartUsed
 from controlprefix.evaluation import calibrate, evaluate
 from controlprefix.evaluation.calibration import strength_curve
 from controlprefix.evaluation.comparison.measures import TEMPERATURE
-from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.evaluation.harness import base_model_nll
 from controlprefix.evaluation.metrics import spearman
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 
@@ -107,7 +107,7 @@ def dials(method: ControlPrefixMethod, label: str, options: argparse.Namespace) 
         for w in STRENGTHS:
             texts = [text or " " for text in texts_at(w)]
             probability = classifier.probabilities(texts)[:, classifier.labels.index(label)].mean()
-            nll = statistics.fmean(base_model_nlls(cp, texts))
+            nll = base_model_nll(cp, texts)
             points.append((w, float(probability), nll))
         curves[name] = curve(points)
         print(label, name, curves[name], flush=True)

@@ -1,5 +1,6 @@
 """Sentence embeddings, from the model that pip installs or from another one."""
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -10,6 +11,8 @@ from controlprefix._io import requires_extra
 from controlprefix.errors import ControlPrefixError
 
 DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
+_ENVIRONMENT_VARIABLE = "CONTROLPREFIX_EMBEDDERS"  # names of trusted ones, by commas
+_trusted = {DEFAULT_EMBEDDER}
 MAX_CHARACTERS = 600  # about what that model reads of a text
 
 
@@ -35,6 +38,29 @@ def embed(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
         shortened, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
     )
     return embeddings.float().cpu().clone()  # a clone is no inference-mode tensor
+
+
+def trust(embedder: str) -> None:
+    """Let stored prefixes and decoders name an embedding model, since the caller does."""
+    _trusted.add(embedder)
+
+
+def require_trusted(embedder: str, what: str) -> None:
+    """Check an embedding model that a stored file names, which may come from elsewhere.
+
+    Args:
+        embedder: Its name.
+        what: What names it, for the error.
+
+    Raises:
+        ControlPrefixError: If it is not the default one, named by the caller before, or named in
+            the environment.
+    """
+    if embedder not in {*_trusted, *os.environ.get(_ENVIRONMENT_VARIABLE, "").split(",")}:
+        raise ControlPrefixError(
+            f"{what} wants the embedding model {embedder!r}, and loading it may run code or fetch "
+            f"files; if you trust it, set {_ENVIRONMENT_VARIABLE}={embedder}"
+        )
 
 
 @cache

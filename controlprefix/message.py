@@ -2,12 +2,13 @@
 
 import base64
 import binascii
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from controlprefix.image_files import png_of
 
 MAX_IMAGES = 64  # of a request
 _MAX_IMAGE_BYTES = 32 << 20
@@ -35,9 +36,7 @@ def read_image(value: Any) -> bytes:
         except OSError as error:
             raise ValueError(f"cannot read the image {value}: {error.strerror}") from None
     elif hasattr(value, "save") and hasattr(value, "convert"):  # Pillow's
-        buffer = io.BytesIO()
-        value.save(buffer, format="PNG")
-        value = buffer.getvalue()
+        value = png_of(value)
     if not isinstance(value, bytes):
         raise ValueError(f"an image is a path, bytes or a Pillow image, not {type(value).__name__}")
     if len(value) > _MAX_IMAGE_BYTES:

@@ -4,7 +4,7 @@ Run it with `python examples/captions.py MODEL` (extra `images`): a model that r
 tokens, by name or as a folder, such as HuggingFaceTB/SmolVLM-256M-Instruct.
 """
 
-import sys
+import argparse
 
 from PIL import Image, ImageDraw
 
@@ -53,4 +53,6 @@ def main(cp: ControlPrefix, *, steps: int = 20) -> None:
 
 
 if __name__ == "__main__":
-    main(ControlPrefix.from_pretrained(sys.argv[1], tenant="examples"))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="a name, or a folder")
+    main(ControlPrefix.from_pretrained(parser.parse_args().model, tenant="examples"))

@@ -11,6 +11,7 @@ from controlprefix.store.profiles import SimilarUser
 from controlprefix.store.records import (
     AuditEntry,
     NewVersion,
+    Origin,
     PrefixInfo,
     Profile,
     StoredVersion,
@@ -33,6 +34,7 @@ __all__ = [
     "Kind",
     "ModelStore",
     "NewVersion",
+    "Origin",
     "PrefixCache",
     "PrefixInfo",
     "PrefixKey",

@@ -71,6 +71,14 @@ def add_sources(
     )
 
 
+def inherit_sources(session: Session, tenant: int, origin: VersionRow, version: VersionRow) -> None:
+    """Record that a version was trained on whoever another one was trained on."""
+    version.num_forgotten = origin.num_forgotten
+    users = set(sources(session, origin.prefix_id, origin.version))
+    users -= set(sources(session, version.prefix_id, version.version))
+    add_sources(session, tenant, version.prefix_id, version.version, users)
+
+
 def sources(session: Session, prefix_id: int, version: int) -> list[str]:
     """The users whose texts a version was trained on, without forgotten ones, sorted."""
     query = select(SourceRow.user_name).where(

@@ -84,6 +84,8 @@ class KeyFile:
     def __init__(self, path: str | Path) -> None:
         try:
             self._key = base64.b64decode(Path(path).read_text().strip(), validate=True)
+            if len(self._key) not in (16, 24, 32):
+                raise ValueError(f"{len(self._key)} bytes")
         except (OSError, ValueError) as error:
             raise StoreKeyError(
                 f"cannot read the key in {str(path)!r}: {type(error).__name__}; it must be 16, 24 "

@@ -64,6 +64,8 @@ class NewVersion:
             yet (compare-and-swap); None publishes over whatever is current.
         dtype: Storage dtype; None keeps the dtype of the value.
         sources: Users whose texts it was trained on; forgetting one marks this version.
+        derived_from: Version of the same name that its slots come from: whoever is among that
+            one's sources is among its own. Left out, a version with equal content is.
         texts: Texts of the user to keep in the store, in the same transaction.
         profile: Profile of the user to keep in the store, in the same transaction.
     """
@@ -74,8 +76,21 @@ class NewVersion:
     replaces: int | None = None
     dtype: "StorageDtype | None" = None
     sources: Collection[str] = ()
+    derived_from: "Origin | None" = None
     texts: Sequence[str] = ()
     profile: Profile | None = None
+
+
+class Origin(NamedTuple):
+    """A stored version of a name that another one is made from.
+
+    Attributes:
+        fingerprint: Fingerprint of its model.
+        version: Its number.
+    """
+
+    fingerprint: str
+    version: int
 
 
 class StoredVersion(NamedTuple):

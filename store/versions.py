@@ -111,22 +111,25 @@ def publish(
     row.newest_version += 1
     row.current_version = row.newest_version
     ids = {"prefix_id": row.id, "version": row.newest_version, "tenant_id": tenant}
-    session.add(
-        VersionRow(
-            **ids,
-            parent_version=parent,
-            content_hash=content_hash(payload),
-            size_bytes=len(payload),
-            num_slots=new.value.num_slots,
-            dtype=new.dtype or _storage_dtype(new.value),
-            created_at=datetime.now(UTC),
-            details=dict(new.details),
-        )
+    version = VersionRow(
+        **ids,
+        parent_version=parent,
+        content_hash=content_hash(payload),
+        size_bytes=len(payload),
+        num_slots=new.value.num_slots,
+        dtype=new.dtype or _storage_dtype(new.value),
+        created_at=datetime.now(UTC),
+        details=dict(new.details),
     )
+    origin = _origin(session, tenant, new, row, version.content_hash)
+    session.add(version)
     session.flush()  # rows below refer to it
     if decoder is not None:
         codes.link_to_decoder(session, tenant, decoder, row.id, row.newest_version)
     codes.add_sources(session, tenant, row.id, row.newest_version, new.sources)
+    if origin is not None:
+        session.flush()
+        codes.inherit_sources(session, tenant, origin, version)
     identity = version_id(new.key, fingerprint, row.newest_version)
     stored, key_id = cipher.encrypt(payload, identity)
     session.add(PayloadRow(**ids, payload=stored, key_id=key_id))
@@ -134,6 +137,24 @@ def publish(
     if new.profile is not None:
         profiles.replace(session, tenant, cipher, new.key.name, new.profile)
     return row.newest_version
+
+
+def _origin(
+    session: Session, tenant: int, new: NewVersion, row: PrefixRow, hash_of_content: str
+) -> VersionRow | None:
+    """The stored version that a new one is made from, if it is still there."""
+    query = select(VersionRow)
+    if new.derived_from is None:
+        query = query.where(
+            VersionRow.prefix_id == row.id, VersionRow.content_hash == hash_of_content
+        )
+    else:
+        fingerprint, version = new.derived_from
+        prefix = session.scalars(select_prefixes(tenant, fingerprint, [new.key])).one_or_none()
+        if prefix is None:
+            return None
+        query = query.where(VersionRow.prefix_id == prefix.id, VersionRow.version == version)
+    return session.scalars(query.order_by(VersionRow.version.desc()).limit(1)).first()
 
 
 def find_prefix(

@@ -15,6 +15,7 @@ from controlprefix import (
     Request,
     UnknownNameError,
 )
+from controlprefix.evaluation import evaluate_users
 from controlprefix.store import PrefixStore
 
 from models import build, byte_tokenizer
@@ -46,7 +47,10 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
     "prefill": (lambda cp: cp.batcher(max_prefill_tokens=0), "max_prefill_tokens is 0"),
     "peft, text": (lambda cp: cp.save_peft("x", "folder"), "expected a Request, got str"),
     "peft, folder": (lambda cp: cp.prefix_from_peft(None), "folder is None"),
-    "prompts, numbers": (lambda cp: cp.learn_relevance("user", "ana", [1, 2]), "got int"),
+    "prompts, numbers": (lambda cp: cp.learn_relevance("user", "ana", [1, 2]), "list of texts"),
+    "prompts, a text": (lambda cp: cp.learn_relevance("user", "ana", "Write"), "list of texts"),
+    "texts, a text": (lambda cp: cp.audit_user("ana", "a b", ["c"]), "list of texts"),
+    "samples": (lambda cp: evaluate_users(cp, [], min_group_size="8"), "takes an int"),  # type: ignore[arg-type]
     "top": (lambda cp: cp.prompt_log_probs([Request(prompt="ab")], top=-1), "top is -1"),
     "schema": (lambda cp: cp.generate("a", json_schema={"a": object()}), "is no JSON"),
     "bytes": (lambda cp: Prefix.from_bytes("abc"), "must be bytes, got str"),  # type: ignore[arg-type]
@@ -114,5 +118,5 @@ def test_the_name_of_a_file_is_no_text_of_a_user(cp: ControlPrefix, tmp_path: Pa
     assert cp.enroll("ana", file)
     assert cp.enroll("ana", [str(file)])
     for prompts in (str(file), file):
-        with pytest.raises(ControlPrefixError, match="give a list of texts, such as the lines"):
+        with pytest.raises(ControlPrefixError, match="distill takes a list of texts"):
             cp.distill("Be kind.", prompts, task="t")  # type: ignore[arg-type]

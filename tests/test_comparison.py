@@ -13,8 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from controlprefix import (
+    ContextLengthError,
     ControlPrefix,
     Example,
+    RequestError,
     StoreError,
     TrainingDataError,
     UnsupportedModelError,
@@ -220,6 +222,60 @@ def test_bleu_of_rows_with_different_numbers_of_references() -> None:
     assert figures["chrF"] == pytest.approx(sacrebleu.corpus_chrf(texts, references).score)
 
 
+@pytest.mark.parametrize(
+    ("texts", "has_bleu"),
+    [(["水上餐厅提供中国菜"], True), (["Кот сидит на ковре"], True), (["Cat 14."], False)],
+)
+def test_the_same_text_has_full_marks_in_any_script(texts: list[str], has_bleu: bool) -> None:
+    rows = [Example(prompt="A", completion=text) for text in texts]
+    figures = text_figures(rows, rows, texts)
+    assert figures.get("BLEU") == (pytest.approx(100) if has_bleu else None)
+    assert (figures["ROUGE-L"], figures["chrF"]) == (100, 100)
+
+
+def test_rows_with_numbers_and_mixtures_as_labels_are_those_of_the_library(tmp_path: Path) -> None:
+    rows = [
+        Example(prompt=f"Write {n}", completion="word " * n, task="t", attributes={"words": str(n)})
+        for n in range(1, 13)
+    ]
+    own = Problem(engine().frozen_model, rows, rows, rows, steps=4, batch_size=6, num_slots=2)
+    method = ControlPrefixMethod(own)
+    method.train(rate=0.01, seed=0)
+    (expected,) = method.cp.score([rows[1]])  # between two numbers that were learned
+    nats = measures.nats_per_token(method, rows[1:2])
+    assert nats == pytest.approx(-expected.log_likelihood / expected.num_tokens, abs=1e-4)
+    mixed = [
+        row.model_copy(update={"attributes": {"formality": {"formal": 0.5, "informal": 0.5}}})
+        for row in greetings(8)
+    ]
+    report = compare(engine(), mixed, methods=["plain"], **SETTINGS)
+    assert "0.5 formal + 0.5 informal" in report.save(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_method_that_fails_ends_no_other_and_runs_are_those_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, *, rate: float, seed: int) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(ControlPrefixMethod, "train", fails)
+    settings = {**SETTINGS, "folder": tmp_path, "methods": ["controlprefix", "plain"]}
+    report = compare(engine(), greetings(8), **settings)
+    assert report.skipped == {"controlprefix": "DefaultCPUAllocator: can't allocate memory"}
+    assert report.methods["plain"]["runs"]
+    alone = compare(engine(), greetings(8), **{**settings, "methods": ["plain"]})
+    assert alone.methods.keys() == {"plain"}
+    monkeypatch.undo()
+    both = {**settings, "methods": ["controlprefix, direct"], "seeds": (0, 1)}
+    assert compare(engine(), greetings(8), **both).methods["controlprefix, direct"][
+        "runs"
+    ].keys() == {"0", "1"}
+    first = {**both, "seeds": (1,)}
+    assert compare(engine(), greetings(8), **first).methods["controlprefix, direct"][
+        "runs"
+    ].keys() == {"1"}
+
+
 def test_the_learning_rate_is_that_of_the_lowest_validation_loss() -> None:
     settings = {**SETTINGS, "methods": ["controlprefix"], "num_rates": 3, "seeds": (0, 1)}
     method = compare(engine(), greetings(8), **settings).methods["controlprefix"]
@@ -324,6 +380,26 @@ def test_mistakes_are_clear_errors() -> None:
         compare(cp, two, **SETTINGS)
     with pytest.raises(TrainingDataError, match="test is 2"):
         compare(cp, rows, **SETTINGS, test=2)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"seeds": 1}, "seeds is 1; compare takes a list"),
+        ({"seeds": [0.5]}, "compare takes a list of ints"),
+        ({"methods": 3}, "methods is 3"),
+        ({"other_prompts": "Hello"}, "other_prompts is 'Hello'; compare takes a list"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(RequestError, match=message):
+            compare(cp, rows, **{**SETTINGS, **change})
+    for change, message in (
+        ({"seeds": [-1]}, "seeds must be 0 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens 1 or more"),
+    ):
+        with pytest.raises(TrainingDataError, match=message):
+            compare(cp, rows, **{**SETTINGS, **change})
+    ids = [row.model_copy(update={"prompt": None, "prompt_ids": (5, 6)}) for row in rows]
+    with pytest.raises(TrainingDataError, match="has token ids or images"):
+        compare(cp, ids, **SETTINGS)
+    with pytest.raises(ContextLengthError, match="shorten it"):
+        compare(cp, [*rows, rows[0].model_copy(update={"prompt": "x" * 9999})], **SETTINGS)
     with pytest.raises(UnsupportedModelError, match="decoder-only"):
         compare(engine("bart"), rows, **SETTINGS)
 

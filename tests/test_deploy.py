@@ -58,16 +58,19 @@ def test_the_gateways_command_is_one_that_serve_takes(name: str) -> None:
     assert set(compose(name)["services"]["gateway"]["environment"]) <= names
 
 
-def test_the_tables_belong_to_another_role_than_the_gateways() -> None:
-    services = compose()["services"]
-    group, name, *options = services["schema"]["command"]
-    command = get_command(app).commands[group].commands[name]  # type: ignore[attr-defined]
-    role = command.make_context(name, options).params["service_role"]
+@pytest.mark.parametrize("name", ["compose", "compose.cpu"])
+def test_the_tables_belong_to_another_role_than_the_gateways(name: str) -> None:
+    services = compose(name)["services"]
+    script = (DEPLOY / "postgres.sh").read_text()
+    assert set(re.findall(r"\$(\w+)", script)) <= services["postgres"]["environment"].keys()
+    assert services["gateway"]["depends_on"]["schema"]
+    group, verb, *options = services["schema"]["command"]
+    command = get_command(app).commands[group].commands[verb]  # type: ignore[attr-defined]
+    role = command.make_context(verb, options).params["service_role"]
     stores = {s: make_url(services[s]["environment"]["CONTROLPREFIX_STORE"])
               for s in ("schema", "gateway")}  # fmt: skip
     assert stores["gateway"].username == role == "controlprefix"
     owner = stores["schema"].username
-    script = (DEPLOY / "postgres.sh").read_text()
     assert f"OWNER {owner}" in script
     assert f"CREATE ROLE {role} LOGIN" in script
     assert role != owner

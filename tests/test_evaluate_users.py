@@ -1,6 +1,7 @@
 """For whom user prefixes work: gains over others, who is harmed, groups, and impersonal prompts."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from typer.testing import CliRunner
 
 from controlprefix import ControlPrefix, Example, Part, Prefix, Request, TrainingDataError
 from controlprefix.evaluation import evaluate_users
+from controlprefix.evaluation.metrics import bootstrap_mean
+from controlprefix.evaluation.users import UserResult, harmed_text, summarize
 
 from helpers import engine, run
 
@@ -74,6 +77,31 @@ def test_who_is_harmed_is_named_by_the_interval(cp: ControlPrefix) -> None:
     assert result.harmed.mean == sum(u.is_harmed for u in result.users.values()) / 3
 
 
+def test_users_with_a_row_are_not_called_unharmed() -> None:
+    def user(*gains: float) -> UserResult:
+        return UserResult(len(gains), bootstrap_mean(gains), bootstrap_mean(gains), 0.0)
+
+    one_row = summarize({f"u{i}": user(-1.0) for i in range(20)}, {}, 8, {})
+    assert math.isnan(one_row.harmed.mean)
+    assert one_row.num_too_few == 20
+    assert harmed_text(one_row) == "cannot tell"
+    both = summarize({"a": user(-1.0), "b": user(-1.0, -1.1, -0.9), "c": user(1.0, 1.1)}, {}, 8, {})
+    assert (both.harmed.mean, both.num_too_few) == (0.5, 1)
+
+
+def test_a_name_typed_in_two_ways_is_one_user(cp: ControlPrefix) -> None:
+    cp.put("user", "é", cp.get("user", "ana"))
+    try:
+        examples = [row.model_copy(update={"user": "e\u0301"}) for row in rows(["ana"])]
+        own = [row.model_copy(update={"user": "é"}) for row in rows(["ana"])]
+        groups: Any = {"g": {"e\u0301": "f", "bo": math.nan}}
+        result = evaluate_users(cp, examples + own + rows(["bo"]), groups=groups, min_group_size=1)
+        assert set(result.users) == {"é", "bo"}
+        assert set(result.groups["g"]) == {"f"}
+    finally:
+        cp.forget_user("é")
+
+
 def test_divergence_on_impersonal_prompts_is_zero_without_effect(cp: ControlPrefix) -> None:
     silent = Prefix(cp.geometry, {"decoder": torch.zeros(1, cp.geometry.slot_size("decoder"))})
     # Keys that no query likes: all attention stays on the tokens.
@@ -118,7 +146,7 @@ def test_the_command_reports_and_writes(
     arguments = ["eval-users", str(data), "--groups", str(groups), "--folder", str(folder)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "3 users; harmed" in result.output
+    assert "3 users, 0 with too few rows to tell; harmed" in result.output
     assert "sea=yes" in result.output
     assert set(json.loads((folder / "users.json").read_text())["users"]) == set(STYLES)
     assert (folder / "users.png").stat().st_size > 1000

@@ -36,7 +36,7 @@ from controlprefix.evaluation import (
     text_cache,
 )
 from controlprefix.evaluation.calibration import STRENGTHS, even_dial
-from controlprefix.evaluation.harness import _user_similarity, base_model_nlls
+from controlprefix.evaluation.harness import _quality, _user_similarity, base_model_nll
 from controlprefix.evaluation.metrics import (
     bootstrap_mean,
     distinct_n,
@@ -232,8 +232,8 @@ def test_plain_is_without_the_defaults_of_the_attribute_space(
             prefix = Prefix.random(cp.geometry, num_slots=8, scale=2.0, seed=seed)
             cp.put("attribute", name, prefix)
         reports.append(evaluate(cp, examples(3), [classifier], **how))
-        bare_nlls = base_model_nlls(cp.without_defaults(), ["some text"])
-        assert base_model_nlls(cp, ["some text"]) == bare_nlls
+        bare_nlls = base_model_nll(cp.without_defaults(), ["some text"])
+        assert base_model_nll(cp, ["some text"]) == bare_nlls
     bare, defaulted = reports
     assert defaulted.attribute_accuracy_without == bare.attribute_accuracy_without
     assert defaulted.curves == bare.curves
@@ -406,6 +406,8 @@ def test_figures_of_texts() -> None:
     assert distinct_n([""], 1) == 0.0
     assert self_bleu(["the cat sat on the mat"] * 3) == pytest.approx(100)
     assert self_bleu(["one two three four", "five six seven eight"]) < 5
+    assert self_bleu(["水上餐厅提供中国菜"] * 2) == pytest.approx(100)
+    assert distinct_n(["中国菜中国"], 1) == 0.6
     assert spearman([0, 1, 2, 3], [1, 1, 2, 2]) == pytest.approx(0.894, abs=1e-3)
     result = bootstrap_mean([0.0, 1.0] * 50)
     assert result.mean == 0.5
@@ -416,6 +418,13 @@ def test_figures_of_texts() -> None:
     assert wilson_proportion([True] * 5) == pytest.approx((1.0, 0.566, 1.0), abs=1e-3)
     assert wilson_proportion([True, False] * 5, list("ab") * 5) == wilson_proportion([True, False])
     assert math.isnan(self_bleu(["one text", " "]))
+
+
+def test_empty_texts_have_no_nll_and_stop_nothing(cp: ControlPrefix) -> None:
+    quality = _quality(cp, ["abc", "", "def ghi"], ["a", "b", "c"])
+    alone = [base_model_nll(cp, [text]) for text in ("abc", "def ghi")]
+    assert quality.base_model_nll.mean == pytest.approx(sum(alone) / 2, abs=1e-5)
+    assert math.isnan(_quality(cp, ["", " "], ["a", "b"]).base_model_nll.mean)
 
 
 def test_few_values_have_wide_intervals() -> None:
@@ -480,6 +489,17 @@ def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:
     assert [item.completion for item in filled] == [
         item.completion for item in [*labelled, *other, pair]
     ]
-    assert pseudo_label([*labelled, *other], min_probability=1.01) == [*labelled, *other]
+    assert pseudo_label([*labelled, *other], min_probability=1) == [*labelled, *other]
+    with pytest.raises(RequestError, match="between 0 and 1"):
+        pseudo_label(labelled, min_probability=1.01)
+    alone = [row("a", pitch="low")] * 9
+    assert pseudo_label(alone) == alone  # nothing is open
     with pytest.raises(TrainingDataError, match="two labels"):
-        pseudo_label([row("a", pitch="low")] * 9)
+        pseudo_label([*alone, row("b", mood="glad")])
+    numbers = [row("a" * n, words=str(n)) for n in range(1, 20)]
+    assert pseudo_label([*numbers, row("b")])[-1].attributes == {}
+    draw = random.Random(0)
+    noise = [row("".join(draw.choices("abcdef", k=8)), mood=draw.choice("xy")) for _ in range(60)]
+    unlabelled = [row("".join(draw.choices("abcdef", k=8))) for _ in range(10)]
+    opened = pseudo_label([*noise, *unlabelled])[60:]
+    assert all(item.attributes == {} for item in opened)

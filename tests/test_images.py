@@ -265,8 +265,11 @@ def test_mistakes_are_clear_errors(llava: ControlPrefix, tmp_path: Path) -> None
     with pytest.raises(RequestError, match="prompt log-probabilities"):
         llava.prompt_log_probs([Request(prompt="x", images=[picture(0)])])
     huge = png(Image.new("L", (20_000, 6_000)))
-    with pytest.raises(RequestError, match="image 1 (has|cannot be read)"):
+    with pytest.raises(RequestError, match="pixels in all; with image 1|cannot be read"):
         llava.generate(Request(prompt="x", images=[huge]))
+    large = png(Image.new("1", (9_000, 6_000)))  # two together are too large
+    with pytest.raises(RequestError, match="with image 2 they have 108,000,000"):
+        llava.generate(Request(prompt="x", images=[large, large]))
     llava.frozen_model.tokenizer.chat_template, template = (
         "{% for m in messages %}{{ m.content[-1].text }}{% endfor %}",
         llava.frozen_model.tokenizer.chat_template,
@@ -276,6 +279,26 @@ def test_mistakes_are_clear_errors(llava: ControlPrefix, tmp_path: Path) -> None
             llava.generate(Request(prompt="x", images=[picture(0)]))
     finally:
         llava.frozen_model.tokenizer.chat_template = template
+
+
+def test_the_processor_is_that_of_the_loaded_model(
+    llava: ControlPrefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, Any]] = []
+
+    def record(source: str, **options: Any) -> Any:
+        calls.append((source, options))
+        raise OSError("none there")
+
+    monkeypatch.setattr("controlprefix.model.loading.AutoProcessor.from_pretrained", record)
+    llava.model.save_pretrained(tmp_path / "m")
+    llava.frozen_model.tokenizer.save_pretrained(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    cp = ControlPrefix.from_pretrained("m", store="sqlite://", trust_remote_code=True)
+    monkeypatch.chdir("/")
+    with pytest.raises(RequestError, match="none there"):
+        cp.generate(Request(prompt="x", images=[picture(0)]))
+    assert calls == [(str(tmp_path / "m"), {"trust_remote_code": True})]
 
 
 @pytest.mark.slow

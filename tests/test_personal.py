@@ -364,7 +364,8 @@ def test_the_privacy_audit_finds_memorized_texts_only() -> None:
     cp.train_users({"ana": texts}, steps=200, num_slots=16, learning_rate=0.3, **QUIET)
     report = cp.audit_user("ana", texts, held_out, num_canaries=1)
     assert report.membership_auc > 0.9
-    assert report.extraction_rate > report.extraction_rate_without == 0
+    assert report.extraction_rate
+    assert report.extraction_rate_without == 0
     assert report.exposure_bits is not None
     assert report.exposure_bits > 5
     versions = cp.versions("user", "ana")

@@ -51,7 +51,7 @@ def test_the_openai_client_gets_what_generate_gives(served: Served, store: str) 
         extra_body={"attributes": {"tone": "warm"}, "strengths": {"user": 0.5}},
     )
     text = expected(
-        store, prompt="Tell Sam I am late.", task="email", user="ana", max_new_tokens=16,
+        store, prompt="Tell Sam.", task="email", user="ana", max_new_tokens=16,
         attributes={"tone": "warm"}, strengths={"user": 0.5},
     )  # fmt: skip
     assert outcome.choices[0].message.content == text

@@ -1,7 +1,9 @@
 """Tables and facts as prompts, and the values that texts leave out or invent."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,8 +27,10 @@ def test_e2es_own_line_is_the_line_of_its_values() -> None:
     assert linearize(values) == linearize(list(values.items())) == E2E
 
 
-@given(st.dictionaries(plain, plain, min_size=1))
-def test_a_line_is_read_back(values: dict[str, str]) -> None:
+@given(
+    st.dictionaries(plain, st.one_of(plain, st.lists(plain, min_size=2, max_size=3)), min_size=1)
+)
+def test_a_line_is_read_back(values: dict[str, str | list[str]]) -> None:
     assert parse_table(linearize(values)) == values
 
 
@@ -44,6 +48,9 @@ def test_triples_in_the_forms_of_the_papers() -> None:
         ({"a": ["x", "y"]}, "a[x], a[y]"),
         ({"a": "x", "b": None, "c": float("nan")}, "a[x]"),  # as Arrow and pandas have gaps
         ({"rate": 0.5, "on": True}, "rate[0.5], on[True]"),
+        ([["a", "x"], ["b", np.float32("nan")], ["c", np.int64(3)]], "a[x], c[3]"),
+        ([["s", "r", math.nan], ["s", "q", "x"]], "| s : q : x"),
+        ({"name, of": "x], b[y"}, "name; of[x), b(y]"),
     ],
 )
 def test_other_shapes_of_tables(table: Any, line: str) -> None:
@@ -58,7 +65,8 @@ def test_other_shapes_of_tables(table: Any, line: str) -> None:
         ([["a", "b", "c", "d"]], "has \\['a'"),
         ({"a": {"b": 1}}, "cells are texts"),
         ({"a": None}, "is empty"),
-        ([["a", None]], "the cell None"),
+        ([["a", None]], "is empty"),
+        ([[None, "a"]], "the cell None"),
         ("name[x]", "a dict or a list, not str"),
     ],
 )
@@ -110,6 +118,12 @@ def test_slot_errors_are_missing_and_invented_values() -> None:
     assert slot_errors(right[::-1], tables).rate == 2.0
     twice = [{"name": "Loch"}, {"name": "Vaults", "near": "Vaults"}]
     assert slot_errors(["Loch Vaults", "x Vaults"], twice).invented == pytest.approx(1 / 3)
+    several: list[Any] = [{"food": ["French", "Thai"]}, {"food": "French"}]
+    assert slot_errors(["French and Thai", "French"], several) == (0.0, 0.0, 3)
+    assert slot_errors(["French", "French"], several).missing == pytest.approx(1 / 3)
+    chinese = [{"名": "水上餐厅", "菜": "中国菜"}]
+    assert slot_errors(["水上餐厅提供中国菜"], chinese).rate == 0
+    assert slot_errors(["水上餐厅提供菜"], chinese).missing == 0.5
     with pytest.raises(ValueError, match="1 texts for 2 tables"):
         slot_errors(right[:1], tables)
     with pytest.raises(ValueError, match="no values"):

@@ -1,7 +1,6 @@
 """Sets of attributes with training rows, classifiers and a reward, each from rows of its own."""
 
 import itertools
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -11,7 +10,7 @@ from sklearn.pipeline import Pipeline
 
 from controlprefix import Example
 from controlprefix.evaluation import AttributeClassifier
-from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.evaluation.harness import base_model_nll
 from controlprefix.evaluation.rewards import AttributeReward
 from controlprefix.model import FrozenModel
 
@@ -80,7 +79,7 @@ class Study:
     def base_model_nll(self) -> float:
         """Nats per token of the test rows under the plain model."""
         texts = [row.completion for row in self.test_rows]
-        return statistics.fmean(base_model_nlls(engine(self.frozen), texts))
+        return base_model_nll(engine(self.frozen), texts)
 
     def combinations(self) -> list[Combination]:
         """Every combination of one label per attribute."""

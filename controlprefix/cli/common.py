@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from controlprefix import __version__
+from controlprefix.processes import is_first_process
 
 app = typer.Typer(
     name="controlprefix",
@@ -34,7 +35,12 @@ app.add_typer(attributes_app, name="attributes")
 app.add_typer(data_app, name="data")
 
 # In a file or a log, tables may be wider than the 80 columns that rich assumes.
-out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+out = Console(
+    highlight=False,
+    markup=False,
+    width=None if sys.stdout.isatty() else 110,
+    quiet=not is_first_process(),  # the others have the same to say
+)
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 StoredKind = Literal["task", "attribute", "user", "decoder"]
@@ -52,13 +58,6 @@ def _root(
     if version:
         out.print(f"controlprefix {__version__}")
         raise typer.Exit
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that prints."""
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
 
 
 def silence_transformers() -> None:

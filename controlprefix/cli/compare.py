@@ -121,8 +121,8 @@ def compare(
         options["methods"] = [name.strip() for name in options["methods"].split(";")]
     comparison.require_methods(options.get("methods", ()))
     if isinstance(options.get("seeds"), str):
-        seeds_of = [int(parse_number("--seeds", item)) for item in parse_list(options["seeds"])]
-        options["seeds"] = seeds_of
+        numbers = [parse_number("--seeds", item) for item in parse_list(options["seeds"])]
+        options["seeds"] = [int(n) if n.is_integer() else n for n in numbers]
     if "labelled_texts" in options:
         texts = Path(options.pop("labelled_texts"))
         options["classifiers"] = train_classifiers(texts, 0)
@@ -138,11 +138,12 @@ def compare(
         if model.model == ModelArguments().model:  # none is given on the command line
             model = replace(model, model=name)
     # Files are read first, to fail before a model is loaded.
-    examples = as_examples(data, columns=named_columns)
+    defaults = columns.defaults()
+    examples = as_examples(data, columns=named_columns, defaults=defaults)
     for name in ("validation", "test", "general"):
         if isinstance(options.get(name), Path):
             named = named_columns if name != "general" else None
-            options[name] = as_examples(options[name], columns=named)
+            options[name] = as_examples(options[name], columns=named, defaults=defaults)
     cp = ControlPrefix(model.load(), PrefixStore("sqlite://"))
     report = comparison.compare(
         cp,
@@ -158,7 +159,7 @@ def compare(
     for name, reason in report.skipped.items():
         out.print(f"skipped {name}: {reason}")
     out.print(f"the report is in {report.save(folder)}")
-    if len(report.skipped) == len(report.methods):
+    if not any(method.get("runs") for method in report.methods.values()):
         raise typer.Exit(1)
 
 
@@ -215,7 +216,7 @@ def _rows_or_share(name: str, value: str | float) -> float | Path:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise RequestError(f"cannot read prompts from {path}: {error}") from error
-    return [line for line in lines if line.strip()]
+    return [line.strip() for line in lines if line.strip()]

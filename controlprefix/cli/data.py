@@ -9,7 +9,7 @@ from rich.table import Table
 
 from controlprefix.cli.common import data_app, out
 from controlprefix.cli.groups import ColumnArguments, ModelArguments, grouped
-from controlprefix.errors import TrainingDataError, shortened
+from controlprefix.errors import RequestError, TrainingDataError, shortened
 
 _MAX_NAMES = 20
 
@@ -101,13 +101,24 @@ def add_ratios(
     unused = {source} - (names.named if names else set())  # no column of a row
     rows = [{k: v for k, v in r.fields.items() if k not in unused} for r in records]
     as_examples(rows, columns=names, defaults=defaults)  # all that is wrong in one message
+    without = []
     for record, fields in zip(records, rows, strict=True):
         own = as_examples([fields], columns=names, defaults=defaults)
         examples += own
-        sources += [record.fields[source] if source else (row.prompt or "") for row in own]
+        texts = [record.fields[source] if source else row.conversation[-1].content for row in own]
+        sources += texts
+        without += [record.place for text in texts if not text.strip()]
+    if without:
+        raise TrainingDataError(
+            f"there is no source text in {shortened(without)}; name its column with --source"
+        )
     labelled = with_ratios(examples, sources, ratio or RATIOS[:3], language=language)
-    with atomic_path(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        for row in labelled:
-            fields = row.model_dump(mode="json", include=row.model_fields_set | {"attributes"})
-            file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+            for row in labelled:
+                fields = row.model_dump(mode="json", include=row.model_fields_set | {"attributes"})
+                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise RequestError(f"cannot write {output}: {error}") from error
     out.print(f"{len(labelled)} rows written to {output}")

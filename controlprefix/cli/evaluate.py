@@ -119,6 +119,8 @@ def evaluate_users(
         result = evaluation.evaluate_users(engine.open(), examples, **options)
     else:
         result = cluster.connect(engine).evaluate_users(examples, **options)
+    from controlprefix.evaluation.users import harmed_text
+
     table = Table("users", "gain, nats per token (95 % interval)")
     gains = [("all", result.gain)]
     for grouping, by_group in result.groups.items():
@@ -127,8 +129,8 @@ def evaluate_users(
         table.add_row(name, gain.text(".3f"))
     out.print(table)
     out.print(
-        f"{len(result.users)} users; harmed: {result.harmed.mean:.1%} (up to "
-        f"{result.harmed.high:.1%}); worst tenth: {result.worst_decile:.3f} nats per token"
+        f"{len(result.users)} users, {result.num_too_few} with too few rows to tell; harmed: "
+        f"{harmed_text(result)}; worst tenth: {result.worst_decile:.3f} nats per token"
     )
     if result.too_small:
         out.print(f"fewer than {min_group_size} users: {', '.join(result.too_small)}")

@@ -125,11 +125,11 @@ class ModelArguments:
 
     def loading_options(self) -> dict[str, Any]:
         """The keyword arguments of `from_pretrained` that say how to load the model."""
-        from accelerate import PartialState
+        from controlprefix.processes import process_state
 
         # A GPU if there is one; each process that accelerate started has its own.
         return {
-            "device": self.device or PartialState().device,
+            "device": self.device or process_state().device,
             "dtype": self.dtype,
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,

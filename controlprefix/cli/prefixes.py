@@ -69,17 +69,21 @@ def learn_relevance(
 ) -> None:
     """Learn which prompts a prefix is for: `generate --when relevant` leaves it out of others."""
     from controlprefix.data import as_requests
+    from controlprefix.inference.relevance import prompt_text
+    from controlprefix.request import Request
 
-    def prompts_of(path: Path | None) -> list[str]:
+    def requests_of(path: Path | None) -> list[Request]:
         if path is None:
             return []
-        requests = as_requests(path, columns=columns.columns(), defaults=columns.defaults())
-        return [request.prompt for request in requests if request.prompt]
+        return as_requests(path, columns=columns.columns(), defaults=columns.defaults())
 
     if kind == "decoder":
         raise RequestError("a decoder is no prefix of its own; name a task, a label or a user")
-    own, other = prompts_of(rows), prompts_of(others)
-    learned = engine.open().learn_relevance(kind, name, own, others=other)
+    requests = requests_of(rows), requests_of(others)
+    cp = engine.open()
+    decode = cp.frozen_model.request_tokenizer.decode
+    own, other = ([prompt_text(row, decode) for row in part] for part in requests)
+    learned = cp.learn_relevance(kind, name, own, others=other)
     out.print(
         f"stored {kind} {name!r} version {learned.version}: accepts {learned.accepted:.0%} of "
         "held-out prompts"

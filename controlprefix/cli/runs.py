@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from controlprefix.cli.common import err, is_main_process, out
+from controlprefix.cli.common import err, out
 from controlprefix.errors import RequestError, TrainingInterrupted, known_names
+from controlprefix.processes import is_first_process
 
 if TYPE_CHECKING:
     from controlprefix.training import TrainingReport
@@ -74,10 +75,10 @@ class UsersRunArguments:
         try:
             with exit_when_interrupted():
                 yield {"folder": folder, **self.options()}
-            if not self.resume and is_main_process():
+            if not self.resume and is_first_process():
                 _record(folder, about)
         finally:
-            if is_main_process():  # without the others, which may have ended
+            if is_first_process():  # without the others, which may have ended
                 _clean_up(folder, is_new)
 
     def _default_folder(self, data: Path, about: dict[str, str]) -> Path:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import NameArgument, app, is_main_process, out
+from controlprefix.cli.common import NameArgument, app, out
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import (
     parse_list,
@@ -90,8 +90,6 @@ def train(
             **recorded,
             **training_fields,
         )
-    if not is_main_process():
-        return
     print_saved(report)
     if report.num_cut or report.num_skipped:
         out.print(

@@ -203,6 +203,9 @@ def migrate_users(
     decoder: Annotated[
         str, typer.Option("--decoder", help="The new model's decoder: see `users decoder`.")
     ] = "users",
+    from_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the model of --from.")
+    ] = None,
     *,
     engine: EngineArguments,
 ) -> None:
@@ -211,7 +214,7 @@ def migrate_users(
     What codes become is learned from users who have one on both: eight at least.
     """
     new = engine.open()
-    old = replace(engine, model=source).open()
+    old = replace(engine, model=source, revision=from_revision).open()
     report = new.migrate_users(old, decoder=decoder)
     for user, reason in report.skipped.items():
         out.print(f"not migrated: user {user!r}: {reason}")
@@ -289,19 +292,24 @@ def forget_user(user: UserArgument, yes: YesOption = False, *, store: StoreArgum
 @grouped
 def audit_user(
     user: UserArgument,
-    texts: Annotated[Path, typer.Option(help="Texts it was trained on, one per line.")],
-    held_out: Annotated[Path, typer.Option(help="Other texts of the author, one per line.")],
+    texts: Annotated[
+        Path, typer.Option(help="File of the texts it was trained on; of rows, the user's.")
+    ],
+    held_out: Annotated[Path, typer.Option(help="File of other texts of the author.")],
     num_canaries: Annotated[
         int, typer.Option(help="Secret numbers to plant, to train the prefix again with.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the secret numbers.")] = 0,
     *,
+    columns: ColumnArguments,
     engine: EngineArguments,
 ) -> None:
     """Measure what a user's prefix reveals of the texts it was trained on."""
     from controlprefix.data import read_texts
 
-    trained_on, others = read_texts([texts]), read_texts([held_out])
+    trained_on, others = (
+        read_texts([file], columns=columns.columns(), user=user) for file in (texts, held_out)
+    )
     report = engine.open().audit_user(
         user,
         trained_on,
@@ -312,12 +320,12 @@ def audit_user(
     table = Table("measure", "value", "if nothing is revealed")
     table.add_row("gain on held-out texts, nats per token", f"{report.gain:.3f}", "")
     table.add_row("membership inference, AUC", f"{report.membership_auc:.2f}", "0.50")
+    rates = (report.extraction_rate, report.extraction_rate_without)
     table.add_row(
-        "texts continued word for word",
-        f"{report.extraction_rate:.0%}",
-        f"{report.extraction_rate_without:.0%}",
+        f"of {report.num_long_texts} long texts, continued word for word",
+        *("not measured" if rate is None else f"{rate:.0%}" for rate in rates),
     )
     if report.exposure_bits is not None:
-        chance = f"about 1 (at most {report.max_exposure_bits:.0f})"
+        chance = f"about 1.4 (at most {report.max_exposure_bits:.0f})"
         table.add_row("exposure of planted numbers, bits", f"{report.exposure_bits:.1f}", chance)
     out.print(table)

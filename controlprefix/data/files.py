@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import sys
 import zlib
@@ -16,6 +17,8 @@ from controlprefix.errors import TrainingDataError
 
 STDIN = "-"
 _DELIMITERS = ",;\t|"
+_SNIFFED_ROWS = 50
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _MAX_CELL_CHARACTERS = 1 << 30
 _ROW_FIELDS = {"prompt", "messages", "completion", "text"}
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
@@ -93,7 +96,7 @@ def decoded(name: str, content: bytes) -> str:
     Raises:
         TrainingDataError: If it is in another encoding, or no text.
     """
-    has_utf16_mark = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    has_utf16_mark = content.startswith(_UTF16_MARKS)
     try:
         return content.decode("utf-16" if has_utf16_mark else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -116,6 +119,8 @@ def _kind(path: str | Path, content: bytes) -> str:
         return "parquet"
     kind = _SUFFIXES.get(_suffix(path), "")
     start = content.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if content.startswith(_UTF16_MARKS):
+        start = content.decode("utf-16", errors="ignore").lstrip().encode()
     if kind in {"json", "jsonl"} and start.startswith(b"["):
         return "json"
     if kind:
@@ -177,8 +182,7 @@ def _object(place: str, fields: Any) -> Record:
 
 def _csv(name: str, text: str) -> Iterator[Record]:
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    header_line = text.lstrip("\r\n").split("\n", 1)[0]
-    delimiter = max(_DELIMITERS, key=header_line.count)
+    delimiter = _delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     end = 0
@@ -205,6 +209,22 @@ def _csv(name: str, text: str) -> Iterator[Record]:
             continue
         pairs = zip(header, cells, strict=False)
         yield Record(place, {column: cell for column, cell in pairs if cell.strip()})
+
+
+def _delimiter(text: str) -> str:
+    """The delimiter with which most of the first lines have as many cells as the header."""
+
+    def fit(delimiter: str) -> tuple[float, int]:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        try:
+            rows = [row for row in itertools.islice(reader, _SNIFFED_ROWS) if row]
+        except csv.Error:
+            return 0.0, 0
+        if not rows or len(rows[0]) < 2:
+            return 0.0, 0
+        return sum(len(row) == len(rows[0]) for row in rows) / len(rows), len(rows[0])
+
+    return max(_DELIMITERS, key=fit)
 
 
 def _parquet(name: str, content: bytes) -> Iterator[Record]:

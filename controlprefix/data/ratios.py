@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from controlprefix._io import requires_extra
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import MissingDependencyError, TrainingDataError
 from controlprefix.example import Example
 
 RATIOS = ("length", "similarity", "word_rank", "tree_depth")
@@ -107,7 +107,12 @@ def with_ratios(
 def _word_rank(text: str, language: str) -> float:
     """The third quartile of the logarithmic ranks of a text's words, at least log 2."""
     ranks = _ranks(language)
-    words = _word_list().tokenize(text, language)
+    try:
+        words = _word_list().tokenize(text, language)
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"wordfreq needs the package {error.name} to read {language!r}"
+        ) from error
     logs = sorted(math.log(1 + ranks.get(word, _NUM_RANKED)) for word in words)
     return logs[min(len(logs) - 1, round(0.75 * (len(logs) - 1)))] if logs else math.log(2)
 

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from controlprefix.data.files import Record, read_records
@@ -19,6 +20,7 @@ Rows = Iterable[Any] | str | os.PathLike[str]
 _OWN_FIELDS = tuple(Example.model_fields)
 _RENAMED = ("text", "prompt", "completion", "user", "task")
 _INSTEAD_OF_TEXT = ("prompt", "messages", "completion")
+_IMAGE_FIELDS = ("images", "image_url", "url")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _PREFERENCE_FORM = (
     '{"prompt": "…", "chosen": "…", "rejected": "…"}, each with "task", "attributes" and "user" '
@@ -198,7 +200,9 @@ def _records(rows: Rows) -> Iterator[Request | Record]:
         TrainingDataError: If it is no source of rows.
     """
     if isinstance(rows, (str, os.PathLike)):
-        yield from read_records(os.fspath(rows))
+        folder = Path(rows).parent
+        for record in read_records(os.fspath(rows)):
+            yield record._replace(fields=_with_images_beside(record.fields, folder))
         return
     if isinstance(rows, Request):
         name = type(rows).__name__
@@ -216,6 +220,31 @@ def _records(rows: Rows) -> Iterator[Request | Record]:
         else:
             problem = f"expected an Example or a dict, got {type(row).__name__}"
             yield Record(f"row {number}", {}, problem)
+
+
+def _with_images_beside(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A row of a file with the paths of images that are relative to the file."""
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, str) and not value.startswith(("data:", "http:", "https:")):
+            beside = folder / value
+            return str(beside) if beside.is_file() and not Path(value).is_file() else value
+        if isinstance(value, list):
+            return [placed(item) for item in value]
+        if isinstance(value, dict):
+            return {
+                k: placed(v) if k in _IMAGE_FIELDS or (k == "content" and isinstance(v, list)) else v
+                for k, v in value.items()
+            }
+        return value
+
+    names = {*_IMAGE_FIELDS, "messages", "prompt"} & fields.keys()
+    changed = {
+        name: placed(fields[name])
+        for name in names
+        if name in _IMAGE_FIELDS or isinstance(fields[name], list)
+    }
+    return {**fields, **changed}
 
 
 def _iterable(rows: Any) -> Iterable[Any]:
@@ -281,6 +310,8 @@ def _rows_of(
 ) -> list[_Row]:
     """The examples of one row, one per reference; or a request, if it has no completion."""
     own = dict(fields) if columns is None else columns.applied(fields)
+    if own.get("images") is not None:
+        own["images"] = _listed(own["images"])
     if form is Preference:
         own = _preference_fields(own)
     if "text" in own:
@@ -371,21 +402,31 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
                 f"a message has the role {role!r}; roles that can be learned from are: "
                 f"{', '.join(_ROLES)}, without tool calls"
             )
-        plain.append({"role": _ROLES[role], "content": _content(message.get("content"))})
+        plain.append({"role": _ROLES[role], **_content(message)})
     if messages and messages[-1].get("weight") == 0:
         raise ValueError("the last message has weight 0, so there is nothing to learn")
     return plain
 
 
-def _content(content: Any) -> Any:
-    """A message's text, which may be given in parts."""
+def _content(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message's text and images, which may be given in parts as OpenAI's API has them."""
+    content, images = message.get("content"), message.get("images")
+    own: dict[str, Any] = {} if images is None else {"images": _listed(images)}
     if not isinstance(content, (list, tuple)):
-        return content
-    texts = [
-        part.get("text")
-        for part in content
-        if isinstance(part, Mapping) and part.get("type") == "text"
-    ]
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("a message has parts that are no text")
-    return "".join(map(str, texts))
+        return {"content": content, **own}
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image_url":
+            place = part.get("image_url")
+            url = place.get("url") if isinstance(place, Mapping) else place
+            own.setdefault("images", []).append(url)
+        else:
+            raise ValueError("a message has parts that are neither texts nor images")
+    return {"content": "".join(texts), **own}
+
+
+def _listed(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]

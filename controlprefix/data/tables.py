@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 TableForm = Literal["brackets", "bars", "tags"]
@@ -23,7 +24,9 @@ def linearize(table: Any, form: TableForm | None = None) -> str:
             names and values, and `bars` for triples.
 
     Returns:
-        The line; underscores in the names of WebNLG become spaces in `bars` and `tags`.
+        The line; underscores in the names of WebNLG become spaces in `bars` and `tags`. What
+        separates facts in `brackets` is replaced inside them: square brackets by round ones, and
+        commas in names by semicolons.
 
     Raises:
         ValueError: If it is none of these, or empty.
@@ -46,7 +49,11 @@ def linearize(table: Any, form: TableForm | None = None) -> str:
     if form is None:
         form = "bars" if any(subject for subject, _, _ in facts) else "brackets"
     if form == "brackets":
-        return ", ".join(f"{name}[{value}]" for _, name, value in facts)
+        round_ones = str.maketrans("[]", "()")
+        return ", ".join(
+            f"{name.translate(round_ones).replace(',', ';')}[{value.translate(round_ones)}]"
+            for _, name, value in facts
+        )
     plain = [tuple(text.replace("_", " ") for text in fact) for fact in facts]
     if form == "bars":
         return " ".join(f"| {' : '.join(filter(None, fact))}" for fact in plain)
@@ -58,33 +65,33 @@ def linearize(table: Any, form: TableForm | None = None) -> str:
     raise ValueError(f"the form {form!r} of a table does not exist; give brackets, bars or tags")
 
 
-def parse_table(text: str) -> dict[str, str]:
-    """The names and values of a line in the form `brackets`.
+def parse_table(text: str) -> dict[str, str | list[str]]:
+    """The names and values of a line in the form `brackets`; several values of a name are a list.
 
     Raises:
         ValueError: If the line has another form.
 
     Example:
-        >>> parse_table("name[The Vaults], food[French]")
-        {'name': 'The Vaults', 'food': 'French'}
+        >>> parse_table("name[The Vaults], food[French], food[Thai]")
+        {'name': 'The Vaults', 'food': ['French', 'Thai']}
     """
-    values: dict[str, str] = {}
+    values: dict[str, list[str]] = {}
     end = 0
     for match in _BRACKETS.finditer(text):
         if match.start() != end:
             break
-        values[match[1].strip()] = match[2].strip()
+        values.setdefault(match[1].strip(), []).append(match[2].strip())
         end = match.end()
     if end != len(text) or not values:
         raise ValueError(f"{text[:60]!r} has another form than name[value], name[value]")
-    return values
+    return {name: own[0] if len(own) == 1 else own for name, own in values.items()}
 
 
 def is_missing(value: Any) -> bool:
     """Whether a cell is what stands for no value in JSON, pandas or numpy."""
     if value is None or type(value).__name__ in {"NAType", "NaTType"}:
         return True
-    return isinstance(value, float) and math.isnan(value)
+    return isinstance(value, Real) and math.isnan(value)
 
 
 def is_table(value: Any) -> bool:
@@ -113,10 +120,10 @@ def _facts(table: Any) -> Iterator[tuple[str, str, str]]:
     for row in table:
         if isinstance(row, Mapping):
             yield from _facts(row)
-        elif isinstance(row, (list, tuple)) and len(row) == 3:
-            yield _cell(row[0]), _cell(row[1]), _cell(row[2])
-        elif isinstance(row, (list, tuple)) and len(row) == 2:
-            yield "", _cell(row[0]), _cell(row[1])
+        elif isinstance(row, (list, tuple)) and len(row) in (2, 3):
+            subject = _cell(row[0]) if len(row) == 3 else ""
+            if not is_missing(row[-1]):
+                yield subject, _cell(row[-2]), _cell(row[-1])
         else:
             raise ValueError(
                 f"a table has {row!r}, which is no dict, [name, value] or [subject, relation, "
@@ -126,20 +133,19 @@ def _facts(table: Any) -> Iterator[tuple[str, str, str]]:
 
 def _cell(value: Any) -> str:
     """A cell as one line."""
-    if isinstance(value, (Mapping, list, tuple)) or value is None:
+    if hasattr(value, "tolist"):  # of numpy
+        value = value.tolist()
+    if isinstance(value, (Mapping, list, tuple)) or is_missing(value):
         raise ValueError(f"a table has the cell {value!r}; cells are texts and numbers")
     return " ".join(str(value).split())
 
 
 def require_triples(value: object) -> None:
-    """Check that a value is a list of triples, or one.
+    """Check that a value is a list of triples.
 
     Raises:
         ValueError: If it is not.
     """
-    rows = value if isinstance(value, (list, tuple)) else [value]
-    if rows and isinstance(rows[0], str):
-        rows = [rows]
-    for row in rows:
+    for row in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(row, (list, tuple)) or len(row) != 3:
             raise ValueError(f"triples are lists of subject, relation and object, got {row!r:.60}")

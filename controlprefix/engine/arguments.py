@@ -5,7 +5,7 @@ import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast
 
@@ -15,13 +15,15 @@ from controlprefix.prefixes import Kind
 Class = TypeVar("Class", bound=type)
 Function = TypeVar("Function", bound=Callable[..., Any])
 _NAMES = {int: "an int", float: "a number", str: "a text (str)", bool: "a bool", Path: "a path"}
+_LISTS = {int: "a list of ints", float: "a list of numbers", str: "a list of texts"}
+_ITEMS = {Sequence[int]: int, Sequence[float]: float, Sequence[str]: str}  # of sequences
 
 
 def checks_arguments(cls: Class) -> Class:
     """Let the public methods of a class check their plain arguments.
 
-    Plain are those whose annotation has nothing but `int`, `float`, `str`, `bool`, `Path`, None
-    and literals; others are left to the methods.
+    Plain are those whose annotation has nothing but `int`, `float`, `str`, `bool`, `Path`, None,
+    literals, and sequences of numbers or of texts; others are left to the methods.
     """
     for name, method in list(vars(cls).items()):
         if inspect.isfunction(method) and not name.startswith("_"):
@@ -75,7 +77,7 @@ def _choices(annotation: Any) -> list[Any] | None:
         return None if None in members else [item for own in members for item in own or ()]
     if typing.get_origin(annotation) is Literal:
         return list(typing.get_args(annotation))
-    return [annotation] if annotation in (*_NAMES, type(None)) else None
+    return [annotation] if annotation in (*_NAMES, *_ITEMS, type(None)) else None
 
 
 def _plain(value: Any) -> Any:
@@ -89,6 +91,11 @@ def _plain(value: Any) -> Any:
 
 
 def _is_a(value: Any, choice: Any) -> bool:
+    if choice in _ITEMS:
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy, torch, pandas
+        if isinstance(value, str) or not isinstance(value, Sequence | Set):
+            return False
+        return all(_is_a(_plain(item), _ITEMS[choice]) for item in value)
     if choice is Path:
         return isinstance(value, os.PathLike)
     if choice in (int, float):
@@ -102,6 +109,8 @@ def _is_a(value: Any, choice: Any) -> bool:
 def _described(choice: Any) -> str:
     if choice is type(None):
         return "None"
+    if choice in _ITEMS:
+        return _LISTS[_ITEMS[choice]]
     return _NAMES[choice] if isinstance(choice, type) else repr(choice)
 
 

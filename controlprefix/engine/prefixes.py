@@ -10,7 +10,7 @@ from controlprefix.errors import RequestError
 from controlprefix.inference.relevance import LearnedRelevance, learn_relevance
 from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.prefixes import Kind, Prefix, PrefixKey, StorageDtype
-from controlprefix.store import NewVersion, VersionInfo
+from controlprefix.store import NewVersion, Origin, VersionInfo
 
 
 @checks_arguments
@@ -103,17 +103,16 @@ class PrefixMethods(Components):
             raise RequestError(f"{key} is a code, which has no room for prompts; give a prefix")
         prefix = self.get(kind, name, version=current.version)
         relevance, accepted = learn_relevance(prompts, others)
-        version = self.put(
-            kind,
-            name,
+        learned = {"num_prompts": len(set(prompts)), "accepted": accepted}
+        new = NewVersion(
+            key,
             replace(prefix, relevance=relevance),
-            details={
-                **current.details,
-                "relevance": {"num_prompts": len(set(prompts)), "accepted": accepted},
-            },
-            dtype=cast(StorageDtype, current.dtype),
-            replaces=current.version,
+            {**current.details, "relevance": learned},
+            current.version,
+            cast(StorageDtype, current.dtype),
+            derived_from=Origin(self._frozen.fingerprint, current.version),
         )
+        (version,) = self.store.put([new])
         return LearnedRelevance(accepted, version)
 
     def get(self, kind: Kind, name: str, *, version: int | str | None = None) -> Prefix:

@@ -8,7 +8,7 @@ from controlprefix.engine.control_prefix import ControlPrefix
 from controlprefix.errors import GeometryMismatchError, StoreError
 from controlprefix.model.fingerprint import first_fingerprint
 from controlprefix.prefixes import KINDS, Geometry, Kind, Prefix, PrefixDecoder, PrefixKey, UserCode
-from controlprefix.store import ModelStore, NewVersion
+from controlprefix.store import ModelStore, NewVersion, Origin
 
 
 def rebind(cp: ControlPrefix) -> list[PrefixKey]:
@@ -63,18 +63,19 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
             value = _rebound(earlier.get(key, version=info.version).value, cp.geometry, {})
             origin = {"from": fingerprint, "content_hash": info.content_hash}
             details = {**info.details, "rebound": origin}
-            (number,) = cp.store.put([NewVersion(key, value, details)])
+            origin_version = Origin(fingerprint, info.version)
+            new = NewVersion(key, value, details, derived_from=origin_version)
+            (number,) = cp.store.put([new])
             rebound[info.content_hash] = own.get(key, version=number).content_hash
             stored += [key] * (key not in stored)
         hashes |= rebound
-    new_versions = [
-        NewVersion(
-            key,
-            _rebound(value, cp.geometry, hashes),
-            {**_details(earlier, key), "rebound": {"from": fingerprint}},
-        )
-        for key, value in values.items()
-    ]
+    new_versions = []
+    for key, value in values.items():
+        current = next(info for info in earlier.versions(key) if info.current)
+        details = {**current.details, "rebound": {"from": fingerprint}}
+        rebound_value = _rebound(value, cp.geometry, hashes)
+        origin_version = Origin(fingerprint, current.version)
+        new_versions.append(NewVersion(key, rebound_value, details, derived_from=origin_version))
     cp.store.put(new_versions)
     return [*stored, *values]
 
@@ -90,10 +91,6 @@ def _rebound_hashes(own: ModelStore, key: PrefixKey) -> dict[str, str] | None:
     if not all("content_hash" in info.details.get("rebound", {}) for info in versions):
         return None
     return {info.details["rebound"]["content_hash"]: info.content_hash for info in versions}
-
-
-def _details(store: ModelStore, key: PrefixKey) -> Mapping[str, Any]:
-    return next(info.details for info in store.versions(key) if info.current)
 
 
 def _rebound(value: Any, geometry: Geometry, decoder_hashes: Mapping[str, str]) -> Any:

@@ -1,6 +1,5 @@
 """The methods of `ControlPrefix` that train task and attribute prefixes."""
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, Unpack
 
@@ -200,11 +199,6 @@ class TrainingMethods(GenerationMethods):
         control, settings_fields = RunControl.split_off(options)
         settings = TrainingSettings.from_options(settings_fields)
         key, fields = distillation_target(task=task, attribute=attribute, label=label, user=user)
-        if isinstance(prompts, (str, os.PathLike)):
-            raise TrainingDataError(
-                f"prompts is {str(prompts)[:60]!r}; give a list of texts, such as the lines of a "
-                "file"
-            )
         if not prompts:
             raise TrainingDataError("there are no prompts to distill on; give a list of texts")
         if completions is None:

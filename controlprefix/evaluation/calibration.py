@@ -1,21 +1,22 @@
 """Calibration: dials on which the measured attribute moves evenly with the position."""
 
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from controlprefix._io import progress_bar, requires_extra
 from controlprefix.engine import ControlPrefix
+from controlprefix.engine.arguments import checks_own_arguments
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.evaluation.classifier import AttributeClassifier
-from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.evaluation.harness import base_model_nll
 from controlprefix.evaluation.metrics import bootstrap_mean
 from controlprefix.evaluation.report import CurvePoint
 from controlprefix.prefixes import PrefixKey, StorageDtype
-from controlprefix.prefixes.dial import Dial
+from controlprefix.prefixes.dial import Dial, strength_at
 from controlprefix.request import Request
+from controlprefix.store import NewVersion, Origin
 
 STRENGTHS = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 _NUM_DIAL_POINTS = 10  # from 0 to 1
@@ -23,6 +24,8 @@ _MAX_FIRST_STEP = 0.15  # share of the effect; if the smallest strength has more
 _MIN_STRENGTH = 1e-5
 _MIN_EFFECT = 0.05  # probability that a label must add to get a dial
 _DEFAULT_TEMPERATURE = 0.8
+_CHECKED = (0.25, 0.5, 0.75)  # positions at which a dial is measured before it is stored
+_GOOD_DEVIATION = 0.15  # of the effect
 _BATCH_SIZE = 32
 
 
@@ -34,13 +37,20 @@ class Calibration:
         curve: What was measured, in the order of strengths.
         dial: `(position, strength)` points, from (0, 0).
         version: The version of the prefix that has the dial.
+        deviation: The largest distance of the measured probability from an even one at the
+            positions 0.25, 0.5 and 0.75, as a share of the label's effect; measured with the
+            dial and other seeds.
+        plain_deviation: The same of strengths without a dial.
     """
 
     curve: tuple[CurvePoint, ...]
     dial: Dial
     version: int
+    deviation: float
+    plain_deviation: float
 
 
+@checks_own_arguments
 def strength_curve(
     cp: ControlPrefix,
     request: Request,
@@ -116,10 +126,11 @@ def strength_curve(
         column = classifier.labels.index(label)
         probabilities = classifier.probabilities(texts)[:, column].tolist()
         estimate = bootstrap_mean(probabilities, sample_prompts if prompts else None)
-        points.append(CurvePoint(strength, estimate, statistics.fmean(base_model_nlls(cp, texts))))
+        points.append(CurvePoint(strength, estimate, base_model_nll(cp, texts)))
     return tuple(points)
 
 
+@checks_own_arguments
 def calibrate(
     cp: ControlPrefix,
     request: Request,
@@ -162,7 +173,7 @@ def calibrate(
     prefix = cp.get("attribute", name)
     (current,) = (info for info in cp.versions("attribute", name) if info.current)
 
-    def measure(values: Sequence[float]) -> tuple[CurvePoint, ...]:
+    def measure(values: Sequence[float], own_seed: int = seed) -> tuple[CurvePoint, ...]:
         return strength_curve(
             cp,
             request,
@@ -172,7 +183,7 @@ def calibrate(
             prompts=prompts,
             strengths=values,
             num_samples=num_samples,
-            seed=seed,
+            seed=own_seed,
             progress=progress,
         )
 
@@ -182,8 +193,9 @@ def calibrate(
         curve = (curve[0], *measure([curve[1].strength / 4]), *curve[1:])
     at = {point.strength: point.probability for point in curve}
     uncertainty = math.hypot(at[0.0].high - at[0.0].low, at[1.0].high - at[1.0].low) / 2
+    up_to_one = [point for point in curve if point.strength <= 1]  # what a dial makes even
     dial = even_dial(
-        [point.strength for point in curve], [point.probability.mean for point in curve]
+        [point.strength for point in up_to_one], [point.probability.mean for point in up_to_one]
     )
     if math.isinf(uncertainty):
         raise TrainingDataError(
@@ -195,24 +207,57 @@ def calibrate(
             f"{at[1.0].mean:.2f}, where {uncertainty:.2f} may be chance, so there is no effect to "
             "make even; train it longer, with contrast, or give more samples"
         )
+    strengths_of = {strength_at(dial, position): position for position in _CHECKED}
+    checked = {
+        strengths_of[point.strength]: point.probability.mean
+        for point in measure([*strengths_of], seed + num_samples)
+    }
+    means = {point.strength: point.probability.mean for point in curve}
+    plain = {position: _between(means, position) for position in _CHECKED}
+    deviation, plain_deviation = (
+        max(
+            abs((value - at[0.0].mean) / (at[1.0].mean - at[0.0].mean) - position)
+            for position, value in measured.items()
+        )
+        for measured in (checked, plain)
+    )
+    if deviation > max(plain_deviation, _GOOD_DEVIATION):
+        raise TrainingDataError(
+            f"a dial of {name} would not be more even than its strengths: at 0.25, 0.5 and 0.75 "
+            f"it is off by up to {deviation:.0%} of the effect, strengths by "
+            f"{plain_deviation:.0%}; give more samples, or train the label longer"
+        )
     details = {
         **current.details,
         "calibrated": {
             "classifier": {"accuracy": classifier.accuracy},
+            "deviation": round(deviation, 4),
+            "plain_deviation": round(plain_deviation, 4),
             "curve": [(point.strength, round(point.probability.mean, 4)) for point in curve],
             "num_samples": num_samples,
             "seed": seed,
         },
     }
-    version = cp.put(
-        "attribute",
-        name,
+    new = NewVersion(
+        PrefixKey.for_label(attribute, label),
         replace(prefix, dial=dial),
-        details=details,
-        dtype=cast(StorageDtype, current.dtype),
-        replaces=current.version,
+        details,
+        current.version,
+        cast(StorageDtype, current.dtype),
+        derived_from=Origin(cp.geometry.fingerprint, current.version),
     )
-    return Calibration(curve, dial, version)
+    (version,) = cp.store.put([new])
+    return Calibration(curve, dial, version, deviation, plain_deviation)
+
+
+def _between(means: Mapping[float, float], strength: float) -> float:
+    """What was measured at a strength, or on the line between those beside it."""
+    below = max(s for s in means if s <= strength)
+    above = min(s for s in means if s >= strength)
+    if below == above:
+        return means[below]
+    share = (strength - below) / (above - below)
+    return means[below] + share * (means[above] - means[below])
 
 
 def _first_step(curve: Sequence[CurvePoint]) -> float:
@@ -279,7 +324,7 @@ def _fit_hill_curve(
     slope, intercept = numpy.polyfit(x, y, 1)
     best = (0.0, 1.0, float(slope))
     best_error = float(((intercept + slope * x - y) ** 2).sum())
-    bounds = ([math.log(1e-2), 0.3, -1.0, -1.0], [math.log(1e4), 2.0, 1.0, 1.0])
+    bounds = ([math.log(1e-2), 0.3, -1.0, -1.0], [math.log(1e4), 4.0, 1.0, 1.0])
     for start_m in (0.1, 1.0, 10.0, 100.0, 1000.0):
         start = (math.log(start_m), 1.0, min(1.0, max(-1.0, y[-1] - y[0])), y[0])
         fit = least_squares(residuals, start, bounds=bounds)

@@ -1,6 +1,8 @@
 """AttributeClassifier: which label a text shows, trained on texts that no prefix was trained on."""
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +12,22 @@ import torch
 from torch import Tensor
 
 from controlprefix._io import atomic_path, requires_extra
+from controlprefix.attributes.ordinal import is_ordinal
+from controlprefix.data import Rows, as_examples
 from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
-from controlprefix.errors import ControlPrefixError, StoreError, TrainingDataError
+from controlprefix.engine.arguments import checks_own_arguments
+from controlprefix.errors import (
+    ControlPrefixError,
+    RequestError,
+    StoreError,
+    TrainingDataError,
+)
 from controlprefix.example import Example
 
 _HELD_OUT_FRACTION = 0.2
 _MIN_TEXTS_PER_LABEL = 5
 _NUM_BINS = 10
+_log = logging.getLogger("controlprefix")
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +167,9 @@ class AttributeClassifier:
             raise ControlPrefixError(f"cannot read the classifier in {path}: {error}") from error
 
 
+@checks_own_arguments
 def pseudo_label(
-    examples: Sequence[Example],
+    examples: Rows,
     *,
     min_probability: float = 0.5,
     embedder: str = DEFAULT_EMBEDDER,
@@ -170,39 +182,56 @@ def pseudo_label(
     that have it.
 
     Args:
-        examples: Rows; their single labels, not mixtures, train the classifiers.
+        examples: Rows in any form; their single labels, not mixtures, train the classifiers.
         min_probability: Probability that a label must have; otherwise the attribute stays open.
+            So does an attribute whose classifier is not better on held-out rows than the most
+            frequent label, and one whose labels are numbers.
         embedder, seed: See `AttributeClassifier.train`.
 
     Raises:
-        TrainingDataError: If an attribute has fewer than two labels, or five rows of one.
+        TrainingDataError: If an attribute that rows leave open has fewer than two labels, or five
+            rows of one.
+        RequestError: If `min_probability` is not between 0 and 1.
         MissingDependencyError: If scikit-learn or sentence-transformers is not installed.
 
     Reference:
         Lee, "Pseudo-Label", 2013.
     """
+    if not 0 <= min_probability <= 1:
+        raise RequestError(f"min_probability is {min_probability}; it must be between 0 and 1")
+    rows = as_examples(examples)
     labelled: dict[str, list[tuple[str, str]]] = {}
-    for row in examples:
+    for row in rows:
         for attribute, label in row.attributes.items():
             if isinstance(label, str):
                 labelled.setdefault(attribute, []).append((row.completion, label))
-    added: list[dict[str, str]] = [{} for _ in examples]
+    added: list[dict[str, str]] = [{} for _ in rows]
     for attribute, pairs in labelled.items():
         texts, labels = zip(*pairs, strict=True)
+        open_rows = [i for i, row in enumerate(rows) if attribute not in row.attributes]
+        if not open_rows or is_ordinal(labels):
+            continue
         classifier = AttributeClassifier.train(
             attribute, texts, labels, embedder=embedder, seed=seed
         )
-        open_rows = [i for i, row in enumerate(examples) if attribute not in row.attributes]
-        if not open_rows:
+        most_frequent = max(Counter(labels).values()) / len(labels)
+        if classifier.accuracy <= most_frequent:
+            _log.warning(
+                "%s stays open: its classifier is right on %.2f of held-out rows, the most "
+                "frequent label on %.2f",
+                attribute,
+                classifier.accuracy,
+                most_frequent,
+            )
             continue
-        probabilities = classifier.probabilities([examples[i].completion for i in open_rows])
+        probabilities = classifier.probabilities([rows[i].completion for i in open_rows])
         for i, row_probabilities in zip(open_rows, probabilities, strict=True):
             best = int(row_probabilities.argmax())
             if row_probabilities[best] >= min_probability:
                 added[i][attribute] = classifier.labels[best]
     return [
         row.model_copy(update={"attributes": {**row.attributes, **labels}})
-        for row, labels in zip(examples, added, strict=True)
+        for row, labels in zip(rows, added, strict=True)
     ]
 
 

@@ -1,16 +1,18 @@
 """The evaluation harness: a store and test rows in, an `EvaluationReport` out."""
 
 import hashlib
+import math
 import random
 import statistics
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.embeddings import embed
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import TrainingDataError
+from controlprefix.engine.arguments import checks_own_arguments
+from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.metrics import (
     Estimate,
@@ -21,6 +23,7 @@ from controlprefix.evaluation.metrics import (
     similarity,
     spearman,
     wilson_proportion,
+    words_of,
 )
 from controlprefix.evaluation.report import CurvePoint, EvaluationReport, TextQuality, TextSample
 from controlprefix.evaluation.text_cache import TextCache
@@ -28,12 +31,15 @@ from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 from controlprefix.prefixes import PrefixKey
 from controlprefix.reports import provenance
+from controlprefix.training.held_out import prompt_identity
 
+_NO_TEXT = Estimate(math.nan, math.nan, math.nan)
 _NUM_SAMPLES = 3  # texts that a report shows of each label
 _MAX_NAMED_ROWS = 1000  # whose prefixes it names
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
+@checks_own_arguments
 def evaluate(
     cp: ControlPrefix,
     rows: Rows,
@@ -86,14 +92,14 @@ def evaluate(
     if not {0.0, 1.0} <= set(strengths):
         raise TrainingDataError("strengths must contain 0 and 1, which the others compare with")
     texts = TextCache(cp, folder, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    prompts: list[Hashable] = [row.prompt or row.messages or i for i, row in enumerate(examples)]
-    plain = [_without(row, row.attributes) for row in examples]
-    without_user = {
-        i: _without(examples[i], ["user"]) for ids in _rows_by_user(examples).values() for i in ids
-    }
+    prompts = [prompt_identity(row) or i for i, row in enumerate(examples)]
+    plain = resolvable(cp, (_without(row, row.attributes) for row in examples))
+    with_user = [i for ids in _rows_by_user(examples).values() for i in ids]
+    others = resolvable(cp, (_without(examples[i], ["user"]) for i in with_user))
+    without_user = dict(zip(with_user, others, strict=True))
     curve_ids = random.Random(seed).sample(range(len(examples)), min(curve_rows, len(examples)))
     curve_requests = {
-        (key, strength): [_with_label(plain[i], key, strength) for i in curve_ids]
+        (key, strength): resolvable(cp, (_with_label(plain[i], key, strength) for i in curve_ids))
         for key in row_ids
         for strength in strengths
     }
@@ -159,6 +165,19 @@ def evaluate(
     )
 
 
+def resolvable(cp: ControlPrefix, rows: Iterable[Example]) -> list[Example]:
+    """Rows made of others by leaving prefixes out, `when` too if no gated one is left."""
+    result = []
+    for row in rows:
+        if row.when == "relevant":
+            try:
+                cp.resolve(row)
+            except RequestError:
+                row = row.model_copy(update={"when": "always"})
+        result.append(row)
+    return result
+
+
 def about_prefixes(cp: ControlPrefix, rows: Sequence[Example]) -> dict[str, Any]:
     """What results of rows were made with.
 
@@ -191,23 +210,39 @@ def describe_rows(rows: Sequence[Example]) -> str:
 
 
 def _quality(cp: ControlPrefix, texts: Sequence[str], prompts: Sequence[Hashable]) -> TextQuality:
+    nlls = base_model_nlls(cp, texts)
+    nll = bootstrap_mean([*nlls.values()], [prompts[i] for i in nlls]) if nlls else _NO_TEXT
     return TextQuality(
-        bootstrap_mean(base_model_nlls(cp, texts), prompts),
+        nll,
         distinct_n(texts, 1),
         distinct_n(texts, 2),
         self_bleu(texts),
-        statistics.fmean(len(text.split()) for text in texts),
+        statistics.fmean(len(words_of(text)) for text in texts),
     )
 
 
-def base_model_nlls(cp: ControlPrefix, texts: Sequence[str]) -> list[float]:
-    """Nats per token of each text that is not empty, under the model without prefixes."""
-    plain = cp.without_defaults()
-    written = [text for text in texts if text.strip()]
-    if not written:
-        return [float("nan")]
-    scores = plain.score([Example(prompt="", raw=True, completion=text) for text in written])
-    return [-score.log_likelihood / max(1, score.num_tokens) for score in scores]
+def base_model_nlls(cp: ControlPrefix, texts: Sequence[str]) -> dict[int, float]:
+    """Nats per token of texts under the model without prefixes.
+
+    Returns:
+        By the number of a text, without the empty ones.
+    """
+    written = {
+        i: Example(prompt="", raw=True, completion=text)
+        for i, text in enumerate(texts)
+        if text.strip()
+    }
+    scores = cp.without_defaults().score([*written.values()]) if written else []
+    return {
+        i: -score.log_likelihood / max(1, score.num_tokens)
+        for i, score in zip(written, scores, strict=True)
+    }
+
+
+def base_model_nll(cp: ControlPrefix, texts: Sequence[str]) -> float:
+    """The mean of `base_model_nlls`; NaN if all texts are empty."""
+    nlls = base_model_nlls(cp, texts)
+    return statistics.fmean(nlls.values()) if nlls else math.nan
 
 
 def _rows_by_label(
@@ -255,7 +290,7 @@ def _curves(
         column = classifier.labels.index(key.label)
         curve_texts = texts[key, strength]
         probabilities = classifier.probabilities(curve_texts)[:, column].tolist()
-        nll = statistics.fmean(base_model_nlls(cp, curve_texts))
+        nll = base_model_nll(cp, curve_texts)
         point = CurvePoint(strength, bootstrap_mean(probabilities, prompts), nll)
         curves.setdefault(key.name, []).append(point)
     return curves

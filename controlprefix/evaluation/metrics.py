@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import statistics
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -106,6 +107,29 @@ def wilson_proportion(hits: Sequence[bool], groups: Sequence[Hashable] | None = 
     return Estimate(mean, max(0.0, center - half_width), min(1.0, center + half_width))
 
 
+# Thai to Khmer without their own spaces, kana, and Chinese characters.
+_WITHOUT_SPACES = re.compile(
+    r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])"
+)
+
+
+def spaced(text: str) -> str:
+    """A text with spaces around the characters of scripts that write none between words.
+
+    So their characters count as words.
+
+    Example:
+        >>> spaced("a 中国菜 b").split()
+        ['a', '中', '国', '菜', 'b']
+    """
+    return _WITHOUT_SPACES.sub(r" \1 ", text)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text as they are counted: what stands between blanks of `spaced`."""
+    return spaced(text).split()
+
+
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """The share of distinct n-grams of words among all (Li et al., 2016, distinct-n).
 
@@ -113,7 +137,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
         >>> distinct_n(["a b a b"], 1), distinct_n(["a b a b"], 2)
         (0.5, 0.6666666666666666)
     """
-    words = [text.split() for text in texts]
+    words = [words_of(text) for text in texts]
     ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
@@ -129,7 +153,7 @@ def self_bleu(texts: Sequence[str]) -> float:
     Reference:
         Zhu et al., "Texygen", 2018, https://arxiv.org/abs/1802.01886.
     """
-    sample = [text for text in texts if text.strip()]
+    sample = [spaced(text) for text in texts if text.strip()]
     if len(sample) < 2:
         return math.nan
     sample = random.Random(0).sample(sample, min(len(sample), _MAX_SELF_BLEU_TEXTS))

@@ -190,9 +190,13 @@ def requested_labels(request: Request) -> Mapping[str, str]:
     return {attribute: label for attribute, (label, _) in best.items()}
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")  # though Python reads it
+
+
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except ValueError:
+        json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
         return False
     return True

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from controlprefix._io import requires_extra
+from controlprefix.errors import TrainingDataError
 
 _MAX_N = 4
 _Grams = Counter[tuple[str, ...]]
@@ -77,8 +78,10 @@ def grade_level(texts: Sequence[str], *, language: str = "en_US") -> float:
         Kincaid et al., 1975.
     """
     with requires_extra("simplification", "a grade level"):
-        from pyphen import Pyphen
+        from pyphen import Pyphen, language_fallback
 
+    if language_fallback(language) is None:
+        raise TrainingDataError(f"pyphen has no rules of hyphenation for {language!r}")
     hyphenation = Pyphen(lang=language)
     num_sentences = num_words = num_syllables = 0
     for text in texts:

@@ -1,8 +1,10 @@
 """Slot errors: values of a table that a text leaves out, and values that it invents."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+from controlprefix.evaluation.metrics import spaced
 
 _NOT_SAID = {"yes", "no", "true", "false"}  # such values are said in other words
 
@@ -27,7 +29,9 @@ class SlotErrors(NamedTuple):
         return self.missing + self.invented
 
 
-def slot_errors(texts: Sequence[str], tables: Sequence[Mapping[str, str]]) -> SlotErrors:
+def slot_errors(
+    texts: Sequence[str], tables: Sequence[Mapping[str, str | Sequence[str]]]
+) -> SlotErrors:
     """Count missing and invented values by looking for them as they are written.
 
     Values that are yes or no are not looked for. A text that says a value in other words counts as
@@ -35,7 +39,8 @@ def slot_errors(texts: Sequence[str], tables: Sequence[Mapping[str, str]]) -> Sl
 
     Args:
         texts: A text per table.
-        tables: Names and values, such as `controlprefix.data.parse_table` reads.
+        tables: Names and values, such as `controlprefix.data.parse_table` reads; a name may have
+            several values.
 
     Returns:
         The shares.
@@ -55,14 +60,14 @@ def slot_errors(texts: Sequence[str], tables: Sequence[Mapping[str, str]]) -> Sl
         raise ValueError(f"{len(texts)} texts for {len(tables)} tables; give one each")
     values: dict[str, set[str]] = {}
     for table in tables:
-        for name, value in table.items():
+        for name, value in _facts(table):
             if (plain := _plain(value)) and plain not in _NOT_SAID:
                 values.setdefault(name, set()).add(plain)
     num_values = missing = invented = 0
     for text, table in zip(texts, tables, strict=True):
         words = f" {_plain(text)} "
-        own = {_plain(value) for value in table.values()}
-        for name, value in table.items():
+        own = {_plain(value) for _, value in _facts(table)}
+        for name, value in _facts(table):
             plain = _plain(value)
             if plain in values.get(name, ()):
                 num_values += 1
@@ -78,6 +83,13 @@ def slot_errors(texts: Sequence[str], tables: Sequence[Mapping[str, str]]) -> Sl
     return SlotErrors(missing / num_values, invented / num_values, num_values)
 
 
+def _facts(table: Mapping[str, str | Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """Each name with each of its values."""
+    for name, values in table.items():
+        for value in [values] if isinstance(values, str) else values:
+            yield name, value
+
+
 def _plain(text: str) -> str:
     """Lower-case words and numbers, with single spaces."""
-    return " ".join(re.findall(r"[^\W_]+|£", text.casefold()))
+    return " ".join(re.findall(r"[^\W_]+|£", spaced(text.casefold())))

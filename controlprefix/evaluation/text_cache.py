@@ -75,9 +75,10 @@ class TextCache:
 
     def _key(self, request: Request) -> str:
         """Cache key over everything that determines the text, the contents of prefixes too."""
-        names = json.dumps(
-            (request.task, request.attributes, request.user, request.unseen), sort_keys=True
-        )
+        fields = {"task", "attributes", "user", "unseen", "strengths", "calibrated", "when"}
+        if request.when == "relevant":  # the prompt decides
+            fields |= {"prompt", "prompt_ids", "messages"}
+        names = json.dumps(request.model_dump(mode="json", include=fields), sort_keys=True)
         if names not in self._digests:
             self._digests[names] = self._cp.resolve(request).digest
         fingerprint = self._cp.geometry.fingerprint

@@ -1,6 +1,7 @@
 """For whom user prefixes work: the distribution of their gain over users and groups of users."""
 
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,13 +12,16 @@ import torch
 
 from controlprefix._io import finite
 from controlprefix.data import Columns, Rows, as_examples
+from controlprefix.data.tables import is_missing
 from controlprefix.engine import ControlPrefix
+from controlprefix.engine.arguments import checks_own_arguments
 from controlprefix.errors import TrainingDataError
-from controlprefix.evaluation.harness import about_prefixes
+from controlprefix.evaluation.harness import about_prefixes, resolvable
 from controlprefix.evaluation.metrics import Estimate, bootstrap_mean, wilson_proportion
 from controlprefix.example import Example
 from controlprefix.labels import label_text
 from controlprefix.model.log_probs import kl_divergences, target_logits
+from controlprefix.prefixes.key import composed
 from controlprefix.reports import few_rows_note, figure_of, render, to_png, write_report
 from controlprefix.request import Request
 from controlprefix.training.held_out import prompt_identity
@@ -54,7 +58,7 @@ class UserResult:
 
     @property
     def is_harmed(self) -> bool:
-        """Whether the user's rows are less likely with their own prefix than with others'."""
+        """Whether the user's rows are less likely than with others' prefixes, beyond chance."""
         return self.gain.high < 0
 
 
@@ -79,7 +83,9 @@ class UsersEvaluation:
         users: The results of each user.
         gain: Mean gain over users, with an interval over users.
         worst_decile: Mean gain of the tenth of the users with the lowest.
-        harmed: Share of users who are harmed.
+        harmed: Share of users who are harmed, of those who have an interval; NaN, from 0 to 1, if
+            nobody has one.
+        num_too_few: Users with too few rows for an interval.
         groups: Per grouping and group, the mean gain of its users.
         too_small: Groups with fewer users than are reported.
         about: What it was made with: model, store, command, date.
@@ -89,6 +95,7 @@ class UsersEvaluation:
     gain: Estimate
     worst_decile: float
     harmed: Estimate
+    num_too_few: int
     groups: dict[str, dict[str, Estimate]]
     too_small: tuple[str, ...]
     about: dict[str, Any]
@@ -110,6 +117,7 @@ class UsersEvaluation:
         return Path(folder) / "users.html"
 
 
+@checks_own_arguments
 def evaluate_users(
     cp: ControlPrefix,
     rows: Rows,
@@ -158,7 +166,7 @@ def rows_by_user(rows: Rows, *, columns: Columns | None, seed: int) -> dict[str,
     own: dict[str, list[Example]] = {}
     for row in as_examples(rows, columns=columns):
         if row.user is not None:
-            own.setdefault(row.user, []).append(row)
+            own.setdefault(composed(row.user), []).append(row)
     if len(own) < 2:
         raise TrainingDataError(
             f"there are rows of {len(own)} users; a user is compared with others: give rows "
@@ -192,9 +200,10 @@ def results_of_users(
     others = [own.others for own in users.values() for _ in own.rows]
     num_others = len(others[0])
     own = _nats(cp, examples)
-    none = _nats(cp, [_of_user(row, None) for row in examples])
+    none = _nats(cp, resolvable(cp, (_of_user(row, None) for row in examples)))
+    pairs = list(zip(examples, others, strict=True))
     other = [
-        _nats(cp, [_of_user(row, names[k]) for row, names in zip(examples, others, strict=True)])
+        _nats(cp, resolvable(cp, (_of_user(row, names[k]) for row, names in pairs)))
         for k in range(num_others)
     ]
     answers = _plain_answers(cp, prompts)
@@ -229,12 +238,14 @@ def summarize(
     users = dict(sorted(users.items()))
     means = sorted(result.gain.mean for result in users.values())
     worst = means[: max(1, round(_WORST_SHARE * len(means)))]
+    told = [result for result in users.values() if result.gain.has_interval]
     by_group, too_small = _by_group(users, groups, min_group_size)
     return UsersEvaluation(
         users,
         bootstrap_mean(means),
         sum(worst) / len(worst),
-        wilson_proportion([result.is_harmed for result in users.values()]),
+        wilson_proportion([r.is_harmed for r in told]) if told else Estimate(math.nan, 0.0, 1.0),
+        len(users) - len(told),
         by_group,
         too_small,
         about,
@@ -257,7 +268,9 @@ def checked_groups(
             'groups maps each grouping to its users, such as {"gender": {"ana": "female"}}'
         )
     return {
-        str(grouping): {user: label_text(g) for user, g in of_users.items() if g is not None}
+        str(grouping): {
+            composed(str(user)): label_text(g) for user, g in of_users.items() if not is_missing(g)
+        }
         for grouping, of_users in groups.items()
     }
 
@@ -325,6 +338,11 @@ def _off_context(
     return float(kl_divergences(steered, plain).mean())
 
 
+def harmed_text(result: UsersEvaluation) -> str:
+    """The share of users who are harmed, in words where nobody has rows enough."""
+    return "cannot tell" if math.isnan(result.harmed.mean) else result.harmed.text(".0%")
+
+
 def _render(result: UsersEvaluation, image: bytes) -> str:
     def interval(estimate: Estimate) -> str:
         return estimate.text("+.3f")
@@ -333,8 +351,13 @@ def _render(result: UsersEvaluation, image: bytes) -> str:
         ("gain ↑", interval(result.gain)),
         ("gain of the tenth of users with the least ↑", f"{result.worst_decile:+.3f}"),
         (
-            "users whose texts are less likely with their own prefix ↓",
-            result.harmed.text(".0%"),
+            "users whose texts are less likely with their own prefix, beyond chance ↓",
+            harmed_text(result),
+        ),
+        *(
+            [("users with too few rows to tell", str(result.num_too_few))]
+            if result.num_too_few
+            else []
         ),
         *(
             (f"gain, {grouping} {group}", interval(gain))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from controlprefix.data.general import general_prompts
-from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
+from controlprefix.embeddings import DEFAULT_EMBEDDER, embed, require_trusted
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.prefixes import Prefix, PrefixKey, Relevance
 from controlprefix.request import Request
@@ -89,19 +89,24 @@ def learn_relevance(
         min_lead=math.nextafter(leads[rank - 1], math.inf),
     )
     accepted = list(map(relevance.includes, held_out))
+    if not any(accepted):
+        raise TrainingDataError(
+            f"none of {len(accepted)} held-out prompts would be accepted: the prompts are too "
+            "unlike each other, or too like the others; give other ones"
+        )
     return relevance, sum(accepted) / len(accepted)
 
 
 def relevance_of(
     requests: Sequence[Request],
-    prefixes: Mapping[PrefixKey, StoredVersion],
+    prefixes: Sequence[Mapping[PrefixKey, StoredVersion]],
     decode: Callable[[Sequence[int]], str],
 ) -> list[dict[PrefixKey, tuple[float, bool]]]:
     """How similar each request's prompt is to those that its prefixes are meant for.
 
     Args:
         requests: Requests; those whose `when` is not `relevant` get no similarity.
-        prefixes: What they name.
+        prefixes: What each of them names.
         decode: Token ids -> text.
 
     Returns:
@@ -109,6 +114,7 @@ def relevance_of(
 
     Raises:
         RequestError: If no prefix of a request has learned its relevance.
+        ControlPrefixError: If a prefix names an embedding model that is not trusted here.
     """
     results: list[dict[PrefixKey, tuple[float, bool]]] = [{} for _ in requests]
     gated: dict[int, dict[PrefixKey, Relevance]] = {}
@@ -116,7 +122,7 @@ def relevance_of(
         if request.when != "relevant":
             continue
         for part in request.named_parts:
-            value = prefixes[part.key].value
+            value = prefixes[i][part.key].value
             if isinstance(value, Prefix) and value.relevance is not None:
                 gated.setdefault(i, {})[part.key] = value.relevance
         if i not in gated:
@@ -125,19 +131,25 @@ def relevance_of(
                 f"when='relevant', but no prefix of the request ({names}) has learned which "
                 "prompts it is for; see cp.learn_relevance, or leave when out"
             )
-    texts = {i: _prompt_text(requests[i], decode) for i in gated}
+    texts = {i: prompt_text(requests[i], decode) for i in gated}
     for embedder in {r.embedder for own in gated.values() for r in own.values()}:
+        require_trusted(embedder, "a prefix")
         ids = [i for i, own in gated.items() if any(r.embedder == embedder for r in own.values())]
         embeddings = embed([texts[i] or " " for i in ids], embedder)
         for i, embedding in zip(ids, embeddings, strict=True):
             for key, relevance in gated[i].items():
                 if relevance.embedder == embedder:
+                    if relevance.own.shape[1] != len(embedding):
+                        raise RequestError(
+                            f"{key} has embeddings of {relevance.own.shape[1]} values, {embedder} "
+                            f"makes some of {len(embedding)}; learn its relevance again"
+                        )
                     is_meant = relevance.includes(embedding)
                     results[i][key] = relevance.similarity(embedding), is_meant
     return results
 
 
-def _prompt_text(request: Request, decode: Callable[[Sequence[int]], str]) -> str:
+def prompt_text(request: Request, decode: Callable[[Sequence[int]], str]) -> str:
     """The prompt, or the last message of the user."""
     if request.prompt_ids is not None:
         return decode(request.prompt_ids)

@@ -49,10 +49,14 @@ class ResolvedRequest(Generic[AnyRequest]):
 
     @cached_property
     def digest(self) -> str:
-        """A hash over the contents of its prefixes; it changes when any of them changes."""
+        """A hash over its prefixes and their strengths; it changes when any of them changes."""
         contents = [
-            (part.used.kind, part.used.name, part.part.prefix.digest, part.part.prefix.dial)
-            for part in self.parts
+            (
+                (item.used.kind, item.used.name, item.used.strength),
+                (item.part.prefix.digest, item.part.strength, item.part.schedule),
+                item.in_logit_space,
+            )
+            for item in self.parts
         ]
         return hashlib.sha256(repr(contents).encode()).hexdigest()
 

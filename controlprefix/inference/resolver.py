@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Collection, Hashable, Mapping, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from typing import Self
 
 from cachetools import LRUCache
@@ -138,18 +139,24 @@ class Resolver:
     def _resolve(self, requests: Sequence[AnyRequest]) -> list[ResolvedRequest[AnyRequest]]:
         requests = self.with_default_labels(requests)
         stand_ins: list[tuple[StandIn, ...]] = [()] * len(requests)
-        text_prefixes: dict[PrefixKey, Prefix] = {}
+        text_prefixes: list[dict[PrefixKey, Prefix]] = [{} for _ in requests]
         if any(request.unseen != "refuse" for request in requests):
             trained = {PrefixKey("attribute", name) for name in self._store.names("attribute")}
             if self.attributes is not None:
                 trained &= self.attributes.keys()
 
-            def make_prefix(key: PrefixKey, text: str) -> None:
-                text_prefixes[key] = prefix_from_text(self._frozen, text)
+            by_text: dict[str, Prefix] = {}
+
+            def make_prefix(own: dict[PrefixKey, Prefix], key: PrefixKey, text: str) -> None:
+                if text not in by_text:
+                    by_text[text] = self._placed(prefix_from_text(self._frozen, text))
+                own[key] = by_text[text]
 
             replaced = [
-                replace_unseen(request, trained, self.attributes, make_prefix, self.distill)
-                for request in requests
+                replace_unseen(
+                    request, trained, self.attributes, partial(make_prefix, own), self.distill
+                )
+                for request, own in zip(requests, text_prefixes, strict=True)
             ]
             requests = [request for request, _ in replaced]
             stand_ins = [notes for _, notes in replaced]
@@ -162,13 +169,15 @@ class Resolver:
             ResolvedRequest(
                 request,
                 tuple(
-                    _resolve_part(part, prefixes[part.key], request, own.get(part.key))
+                    _resolve_part(part, own[part.key], request, gates.get(part.key))
                     for part in request.named_parts
                 ),
                 self._tenant,
                 notes,
             )
-            for request, own, notes in zip(requests, relevance, stand_ins, strict=True)
+            for request, own, gates, notes in zip(
+                requests, prefixes, relevance, stand_ins, strict=True
+            )
         ]
 
     def current(self, keys: Set[PrefixKey]) -> dict[PrefixKey, StoredVersion]:
@@ -248,17 +257,24 @@ class Resolver:
         return results, notes
 
     def _prefixes_for(
-        self, requests: Sequence[Request], text_prefixes: Mapping[PrefixKey, Prefix]
-    ) -> dict[PrefixKey, StoredVersion]:
-        keys = {part.key for request in requests for part in request.named_parts}
-        from_texts = {
-            key: StoredVersion(0, "", self._placed(prefix)) for key, prefix in text_prefixes.items()
-        }
-        prefixes = {**self.current(keys - from_texts.keys()), **from_texts}
-        for request in requests:
+        self, requests: Sequence[Request], text_prefixes: Sequence[Mapping[PrefixKey, Prefix]]
+    ) -> list[Mapping[PrefixKey, StoredVersion]]:
+        """The prefixes of each request: those of texts are its own, the others are stored."""
+        stored = self.current(
+            {
+                part.key
+                for request, own in zip(requests, text_prefixes, strict=True)
+                for part in request.named_parts
+                if part.key not in own
+            }
+        )
+        prefixes: list[Mapping[PrefixKey, StoredVersion]] = []
+        for request, own in zip(requests, text_prefixes, strict=True):
+            from_texts = {key: StoredVersion(0, "", prefix) for key, prefix in own.items()}
             for part in request.named_parts:
-                if part.key not in prefixes:
+                if part.key not in stored and part.key not in from_texts:
                     raise self._unknown(part.key, request)
+            prefixes.append({**stored, **from_texts} if from_texts else stored)
         return prefixes
 
     def _query(self, keys: Collection[PrefixKey]) -> dict[PrefixKey, StoredVersion]:

@@ -191,7 +191,10 @@ def _stand_in(
                 label=label.key.name, how="distilled", used={text: 1.0}, similarity=1.0
             )
             return stand_in, {name: 1.0}
+        requested = {own.label for own in weighted_labels(request.attributes)}
         name = f"{label.label} (from its text)"
+        while name in requested:
+            name += "'"
         make_prefix(PrefixKey.for_label(label.attribute, name), text)
         stand_in = StandIn(label=label.key.name, how="text", used={text: 1.0}, similarity=1.0)
         return stand_in, {name: 1.0}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from controlprefix.attributes import AttributeSpace
+from controlprefix.cancellation import stoppable
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import (
     ControlPrefixError,
@@ -20,7 +21,7 @@ from controlprefix.errors import (
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import PrefixKey
 from controlprefix.store import Claim, Job, PrefixStore
-from controlprefix.training import TrainingReport, stoppable
+from controlprefix.training import TrainingReport
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, Unpack
 from weakref import WeakKeyDictionary
@@ -38,6 +38,7 @@ class FrozenModel:
         tokenizer: Its tokenizer.
         chat_template_kwargs: Variables for its chat template, in every prompt.
         processor: Reads images; left out, the one that is stored with the model.
+        load_processor: Loads that one; left out, it is looked for by the model's name.
 
     Attributes:
         model, tokenizer: As given.
@@ -56,13 +57,17 @@ class FrozenModel:
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         processor: Any = None,
+        *,
+        load_processor: Callable[[], Any] | None = None,
     ) -> None:
         if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
             raise RequestError(f"tokenizer is {tokenizer!r:.60}; give the model's tokenizer")
         self.model = model
         self.tokenizer = tokenizer
         self._pass_lock = _pass_locks.setdefault(model, threading.RLock())
-        self.request_tokenizer = RequestTokenizer(model, tokenizer, chat_template_kwargs, processor)
+        self.request_tokenizer = RequestTokenizer(
+            model, tokenizer, chat_template_kwargs, processor, load_processor=load_processor
+        )
         self.steering = Steering.for_model(model, probe_again=True)
         self.rows = check_rows(model)
 
@@ -77,7 +82,13 @@ class FrozenModel:
     ) -> Self:
         """Load and freeze a model, with the options of `controlprefix.model.loading.load`."""
         loaded = load(model, **options)
-        return cls(*loaded, chat_template_kwargs, processor)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            chat_template_kwargs,
+            processor,
+            load_processor=loaded.load_processor,
+        )
 
     @functools.cached_property
     def geometry(self) -> Geometry:

@@ -2,8 +2,6 @@
 
 import hashlib
 import inspect
-import io
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -12,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from controlprefix._io import requires_extra
+from controlprefix.cancellation import raise_if_stopped
 from controlprefix.errors import RequestError
+from controlprefix.image_files import opened
 
-_MAX_PIXELS = 100_000_000
 _TEXT_INPUTS = frozenset({"input_ids", "attention_mask"})
 # Inputs of models that attend to images in layers of their own, row by row.
 _ROW_INPUTS: Final = frozenset({"cross_attention_mask", "aspect_ratio_ids"})
@@ -100,10 +98,11 @@ class ImageReader:
         texts: list[str] = []
         marks: dict[str, frozenset[int]] = {}
         features: list[dict[str, Tensor]] = []
-        for number, content in enumerate(images, 1):
+        for image in opened(images):
+            raise_if_stopped()
             inputs = self._processor(
                 text=self.placeholder,
-                images=[_opened(content, number)],
+                images=[image],
                 return_tensors="pt",
                 add_special_tokens=False,
             )
@@ -206,29 +205,3 @@ def _joined(features: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
     return pad(tensor, [n for count in reversed(missing) for n in (0, count)])
-
-
-def _opened(content: bytes, number: int) -> Any:
-    """An image of Pillow.
-
-    Raises:
-        RequestError: If it is none, or too large.
-        MissingDependencyError: If Pillow is not installed.
-    """
-    with requires_extra("images", "a request with images"):
-        from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():  # of a size that is checked here
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content))
-        if image.width * image.height > _MAX_PIXELS:
-            raise RequestError(
-                f"image {number} has {image.width:,} x {image.height:,} pixels; at most "
-                f"{_MAX_PIXELS:,} in all"
-            )
-        return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"image {number} cannot be read: {error}") from None

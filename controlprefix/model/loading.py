@@ -3,9 +3,10 @@
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import platformdirs
 import torch
@@ -39,6 +40,19 @@ Quantization = Literal["int8", "bnb8", "bnb4"]
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+class Loaded(NamedTuple):
+    """A frozen model, and what belongs to it.
+
+    Attributes:
+        model, tokenizer: The model and its tokenizer.
+        load_processor: Loads the processor of images that is stored with the model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    load_processor: Callable[[], Any]
+
+
 class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `load`."""
 
@@ -59,7 +73,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> Loaded:
     """Load a model and its tokenizer, and freeze the model.
 
     Args:
@@ -116,7 +130,9 @@ def load(
         loaded = loaded.to(device)  # type: ignore[arg-type]
     loaded.requires_grad_(False)
     loaded.eval()
-    return loaded, tokenizer
+    # A folder is the same one if the working directory changes.
+    place = os.path.abspath(source) if os.path.isdir(source) else source
+    return Loaded(loaded, tokenizer, partial(load_processor, loaded, place, **hub))
 
 
 def _require_device(device: torch.device | str) -> None:
@@ -204,8 +220,13 @@ def _quantization_config(quantization: str) -> Any:
     return transformers.TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def load_processor(model: PreTrainedModel) -> Any:
+def load_processor(model: PreTrainedModel, source: str, **hub: Any) -> Any:
     """The processor of images that is stored with a model.
+
+    Args:
+        model: The model.
+        source: Its folder or hub id.
+        **hub: Options of its download.
 
     Raises:
         RequestError: If the model reads no images, or its processor cannot be loaded.
@@ -213,7 +234,7 @@ def load_processor(model: PreTrainedModel) -> Any:
     if getattr(model.config, "vision_config", None) is None:
         raise RequestError(f"{type(model).__name__} reads no images; leave them out")
     try:
-        return AutoProcessor.from_pretrained(model.config.name_or_path)
+        return AutoProcessor.from_pretrained(source, **hub)
     except Exception as error:  # whatever is missing in the folder, or not installed
         raise RequestError(
             f"the processor of {type(model).__name__} cannot be loaded, so it reads no images "

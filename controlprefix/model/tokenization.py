@@ -2,7 +2,7 @@
 
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,7 +58,7 @@ class RequestTokenizer:
         model: For its config and generation config.
         tokenizer: Its tokenizer.
         chat_template_kwargs: Template variables of every prompt.
-        processor: Reads images; left out, the one that is stored with the model.
+        processor, load_processor: Reads images, and loads what does: see `FrozenModel`.
 
     Attributes:
         is_encoder_decoder: Whether an encoder reads the prompt.
@@ -73,9 +73,11 @@ class RequestTokenizer:
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         processor: Any = None,
+        *,
+        load_processor: Callable[[], Any] | None = None,
     ) -> None:
         self._model = weakref.ref(model)
-        self._processor = processor
+        self._processor, self._load_processor = processor, load_processor
         self._texts = TextTokenizer(tokenizer)
         self._tokenizer = self._texts.tokenizer
         self._template = ChatTemplate(tokenizer, chat_template_kwargs)
@@ -328,7 +330,11 @@ class RequestTokenizer:
     def _image_reader(self) -> ImageReader:
         model = self._model()
         assert model is not None
-        return ImageReader(self._processor or load_processor(model))
+        if self._processor is None and self._load_processor is not None:
+            return ImageReader(self._load_processor())
+        return ImageReader(
+            self._processor or load_processor(model, model.config.name_or_path or "")
+        )
 
     def _prompt_ids(self, request: Request, images: PromptImages | None = None) -> Sequence[int]:
         if request.prompt_ids is not None:

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from controlprefix.errors import PrefixFormatError
+from controlprefix.prefixes.schedule import MAX_STRENGTH
 
 Dial = tuple[tuple[float, float], ...]  # (position, strength) points from (0, 0) up
 
@@ -42,7 +43,20 @@ def read_dial(points: Any, name: str) -> Dial:
         dial = tuple((float(position), float(strength)) for position, strength in points)
     except (TypeError, ValueError, OverflowError) as error:
         raise PrefixFormatError(f"{name} has a dial that cannot be read") from error
-    rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(dial))
-    if dial and not (dial[0] == (0.0, 0.0) and rising and math.isfinite(dial[-1][1])):
-        raise PrefixFormatError(f"{name} has a dial that does not rise from 0")
+    check_dial(dial, name)
     return dial
+
+
+def check_dial(dial: Dial, name: str) -> None:
+    """Check that a dial is none, or rises from (0, 0) to strengths that requests may have.
+
+    Raises:
+        PrefixFormatError: If it does not.
+    """
+    if not dial:
+        return
+    rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(dial))
+    position, strength = dial[-1]
+    is_finite = math.isfinite(position) and strength <= MAX_STRENGTH * min(1.0, position)
+    if len(dial) < 2 or dial[0] != (0.0, 0.0) or not rising or not is_finite:
+        raise PrefixFormatError(f"{name} has a dial that does not rise from 0")

@@ -21,7 +21,7 @@ from controlprefix.errors import (
 )
 from controlprefix.prefixes import container
 from controlprefix.prefixes.container import StorageDtype
-from controlprefix.prefixes.dial import Dial, read_dial, strength_at
+from controlprefix.prefixes.dial import Dial, check_dial, read_dial, strength_at
 from controlprefix.prefixes.geometry import FORMS, SITES, Form, Geometry, Site
 from controlprefix.prefixes.layer_slots import LayerSlots, heads_first, stack_layers
 from controlprefix.prefixes.peft_files import read_checkpoint, write_checkpoint
@@ -81,6 +81,9 @@ class Prefix:
                     f"slots of site {site!r} have shape {tuple(rows.shape)} but model "
                     f"{self.geometry.model_name!r} needs (num_slots, {size})"
                 )
+        check_dial(self.dial, "the prefix")
+        if self.relevance is not None:
+            self.relevance.check("the prefix")
         object.__setattr__(
             self, "slots", MappingProxyType({site: slots[site] for site in self.geometry.sites})
         )

@@ -69,11 +69,30 @@ class Relevance:
             size = int(fields["embedding_size"])
             own, others = (_from_text(fields[key], size) for key in ("own", "others"))
             limits = float(fields["min_similarity"]), float(fields["min_lead"])
-            if not all(map(math.isfinite, limits)):
-                raise ValueError("not finite")
-            return cls(own, others, *limits, str(fields["embedder"]))
+            relevance = cls(own, others, *limits, str(fields["embedder"]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise PrefixFormatError(f"{name} has a relevance that cannot be read") from error
+        relevance.check(name)
+        return relevance
+
+    def check(self, name: str) -> None:
+        """Check sizes and limits.
+
+        Args:
+            name: How errors name the prefix.
+
+        Raises:
+            PrefixFormatError: If they do not fit together.
+        """
+        both = (self.own, self.others)
+        fits = all(rows.ndim == 2 and 1 <= len(rows) <= _MAX_PROMPTS for rows in both)
+        if (
+            not fits
+            or self.own.shape[1] != self.others.shape[1]
+            or not all(rows.isfinite().all() for rows in both)
+            or not (math.isfinite(self.min_similarity) and math.isfinite(self.min_lead))
+        ):
+            raise PrefixFormatError(f"{name} has a relevance whose sizes or limits are impossible")
 
 
 def _nearness(embeddings: Tensor, embedding: Tensor) -> float:
@@ -88,7 +107,4 @@ def _to_text(embeddings: Tensor) -> str:
 
 def _from_text(text: str, size: int) -> Tensor:
     data = base64.b64decode(text, validate=True)
-    embeddings = torch.frombuffer(bytearray(data), dtype=torch.float16).float().view(-1, size)
-    if not 1 <= len(embeddings) <= _MAX_PROMPTS or not embeddings.isfinite().all():
-        raise ValueError("out of range")
-    return embeddings
+    return torch.frombuffer(bytearray(data), dtype=torch.float16).float().view(-1, size)

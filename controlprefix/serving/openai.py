@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -17,6 +17,7 @@ from controlprefix.serving.log_probs import (
 )
 
 Head = Mapping[str, Any]  # `id`, `created` and `model` of a response
+Item = TypeVar("Item")
 Payload = tuple[str | None, Mapping[str, Any]]  # name and data of a server-sent event
 
 
@@ -51,7 +52,14 @@ class AssistantMessage(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
+class OwnReport(BaseModel):
+    """What one choice was steered by, where choices differ."""
+
+    parts: list[PartUsed] | None = Field(default=None, exclude_if=lambda value: value is None)
+    stand_ins: list[StandIn] | None = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class ChatChoice(OwnReport):
     """One chat completion."""
 
     index: int
@@ -60,7 +68,7 @@ class ChatChoice(BaseModel):
     finish_reason: str
 
 
-class TextChoice(BaseModel):
+class TextChoice(OwnReport):
     """One text completion."""
 
     index: int
@@ -126,9 +134,23 @@ class Finished:
 
 
 def steering_report(completions: Sequence[Completion]) -> dict[str, Any]:
-    """`parts` and `stand_ins` of a response: all its choices have the same parts."""
+    """`parts` and `stand_ins` of a response, of all its choices."""
+    parts = [part for completion in completions for part in completion.parts]
     stand_ins = [stand_in for completion in completions for stand_in in completion.stand_ins]
-    return {"parts": list(completions[0].parts), "stand_ins": stand_ins or None}
+    return {"parts": _distinct(parts), "stand_ins": _distinct(stand_ins) or None}
+
+
+def own_reports(completions: Sequence[Completion]) -> list[dict[str, Any]]:
+    """`parts` and `stand_ins` of each choice, where they differ between choices."""
+    reports = [
+        {"parts": list(completion.parts), "stand_ins": list(completion.stand_ins) or None}
+        for completion in completions
+    ]
+    return reports if any(report != reports[0] for report in reports) else [{} for _ in reports]
+
+
+def _distinct(items: Sequence[Item]) -> list[Item]:
+    return [item for i, item in enumerate(items) if item not in items[:i]]
 
 
 class Format(Protocol):
@@ -180,17 +202,20 @@ class ChatFormat:
 
     def whole(self, head: Head, choices: Sequence[Finished], usage: Usage) -> BaseModel:
         """The body of a response: see `Format.whole`."""
+        completions = [choice.completion for choice in choices]
+        reports = own_reports(completions)
         return ChatCompletionResponse(
             **head,
-            **steering_report([choice.completion for choice in choices]),
+            **steering_report(completions),
             choices=[
                 ChatChoice(
                     index=i,
                     message=AssistantMessage(content=choice.completion.text),
                     logprobs=None if self.top is None else self._log_probs(choice.tokens),
                     finish_reason=choice.completion.finish_reason,
+                    **own,
                 )
-                for i, choice in enumerate(choices)
+                for i, (choice, own) in enumerate(zip(choices, reports, strict=True))
             ],
             usage=usage,
         )
@@ -254,17 +279,20 @@ class TextFormat:
 
     def whole(self, head: Head, choices: Sequence[Finished], usage: Usage) -> BaseModel:
         """The body of a response: see `Format.whole`."""
+        completions = [choice.completion for choice in choices]
+        reports = own_reports(completions)
         return TextCompletionResponse(
             **head,
-            **steering_report([choice.completion for choice in choices]),
+            **steering_report(completions),
             choices=[
                 TextChoice(
                     index=i,
                     text=(choice.echo.text if choice.echo else "") + choice.completion.text,
                     logprobs=None if self.top is None else self._whole_log_probs(choice),
                     finish_reason=choice.completion.finish_reason,
+                    **own,
                 )
-                for i, choice in enumerate(choices)
+                for i, (choice, own) in enumerate(zip(choices, reports, strict=True))
             ],
             usage=usage,
         )

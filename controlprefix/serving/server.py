@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from controlprefix.attributes import AttributeSpace
+from controlprefix.cancellation import raise_if_stopped
 from controlprefix.completion import Completion
 from controlprefix.errors import (
     OverloadedError,
@@ -30,7 +31,6 @@ from controlprefix.serving.settings import ServerLimits
 from controlprefix.serving.tenants import Client, Tenants
 from controlprefix.serving.work import WorkPools
 from controlprefix.store import EncryptionKeys
-from controlprefix.training.control import raise_if_stopped
 
 UnknownUsers = Literal["refuse", "plain"]
 _MAX_ECHO_BYTES = 2 << 30  # of the logits of a prompt, in float32
@@ -123,6 +123,11 @@ class Server:
         if self._worker is not None:
             self._worker.start()
         self.metrics = Metrics(lambda: self._runner.load)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model takes messages."""
+        return self._tokenizer.has_chat_template
 
     @property
     def store_label(self) -> str:

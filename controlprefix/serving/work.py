@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
+from controlprefix.cancellation import stoppable
 from controlprefix.errors import (
     ClientDisconnectedError,
     OverloadedError,
     RequestTimeoutError,
     TrainingInterrupted,
 )
-from controlprefix.training.control import stoppable
 
 Result = TypeVar("Result")
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from controlprefix._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from controlprefix.training.control import Callback, RunControl, StepInfo, stoppable
+    from controlprefix.training.control import Callback, RunControl, StepInfo
     from controlprefix.training.feedback_trainer import FeedbackTrainer
     from controlprefix.training.initialization import Initialization, Initializations
     from controlprefix.training.loop import train
@@ -50,7 +50,6 @@ _HOMES = {
     "TrainingReport": "report",
     "TrainingRow": "objectives",
     "TrainingSettings": "settings",
-    "stoppable": "control",
     "train": "loop",
 }
 
@@ -77,7 +76,6 @@ __all__ = [
     "TrainingReport",
     "TrainingRow",
     "TrainingSettings",
-    "stoppable",
     "train",
 ]
 

@@ -6,18 +6,18 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar, cast
 
+from controlprefix.cancellation import stop_condition
 from controlprefix.errors import (
     ControlPrefixError,
     MissingDependencyError,
     StoreError,
     TrainingDataError,
-    TrainingInterrupted,
 )
+from controlprefix.processes import process_state
 from controlprefix.training.report import TrainingReport, is_unfinished
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ class StepInfo(NamedTuple):
     validation_loss: float | None
     metrics: Mapping[str, float]
 
-
-_must_stop: ContextVar[Callable[[], bool] | None] = ContextVar("must_stop", default=None)
 
 Callback = Callable[[StepInfo], None]
 
@@ -144,6 +142,7 @@ class RunControl:
         """
         from accelerate import Accelerator
 
+        process_state()  # chosen before accelerate chooses it
         if self.tracker is None:
             return self.accelerator or Accelerator()
         if self.accelerator is not None:
@@ -174,10 +173,9 @@ def in_first_process(action: Callable[[], Result]) -> Result:
     Raises:
         ControlPrefixError: What it raises, in every process, so that none waits for ever.
     """
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    state = PartialState()
+    state = process_state()
     if state.num_processes == 1:
         return action()
     outcome: list[Any] = [None, None]
@@ -193,30 +191,6 @@ def in_first_process(action: Callable[[], Result]) -> Result:
 
 
 @contextlib.contextmanager
-def stoppable(must_stop: Callable[[], bool]) -> Iterator[None]:
-    """Stop training inside, with `TrainingInterrupted`, when a function says so.
-
-    Args:
-        must_stop: Called after each step.
-    """
-    token = _must_stop.set(must_stop)
-    try:
-        yield
-    finally:
-        _must_stop.reset(token)
-
-
-def raise_if_stopped() -> None:
-    """Stop other long work inside `stoppable`, where its function says so.
-
-    Raises:
-        TrainingInterrupted: If it does.
-    """
-    if (must_stop := _must_stop.get()) is not None and must_stop():
-        raise TrainingInterrupted("stopped")
-
-
-@contextlib.contextmanager
 def delayed_interrupt() -> Iterator[Callable[[], bool]]:
     """Delay Ctrl-C until the block asks for it, so that no step is left half done.
 
@@ -226,7 +200,7 @@ def delayed_interrupt() -> Iterator[Callable[[], bool]]:
     Yields:
         A function that tells whether to stop.
     """
-    if (must_stop := _must_stop.get()) is not None:
+    if (must_stop := stop_condition()) is not None:
         yield must_stop
         return
     if threading.current_thread() is not threading.main_thread():

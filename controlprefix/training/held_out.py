@@ -91,11 +91,16 @@ def check_validation(
         raise TrainingDataError(
             f"held-out rows name no prefix that is trained: {shortened(without)}; leave them out"
         )
+    warn_of_shared_prompts(validation, training)
+
+
+def warn_of_shared_prompts(held_out: Sequence[Example], training: Sequence[Example]) -> None:
+    """Warn of held-out rows whose prompts are trained on too."""
     prompts = {prompt_identity(example) for example in training} - {""}
-    num_shared = sum(prompt_identity(example) in prompts for example in validation)
+    num_shared = sum(prompt_identity(example) in prompts for example in held_out)
     if num_shared:
         _log.warning(
-            "%d of %d held-out rows have a prompt that is trained on too", num_shared, len(rows)
+            "%d of %d held-out rows have a prompt that is trained on too", num_shared, len(held_out)
         )
 
 

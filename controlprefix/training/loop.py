@@ -87,7 +87,7 @@ def train(
             if failures:
                 raise TrainingDataError(failures[run])
             run.progress.seconds = earlier_s + time.monotonic() - started
-            interrupted = is_interrupted() and not run.is_finished
+            interrupted = _in_any(accelerator, is_interrupted()) and not run.is_finished
             due = run.is_finished or run.progress.step % settings.save_steps == 0
             if folder is not None and is_main and (due or interrupted):
                 run.save(folder)
@@ -111,6 +111,14 @@ def train(
         accelerator.end_training()
     run.restore_best()
     return run
+
+
+def _in_any(accelerator: Accelerator, is_interrupted: bool) -> bool:
+    """Whether any process was interrupted: then all stop at the same step."""
+    if accelerator.num_processes == 1:
+        return is_interrupted
+    flag = torch.tensor(float(is_interrupted), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
 
 
 def _stopped(run: TrainingRun, folder: Path | None) -> str:

@@ -4,7 +4,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -47,6 +47,7 @@ class Preparation:
         left_out: What examples name that is neither trained nor stored.
         num_cut, num_skipped: Rows that did not fit the model's context.
         users: Users whose rows they are.
+        origins: The stored versions that prefixes start from.
     """
 
     rows: list[TrainingRow]
@@ -57,6 +58,7 @@ class Preparation:
     num_cut: int
     num_skipped: int
     users: frozenset[str]
+    origins: Mapping[PrefixKey, StoredVersion] = field(default_factory=dict)
 
     def require_held_out(self, settings: TrainingSettings, what: str) -> None:
         """Check that there are rows for validation.
@@ -155,9 +157,10 @@ def prepare(
     training = [rows[i] for i in training_ids]
     texts = [fitted.examples[i].completion for i in training_ids]
     completions = [fitted.tokenized[i].completion for i in training_ids]
+    origins = resolver.current(set(keys) if spec.default.startswith("stored") else set())
     initial = _initial_prefixes(
         frozen,
-        resolver,
+        origins,
         settings,
         spec,
         keys,
@@ -178,6 +181,7 @@ def prepare(
         fitted.num_cut + fitted_validation.num_cut,
         fitted.num_skipped + fitted_validation.num_skipped,
         frozenset(e.user for e in (*examples, *validation) if e.user is not None),
+        origins,
     )
 
 
@@ -190,12 +194,14 @@ class RequestPreparation:
         demonstrations: Rows with targets.
         initial: The prefixes to train, as they are stored.
         users: Users whose rows they are.
+        origins: The versions that they are stored as.
     """
 
     rows: list[TrainingRow]
     demonstrations: list[TrainingRow]
     initial: dict[PrefixKey, Prefix]
     users: frozenset[str]
+    origins: Mapping[PrefixKey, StoredVersion]
 
 
 def prepare_requests(
@@ -246,7 +252,8 @@ def prepare_requests(
         assert isinstance(value, Prefix)
         initial[key] = value
     users = frozenset(row.user for row in all_rows if row.user is not None)
-    return RequestPreparation(rows, demonstrated, initial, users)
+    origins = {key: stored[key] for key in keys}
+    return RequestPreparation(rows, demonstrated, initial, users, origins)
 
 
 def _divide_parts(
@@ -264,7 +271,7 @@ def _divide_parts(
 
 def _initial_prefixes(
     frozen: FrozenModel,
-    resolver: Resolver,
+    origins: Mapping[PrefixKey, StoredVersion],
     settings: TrainingSettings,
     spec: InitSpec,
     keys: Sequence[PrefixKey],
@@ -274,14 +281,12 @@ def _initial_prefixes(
     num_slots_of: Callable[[PrefixKey], int | Mapping[Learnable, int]],
 ) -> dict[PrefixKey, Prefix]:
     """What each prefix starts from, given the training rows and their completions."""
-    stored_keys = set(keys) if spec.default.startswith("stored") else set()
-    stored_prefixes = {k: v.value for k, v in resolver.current(stored_keys).items()}
     context_length = frozen.request_tokenizer.context_length
     initial: dict[PrefixKey, Prefix] = {}
     for index, key in enumerate(keys):
         row_ids = [i for i, row in enumerate(rows) if any(own == key for own, _ in row.learned)]
         random.Random(settings.seed).shuffle(row_ids)
-        stored_prefix = stored_prefixes.get(key)
+        stored_prefix = origins[key].value if key in origins else None
         initial[key] = make_slots(
             frozen,
             key,

@@ -1,20 +1,20 @@
 """Trainer: trains prefixes on examples or an instruction, and stores them."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 
 from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.model.slot_attention import Reference, observe
-from controlprefix.prefixes import Prefix, PrefixKey
-from controlprefix.store import NewVersion, PrefixStore
+from controlprefix.prefixes import Prefix, PrefixKey, StorageDtype
+from controlprefix.processes import process_state
+from controlprefix.store import NewVersion, Origin, PrefixStore
 from controlprefix.training.checkpoint import run_identity
 from controlprefix.training.control import RunControl, in_first_process
 from controlprefix.training.distillation import with_instruction
@@ -158,7 +158,7 @@ class Trainer:
 
         def publish(values: Mapping[PrefixKey, Prefix]) -> dict[str, int]:
             details = {"training": {"loop": "own", "parameterization": settings.parameterization}}
-            return self._publish(values, details)
+            return self._publish(values, details, preparation)
 
         return PrefixModel(self._frozen, prefixes, publish, prepared)
 
@@ -219,7 +219,9 @@ class Trainer:
         self, key: PrefixKey, examples: Sequence[Example], *, keep: float
     ) -> ShorteningReport:
         """Store a prefix with only the slots it needs: see `ControlPrefix.shorten`."""
-        prefix = self._resolver.get(key).to(device=self._frozen.device)
+        stored = self._store.for_model(self._frozen.fingerprint)
+        current = next(info for info in stored.versions(key) if info.current)
+        prefix = self._resolver.get(key, version=current.version).to(device=self._frozen.device)
         prefix.require_joint("shortening, which refits the shares of one softmax")
         rows = self._rows_naming(key, examples)
         references = [Reference(row.prompt, row.targets, row.frozen) for row in rows]
@@ -229,8 +231,19 @@ class Trainer:
             return self._loss(rows, {} if candidate is None else {key: candidate})
 
         shorter, report = shorten(prefix, attention, loss_with, keep=keep)
-        details = {"shortened": {"from": prefix.num_slots, "keep": keep}}
-        (version,) = self._store.put([NewVersion(key, shorter, details)])
+        if shorter is not prefix:
+            shorter = replace(shorter, relevance=prefix.relevance)
+            if prefix.dial:
+                _log.warning("%s has other slots now, so its dial is gone: calibrate it again", key)
+        new = NewVersion(
+            key,
+            shorter,
+            {**current.details, "shortened": {"from": prefix.num_slots, "keep": keep}},
+            replaces=current.version,
+            dtype=cast(StorageDtype, current.dtype),
+            derived_from=Origin(self._frozen.fingerprint, current.version),
+        )
+        (version,) = self._store.put([new])
         return replace(report, version=version)
 
     def _train_and_publish(
@@ -302,8 +315,8 @@ class Trainer:
                 **settings.to_dict(),
             }
         }
-        report = replace(report, saved=self._publish(trained, details, preparation.users))
-        if control.folder is not None and PartialState().is_main_process:
+        report = replace(report, saved=self._publish(trained, details, preparation))
+        if control.folder is not None and process_state().is_main_process:
             report.save(control.folder)
         return report
 
@@ -322,21 +335,31 @@ class Trainer:
         self,
         prefixes: Mapping[PrefixKey, Prefix],
         details: Mapping[str, Any],
-        users: Collection[str] = (),
+        preparation: Preparation,
     ) -> dict[str, int]:
         """Store prefixes, by the first process; returns their versions in all processes.
 
         What tasks and labels learned from users is marked when one of them is forgotten.
         """
-        new = [
-            NewVersion(
-                key,
-                prefix.to(dtype=self._frozen.dtype),
-                details,
-                sources=() if key.kind == "user" else users,
+        new = []
+        for key, trained in prefixes.items():
+            prefix = trained.to(dtype=self._frozen.dtype)
+            origin = preparation.origins.get(key)
+            sources = () if key.kind == "user" else preparation.users
+            if origin is None or not isinstance(origin.value, Prefix):
+                new.append(NewVersion(key, prefix, details, sources=sources))
+                continue
+            if origin.value.dial:
+                _log.warning("%s has other slots now, so its dial is gone: calibrate it again", key)
+            new.append(
+                NewVersion(
+                    key,
+                    replace(prefix, relevance=origin.value.relevance),  # its prompts are the same
+                    details,
+                    sources=sources,
+                    derived_from=Origin(self._frozen.fingerprint, origin.version),
+                )
             )
-            for key, prefix in prefixes.items()
-        ]
         versions = in_first_process(lambda: self._store.put(new))
         return {str(key): version for key, version in zip(prefixes, versions, strict=True)}
 

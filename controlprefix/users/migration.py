@@ -68,8 +68,11 @@ def migrate(
             if user not in existing:
                 skipped[user] = "its code is of another decoder than most"
         elif user in existing:
-            value = own.get(PrefixKey("user", user)).value
-            if isinstance(value, UserCode) and value.decoder_hash == decoder.content_hash:
+            key = PrefixKey("user", user)
+            details = next(info.details for info in own.versions(key) if info.current)
+            value = own.get(key).value
+            is_own = isinstance(value, UserCode) and value.decoder_hash == decoder.content_hash
+            if isinstance(value, UserCode) and is_own and "migrated" not in details:
                 old_codes.append(code.values.flatten())
                 new_codes.append(value.values.flatten())
     code_map = fit_code_map(
@@ -83,6 +86,7 @@ def migrate(
             PrefixKey("user", user),
             UserCode(decoder.content_hash, code_map(code.values).float().reshape(size)),
             details,
+            replaces=0,  # who was enrolled meanwhile stays as they are
         )
         for user, code in codes.items()
         if user not in existing

@@ -28,9 +28,10 @@ class PrivacyReport:
         membership_auc: Area under the ROC curve of membership inference by likelihood, with
             the model without the prefix as reference; 0.5 reveals nothing (Yeom et al.,
             "Privacy Risk in Machine Learning", 2018, https://arxiv.org/abs/1709.01604).
-        extraction_rate: Share of the texts of which 16 tokens are generated word for word,
-            greedily, after the first 8; `extraction_rate_without`: the same without the
-            prefix.
+        num_long_texts: Texts of 24 tokens or more, that extraction is tried with.
+        extraction_rate: Share of these of which 16 tokens are generated word for word, greedily,
+            after the first 8; None if there is none, or the model is an encoder-decoder.
+        extraction_rate_without: The same without the prefix.
         exposure_bits: Mean exposure of secret numbers, each planted once among the texts, by
             rank among alternatives; chance gives about 1.4 (Carlini et al., "The Secret
             Sharer", 2019, https://arxiv.org/abs/1802.08232). None if none were planted.
@@ -41,8 +42,9 @@ class PrivacyReport:
     num_held_out: int
     gain: float
     membership_auc: float
-    extraction_rate: float
-    extraction_rate_without: float
+    num_long_texts: int
+    extraction_rate: float | None
+    extraction_rate_without: float | None
     exposure_bits: float | None = None
     max_exposure_bits: float = math.log2(_NUM_ALTERNATIVES + 1)
 
@@ -92,6 +94,13 @@ class PrivacyAuditor:
             for member in member_gains
             for other in other_gains
         ]
+        if num_canaries < 0:
+            raise TrainingDataError(f"num_canaries is {num_canaries}; it must be 0 or more")
+        if shared := set(texts) & set(held_out):
+            raise TrainingDataError(
+                f"{len(shared)} held-out texts are among those that the prefix was trained on; "
+                "give other texts of the author"
+            )
         exposure = None
         if num_canaries:
             exposure = self._exposure(texts, num_canaries, retrain, seed)
@@ -100,6 +109,7 @@ class PrivacyAuditor:
             num_held_out=len(held_out),
             gain=sum(other_gains) / len(other_gains),
             membership_auc=sum(wins) / len(wins),
+            num_long_texts=len(self._long_texts(texts)),
             extraction_rate=self.extraction_rate(texts, prefix),
             extraction_rate_without=self.extraction_rate(texts, None),
             exposure_bits=exposure,
@@ -109,13 +119,19 @@ class PrivacyAuditor:
         """Nats per token of the first 256 tokens of each text."""
         return [loss / count for loss, count in losses_of_texts(self._frozen, texts, prefix)]
 
-    def extraction_rate(self, texts: Sequence[str], prefix: Prefix | None) -> float:
-        """Share of the texts that are long enough whose continuation is generated exactly."""
+    def _long_texts(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The first tokens of the texts that are long enough, with what is read before them."""
+        if self._frozen.is_encoder_decoder:
+            return []
         num_tokens = _CONTEXT_TOKENS + _EXTRACTED_TOKENS
         examples = [first_tokens(self._frozen, text) for text in texts]
-        rows = [(*prompt, *ids[:num_tokens]) for prompt, ids in examples if len(ids) >= num_tokens]
-        if not rows or self._frozen.is_encoder_decoder:
-            return 0.0
+        return [(*prompt, *ids[:num_tokens]) for prompt, ids in examples if len(ids) >= num_tokens]
+
+    def extraction_rate(self, texts: Sequence[str], prefix: Prefix | None) -> float | None:
+        """Share of the long texts whose continuation is generated exactly; None without any."""
+        rows = self._long_texts(texts)
+        if not rows:
+            return None
         num_extracted = 0
         for at in range(0, len(rows), _BATCH_SIZE):
             ids = torch.tensor(rows[at : at + _BATCH_SIZE], device=self._frozen.device)

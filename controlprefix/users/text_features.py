@@ -1,7 +1,6 @@
 """Text features for predicting user codes: a sentence embedding, and style statistics."""
 
 import math
-import os
 import re
 import string
 from collections.abc import Sequence
@@ -9,11 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from controlprefix.embeddings import DEFAULT_EMBEDDER, MAX_CHARACTERS, embed
+from controlprefix.embeddings import (
+    DEFAULT_EMBEDDER,
+    MAX_CHARACTERS,
+    embed,
+    require_trusted,
+    trust,
+)
 from controlprefix.errors import ControlPrefixError
 
-_ENVIRONMENT_VARIABLE = "CONTROLPREFIX_EMBEDDERS"  # names of trusted ones, by commas
-_trusted_embedders = {DEFAULT_EMBEDDER}
 # Part of the name of the features: a decoder must only get the features it was trained with.
 _STYLE_VERSION = "style-1"
 # Function words: they tell how someone writes, not what about. In other languages they are
@@ -36,7 +39,7 @@ class TextFeatures:
     """
 
     def __init__(self, embedder: str = DEFAULT_EMBEDDER) -> None:
-        _trusted_embedders.add(embedder)  # the caller names it
+        trust(embedder)
         self._embedder = embedder
         self.name = f"{embedder}+{_STYLE_VERSION}"
 
@@ -54,12 +57,7 @@ class TextFeatures:
                 f"the decoder was trained with features {name!r}, which this version does not "
                 "compute; train the decoder again"
             )
-        allowed = {*_trusted_embedders, *os.environ.get(_ENVIRONMENT_VARIABLE, "").split(",")}
-        if embedder not in allowed:
-            raise ControlPrefixError(
-                f"the decoder wants the embedding model {embedder!r}, and loading it may "
-                f"run code or fetch files; if you trust it, set {_ENVIRONMENT_VARIABLE}={embedder}"
-            )
+        require_trusted(embedder, "the decoder")
         return cls(embedder)
 
     def compute(self, texts: Sequence[str]) -> Tensor:

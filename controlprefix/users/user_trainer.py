@@ -4,12 +4,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from accelerate import PartialState
-
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
+from controlprefix.processes import process_state
 from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser, StoredVersion
 from controlprefix.training.control import RunControl, in_first_process
 from controlprefix.training.initialization import as_decoupled, typical_scale
@@ -131,7 +130,7 @@ class UserTrainer:
             options: Fields of `TrainingSettings`.
             extras: Per user, further fields of the `NewVersion`.
         """
-        if PartialState().num_processes > 1:
+        if process_state().num_processes > 1:
             raise TrainingDataError(
                 "each process would train all users; run one, or share them among the actors of a "
                 "Ray cluster (`controlprefix users train --ray`)"
@@ -206,6 +205,12 @@ class UserTrainer:
             key = PrefixKey("user", user)
             stored = self._model_store.get(key)
             (current,) = (info for info in self._model_store.versions(key) if info.current)
+            share = current.details.get("enrolled", {}).get("share", 1)
+            if share != 1:
+                raise RequestError(
+                    f"user {user!r} was enrolled with guard, which kept {share:.0%} of what is "
+                    "personal, so texts cannot be added; enroll them from all texts"
+                )
             code, enrolled["texts"] = added_code(
                 self.decoder(decoder), user, stored.value, current, texts
             )

@@ -23,7 +23,8 @@ from controlprefix.evaluation.comparison.peft_methods import peft_package
 from controlprefix.evaluation.comparison.report import ComparisonReport
 from controlprefix.evaluation.comparison.state import ComparisonState
 from controlprefix.example import Example
-from controlprefix.training.held_out import split_examples
+from controlprefix.prefixes import PrefixKey
+from controlprefix.training.held_out import split_examples, warn_of_shared_prompts
 
 _FILE = "comparison.json"
 _TASK = "comparison"
@@ -96,9 +97,8 @@ def compare(
         raise TrainingDataError(
             "a comparison needs a method, a seed, and at least 1 step, row and slot"
         )
-    for seed in seeds:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TrainingDataError(f"a seed is {seed!r}; give whole numbers")
+    if min(seeds) < 0 or max_new_tokens < 1:
+        raise TrainingDataError("seeds must be 0 or more, and max_new_tokens 1 or more")
     if not 1 <= num_rates <= 3:
         raise TrainingDataError(f"num_rates is {num_rates}; it must be 1, 2 or 3")
     frozen = cp.frozen_model
@@ -114,6 +114,14 @@ def compare(
         num_slots=num_slots,
         max_new_tokens=max_new_tokens,
     )
+    tokenizer = frozen.request_tokenizer
+    general_rows = [] if general is None else _examples(general, None)[:num_rows]
+    for part in (problem.training, problem.validation, problem.test, general_rows):
+        tokenizer.ids_of_examples(part)  # what cannot be read is told before anything is trained
+    for attribute, labels in problem.attributes.items():
+        for label in labels:
+            PrefixKey.for_label(attribute, label)  # so are names that nothing can have
+    warn_of_shared_prompts([*problem.validation, *problem.test], problem.training)
     options: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,
@@ -127,7 +135,6 @@ def compare(
         "fingerprint": frozen.fingerprint,
         "dtype": str(frozen.dtype).removeprefix("torch."),
     }
-    general_rows = [] if general is None else _examples(general, None)[:num_rows]
     options["elsewhere"] = _hash([general_rows], *(other_prompts or ()))
     options["classifiers"] = {
         classifier.attribute: _classifier_hash(classifier, problem.test)
@@ -146,15 +153,25 @@ def compare(
                 for done, note in enumerate(runner.measure(name, seeds), 1):
                     update(sum(counts[:number]) + done, f"{name}: {note}")
             update(sum(counts[: number + 1]), name)
-    return ComparisonReport.from_dict(state.results)
+    return ComparisonReport.from_dict(state.of(names, seeds))
 
 
 def _examples(rows: Rows, columns: Columns | None) -> list[Example]:
-    """Rows of one task, without users."""
-    return [
-        row.model_copy(update={"task": row.task or _TASK, "user": None, "strengths": {}})
-        for row in as_examples(rows, columns=columns)
-    ]
+    """Rows of one task, without users.
+
+    Raises:
+        TrainingDataError: If one has more than texts.
+    """
+    examples = []
+    for number, row in enumerate(as_examples(rows, columns=columns), 1):
+        if row.prompt_ids is not None or any(message.images for message in row.conversation):
+            raise TrainingDataError(
+                f"{row.place(number)} has token ids or images; a comparison needs prompts that are "
+                "texts, which methods write instructions and examples in front of"
+            )
+        update: dict[str, Any] = {"task": row.task or _TASK, "user": None, "strengths": {}}
+        examples.append(row.model_copy(update=update))
+    return examples
 
 
 def _split(

@@ -1,5 +1,6 @@
 """What is measured of a trained method."""
 
+import re
 import statistics
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import adapter_training
 from controlprefix.evaluation.comparison.costs import now
 from controlprefix.evaluation.comparison.methods import NUM_ADAPTATIONS, Method, Problem
-from controlprefix.evaluation.metrics import distinct_n
+from controlprefix.evaluation.metrics import distinct_n, spaced, words_of
 from controlprefix.evaluation.slot_errors import slot_errors
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
@@ -27,6 +28,7 @@ _BATCH_SIZE = 16
 _NUM_SPEED_TOKENS = 16
 _NUM_PLAIN_TEXTS = 16
 _PLAIN_TOKENS = 32
+_BLEU_WORDS = 4  # of the longest n-grams that it counts
 _RANK_SHARE = 0.9  # of the sum of the singular values
 
 Figures = dict[str, float]
@@ -237,6 +239,9 @@ def text_figures(
 ) -> Figures:
     """BLEU, chrF and ROUGE-L where rows have prompts, and the texts' diversity and length.
 
+    BLEU is left out where no reference has the four words that it counts. Characters of scripts
+    without spaces count as words.
+
     Args:
         rows: Rows; the completions of those with one prompt and labels are its references.
         requests: Their distinct requests.
@@ -244,23 +249,23 @@ def text_figures(
     """
     figures = {
         "distinct-2": distinct_n(texts, 2),
-        "words": statistics.fmean(len(text.split()) for text in texts),
+        "words": statistics.fmean(len(words_of(text)) for text in texts),
     }
     if not all(prompt_identity(row) for row in rows):
         return figures
     with requires_extra("compare", "a comparison of texts"):
         import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
 
     completions: dict[Hashable, list[str]] = {}
     for row in rows:
-        completions.setdefault(_request_identity(row), []).append(row.completion)
+        completions.setdefault(_request_identity(row), []).append(spaced(row.completion))
+    texts = [spaced(text) for text in texts]
     references = [completions[_request_identity(request)] for request in requests]
     most = max(map(len, references))
     # None where a row has fewer: an empty text would be a reference of no length.
     padded = [[*own, *[None] * (most - len(own))] for own in references]
     columns: Any = [list(column) for column in zip(*padded, strict=True)]
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = _rouge_scorer(references)
     rouge = [
         scorer.score_multi(own, text)["rougeL"].fmeasure
         for own, text in zip(references, texts, strict=True)
@@ -270,12 +275,33 @@ def text_figures(
         figures["slot errors"] = slot_errors(texts, tables).rate
     except ValueError:  # the prompts are no tables
         pass
+    if any(len(text.split()) >= _BLEU_WORDS for own in references for text in own):
+        figures["BLEU"] = sacrebleu.corpus_bleu(texts, columns).score
     return {
-        "BLEU": sacrebleu.corpus_bleu(texts, columns).score,
         "chrF": sacrebleu.corpus_chrf(texts, columns).score,
         "ROUGE-L": 100 * statistics.fmean(rouge),
         **figures,
     }
+
+
+class _UnicodeWords:
+    """A tokenizer of rouge-score for other scripts than Latin, which its own leaves out."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Lower-case words."""
+        return re.findall(r"[^\W_]+", text.casefold())
+
+
+def _rouge_scorer(references: Sequence[Sequence[str]]) -> Any:
+    """ROUGE-L with the package's own words and stems, if the references are mostly in Latin."""
+    with requires_extra("compare", "a comparison of texts"):
+        from rouge_score.rouge_scorer import RougeScorer
+
+    letters = [c for own in references for text in own for c in text if c.isalpha()]
+    is_latin = sum(c.isascii() for c in letters) >= len(letters) / 2
+    if is_latin:
+        return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_UnicodeWords())
 
 
 def accuracy_figures(

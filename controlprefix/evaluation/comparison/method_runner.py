@@ -2,7 +2,6 @@
 
 import gc
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
@@ -11,7 +10,7 @@ import psutil
 import torch
 
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import StoreError, TrainingDataError, short_reason
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import measures
 from controlprefix.evaluation.comparison.adapters import (
@@ -37,7 +36,9 @@ from controlprefix.evaluation.comparison.peft_methods import (
     PrefixThenLora,
 )
 from controlprefix.evaluation.comparison.state import ComparisonState
-from controlprefix.evaluation.harness import base_model_nlls
+from controlprefix.evaluation.harness import base_model_nll
+from controlprefix.example import Example
+from controlprefix.labels import weighted_labels
 from controlprefix.store import PrefixStore
 
 _SPARE = 1.2  # memory that must be available, times what is needed
@@ -114,9 +115,10 @@ class MethodRunner:
             return
         try:
             yield from self._measure(name, result, seeds)
-        except (torch.OutOfMemoryError, ValueError, NotImplementedError) as error:
-            # PEFT refuses architectures that it does not know by a ValueError.
-            result["skipped"] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except StoreError:
+            raise
+        except Exception as error:  # PEFT and torch refuse models and sizes in many ways
+            result["skipped"] = short_reason(error)
             self.state.save()
             yield f"skipped, {result['skipped']}"
 
@@ -200,7 +202,7 @@ class MethodRunner:
             apart = measures.text_figures(unseen, others, [own[id(row)] for row in others])
             figures |= {f"{k}, unseen": apart[k] for k in ("BLEU", "chrF") if k in apart}
         figures |= measures.accuracy_figures(requests, texts, self.classifiers)
-        plainness = statistics.fmean(base_model_nlls(self.plain_cp, texts))
+        plainness = base_model_nll(self.plain_cp, texts)
         if math.isfinite(plainness):  # not if all texts are empty
             figures["base-model nats"] = plainness
         for key, completed in (("written", elsewhere.written), ("answers", elsewhere.answers)):
@@ -228,10 +230,18 @@ class MethodRunner:
             }
         result.setdefault("runs", {})[str(seed)] = {k: round(v, 5) for k, v in figures.items()}
         samples = [
-            {"prompt": row.prompt or "", "labels": dict(row.attributes), "text": text}
+            {"prompt": row.conversation[-1].content, "labels": _labels_of(row), "text": text}
             for row, text in zip(requests[:4], texts[:4], strict=True)
         ]
         result.setdefault("texts", samples)
+
+
+def _labels_of(row: Example) -> dict[str, str]:
+    """The labels of a row in words, mixtures with their weights."""
+    labels: dict[str, list[str]] = {}
+    for attribute, label, weight in weighted_labels(row.attributes):
+        labels.setdefault(attribute, []).append(label if weight == 1 else f"{weight:g} {label}")
+    return {attribute: " + ".join(own) for attribute, own in labels.items()}
 
 
 class _Trained(NamedTuple):

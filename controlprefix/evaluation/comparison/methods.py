@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from controlprefix.attributes.ordinal import by_attribute, is_inside
 from controlprefix.engine import ControlPrefix
 from controlprefix.evaluation.comparison.costs import Costs
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 from controlprefix.model import FrozenModel
 from controlprefix.model.tokenization import TokenizedExample
-from controlprefix.prefixes import Kind, Part, Prefix
+from controlprefix.prefixes import Kind, Part, Prefix, PrefixKey
 from controlprefix.request import Request
 from controlprefix.store import PrefixStore
 from controlprefix.training import Learnable
@@ -245,10 +246,11 @@ class ControlPrefixMethod(Method):
 
     def request(self, row: Example, strength: float = 1.0) -> Request:
         """A request with the prefixes of a row that were trained."""
-        stored = set(self.cp.names("attribute"))
+        names = self.cp.names("attribute")
+        stored = by_attribute(PrefixKey("attribute", name) for name in names)
         labels: dict[str, dict[str, float]] = {}
         for attribute, label, weight in weighted_labels(self.reworded(row).attributes):
-            if f"{attribute}={label}" in stored:
+            if label in (own := stored.get(attribute, set())) or is_inside(label, own):
                 labels.setdefault(attribute, {})[label] = weight * strength
         strengths = {} if strength == 1.0 else {"task": strength}
         return Request(prompt="", raw=True, task=row.task, attributes=labels, strengths=strengths)

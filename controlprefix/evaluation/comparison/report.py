@@ -278,7 +278,8 @@ class ComparisonReport:
             rates=rates,
             texts={
                 name: [
-                    (", ".join(t["labels"].values()), t["prompt"], t["text"]) for t in m["texts"]
+                    (", ".join(map(str, t["labels"].values())), t["prompt"], t["text"])
+                    for t in m["texts"]
                 ]
                 for name, m in self.methods.items()
                 if m.get("texts")

@@ -1,6 +1,7 @@
 """The results of a comparison so far, in a file if there is a folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ class ComparisonState:
         if path is not None and path.is_file():
             try:
                 saved = json.loads(path.read_text(encoding="utf-8"))
-                earlier = saved["options"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                earlier = {key: saved["options"].get(key) for key in options}
+                saved["methods"].items()
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise StoreError(f"cannot read the comparison {path}: {error}") from error
-            different = [key for key in options if earlier.get(key) != options[key]]
+            different = [key for key in options if earlier[key] != options[key]]
             if different:
                 raise StoreError(
                     f"{path} holds a comparison with another {', '.join(different)}; give another "
@@ -34,6 +36,15 @@ class ComparisonState:
         """The results of a method."""
         result: dict[str, Any] = self.results["methods"].setdefault(name, {})
         return result
+
+    def of(self, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+        """The results of some methods and seeds: the file may have more."""
+        methods = {name: dict(self.method(name)) for name in names}
+        kept = {str(seed) for seed in seeds}
+        for result in methods.values():
+            if len(runs := result.get("runs", {})) > 1:  # else of a method without seeds
+                result["runs"] = {seed: runs[seed] for seed in runs if seed in kept}
+        return {**self.results, "methods": methods}
 
     def save(self) -> None:
         """Write the file."""

@@ -2,7 +2,7 @@
 "use strict";
 const at = (id) => document.getElementById(id);
 const say = (text) => { at("status").textContent = text; };
-let model = "", attributes = {};
+let model = "", attributes = {}, chats = true;
 
 const headers = () => {
   const key = at("key").value.trim();
@@ -106,19 +106,20 @@ function showCode(side) {
   const snippet = side.querySelector(".snippet");
   if (snippet.hidden) return;
   const { stream, ...body } = asked(side);
-  const { model: name, messages, max_tokens, temperature, seed, ...steering } = body;
+  const { model: name, messages, prompt, max_tokens, temperature, seed, ...steering } = body;
   const extra = JSON.stringify(steering);  // neither null nor true is in it, so it is Python too
   const sampling = (temperature === null ? "" : ` temperature=${temperature},`) + (seed === undefined ? "" : ` seed=${seed},`);
-  const json = JSON.stringify(body, null, 2);
-  snippet.textContent = `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json' \\\n` +
+  const json = JSON.stringify(body, null, 2), read = chats ? "message.content" : "text";
+  snippet.textContent = `curl ${location.origin}${route()} -H 'Content-Type: application/json' \\\n` +
     `  -d '${json.replaceAll("'", "'\\''")}'\n\n` +
     `from openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}/v1", api_key="none")\n` +
-    `answer = client.chat.completions.create(\n    model=${JSON.stringify(name)},\n` +
-    `    messages=[{"role": "user", "content": ${JSON.stringify(messages[0].content)}}],\n` +
-    `    max_tokens=${max_tokens},${sampling}\n    extra_body=${extra},\n)\nprint(answer.choices[0].message.content)\n\n` +
-    `const answer = await fetch("${location.origin}/v1/chat/completions", {\n  method: "POST",\n` +
+    `answer = client.${chats ? "chat." : ""}completions.create(\n    model=${JSON.stringify(name)},\n` +
+    (chats ? `    messages=[{"role": "user", "content": ${JSON.stringify(messages[0].content)}}],\n`
+      : `    prompt=${JSON.stringify(prompt)},\n`) +
+    `    max_tokens=${max_tokens},${sampling}\n    extra_body=${extra},\n)\nprint(answer.choices[0].${read})\n\n` +
+    `const answer = await fetch("${location.origin}${route()}", {\n  method: "POST",\n` +
     `  headers: { "Content-Type": "application/json" },\n  body: JSON.stringify(${json.replaceAll("\n", "\n  ")}),\n});\n` +
-    `console.log((await answer.json()).choices[0].message.content);\n`;
+    `console.log((await answer.json()).choices[0].${read});\n`;
 }
 
 async function prefer(side) {
@@ -199,7 +200,8 @@ async function showUsers() {
 
 async function begin() {
   try {
-    const models = (await (await ask("/v1/models")).json()).data.map((one) => one.id);
+    const entries = (await (await ask("/v1/models")).json()).data, models = entries.map((one) => one.id);
+    chats = entries[0].has_chat_template;
     model = models[0];
     fill(at("task"), ["", ...models.slice(1).map((id) => id.slice(model.length + 1))]);
     attributes = (await (await ask("/v1/attributes")).json()).attributes;
@@ -213,6 +215,10 @@ async function begin() {
   } catch (error) {
     say(at("keyed").hidden ? error.message : `${error.message}. Type the API key of your tenant.`);
   }
+}
+
+function route() {
+  return chats ? "/v1/chat/completions" : "/v1/completions";  // without a chat template, prompts
 }
 
 function asked(side) {
@@ -229,7 +235,7 @@ function asked(side) {
   const task = at("task").value;
   return {
     model: task ? `${model}/${task}` : model,
-    messages: [{ role: "user", content: at("prompt").value }],
+    ...(chats ? { messages: [{ role: "user", content: at("prompt").value }] } : { prompt: at("prompt").value }),
     max_tokens: tokens,
     temperature: at("temperature").value === "" ? null : Number(at("temperature").value),
     ...(at("seed").value.trim() ? { seed: Number(at("seed").value) } : {}),
@@ -244,7 +250,7 @@ async function write(side, signal) {
   text.classList.remove("old");
   note(side, "");
   classified.replaceChildren();
-  const answer = await ask("/v1/chat/completions", { method: "POST", signal, body: JSON.stringify(asked(side)) });
+  const answer = await ask(route(), { method: "POST", signal, body: JSON.stringify(asked(side)) });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = "", next; !(next = await reader.read()).done;) {
     const lines = (held + next.value).split("\n\n");
@@ -253,7 +259,7 @@ async function write(side, signal) {
       if (line === "data: [DONE]" || line.startsWith(":")) continue;  // the end, or a comment
       const event = JSON.parse(line.slice(6));
       if (event.error) throw new Error(event.error.message);
-      for (const choice of event.choices) text.textContent += choice.delta.content || "";
+      for (const choice of event.choices) text.textContent += (chats ? choice.delta.content : choice.text) || "";
     }
   }
   if (!text.textContent.trim()) return note(side, "an empty text");

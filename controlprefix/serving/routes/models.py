@@ -23,6 +23,8 @@ class ModelEntry(BaseModel):
     object: str = "model"
     created: int = 0
     owned_by: str
+    has_chat_template: bool
+    """Whether it takes messages; else prompts, as /v1/completions does."""
 
 
 class ModelList(BaseModel):
@@ -68,7 +70,7 @@ async def get_model(name: str, client: ClientDependency, server: ServerDependenc
             f"no model {name[:80]!r} here; there is {server.name!r}, and its tasks as "
             f"{server.name}/<task>: see /v1/models"
         )
-    return ModelEntry(id=name, owned_by=client.tenant)
+    return _entry(name, client, server)
 
 
 @router.get("/attributes")
@@ -107,4 +109,8 @@ async def classify(
 def _models(client: Client, server: Server) -> ModelList:
     tasks = client.cp.names("task", limit=_MAX_LISTED)
     names = [server.name, *(f"{server.name}/{task}" for task in tasks)]
-    return ModelList(data=[ModelEntry(id=name, owned_by=client.tenant) for name in names])
+    return ModelList(data=[_entry(name, client, server) for name in names])
+
+
+def _entry(name: str, client: Client, server: Server) -> ModelEntry:
+    return ModelEntry(id=name, owned_by=client.tenant, has_chat_template=server.has_chat_template)

@@ -1,0 +1,38 @@
+"""The processes of a run: those that torchrun or `accelerate launch` started."""
+
+import os
+from typing import TYPE_CHECKING
+
+from controlprefix.errors import ControlPrefixError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first one, which prints; needs no package."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def process_state() -> "PartialState":
+    """The processes as accelerate knows them, and the device of this one.
+
+    Raises:
+        ControlPrefixError: If several were started that do not know each other.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # Left to itself, accelerate lets processes without a GPU run as if each were alone.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=True) if on_cpu else PartialState()
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes == 1 < num_started:
+        raise ControlPrefixError(
+            f"{num_started} processes were started, but accelerate was set up in this one before "
+            "for one alone; call controlprefix first, or set ACCELERATE_USE_CPU=true"
+        )
+    return state
