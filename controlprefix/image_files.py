@@ -11,7 +11,7 @@ from controlprefix.errors import MissingDependencyError, RequestError, short_rea
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Of all images of a request; reading 100 million takes some 20 s of a core.
+# In all images of a request; reading 100 million takes some 20 s of a core.
 MAX_PIXELS = 100_000_000
 # Others are rare, or run programs: Pillow reads EPS with Ghostscript.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "PPM")

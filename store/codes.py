@@ -72,7 +72,7 @@ def add_sources(
 
 
 def inherit_sources(session: Session, tenant: int, origin: VersionRow, version: VersionRow) -> None:
-    """Record that a version was trained on whoever another one was trained on."""
+    """Give a version the sources of another one, and its number of forgotten ones."""
     version.num_forgotten = origin.num_forgotten
     users = set(sources(session, origin.prefix_id, origin.version))
     users -= set(sources(session, version.prefix_id, version.version))

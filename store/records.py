@@ -64,8 +64,8 @@ class NewVersion:
             yet (compare-and-swap); None publishes over whatever is current.
         dtype: Storage dtype; None keeps the dtype of the value.
         sources: Users whose texts it was trained on; forgetting one marks this version.
-        derived_from: Version of the same name that its slots come from: whoever is among that
-            one's sources is among its own. Left out, a version with equal content is.
+        derived_from: Version of the same name that its slots come from, whose sources are added
+            to its own. Left out, a version with equal content is taken, if there is one.
         texts: Texts of the user to keep in the store, in the same transaction.
         profile: Profile of the user to keep in the store, in the same transaction.
     """

@@ -45,6 +45,7 @@ from controlprefix.evaluation.metrics import (
     wilson_proportion,
 )
 from controlprefix.prefixes import StorageDtype
+from controlprefix.prefixes.dial import read_dial
 
 from helpers import Histogram
 from models import build, byte_tokenizer
@@ -396,9 +397,11 @@ def test_a_dial_survives_its_bytes_and_a_wrong_one_is_refused() -> None:
     assert dialled.strength_at(0.75) == pytest.approx(0.55)
     assert dialled.strength_at(2.0) == pytest.approx(2.0)
     assert dialled.strength_at(-0.5) == -0.5
-    invalid = Prefix(cp.geometry, prefix.slots, dial=((0.0, 0.0), (0.5, 2.0), (1.0, 1.0)))
+    wrong = ((0.0, 0.0), (0.5, 2.0), (1.0, 1.0))
     with pytest.raises(PrefixFormatError, match="a dial that does not rise"):
-        Prefix.from_bytes(invalid.to_bytes())
+        Prefix(cp.geometry, prefix.slots, dial=wrong)
+    with pytest.raises(PrefixFormatError, match="the file has a dial that does not rise"):
+        read_dial(wrong, "the file")
 
 
 def test_figures_of_texts() -> None:

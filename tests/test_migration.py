@@ -137,7 +137,13 @@ def test_users_are_migrated_and_nobody_is_overwritten(
     (info,) = new_cp.versions("user", "user20")
     assert info.details["migrated"]["shared_users"] == 12
     assert new_cp.generate("Hi", user="user20", max_new_tokens=3).parts[0].version == 1
-    assert not new_cp.migrate_users(old_cp).saved  # all have a code now
+    again = new_cp.migrate_users(old_cp)
+    assert not again.saved  # all have a code now
+    assert again.num_shared == 12  # what was migrated teaches nothing
+    for i in range(6):
+        new_cp.forget_user(f"user{i}")
+    with pytest.raises(TrainingDataError, match="6 users"):
+        new_cp.migrate_users(old_cp)
 
 
 def test_too_few_shared_users_store_nothing(both: tuple[ControlPrefix, ControlPrefix]) -> None:

@@ -14,6 +14,7 @@ from controlprefix import AttributeSpace, ControlPrefix, Prefix
 from controlprefix.store import PrefixStore
 
 from helpers import frozen
+from models import byte_tokenizer
 from servers import MODEL, TOKENIZER, Served, expected, fill
 
 
@@ -186,6 +187,28 @@ def test_the_playground_has_one_dial_between_opposites(store: str, browser: Any)
         text = browser.execute_script("return document.querySelector('.text').textContent")
         how: dict[str, Any] = {"prompt": "Tell Sam I will be late for lunch.", "max_new_tokens": 64}
         assert text == expected(store, **how, attributes={"tone": {"warm": 0.5}})
+    finally:
+        served.close()
+
+
+def test_the_playground_writes_without_a_chat_template(tmp_path: Path, browser: Any) -> None:
+    url = f"sqlite:///{tmp_path}/prefixes.db"
+    fill(url, "mine", 2.0)
+    served = Served(url, model=frozen(MODEL, byte_tokenizer()), open_tenant="mine")
+    try:
+        (entry, *_) = httpx.get(f"{served.base}/v1/models").json()["data"]
+        assert entry["has_chat_template"] is False
+        browser.get(f"{served.base}/playground")
+        wait(browser, "document.querySelectorAll('.side .user option').length == 4")
+        browser.execute_script("document.getElementById('generate').click()")
+        wait(browser, "document.getElementById('stop').disabled")
+        assert browser.execute_script("return document.querySelector('.text').textContent")
+        code = browser.execute_script(
+            "const side = sides()[0]; side.querySelector('.snippet').hidden = false;"
+            "showCode(side); return side.querySelector('.snippet').textContent"
+        )
+        assert "client.completions.create" in code
+        assert "/v1/completions" in code
     finally:
         served.close()
 

@@ -1,24 +1,33 @@
 """Prefixes that know which prompts they are for."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from controlprefix import (
     ControlPrefix,
+    ControlPrefixError,
+    Example,
     Prefix,
     PrefixFormatError,
     Request,
     RequestError,
     TrainingDataError,
 )
+from controlprefix.cli import app
+from controlprefix.cli.groups import EngineArguments
 from controlprefix.data.general import general_prompts
+from controlprefix.evaluation import evaluate_users
+from controlprefix.evaluation.text_cache import TextCache
 from controlprefix.inference import relevance as relevance_module
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, Relevance
 from controlprefix.store import NewVersion, PrefixStore
@@ -138,7 +147,7 @@ def test_a_damaged_relevance_is_a_typed_error(cp: ControlPrefix) -> None:
         {"min_lead": "nan"},
         {"min_similarity": None},
     ):
-        with pytest.raises(PrefixFormatError, match="relevance that cannot be read"):
+        with pytest.raises(PrefixFormatError, match="cannot be read|are impossible"):
             Relevance.from_dict({**fields, **changes}, "it")
     broken = replace(prefix.relevance, own=torch.full((2, 4), float("inf")))
     with pytest.raises(PrefixFormatError):
@@ -187,3 +196,78 @@ def test_each_prompt_of_one_call_to_a_server_decides_for_itself(served: Served) 
             request = Request(prompt=prompt, raw=True, task=task, max_new_tokens=8)
             assert text == cp.generate(request).text
     assert texts[0] == texts[2] != texts[1]
+    strengths = [[part["strength"] for part in choice["parts"]] for choice in answer["choices"]]
+    assert strengths == [[1.0], [0.0], [1.0]]
+    assert [part["strength"] for part in answer["parts"]] == [1.0, 0.0]
+    same = httpx.post(
+        f"{served.base}/v1/completions", json={**body, "prompt": ["a boat"] * 2}, timeout=60
+    ).json()
+    assert [part["strength"] for part in same["parts"]] == [1.0]
+    assert not any("parts" in choice for choice in same["choices"])
+
+
+def test_texts_of_an_evaluation_are_those_of_the_gate_as_it_is(
+    cp: ControlPrefix, tmp_path: Path
+) -> None:
+    def text_of(prompt: str) -> str:
+        row = Example(prompt=prompt, raw=True, completion="x", task="boats", when="relevant")
+        cache = TextCache(cp, tmp_path, max_new_tokens=6, temperature=None, seed=0)
+        cache.generate([row], progress=False)
+        return cache.texts([row])[0]
+
+    left_out, attached = text_of("the moon"), text_of("the boat")
+    moons = [f"Write about the moon {name}." for name in NAMES]
+    cp.put("task", "boats", replace(cp.get("task", "boats"), relevance=None))
+    relevance = cp.get("task", "boats", version=2).relevance
+    assert relevance is not None
+    swapped = replace(relevance, own=embed_subjects(moons))
+    cp.put("task", "boats", replace(cp.get("task", "boats"), relevance=swapped))
+    assert text_of("the boat") != attached  # it is left out now
+    assert text_of("the moon") in (left_out, text_of("the moon"))
+
+
+def test_a_gate_that_accepts_nothing_or_names_a_stranger_is_refused(cp: ControlPrefix) -> None:
+    with pytest.raises(TrainingDataError, match="none of 2 held-out prompts would be accepted"):
+        cp.learn_relevance("task", "other", BOATS, others=BOATS * 20)
+    relevance = cp.get("task", "boats").relevance
+    assert relevance is not None
+    for change, match in (
+        ({"embedder": "stranger/model"}, "if you trust it, set CONTROLPREFIX_EMBEDDERS"),
+        ({"own": torch.eye(12), "others": torch.eye(12)}, "learn its relevance again"),
+    ):
+        changed = replace(relevance, **change)
+        cp.put("task", "other", replace(cp.get("task", "boats"), relevance=changed))
+        with pytest.raises(ControlPrefixError, match=match):
+            cp.generate(Request(prompt="a boat", task="other", when="relevant"))
+
+
+def test_users_with_a_gate_of_their_own_can_be_evaluated(cp: ControlPrefix) -> None:
+    relevance = cp.get("task", "boats").relevance
+    for seed, user in enumerate(("ana", "bo")):
+        own = Prefix.random(cp.geometry, num_slots=2, seed=seed)
+        cp.put("user", user, replace(own, relevance=relevance) if user == "ana" else own)
+    rows = [
+        Example(prompt="a boat", completion=f"text {i}", user=user, when=when)
+        for i in range(2)
+        for user, when in (("ana", "relevant"), ("bo", "always"))
+    ]
+    assert evaluate_users(cp, rows).users.keys() == {"ana", "bo"}
+
+
+def test_the_command_learns_from_conversations_too(
+    cp: ControlPrefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[Sequence[str]] = []
+
+    def record(self: Any, kind: str, name: str, prompts: Sequence[str], **_: Any) -> Any:
+        learned.append(prompts)
+        return SimpleNamespace(version=2, accepted=1.0)
+
+    monkeypatch.setattr(ControlPrefix, "learn_relevance", record)
+    monkeypatch.setattr(EngineArguments, "open", lambda self, **_: cp)
+    rows = [{"messages": [{"role": "user", "content": boat}]} for boat in BOATS]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in [*rows, {"prompt": "Hi"}]))
+    result = CliRunner().invoke(app, ["prefixes", "relevance", "task", "boats", str(file)])
+    assert result.exit_code == 0, result.output
+    assert learned == [[*BOATS, "Hi"]]

@@ -23,6 +23,7 @@ from controlprefix import (
     TrainingDataError,
 )
 from controlprefix.reports import provenance
+from controlprefix.store import PrefixStore
 from controlprefix.training import ParameterizationName
 from controlprefix.training.run import TrainingRun
 
@@ -308,6 +309,38 @@ def test_two_processes_learn_the_same_as_one(name: str, port: str, tmp_path: Pat
         engine(store=f"sqlite:///{tmp_path}/prefixes.db").get("task", "greet").slots["decoder"]
     )
     assert torch.allclose(together, alone.get("task", "greet").slots["decoder"], atol=1e-2)
+
+
+@pytest.mark.slow
+def test_the_command_shares_a_run_between_processes(port: str, tmp_path: Path) -> None:
+    """As torchrun starts them, without a word on the device."""
+    build("llama").save_pretrained(tmp_path / "m")
+    byte_tokenizer(chat=True).save_pretrained(tmp_path / "m")
+    rows = [row.model_dump(exclude_unset=True) for row in greetings()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    command = [sys.executable, "-m", "controlprefix.cli", "train", "rows.jsonl", "--model", "m"]
+    command += ["--store", "p.db", "--num-slots", "2", "--steps", "2", "--validation", "0"]
+    own = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
+    own |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pair = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**own, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240) for process in pair]
+    for process, (_, errors) in zip(pair, outputs, strict=True):
+        assert process.returncode == 0, errors
+    assert outputs[0][0].count("stored task 'greet' version 1") == 1
+    assert outputs[1][0] == ""
+    with PrefixStore(tmp_path / "p.db") as store:
+        assert {info.current.version for info in store.prefixes()} == {1}
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["rows"]
 
 
 class _Noted(GeneralTracker):  # type: ignore[misc]  # accelerate is untyped

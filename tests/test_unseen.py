@@ -154,6 +154,21 @@ def test_a_label_can_be_made_of_its_text(cp: ControlPrefix) -> None:
     assert outcome.text == cp.generate(asked("same", "refuse")).text
     with pytest.raises(UnknownNameError):  # it stands in for those who ask for it only
         cp.generate(asked("banana", "refuse"))
+    by_its_name = asked("banana (from its text)", "refuse")
+    with pytest.raises(UnknownNameError):  # also beside one who asks for it
+        cp.generate([asked("banana", "text"), by_its_name])
+    cp.put("attribute", "tone=banana (from its text)", cp.prefix_from_text("Another text."))
+    try:
+        alone = cp.generate(by_its_name)
+        both = cp.generate([asked("banana", "text"), by_its_name])
+        assert [completion.text for completion in both] == [outcome.text, alone.text]
+        assert [completion.parts[0].version for completion in both] == [0, 1]
+    finally:
+        cp.remove("attribute", "tone=banana (from its text)")
+    mixture = asked(
+        "x", "text", attributes={"tone": {"banana": 0.5, "banana (from its text)": 0.5}}
+    )
+    assert len(cp.generate(mixture).parts) == 2
     assert "".join(cp.stream(asked("banana", "text"))) == outcome.text
     example = Example(prompt="ab", raw=True, completion="cd", attributes={"tone": "banana"})
     with_text = cp.score([example.model_copy(update={"unseen": "text"})])

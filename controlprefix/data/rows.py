@@ -233,7 +233,9 @@ def _with_images_beside(fields: Mapping[str, Any], folder: Path) -> dict[str, An
             return [placed(item) for item in value]
         if isinstance(value, dict):
             return {
-                k: placed(v) if k in _IMAGE_FIELDS or (k == "content" and isinstance(v, list)) else v
+                k: placed(v)
+                if k in _IMAGE_FIELDS or (k == "content" and isinstance(v, list))
+                else v
                 for k, v in value.items()
             }
         return value

@@ -36,6 +36,7 @@ MIN_GROUP_SIZE = 8
 _NUM_OTHERS = 2  # users whose prefixes a row is scored with for comparison
 _MAX_NEW_TOKENS = 24
 _WORST_SHARE = 0.1
+_NOBODY = Estimate(math.nan, 0.0, 1.0)  # a share of nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +239,16 @@ def summarize(
     users = dict(sorted(users.items()))
     means = sorted(result.gain.mean for result in users.values())
     worst = means[: max(1, round(_WORST_SHARE * len(means)))]
-    told = [result for result in users.values() if result.gain.has_interval]
+    measured = [result for result in users.values() if result.gain.has_interval]
     by_group, too_small = _by_group(users, groups, min_group_size)
     return UsersEvaluation(
         users,
         bootstrap_mean(means),
         sum(worst) / len(worst),
-        wilson_proportion([r.is_harmed for r in told]) if told else Estimate(math.nan, 0.0, 1.0),
-        len(users) - len(told),
+        wilson_proportion([r.is_harmed for r in measured])
+        if measured
+        else Estimate(math.nan, 0.0, 1.0),
+        len(users) - len(measured),
         by_group,
         too_small,
         about,

@@ -40,10 +40,10 @@ class ComparisonState:
     def of(self, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
         """The results of some methods and seeds: the file may have more."""
         methods = {name: dict(self.method(name)) for name in names}
-        kept = {str(seed) for seed in seeds}
+        chosen = {str(seed) for seed in seeds}
         for result in methods.values():
             if len(runs := result.get("runs", {})) > 1:  # else of a method without seeds
-                result["runs"] = {seed: runs[seed] for seed in runs if seed in kept}
+                result["runs"] = {seed: runs[seed] for seed in runs if seed in chosen}
         return {**self.results, "methods": methods}
 
     def save(self) -> None:
