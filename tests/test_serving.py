@@ -82,9 +82,9 @@ def test_an_answer_says_what_stood_in_for_a_label(served: Served) -> None:
     }  # fmt: skip
     ask = served.client().completions.create
     text = ask(**request).model_dump()["stand_ins"]
-    assert [item["used"] for item in text] == [{"The tone is odd.": 1.0}] * 2
+    assert [item["used"] for item in text] == [{"The tone is odd.": 1.0}]
     chunks = [chunk.model_dump() for chunk in ask(stream=True, **request)]
-    assert [item for chunk in chunks for item in chunk.get("stand_ins", ())] == text
+    assert [item for chunk in chunks for item in chunk.get("stand_ins", ())] == text * 2
     request["extra_body"] = {**request["extra_body"], "unseen": "distill"}
     with pytest.raises(openai.BadRequestError, match="trains a prefix"):
         ask(**request)
