@@ -107,6 +107,49 @@ def test_a_tenant_has_no_more_rows_than_allowed(
         served.close()
 
 
+def test_choices_are_accepted_all_or_none(two_tenants: str, keys: Keys) -> None:
+    limits = ServerLimits(max_sequences=4, max_waiting=8, max_sequences_per_tenant=3)
+    served = Served(two_tenants, limits=limits)
+    submitted: list[Any] = []
+    submit, release = served.batcher.submit, threading.Event()
+    step = served.batcher._step
+
+    def noting(resolved: Any, **options: Any) -> Any:
+        submitted.append(resolved.tenant)
+        return submit(resolved, **options)
+
+    def held() -> None:
+        release.wait(30)
+        step()
+
+    served.batcher.submit, served.batcher._step = noting, held
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            running = pool.submit(ask, served, keys["a"], n=6, temperature=1)
+            wait_for(lambda: len(submitted) == 6)
+            refused = ask(served, keys["a"], n=5, temperature=1)  # 10 may run and wait
+            assert refused.status_code == 503
+            assert "6 choices of this tenant are under way, and with 5 more" in refused.text
+            assert submitted == ["a"] * 6
+            other = pool.submit(ask, served, keys["b"])
+            release.set()
+            assert len(running.result().json()["choices"]) == 6
+            assert other.result().status_code == 200
+        assert ask(served, keys["a"], n=10, temperature=1).status_code == 200
+        assert not served.gateway._under_way
+        with httpx.stream(
+            "POST", served.base + CHAT, headers=keys["a"], timeout=60,
+            json={"model": "tiny", "messages": [{"role": "user", "content": "x"}],
+                  "stream": True, "n": 4, "max_tokens": 400},
+        ) as response:  # fmt: skip
+            next(response.iter_lines())
+            assert served.gateway._under_way == {"a": 4}
+        wait_for(lambda: not served.gateway._under_way)  # a client that leaves frees them
+    finally:
+        release.set()
+        served.close()
+
+
 def test_several_choices_are_resolved_once(
     limited: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,16 @@ def test_short_prompts_are_prefilled_together_and_overtake_long_ones() -> None:
     assert set(order + run(queue, served, {"a"}, 1)) & set(long)
 
 
+def test_a_prompt_waits_for_none_of_a_tenant_that_was_served_more() -> None:
+    queue = PrefillQueue(512)
+    many, own = [sequence(20, "heavy") for _ in range(60)], sequence(30, "light")
+    queue.add([*many, own])
+    order = run(queue, {"heavy": 1000.0, "light": 4.0}, set(), 2)
+    assert order[0] is own
+    assert own not in queue.sequences
+    assert order[1] in many
+
+
 def test_who_was_served_more_leaves_steps_to_those_who_decode() -> None:
     queue = PrefillQueue(512)
     queue.add([sequence(100_000, "heavy")])

@@ -20,6 +20,7 @@ from controlprefix.prefixes import Part, PrefixBatch
 
 _MIN_TOKENS = 128  # minimum chunk size; a smaller one takes hardly less time
 _CHUNK_SECONDS = 0.1  # target duration of a chunk while others decode, at least a decode step's
+_ALONE_SECONDS = 0.5  # the same while nothing is decoded, since others may come
 _YIELD_INTERVAL = 4  # steps per chunk of a tenant that was served more than those who decode
 
 
@@ -53,6 +54,11 @@ class Prefill:
     positions: Tensor = field(init=False)
     starts: list[Sequence[int]] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
+
+    @property
+    def tenant(self) -> str:
+        """Whose prompts they are."""
+        return self.sequences[0].resolved.tenant
 
     @property
     def has_images(self) -> bool:
@@ -147,8 +153,8 @@ class Prefill:
 class PrefillQueue:
     """Decides whose prompt is prefilled next, and how much of it.
 
-    The shortest is next, and every other time the oldest, so that a short prompt does not wait
-    for long ones, and a long one not forever.
+    It is one of the tenant that was served the fewest tokens: the shortest, and every other time
+    the oldest, so that a short prompt does not wait for long ones, and a long one not forever.
 
     Args:
         max_tokens: Tokens of a chunk, at most.
@@ -184,7 +190,14 @@ class PrefillQueue:
         self._prefills = []
 
     def add(self, sequences: Iterable[BatchedRequest]) -> None:
-        """Add sequences; those that fit one chunk together are prefilled together."""
+        """Add sequences; those of a tenant that fit one chunk are prefilled together."""
+        by_tenant: dict[str, list[BatchedRequest]] = {}
+        for sequence in sequences:
+            by_tenant.setdefault(sequence.resolved.tenant, []).append(sequence)
+        for own in by_tenant.values():
+            self._add_of_tenant(own)
+
+    def _add_of_tenant(self, sequences: Iterable[BatchedRequest]) -> None:
         group: list[BatchedRequest] = []
         read: set[Hashable] = set()
 
@@ -243,6 +256,8 @@ class PrefillQueue:
         ]
         if not due:
             return None
+        fewest = min(served(prefill.tenant) for prefill in due)
+        due = [prefill for prefill in due if served(prefill.tenant) == fewest]
         return due[0] if self._num_steps % 2 else min(due, key=lambda prefill: prefill.num_left)
 
     @contextlib.contextmanager
@@ -255,8 +270,10 @@ class PrefillQueue:
         """
         tokens = self._max_tokens
         is_long = prefill.num_left > tokens  # others may come meanwhile
-        if self._tokens_per_second is not None and (is_long or decode_seconds is not None):
-            seconds = max(_CHUNK_SECONDS, decode_seconds or 0.0)
+        if self._tokens_per_second is not None:
+            seconds = _ALONE_SECONDS
+            if is_long or decode_seconds is not None:
+                seconds = max(_CHUNK_SECONDS, decode_seconds or 0.0)
             tokens = min(tokens, max(_MIN_TOKENS, int(self._tokens_per_second * seconds)))
         num_rows = prefill.num_distinct_rows
         end = min(prefill.length, prefill.num_done + max(1, tokens // num_rows))
@@ -274,5 +291,4 @@ def _may_prefill(
     prefill: Prefill, served: Callable[[str], float], decoding: Collection[str]
 ) -> bool:
     """Whether a tenant of it was served no more than any whose sequences are decoded."""
-    tenants = {sequence.resolved.tenant for sequence in prefill.sequences}
-    return min(map(served, tenants)) <= min(map(served, decoding), default=float("inf"))
+    return served(prefill.tenant) <= min(map(served, decoding), default=float("inf"))

@@ -221,14 +221,14 @@ class ChoicesBody(CompletionBody):
             fields["json_schema"] = self.response_format.to_schema()
         requests = []
         for prompt in prompts:
+            request = Request(**prompt, **fields)
+            if max_tokens:
+                request = request.model_copy(update={"max_new_tokens": max_tokens})
+            else:
+                request = request.with_default_limit(min(default_limit, limit))
             for i in range(self.n):
                 seed = None if self.seed is None else (self.seed + i) % (1 << 63)
-                request = Request(**prompt, **{**fields, "seed": seed})
-                if max_tokens:
-                    request = request.model_copy(update={"max_new_tokens": max_tokens})
-                else:
-                    request = request.with_default_limit(min(default_limit, limit))
-                requests.append(request)
+                requests.append(request.model_copy(update={"seed": seed}))
         return requests
 
 

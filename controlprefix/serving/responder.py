@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,9 @@ class CompletionResponder:
         Raises:
             ControlPrefixError: If a request cannot be accepted, or fails before its first text.
         """
+        end = self._server.admit(self._client.tenant, len(requests))
+        # Also if nobody begins to read a stream.
+        self._end = weakref.finalize(self, end)
         watch = asyncio.create_task(self._watch_client())
         try:
             resolved: dict[Any, ResolvedRequest[Request]] = {}
@@ -122,6 +126,7 @@ class CompletionResponder:
                 )
             finished = await self._collect(len(own))
             body = self._form.whole(self._head, finished, self._usage(finished))
+            self._end()
             return JSONResponse(body.model_dump(mode="json"))
         except BaseException:
             self._cancel()
@@ -231,6 +236,7 @@ class CompletionResponder:
         self._unfinished.clear()
         for ticket in self._tickets:
             ticket.cancel()
+        self._end()
 
     def _finished(self, i: int, completion: Completion) -> Finished:
         self._unfinished.pop(i, None)

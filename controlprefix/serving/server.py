@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -105,6 +106,7 @@ class Server:
         self.allowed_hosts = tuple(allowed_hosts)
         self.large_bodies = LargeBodies()
         self.work = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
+        self._under_way: Counter[str] = Counter()  # choices, per tenant
         self._token_limiter = TokenLimiter(self.limits.tokens_per_minute)
         self._tenants = Tenants(
             frozen,
@@ -186,6 +188,37 @@ class Server:
     def count_tokens(self, client: Client, num_tokens: int) -> None:
         """Count a client's tokens against the limit of its API key."""
         self._token_limiter.add(client.tenant, client.key_name, num_tokens)
+
+    def admit(self, tenant: str, num_choices: int) -> Callable[[], None]:
+        """Count the choices of a request as under way, all or none of them.
+
+        Returns:
+            Ends the count.
+
+        Raises:
+            OverloadedError: If the tenant, or all together, would have more than run and wait.
+        """
+        limits, counts = self.limits, self._under_way
+        own = all_tenants = limits.max_waiting + limits.max_sequences
+        if not self.is_open:
+            own = limits.max_waiting - limits.max_waiting // 8 + limits.sequences_per_tenant
+        for count, limit, whose in (
+            (counts[tenant], own, "of this tenant"),
+            (counts.total(), all_tenants, "of all tenants"),
+        ):
+            if count and count + num_choices > limit:
+                raise OverloadedError(
+                    f"{count} choices {whose} are under way, and with {num_choices} more there "
+                    f"would be more than {limit}; try again later"
+                )
+        counts[tenant] += num_choices
+
+        def end() -> None:
+            counts[tenant] -= num_choices
+            if not counts[tenant]:
+                del counts[tenant]
+
+        return end
 
     async def submit(
         self,
