@@ -118,7 +118,8 @@ class Server:
         )
         self._runner = runner or self._generator.batcher(
             max_sequences=self.limits.max_sequences,
-            max_waiting=self.limits.max_waiting,
+            # `admit` counts what runs and waits; all of it may wait for a moment.
+            max_waiting=self.limits.max_waiting + self.limits.max_sequences,
             max_sequences_per_tenant=None if open_tenant else self.limits.sequences_per_tenant,
         )
         self._worker = self._tenants.worker() if does_jobs else None
