@@ -139,9 +139,9 @@ def test_choices_are_accepted_all_or_none(two_tenants: str, keys: Keys) -> None:
         assert not served.gateway._under_way
         release.clear()
         body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 4}
+        options = {"headers": keys["a"], "json": {**body, "stream": True}, "timeout": 1}
         with pytest.raises(httpx.ReadTimeout):
-            url = served.base + CHAT
-            httpx.post(url, headers=keys["a"], json={**body, "stream": True}, timeout=1)
+            httpx.post(served.base + CHAT, **options)  # type: ignore[arg-type]
         release.set()
         wait_for(lambda: not served.gateway._under_way)  # a client that leaves frees them
     finally:

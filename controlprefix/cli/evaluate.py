@@ -119,7 +119,7 @@ def evaluate_users(
         result = evaluation.evaluate_users(engine.open(), examples, **options)
     else:
         result = cluster.connect(engine).evaluate_users(examples, **options)
-    from controlprefix.evaluation.users import harmed_text
+    from controlprefix.evaluation.users_report import harmed_text
 
     table = Table("users", "gain, nats per token (95 % interval)")
     gains = [("all", result.gain)]

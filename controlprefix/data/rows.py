@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from controlprefix.data.files import Record, read_records
+from controlprefix.data.messages import (
+    is_conversation,
+    listed,
+    plain_messages,
+    with_images_beside,
+)
 from controlprefix.data.tables import is_missing, is_table, linearize, require_triples
 from controlprefix.errors import TrainingDataError, known_names, shortened
 from controlprefix.example import Example, Preference
@@ -20,8 +26,6 @@ Rows = Iterable[Any] | str | os.PathLike[str]
 _OWN_FIELDS = tuple(Example.model_fields)
 _RENAMED = ("text", "prompt", "completion", "user", "task")
 _INSTEAD_OF_TEXT = ("prompt", "messages", "completion")
-_IMAGE_FIELDS = ("images", "image_url", "url")
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _PREFERENCE_FORM = (
     '{"prompt": "…", "chosen": "…", "rejected": "…"}, each with "task", "attributes" and "user" '
     "as needed"
@@ -202,7 +206,7 @@ def _records(rows: Rows) -> Iterator[Request | Record]:
     if isinstance(rows, (str, os.PathLike)):
         folder = Path(rows).parent
         for record in read_records(os.fspath(rows)):
-            yield record._replace(fields=_with_images_beside(record.fields, folder))
+            yield record._replace(fields=with_images_beside(record.fields, folder))
         return
     if isinstance(rows, Request):
         name = type(rows).__name__
@@ -220,33 +224,6 @@ def _records(rows: Rows) -> Iterator[Request | Record]:
         else:
             problem = f"expected an Example or a dict, got {type(row).__name__}"
             yield Record(f"row {number}", {}, problem)
-
-
-def _with_images_beside(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A row of a file with the paths of images that are relative to the file."""
-
-    def placed(value: Any) -> Any:
-        if isinstance(value, str) and not value.startswith(("data:", "http:", "https:")):
-            beside = folder / value
-            return str(beside) if beside.is_file() and not Path(value).is_file() else value
-        if isinstance(value, list):
-            return [placed(item) for item in value]
-        if isinstance(value, dict):
-            return {
-                k: placed(v)
-                if k in _IMAGE_FIELDS or (k == "content" and isinstance(v, list))
-                else v
-                for k, v in value.items()
-            }
-        return value
-
-    names = {*_IMAGE_FIELDS, "messages", "prompt"} & fields.keys()
-    changed = {
-        name: placed(fields[name])
-        for name in names
-        if name in _IMAGE_FIELDS or isinstance(fields[name], list)
-    }
-    return {**fields, **changed}
 
 
 def _iterable(rows: Any) -> Iterable[Any]:
@@ -313,19 +290,19 @@ def _rows_of(
     """The examples of one row, one per reference; or a request, if it has no completion."""
     own = dict(fields) if columns is None else columns.applied(fields)
     if own.get("images") is not None:
-        own["images"] = _listed(own["images"])
+        own["images"] = listed(own["images"])
     if form is Preference:
         own = _preference_fields(own)
     if "text" in own:
         if "completion" in own or "prompt" in own or "messages" in own:
             raise ValueError("has a text and a prompt or completion; leave the text out")
         own |= {"prompt": "", "raw": True, "completion": own.pop("text")}
-    elif form is not Preference and _is_conversation(own.get("prompt")):
+    elif form is not Preference and is_conversation(own.get("prompt")):
         if "messages" in own:
             raise ValueError("has messages and a prompt of messages; leave one of them out")
-        own["messages"] = _plain_messages(own.pop("prompt"))
+        own["messages"] = plain_messages(own.pop("prompt"))
     elif "messages" in own and form is not Preference:
-        messages = _plain_messages(own["messages"])
+        messages = plain_messages(own["messages"])
         own["messages"] = messages
         is_answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
         if "completion" not in own and (is_answered or form is Example):
@@ -354,15 +331,6 @@ def _rows_of(
     return [cast(_Row, Example(**{**defaults, **own}))]
 
 
-def _is_conversation(value: Any) -> bool:
-    """Whether a prompt is a list of messages, as TRL has them."""
-    return (
-        isinstance(value, (list, tuple))
-        and bool(value)
-        and all(isinstance(item, Mapping) and item.keys() >= {"role", "content"} for item in value)
-    )
-
-
 def _preference_fields(own: dict[str, Any]) -> dict[str, Any]:
     """A preference's fields, where its texts may be conversations.
 
@@ -370,65 +338,19 @@ def _preference_fields(own: dict[str, Any]) -> dict[str, Any]:
         ValueError: If the conversations differ before their last messages.
     """
     if "messages" in own:
-        own = {**own, "messages": _plain_messages(own["messages"])}
+        own = {**own, "messages": plain_messages(own["messages"])}
     if isinstance(own.get("prompt"), (list, tuple)):
-        own = {**own, "messages": _plain_messages(own["prompt"])}
+        own = {**own, "messages": plain_messages(own["prompt"])}
         del own["prompt"]
     for name in ("chosen", "rejected"):
         if not isinstance(own.get(name), (list, tuple)):
             continue
         if not own[name]:
             raise ValueError(f"{name} is an empty list; give a text, or messages")
-        *before, last = _plain_messages(own[name])
+        *before, last = plain_messages(own[name])
         if last["role"] != "assistant":
             raise ValueError(f"{name} must end with the assistant's message")
         if before and own.setdefault("messages", before) != before:
             raise ValueError("chosen and rejected differ before their last messages")
         own[name] = last["content"]
     return own
-
-
-def _plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """A conversation's messages as an `Example` takes them.
-
-    Raises:
-        ValueError: If it uses tools, or its last message is not to be learned.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise ValueError("messages must be a list of messages with role and content")
-    plain = []
-    for message in messages:
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in _ROLES or message.get("tool_calls") or message.get("function_call"):
-            raise ValueError(
-                f"a message has the role {role!r}; roles that can be learned from are: "
-                f"{', '.join(_ROLES)}, without tool calls"
-            )
-        plain.append({"role": _ROLES[role], **_content(message)})
-    if messages and messages[-1].get("weight") == 0:
-        raise ValueError("the last message has weight 0, so there is nothing to learn")
-    return plain
-
-
-def _content(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message's text and images, which may be given in parts as OpenAI's API has them."""
-    content, images = message.get("content"), message.get("images")
-    own: dict[str, Any] = {} if images is None else {"images": _listed(images)}
-    if not isinstance(content, (list, tuple)):
-        return {"content": content, **own}
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image_url":
-            place = part.get("image_url")
-            url = place.get("url") if isinstance(place, Mapping) else place
-            own.setdefault("images", []).append(url)
-        else:
-            raise ValueError("a message has parts that are neither texts nor images")
-    return {"content": "".join(texts), **own}
-
-
-def _listed(images: Any) -> list[Any]:
-    return list(images) if isinstance(images, (list, tuple)) else [images]

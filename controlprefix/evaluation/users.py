@@ -18,11 +18,12 @@ from controlprefix.engine.arguments import checks_own_arguments
 from controlprefix.errors import TrainingDataError
 from controlprefix.evaluation.harness import about_prefixes, resolvable
 from controlprefix.evaluation.metrics import Estimate, bootstrap_mean, wilson_proportion
+from controlprefix.evaluation.users_report import page_of, plot_of
 from controlprefix.example import Example
 from controlprefix.labels import label_text
 from controlprefix.model.log_probs import kl_divergences, target_logits
 from controlprefix.prefixes.key import composed
-from controlprefix.reports import few_rows_note, figure_of, render, to_png, write_report
+from controlprefix.reports import write_report
 from controlprefix.request import Request
 from controlprefix.training.held_out import prompt_identity
 
@@ -111,9 +112,9 @@ class UsersEvaluation:
             StoreError: If the folder cannot be written.
             MissingDependencyError: If matplotlib or jinja2 is not installed.
         """
-        image = _plot(self)
+        image = plot_of(self)
         results = json.dumps(finite(asdict(self)), indent=2) + "\n"
-        html = _render(self, image)
+        html = page_of(self, image)
         write_report(folder, {"users.json": results, "users.png": image, "users.html": html})
         return Path(folder) / "users.html"
 
@@ -339,79 +340,3 @@ def _off_context(
             logits.append(target_logits(frozen, prompts, targets)[0])
     plain, steered = logits
     return float(kl_divergences(steered, plain).mean())
-
-
-def harmed_text(result: UsersEvaluation) -> str:
-    """The share of users who are harmed, in words where nobody has rows enough."""
-    return "cannot tell" if math.isnan(result.harmed.mean) else result.harmed.text(".0%")
-
-
-def _render(result: UsersEvaluation, image: bytes) -> str:
-    def interval(estimate: Estimate) -> str:
-        return estimate.text("+.3f")
-
-    summary = [
-        ("gain ↑", interval(result.gain)),
-        ("gain of the tenth of users with the least ↑", f"{result.worst_decile:+.3f}"),
-        (
-            "users whose texts are less likely with their own prefix, beyond chance ↓",
-            harmed_text(result),
-        ),
-        *(
-            [("users with too few rows to tell", str(result.num_too_few))]
-            if result.num_too_few
-            else []
-        ),
-        *(
-            (f"gain, {grouping} {group}", interval(gain))
-            for grouping, groups in result.groups.items()
-            for group, gain in groups.items()
-        ),
-    ]
-    users = [
-        (
-            name,
-            user.num_rows,
-            interval(user.gain),
-            "harmed" if user.is_harmed else "helped" if user.gain.low > 0 else "cannot tell",
-            interval(user.gain_over_none),
-            f"{user.off_context:.3f}",
-        )
-        for name, user in sorted(result.users.items(), key=lambda item: item[1].gain.mean)
-    ]
-    return render(
-        "users.html",
-        {"plot": image},
-        result=result,
-        about=result.about,
-        few=few_rows_note(sum(user.num_rows for user in result.users.values())),
-        summary_header=("", "nats per token, or share"),
-        summary=summary,
-        user_header=(
-            "user",
-            "rows",
-            ("gain ↑", "over other users' prefixes, nats per token"),
-            ("in words", "whether it differs from 0 by more than chance"),
-            ("gain over none ↑", "over no user prefix, nats per token"),
-            ("off context ↓", "how much it changes answers that are not about the user (KL, nats)"),
-        ),
-        users=users,
-    )
-
-
-def _plot(evaluation: UsersEvaluation) -> bytes:
-    figure: Any = figure_of((6, 3.5))
-    axes = figure.subplots()
-    results = sorted(evaluation.users.values(), key=lambda result: result.gain.mean)
-    places = range(len(results))
-    axes.axhline(0, color="0.6", linewidth=1)
-    with_interval = [(i, r.gain) for i, r in enumerate(results) if r.gain.has_interval]
-    axes.vlines(
-        [i for i, _ in with_interval],
-        [gain.low for _, gain in with_interval],
-        [gain.high for _, gain in with_interval],
-        color="0.8",
-    )
-    axes.plot(places, [r.gain.mean for r in results], "o", markersize=3)
-    axes.set(xlabel="users, by gain", ylabel="gain over other users' prefixes, nats/token")
-    return to_png(figure)
