@@ -115,6 +115,21 @@ def test_a_classifier_tells_labels_and_says_how_well(tmp_path: Path) -> None:
         AttributeClassifier.load(tmp_path / "classifier.json")
 
 
+@pytest.mark.parametrize(
+    ("labels", "weights", "match"),
+    [
+        (("low", "high"), torch.full((8, 2), math.nan), "no numbers"),
+        (("low", "high"), torch.zeros(8, 3), "2 labels, weights of shape"),
+        (("low",), torch.zeros(8, 1), "1 labels"),
+    ],
+)
+def test_a_classifier_that_cannot_be_is_refused(
+    labels: tuple[str, ...], weights: torch.Tensor, match: str
+) -> None:
+    with pytest.raises(ControlPrefixError, match=match):
+        AttributeClassifier("pitch", labels, weights, torch.zeros(len(labels)), 1.0, 0.0)
+
+
 def test_a_classifier_of_nothing_tells_nothing() -> None:
     draw = random.Random(1)
     texts = ["".join(draw.choices("helAHOY", k=30)) for _ in range(300)]

@@ -121,6 +121,9 @@ def test_the_attribute_space_fixes_the_labels_of_numbers() -> None:
     assert sorted(report.saved) == ["attribute 'length=0.5'", "attribute 'length=1.5'"]
     with pytest.raises(RequestError, match="outside"):
         cp.train([{**rows[0], "attributes": {"length": 2}}], **QUICK)
+    cp.put("attribute", "length=1", cp.get("attribute", "length=0.5"))  # not in the space
+    parts = cp.resolve(Request(prompt="x", attributes={"length": 1})).parts
+    assert sorted(part.used.name for part in parts) == ["length=0.5", "length=1.5"]
 
 
 @pytest.mark.parametrize(("start", "step"), [(2000, 1), (2020.0, 0.1), (1e20, 1e15), (-3, 0.3)])

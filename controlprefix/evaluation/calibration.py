@@ -86,6 +86,10 @@ def strength_curve(
     """
     if num_samples < 1:
         raise TrainingDataError(f"num_samples is {num_samples}; it must be 1 or more")
+    if classifier.attribute != attribute:
+        raise TrainingDataError(
+            f"the classifier is for {classifier.attribute!r}, not {attribute!r}; give another one"
+        )
     if label not in classifier.labels:
         raise TrainingDataError(
             f"the classifier knows {', '.join(classifier.labels)}, not {label!r}; give another one"

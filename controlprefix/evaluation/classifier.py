@@ -52,6 +52,21 @@ class AttributeClassifier:
     calibration_error: float
     embedder: str = DEFAULT_EMBEDDER
 
+    def __post_init__(self) -> None:
+        num_labels = len(self.labels)
+        fits = self.weights.ndim == 2 and self.weights.shape[1] == num_labels > 1
+        if not fits or self.bias.shape != (num_labels,):
+            raise ControlPrefixError(
+                f"a classifier of {self.attribute!r} has {num_labels} labels, weights of shape "
+                f"{tuple(self.weights.shape)} and a bias of shape {tuple(self.bias.shape)}; train "
+                "it again"
+            )
+        if not (self.weights.isfinite().all() and self.bias.isfinite().all()):
+            raise ControlPrefixError(
+                f"a classifier of {self.attribute!r} has weights that are no numbers; train it "
+                "again"
+            )
+
     @classmethod
     def train(
         cls,

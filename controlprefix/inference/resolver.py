@@ -242,8 +242,8 @@ class Resolver:
         )
         if not has_numbers:
             return requests, stand_ins
-        names = self._store.names("attribute")
-        labels = by_attribute(PrefixKey("attribute", name) for name in names)
+        keys = {PrefixKey("attribute", name) for name in self._store.names("attribute")}
+        labels = by_attribute(keys if self.attributes is None else keys & self.attributes.keys())
         results, notes = [], []
         for request, own_notes in zip(requests, stand_ins, strict=True):
             attributes, replaced = interpolate(request.attributes, labels)
