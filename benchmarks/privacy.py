@@ -80,7 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             audits.append(asdict(audit))
             cp.forget_user(author)
-        figures[way] = {key: round(mean(a[key] for a in audits), 4) for key, _, _ in COLUMNS}
+        figures[way] = {
+            key: round(mean(values), 4)
+            for key, _, _ in COLUMNS
+            if (values := [a[key] for a in audits if a[key] is not None])
+        }
         Console(width=160).print(way, figures[way])
         about = {"model": describe(cp.frozen_model), "authors": options.authors}
         about["texts"] = options.texts

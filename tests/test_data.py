@@ -355,7 +355,7 @@ def test_one_chat_is_a_row_and_not_a_list_of_them(tmp_path: Path) -> None:
     assert example.messages is not None
     assert example.messages[0].role == "system"
     nothing = {"role": "user", "content": [{"type": "text", "text": None}]}
-    with pytest.raises(TrainingDataError, match="parts that are no text"):
+    with pytest.raises(TrainingDataError, match="parts that are neither texts nor images"):
         as_examples([{"messages": [nothing], "completion": "z"}])
 
 

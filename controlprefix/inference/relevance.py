@@ -1,5 +1,6 @@
 """Prefixes that apply only to the prompts they are meant for."""
 
+import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ _MAX_PROMPTS = 128
 _MAX_OTHERS = 64
 _MIN_PROMPTS = 8
 _HELD_OUT = 0.2
+_log = logging.getLogger("controlprefix")
 
 
 class LearnedRelevance(NamedTuple):
@@ -90,9 +92,10 @@ def learn_relevance(
     )
     accepted = list(map(relevance.includes, held_out))
     if not any(accepted):
-        raise TrainingDataError(
-            f"none of {len(accepted)} held-out prompts would be accepted: the prompts are too "
-            "unlike each other, or too like the others; give other ones"
+        _log.warning(
+            "none of %d held-out prompts would be accepted: the prompts are too unlike each other, "
+            "or too like the others",
+            len(accepted),
         )
     return relevance, sum(accepted) / len(accepted)
 
