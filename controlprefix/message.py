@@ -34,7 +34,9 @@ def read_image(value: Any) -> bytes:
         try:
             value = Path(value).read_bytes()
         except OSError as error:
-            raise ValueError(f"cannot read the image {value}: {error.strerror}") from None
+            raise ValueError(
+                f"cannot read the image {str(value)[:200]}: {error.strerror}"
+            ) from None
     elif hasattr(value, "save") and hasattr(value, "convert"):  # Pillow's
         value = png_of(value)
     if not isinstance(value, bytes):

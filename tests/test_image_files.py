@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from controlprefix import RequestError
+from controlprefix import RequestError, TrainingDataError
 from controlprefix.data import as_examples
 from controlprefix.image_files import opened
 from controlprefix.message import read_image
@@ -98,3 +98,7 @@ def test_images_of_a_file_of_rows_are_beside_it(tmp_path: Path) -> None:
     assert second.messages is not None
     assert len(second.messages[0].images) == 1
     assert second.messages[0].content == "img/0.png"  # a text is no path
+    for wrong in ("A" * 5000, "a\0b"):
+        file.write_text(json.dumps({"prompt": "x", "images": [wrong], "completion": "a"}))
+        with pytest.raises(TrainingDataError, match="line 1"):
+            as_examples(file)

@@ -107,6 +107,7 @@ def evaluate_users(
     """Measure for whom user prefixes work: gains over other users' prefixes, harm, groups."""
     from controlprefix import evaluation
     from controlprefix.data import as_examples
+    from controlprefix.evaluation.users_report import harmed_text
 
     groupings = {} if groups is None else _read_groups(groups)
     examples = as_examples(rows, columns=columns.columns(), defaults=columns.defaults())
@@ -119,8 +120,6 @@ def evaluate_users(
         result = evaluation.evaluate_users(engine.open(), examples, **options)
     else:
         result = cluster.connect(engine).evaluate_users(examples, **options)
-    from controlprefix.evaluation.users_report import harmed_text
-
     table = Table("users", "gain, nats per token (95 % interval)")
     gains = [("all", result.gain)]
     for grouping, by_group in result.groups.items():

@@ -1,5 +1,6 @@
 """Messages and images of rows, as files and other libraries have them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ def with_images_beside(fields: Mapping[str, Any], folder: Path) -> dict[str, Any
 
     def placed(value: Any) -> Any:
         if isinstance(value, str) and not value.startswith(("data:", "http:", "https:")):
-            beside = folder / value
-            return str(beside) if beside.is_file() and not Path(value).is_file() else value
+            beside = str(folder / value)
+            # Unlike those of Path, these take a text that no path can be, such as bare base64.
+            return beside if os.path.isfile(beside) and not os.path.isfile(value) else value
         if isinstance(value, list):
             return [placed(item) for item in value]
         if isinstance(value, dict):
@@ -26,11 +28,10 @@ def with_images_beside(fields: Mapping[str, Any], folder: Path) -> dict[str, Any
             }
         return value
 
-    names = {*_IMAGE_FIELDS, "messages", "prompt"} & fields.keys()
     changed = {
         name: placed(fields[name])
-        for name in names
-        if name in _IMAGE_FIELDS or isinstance(fields[name], list)
+        for name in {"images", "messages", "prompt"} & fields.keys()
+        if name == "images" or isinstance(fields[name], list)
     }
     return {**fields, **changed}
 
