@@ -32,8 +32,7 @@ def measured(authors: Authors, posts: Posts, *, guard: bool) -> dict[str, Any]:
     gains, shares = [], []
     for author, texts in posts.items():
         authors.cp.enroll(author, texts, decoder=DECODER, guard=guard)
-        version = authors.cp.versions("user", author)[-1]
-        shares.append(version.details["enrolled"].get("share", 1.0))
+        shares.append(authors.cp.version_info("user", author).details["enrolled"].get("share", 1.0))
         own = authors.cp.get("user", author)
         newest = authors.newest[author]
         before, after = (losses_of_texts(authors.cp.frozen_model, newest, p) for p in (mean, own))

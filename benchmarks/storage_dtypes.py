@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cp.put(kind, name, prefix, dtype=dtype)
         scores = cp.score(held_out)
         nll = -sum(s.log_likelihood for s in scores) / sum(s.num_tokens for s in scores)
-        size = cp.versions("task", cp.names("task")[0])[-1].size_bytes
+        size = cp.version_info("task", cp.names("task")[0]).size_bytes
         dtypes[dtype] = {"bytes of 16 slots": size, "nats per token": round(nll, 4)}
     table = Table("dtype", "bytes of 16 slots", "nats per token, held out")
     for name, figures in dtypes.items():

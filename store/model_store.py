@@ -202,6 +202,26 @@ class ModelStore:
 
         return self._database.run(read)
 
+    def version_info(self, key: PrefixKey, *, version: int | str | None = None) -> VersionInfo:
+        """One version without its bytes.
+
+        Args:
+            key: Its name.
+            version: Its number or an alias; None is the current one.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+        """
+
+        def read(session: Session, tenant: int) -> VersionInfo:
+            row = find_prefix(session, tenant, key, self._fingerprint)
+            number = find_version(session, row, version)
+            aliases = select(AliasRow.alias).where(AliasRow.prefix_id == row.id)
+            own = session.scalars(aliases.where(AliasRow.version == number))
+            return version_info(row, session.get_one(VersionRow, (row.id, number)), own.all())
+
+        return self._database.run(read, repeatable_read=True)
+
     def rollback(self, key: PrefixKey, *, to: int | str) -> None:
         """Make another version current, by its number or an alias; no version is removed.
 

@@ -24,6 +24,7 @@ from controlprefix.store.database import Database
 from controlprefix.store.encryption import EncryptionKeys, TenantCipher
 from controlprefix.store.integrity import PayloadReader
 from controlprefix.store.jobs import JobMethods
+from controlprefix.store.key_rotation import rotate_keys
 from controlprefix.store.model_store import ModelStore
 from controlprefix.store.records import (
     AuditEntry,
@@ -34,7 +35,6 @@ from controlprefix.store.records import (
     check_name,
     check_value_fits,
 )
-from controlprefix.store.rotation import rotate_keys
 from controlprefix.store.tables import AuditRow, PrefixRow, VersionRow
 from controlprefix.store.transfer import export_tenant, import_tenant
 from controlprefix.store.user_data import UserData

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 import torch
@@ -24,6 +24,9 @@ from controlprefix.training.initialization import scale_of
 
 import models
 from models import build, byte_tokenizer
+
+if TYPE_CHECKING:  # not where vLLM is tested
+    from controlprefix.evaluation.comparison.methods import Problem
 
 # A random model responds less to its slots than a trained one, so the learning rate is high.
 QUICK: dict[str, Any] = {
@@ -59,6 +62,30 @@ def greetings(num_each: int = 8) -> list[Example]:
         for i in range(num_each)
         for label, text in {"formal": "Good day.", "informal": "hey you"}.items()
     ]
+
+
+def stocked(cp: ControlPrefix) -> ControlPrefix:
+    """With one task, three labels of two attributes, and two users."""
+    for seed, (kind, name, num_slots) in enumerate(
+        [
+            ("task", "email", 4),
+            ("attribute", "formality=formal", 3),
+            ("attribute", "formality=informal", 3),
+            ("attribute", "tone=warm", 2),
+            ("user", "ana", 5),
+            ("user", "bo", 7),
+        ]
+    ):
+        prefix = Prefix.random(cp.geometry, num_slots=num_slots, scale=1.0, seed=seed)
+        cp.put(kind, name, prefix)  # type: ignore[arg-type]
+    return cp
+
+
+def problem(cp: ControlPrefix, rows: list[Example]) -> "Problem":
+    """A problem of a comparison, with two validation rows."""
+    from controlprefix.evaluation.comparison.methods import Problem
+
+    return Problem(cp.frozen_model, rows[:12], rows[12:14], rows[14:], steps=2, num_slots=2)
 
 
 def nats_per_token(cp: ControlPrefix, examples: Sequence[Example]) -> float:

@@ -25,17 +25,14 @@ from controlprefix.cli import app
 from controlprefix.evaluation.comparison import (
     METHODS,
     ComparisonReport,
-    adapter_training,
     compare,
     measures,
 )
 from controlprefix.evaluation.comparison.adapters import PrefixMemory
-from controlprefix.evaluation.comparison.measures import text_figures
 from controlprefix.evaluation.comparison.methods import ControlPrefixMethod, Method, Problem
 from controlprefix.model.probing import probe
-from controlprefix.training import off_context
 
-from helpers import QUICK, engine, greetings, nats_per_token, tokens
+from helpers import engine, greetings, nats_per_token, problem, tokens
 
 SETTINGS: dict[str, Any] = {
     "steps": 2,
@@ -47,10 +44,6 @@ SETTINGS: dict[str, Any] = {
     "max_new_tokens": 4,
     "progress": False,
 }
-
-
-def problem(cp: ControlPrefix, rows: list[Example]) -> Problem:
-    return Problem(cp.frozen_model, rows[:12], rows[12:14], rows[14:], steps=2, num_slots=2)
 
 
 @pytest.fixture(scope="module")
@@ -149,18 +142,6 @@ def test_prefix_memory_adds_a_product_with_the_query() -> None:
     assert torch.allclose(after - before, products.flatten(2), atol=1e-5)
 
 
-def test_spectra_of_known_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One direction has a rank of a tenth; ten equal ones of .9 (nine of ten are .9)."""
-    cp = engine()
-    texts = [Example(prompt="", raw=True, completion="twelve letters")]
-    for states, rank in ((torch.ones(10, 16), 0.1), (torch.eye(10, 16), 0.9)):
-        monkeypatch.setattr(adapter_training, "completion_states", lambda *_, own=states: [own])
-        measured = measures.spectrum(Method(problem(cp, greetings(8))), texts)
-        assert measured is not None
-        assert measured.rank == pytest.approx(rank)
-        assert measured.gap(measured) == 0.0
-
-
 def test_an_interrupted_comparison_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,34 +184,6 @@ def test_another_classifier_is_another_comparison(tmp_path: Path) -> None:
     compare(engine(), greetings(8), classifiers=[first], **settings)
     with pytest.raises(StoreError, match="another classifiers"):
         compare(engine(), greetings(8), classifiers=[Fixed(0.1)], **settings)  # type: ignore[list-item]
-
-
-def test_bleu_of_rows_with_different_numbers_of_references() -> None:
-    import sacrebleu
-
-    long = "a much longer text with nine words in it"
-    rows = [
-        Example(prompt="A", completion="the cat sat on the mat"),
-        Example(prompt="A", completion="a cat was sitting there"),
-        Example(prompt="B", completion=long),
-    ]
-    texts = ["the cat sat on the mat", "a much longer text"]
-    figures = text_figures(rows, [rows[0], rows[2]], texts)
-    references: Any = [[rows[0].completion, long], [rows[1].completion, None]]
-    assert figures["BLEU"] == pytest.approx(sacrebleu.corpus_bleu(texts, references).score)
-    assert figures["BLEU"] < 80  # the second text is too short
-    assert figures["chrF"] == pytest.approx(sacrebleu.corpus_chrf(texts, references).score)
-
-
-@pytest.mark.parametrize(
-    ("texts", "has_bleu"),
-    [(["水上餐厅提供中国菜"], True), (["Кот сидит на ковре"], True), (["Cat 14."], False)],
-)
-def test_the_same_text_has_full_marks_in_any_script(texts: list[str], has_bleu: bool) -> None:
-    rows = [Example(prompt="A", completion=text) for text in texts]
-    figures = text_figures(rows, rows, texts)
-    assert figures.get("BLEU") == (pytest.approx(100) if has_bleu else None)
-    assert (figures["ROUGE-L"], figures["chrF"]) == (100, 100)
 
 
 def test_rows_with_numbers_and_mixtures_as_labels_are_those_of_the_library(tmp_path: Path) -> None:
@@ -333,24 +286,6 @@ def test_references_of_one_prompt_stay_together() -> None:
     assert measures.text_figures(rows, requests, others)["chrF"] < 100
 
 
-def test_texts_end_where_completions_end() -> None:
-    cp = engine("llama")
-    frozen = cp.frozen_model
-    frozen.model.generation_config.eos_token_id = None  # as some GGUF files are loaded
-    end = frozen.request_tokenizer.end_id
-    head = frozen.model.get_output_embeddings().weight
-    with torch.no_grad():
-        head[end] = 0
-        head[end] += 50 * torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0))
-    lengths = []
-    for seed in range(20):
-        text = adapter_training.sample(
-            frozen.model, frozen, [[5, 6]], max_new_tokens=12, seed=seed, temperature=1.0
-        )[0]
-        lengths.append(len(frozen.tokenizer(text)["input_ids"]))
-    assert min(lengths) < 4
-
-
 def test_what_does_not_fit_the_memory_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,64 +369,3 @@ def test_the_command_reads_an_experiment(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["compare", "--experiment", str(experiment)])
     assert "unknown entry 'step'" in str(failed.exception)
     assert "steps" in str(failed.exception)
-
-
-def test_off_context_rows_leave_the_model_as_it_is_elsewhere() -> None:
-    rows = [row.model_copy(update={"attributes": {}}) for row in greetings(12)]
-    from controlprefix.evaluation.comparison.measures import divergence, elsewhere
-
-    def measured(share: float) -> tuple[float, float]:
-        cp = engine()
-        split = problem(cp, rows)
-        method = ControlPrefixMethod(split, labels=False)
-        settings = {**QUICK, "steps": 30, "validation": 0, "off_context": share}
-        method.cp.train(split.training, **settings)
-        others = elsewhere(split, [], None)
-        value = divergence(method, others.answers)
-        assert value is not None
-        return value, nats_per_token(method.cp, rows[14:])
-
-    without, own = measured(0.0)
-    with_rows, own_with_rows = measured(0.3)
-    assert with_rows < 0.85 * without
-    assert own_with_rows < own + 0.2
-
-
-def test_off_context_rows_have_their_share_of_the_tokens() -> None:
-    cp = engine()
-    rows = [row.model_copy(update={"attributes": {}}) for row in greetings(40)]
-    from controlprefix.training import TrainingSettings
-    from controlprefix.training.preparation import prepare
-
-    def prepared(share: float) -> Any:
-        return prepare(
-            rows,
-            cp.frozen_model,
-            cp._resolver,
-            TrainingSettings(off_context=share, validation=0),
-            learn="task",
-            num_slots=2,
-            init="text",
-        ).rows
-
-    plain, mixed = prepared(0.0), prepared(0.2)
-    added = mixed[len(plain) :]
-    assert mixed[: len(plain)] == plain
-    tokens = sum(len(row.targets) for row in added)
-    total = tokens + sum(len(row.targets) for row in plain)
-    assert 0.2 <= tokens / total < 0.23  # the last answer may go beyond
-    assert all(row.teacher == row.prompt and row.learned for row in added)
-    assert prepared(0.2) == mixed
-    with pytest.raises(TrainingDataError, match="decoder-only"):
-        off_context.off_context_rows(engine("bart").frozen_model, plain, 0.1, 0)
-
-
-def test_a_model_in_training_elsewhere_draws_the_same_numbers() -> None:
-    """The answers are sampled without touching the caller's random numbers."""
-    cp = engine()
-    rows = [row.model_copy(update={"attributes": {}}) for row in greetings(4)]
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    cp.train(rows, **{**QUICK, "steps": 1, "off_context": 0.1})
-    assert torch.equal(torch.rand(3), expected)

@@ -23,29 +23,10 @@ from controlprefix import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from controlprefix.model.steering import Steering
-from controlprefix.model.text_prefix import prefix_from_tokens
 from controlprefix.request_fields import RequestFields
 
-from helpers import frozen
+from helpers import stocked
 from models import ALL, build, byte_tokenizer
-
-
-def stocked(cp: ControlPrefix) -> ControlPrefix:
-    """With one task, three labels of two attributes, and two users."""
-    for seed, (kind, name, num_slots) in enumerate(
-        [
-            ("task", "email", 4),
-            ("attribute", "formality=formal", 3),
-            ("attribute", "formality=informal", 3),
-            ("attribute", "tone=warm", 2),
-            ("user", "ana", 5),
-            ("user", "bo", 7),
-        ]
-    ):
-        prefix = Prefix.random(cp.geometry, num_slots=num_slots, scale=1.0, seed=seed)
-        cp.put(kind, name, prefix)  # type: ignore[arg-type]
-    return cp
 
 
 def mixed_requests() -> list[Request]:
@@ -184,61 +165,6 @@ def test_streams_of_different_users_at_once_stay_apart(cp: ControlPrefix) -> Non
     assert [{c.text for c in results[i]} for i in range(3)] == [{text} for text in alone]
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_score_is_the_sum_of_token_log_probabilities(name: str) -> None:
-    cp = stocked(
-        ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
-    )
-    examples = [
-        Example(prompt="Hi there", completion="yes"),
-        Example(prompt="Hi", completion="a longer answer", user="bo"),
-        Example(prompt="", raw=True, completion="text", task="email"),
-    ]
-    for example, score in zip(examples, cp.score(examples), strict=True):
-        prompt = cp.tokenizer(example.prompt)["input_ids"] or [0]
-        completion = cp.tokenizer(example.completion)["input_ids"]
-        with torch.no_grad(), cp.assembled(example):
-            if cp.model.config.is_encoder_decoder:
-                if example.prompt == "":
-                    prompt = [2]
-                start = [cp.model.config.decoder_start_token_id]
-                logits = cp.model(
-                    input_ids=torch.tensor([prompt]),
-                    decoder_input_ids=torch.tensor([start + completion[:-1]]),
-                ).logits[0]
-            else:
-                logits = cp.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 :]
-        log_probs = logits.double().log_softmax(-1)
-        expected = sum(float(log_probs[i, token]) for i, token in enumerate(completion))
-        assert score.log_likelihood == pytest.approx(expected, rel=1e-4)
-        assert score.num_tokens == len(completion)
-
-
-def test_scores_are_the_same_while_other_threads_use_the_model(cp: ControlPrefix) -> None:
-    """Each pass chooses the positions whose logits it needs; another's choice must not meet it."""
-    stocked(cp)
-    texts = ["yes", "a longer answer", "no, never"]
-    batches = [[Example(prompt="Hi", completion=t, user="ana")] * n for n, t in enumerate(texts, 1)]
-    alone = [cp.score(batch) for batch in batches]
-    text = cp.generate("Hi", task="email", max_new_tokens=12).text
-    result: dict[int, list[object]] = {i: [] for i in range(4)}
-
-    def work(i: int) -> None:
-        for _ in range(8):
-            if i < 3:
-                result[i].append(cp.score(batches[i]))
-            else:
-                result[i].append(cp.generate("Hi", task="email", max_new_tokens=12).text)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [result[i] for i in range(3)] == [[scores] * 8 for scores in alone]
-    assert result[3] == [text] * 8
-
-
 def test_any_transformers_call_is_steered_inside_assembled(cp: ControlPrefix) -> None:
     stocked(cp)
     ids = torch.tensor([cp.tokenizer("Hello")["input_ids"]])
@@ -255,54 +181,6 @@ def test_any_transformers_call_is_steered_inside_assembled(cp: ControlPrefix) ->
         greedy = generate(ids, **options)
     text = cp.generate("Hello", raw=True, user="ana", max_new_tokens=8).text
     assert cp.tokenizer.decode(greedy[0, ids.shape[1] :], skip_special_tokens=True) == text
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
-def test_a_prefix_from_a_text_equals_prompting_with_it(name: str) -> None:
-    cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
-    text, then = "Write like a pirate.", "Hello there"
-    prefix = cp.prefix_from_text(text)
-    ids = [cp.tokenizer(part)["input_ids"] for part in (text, then)]
-    cp.put("user", "pirate", prefix)
-    with torch.no_grad():
-        expected = cp.model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) :]
-        with cp.assembled(Request(prompt="-", user="pirate")):
-            steered = cp.model(torch.tensor([ids[1]])).logits[0]
-    assert prefix.num_slots == len(ids[0])
-    assert torch.allclose(steered, expected, atol=1e-4)
-    assert cp.prefix_from_text(text, max_slots=4).num_slots == 4
-    assert prefix.is_exact
-
-
-@pytest.mark.parametrize("name", ["gpt2", "ministral3", "bart", "t5"])
-def test_a_prefix_from_a_text_says_where_it_is_not_exact(name: str) -> None:
-    cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
-    assert cp.prefix_from_text("Write like a pirate.").is_exact is False
-
-
-def test_a_text_is_read_from_zero_where_negative_positions_are_nonsense() -> None:
-    """Ministral 3 scales queries by the logarithm of their position."""
-    for attention in ("sdpa", "eager"):
-        model = build("ministral3", attention=attention)
-        prefix = prefix_from_tokens(frozen(model), [5, 6, 7])
-        with torch.no_grad(), Steering.for_model(model).recorded() as calls:
-            model(torch.tensor([[5, 6, 7]]))
-        assert torch.allclose(prefix.layer("decoder", 2)[1], calls[2].value[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_enrolling_makes_a_usable_prefix_at_once(name: str) -> None:
-    cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")
-    assert cp.enroll("ana", ["I write like this.", "And like that."]) == 1
-    assert cp.enroll("ana", ["Another text."], num_slots=5) == 2
-    assert cp.get("user", "ana", version=2).num_slots == 5
-    assert cp.enroll("ana", "One text.") == 3
-    text = [version.details["enrolled"]["texts"] for version in cp.versions("user", "ana")]
-    assert text == [2, 1, 1]
-    plain = cp.generate("Hello", max_new_tokens=12)
-    assert cp.generate("Hello", user="ana", max_new_tokens=12).text != plain.text
-    with pytest.raises(ControlPrefixError, match="user 'bo' has no text"):
-        cp.enroll("bo", ["  "])
 
 
 def test_a_new_version_is_used_at_once_and_a_rollback_too(tmp_path: Path) -> None:

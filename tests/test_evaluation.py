@@ -5,14 +5,11 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from controlprefix import (
     AttributeSpace,
@@ -20,7 +17,6 @@ from controlprefix import (
     ControlPrefixError,
     Example,
     Prefix,
-    PrefixFormatError,
     Request,
     RequestError,
     TrainingDataError,
@@ -35,17 +31,7 @@ from controlprefix.evaluation import (
     strength_curve,
     text_cache,
 )
-from controlprefix.evaluation.calibration import STRENGTHS, even_dial
 from controlprefix.evaluation.harness import _quality, _user_similarity, base_model_nll
-from controlprefix.evaluation.metrics import (
-    bootstrap_mean,
-    distinct_n,
-    self_bleu,
-    spearman,
-    wilson_proportion,
-)
-from controlprefix.prefixes import StorageDtype
-from controlprefix.prefixes.dial import read_dial
 
 from helpers import Histogram
 from models import build, byte_tokenizer
@@ -362,111 +348,11 @@ def test_a_dial_is_of_the_prefix_that_was_measured(
         calibrate(cp, request, "pitch", "low", classifier, strengths=(0, 1), num_samples=3)
 
 
-@pytest.mark.slow
-@given(
-    st.lists(st.floats(0, 1), min_size=6, max_size=6),
-)
-def test_any_measurement_gives_a_dial_that_rises_or_none(effects: list[float]) -> None:
-    strengths = [0.0, 0.05, 0.2, 1.0, 2.0, 4.0]
-    dial = even_dial(strengths, effects)
-    if not dial:
-        return
-    assert dial[0] == (0.0, 0.0)
-    assert all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(dial))
-    assert max(strength for _, strength in dial) <= 4.0
-    assert dict(dial)[1.0] == 1.0
-
-
-def test_an_even_response_has_an_even_dial() -> None:
-    strengths = [0.0, 0.25, 0.5, 1.0, 2.0]
-    dial = dict(even_dial(strengths, [0.1, 0.2, 0.3, 0.5, 0.9]))
-    assert dial[0.5] == pytest.approx(0.5)
-    assert dial[2.0] == pytest.approx(2.0)
-
-
-@pytest.mark.slow
-@given(st.floats(0.5, 20), st.floats(0.5, 1.2), st.integers(0, 1000))
-def test_a_dial_finds_the_response_behind_noise(pull: float, bend: float, seed: int) -> None:
-    draw = random.Random(seed)
-    strengths = [0.0, *(STRENGTHS[1] / 4**i for i in (5, 4, 3, 2, 1)), *STRENGTHS[1:]]
-
-    def effect(w: float) -> float:
-        return 0.3 + 0.5 * (1 + pull) * w**bend / (1 + pull * w**bend)
-
-    dial = dict(even_dial(strengths, [effect(w) + draw.gauss(0, 0.005) for w in strengths]))
-    for position in (0.2, 0.5, 0.8):
-        assert effect(dial[position]) == pytest.approx(0.3 + 0.5 * position, abs=0.05)
-
-
-def test_a_dial_survives_its_bytes_and_a_wrong_one_is_refused() -> None:
-    cp = ControlPrefix.from_pretrained(
-        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
-    )
-    prefix = Prefix.random(cp.geometry, num_slots=2, seed=0)
-    dialled = Prefix(cp.geometry, prefix.slots, dial=((0.0, 0.0), (0.5, 0.1), (1.0, 1.0)))
-    dtypes: tuple[StorageDtype | None, ...] = (None, "int8", "bfloat16")
-    for dtype in dtypes:
-        back = Prefix.from_bytes(dialled.to_bytes(dtype))
-        assert back.dial == dialled.dial
-        assert back.to(dtype=torch.float32).dial == dialled.dial
-    assert dialled.strength_at(0.75) == pytest.approx(0.55)
-    assert dialled.strength_at(2.0) == pytest.approx(2.0)
-    assert dialled.strength_at(-0.5) == -0.5
-    wrong = ((0.0, 0.0), (0.5, 2.0), (1.0, 1.0))
-    with pytest.raises(PrefixFormatError, match="a dial that does not rise"):
-        Prefix(cp.geometry, prefix.slots, dial=wrong)
-    with pytest.raises(PrefixFormatError, match="the file has a dial that does not rise"):
-        read_dial(wrong, "the file")
-
-
-def test_figures_of_texts() -> None:
-    assert distinct_n(["a b c", "a b d"], 2) == 0.75
-    assert distinct_n([""], 1) == 0.0
-    assert self_bleu(["the cat sat on the mat"] * 3) == pytest.approx(100)
-    assert self_bleu(["one two three four", "five six seven eight"]) < 5
-    assert self_bleu(["水上餐厅提供中国菜"] * 2) == pytest.approx(100)
-    assert distinct_n(["中国菜中国"], 1) == 0.6
-    assert spearman([0, 1, 2, 3], [1, 1, 2, 2]) == pytest.approx(0.894, abs=1e-3)
-    result = bootstrap_mean([0.0, 1.0] * 50)
-    assert result.mean == 0.5
-    assert 0.38 < result.low < 0.45
-    assert 0.55 < result.high < 0.62
-    twice = bootstrap_mean([0.0, 1.0] * 50, [i % 10 for i in range(100)])  # each prompt ten times
-    assert (twice.mean, twice.low < 0.3, twice.high > 0.7) == (0.5, True, True)
-    assert wilson_proportion([True] * 5) == pytest.approx((1.0, 0.566, 1.0), abs=1e-3)
-    assert wilson_proportion([True, False] * 5, list("ab") * 5) == wilson_proportion([True, False])
-    assert math.isnan(self_bleu(["one text", " "]))
-
-
 def test_empty_texts_have_no_nll_and_stop_nothing(cp: ControlPrefix) -> None:
     quality = _quality(cp, ["abc", "", "def ghi"], ["a", "b", "c"])
     alone = [base_model_nll(cp, [text]) for text in ("abc", "def ghi")]
     assert quality.base_model_nll.mean == pytest.approx(sum(alone) / 2, abs=1e-5)
     assert math.isnan(_quality(cp, ["", " "], ["a", "b"]).base_model_nll.mean)
-
-
-def test_few_values_have_wide_intervals() -> None:
-    scipy_stats = pytest.importorskip("scipy.stats")
-    alone = bootstrap_mean([0.3])
-    assert (alone.mean, alone.low, alone.high) == (0.3, -math.inf, math.inf)
-    assert alone.text() == "0.30 (too few for an interval)"
-    assert bootstrap_mean([0.3, 0.7], ["same", "same"]).high == math.inf
-    values = [0.1, 0.5, 0.2, 0.9]
-    expected = scipy_stats.ttest_1samp(values, 0).confidence_interval()
-    assert bootstrap_mean(values)[1:] == pytest.approx(tuple(expected), abs=1e-3)
-    twice = bootstrap_mean(
-        [*values, *values], [*range(4), *range(4)]
-    )  # each value as a group of two
-    assert twice == pytest.approx(bootstrap_mean(values))
-    draw = random.Random(0)
-    for count in (2, 5, 9):
-        hits = sum(
-            estimate.low <= 0 <= estimate.high
-            for estimate in (
-                bootstrap_mean([draw.gauss(0, 1) for _ in range(count)]) for _ in range(400)
-            )
-        )
-        assert 0.91 < hits / 400 < 0.99, count
 
 
 def test_one_prompt_calibrates_nothing(cp: ControlPrefix, classifier: AttributeClassifier) -> None:

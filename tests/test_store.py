@@ -163,11 +163,10 @@ def test_aliases_name_versions_and_follow_moves(store: PrefixStore) -> None:
     store.for_model(F).alias(ANA, "canary", to=3)
     store.for_model(F).alias(ANA, "stable", to="production")
     assert store.for_model(F).get(ANA, version="stable").version == 1
-    assert [v.aliases for v in store.for_model(F).versions(ANA)] == [
-        ("production", "stable"),
-        (),
-        ("canary",),
-    ]
+    own = store.for_model(F)
+    assert [v.aliases for v in own.versions(ANA)] == [("production", "stable"), (), ("canary",)]
+    for version, expected in ((None, 2), (1, 0), ("canary", 2)):
+        assert own.version_info(ANA, version=version) == own.versions(ANA)[expected]
     store.for_model(F).rollback(ANA, to="stable")
     assert store.for_model(F).get(ANA).version == 1
     store.for_model(F).alias(ANA, "stable", to=None)
@@ -175,6 +174,10 @@ def test_aliases_name_versions_and_follow_moves(store: PrefixStore) -> None:
         store.for_model(F).get(ANA, version="stable")
     with pytest.raises(UnknownNameError, match="no version 9; it has"):
         store.for_model(F).alias(ANA, "canary", to=9)
+    with pytest.raises(UnknownNameError, match="no version 9; it has"):
+        own.version_info(ANA, version=9)
+    with pytest.raises(UnknownNameError, match="no user 'cleo'"):
+        own.version_info(PrefixKey("user", "cleo"))
     with pytest.raises(UnknownNameError, match="alias '7' is a number"):
         store.for_model(F).alias(ANA, "7", to=1)
 

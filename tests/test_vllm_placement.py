@@ -27,7 +27,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.model.log_probs import kl_divergences
 from controlprefix.model.mass_in_keys import MassInKeys
-from controlprefix.model.rotation import Rotation
+from controlprefix.model.rope import Rope
 from controlprefix.model.steering import Steering
 from controlprefix.prefixes.schedule import Schedule
 from controlprefix.request import Request
@@ -80,7 +80,7 @@ def test_a_moved_prefix_in_the_cache_says_what_slots_say(name: str) -> None:
     text = torch.tensor([[7, 8, 9]])
     with torch.no_grad(), steering.attached(assemble([[Part(prefix)]], geometry)):
         expected = model(input_ids=text).logits
-    moved = Rotation.of(frozen(model)).shifted(prefix, few)
+    moved = Rope.of(frozen(model)).shifted(prefix, few)
     layers = [moved.layer("decoder", i) for i in range(len(geometry.decoder))]
     cache = DynamicCache(
         ddp_cache_data=[(keys[None], values[None]) for keys, values in layers], config=model.config
@@ -98,11 +98,11 @@ def llama() -> FrozenModel:
 
 
 def test_moving_there_and_back_changes_nothing_and_far_changes_much(llama: FrozenModel) -> None:
-    rotation = Rotation.of(llama)
+    rope = Rope.of(llama)
     prefix = Prefix.random(llama.geometry, num_slots=3, seed=0)
-    moved = rotation.shifted(prefix, 40)
+    moved = rope.shifted(prefix, 40)
     assert not torch.allclose(moved.slots["decoder"], prefix.slots["decoder"], atol=1e-3)
-    back = rotation.shifted(moved, -40)
+    back = rope.shifted(moved, -40)
     torch.testing.assert_close(back.slots["decoder"], prefix.slots["decoder"], atol=1e-6, rtol=0)
 
 
@@ -119,7 +119,7 @@ def test_moving_there_and_back_changes_nothing_and_far_changes_much(llama: Froze
 def test_what_vllm_cannot_serve_is_refused_by_name(name: str, why: str) -> None:
     assert name in {*PARTICULAR, "gpt2", "opt", *ENCODER_DECODER}
     with pytest.raises(UnsupportedModelError, match=why):
-        Rotation.of(frozen(name))
+        Rope.of(frozen(name))
 
 
 def test_positions_that_also_matter_elsewhere_are_noticed(
@@ -136,7 +136,7 @@ def test_positions_that_also_matter_elsewhere_are_noticed(
 
     monkeypatch.setattr(type(llama.model), "forward", placed)
     with pytest.raises(UnsupportedModelError, match="all positions shift together"):
-        Rotation.of(llama)
+        Rope.of(llama)
 
 
 def test_a_strength_of_three_is_each_slot_three_times(llama: FrozenModel) -> None:
@@ -210,7 +210,7 @@ def test_keys_that_cannot_hold_a_strength_are_refused(num_kv_heads: int) -> None
     prefix = Prefix.random(model.geometry, num_slots=4, scale=1.0, seed=2)
     placement = place(resolved([("user", prefix, 0.5)]), "model", vocab_size=300)
     with pytest.raises(RequestError, match="whole numbers as strengths of this prefix"):
-        placement.slots(Rotation.of(model), MassInKeys(model))
+        placement.slots(Rope.of(model), MassInKeys(model))
 
 
 def test_schedules_guidance_and_too_many_slots_are_refused() -> None:

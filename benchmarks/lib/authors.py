@@ -253,7 +253,7 @@ class Authors:
         return sum(hits) / len(hits)
 
     def _size(self, user: str) -> int:
-        return next(v.size_bytes for v in self.cp.versions("user", user) if v.current)
+        return self.cp.version_info("user", user).size_bytes
 
     def measure_peft(self, name: str, num_posts: int, num_texts: int = 0) -> dict[str, float]:
         """The figures of a PEFT adapter per author, in as many steps, one author after another."""

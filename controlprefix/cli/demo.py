@@ -235,8 +235,8 @@ def _sizes(cp: ControlPrefix) -> dict[str, tuple[int, int]]:
     sizes: dict[str, tuple[int, int]] = {}
     for kind in kinds:
         names = cp.names(kind)
-        current = [next(v for v in cp.versions(kind, name) if v.current) for name in names]
-        sizes[kind] = (len(names), max(version.size_bytes for version in current))
+        largest = max(cp.version_info(kind, name).size_bytes for name in names)
+        sizes[kind] = (len(names), largest)
     return sizes
 
 

@@ -92,12 +92,12 @@ def enroll(
     user_texts = read_texts(texts, split=split, columns=columns.columns(), user=user)
     cp = engine.open(create=True)
     version = cp.enroll(user, user_texts, **asdict(options))
+    info = cp.version_info("user", user, version=version)
     read = f"{len(user_texts)} texts"
     if decoder is None and not refine:
-        num_tokens = cp.versions("user", user)[-1].details["enrolled"]["tokens"]
-        read += f", {num_tokens} tokens, in {cp.get('user', user).num_slots} slots"
+        read += f", {info.details['enrolled']['tokens']} tokens, in {info.num_slots} slots"
     if guard:
-        share = cp.versions("user", user)[-1].details["enrolled"]["share"]
+        share = info.details["enrolled"]["share"]
         read += f"; {share:.0%} of what is personal helps on texts left out"
     out.print(f"stored user {user!r} version {version}, from {read}")
 

@@ -165,7 +165,7 @@ class ExchangeMethods(PrefixMethods):
             )
         prefix = prefix_before_text(self._frozen, checkpoint.values)
         try:
-            self._frozen.rotation  # noqa: B018 (it is an error if there is none)
+            self._frozen.rope  # noqa: B018 (it is an error if there is none)
         except UnsupportedModelError as error:
             _log.warning("%s: its prefix is only a start for training: %s", folder, error)
             return replace(prefix, is_exact=False)

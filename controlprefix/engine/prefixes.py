@@ -98,7 +98,7 @@ class PrefixMethods(Components):
             VersionConflictError: If another version was published meanwhile.
         """
         key = PrefixKey(kind, name)
-        current = next(v for v in self.versions(kind, name) if v.current)
+        current = self.version_info(kind, name)
         if not isinstance(self._model_store.get(key, version=current.version).value, Prefix):
             raise RequestError(f"{key} is a code, which has no room for prompts; give a prefix")
         prefix = self.get(kind, name, version=current.version)
@@ -155,6 +155,20 @@ class PrefixMethods(Components):
             UnknownNameError: If there is no such name for this model.
         """
         return self._model_store.versions(PrefixKey(kind, name))
+
+    def version_info(
+        self, kind: Kind, name: str, *, version: int | str | None = None
+    ) -> VersionInfo:
+        """What is stored of one version beside its slots.
+
+        Args:
+            kind, name: What the version is for.
+            version: A version's number or alias; left out, the current one.
+
+        Raises:
+            UnknownNameError: If there is no such name or version for this model.
+        """
+        return self._model_store.version_info(PrefixKey(kind, name), version=version)
 
     def rollback(self, kind: Kind, name: str, *, to: int | str) -> None:
         """Make another version current, by its number or alias; none is removed.

@@ -71,7 +71,7 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
         hashes |= rebound
     new_versions = []
     for key, value in values.items():
-        current = next(info for info in earlier.versions(key) if info.current)
+        current = earlier.version_info(key)
         details = {**current.details, "rebound": {"from": fingerprint}}
         rebound_value = _rebound(value, cp.geometry, hashes)
         origin_version = Origin(fingerprint, current.version)

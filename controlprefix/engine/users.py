@@ -225,7 +225,7 @@ class UserMethods(ExchangeMethods):
         )
         users = read_users(texts, columns=columns)
         if decoder is not None:
-            self.versions("decoder", decoder)  # fail before any user is read
+            self.version_info("decoder", decoder)  # fail before any user is read
         pairs = users.items() if isinstance(users, Mapping) else users
         enroll = partial(self._user_trainer.enroll, options=options)
         return enroll_each(pairs, enroll, progress=progress)

@@ -174,8 +174,8 @@ def calibrate(
             "a dial is calibrated for mixing='attention'; leave mixing out of the request"
         )
     name = PrefixKey.for_label(attribute, label).name
-    prefix = cp.get("attribute", name)
-    (current,) = (info for info in cp.versions("attribute", name) if info.current)
+    current = cp.version_info("attribute", name)
+    prefix = cp.get("attribute", name, version=current.version)
 
     def measure(values: Sequence[float], own_seed: int = seed) -> tuple[CurvePoint, ...]:
         return strength_curve(

@@ -92,10 +92,9 @@ class _Actor:
 
     def _version(self, user: str) -> int:
         try:
-            versions = self._cp.versions("user", user)
+            return self._cp.version_info("user", user).version
         except UnknownNameError:
             return 0
-        return next(info.version for info in versions if info.current)
 
 
 class RayCluster:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.model.loading import LoadOptions, load
-from controlprefix.model.rotation import Rotation
+from controlprefix.model.rope import Rope
 from controlprefix.model.self_check import check_rows
 from controlprefix.model.steering import Steering
 from controlprefix.model.text_prefix import reads_before_zero
@@ -99,18 +99,18 @@ class FrozenModel:
             frozen = reference()
             if frozen is None:
                 raise PrefixFormatError("the model of this geometry is no longer loaded")
-            return frozen.rotation.shifted(prefix, positions)
+            return frozen.rope.shifted(prefix, positions)
 
         return replace(self.steering.geometry, shift=shift)
 
     @functools.cached_property
-    def rotation(self) -> Rotation:
+    def rope(self) -> Rope:
         """How positions rotate the model's keys.
 
         Raises:
             UnsupportedModelError: If its prefixes cannot be shifted along positions.
         """
-        return Rotation.of(self)
+        return Rope.of(self)
 
     @functools.cached_property
     def reads_before_zero(self) -> bool:

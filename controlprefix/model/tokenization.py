@@ -9,11 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from controlprefix.errors import (
-    ContextLengthError,
-    RequestError,
-    shortened,
-)
+from controlprefix.errors import ContextLengthError, RequestError, shortened
 from controlprefix.example import Example
 from controlprefix.model.chat_template import ChatTemplate, with_images
 from controlprefix.model.control_tokens import TextTokenizer
@@ -25,6 +21,7 @@ from controlprefix.model.languages import (
     start_ids_of,
 )
 from controlprefix.model.loading import load_processor
+from controlprefix.model.vocabulary import Vocabulary
 from controlprefix.request import AnyRequest, Request
 
 _ANY_TEXT = "a"
@@ -81,19 +78,12 @@ class RequestTokenizer:
         self._texts = TextTokenizer(tokenizer)
         self._tokenizer = self._texts.tokenizer
         self._template = ChatTemplate(tokenizer, chat_template_kwargs)
+        self._vocabulary = Vocabulary(model, tokenizer)
+        self.end_ids, self.pad_id = self._vocabulary.end_ids, self._vocabulary.pad_id
         self._has_byte_tokens = "<0x0A>" in tokenizer.get_vocab()
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         generation = model.generation_config
-        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else []
-        model_eos = generation.eos_token_id if generation is not None else None
-        embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
-        self._num_embeddings: int | None = embeddings if isinstance(embeddings, int) else None
-        ends = dict.fromkeys([*_as_list(eos), *_as_list(model_eos)])
-        self.end_ids: tuple[int, ...] = tuple(filter(self._is_embedded, ends))
         self._stop_texts = _as_texts(getattr(generation, "stop_strings", None))
-        pad = tokenizer.pad_token_id
-        candidates = [*([pad] if isinstance(pad, int) else []), *self.end_ids, 0]
-        self.pad_id: int = next(token for token in candidates if self._is_embedded(token))
         text_config = model.config.get_text_config()
         lengths = ("max_position_embeddings", "max_target_positions")
         self.context_length: int | None = next(
@@ -136,7 +126,7 @@ class RequestTokenizer:
         """
         contents = [image for message in request.conversation for image in message.images]
         if not contents:
-            ids = self._require_embedded(self._prompt_ids(request))
+            ids = self._vocabulary.require(self._prompt_ids(request))
             if not ids:
                 raise RequestError(
                     "the chat template of this model renders nothing for these messages"
@@ -145,7 +135,7 @@ class RequestTokenizer:
         if self.is_encoder_decoder:
             raise RequestError("images are supported by decoder-only models; leave them out")
         images = self._image_reader.read(contents)
-        return ImagePrompt.of(self._require_embedded(self._prompt_ids(request, images)), images)
+        return ImagePrompt.of(self._vocabulary.require(self._prompt_ids(request, images)), images)
 
     def _in_languages(self, ids: tuple[int, ...], request: Request) -> tuple[int, ...]:
         """A prompt in the languages that a request names."""
@@ -162,7 +152,7 @@ class RequestTokenizer:
         if target is None:
             return ids
         start = (self.decoder_start_ids[0], self._languages.id_of(target))
-        return TargetedPrompt.of(self._require_embedded(ids), self._require_embedded(start))
+        return TargetedPrompt.of(self._vocabulary.require(ids), self._vocabulary.require(start))
 
     def fitted(
         self, request: AnyRequest, *, num_slots: int = 0, context_length: int | None = None
@@ -184,10 +174,11 @@ class RequestTokenizer:
         if limit is not None:
             self._require_short(request, limit)
         ids = self.prompt_ids(request)
-        if unknown := [token for token in request.logit_bias if not self._is_embedded(token)]:
+        vocabulary = self._vocabulary
+        if unknown := [token for token in request.logit_bias if not vocabulary.contains(token)]:
             raise RequestError(
                 f"logit_bias has the token id {unknown[0]}, but this model has "
-                f"{self._num_embeddings} embeddings"
+                f"{vocabulary.size} embeddings"
             )
         if self._stop_texts:
             stop = (*request.stop, *self._stop_texts)
@@ -230,7 +221,7 @@ class RequestTokenizer:
             ContextLengthError: If together they do not fit the context.
         """
         prompt = self.prompt_ids(example)
-        completion = self._require_embedded(self._texts.ids_of_text(example.completion))
+        completion = self._vocabulary.require(self._texts.ids_of_text(example.completion))
         if not self.has_room(prompt, len(completion)):
             raise ContextLengthError(
                 f"an example has {len(prompt)} + {len(completion)} tokens, but the context of this "
@@ -286,7 +277,7 @@ class RequestTokenizer:
         Yields:
             Each chunk; only the last one is whole.
         """
-        ids = tuple(self._require_embedded(self._texts.ids_of_text(text)))
+        ids = tuple(self._vocabulary.require(self._texts.ids_of_text(text)))
         if self.context_length is not None:
             max_tokens = min(max_tokens, max(1, self.context_length - 2))
         start = tuple(self._start_ids())
@@ -296,11 +287,11 @@ class RequestTokenizer:
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """The ids of a text at the start of a prompt, without an end token."""
-        return tuple(self._require_embedded(self._at_start(self._texts.ids_of_text(text))))
+        return tuple(self._vocabulary.require(self._at_start(self._texts.ids_of_text(text))))
 
     def inner_ids(self, text: str) -> tuple[int, ...]:
         """The ids of a text that follows another one, without a start or an end token."""
-        return tuple(self._require_embedded(self._texts.ids_of_text(text)))
+        return tuple(self._vocabulary.require(self._texts.ids_of_text(text)))
 
     def num_unsettled(self, ids: Sequence[int]) -> int:
         """How many of the last tokens are bytes, whose text the next byte may change."""
@@ -390,33 +381,8 @@ class RequestTokenizer:
         """The ids in front of a text that has no prompt."""
         if self.is_encoder_decoder:
             return list(self._tokenizer("")["input_ids"]) or [self.pad_id]
-        start = self._tokenizer.bos_token_id
-        candidates = [*([start] if isinstance(start, int) else []), *self.end_ids, 0]
-        return [next(token for token in candidates if self._is_embedded(token))]
-
-    def _is_embedded(self, token: int) -> bool:
-        return token >= 0 and (self._num_embeddings is None or token < self._num_embeddings)
-
-    def _require_embedded(self, ids: Sequence[int]) -> Sequence[int]:
-        """Check that the model knows all ids.
-
-        Raises:
-            RequestError: If it does not: the tokenizer is that of another model.
-        """
-        if unknown := [token for token in ids if not self._is_embedded(token)]:
-            raise RequestError(
-                f"a text has the token id {unknown[0]}, but this model has "
-                f"{self._num_embeddings} embeddings; give ids of its own tokenizer, and load the "
-                "tokenizer that belongs to the model"
-            )
-        return ids
+        return [self._vocabulary.start_id]
 
 
 def _as_texts(texts: str | Sequence[str] | None) -> tuple[str, ...]:
     return (texts,) if isinstance(texts, str) else tuple(texts or ())
-
-
-def _as_list(ids: int | Sequence[int] | None) -> list[int]:
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)

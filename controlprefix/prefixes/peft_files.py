@@ -1,7 +1,7 @@
 """PEFT checkpoints of prefix tuning: reading and writing the files, without the package peft.
 
 PEFT keeps keys and values as attention uses them, with the virtual tokens at the positions
-before the text: see `controlprefix.model.rotation` for what that means on a model.
+before the text: see `controlprefix.model.rope` for what that means on a model.
 
 Reference:
     https://github.com/huggingface/peft, version 0.21: `PeftModel.get_prompt` and

@@ -220,7 +220,7 @@ class Trainer:
     ) -> ShorteningReport:
         """Store a prefix with only the slots it needs: see `ControlPrefix.shorten`."""
         stored = self._store.for_model(self._frozen.fingerprint)
-        current = next(info for info in stored.versions(key) if info.current)
+        current = stored.version_info(key)
         prefix = self._resolver.get(key, version=current.version).to(device=self._frozen.device)
         prefix.require_joint("shortening, which refits the shares of one softmax")
         rows = self._rows_naming(key, examples)

@@ -69,10 +69,10 @@ def migrate(
                 skipped[user] = "its code is of another decoder than most"
         elif user in existing:
             key = PrefixKey("user", user)
-            details = next(info.details for info in own.versions(key) if info.current)
-            value = own.get(key).value
+            info = own.version_info(key)
+            value = own.get(key, version=info.version).value
             is_own = isinstance(value, UserCode) and value.decoder_hash == decoder.content_hash
-            if isinstance(value, UserCode) and is_own and "migrated" not in details:
+            if isinstance(value, UserCode) and is_own and "migrated" not in info.details:
                 old_codes.append(code.values.flatten())
                 new_codes.append(value.values.flatten())
     code_map = fit_code_map(

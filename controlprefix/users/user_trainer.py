@@ -203,8 +203,8 @@ class UserTrainer:
         enrolled: dict[str, Any] = {"texts": len(texts), "tokens": num_tokens, "decoder": decoder}
         if options.add and decoder is not None:
             key = PrefixKey("user", user)
-            stored = self._model_store.get(key)
-            (current,) = (info for info in self._model_store.versions(key) if info.current)
+            current = self._model_store.version_info(key)
+            stored = self._model_store.get(key, version=current.version)
             share = current.details.get("enrolled", {}).get("share", 1)
             if share != 1:
                 raise RequestError(
@@ -251,8 +251,8 @@ class UserTrainer:
     ) -> PrivacyReport:
         """Audit a user's current prefix: see `ControlPrefix.audit_user`."""
         key = PrefixKey("user", user)
-        stored = self._model_store.get(key)
-        (current,) = (info for info in self._model_store.versions(key) if info.current)
+        current = self._model_store.version_info(key)
+        stored = self._model_store.get(key, version=current.version)
         details = current.details
         training = details.get("training", {})
         trained_alone = bool(training) and not {"learned", "loop"} & training.keys()

@@ -22,7 +22,7 @@ from controlprefix.errors import RequestError, UnsupportedModelError
 from controlprefix.inference.guidance import plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.model.mass_in_keys import MassInKeys
-from controlprefix.model.rotation import Rotation
+from controlprefix.model.rope import Rope
 from controlprefix.prefixes import Prefix
 from controlprefix.vllm.prefix_folder import file_name
 
@@ -59,7 +59,7 @@ class Placement:
     placeholder_ids: tuple[int, ...]
     salt: str
 
-    def slots(self, rotation: Rotation, masses: MassInKeys) -> Prefix:
+    def slots(self, rope: Rope, masses: MassInKeys) -> Prefix:
         """The slots as vLLM's cache needs them: at the positions 0 to `num_slots` - 1.
 
         Raises:
@@ -70,7 +70,7 @@ class Placement:
         ]
         rows = torch.cat([prefix.slots["decoder"] for prefix in scaled])
         whole = Prefix(scaled[0].geometry, {"decoder": rows})
-        return rotation.shifted(whole, self.num_slots)
+        return rope.shifted(whole, self.num_slots)
 
 
 def place(

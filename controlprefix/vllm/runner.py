@@ -94,7 +94,7 @@ class VllmRunner:
     ) -> None:
         self._frozen, self._folder = frozen, folder
         try:
-            self._rotation = frozen.rotation
+            self._rope = frozen.rope
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"vLLM cannot serve this model: {error}; serve it with --engine transformers"
@@ -234,7 +234,7 @@ class VllmRunner:
         if placement.num_slots:
             self._folder.write(
                 placement.file_name,
-                lambda: placement.slots(self._rotation, self._masses),
+                lambda: placement.slots(self._rope, self._masses),
                 overwrite=overwrite,
             )
 

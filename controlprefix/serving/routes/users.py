@@ -68,7 +68,7 @@ async def enroll_user(
     if body.train is not None:
         usable_texts(user, body.texts)  # fail before a job does
         if body.decoder is not None:
-            await server.work.with_store(client.cp.versions, "decoder", body.decoder)
+            await server.work.with_store(client.cp.version_info, "decoder", body.decoder)
         if body.keep_texts:
             await server.work.with_store(client.cp.store.keep_samples, user, body.texts)
         return await accepted("train_user", user, body.job_options(), response, client, server)

@@ -1,4 +1,4 @@
-"""Rotation: shifting a prefix along positions, for engines and files that count slots.
+"""Rope: shifting a prefix along rotary positions, for engines and files that count slots.
 
 Reference:
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
@@ -23,7 +23,7 @@ _SHIFT = 13  # positions by which the probe is shifted
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-class _LayerRotation(NamedTuple):
+class _LayerRope(NamedTuple):
     """How one layer rotates keys: pairs of values, by angles proportional to the position.
 
     Attributes:
@@ -49,15 +49,15 @@ class _LayerRotation(NamedTuple):
         return rotated
 
 
-class Rotation:
-    """How the layers of one model rotate keys. Get it with `Rotation.of`.
+class Rope:
+    """How the layers of one model rotate keys. Get it with `Rope.of`.
 
     Args:
         geometry: Geometry of the model.
         layers: Per layer its rotation; None if it does not rotate.
     """
 
-    def __init__(self, geometry: Geometry, layers: list[_LayerRotation | None]) -> None:
+    def __init__(self, geometry: Geometry, layers: list[_LayerRope | None]) -> None:
         self._geometry = geometry
         self._layers = layers
 
@@ -73,7 +73,7 @@ class Rotation:
         here = keys_and_values(frozen, _PROBE[:1])["decoder"]
         there = keys_and_values(frozen, _PROBE[:1], first_position=_SHIFT)["decoder"]
         candidates = list(_candidate_rotations(model))
-        layers: list[_LayerRotation | None] = []
+        layers: list[_LayerRope | None] = []
         tolerance = _TOLERANCE[model.dtype]
         for i, ((keys, values), (shifted_keys, shifted_values)) in enumerate(
             zip(here, there, strict=True)
@@ -147,7 +147,7 @@ def _require_rotations(frozen: SteeredModel) -> None:
         raise _unsupported(model, "some of its layers are not attention (state-space or linear)")
 
 
-def _candidate_rotations(model: PreTrainedModel) -> Iterator[_LayerRotation]:
+def _candidate_rotations(model: PreTrainedModel) -> Iterator[_LayerRope]:
     """The rotations that this model's rotary modules could apply."""
     config = model.config.get_text_config()
     layer_types = [None, *dict.fromkeys(getattr(config, "layer_types", None) or ())]
@@ -172,8 +172,8 @@ def _candidate_rotations(model: PreTrainedModel) -> Iterator[_LayerRotation]:
                     cos, sin = _cos_sin(module, layer_type, position)
                     return cos[distinct], sin[distinct]
 
-                yield _LayerRotation(cos_sin, interleaved=False)
-                yield _LayerRotation(cos_sin, interleaved=True)
+                yield _LayerRope(cos_sin, interleaved=False)
+                yield _LayerRope(cos_sin, interleaved=True)
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def _cos_sin(module: nn.Module, layer_type: str | None, position: int) -> tuple[
     return cos[0, 1].cpu() / scale, sin[0, 1].cpu() / scale
 
 
-def _fits(rotation: _LayerRotation, keys: Tensor, shifted: Tensor, tolerance: float) -> bool:
+def _fits(rotation: _LayerRope, keys: Tensor, shifted: Tensor, tolerance: float) -> bool:
     if 2 * len(rotation.cos_sin(1)[0]) > keys.shape[-1]:
         return False
     return _is_close(rotation(keys.cpu(), _SHIFT), shifted.cpu(), tolerance)

@@ -1,0 +1,77 @@
+"""Dials: positions that are even in what is measured, whatever the response."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlprefix import (
+    ControlPrefix,
+    Prefix,
+    PrefixFormatError,
+)
+from controlprefix.evaluation.calibration import STRENGTHS, even_dial
+from controlprefix.prefixes import StorageDtype
+from controlprefix.prefixes.dial import read_dial
+
+from models import build, byte_tokenizer
+
+
+@pytest.mark.slow
+@given(
+    st.lists(st.floats(0, 1), min_size=6, max_size=6),
+)
+def test_any_measurement_gives_a_dial_that_rises_or_none(effects: list[float]) -> None:
+    strengths = [0.0, 0.05, 0.2, 1.0, 2.0, 4.0]
+    dial = even_dial(strengths, effects)
+    if not dial:
+        return
+    assert dial[0] == (0.0, 0.0)
+    assert all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(dial))
+    assert max(strength for _, strength in dial) <= 4.0
+    assert dict(dial)[1.0] == 1.0
+
+
+def test_an_even_response_has_an_even_dial() -> None:
+    strengths = [0.0, 0.25, 0.5, 1.0, 2.0]
+    dial = dict(even_dial(strengths, [0.1, 0.2, 0.3, 0.5, 0.9]))
+    assert dial[0.5] == pytest.approx(0.5)
+    assert dial[2.0] == pytest.approx(2.0)
+
+
+@pytest.mark.slow
+@given(st.floats(0.5, 20), st.floats(0.5, 1.2), st.integers(0, 1000))
+def test_a_dial_finds_the_response_behind_noise(pull: float, bend: float, seed: int) -> None:
+    draw = random.Random(seed)
+    strengths = [0.0, *(STRENGTHS[1] / 4**i for i in (5, 4, 3, 2, 1)), *STRENGTHS[1:]]
+
+    def effect(w: float) -> float:
+        return 0.3 + 0.5 * (1 + pull) * w**bend / (1 + pull * w**bend)
+
+    dial = dict(even_dial(strengths, [effect(w) + draw.gauss(0, 0.005) for w in strengths]))
+    for position in (0.2, 0.5, 0.8):
+        assert effect(dial[position]) == pytest.approx(0.3 + 0.5 * position, abs=0.05)
+
+
+def test_a_dial_survives_its_bytes_and_a_wrong_one_is_refused() -> None:
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    prefix = Prefix.random(cp.geometry, num_slots=2, seed=0)
+    dialled = Prefix(cp.geometry, prefix.slots, dial=((0.0, 0.0), (0.5, 0.1), (1.0, 1.0)))
+    dtypes: tuple[StorageDtype | None, ...] = (None, "int8", "bfloat16")
+    for dtype in dtypes:
+        back = Prefix.from_bytes(dialled.to_bytes(dtype))
+        assert back.dial == dialled.dial
+        assert back.to(dtype=torch.float32).dial == dialled.dial
+    assert dialled.strength_at(0.75) == pytest.approx(0.55)
+    assert dialled.strength_at(2.0) == pytest.approx(2.0)
+    assert dialled.strength_at(-0.5) == -0.5
+    wrong = ((0.0, 0.0), (0.5, 2.0), (1.0, 1.0))
+    with pytest.raises(PrefixFormatError, match="a dial that does not rise"):
+        Prefix(cp.geometry, prefix.slots, dial=wrong)
+    with pytest.raises(PrefixFormatError, match="the file has a dial that does not rise"):
+        read_dial(wrong, "the file")
