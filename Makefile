@@ -28,9 +28,9 @@ test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_vllm.py tests/test_vllm_servers.py
 
 test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest -n 2 $(addprefix tests/test_,$(addsuffix .py,assembly attention attention_gradients \
-		batching fingerprint guidance images loading prefix row_independence sampling schedules steering text_prefix \
-		tokenization trainable training))
+	.venv-oldest/bin/python -m pytest -n 2 $(addprefix tests/test_,$(addsuffix .py,assembly attention \
+		attention_gradients batching fingerprint guidance images loading prefix row_independence \
+		sampling schedules steering text_prefix tokenization trainable training))
 
 bench-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pip install -q -e '.[demo]'

@@ -32,6 +32,7 @@ from lib.results import ROOT, arguments, save_comparisons
 EXACTNESS = (
     "assembly",
     "attention",
+    "attention_gradients",
     "batching",
     "cache",
     "compile",
