@@ -61,7 +61,7 @@ check: $(READY)
 
 LOCK := .venv-lock/bin/uv pip compile -q --no-annotate --no-header --python-version 3.12 \
 	--python-platform x86_64-manylinux_2_28 -c constraints.txt
-IMAGE := $(addprefix --extra ,demo embeddings encryption postgres serve vllm) pyproject.toml
+IMAGE := $(addprefix --extra ,demo embeddings encryption images postgres serve vllm) pyproject.toml
 
 # torch and what its CUDA build brings are left out: the image has the build for CPUs.
 lock: .venv-lock/ready

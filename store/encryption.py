@@ -142,6 +142,15 @@ class TenantCipher:
         cipher = self._cipher(key_id)
         return nonce + cipher.encrypt(nonce, plain, self._associated_data(identity)), key_id
 
+    def require_current_key(self) -> None:
+        """Check that the tenant's current key, if there is one, can be used.
+
+        Raises:
+            StoreKeyError: If it cannot.
+        """
+        if (key_id := self.current_key_id) is not None:
+            self._cipher(key_id)
+
     def decrypt(self, stored: bytes, key_id: str | None, identity: str) -> bytes:
         """Decrypt bytes that were encrypted for an identity.
 

@@ -295,7 +295,7 @@ class PrefixStore(UserData, JobMethods):
         Raises:
             StoreKeyError: If the tenant's own key cannot be used.
         """
-        self._cipher.encrypt(b"", "a check of the key")
+        self._cipher.require_current_key()
         return self._reader.verify_all()
 
     def purge(self) -> None:

@@ -209,3 +209,11 @@ def test_a_key_file_that_cannot_be_used_says_why(tmp_path: Path) -> None:
         pytest.raises(StoreKeyError, match="is not 16, 24 or 32 bytes"),
     ):
         list(store.verify())
+
+
+def test_verifying_does_not_say_that_something_is_stored(
+    url: str, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    with PrefixStore(url, tenant="other", encryption_keys=keys) as store:
+        assert list(store.verify()) == []
+    assert not caplog.messages

@@ -13,7 +13,7 @@ from controlprefix.store import NewVersion
 from controlprefix.training.initialization import scale_of
 from controlprefix.users.migration import fit_code_map
 
-from helpers import engine
+from helpers import engine, raw
 
 SLOTS, OLD_WIDTH, NEW_WIDTH = 3, 4, 5
 
@@ -144,6 +144,26 @@ def test_users_are_migrated_and_nobody_is_overwritten(
         new_cp.forget_user(f"user{i}")
     with pytest.raises(TrainingDataError, match="6 users"):
         new_cp.migrate_users(old_cp)
+
+
+def test_a_damaged_code_keeps_nobody_else_from_theirs(
+    both: tuple[ControlPrefix, ControlPrefix],
+) -> None:
+    old_cp, new_cp = both
+    for cp, user in ((old_cp, "user20"), (new_cp, "user0")):
+        raw(
+            cp.store.url,
+            "UPDATE controlprefix_payloads SET payload = :p WHERE prefix_id = (SELECT id FROM "
+            "controlprefix_prefixes WHERE name = :user AND fingerprint = :fingerprint)",
+            p=b"0" * 9,
+            user=user,
+            fingerprint=cp.geometry.fingerprint,
+        )
+    report = new_cp.migrate_users(old_cp)
+    assert report.num_shared == 11
+    assert set(report.saved) == {f"user{i}" for i in range(12, 30)} - {"user20"}
+    assert report.skipped.keys() == {"user20"}
+    assert "is damaged" in report.skipped["user20"]
 
 
 def test_too_few_shared_users_store_nothing(both: tuple[ControlPrefix, ControlPrefix]) -> None:

@@ -46,6 +46,8 @@ def test_grade_levels() -> None:
     assert grade_level(["The cat sat on the mat."]) == pytest.approx(0.39 * 6 + 11.8 - 15.59)
     both = grade_level(["Simplification mattered.", "Examination mattered."])
     assert both == pytest.approx(0.39 * 2 + 11.8 * 14 / 4 - 15.59)
+    quoted = grade_level(['"Simplification mattered." (Examination mattered.)'])
+    assert quoted == pytest.approx(both)
     with pytest.raises(ValueError, match="no words"):
         grade_level(["..."])
 
@@ -103,3 +105,6 @@ def test_the_command_adds_ratios_to_rows(tmp_path: Path) -> None:
     assert [row["task"] for row in written] == ["simplify", "simplify", "s"]
     result = CliRunner().invoke(app, [*arguments, "--source", "original"])
     assert "original" in str(result.exception)
+    data.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps({"prompt": 3, "source": "x"}))
+    result = CliRunner().invoke(app, [*arguments, "--source", "source"])
+    assert "rows.jsonl line 3: " in str(result.exception)

@@ -99,13 +99,16 @@ def add_ratios(
         if source is not None and not isinstance(record.fields.get(source), str):
             raise TrainingDataError(f"{record.place}: there is no text in the column {source!r}")
     unused = {source} - (names.named if names else set())  # no column of a row
-    rows = [{k: v for k, v in r.fields.items() if k not in unused} for r in records]
+    rows = [
+        record._replace(fields={k: v for k, v in record.fields.items() if k not in unused})
+        for record in records
+    ]
     as_examples(rows, columns=names, defaults=defaults)  # all that is wrong in one message
     without = []
-    for record, fields in zip(records, rows, strict=True):
-        own = as_examples([fields], columns=names, defaults=defaults)
+    for record, row in zip(records, rows, strict=True):
+        own = as_examples([row], columns=names, defaults=defaults)
         examples += own
-        texts = [record.fields[source] if source else row.conversation[-1].content for row in own]
+        texts = [record.fields[source] if source else x.conversation[-1].content for x in own]
         sources += texts
         without += [record.place for text in texts if not text.strip()]
     if without:

@@ -216,7 +216,7 @@ def _records(rows: Rows) -> Iterator[Request | Record]:
         raise TrainingDataError(f"expected rows, got a mapping of {splits}; give one of its values")
     class_names = _class_names(rows)
     for number, row in enumerate(_iterable(rows), 1):
-        if isinstance(row, Request):
+        if isinstance(row, (Request, Record)):
             yield row
         elif isinstance(row, Mapping):
             fields = {str(name): value for name, value in row.items()}

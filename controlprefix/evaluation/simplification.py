@@ -11,6 +11,7 @@ from controlprefix._io import requires_extra
 from controlprefix.errors import TrainingDataError
 
 _MAX_N = 4
+_END_OF_SENTENCE = re.compile(r"[.!?…]+[\"'’”»)\]]*(?=\s|$)")
 _Grams = Counter[tuple[str, ...]]
 
 
@@ -87,7 +88,7 @@ def grade_level(texts: Sequence[str], *, language: str = "en_US") -> float:
     for text in texts:
         words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)
         num_words += len(words)
-        num_sentences += max(len(re.findall(r"[.!?]+(?=\s|$)", text.strip())), bool(words))
+        num_sentences += max(len(_END_OF_SENTENCE.findall(text.strip())), bool(words))
         num_syllables += sum(len(hyphenation.positions(word)) + 1 for word in words)
     if not num_words:
         raise ValueError("the texts have no words")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import PrefixFormatError, TrainingDataError
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import ModelStore, NewVersion
 
@@ -54,7 +54,12 @@ def migrate(
     codes: dict[str, UserCode] = {}
     skipped: dict[str, str] = {}
     for user in source.names("user"):
-        code = source.get(PrefixKey("user", user)).value
+        try:
+            code = source.get(PrefixKey("user", user)).value
+        except PrefixFormatError as error:  # one damaged code keeps nobody else from theirs
+            if user not in existing:
+                skipped[user] = str(error)
+            continue
         if isinstance(code, UserCode):
             codes[user] = code
         elif user not in existing:
@@ -70,7 +75,10 @@ def migrate(
         elif user in existing:
             key = PrefixKey("user", user)
             info = own.version_info(key)
-            value = own.get(key, version=info.version).value
+            try:
+                value = own.get(key, version=info.version).value
+            except PrefixFormatError:  # it teaches nothing
+                continue
             is_own = isinstance(value, UserCode) and value.decoder_hash == decoder.content_hash
             if isinstance(value, UserCode) and is_own and "migrated" not in info.details:
                 old_codes.append(code.values.flatten())
