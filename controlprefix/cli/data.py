@@ -119,8 +119,9 @@ def add_ratios(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-            for row in labelled:
-                fields = row.model_dump(mode="json", include=row.model_fields_set | {"attributes"})
+            for example in labelled:
+                named = example.model_fields_set | {"attributes"}
+                fields = example.model_dump(mode="json", include=named)
                 file.write(json.dumps(fields, ensure_ascii=False) + "\n")
     except OSError as error:
         raise RequestError(f"cannot write {output}: {error}") from error
