@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -106,7 +105,7 @@ class Server:
         self.allowed_hosts = tuple(allowed_hosts)
         self.large_bodies = LargeBodies()
         self.work = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
-        self._under_way: Counter[str] = Counter()  # choices, per tenant
+        self._under_way: dict[object, tuple[str, int]] = {}  # tenant, and number of choices
         self._token_limiter = TokenLimiter(self.limits.tokens_per_minute)
         self._tenants = Tenants(
             frozen,
@@ -190,7 +189,7 @@ class Server:
         """Count a client's tokens against the limit of its API key."""
         self._token_limiter.add(client.tenant, client.key_name, num_tokens)
 
-    def admit(self, tenant: str, num_choices: int) -> Callable[[], None]:
+    def admit(self, tenant: str, num_choices: int) -> Callable[[], object]:
         """Count the choices of a request as under way, all or none of them.
 
         Returns:
@@ -199,27 +198,23 @@ class Server:
         Raises:
             OverloadedError: If the tenant, or all together, would have more than run and wait.
         """
-        limits, counts = self.limits, self._under_way
+        limits, under_way = self.limits, [*self._under_way.values()]
         own = all_tenants = limits.max_waiting + limits.max_sequences
         if not self.is_open:
             own = limits.max_waiting - limits.max_waiting // 8 + limits.sequences_per_tenant
         for count, limit, whose in (
-            (counts[tenant], own, "of this tenant"),
-            (counts.total(), all_tenants, "of all tenants"),
+            (sum(n for name, n in under_way if name == tenant), own, "of this tenant"),
+            (sum(n for _, n in under_way), all_tenants, "of all tenants"),
         ):
             if count and count + num_choices > limit:
                 raise OverloadedError(
                     f"{count} choices {whose} are under way, and with {num_choices} more there "
                     f"would be more than {limit}; try again later"
                 )
-        counts[tenant] += num_choices
-
-        def end() -> None:
-            counts[tenant] -= num_choices
-            if not counts[tenant]:
-                del counts[tenant]
-
-        return end
+        entry = object()
+        self._under_way[entry] = tenant, num_choices
+        # One operation on a dict, since garbage collection may call it in any thread.
+        return lambda: self._under_way.pop(entry, None)
 
     async def submit(
         self,
