@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from controlprefix import Part, Prefix, assemble
+from controlprefix.model import attention as attention_module
+from controlprefix.model import prefill_kernel
 from controlprefix.model.decode_kernel import _MIN_SEGMENTED_VALUES
 from controlprefix.model.steering import Steering
 
@@ -391,3 +393,39 @@ def test_bfloat16_stays_near_float32() -> None:
     rounded_parts = [[Part(random_prefix(rounded, 6), 0.7)]] * 4
     error = (run(exact, rows, parts) - run(rounded, rows, rounded_parts).float()).abs().max()
     assert error < 2 * plain_error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_slots_and_tokens_of_long_prompts_apart_give_the_same_outputs(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name).type(dtype)
+    rows = [tokens(9, seed=i) for i in range(4)]
+    batch = {"input_ids": inputs(model, rows)["input_ids"]}  # without a mask
+    merged, num_calls = prefill_kernel._merged, 0
+
+    def counted(*tensors: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return merged(*tensors)
+
+    monkeypatch.setattr(prefill_kernel, "_merged", counted)
+    monkeypatch.setattr(attention_module, "PREFILL_CHUNK", 4)
+    steering = Steering.for_model(model)
+    task = random_prefix(model, 3)
+    outputs = []
+    for minimum in (1 << 30, 4):
+        monkeypatch.setattr(prefill_kernel, "MIN_MERGED_QUERIES", minimum)
+        for parts in (mixed_parts(model), [[Part(task)]] * 4, [[], [], [], [Part(task, 0.3)]]):
+            with torch.no_grad(), steering.attached(steering.assemble(parts)):
+                outputs.append(model(**batch, use_cache=False).logits)
+    assert bool(num_calls) == (models.DEVICE == "cpu")
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    for chunked, apart in zip(outputs[:3], outputs[3:], strict=True):
+        torch.testing.assert_close(apart, chunked, atol=tolerance, rtol=tolerance)
+    with torch.no_grad():
+        plain = model(**batch, use_cache=False).logits
+    if models.DEVICE == "cpu":  # rows without slots are those of the plain model
+        assert torch.equal(outputs[3][2], plain[2])
+        assert torch.equal(outputs[5][:3], plain[:3])
