@@ -41,7 +41,7 @@ def computed(
     """What the library computes for one process of this speed."""
     frozen = load_from(options)
     return capacity.capacity(
-        capacity.Load.for_model(
+        capacity.Workload.for_model(
             frozen,
             users=options.users,
             num_slots=NUM_SLOTS,

@@ -43,7 +43,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def progress_bar(
-    description: str, total: int | None, *, visible: bool = True, note: str = ""
+    description: str, total: int | None, *, visible: bool = True
 ) -> Iterator[Callable[[int, str], None]]:
     """Show progress on standard error while inside: a bar, or a line now and then in a log.
 
@@ -51,7 +51,6 @@ def progress_bar(
         description: Label in front.
         total: Number of items; None if it is not known.
         visible: Whether to show anything.
-        note: Text behind it at the start.
 
     Yields:
         `update(num_completed, note)`.
@@ -77,7 +76,7 @@ def progress_bar(
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=not visible) as bar:
-        task = bar.add_task(description, total=total, note=note)
+        task = bar.add_task(description, total=total, note="")
 
         def update(num_completed: int, note: str) -> None:
             bar.update(task, completed=num_completed, note=note)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 if TYPE_CHECKING:
     from controlprefix.model import FrozenModel
 
-Form = Literal["code", "int8", "bfloat16"]
+StorageForm = Literal["code", "int8", "bfloat16"]
 
 CODE_BYTES: Final = 1_416  # of the decoder with the default sizes, whatever the model
 _ROW_BYTES: Final = 750  # of names, versions and indexes per user, on PostgreSQL
@@ -24,7 +24,7 @@ _UTILIZATION: Final = 0.7  # above which waiting lines grow
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is asked of a deployment.
 
     Attributes:
@@ -50,7 +50,7 @@ class Load:
     value_bytes: int = 2
     users: int = 1000
     num_slots: int = 16
-    form: Form = "int8"
+    form: StorageForm = "int8"
     requests_per_second: float = 1.0
     prompt_tokens: int = 200
     new_tokens: int = 200
@@ -62,7 +62,7 @@ class Load:
 
     @classmethod
     def for_model(cls, frozen: "FrozenModel", **numbers: Any) -> Self:
-        """A load of a model that is loaded, from its own shapes and weights.
+        """The workload of a loaded model, from its own shapes and weights.
 
         Args:
             frozen: The model.
@@ -81,7 +81,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a load takes.
+    """What a workload takes.
 
     Attributes:
         slot_bytes: One slot, or one token, in a running request's memory.
@@ -116,46 +116,55 @@ class Capacity:
         return "vLLM and gateways that share PostgreSQL, behind a balancer"
 
 
-def capacity(load: Load) -> Capacity:
-    """What a load takes.
+def capacity(workload: Workload) -> Capacity:
+    """What a workload takes.
 
     Raises:
         ValueError: If a number is negative, or a size is not above 0.
     """
-    sizes = (load.slot_values, load.slot_heads, load.num_slots, load.max_sequences)
-    numbers = (load.users, load.requests_per_second, load.prompt_tokens, load.new_tokens,
-               load.seconds_per_user, load.price_per_hour, load.price_per_gb)  # fmt: skip
-    if min(sizes) < 1 or min(numbers) < 0 or load.tokens_per_second <= 0:
-        values_by_name = {name: value for name, value in asdict(load).items() if name != "form"}
+    sizes = (workload.slot_values, workload.slot_heads, workload.num_slots, workload.max_sequences)
+    numbers = (
+        workload.users,
+        workload.requests_per_second,
+        workload.prompt_tokens,
+        workload.new_tokens,
+        workload.seconds_per_user,
+        workload.price_per_hour,
+        workload.price_per_gb,
+    )
+    if min(sizes) < 1 or min(numbers) < 0 or workload.tokens_per_second <= 0:
+        values_by_name = {name: value for name, value in asdict(workload).items() if name != "form"}
         negative = [f"{n} is {v}" for n, v in values_by_name.items() if v is not None and v < 0]
         reason = f": {', '.join(negative)}" if negative else ""
         raise ValueError(
             f"sizes and tokens_per_second must be above 0, and no number negative{reason}"
         )
-    values, scales = load.slot_values, load.slot_heads
+    values, scales = workload.slot_values, workload.slot_heads
     payload = {
         "code": CODE_BYTES,
-        "int8": _HEADER_BYTES + load.num_slots * (values + 2 * scales),
-        "bfloat16": _HEADER_BYTES + load.num_slots * 2 * values,
-    }[load.form]
+        "int8": _HEADER_BYTES + workload.num_slots * (values + 2 * scales),
+        "bfloat16": _HEADER_BYTES + workload.num_slots * 2 * values,
+    }[workload.form]
     stored = round(payload * _PAGE_OVERHEAD) + _ROW_BYTES
-    slot_bytes = load.value_bytes * values
-    tokens_per_request = load.prompt_tokens + load.new_tokens + load.num_slots
-    needed = load.requests_per_second * load.new_tokens
-    num_processes = max(1, math.ceil(needed / (_UTILIZATION * load.tokens_per_second)))
-    training_hours = load.users * load.seconds_per_user / 3600
-    storing = stored * load.price_per_gb / 1e9
+    slot_bytes = workload.value_bytes * values
+    tokens_per_request = workload.prompt_tokens + workload.new_tokens + workload.num_slots
+    needed = workload.requests_per_second * workload.new_tokens
+    num_processes = max(1, math.ceil(needed / (_UTILIZATION * workload.tokens_per_second)))
+    training_hours = workload.users * workload.seconds_per_user / 3600
+    storing = stored * workload.price_per_gb / 1e9
     return Capacity(
         slot_bytes=slot_bytes,
-        prefix_bytes=slot_bytes * load.num_slots,
+        prefix_bytes=slot_bytes * workload.num_slots,
         stored_bytes=stored,
-        store_bytes=stored * load.users,
+        store_bytes=stored * workload.users,
         num_processes=num_processes,
         process_bytes=_RUNTIME_BYTES
-        + load.weight_bytes
-        + min(_CACHE_BYTES, load.users * slot_bytes * load.num_slots)
-        + load.max_sequences * tokens_per_request * slot_bytes,
+        + workload.weight_bytes
+        + min(_CACHE_BYTES, workload.users * slot_bytes * workload.num_slots)
+        + workload.max_sequences * tokens_per_request * slot_bytes,
         training_hours=training_hours,
-        monthly_cost=num_processes * _HOURS_PER_MONTH * load.price_per_hour + storing * load.users,
-        cost_per_million=1e6 * (storing + load.seconds_per_user / 3600 * load.price_per_hour),
+        monthly_cost=num_processes * _HOURS_PER_MONTH * workload.price_per_hour
+        + storing * workload.users,
+        cost_per_million=1e6
+        * (storing + workload.seconds_per_user / 3600 * workload.price_per_hour),
     )

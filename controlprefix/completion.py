@@ -32,7 +32,7 @@ class StandIn(BaseModel):
             or `left out`.
         used: Trained labels and their shares of the mixture; or the text, with 1.
         similarity: Cosine of the sentence embeddings of the label and the nearest trained
-            label; 1 for a text and for a number.
+            label; 1 for an opposite, a text and a number.
     """
 
     label: str

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from controlprefix._io import requires_extra
-from controlprefix.errors import ControlPrefixError
+from controlprefix.errors import ControlPrefixError, short_reason
 
 DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
 _ENVIRONMENT_VARIABLE = "CONTROLPREFIX_EMBEDDERS"  # names of trusted ones, by commas
@@ -76,7 +76,7 @@ def load_embedder(embedder: str = DEFAULT_EMBEDDER) -> Any:
         return SentenceTransformer(_packaged_folder(embedder) or embedder)
     except (OSError, ValueError) as error:
         raise ControlPrefixError(
-            f"cannot load the embedding model {embedder!r}: {str(error).splitlines()[0]}; give a "
+            f"cannot load the embedding model {embedder!r}: {short_reason(error)}; give a "
             "folder, or a name that sentence-transformers knows"
         ) from error
 

@@ -26,7 +26,7 @@ def process_state() -> "PartialState":
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # Left to itself, accelerate lets processes without a GPU run as if each were alone.
+    # Left to itself, accelerate does not connect processes that have no GPU.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=True) if on_cpu else PartialState()
     num_started = int(os.environ.get("WORLD_SIZE", "1"))

@@ -160,7 +160,7 @@ class ModelStore:
         Args:
             kind: The kind.
             after: Only names that come after this one.
-            limit: At most so many.
+            limit: Maximum number of names.
         """
         check_kind(kind)
 

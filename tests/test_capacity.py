@@ -7,17 +7,17 @@ import pytest
 from typer.testing import CliRunner
 
 from controlprefix import Prefix
-from controlprefix.capacity import Form, Load, capacity
+from controlprefix.capacity import StorageForm, Workload, capacity
 from controlprefix.cli import app
 from controlprefix.prefixes import Geometry, PrefixKey
 from controlprefix.store import NewVersion, PrefixStore
 
 GEOMETRY = Geometry.uniform(num_layers=12, num_kv_heads=3, head_dim=64, fingerprint="f" * 64)
-LOAD = Load(slot_values=12 * 3 * 64 * 2, slot_heads=12 * 3 * 2, weight_bytes=2 * 10**6)
+LOAD = Workload(slot_values=12 * 3 * 64 * 2, slot_heads=12 * 3 * 2, weight_bytes=2 * 10**6)
 
 
 @pytest.mark.parametrize("form", ["int8", "bfloat16"])
-def test_a_store_is_as_large_as_computed(tmp_path: Path, form: Form) -> None:
+def test_a_store_is_as_large_as_computed(tmp_path: Path, form: StorageForm) -> None:
     path = tmp_path / "prefixes.db"
     num_users = 60
     with PrefixStore(str(path)) as store:
@@ -37,7 +37,7 @@ def test_a_store_is_as_large_as_computed(tmp_path: Path, form: Form) -> None:
 
 def test_the_measured_store_is_as_computed() -> None:
     """`docs/results/store.md`: 20,000 users of 16 slots in int8 take 3,915 to 4,046 MB."""
-    smollm2 = Load(
+    smollm2 = Workload(
         slot_values=30 * 3 * 64 * 2, slot_heads=30 * 3 * 2, weight_bytes=270 * 10**6, users=20_000
     )
     assert 3.8e9 < capacity(smollm2).store_bytes < 4.1e9

@@ -65,6 +65,8 @@ def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) ->
         ),
         (("train", str(data), "--tracker", "nosuch", *model), "tracker 'nosuch'"),
         (("sweep", str(data), "--num-slots", "a", *model), "--num-slots"),
+        (("sweep", str(data), "--num-slots", "nan", *model), "whole numbers from 1"),
+        (("sweep", str(data), "--num-slots", "2.5", *model), "whole numbers from 1"),
         (("distill", "Be brief.", str(prompts), *model), "name one to learn"),
     ):
         with pytest.raises(ControlPrefixError, match=message):

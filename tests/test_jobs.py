@@ -102,6 +102,21 @@ def test_bad_texts_fail_at_once(store: PrefixStore) -> None:
     assert store.jobs(user="bo") == []
 
 
+def test_a_failure_of_the_store_tells_clients_no_paths(
+    store: PrefixStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("the disk of /srv/prefixes is full")
+
+    monkeypatch.setattr(user_training, "_publish", fail)
+    job = store.add_job("train_user", "ana", OPTIONS, F)
+    for _ in range(3):
+        work(store)
+        clock.advance(10_000)
+    assert store.job(job.id).status == "failed"
+    assert "/srv" not in store.job(job.id).error
+
+
 def test_tenants_take_turns(store: PrefixStore) -> None:
     many = [store.add_job("train_user", f"u{i}", OPTIONS, F).id for i in range(3)]
     single = store.for_tenant("theirs").add_job("train_user", "x", OPTIONS, F).id

@@ -7,6 +7,7 @@ import torch
 from transformers import NllbTokenizer
 
 from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError
+from controlprefix.training.context_fit import cut_example_ids
 
 from helpers import QUICK, engine, letters_reward
 from models import build
@@ -48,6 +49,16 @@ REQUESTS = [
     Request(prompt="ships", target_language="deu_Latn", user="ana"),
 ]
 REQUESTS = [request.model_copy(update={"max_new_tokens": 6}) for request in REQUESTS]
+
+
+def test_a_completion_that_is_cut_leaves_room_for_the_language() -> None:
+    cp = multilingual("m2m_100")
+    tokenizer = cp.frozen_model.request_tokenizer
+    example = Example(prompt="the sea", completion="the sea " * 200, target_language="fra_Latn")
+    ids = cut_example_ids(example, tokenizer)
+    assert not ids.is_whole
+    assert tokenizer.has_room(ids.prompt, len(ids.completion))
+    assert not tokenizer.has_room(ids.prompt, len(ids.completion) + 1)
 
 
 @pytest.mark.parametrize("name", ["bart", "m2m_100"])

@@ -12,6 +12,8 @@ from safetensors.torch import save
 from controlprefix import Geometry, GeometryMismatchError, Prefix, PrefixFormatError, StoreError
 from controlprefix.prefixes.geometry import LayerShape
 
+from helpers import coded, decoder
+
 SMALL = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="f" * 64)
 UNEVEN = Geometry(
     decoder=(LayerShape(2, 4, 4), LayerShape(1, 8, 6)),
@@ -204,6 +206,11 @@ def test_int8_halves_the_bytes_and_keeps_zero_and_dtype() -> None:
     assert again.dtype == torch.bfloat16
     assert not again.slots["decoder"][3].any()
     assert len(prefix.to_bytes("int8")) < 0.53 * len(prefix.to_bytes())
+    exact = Prefix.random(geometry, num_slots=2, seed=0).to(dtype=torch.float64)
+    assert Prefix.from_bytes(exact.to_bytes("int8")).dtype == torch.float32
+    for value in (prefix, coded(decoder())):
+        with pytest.raises(PrefixFormatError, match="dtype is 'fp16'; it must be one of: float32"):
+            value.to_bytes("fp16")  # type: ignore[arg-type]
     halved = Prefix.from_bytes(prefix.to(dtype=torch.float32).to_bytes("float16"))
     assert halved.dtype == torch.float16
 

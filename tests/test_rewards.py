@@ -10,6 +10,7 @@ import torch
 from rewarded import OPTIONS, requests, share_of_vowels, trained
 
 from controlprefix import (
+    Completion,
     ControlPrefixError,
     Request,
     RequestError,
@@ -34,7 +35,7 @@ from controlprefix.training.policy import (
 )
 from controlprefix.training.settings import PolicySettings, TrainingSettings
 
-from helpers import QUICK, greetings
+from helpers import QUICK, engine, greetings
 
 
 def test_checks_of_texts() -> None:
@@ -187,3 +188,15 @@ def test_the_best_texts_of_requests_are_examples_without_their_mixing() -> None:
     assert cp.train(examples, init="stored", **{**QUICK, "validation": 0, "steps": 1}).saved
     with pytest.raises(RequestError, match="keep is 0"):
         best_texts(cp, slow, reward, keep=0)
+
+
+def test_the_best_texts_stay_in_the_requested_language(monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = engine()
+    request = Request(prompt="x", source_language="ita_Latn", target_language="deu_Latn")
+    completions = [
+        Completion(text=text, finish_reason="stop", num_prompt_tokens=1, num_tokens=1)
+        for text in ("aa", "bb")
+    ]
+    monkeypatch.setattr(cp, "generate", lambda requests, **_: completions[: len(requests)])
+    (example,) = best_texts(cp, [request], share_of_vowels, num_samples=2, keep=1)
+    assert (example.source_language, example.target_language) == ("ita_Latn", "deu_Latn")

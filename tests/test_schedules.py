@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError, TrainingDataError
-from controlprefix.inference.static_generation import _NumbersOnly
+from controlprefix.inference.static_generation import _NanCheck
 from controlprefix.prefixes.assembly import Part, assemble
 from controlprefix.prefixes.schedule import multiplier_at
 
@@ -84,13 +84,13 @@ def test_logits_under_a_schedule_are_the_same_in_any_batch(
     cp = engine_of(name)
     cp.put("task", "note", Prefix.random(cp.geometry, num_slots=2, scale=2.0, seed=7))
     first_rows: list[torch.Tensor] = []
-    check = _NumbersOnly.__call__
+    check = _NanCheck.__call__
 
-    def record(self: _NumbersOnly, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def record(self: _NanCheck, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         first_rows.append(scores[0].clone())
         return check(self, input_ids, scores)
 
-    monkeypatch.setattr(_NumbersOnly, "__call__", record)
+    monkeypatch.setattr(_NanCheck, "__call__", record)
     row = asked("ab", task="note")
     cp.generate(row)
     alone = list(first_rows)

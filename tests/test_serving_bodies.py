@@ -11,7 +11,9 @@ import httpx
 import pytest
 import starlette.requests
 
+from controlprefix.errors import ModelNotFoundError
 from controlprefix.model.control_tokens import TextTokenizer
+from controlprefix.serving.bodies import ChatBody
 from controlprefix.serving.large_bodies import _may_be_large
 
 from servers import CHAT, Keys, Served, ask, wait_for
@@ -160,3 +162,16 @@ def test_what_json_cannot_say_is_400(limited: Served, keys: Keys) -> None:
 )
 def test_a_body_of_unknown_size_may_be_large(header: tuple[bytes, bytes], large: bool) -> None:
     assert _may_be_large(starlette.requests.Request({"type": "http", "headers": [header]})) == large
+
+
+@pytest.mark.parametrize("served", ["tiny", "org/tiny"])
+def test_a_task_follows_the_served_name_whatever_slashes_it_has(served: str) -> None:
+    def task(model: str) -> str | None:
+        return ChatBody(model=model, messages=[{"role": "user", "content": "x"}]).task(served)  # type: ignore[list-item]
+
+    assert task(served) is None
+    assert task(f"{served}/email") == "email"
+    assert task(f"{served}/a/b") == "a/b"
+    for model in ("other", f"{served}/", f"{served}2/email", "email"):
+        with pytest.raises(ModelNotFoundError):
+            task(model)

@@ -86,6 +86,9 @@ def test_trees_are_compared_where_there_is_a_parser() -> None:
         with_ratios([row], names=["tree_depth"])
     with pytest.raises(TrainingDataError, match="no ratio is called 'depth'"):
         with_ratios([row], names=["depth"])
+    chat = Example(messages=[{"role": "user", "content": "a big house"}], completion="a house")
+    alone = Example(prompt="a big house", completion="a house")
+    assert with_ratios([chat])[0].attributes == with_ratios([alone])[0].attributes
     with pytest.raises(TrainingDataError, match="2 sources for 1 examples"):
         with_ratios([row], ["a", "b"])
 

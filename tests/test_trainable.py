@@ -170,6 +170,9 @@ def test_it_generates_as_it_stands() -> None:
     model = cp.trainable(greetings(), num_slots=4, learn="task")
     ids = torch.tensor([[5, 6, 7]])
     texts = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(inputs=ids, max_new_tokens=4, do_sample=False), texts)
+    with pytest.raises(TrainingDataError, match="give input_ids or inputs_embeds"):
+        model.generate(max_new_tokens=4)
     model.publish()
     with cp.assembled(Request(prompt="x", task="greet")):
         assert torch.equal(texts, cp.model.generate(ids, max_new_tokens=4, do_sample=False))  # type: ignore[operator]

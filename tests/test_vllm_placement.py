@@ -341,10 +341,13 @@ def test_a_folder_keeps_files_whole_and_drops_what_is_old(
     assert sum(item.stat().st_size for item in (tmp_path / "new").iterdir()) <= 3 * size
     monkeypatch.setattr("controlprefix.vllm.prefix_folder._MAX_AGE_S", -1.0)
     monkeypatch.setattr("controlprefix.vllm.prefix_folder._SWEEP_INTERVAL_S", -1.0)
+    others = [tmp_path / "new" / "lost+found", tmp_path / "new" / "notes.txt"]
+    others[0].mkdir()
+    others[1].write_text("not ours")
     keep(0)
-    assert [item.name for item in (tmp_path / "new").iterdir()] == [folder.file(names[0]).name]
+    assert {*(tmp_path / "new").iterdir()} == {folder.file(names[0]), *others}
     folder.remove_expired()  # as a server does now and then, though nothing is written
-    assert list((tmp_path / "new").iterdir()) == []
+    assert {*(tmp_path / "new").iterdir()} == {*others}
 
 
 def test_an_encrypted_folder_is_read_with_its_key_alone(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from controlprefix.capacity import Form, Load
+from controlprefix.capacity import StorageForm, Workload
 from controlprefix.capacity import capacity as compute
 from controlprefix.cli.common import app, out
 from controlprefix.cli.groups import ModelArguments, grouped
@@ -17,7 +17,7 @@ from controlprefix.errors import RequestError
 def capacity(
     users: Annotated[int, typer.Option(help="Users with a prefix.")] = 1000,
     num_slots: Annotated[int, typer.Option(min=1, help="Slots per prefix.")] = 16,
-    form: Annotated[Form, typer.Option(help="How users are stored.")] = "int8",
+    form: Annotated[StorageForm, typer.Option(help="How users are stored.")] = "int8",
     requests_per_second: Annotated[float, typer.Option(help="Requests at the peak.")] = 1.0,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 200,
     new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 200,
@@ -41,7 +41,7 @@ def capacity(
     frozen = model.load()
     try:
         result = compute(
-            Load.for_model(
+            Workload.for_model(
                 frozen,
                 users=users,
                 num_slots=num_slots,

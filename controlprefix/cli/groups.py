@@ -165,7 +165,7 @@ class EngineArguments(StoreArguments, ModelArguments):
         """The attribute space, if a file is given.
 
         Raises:
-            AttributeSpaceError: If the file cannot be read, or is none.
+            AttributeSpaceError: If the file cannot be read, or is not an attribute file.
         """
         from controlprefix.attributes import AttributeSpace
 

@@ -243,10 +243,13 @@ def import_prefix(
     from controlprefix.prefixes.peft_files import CONFIG_FILE
 
     has_name = (path / INFO_FILE).exists()
-    if not has_name and (kind is None or name is None):
+    is_original = path.suffix in {".ckpt", ".bin"}
+    if is_original and (name is None or kind not in (None, "task")):
+        raise RequestError(f"{path} holds a task and its labels; give --name, and leave --kind out")
+    if not (has_name or is_original) and (kind is None or name is None):
         raise RequestError(f"{path} does not say what it is for; give --kind and --name")
     cp = engine.open(create=True)
-    if path.suffix in {".ckpt", ".bin"}:
+    if is_original:
         names = {key: parse_list(value) for key, value in map(_label_names, labels or ())}
         for key_name, number in cp.import_original(path, task=str(name), labels=names).items():
             out.print(f"stored {key_name} version {number}")

@@ -99,7 +99,7 @@ class UsersRunArguments:
 
 @dataclass(frozen=True)
 class RunArguments(UsersRunArguments):
-    """Where a run is recorded, and who watches it."""
+    """Options of run folders, resuming, progress and trackers."""
 
     folder: Annotated[
         Path | None,

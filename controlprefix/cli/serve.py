@@ -59,7 +59,9 @@ def _serve(
             "and IP addresses. Repeatable."
         ),
     ] = None,
-    max_sequences: Annotated[int, typer.Option(help="Sequences decoded concurrently.")] = 32,
+    max_sequences: Annotated[
+        int, typer.Option(help="Rows decoded concurrently; guided requests have several.")
+    ] = 32,
     max_sequences_per_tenant: Annotated[
         int | None,
         typer.Option(

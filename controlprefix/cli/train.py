@@ -134,9 +134,10 @@ def sweep(
     held_out, names = parse_validation(validation), columns.columns()
     if isinstance(held_out, str):
         held_out = cast(Any, as_examples(held_out, columns=names, defaults=columns.defaults()))
-    counts = [int(parse_number("--num-slots", item)) for item in parse_list(num_slots)]
-    if any(count < 1 for count in counts):
-        raise RequestError(f"--num-slots {num_slots!r} has a number below 1")
+    numbers = [parse_number("--num-slots", item) for item in parse_list(num_slots)]
+    if not all(number.is_integer() and number >= 1 for number in numbers):
+        raise RequestError(f"--num-slots is {num_slots!r}; give whole numbers from 1, such as 4,8")
+    counts = [int(number) for number in numbers]
     for name in parse_list(parameterizations):
         TrainingSettings.from_options({"parameterization": name})
     examples = as_examples(data, columns=names, defaults=columns.defaults())

@@ -86,9 +86,11 @@ def with_ratios(
         MissingDependencyError: If the extra is not installed.
     """
     if sources is None:
-        sources = [example.prompt or "" for example in examples]
+        sources = [example.conversation[-1].content for example in examples]
     if len(examples) != len(sources):
-        raise TrainingDataError(f"{len(sources)} sources for {len(examples)} examples; give each")
+        raise TrainingDataError(
+            f"{len(sources)} sources for {len(examples)} examples; give one per example"
+        )
     if unknown := set(names) - set(RATIOS):
         raise TrainingDataError(
             f"no ratio is called {min(unknown)!r}; there are {', '.join(RATIOS)}"

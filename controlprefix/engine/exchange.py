@@ -127,23 +127,19 @@ class ExchangeMethods(PrefixMethods):
     def _shared(self, kind: Kind, name: str, version: int | str | None) -> SharedPrefix:
         key = PrefixKey(kind, name)
         stored = self._model_store.get(key, version=version)
-        details = next(
-            info.details
-            for info in self._model_store.versions(key)
-            if info.version == stored.version
-        )
-        return SharedPrefix(key, self._resolver.decoded(key, stored), details)
+        info = self._model_store.version_info(key, version=stored.version)
+        return SharedPrefix(key, self._resolver.decoded(key, stored), info.details)
 
     def prefix_from_peft(self, folder: str | Path, *, task: int | None = None) -> Prefix:
         """Read a PEFT checkpoint of virtual tokens: prefix or prompt tuning, or a cartridge.
 
         On rotary decoders, logits equal PEFT's. On others the result is a start for training
         (`is_exact` is False). The checkpoint does not say which weights it was made for, so
-        nobody checks that.
+        this is not checked.
 
         Args:
             folder: With `adapter_config.json` and `adapter_model.safetensors`.
-            task: Task of a multitask checkpoint.
+            task: Index of the task, from 0, in a multitask prompt tuning checkpoint.
 
         Raises:
             PrefixFormatError: If it is no such checkpoint.

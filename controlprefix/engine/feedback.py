@@ -52,7 +52,7 @@ class FeedbackMethods(TrainingMethods):
             reward: A function of requests and texts that gives a number per text: one of
                 `controlprefix.evaluation.rewards`, or your own.
             demonstrations: Examples that name the same prefixes; their likelihood is part of
-                the objective, which keeps length and variety.
+                the objective, which preserves length and diversity.
             columns: Which columns of the rows hold what, if they have other names.
             task: Task of rows that name none.
             learn: As in `train`; what it leaves out is attached and not changed.

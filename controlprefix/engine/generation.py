@@ -183,7 +183,8 @@ class GenerationMethods(Components):
         batch after another.
 
         Args:
-            max_sequences: Rows of the batch.
+            max_sequences: Rows decoded concurrently. A request has a row, and more with strengths
+                below 0 or `mixing="logits"`.
             max_waiting: Requests that may wait for a row; more are refused.
             max_prefill_tokens: Prompt tokens per step.
 

@@ -159,9 +159,9 @@ class UserMethods(ExchangeMethods):
             keep_profile: Store their mean sentence embedding, to find `similar_users`.
             add: Add these texts to those that the user was enrolled from with the same decoder,
                 which are not needed: the result is that of all texts at once.
-            guard: With a decoder: draw the code back to what users have in common as far as that
-                is better on texts left out of it. The share of the distance that remains is in
-                the version's `details["enrolled"]["share"]`; 0 means that nothing personal helped.
+            guard: With a decoder: shrink the code towards the mean code as far as that is better
+                on texts left out of it. The share of the distance that remains is in the version's
+                `details["enrolled"]["share"]`; 0 means that nothing personal helped.
 
         Returns:
             The number of the new version.

@@ -11,6 +11,7 @@ from controlprefix.training import Reward
 
 _SHARED_FIELDS = (
     "prompt", "messages", "prompt_ids", "images", "raw", "chat_template_kwargs", "task", "user",
+    "source_language", "target_language", "continue_final_message",
 )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def strength_curve(
         attribute, label: The label.
         classifier: The classifier of that attribute.
         prompts: Prompts to use in turn instead of the request's.
-        strengths: At least two.
+        strengths: At least one.
         num_samples: Texts per strength.
         calibrated: `strengths` are positions of the label's dial.
         seed: Seed of the sampling; the same draws at each strength.

@@ -146,7 +146,8 @@ def evaluate_users(
         seed: Seed of the choice of other users.
 
     Raises:
-        TrainingDataError: If there are rows of fewer than two users, or a grouping is none.
+        TrainingDataError: If there are rows of fewer than two users, or `groups` is not
+            a mapping of groupings to groups of users.
         UnknownNameError: If a user has no prefix.
     """
     groups = checked_groups(groups or {}, min_group_size)
@@ -246,9 +247,7 @@ def summarize(
         users,
         bootstrap_mean(means),
         sum(worst) / len(worst),
-        wilson_proportion([r.is_harmed for r in measured])
-        if measured
-        else Estimate(math.nan, 0.0, 1.0),
+        wilson_proportion([r.is_harmed for r in measured]) if measured else _NOBODY,
         len(users) - len(measured),
         by_group,
         too_small,

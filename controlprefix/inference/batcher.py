@@ -104,7 +104,8 @@ class Batcher(ABC):
 
     Args:
         frozen: The model.
-        max_sequences: Rows of a batch.
+        max_sequences: Rows decoded concurrently. A request has a row, and more with strengths
+            below 0 or `mixing="logits"`.
         max_waiting: Requests that may wait for a row; more are refused.
         max_sequences_per_tenant: Rows that one tenant may have at a time, so that others find
             some free; left out, all of them.
@@ -177,9 +178,9 @@ class Batcher(ABC):
         self.require_capacity()
         if resolved.num_rows > self._max_per_tenant:
             raise RequestError(
-                f"the request needs {resolved.num_rows} rows, one for each strength below 0 and, "
-                "with mixing='logits', for each label, beside its own; it may have "
-                f"{self._max_per_tenant}"
+                f"the request needs {resolved.num_rows} rows of the batch (its own, one per "
+                "strength below 0, and one per label with mixing='logits'), but may use "
+                f"{self._max_per_tenant}; name fewer such labels, or raise max_sequences"
             )
         tokenizer = self._frozen.request_tokenizer
         resolved, prompt = resolved.fitted(tokenizer)

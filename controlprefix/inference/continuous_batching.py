@@ -1,10 +1,9 @@
 """Continuous batching: sequences join and leave a running batch between its steps.
 
 Each step prefills one chunk of prompts (see `prefill_queue`), merges finished ones into the
-running batch, and decodes one token per sequence. All rows end at the same column, as
-transformers pads for generation, so any attention mask a model makes of that holds. Each row
-has its own prefix, position, sampling, stop texts and limit; its output does not depend on the
-other rows.
+running batch, and decodes one token per sequence. Rows are left-padded to a common last column,
+as in transformers' `generate`, so the model's own attention masks stay correct. Each row has its
+own prefix, position, sampling, stop texts and limit; its output does not depend on the other rows.
 """
 
 import time
@@ -28,7 +27,7 @@ from controlprefix.prefixes import Part, PrefixBatch
 from controlprefix.request import Request
 
 _MAX_VACANT_FRACTION = 0.25  # compact the batch above this share of vacant rows
-_MAX_SKIPPED = 3  # decode steps left out in a row while more rows are about to join
+_MAX_SKIPPED = 3  # consecutive decode steps to skip while more rows are about to join
 _MAX_DEAD_COLUMNS = 256  # leading columns that are padding in every row
 
 
@@ -37,8 +36,7 @@ class ContinuousBatcher(Batcher):
 
     Args:
         frozen: A model for which `can_share_running_batch` is true.
-        max_sequences: Rows of the running batch.
-        max_waiting, max_sequences_per_tenant: See `Batcher`.
+        max_sequences, max_waiting, max_sequences_per_tenant: See `Batcher`.
         max_prefill_tokens: Prompt tokens per step, at most. The more, the sooner a prompt is
             done, and the longer all others wait for their next token.
     """
@@ -95,7 +93,7 @@ class ContinuousBatcher(Batcher):
                 self._remove(sequence)
         self._prefills.add(self._take_waiting())
         decoding = {sequence.resolved.tenant for sequence in self._decoding()}
-        # A step costs little more for more rows: it waits for those that are nearly there.
+        # Larger batches cost little more, so decoding waits while many rows are about to join.
         joining = self._prefills.num_joining_rows(self._waiting.served, decoding)
         num_decoding = sum(row is not None for row in self._rows)
         waits = joining > num_decoding and self._num_skipped < _MAX_SKIPPED

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from controlprefix.request import Request
 
-# `top_k`, `top_p` and `min_p` are decided among so many of a row's most likely tokens; rows
-# for which that is not enough are sorted.
+# `top_k`, `top_p` and `min_p` are applied to this many most likely tokens of a row; rows
+# that keep more are sorted completely.
 _NUM_CANDIDATES = 128
 _BLOCK_SIZE = 256  # tokens whose probabilities are summed before a block is searched
 
@@ -51,7 +51,7 @@ class DrawSettings:
         )
 
     def rows(self, index: Tensor) -> "DrawSettings":
-        """Those of some rows."""
+        """The settings of the rows in `index`."""
         return DrawSettings(
             self.temperature[index],
             self.top_k[index],

@@ -135,7 +135,7 @@ def batch_config(frozen: FrozenModel, requests: Sequence[Request]) -> Generation
         pad_token_id=frozen.pad_id,
         return_dict_in_generate=False,
         use_cache=True,
-        # Of no effect on a choice among all tokens, but on a penalty that comes after it.
+        # It only affects beam scores, and would change later penalties.
         renormalize_logits=first.num_beams > 1 and bool(config.renormalize_logits),
         forced_bos_token_id=None,  # of encoder-decoders, among the decoder's start ids
     )

@@ -84,7 +84,8 @@ def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
     try:
         text = json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"the JSON schema is no JSON: {short_reason(error)}") from None
+        reason = short_reason(error)
+        raise RequestError(f"the JSON schema cannot be written as JSON: {reason}") from None
     if len(text) > _MAX_SCHEMA_BYTES:
         raise RequestError(
             f"the JSON schema has {len(text):,} bytes; up to {_MAX_SCHEMA_BYTES:,} are accepted"

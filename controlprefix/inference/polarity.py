@@ -1,4 +1,4 @@
-"""Whether two labels are opposites, as far as words say: embeddings have opposites near each other.
+"""Detect opposite labels from their words, since embeddings place opposites near each other.
 
 Reference:
     Valence of words: Hutto & Gilbert, "VADER", 2014, as in the package vaderSentiment.

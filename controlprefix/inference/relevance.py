@@ -42,10 +42,10 @@ def learn_relevance(
 ) -> tuple[Relevance, float]:
     """Choose prompts to compare with, and how near to them a prompt must be.
 
-    A prompt must be as near to the prefix's own prompts as these are to each other, but for the
-    farthest fiftieth, and nearer to them than to other prompts: by so much that a twentieth of
-    others that are held back passes (split conformal prediction). That is a bound for prompts
-    like these, not for prompts of any kind: see docs/results/relevance.md.
+    A prompt is accepted if (1) its similarity to the prefix's own prompts is at least the 2 %
+    quantile of their leave-one-out similarities, and (2) its lead over other prompts exceeds a
+    threshold that accepts 5 % of held-out other prompts (split conformal prediction). The bound
+    holds for prompts like these only: see docs/results/relevance.md.
 
     Args:
         prompts: Prompts that the prefix is meant for.

@@ -76,7 +76,8 @@ class Runner(Protocol):
 
         Args:
             resolved: The request with its prefixes.
-            top_log_probs: Record each token's log-probability, and those of this many others.
+            top_log_probs: Record each token's log-probability, and those of this many most likely
+                tokens at its position; None records nothing.
             deliver: See `Ticket`.
 
         Raises:
@@ -86,7 +87,7 @@ class Runner(Protocol):
 
     @property
     def load(self) -> tuple[int, int]:
-        """Number of sequences that run, and of requests that wait."""
+        """Occupied rows of the batch (requests, for a remote engine), and waiting requests."""
 
     def require_capacity(self) -> None:
         """Check that a request could be submitted now, before it is resolved.

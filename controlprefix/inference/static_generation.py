@@ -110,7 +110,7 @@ def generate_tokens(
         options["decoder_input_ids"], num_before = decoder_ids, decoder_ids.shape[1]
     criteria = StoppingCriteriaList()
     limits = _RowLimits(requests, num_before, tokenizer, frozen.device)
-    check = _NumbersOnly(len(row_prompts), limits)
+    check = _NanCheck(len(row_prompts), limits)
     processors = LogitsProcessorList([check])
     criteria.append(check.ends_rows)
     config = batch_config(frozen, requests)
@@ -202,7 +202,7 @@ def _batch_key(request: Request) -> tuple[Any, ...]:
     return (beams, is_targeted, request.max_new_tokens, request.repetition_penalty)
 
 
-class _NumbersOnly(LogitsProcessor):
+class _NanCheck(LogitsProcessor):
     """Notes the rows whose logits are NaN, and ends them; the other rows go on.
 
     Attributes:

@@ -56,9 +56,9 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._request = request
         self._given = ""
-        self._decoded = ""  # the text of the first tokens,
-        self._num_decoded = 0  # of so many,
-        self._context = ""  # and the text of the last of those alone
+        self._decoded = ""  # text of the first `_num_decoded` tokens
+        self._num_decoded = 0
+        self._context = ""  # text of the last of these, decoded alone
 
     def update(self, new: Sequence[int]) -> tuple[str, bool]:
         """The text that became certain, and whether generation is finished.
@@ -77,7 +77,7 @@ class IncrementalDetokenizer:
         is_end = new[-1] in self._tokenizer.end_ids
         finished = is_end or len(new) >= self._request.max_new_tokens
         text = self._decode(new[:-1] if is_end else new)
-        # A character whose bytes are not all there is not yet what it will be.
+        # An incomplete UTF-8 sequence may still become another character.
         cut = first_stop(text if finished else _complete(text), self._request.stop)
         if cut is not None:
             return text[:cut], True

@@ -37,7 +37,7 @@ class WaitingLine(Generic[Item]):
         self._num_rows, self._num_tokens = num_rows, num_tokens
         self._queues: dict[str, _Queue[Item]] = {}
         self._num_items = 0  # read by threads that do not hold the owner's lock
-        self._clock = 0.0  # `served` of the tenant that was last served, before that
+        self._clock = 0.0  # virtual time: `served` of the tenant taken last, before that
 
     def __len__(self) -> int:
         return self._num_items
@@ -55,7 +55,7 @@ class WaitingLine(Generic[Item]):
     def add(self, tenant: str, item: Item) -> None:
         """Put an item at the end of its tenant's queue."""
         queue = self._queues.setdefault(tenant, _Queue())
-        if not queue.items:  # who had nothing to do saved nothing up
+        if not queue.items:  # idle tenants accumulate no credit
             queue.served = max(queue.served, self._clock)
         queue.items.append(item)
         self._num_items += 1

@@ -162,7 +162,7 @@ class RayCluster:
         Args:
             texts: As in `ControlPrefix.train_users`, or a Ray Dataset of rows with a user and a
                 text; pairs of a user and texts are consumed one by one.
-            num_slots, decoder, as_codes: As there.
+            num_slots, decoder, as_codes: As in `ControlPrefix.train_users`.
             concurrent_users: Users that an actor trains at a time.
             **options: Fields of `TrainingSettings`, for each user, and `progress`.
 
@@ -228,12 +228,13 @@ class RayCluster:
         """Measure for whom prefixes work: `controlprefix.evaluation.evaluate_users` by many actors.
 
         Args:
-            rows, columns, groups, min_group_size, prompts, seed: As there.
+            rows, columns, groups, min_group_size, prompts, seed: As in `evaluate_users`.
             chunk_size: Users that an actor is given at a time.
             progress: Show a bar.
 
         Raises:
-            TrainingDataError: If there are rows of fewer than two users, or a grouping is none.
+            TrainingDataError: If there are rows of fewer than two users, or `groups` is not
+                a mapping of groupings to groups of users.
             UnknownNameError: If a user has no prefix.
             EngineError: If the actors cannot start, or die again and again.
         """
@@ -339,6 +340,7 @@ class _Run:
             if not chunk.num_attempts and self._method != "evaluate_users":
                 names = [user for user, _ in chunk.users]
                 chunk.versions = self._ray.get(actor.versions.remote(names))
+                self._num_dead = 0  # this actor has started
         except self._ray.exceptions.RayActorError as error:
             self._give(self._replaced(chunk, error))
             return
@@ -353,10 +355,9 @@ class _Run:
             EngineError: If none could begin, as where the model cannot be loaded.
         """
         self._num_dead += 1
-        began = bool(chunk.num_attempts or self._report.users or self._report.failed)
-        if not began and self._num_dead >= _MAX_ATTEMPTS:
-            reason = str(error).strip().splitlines()[-1]
-            raise EngineError(f"the actors cannot start: {reason}") from error
+        if not chunk.num_attempts and self._num_dead >= _MAX_ATTEMPTS:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise EngineError(f"the actors cannot start: {lines[-1]}") from error
         if chunk.num_attempts >= _MAX_ATTEMPTS:
             reason = f"{_MAX_ATTEMPTS} actors died while they did this user or one beside it"
             self._report.failed.update((user, reason) for user, _ in chunk.users)

@@ -107,7 +107,9 @@ class JobWorker:
         try:
             started = store.start_job(claim)
         except StoreError as error:  # its options cannot be decrypted
-            store.finish_job(claim, error=str(error), again=True)
+            _log.warning("job %s: %s", claim.job_id, error)
+            reason = "its options cannot be read; see the worker's log"
+            store.finish_job(claim, error=reason, again=True)
             return True
         if started is None:
             return False
@@ -125,7 +127,8 @@ class JobWorker:
             return True  # it was cancelled, or its user was forgotten
         except Exception as error:
             reason = str(error)
-            if not isinstance(error, ControlPrefixError):
+            if isinstance(error, StoreError) or not isinstance(error, ControlPrefixError):
+                # Clients read it, and messages of databases contain paths.
                 _log.exception("job %s failed", claim.job_id)
                 reason = f"{type(error).__name__} while training; see the worker's log"
             renewal.finish(error=reason, again=isinstance(error, _MAY_SUCCEED_LATER))

@@ -58,7 +58,7 @@ class AttentionCall:
     query: Tensor  # (batch, num_heads, num_queries, key_dim)
     key: Tensor  # (batch, num_kv_heads, num_keys, key_dim), after rotary embedding
     value: Tensor  # (batch, num_kv_heads, num_keys, value_dim)
-    scaling: float | None  # of the products of queries and keys; None: the root of the key size
+    scaling: float | None  # factor of the logits; None is key_dim ** -0.5
 
 
 # The arguments of transformers' attention functions that `_attend_in_graph` has.

@@ -17,7 +17,7 @@ from controlprefix.prefixes import Part, Prefix, PrefixBatch
 from controlprefix.request import is_valid_unicode
 
 _MAX_REFERENCES = 16
-_CHAT_SHARE = 4  # one of this many references is an answer in a chat
+_CHAT_INTERVAL = 4  # every fourth reference is an answer in a chat
 _MIN_REFERENCE_TOKENS, _MAX_REFERENCE_TOKENS = 16, 96
 _MAX_QUERIES = 24  # tokens per reference
 _PIECE_TOKENS = 64  # size of the pieces that a single text is cut into
@@ -130,7 +130,7 @@ def _references(
     """Some of the texts as references, most from an empty prompt, some as answers in a chat."""
     tokenizer = frozen.request_tokenizer
     start = tokenizer.prompt_ids(Example(prompt="", raw=True, completion="-"))
-    prompts = [start] * _CHAT_SHARE
+    prompts = [start] * _CHAT_INTERVAL
     if tokenizer.has_chat_template:
         with contextlib.suppress(RequestError):  # a template may want other messages
             prompts[-1] = tokenizer.prompt_ids(Example(prompt="Write a text.", completion="-"))

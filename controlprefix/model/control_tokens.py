@@ -94,11 +94,11 @@ class TextTokenizer:
         self._lock = threading.Lock()
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text, where control tokens are those."""
+        """Token ids of a text; control tokens in it keep their meaning."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def ids_of_text(self, text: str) -> list[int]:
-        """The ids of a text, where control tokens are text too."""
+        """Token ids of a text in which control tokens are treated as plain text."""
         if self._pattern is None or not self._pattern.search(text):
             ids = self.ids(text)
             if self._control_ids.isdisjoint(ids):  # else a normalizer made one
@@ -136,7 +136,7 @@ class TextTokenizer:
             ids = ids_of(text)
             if self._control_ids.isdisjoint(ids):
                 return ids
-            # A vocabulary that has them among its words: characters are none of them.
+            # The vocabulary also has them as words, so tokenize by character.
             characters = [token for character in text for token in ids_of(character)]
             return [token for token in characters if token not in self._control_ids]
 

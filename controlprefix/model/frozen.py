@@ -48,7 +48,7 @@ class FrozenModel:
 
     Raises:
         UnsupportedModelError: If the model's attention cannot take slots.
-        RequestError: If the tokenizer is none.
+        RequestError: If `tokenizer` is not a tokenizer.
     """
 
     def __init__(
@@ -98,7 +98,9 @@ class FrozenModel:
         def shift(prefix: Prefix, positions: int) -> Prefix:
             frozen = reference()
             if frozen is None:
-                raise PrefixFormatError("the model of this geometry is no longer loaded")
+                raise PrefixFormatError(
+                    "the model of this geometry is no longer loaded; load it, and give its geometry"
+                )
             return frozen.rope.shifted(prefix, positions)
 
         return replace(self.steering.geometry, shift=shift)
@@ -130,7 +132,7 @@ class FrozenModel:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights."""
+        """SHA-256 of the weights and settings: see `controlprefix.model.fingerprint`."""
         return self.geometry.fingerprint
 
     @property

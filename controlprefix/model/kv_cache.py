@@ -141,7 +141,7 @@ def _append(old: Tensor | None, new: Tensor, num_slots: int) -> Tensor:
 
 
 def with_room(shape: Sequence[int], length: int, like: Tensor, num_slots: int) -> Tensor:
-    """A tensor for slots, `num_tokens` and more: `(*shape, columns, head_dim)`."""
+    """Zeros for slots, `length` tokens and spare columns: `(*shape, num_columns, head_dim)`."""
     size = num_slots + length + max(_MIN_SPARE_TOKENS, length // 4)
     room = like.new_zeros(*shape, size, like.shape[3])
     setattr(room, _FRONT_ATTRIBUTE, num_slots)

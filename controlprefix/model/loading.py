@@ -259,9 +259,9 @@ def _explained(source: str) -> Iterator[None]:
             raise ControlPrefixError(
                 f"there is no folder {source!r} to load a model from"
             ) from error
-        reason = str(error).strip().splitlines()[0]
+        reason = short_reason(error)
         raise ControlPrefixError(
-            f"cannot load a model from {source!r}: {reason} Give a folder, a hub id, or an "
+            f"cannot load a model from {source!r}: {reason}; give a folder, a hub id, or an "
             f"alias: {', '.join(ALIASES)}"
         ) from error
 

@@ -1,9 +1,9 @@
-"""Strengths as changes of keys, for engines whose attention has no weights.
+"""Strengths folded into keys, for engines whose attention takes no bias per slot.
 
-Strength `w` adds `log w` to the attention logits of a prefix's slots. A change of a key adds its
-product with each query. So per layer and kv head one change is fitted, by least squares, whose
-products with the queries of reference texts are 1; `log w` times that change is nearly strength
-`w`.
+Strength `w` adds `log w` to the attention logits of a prefix's slots. Adding a vector to a key adds
+its dot product with each query to that query's logit. So per layer and kv head one vector is fitted
+by least squares, whose dot products with the queries of reference texts are 1; adding `log w` times
+that vector to the keys is nearly strength `w`.
 """
 
 import math
@@ -28,7 +28,7 @@ from controlprefix.request import Request
 _NUM_REFERENCES, _NUM_HELD_OUT = 12, 4
 _ANSWER_TOKENS = 24
 _CHECKED_MASS = 0.25
-_MAX_SHARE = 0.2  # of the divergence of strength 1 from that one, which may be left
+_MAX_SHARE = 0.2  # accepted divergence, relative to that of leaving the strength at 1
 _ROUNDING = 1e-4  # nats
 _MAX_PREFIXES = 256
 
@@ -100,9 +100,10 @@ class MassInKeys:
         divergence, unchanged = self._divergences(placed, shifts)
         if not divergence <= _MAX_SHARE * unchanged + _ROUNDING:  # also if it is no number
             raise RequestError(
-                f"this engine supports only whole numbers as strengths of this prefix: with the "
-                f"strength in its keys, {_CHECKED_MASS} would be {divergence:.3f} nats per token "
-                f"from exact, where strength 1 is {unchanged:.3f}"
+                "this engine supports only whole numbers as strengths of this prefix; give 0, 1 or "
+                "2, or serve it without vLLM (with the strength in its keys, "
+                f"{_CHECKED_MASS} would be {divergence:.3f} nats per token from exact, where "
+                f"strength 1 is {unchanged:.3f})"
             )
         return shifts
 

@@ -20,7 +20,12 @@ from controlprefix.prefixes import Geometry, Part, Prefix
 _PROBE = (5, 11, 17, 23, 29)  # token ids; every vocabulary has them
 _SHIFT = 13  # positions by which the probe is shifted
 # Relative difference that still counts as rounding.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCE = {
+    torch.float64: 1e-3,
+    torch.float32: 1e-3,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 
 
 class _LayerRope(NamedTuple):
@@ -88,9 +93,9 @@ class Rope:
             if not fitting and not _is_close(keys, shifted_keys, tolerance):
                 raise _unsupported(model, f"the rotation of layer {i} is not known")
             layers.append(fitting[0] if fitting else None)
-        rotation = cls(frozen.geometry, layers)
-        rotation._check(frozen)
-        return rotation
+        rope = cls(frozen.geometry, layers)
+        rope._check(frozen)
+        return rope
 
     def shifted(self, prefix: Prefix, shift: int) -> Prefix:
         """The prefix with its keys rotated by `shift` positions, in float32; values unchanged."""

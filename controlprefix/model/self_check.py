@@ -1,4 +1,4 @@
-"""Self-check: whether the rows of a batch leave each other alone in a model."""
+"""Self-check: whether rows of one batch influence each other's logits."""
 
 import inspect
 from dataclasses import dataclass

@@ -122,7 +122,8 @@ class RequestTokenizer:
         Raises:
             RequestError: If the tokenizer has no chat template and messages need one, or the
                 template refuses them; the model has no embedding of an id; the request has
-                images, and the model reads none; or it names a language that there is not.
+                images, and the model reads none; or it names a language that the tokenizer does
+                not have.
         """
         contents = [image for message in request.conversation for image in message.images]
         if not contents:
@@ -185,7 +186,7 @@ class RequestTokenizer:
             request = request.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
         if limit is None:
             return request, ids
-        used = num_slots + self._num_before(ids)
+        used = num_slots + self.num_before(ids)
         room = limit - used
         if "max_new_tokens" not in request.model_fields_set and 1 <= room < request.max_new_tokens:
             request = request.with_default_limit(room)
@@ -240,10 +241,10 @@ class RequestTokenizer:
 
     def has_room(self, prompt: Sequence[int], num_completion: int) -> bool:
         """Whether a prompt and a completion with its end token fit the context."""
-        needed = max(len(prompt), self._num_before(prompt) + num_completion + 1)
+        needed = max(len(prompt), self.num_before(prompt) + num_completion + 1)
         return self.context_length is None or needed <= self.context_length
 
-    def _num_before(self, prompt: Sequence[int]) -> int:
+    def num_before(self, prompt: Sequence[int]) -> int:
         """Positions that are taken when the first new token is predicted."""
         if self.is_encoder_decoder:
             return len(start_ids_of(prompt, self.decoder_start_ids)) - 1

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -103,6 +103,17 @@ def read_header(data: bytes, name: str) -> dict[str, Any]:
         )
     assert isinstance(header, dict)
     return header
+
+
+def require_storage_dtype(dtype: str | None) -> None:
+    """Check that values can be stored in a dtype; None stands for the default one.
+
+    Raises:
+        PrefixFormatError: If they cannot.
+    """
+    names = get_args(StorageDtype)
+    if dtype is not None and dtype not in names:
+        raise PrefixFormatError(f"dtype is {dtype!r}; it must be one of: {', '.join(names)}")
 
 
 def quantize(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def read_dial(points: Any, name: str) -> Dial:
 
 
 def check_dial(dial: Dial, name: str) -> None:
-    """Check that a dial is none, or rises from (0, 0) to strengths that requests may have.
+    """Check that a dial is empty, or rises from (0, 0) to strengths that requests may have.
 
     Raises:
         PrefixFormatError: If it does not.

@@ -38,7 +38,7 @@ class Geometry:
     Attributes:
         decoder, encoder, cross: Layers of each site in order; they may differ in shape. A
             site that the model does not have has no layers.
-        fingerprint: SHA-256 of the weights (see `controlprefix.model.fingerprint`).
+        fingerprint: SHA-256 of the weights and settings (see `controlprefix.model.fingerprint`).
         model_name: Used in messages only; it does not count when geometries are compared.
         shift: Moves a prefix along the positions of the loaded model; None if none is loaded. It
             is neither stored nor compared.

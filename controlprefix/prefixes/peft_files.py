@@ -75,7 +75,7 @@ def read_checkpoint(folder: str | Path, *, task: int | None = None) -> PeftCheck
 
     Args:
         folder: With `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
-        task: Task of a multitask checkpoint.
+        task: Index of the task, from 0, in a multitask prompt tuning checkpoint.
 
     Raises:
         PrefixFormatError: If it is none of those, or damaged.
@@ -162,6 +162,6 @@ def _task_factors(folder: Path, tensors: Mapping[str, Tensor], task: int | None)
         task = 0
     if task is None or not 0 <= task < len(columns):
         raise PrefixFormatError(
-            f"{folder} has tasks 0 to {len(columns) - 1}; name one of them, got {task}"
+            f"{folder} has tasks 0 to {len(columns) - 1}; give one of these as task, got {task}"
         )
     return columns[task].float() @ rows[task].float()

@@ -222,6 +222,7 @@ class Prefix:
         Raises:
             PrefixFormatError: If a value is NaN or infinite, also after the conversion.
         """
+        container.require_storage_dtype(dtype)
         prefix = self if dtype in (None, "int8") else self.to(dtype=getattr(torch, str(dtype)))
         prefix.require_finite()
         tensors: dict[str, Tensor] = {str(site): rows for site, rows in prefix.slots.items()}
@@ -233,7 +234,8 @@ class Prefix:
         if self.relevance is not None:
             header["relevance"] = self.relevance.to_dict()
         if dtype == "int8":
-            header["int8"] = str(self.dtype).removeprefix("torch.")
+            own_dtype = str(self.dtype).removeprefix("torch.")
+            header["int8"] = own_dtype if own_dtype in container.FLOAT_DTYPES else "float32"
             for site, rows in prefix.slots.items():
                 sizes = self.geometry.head_sizes(site)
                 tensors[site], tensors[f"{site}.scales"] = container.quantize(
@@ -311,15 +313,16 @@ class Prefix:
 
         On rotary models it is exact, within a layer's sliding window: logits equal PEFT's. On
         others, whose text has other positions in PEFT, it is a start for training (`is_exact` is
-        False). The checkpoint does not say which weights it was made for, so nobody checks that.
+        False). The checkpoint does not say which weights it was made for, so this is not checked.
 
         Args:
             folder: With `adapter_config.json` and `adapter_model.safetensors`.
             geometry: Geometry of the loaded model: `cp.geometry`.
 
         Raises:
-            PrefixFormatError: If it is no such checkpoint. For prompt tuning, which needs the
-                model, see `ControlPrefix.prefix_from_peft`.
+            PrefixFormatError: If the folder holds another kind of checkpoint, or `geometry` is
+                not that of a loaded model. For prompt tuning, which needs the model, see
+                `ControlPrefix.prefix_from_peft`.
             GeometryMismatchError: If it was made for a model with other shapes.
         """
         checkpoint = read_checkpoint(folder)
@@ -404,6 +407,7 @@ class Prefix:
 def _read_form(form: object, name: str) -> Form:
     if form not in FORMS:
         raise PrefixFormatError(
-            f"{name} has form {form!r}; this version knows: {', '.join(FORMS)}; upgrade it"
+            f"{name} has form {form!r}; this version knows: {', '.join(FORMS)}; upgrade "
+            "controlprefix"
         )
     return form

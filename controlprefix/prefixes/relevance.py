@@ -23,8 +23,8 @@ class Relevance:
         own: Sentence embeddings of prompts that it is for, of length 1, `(num_prompts,
             embedding_size)`.
         others: The same of prompts that it is not for.
-        min_similarity: A prompt is meant if its similarity to `own` is at least this,
-        min_lead: and more than the similarity to `others` by at least this.
+        min_similarity: Minimum similarity to `own` of a prompt that the prefix is meant for.
+        min_lead: Minimum of its similarity to `own` minus that to `others`.
         embedder: The embedding model.
     """
 

@@ -20,7 +20,7 @@ def load_torch_file(path: str | Path) -> Any:
 
     Raises:
         PrefixFormatError: If it cannot be read, has compressed entries (which torch does not
-            write), or a tensor with more values than bytes, which would grow when it is copied.
+            write), or a tensor larger than its stored data, which would grow when it is copied.
     """
     with reading(str(path)):
         if zipfile.is_zipfile(path):
@@ -36,7 +36,9 @@ def load_torch_file(path: str | Path) -> Any:
             ) from error
         for tensor in _tensors(content):
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise ValueError("it has a tensor with more values than bytes")
+                raise ValueError(
+                    "it has a tensor larger than its stored data (an expanded view); save a copy"
+                )
     return content
 
 

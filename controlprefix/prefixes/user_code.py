@@ -48,6 +48,7 @@ class UserCode:
         Raises:
             PrefixFormatError: If a value is NaN or infinite.
         """
+        container.require_storage_dtype(dtype)
         values = self.values.detach().cpu()
         header = {"decoder": self.decoder_hash}
         if dtype in FLOAT_DTYPES:
@@ -198,7 +199,8 @@ class PrefixDecoder(nn.Module):
             raise PrefixFormatError(
                 f"a code of decoder {code.decoder_hash[:19]} with shape "
                 f"{tuple(code.values.shape)} cannot be read by decoder {self.content_hash[:19]} "
-                f"with shape {(self.num_slots, self.width)}"
+                f"with shape {(self.num_slots, self.width)}; decode it with its own, or enroll the "
+                "user again"
             )
         with torch.no_grad():
             slots = self.slots(code.values.to(next(self.parameters())))

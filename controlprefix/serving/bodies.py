@@ -67,13 +67,30 @@ class ResponseFormat(BaseModel):
         Raises:
             RequestError: If the schema is missing.
         """
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return {"type": "object"}
-        if self.json_schema is None:
-            raise RequestError("response_format of the type json_schema needs json_schema.schema")
-        return self.json_schema.json_schema
+        schema = None if self.json_schema is None else self.json_schema.json_schema
+        return requested_schema(self.type, schema, "response_format", "json_schema.schema")
+
+
+def requested_schema(
+    kind: str, schema: dict[str, Any] | None, field: str, name: str
+) -> dict[str, Any] | None:
+    """The schema that a format stands for, or None for any text.
+
+    Args:
+        kind: `text`, `json_object` or `json_schema`.
+        schema: The schema of the body, if there is one.
+        field, name: Names of the format and of its schema, for errors.
+
+    Raises:
+        RequestError: If the schema is missing.
+    """
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if schema is None:
+        raise RequestError(f"{field} of the type json_schema needs {name}")
+    return schema
 
 
 class CompletionBody(SteeringFields):
@@ -161,15 +178,15 @@ class CompletionBody(SteeringFields):
         Raises:
             ModelNotFoundError: If it names another model.
         """
-        model, _, task = self.model.partition("/")
-        if model != model_name and self.model != model_name:
+        task = self.model.removeprefix(f"{model_name}/")  # the name may contain slashes
+        if task == self.model != model_name:
             raise ModelNotFoundError(
                 f"no model {self.model[:80]!r} here; there is {model_name!r}, and "
                 f"{model_name}/<task>"
             )
-        if self.model.endswith("/"):
+        if not task:
             raise ModelNotFoundError(f"{self.model[:80]!r} names no task after the slash")
-        return None if self.model == model_name else task or None
+        return None if self.model == model_name else task
 
 
 class ChoicesBody(CompletionBody):

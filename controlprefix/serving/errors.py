@@ -140,6 +140,6 @@ def add_error_handlers(app: FastAPI) -> None:
     async def handle_http(_: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
         if error.status_code == 400:  # what JSON's reader raises beside a syntax error
-            message = "the body is no JSON in UTF-8, or has a number of thousands of digits"
+            message = "the body is not valid UTF-8 JSON, or contains a number with too many digits"
         body = ErrorBody(message=message, type="invalid_request_error", code="http")
         return error_response(error.status_code, body, **(error.headers or {}))

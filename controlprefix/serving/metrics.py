@@ -31,7 +31,11 @@ class Metrics:
         self.request_s = Histogram(
             "controlprefix_request_seconds", "Seconds from request to completion.", **options
         )
-        running = Gauge("controlprefix_running_sequences", "Sequences in the batch.", **options)
+        running = Gauge(
+            "controlprefix_running_sequences",
+            "Occupied rows of the batch; requests, with vLLM.",
+            **options,
+        )
         running.set_function(lambda: load()[0])
         waiting = Gauge("controlprefix_waiting_requests", "Requests waiting for a row.", **options)
         waiting.set_function(lambda: load()[1])

@@ -6,11 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from controlprefix.errors import RequestError
 from controlprefix.inference.runner import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.request import Request
-from controlprefix.serving.bodies import MAX_TOKENS, ChatMessage, CompletionBody
+from controlprefix.serving.bodies import (
+    MAX_ITEMS,
+    MAX_TOKENS,
+    ChatMessage,
+    CompletionBody,
+    requested_schema,
+)
 from controlprefix.serving.log_probs import TokenLogProb, chat_log_probs
 from controlprefix.serving.openai import (
     Echo,
@@ -22,14 +27,20 @@ from controlprefix.serving.openai import (
     steering_report,
 )
 
-_MAX_ITEMS = 1000
-
 
 class TextFormatBody(BaseModel):
     """The form of the text: any, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+
+    def to_schema(self) -> dict[str, Any] | None:
+        """The schema of the text, or None for any text.
+
+        Raises:
+            RequestError: If the schema is missing.
+        """
+        return requested_schema(self.type, self.json_schema, "text.format", "a schema")
 
 
 class TextBodyOptions(BaseModel):
@@ -47,7 +58,7 @@ class InputItem(ChatMessage):
 class ResponsesBody(CompletionBody):
     """Body of `POST /v1/responses`. Nothing is stored: send the whole conversation."""
 
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=_MAX_ITEMS)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS)]
     instructions: str | None = None
     """A system message in front of the input."""
     max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
@@ -76,13 +87,7 @@ class ResponsesBody(CompletionBody):
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         fields = self.fields(model_name, self.max_output_tokens, limit, defaults)
-        text_format = self.text.format
-        if text_format.type == "json_object":
-            fields["json_schema"] = {"type": "object"}
-        elif text_format.type == "json_schema":
-            if text_format.json_schema is None:
-                raise RequestError("text.format of the type json_schema needs a schema")
-            fields["json_schema"] = text_format.json_schema
+        fields["json_schema"] = self.text.format.to_schema()
         request = Request(messages=tuple(messages), **fields)
         if self.max_output_tokens:
             return request.model_copy(update={"max_new_tokens": self.max_output_tokens})

@@ -47,7 +47,7 @@ class EnrolmentBody(BaseModel):
     """With a decoder: add the texts to those that the user was enrolled from before."""
 
     guard: bool = False
-    """With a decoder: draw the code back as far as that is better on texts left out of it."""
+    """With a decoder: shrink the code towards the mean code as far as held-out texts profit."""
 
     train: TrainingBody | None = None
     """Train the prefix in a job, instead of making it at once."""

@@ -34,7 +34,7 @@ _MAY_CHANGE = {
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         step: Steps done.
@@ -158,8 +158,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """What must be equal for a run to be resumed: settings, rows, and the initialization.
 
-    `rows` leaves the initialization out, which is another one where a run that trains a stored
-    prefix further has stored its result.
+    `rows` excludes the initialization: after a run has stored its result, `init="stored"` would
+    start from that result.
     """
     sha = hashlib.sha256()
     for part_of_data in (rows, held_out):

@@ -84,8 +84,8 @@ def cut_completion_ids(
     """
     assert tokenizer.context_length is not None, "without a limit every example fits"
     whole = tokenizer.inner_ids(example.completion)
-    num_before = 0 if tokenizer.is_encoder_decoder else len(prompt)
-    completion = tuple(whole[: max(1, tokenizer.context_length - 1 - num_before)])
+    room = tokenizer.context_length - 1 - tokenizer.num_before(prompt)
+    completion = tuple(whole[: max(1, room)])
     return TokenizedExample(tuple(prompt), completion, len(completion) == len(whole))
 
 
@@ -107,7 +107,7 @@ def cut_example_ids(example: Example, tokenizer: RequestTokenizer) -> TokenizedE
     assert context is not None, "without a limit every example fits"
     prompt = tokenizer.prompt_ids(example)
     whole = tokenizer.inner_ids(example.completion)
-    room = context - 1 if tokenizer.is_encoder_decoder else context - 1 - len(prompt)
+    room = context - 1 - tokenizer.num_before(prompt)
     completion = tuple(whole[: max(room, context // 2)])
     if not tokenizer.has_room(prompt, len(completion)):
         texts = [m.content for m in example.messages or ()] or [example.prompt or ""]

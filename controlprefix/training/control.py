@@ -1,4 +1,4 @@
-"""RunControl: where a run is recorded, and who watches it."""
+"""RunControl: run folder, resuming, progress display, tracker and callbacks."""
 
 import contextlib
 import os
@@ -65,7 +65,7 @@ class RunOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class RunControl:
-    """Where a run is recorded, and who watches it.
+    """Run folder, resuming, progress display, accelerator, tracker and callbacks of a run.
 
     Attributes:
         folder: Where to write checkpoints, the report, the history and learning curves.
@@ -75,11 +75,6 @@ class RunControl:
             accelerate started share the work either way.
         tracker: Log to one of accelerate's trackers, such as `tensorboard`.
         on_step, on_validation: Called after each step, and after each validation pass.
-
-    Raises:
-        TrainingDataError: If there is no folder to resume from, or another run in the folder is
-            not finished.
-        StoreError: If the folder cannot be created.
     """
 
     folder: Path | None = None
@@ -92,7 +87,12 @@ class RunControl:
 
     @classmethod
     def split_off(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """The control of a run, and the other options."""
+        """The control of a run, and the other options.
+
+        Raises:
+            TrainingDataError: If a value is invalid, or as `require_folder`.
+            StoreError: As `require_folder`.
+        """
         names = {field.name for field in fields(cls)}
         own = {name: value for name, value in options.items() if name in names}
         folder = own.get("folder")
@@ -106,15 +106,21 @@ class RunControl:
         return control, {name: value for name, value in options.items() if name not in names}
 
     def require_folder(self) -> None:
-        """Create the folder, so that a wrong path fails before training."""
+        """Create the folder, so that a wrong path fails before training.
+
+        Raises:
+            TrainingDataError: If there is no folder to resume from, or another run in the folder
+                is not finished.
+            StoreError: If the folder cannot be created.
+        """
         if self.folder is None:
             if self.resume:
                 raise TrainingDataError("resume continues from a checkpoint; give its folder")
             return
         if not self.resume and is_unfinished(self.folder):
             raise TrainingDataError(
-                f"{self.folder} holds a run that is not finished; resume continues it, else give "
-                "another folder"
+                f"{self.folder} holds an unfinished run; continue it with resume=True (--resume), "
+                "or give another folder"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +152,10 @@ class RunControl:
         if self.tracker is None:
             return self.accelerator or Accelerator()
         if self.accelerator is not None:
-            raise TrainingDataError("give the tracker to your Accelerator, or leave that out")
+            raise TrainingDataError(
+                "tracker and accelerator are both given; set log_with on your Accelerator, or "
+                "leave it out"
+            )
         try:
             with warnings.catch_warnings():  # it only warns of a package that is missing
                 warnings.simplefilter("ignore", UserWarning)

@@ -44,8 +44,8 @@ class FeedbackTrainer(Trainer):
             requests, demonstrations: With default labels.
             reward: Scores sampled texts.
             settings, policy: Hyperparameters.
-            learn: As there.
-            control: Where the run is recorded, and who watches it.
+            learn: As in `ControlPrefix.reinforce`.
+            control: Run folder, progress, tracker and callbacks.
         """
         if policy.demonstrated and (self._frozen.is_encoder_decoder or not demonstrations):
             raise TrainingDataError(
@@ -88,10 +88,10 @@ class FeedbackTrainer(Trainer):
         Args:
             preferences: With default labels.
             settings, own_settings: Hyperparameters.
-            learn, num_slots: As there.
+            learn, num_slots: As in `ControlPrefix.train_preferences`.
             num_slots_of: Slots of one prefix, where that differs from `num_slots`.
             validation: Held-out preferences; if there are none, the settings hold some out.
-            control: Where the run is recorded, and who watches it.
+            control: Run folder, progress, tracker and callbacks.
         """
         tokenizer = self._frozen.request_tokenizer
         pairs, num_skipped = self._pairs(preferences, settings.too_long)

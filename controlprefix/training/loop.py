@@ -50,7 +50,7 @@ def train(
         prefixes: What is trained.
         settings: Hyperparameters.
         held_out: Rows to choose the best step by; without any, the last step is kept.
-        control: Where the run is recorded, and who watches it.
+        control: Run folder, progress, tracker and callbacks.
         objective: What is minimized; left out, the one that the rows and the settings name.
 
     Returns:

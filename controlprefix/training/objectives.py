@@ -232,7 +232,7 @@ class Objective:
 
 
 def _others(pairs: Sequence[ContrastPair]) -> list[TrainingRow]:
-    """What pairs are compared with, in their order, as far as they are."""
+    """The rejected or contrasted row of each pair that has one, in order."""
     others = []
     for pair in pairs:
         if pair.row.rejected is not None:

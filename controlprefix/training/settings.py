@@ -88,7 +88,7 @@ class TrainingSettings:
     end of the prompt or of the completion), or skip them."""
 
     num_evaluations: _PositiveInt = 5
-    """Validation passes per run."""
+    """Validation passes during a run, beside the one before the first step."""
 
     patience: _PositiveInt | None = None
     """Early stopping after this many validation passes without improvement."""

@@ -76,7 +76,7 @@ class PrefixModel(nn.Module):
             What the frozen model returns.
 
         Raises:
-            TrainingDataError: If `prefix_ids` names a prefix that there is not.
+            TrainingDataError: If `prefix_ids` contains an index outside of `keys`.
         """
         if labels is not None:
             inputs["labels"] = labels
@@ -129,7 +129,11 @@ class PrefixModel(nn.Module):
             prefix_ids, prefix_strengths: As in `forward`.
             **options: As transformers takes them.
         """
-        ids = arguments[0] if arguments else options["input_ids"]
+        names = ("inputs", "input_ids", "inputs_embeds")
+        values = [*arguments[:1], *(options.get(name) for name in names)]
+        ids = next((value for value in values if value is not None), None)
+        if ids is None:
+            raise TrainingDataError("give input_ids or inputs_embeds")
         with torch.no_grad():
             parts = self._parts(len(ids), prefix_ids, prefix_strengths)
             with self._frozen.attached(self._frozen.assemble(parts), everywhere=True):

@@ -74,8 +74,8 @@ class Trainer:
         Args:
             examples: With default labels.
             settings: Hyperparameters.
-            learn, num_slots, init: As there.
-            control: Where the run is recorded, and who watches it.
+            learn, num_slots, init: As in `ControlPrefix.train`.
+            control: Run folder, progress, tracker and callbacks.
             validation: Held-out examples; if there are none, the settings hold some out.
             num_slots_of: Slots of one prefix, where that differs from `num_slots`.
         """
@@ -109,8 +109,8 @@ class Trainer:
             key: The prefix to train.
             examples: Prompts with the teacher's completions, which name that prefix.
             settings: Hyperparameters.
-            num_slots: As there.
-            control: Where the run is recorded, and who watches it.
+            num_slots: As in `ControlPrefix.distill`.
+            control: Run folder, progress, tracker and callbacks.
         """
         tokenizer = self._frozen.request_tokenizer
 

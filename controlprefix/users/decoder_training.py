@@ -62,7 +62,7 @@ def train_decoder(
         num_slots: Slots of a prefix.
         width: Values of a code per slot.
         features: Text features for the code predictor.
-        control: Where the run is recorded, and who watches it.
+        control: Run folder, progress, tracker and callbacks.
 
     Returns:
         The decoder in the form it is stored in, the values of the users' codes, the report.

@@ -56,9 +56,11 @@ class EnrolmentOptions:
         if self.num_slots < 1:
             raise RequestError(f"num_slots is {self.num_slots}; it must be 1 or more")
         if self.add and (self.decoder is None or self.refine or self.keep_profile):
-            raise RequestError("add needs a decoder, and goes without refine and keep_profile")
+            raise RequestError(
+                "add requires decoder, and cannot be combined with refine or keep_profile"
+            )
         if self.guard and (self.decoder is None or self.refine or self.add):
-            raise RequestError("guard needs a decoder, and goes without refine and add")
+            raise RequestError("guard requires decoder, and cannot be combined with refine or add")
 
 
 def enroll_each(
@@ -67,7 +69,7 @@ def enroll_each(
     *,
     progress: bool,
 ) -> EnrolmentReport:
-    """Enroll users one after another; one that cannot be is reported, and affects nobody.
+    """Enroll users one after another; failures are reported, and do not affect other users.
 
     Args:
         texts: Users with their texts; consumed one by one.
@@ -143,8 +145,8 @@ def added_code(
     num_texts = info.details.get("enrolled", {}).get("texts")
     if not isinstance(code, UserCode) or code.decoder_hash != decoder.content_hash or not num_texts:
         raise RequestError(
-            f"texts can be added to a code that the same decoder predicted; version {info.version} "
-            f"of user {user!r} is none; enroll the user from all texts"
+            "texts can only be added to a code that the same decoder predicted, and version "
+            f"{info.version} of user {user!r} is not one; enroll the user from all texts"
         )
     new = predict_code(decoder, texts)
     return decoder.merged_code(code, num_texts, new, len(texts)), num_texts + len(texts)

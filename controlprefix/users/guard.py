@@ -1,4 +1,4 @@
-"""A guard for enrolment: a code goes no further from the mean than helps on held-out texts."""
+"""Guarded enrolment: shrink a predicted code towards the mean code, by loss on held-out texts."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 def guarded_code(
     frozen: FrozenModel, decoder: PrefixDecoder, texts: Sequence[str]
 ) -> tuple[UserCode, float]:
-    """The code predicted from texts, drawn back to the mean code if it is no better than that.
+    """The code predicted from texts, shrunk towards the mean code as far as held-out loss says.
 
     The texts are divided in two; the code of each half is tried on the other half at several
     shares of its distance from the mean code, and the share of the lowest loss is taken.

@@ -56,7 +56,7 @@ def migrate(
     for user in source.names("user"):
         try:
             code = source.get(PrefixKey("user", user)).value
-        except PrefixFormatError as error:  # one damaged code keeps nobody else from theirs
+        except PrefixFormatError as error:  # one damaged code must not stop the migration of others
             if user not in existing:
                 skipped[user] = str(error)
             continue
@@ -94,7 +94,7 @@ def migrate(
             PrefixKey("user", user),
             UserCode(decoder.content_hash, code_map(code.values).float().reshape(size)),
             details,
-            replaces=0,  # who was enrolled meanwhile stays as they are
+            replaces=0,  # do not replace users enrolled meanwhile
         )
         for user, code in codes.items()
         if user not in existing

@@ -80,12 +80,20 @@ class PrivacyAuditor:
             seed: Seed of the secret numbers.
 
         Raises:
-            TrainingDataError: If there are no texts.
+            TrainingDataError: If texts or held-out texts are missing or overlap, or `num_canaries`
+                is below 0.
         """
         if not texts or not held_out:
             raise TrainingDataError(
                 "an audit needs the texts that the prefix was trained on and held-out texts of "
                 "the same author"
+            )
+        if num_canaries < 0:
+            raise TrainingDataError(f"num_canaries is {num_canaries}; it must be 0 or more")
+        if shared := set(texts) & set(held_out):
+            raise TrainingDataError(
+                f"{len(shared)} held-out texts are among those that the prefix was trained on; "
+                "give other texts of the author"
             )
         member_gains = self._gains(texts, prefix)
         other_gains = self._gains(held_out, prefix)
@@ -94,13 +102,6 @@ class PrivacyAuditor:
             for member in member_gains
             for other in other_gains
         ]
-        if num_canaries < 0:
-            raise TrainingDataError(f"num_canaries is {num_canaries}; it must be 0 or more")
-        if shared := set(texts) & set(held_out):
-            raise TrainingDataError(
-                f"{len(shared)} held-out texts are among those that the prefix was trained on; "
-                "give other texts of the author"
-            )
         exposure = None
         if num_canaries:
             exposure = self._exposure(texts, num_canaries, retrain, seed)

@@ -125,7 +125,8 @@ class UserTrainer:
 
         Args:
             texts: None: the texts that are kept in the store.
-            num_slots, decoder, as_codes, concurrent_users: As there.
+            num_slots, decoder, as_codes, concurrent_users: As in
+                `ControlPrefix.train_users`.
             control: Where the run is recorded.
             options: Fields of `TrainingSettings`.
             extras: Per user, further fields of the `NewVersion`.

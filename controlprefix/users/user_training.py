@@ -1,4 +1,4 @@
-"""Training many users at once: each as it would be alone, in common passes over the model.
+"""Train many users in shared forward passes; each user's result equals training alone.
 
 Each user has rows, an optimizer, a schedule, validation and an end of their own. A user that
 is finished is published at once and makes room for the next, so memory depends on the number
@@ -158,7 +158,7 @@ def train_users(
                 if reason is not None:
                     report.failed[user.name] = reason
                 note = f"{len(report.failed)} failed" if report.failed else ""
-                update(len(report.users) + len(report.failed), note)
+                update(len(report.users) + len(report.failed) + len(skipped), note)
             if is_interrupted() and active:
                 raise TrainingInterrupted(_stopped(len(report.users), total, folder))
     return replace(report, skipped=tuple(skipped), seconds=time.monotonic() - started)
@@ -242,7 +242,8 @@ def usable_texts(user: str, texts: Sequence[str]) -> list[str]:
             raise TrainingDataError(f"a text of user {user!r} contains half a surrogate pair")
     usable = [text for text in texts if text.strip()]
     if not usable:
-        raise TrainingDataError(f"user {user!r} has no text to train on")
+        owner = f" of user {user!r}" if user else ""
+        raise TrainingDataError(f"there is no text{owner}; give at least one that is not empty")
     return usable
 
 

@@ -44,7 +44,7 @@ _log = logging.getLogger("vllm.controlprefix")
 
 
 @dataclass(frozen=True)
-class Load:
+class SlotLoad:
     """Slots to write for one request.
 
     Attributes:
@@ -65,7 +65,7 @@ class Load:
 class Loads(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed here
     """Slots that the workers write before the next step."""
 
-    loads: list[Load] = field(default_factory=list)
+    loads: list[SlotLoad] = field(default_factory=list)
 
 
 class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -92,7 +92,7 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
         self._folder = PrefixFolder(folder, key_file=get_setting("key_file", None))
         self._cache: PrefixCache[str] = PrefixCache(int(get_setting("cached_bytes", 1 << 30)))
         self._checked_at = time.monotonic()
-        self._pending: list[Load] = []
+        self._pending: list[SlotLoad] = []
         self._done: set[str] = set()
         self._failed: set[str] = set()
         self._groups = kv_cache_config.kv_cache_groups
@@ -116,7 +116,7 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
             return
         file, num_slots = slots
         self._pending.append(
-            Load(
+            SlotLoad(
                 request.request_id,
                 file,
                 num_slots - num_external_tokens,
@@ -189,7 +189,7 @@ class ControlPrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[m
         self._cache.put(file, file, prefix)
         return prefix
 
-    def _write(self, load: Load, layers: dict[str, Any]) -> None:
+    def _write(self, load: SlotLoad, layers: dict[str, Any]) -> None:
         prefix = self._read(load.file)
         if prefix.num_slots != load.last:
             raise GeometryMismatchError(

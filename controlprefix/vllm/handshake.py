@@ -22,7 +22,12 @@ from controlprefix.vllm.placement import Placement
 _PREFIX_TOKENS = (5, 11, 17, 23, 29, 31)
 _PROBES = (_PREFIX_TOKENS, (41, 43, 47, 53, 59), (101, 97, 89, 83))
 _STRENGTH = 2.0
-_MAX_DISTANCE = {torch.float32: 0.02, torch.float16: 0.2, torch.bfloat16: 0.3}  # nats
+_MAX_DISTANCE = {  # nats
+    torch.float64: 0.02,
+    torch.float32: 0.02,
+    torch.float16: 0.2,
+    torch.bfloat16: 0.3,
+}
 
 RemoteLogProbs = Callable[[Placement, tuple[int, ...]], dict[int, float]]
 Place = Callable[[ResolvedRequest[Request]], Placement]

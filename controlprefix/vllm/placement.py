@@ -106,8 +106,8 @@ def place(
         used, strength, prefix = part.used, part.part.strength, part.part.prefix
         if part.part.schedule:
             raise RequestError(
-                "schedules change slots between tokens, which this server's engine (vLLM) "
-                "cannot; leave them out"
+                "schedules change strengths between tokens, which this server's engine (vLLM) "
+                "does not support; leave them out"
             )
         try:
             prefix.require_joint("this server's engine (vLLM), where slots are in the KV cache")
@@ -125,7 +125,8 @@ def place(
     num_task_slots, num_slots = _num_slots(task_copies), _num_slots(all_copies)
     if num_slots > MAX_SLOTS:
         raise RequestError(
-            f"the strengths ask for {num_slots:,} slots; this server supports {MAX_SLOTS:,}"
+            f"the request needs {num_slots:,} slots, but this server supports {MAX_SLOTS:,}; lower "
+            "its strengths, or use fewer or shorter prefixes"
         )
     base = f"{model_id}:{num_slots}"  # keys depend on the distance to the text
     digest = _hash("all", base, _contents(task_copies), _contents(other_copies))

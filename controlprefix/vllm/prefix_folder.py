@@ -18,11 +18,12 @@ _IN_USE_S = 600.0  # how long a request may wait for its turn
 _MAX_AGE_S = 3600.0  # after the last use, so that forgotten users disappear here too
 _SWEEP_INTERVAL_S = 60.0
 _TARGET_FRACTION = 0.9  # of the limit, to which a sweep evicts
+_SUFFIXES = {".safetensors", ".encrypted", ".part"}
 _FILE_MODE = 0o640  # workers may run as another user of the same group
 
 
 def file_name(digest: str, tenant: str, user: str | None) -> str:
-    """How a file of slots is named: by the digest of its content, and by whose it is, if a user's.
+    """Name of a file of slots: the content digest, after a hash of the owner for a user's slots.
 
     Example:
         >>> file_name("0123", "default", None)
@@ -161,6 +162,8 @@ class PrefixFolder:
             self._last_sweep = now
             files = []
             for path in self._path.iterdir():
+                if path.suffix not in _SUFFIXES:  # not written here
+                    continue
                 with contextlib.suppress(FileNotFoundError):  # another server may sweep too
                     stat = path.stat()
                     files.append((stat.st_mtime, stat.st_size, path))

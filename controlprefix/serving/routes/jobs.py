@@ -9,7 +9,9 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, TypeAdapter
 from sse_starlette import EventSourceResponse
 
+from controlprefix.errors import ControlPrefixError, InternalServerError
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
+from controlprefix.serving.errors import error_body
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
 from controlprefix.store import Job, JobKind
@@ -76,8 +78,10 @@ async def watch_job(
             await asyncio.sleep(_POLL_S)
             try:
                 job = await get_job(job_id, client, server)
-            except Exception as error:  # forgotten, or the store is away: the stream has begun
-                yield json.dumps({"id": job_id, "error": str(error)})
+            except Exception as error:  # the status line is sent, so the stream says it
+                if not isinstance(error, ControlPrefixError):
+                    error = InternalServerError(str(error))
+                yield json.dumps({"id": job_id, "error": error_body(error)[1].message})
                 return
             if job != latest:
                 latest = job

@@ -61,9 +61,9 @@ async def list_models(client: ClientDependency, server: ServerDependency) -> Mod
 @router.get("/models/{name:path}")
 async def get_model(name: str, client: ClientDependency, server: ServerDependency) -> ModelEntry:
     """The model, or the model with a task, by name."""
-    own, _, task = name.partition("/")
+    task = name.removeprefix(f"{server.name}/")  # the model's name may contain slashes
     is_here = name == server.name or (
-        own == server.name and await server.work.with_store(client.cp.exists, "task", task)
+        task != name and await server.work.with_store(client.cp.exists, "task", task)
     )
     if not is_here:
         raise ModelNotFoundError(

@@ -25,7 +25,7 @@ _LINKS = {
 }
 
 
-class Version(BaseModel):
+class ServerVersion(BaseModel):
     """What runs here."""
 
     version: str
@@ -53,9 +53,9 @@ async def ready(server: ServerDependency) -> Status:
 
 
 @router.get("/version")
-async def get_version(server: ServerDependency) -> Version:
+async def get_version(server: ServerDependency) -> ServerVersion:
     """The version of controlprefix, and the name and fingerprint of the model."""
-    return Version(version=__version__, model=server.name, fingerprint=server.fingerprint)
+    return ServerVersion(version=__version__, model=server.name, fingerprint=server.fingerprint)
 
 
 @router.get("/", include_in_schema=False)
