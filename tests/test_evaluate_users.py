@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from controlprefix import ControlPrefix, Example, Part, Prefix, Request, TrainingDataError
 from controlprefix.evaluation import evaluate_users
 from controlprefix.evaluation.metrics import bootstrap_mean
-from controlprefix.evaluation.users import UserResult, summarize
-from controlprefix.evaluation.users_report import harmed_text
+from controlprefix.evaluation.users import summarize
+from controlprefix.evaluation.users_report import UserResult, harmed_text
 
 from helpers import engine, run
 

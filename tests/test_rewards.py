@@ -12,12 +12,14 @@ from rewarded import OPTIONS, requests, share_of_vowels, trained
 from controlprefix import (
     Completion,
     ControlPrefixError,
+    Example,
     Request,
     RequestError,
     TrainingDataError,
+    embeddings,
 )
 from controlprefix.cli.reinforce import parse_rewards
-from controlprefix.evaluation import best_texts
+from controlprefix.evaluation import AttributeClassifier, best_texts
 from controlprefix.evaluation.rewards import (
     AttributeReward,
     JsonReward,
@@ -25,6 +27,7 @@ from controlprefix.evaluation.rewards import (
     PatternReward,
     WeightedReward,
 )
+from controlprefix.evaluation.word_classifier import WordClassifier
 from controlprefix.prefixes import PrefixKey
 from controlprefix.training.objectives import ContrastPair, TrainingRow
 from controlprefix.training.parameterization import parameterize
@@ -35,7 +38,7 @@ from controlprefix.training.policy import (
 )
 from controlprefix.training.settings import PolicySettings, TrainingSettings
 
-from helpers import QUICK, engine, greetings
+from helpers import QUICK, Histogram, engine, greetings
 
 
 def test_checks_of_texts() -> None:
@@ -78,6 +81,38 @@ def test_the_reward_of_labels_is_their_mean_log_probability() -> None:
         sure([Request(prompt="x", attributes={"tone": "warm"})], ["x"])
     with pytest.raises(TrainingDataError, match="no label 'casual'"):
         sure([Request(prompt="x", attributes={"formality": "casual"})], ["x"])
+
+
+def test_a_word_classifier_tells_labels_by_words_in_any_script() -> None:
+    labels = ["a", "b"] * 10
+    for first, second, new in (
+        ("good day sir", "hey you", "Good evening, SIR"),
+        ("您好先生", "嘿你", "先生"),
+        ("really!", "really?", "no!"),
+        ("\U0001f600", "\U0001f622", "ok \U0001f600"),
+    ):
+        classifier = WordClassifier.train("tone", [first, second] * 10, labels)
+        assert classifier.labels == ["a", "b"]
+        first_probability, other = classifier.probabilities([new])[0].tolist()
+        assert first_probability > other
+        assert first_probability + other == pytest.approx(1)
+    with pytest.raises(TrainingDataError, match="5 texts"):
+        WordClassifier.train("tone", ["x", "y"], ["a", "b"])
+
+
+def test_the_reward_of_labelled_texts_is_that_of_embeddings_and_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Histogram())
+    rows = [
+        Example(prompt="", raw=True, completion=text, attributes={"formality": label})
+        for text, label in (("good day", "formal"), ("hey", "informal"))
+    ] * 10
+    reward = AttributeReward.train(rows)
+    assert {type(item) for item in reward.classifiers} == {AttributeClassifier, WordClassifier}
+    formal, informal = requests(2)
+    right, wrong = reward([formal, informal], ["good day", "good day"])
+    assert wrong < right < 0
 
 
 def test_the_command_line_names_rewards(tmp_path: Path) -> None:

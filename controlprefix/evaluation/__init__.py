@@ -8,7 +8,8 @@ from controlprefix.evaluation.metrics import Estimate
 from controlprefix.evaluation.report import CurvePoint, EvaluationReport
 from controlprefix.evaluation.simplification import grade_level, sari
 from controlprefix.evaluation.slot_errors import SlotErrors, slot_errors
-from controlprefix.evaluation.users import UserResult, UsersEvaluation, evaluate_users
+from controlprefix.evaluation.users import evaluate_users
+from controlprefix.evaluation.users_report import UserResult, UsersEvaluation
 
 __all__ = [
     "AttributeClassifier",

@@ -94,18 +94,7 @@ class AttributeClassifier:
             from sklearn.linear_model import LogisticRegression
             from sklearn.model_selection import train_test_split
 
-        if len(texts) != len(labels) or not all(isinstance(label, str) for label in labels):
-            raise TrainingDataError(
-                f"{len(texts)} texts and {len(labels)} labels; give one label (str) per text"
-            )
-        names = tuple(sorted(set(labels)))
-        counts = {name: sum(label == name for label in labels) for name in names}
-        if len(names) < 2 or min(counts.values()) < _MIN_TEXTS_PER_LABEL:
-            listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
-            raise TrainingDataError(
-                f"a classifier of {attribute!r} needs two labels and {_MIN_TEXTS_PER_LABEL} texts "
-                f"of each; there are: {listed or 'none'}"
-            )
+        names = check_labelled_texts(attribute, texts, labels)
         embeddings = embed(texts, embedder).numpy()
         num_held_out = max(len(names), round(_HELD_OUT_FRACTION * len(texts)))
         train_x, test_x, train_y, test_y = train_test_split(
@@ -180,6 +169,29 @@ class AttributeClassifier:
             return cls(**fields, weights=weights, bias=bias)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ControlPrefixError(f"cannot read the classifier in {path}: {error}") from error
+
+
+def check_labelled_texts(
+    attribute: str, texts: Sequence[str], labels: Sequence[str]
+) -> tuple[str, ...]:
+    """The different labels of texts, sorted, if a classifier can be trained on them.
+
+    Raises:
+        TrainingDataError: If there are fewer than two labels, or fewer than five texts for one.
+    """
+    if len(texts) != len(labels) or not all(isinstance(label, str) for label in labels):
+        raise TrainingDataError(
+            f"{len(texts)} texts and {len(labels)} labels; give one label (str) per text"
+        )
+    counts = Counter(labels)
+    names = tuple(sorted(counts))
+    if len(names) < 2 or min(counts.values()) < _MIN_TEXTS_PER_LABEL:
+        listed = ", ".join(f"{counts[name]} of {name}" for name in names)
+        raise TrainingDataError(
+            f"a classifier of {attribute!r} needs two labels and {_MIN_TEXTS_PER_LABEL} texts "
+            f"of each; there are: {listed or 'none'}"
+        )
+    return names
 
 
 @checks_own_arguments

@@ -15,6 +15,7 @@ from torch import Tensor
 from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.errors import TrainingDataError, known_names
 from controlprefix.evaluation.classifier import AttributeClassifier
+from controlprefix.evaluation.word_classifier import WordClassifier
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 from controlprefix.request import Request
@@ -55,7 +56,14 @@ class AttributeReward:
     def train(
         cls, examples: Sequence[Example], *, embedder: str = DEFAULT_EMBEDDER, seed: int = 0
     ) -> Self:
-        """Train a classifier for each attribute of examples: see `AttributeClassifier.train`.
+        """Train two classifiers for each attribute of examples, over embeddings and over words.
+
+        What pleases both is harder to find without showing the label than what pleases one.
+
+        Args:
+            examples: At least five of each label. Use other ones than those that prefixes are
+                trained on, and others again to measure accuracy.
+            embedder, seed: See `AttributeClassifier.train`.
 
         Raises:
             TrainingDataError: If an attribute has fewer than two labels, or five texts of one.
@@ -65,14 +73,16 @@ class AttributeReward:
         for row in examples:
             for attribute, label in requested_labels(row).items():
                 texts.setdefault(attribute, []).append((row.completion, label))
-        return cls(
-            [
+        classifiers: list[LabelClassifier] = []
+        for attribute, pairs in texts.items():
+            own_texts, labels = zip(*pairs, strict=True)
+            classifiers += [
                 AttributeClassifier.train(
-                    attribute, *zip(*pairs, strict=True), embedder=embedder, seed=seed
-                )
-                for attribute, pairs in texts.items()
+                    attribute, own_texts, labels, embedder=embedder, seed=seed
+                ),
+                WordClassifier.train(attribute, own_texts, labels),
             ]
-        )
+        return cls(classifiers)
 
     def __call__(self, requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
         """The reward of each text, 0 at best.

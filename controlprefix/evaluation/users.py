@@ -1,16 +1,13 @@
 """For whom user prefixes work: the distribution of their gain over users and groups of users."""
 
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from controlprefix._io import finite
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.data.tables import is_missing
 from controlprefix.engine import ControlPrefix
@@ -18,12 +15,11 @@ from controlprefix.engine.arguments import checks_own_arguments
 from controlprefix.errors import TrainingDataError
 from controlprefix.evaluation.harness import about_prefixes, resolvable
 from controlprefix.evaluation.metrics import Estimate, bootstrap_mean, wilson_proportion
-from controlprefix.evaluation.users_report import page_of, plot_of
+from controlprefix.evaluation.users_report import UserResult, UsersEvaluation
 from controlprefix.example import Example
 from controlprefix.labels import label_text
 from controlprefix.model.log_probs import kl_divergences, target_logits
 from controlprefix.prefixes.key import composed
-from controlprefix.reports import write_report
 from controlprefix.request import Request
 from controlprefix.training.held_out import prompt_identity
 
@@ -41,30 +37,6 @@ _NOBODY = Estimate(math.nan, 0.0, 1.0)  # a share of nobody
 
 
 @dataclass(frozen=True, slots=True)
-class UserResult:
-    """What one user's prefix does for their own rows.
-
-    Attributes:
-        num_rows: Rows of the user.
-        gain: By how many nats per token their rows are likelier with their prefix than with
-            those of other users, a mean over rows.
-        gain_over_none: The same over no user prefix.
-        off_context: KL(without || with the prefix), nats per token, on what the model without
-            the prefix answers to impersonal prompts; lower is better.
-    """
-
-    num_rows: int
-    gain: Estimate
-    gain_over_none: Estimate
-    off_context: float
-
-    @property
-    def is_harmed(self) -> bool:
-        """Whether the user's rows are less likely than with others' prefixes, beyond chance."""
-        return self.gain.high < 0
-
-
-@dataclass(frozen=True, slots=True)
 class UserRows:
     """What is measured of one user.
 
@@ -75,48 +47,6 @@ class UserRows:
 
     rows: Sequence[Example]
     others: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class UsersEvaluation:
-    """The distribution over users of what their prefixes do.
-
-    Attributes:
-        users: The results of each user.
-        gain: Mean gain over users, with an interval over users.
-        worst_decile: Mean gain of the tenth of the users with the lowest.
-        harmed: Share of users who are harmed, of those who have an interval; NaN, from 0 to 1, if
-            nobody has one.
-        num_too_few: Users with too few rows for an interval.
-        groups: Per grouping and group, the mean gain of its users.
-        too_small: Groups with fewer users than are reported.
-        about: What it was made with: model, store, command, date.
-    """
-
-    users: dict[str, UserResult]
-    gain: Estimate
-    worst_decile: float
-    harmed: Estimate
-    num_too_few: int
-    groups: dict[str, dict[str, Estimate]]
-    too_small: tuple[str, ...]
-    about: dict[str, Any]
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `users.json`, `users.png` (the gain of each user, in order) and `users.html`.
-
-        Returns:
-            The HTML file.
-
-        Raises:
-            StoreError: If the folder cannot be written.
-            MissingDependencyError: If matplotlib or jinja2 is not installed.
-        """
-        image = plot_of(self)
-        results = json.dumps(finite(asdict(self)), indent=2) + "\n"
-        html = page_of(self, image)
-        write_report(folder, {"users.json": results, "users.png": image, "users.html": html})
-        return Path(folder) / "users.html"
 
 
 @checks_own_arguments

@@ -1,21 +1,88 @@
-"""The report of an evaluation of users: its page and its plot."""
+"""UsersEvaluation: the result of an evaluation of users, with its page and its plot."""
 
+import json
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from controlprefix._io import finite
 from controlprefix.evaluation.metrics import Estimate
-from controlprefix.reports import few_rows_note, figure_of, render, to_png
-
-if TYPE_CHECKING:
-    from controlprefix.evaluation.users import UsersEvaluation
+from controlprefix.reports import few_rows_note, figure_of, render, to_png, write_report
 
 
-def harmed_text(result: "UsersEvaluation") -> str:
+@dataclass(frozen=True, slots=True)
+class UserResult:
+    """What one user's prefix does for their own rows.
+
+    Attributes:
+        num_rows: Rows of the user.
+        gain: By how many nats per token their rows are likelier with their prefix than with
+            those of other users, a mean over rows.
+        gain_over_none: The same over no user prefix.
+        off_context: KL(without || with the prefix), nats per token, on what the model without
+            the prefix answers to impersonal prompts; lower is better.
+    """
+
+    num_rows: int
+    gain: Estimate
+    gain_over_none: Estimate
+    off_context: float
+
+    @property
+    def is_harmed(self) -> bool:
+        """Whether the user's rows are less likely than with others' prefixes, beyond chance."""
+        return self.gain.high < 0
+
+
+@dataclass(frozen=True, slots=True)
+class UsersEvaluation:
+    """The distribution over users of what their prefixes do.
+
+    Attributes:
+        users: The results of each user.
+        gain: Mean gain over users, with an interval over users.
+        worst_decile: Mean gain of the tenth of the users with the lowest.
+        harmed: Share of users who are harmed, of those who have an interval; NaN, from 0 to 1, if
+            nobody has one.
+        num_too_few: Users with too few rows for an interval.
+        groups: Per grouping and group, the mean gain of its users.
+        too_small: Groups with fewer users than are reported.
+        about: What it was made with: model, store, command, date.
+    """
+
+    users: dict[str, UserResult]
+    gain: Estimate
+    worst_decile: float
+    harmed: Estimate
+    num_too_few: int
+    groups: dict[str, dict[str, Estimate]]
+    too_small: tuple[str, ...]
+    about: dict[str, Any]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `users.json`, `users.png` (the gain of each user, in order) and `users.html`.
+
+        Returns:
+            The HTML file.
+
+        Raises:
+            StoreError: If the folder cannot be written.
+            MissingDependencyError: If matplotlib or jinja2 is not installed.
+        """
+        image = plot_of(self)
+        results = json.dumps(finite(asdict(self)), indent=2) + "\n"
+        html = page_of(self, image)
+        write_report(folder, {"users.json": results, "users.png": image, "users.html": html})
+        return Path(folder) / "users.html"
+
+
+def harmed_text(result: UsersEvaluation) -> str:
     """The share of users who are harmed, in words where nobody has rows enough."""
     return "cannot tell" if math.isnan(result.harmed.mean) else result.harmed.text(".0%")
 
 
-def page_of(result: "UsersEvaluation", image: bytes) -> str:
+def page_of(result: UsersEvaluation, image: bytes) -> str:
     """The report as HTML, with its plot."""
 
     def interval(estimate: Estimate) -> str:
@@ -70,7 +137,7 @@ def page_of(result: "UsersEvaluation", image: bytes) -> str:
     )
 
 
-def plot_of(evaluation: "UsersEvaluation") -> bytes:
+def plot_of(evaluation: UsersEvaluation) -> bytes:
     """The gain of each user, in order, as PNG."""
     figure: Any = figure_of((6, 3.5))
     axes = figure.subplots()

@@ -21,13 +21,12 @@ from controlprefix.evaluation.harness import about_prefixes, describe_rows
 from controlprefix.evaluation.users import (
     IMPERSONAL_PROMPTS,
     MIN_GROUP_SIZE,
-    UserResult,
-    UsersEvaluation,
     checked_groups,
     results_of_users,
     rows_by_user,
     summarize,
 )
+from controlprefix.evaluation.users_report import UserResult, UsersEvaluation
 from controlprefix.store import EncryptionKeys
 from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
 from controlprefix.users import EnrolmentReport, UsersReport
