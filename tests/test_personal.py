@@ -333,7 +333,7 @@ def test_errors_of_decoder_training_and_enrolment_say_why(cp: ControlPrefix) -> 
             cp.learn_decoder(users, progress=False)
     with pytest.raises(ControlPrefixError, match="no decoder 'user' in the store; known: users"):
         cp.enroll("ana", ["x"], decoder="user")
-    with pytest.raises(TrainingDataError, match="no text to train on"):
+    with pytest.raises(TrainingDataError, match="there is no text"):
         cp.enroll("ana", [], decoder="users")
     with pytest.raises(ControlPrefixError, match="which this version does not compute"):
         TextFeatures.by_name("all-MiniLM-L6-v2+style-0")
