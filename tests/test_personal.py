@@ -141,9 +141,9 @@ def test_texts_are_added_to_a_code_without_the_earlier_ones(cp: ControlPrefix) -
         cp.enroll("bit", texts, decoder="others", add=True)
     with pytest.raises(UnknownNameError):
         cp.enroll("nobody", texts, decoder="users", add=True)
-    with pytest.raises(RequestError, match="add needs a decoder"):
+    with pytest.raises(RequestError, match="add requires decoder"):
         cp.enroll("bit", texts, add=True)
-    with pytest.raises(RequestError, match="add needs a decoder"):
+    with pytest.raises(RequestError, match="add requires decoder"):
         cp.enroll("bit", texts, decoder="users", refine=True, add=True)
 
 
@@ -177,9 +177,9 @@ def test_a_guarded_code_is_no_more_personal_than_helps(
     assert distance("wrong") == pytest.approx(0, abs=0.01)
     cp.enroll("one", texts[:1], decoder="users", guard=True)  # nothing to try it on
     assert cp.versions("user", "one")[-1].details["enrolled"]["share"] == 1
-    with pytest.raises(RequestError, match="guard needs a decoder"):
+    with pytest.raises(RequestError, match="guard requires decoder"):
         cp.enroll("slots", texts, guard=True)
-    with pytest.raises(RequestError, match="guard needs a decoder"):
+    with pytest.raises(RequestError, match="guard requires decoder"):
         cp.enroll("one", texts, decoder="users", guard=True, add=True)
 
 
@@ -327,7 +327,7 @@ def test_two_users_with_one_text_each_are_enough_for_a_decoder() -> None:
 def test_errors_of_decoder_training_and_enrolment_say_why(cp: ControlPrefix) -> None:
     for users, match in (
         ({"ana": ["one"]}, "many users; 1 are given"),
-        ({"ana": ["one"], "bo": [" "]}, "user 'bo' has no text"),
+        ({"ana": ["one"], "bo": [" "]}, "no text of user 'bo'"),
     ):
         with pytest.raises(TrainingDataError, match=match):
             cp.learn_decoder(users, progress=False)
