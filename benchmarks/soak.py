@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import secrets
 import sys
 import tempfile
@@ -254,12 +255,14 @@ def checked(ledger: Ledger, cp: ControlPrefix, deadline: float) -> dict[str, Any
 
 def found_in_files(folder: Path, users: set[str]) -> list[str]:
     """Users whose texts any file of a database holds."""
+    by_secret = {secret_of(user).encode(): user for user in users}
+    length = len(secret_of(""))
     users_in_files: set[str] = set()
     for path in folder.rglob("*"):
         if path.is_file():
-            content = path.read_bytes()
-            remaining = users - users_in_files
-            users_in_files |= {u for u in remaining if secret_of(u).encode() in content}
+            for run in re.findall(rb"[0-9a-f]{%d,}" % length, path.read_bytes()):
+                parts = {run[i : i + length] for i in range(len(run) - length + 1)}
+                users_in_files |= {by_secret[part] for part in parts & by_secret.keys()}
     return sorted(users_in_files)
 
 
