@@ -2,7 +2,7 @@
 # make test        set up, then run the tests
 # make test-vllm   set up an environment of its own with vLLM, and compare the two engines
 # make test-oldest the exactness tests under the oldest transformers that is supported
-# make check       set up, then lint, types and the import contract
+# make check       set up, then lint, types, the import contract and the files in deploy/
 # make docs        set up, then build the documentation site in docs/_build; warnings are errors
 # make bench-vllm  set up that environment, and measure servers through vLLM
 # make lock        write the hashes of the packages of the gateway's image, deploy/requirements.txt
@@ -48,7 +48,8 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint deploy/Dockerfile
-	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml \
+		deploy/compose.cpu.yaml
 
 .venv-oldest/ready: pyproject.toml constraints.txt
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

@@ -1,10 +1,11 @@
-"""Unmodified clients of OpenAI's API against a controlprefix server, each with steering fields.
+"""Unmodified clients of OpenAI's API against a controlprefix server, some with steering fields.
 
     controlprefix serve --tenant default
-    pip install litellm langchain-openai pydantic-ai-slim[openai] instructor smolagents llm
+    pip install openai litellm langchain-openai llama-index-llms-openai-like \\
+        pydantic-ai-slim[openai] instructor smolagents llm
     python examples/clients.py http://127.0.0.1:8000/v1 smollm2 --user ana
 
-Clients that are not installed are left out. Each writes a text, and those that can, JSON.
+Clients that are not installed are left out. Most write a text or JSON.
 """
 
 import argparse

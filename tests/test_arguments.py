@@ -52,7 +52,7 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
     "texts, a text": (lambda cp: cp.audit_user("ana", "a b", ["c"]), "list of texts"),
     "samples": (lambda cp: evaluate_users(cp, [], min_group_size="8"), "takes an int"),  # type: ignore[arg-type]
     "top": (lambda cp: cp.prompt_log_probs([Request(prompt="ab")], top=-1), "top is -1"),
-    "schema": (lambda cp: cp.generate("a", json_schema={"a": object()}), "cannot be written as JSON"),
+    "schema": (lambda cp: cp.generate("a", json_schema={"a": object()}), "cannot be written as"),
     "bytes": (lambda cp: Prefix.from_bytes("abc"), "must be bytes, got str"),  # type: ignore[arg-type]
     "store": (lambda cp: PrefixStore(5), "the store is 5"),  # type: ignore[arg-type]
     "sizes": (lambda cp: cp.generate(["a"], batch_size=torch.tensor([2, 3])), "takes an int"),
