@@ -3,9 +3,9 @@
 Two sets of attributes, trained on rows that have one label each and requested in every
 combination: `aspects` (sentiment of film reviews, topic of news, toxicity) and `styles` (formality,
 sentiment of restaurant reviews, politeness). All methods get the same rows in as many steps. Texts
-start from an empty prompt. Two attribute classifiers per attribute, over words and over sentence
-embeddings, are trained on rows that no method gets. A method's coefficient is chosen on other
-samples than those reported. DATA is a folder with the files of both sets (see
+start from an empty prompt. Three attribute classifiers per attribute, over words, characters and
+sentence embeddings, are trained on rows that no method and no reward gets. A method's coefficient
+is chosen on other samples than those reported. DATA is a folder with the files of both sets (see
 lib/attribute_methods.py). repeng is skipped unless it is installed:
 `pip install --no-deps repeng==0.4.0`.
 """
@@ -40,6 +40,7 @@ from lib.tables import Column, table
 
 COLUMNS: tuple[Column, ...] = (
     ("accuracy, mean", "accuracy", 3),
+    ("accuracy (characters), mean", "accuracy (characters)", 3),
     ("accuracy (embeddings), mean", "accuracy (embeddings)", 3),
     ("all correct", "all correct", 3),
     ("alone, mean", "alone", 3),
@@ -53,7 +54,7 @@ COLUMNS: tuple[Column, ...] = (
 def classify(
     study: Study, texts: Sequence[tuple[Combination, str]], cp: ControlPrefix
 ) -> dict[str, float]:
-    """Attribute accuracy by both classifiers, base-model NLL and diversity of requested texts."""
+    """Attribute accuracy by each classifier, base-model NLL and diversity of requested texts."""
     figures: dict[str, float] = {}
     outputs = [text or " " for _, text in texts]
     hits_by_attribute: dict[str, list[bool]] = {}
@@ -65,11 +66,14 @@ def classify(
         by_words = list(study.word_classifiers[attribute].predict(outputs))
         hits_by_attribute[attribute] = [bool(by_words[i] == requested[i]) for i in indices]
         figures[f"accuracy, {attribute}"] = statistics.fmean(hits_by_attribute[attribute])
+        by_characters = study.character_classifiers[attribute].predict(outputs)
+        hits = [bool(by_characters[i] == requested[i]) for i in indices]
+        figures[f"accuracy (characters), {attribute}"] = statistics.fmean(hits)
         classifier = study.classifiers[attribute]
         best = classifier.probabilities(outputs).argmax(dim=1).tolist()
         hits = [classifier.labels[best[i]] == requested[i] for i in indices]
         figures[f"accuracy (embeddings), {attribute}"] = statistics.fmean(hits)
-    for name in ("accuracy", "accuracy (embeddings)"):
+    for name in ("accuracy", "accuracy (characters)", "accuracy (embeddings)"):
         values = [value for key, value in figures.items() if key.startswith(f"{name}, ")]
         figures[f"{name}, mean"] = statistics.fmean(values)
     if all(combination.keys() == study.labels.keys() for combination, _ in texts):
@@ -152,7 +156,7 @@ def page(results: Mapping[str, Any]) -> str:
         parts.append(
             f"**reinforced**: {options['reward_steps']} further steps of {options['requests']} "
             f"requests with every label, {options['samples']} samples each, rewarded by "
-            "classifiers over embeddings that are trained on other rows again; weights "
+            "`AttributeReward` of other rows again; weights "
             f"{options['kl']} of the KL divergence, {options['diversity']} of diversity."
         )
     if "pool" in options:

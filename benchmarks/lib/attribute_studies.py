@@ -14,7 +14,7 @@ from controlprefix.evaluation.harness import base_model_nll
 from controlprefix.evaluation.rewards import AttributeReward
 from controlprefix.model import FrozenModel
 
-from lib.datasets import Row, labelled, shuffled, word_classifier
+from lib.datasets import Row, character_classifier, labelled, shuffled, word_classifier
 from lib.models import engine
 
 Combination = Mapping[str, str]  # attribute -> label
@@ -52,7 +52,8 @@ class Study:
         frozen: The model.
         labels: Attribute -> its labels.
         rows: Training rows, each with one label such as `topic=sports`.
-        word_classifiers, classifiers: Per attribute, over words and over sentence embeddings.
+        word_classifiers, character_classifiers, classifiers: Per attribute, over words, over
+            characters, and over sentence embeddings.
         test_rows: Rows of the test splits, like `rows`.
         reward_rows: Rows that train the classifiers of a reward, like `rows`.
     """
@@ -62,13 +63,14 @@ class Study:
     labels: dict[str, list[str]]
     rows: list[Row]
     word_classifiers: dict[str, Pipeline]
+    character_classifiers: dict[str, Pipeline]
     classifiers: dict[str, AttributeClassifier]
     test_rows: list[Row]
     reward_rows: list[Row]
 
     @cached_property
     def reward(self) -> AttributeReward:
-        """Classifiers over embeddings, of rows that no other classifier and no method gets."""
+        """Classifiers over embeddings and words, of rows that nothing else gets."""
         rows = [
             Example(prompt="", raw=True, completion=row.completion, attributes=attributes_of(row))
             for row in self.reward_rows
@@ -96,7 +98,7 @@ def load_study(folder: Path, name: str, num_rows: int, frozen: FrozenModel) -> S
     rows: list[Row] = []
     test_rows: list[Row] = []
     reward_rows: list[Row] = []
-    word_classifiers, classifiers = {}, {}
+    word_classifiers, character_classifiers, classifiers = {}, {}, {}
     share = num_rows // len(STUDIES[name])
     for attribute, file in STUDIES[name].items():
         train = shuffled(labelled(folder, file, attribute, "train"), 0)
@@ -110,11 +112,22 @@ def load_study(folder: Path, name: str, num_rows: int, frozen: FrozenModel) -> S
             rest = shuffled(labelled(folder, file, attribute, "dev"), 0)
         reward_rows += [replace(row, label=f"{attribute}={row.label}") for row in rest]
         word_classifiers[attribute] = word_classifier(others)
+        character_classifiers[attribute] = character_classifier(others)
         classifiers[attribute] = AttributeClassifier.train(
             attribute, [row.completion for row in others], [str(row.label) for row in others]
         )
     rows = shuffled(rows, 0)
-    return Study(name, frozen, labels, rows, word_classifiers, classifiers, test_rows, reward_rows)
+    return Study(
+        name,
+        frozen,
+        labels,
+        rows,
+        word_classifiers,
+        character_classifiers,
+        classifiers,
+        test_rows,
+        reward_rows,
+    )
 
 
 def parts_of(combination: Combination) -> list[str]:

@@ -108,10 +108,17 @@ def labelled(folder: Path, name: str, attribute: str, split: str) -> list[Row]:
 
 def word_classifier(rows: Sequence[Row]) -> Pipeline:
     """A linear classifier of labels over words and pairs of words."""
-    pipeline = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-        LogisticRegression(C=10, max_iter=1000),
-    )
+    return _fitted(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), rows)
+
+
+def character_classifier(rows: Sequence[Row]) -> Pipeline:
+    """A linear classifier of labels over 2 to 5 characters inside words."""
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+    return _fitted(vectorizer, rows)
+
+
+def _fitted(vectorizer: TfidfVectorizer, rows: Sequence[Row]) -> Pipeline:
+    pipeline = make_pipeline(vectorizer, LogisticRegression(C=10, max_iter=1000))
     return pipeline.fit([row.completion for row in rows], [row.label for row in rows])
 
 
