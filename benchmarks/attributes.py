@@ -165,6 +165,7 @@ def page(results: Mapping[str, Any]) -> str:
             f"{options['pool']} texts of each combination, written with logits for and against at "
             "strength 2, that these classifiers prefer, and as many training rows."
         )
+    parts += results.get("notes", ())
     for name, study in results["studies"].items():
         classifiers = "; ".join(
             f"{attribute} {accuracy:.2f}" for attribute, accuracy in study["classifiers"].items()
@@ -189,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("data", metavar="DATA", type=Path)
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--name", help="of the result files, to keep those of other options")
     parser.add_argument("--steps", type=int, default=120)
     reward = parser.add_argument_group("reinforcement learning")
     reward.add_argument("--reward-steps", type=int, default=40)
@@ -213,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings += ("reward_steps", "requests", "samples", "diversity", "kl", "demonstrated")
     part = [] if options.studies == list(STUDIES) else options.studies
     device = [] if options.device == "cpu" else [options.device]
-    name = "-".join(["attributes", *part, *device])
+    name = options.name or "-".join(["attributes", *part, *device])
     file = ResultFile(name, options, settings=settings, model=frozen, page=page)
     for name in options.studies:
         study = load_study(options.data, name, options.steps * BATCH_SIZE, frozen)
