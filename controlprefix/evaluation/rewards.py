@@ -58,7 +58,8 @@ class AttributeReward:
     ) -> Self:
         """Train two classifiers for each attribute of examples, over embeddings and over words.
 
-        Their mean is harder to exploit than either alone: see docs/results/attributes-aspects-80.md.
+        Their mean is harder to exploit than either alone: see
+        docs/results/attributes-aspects-80.md.
 
         Args:
             examples: At least five of each label. Use other ones than those that prefixes are
