@@ -134,7 +134,7 @@ def test_a_task_of_a_multitask_checkpoint(tmp_path: Path) -> None:
     cp = engine_of(base)
     actual = steered(base, cp.prefix_from_peft(tmp_path, task=1), IDS)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(PrefixFormatError, match="has tasks 0 to 2; name one of them"):
+    with pytest.raises(PrefixFormatError, match="has tasks 0 to 2; give one of these"):
         cp.prefix_from_peft(tmp_path)
 
 

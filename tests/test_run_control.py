@@ -163,7 +163,7 @@ def test_a_run_that_is_not_finished_is_not_written_over(tmp_path: Path) -> None:
     cp = engine()
     with pytest.raises(TrainingInterrupted):
         cp.train(greetings(), folder=tmp_path, on_step=stopped, **options)
-    with pytest.raises(TrainingDataError, match="not finished; resume continues it"):
+    with pytest.raises(TrainingDataError, match="unfinished run; continue it with resume=True"):
         cp.train(greetings()[:4], folder=tmp_path, **options)
     os.utime(tmp_path / "checkpoint.safetensors", (0, 0))  # as a copy may have it
     report = cp.train(greetings(), folder=tmp_path, resume=True, **options)
@@ -179,7 +179,7 @@ def test_a_finished_run_that_was_continued_and_stopped_is_not_finished(tmp_path:
     more = {**options, "steps": 8}
     with pytest.raises(TrainingInterrupted):
         cp.train(greetings(), folder=tmp_path, resume=True, on_step=press_ctrl_c_at(6), **more)
-    with pytest.raises(TrainingDataError, match="not finished; resume continues it"):
+    with pytest.raises(TrainingDataError, match="unfinished run; continue it with resume=True"):
         cp.train(greetings(), folder=tmp_path, **options)
 
 

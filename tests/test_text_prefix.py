@@ -59,5 +59,5 @@ def test_enrolling_makes_a_usable_prefix_at_once(name: str) -> None:
     assert text == [2, 1, 1]
     plain = cp.generate("Hello", max_new_tokens=12)
     assert cp.generate("Hello", user="ana", max_new_tokens=12).text != plain.text
-    with pytest.raises(ControlPrefixError, match="user 'bo' has no text"):
+    with pytest.raises(ControlPrefixError, match="there is no text of user 'bo'"):
         cp.enroll("bo", ["  "])

@@ -127,8 +127,10 @@ class JobWorker:
             return True  # it was cancelled, or its user was forgotten
         except Exception as error:
             reason = str(error)
-            if isinstance(error, StoreError) or not isinstance(error, ControlPrefixError):
-                # Clients read it, and messages of databases contain paths.
+            if isinstance(error, StoreError):  # its message may contain paths, which clients read
+                _log.warning("job %s: %s", claim.job_id, error)
+                reason = "the store could not be used; see the worker's log"
+            elif not isinstance(error, ControlPrefixError):
                 _log.exception("job %s failed", claim.job_id)
                 reason = f"{type(error).__name__} while training; see the worker's log"
             renewal.finish(error=reason, again=isinstance(error, _MAY_SUCCEED_LATER))
