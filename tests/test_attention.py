@@ -395,7 +395,7 @@ def test_bfloat16_stays_near_float32() -> None:
     assert error < 2 * plain_error
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_slots_and_tokens_of_long_prompts_apart_give_the_same_outputs(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -421,7 +421,7 @@ def test_slots_and_tokens_of_long_prompts_apart_give_the_same_outputs(
             with torch.no_grad(), steering.attached(steering.assemble(parts)):
                 outputs.append(model(**batch, use_cache=False).logits)
     assert bool(num_calls) == (models.DEVICE == "cpu")
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-5}.get(dtype, 5e-2)
     for chunked, apart in zip(outputs[:3], outputs[3:], strict=True):
         torch.testing.assert_close(apart, chunked, atol=tolerance, rtol=tolerance)
     with torch.no_grad():

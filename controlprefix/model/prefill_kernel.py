@@ -141,7 +141,8 @@ def _merged(
         )
     )
     share = torch.sigmoid(token_mass - slot_mass).unsqueeze(3)
-    merged = torch.lerp(slots.float(), tokens.float(), share).to(query.dtype)
+    # The log-sum-exp is float32, or float64 as the model.
+    merged = torch.lerp(slots.to(share.dtype), tokens.to(share.dtype), share).to(query.dtype)
     return merged.transpose(1, 2).contiguous()
 
 
