@@ -136,3 +136,17 @@ def test_the_vllm_of_the_image_is_the_one_that_is_tested() -> None:
     assert tested is not None
     assert image is not None
     assert image[1] == tested[1]
+
+
+def test_images_from_elsewhere_are_pinned_by_digest() -> None:
+    images = [
+        service["image"]
+        for name in ("compose", "compose.cpu")
+        for service in compose(name)["services"].values()
+        if "build" not in service
+    ]
+    images += re.findall(r"^FROM (\S+)", (DEPLOY / "Dockerfile").read_text(), re.M)
+    pinned = [image for image in images if re.search(r":[\w.-]+@sha256:[0-9a-f]{64}$", image)]
+    # vLLM's comes from a build argument, which may have one.
+    assert len(pinned) >= 2
+    assert set(images) - set(pinned) == {"${VLLM_IMAGE}"}
