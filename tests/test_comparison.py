@@ -369,3 +369,18 @@ def test_the_command_reads_an_experiment(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["compare", "--experiment", str(experiment)])
     assert "unknown entry 'step'" in str(failed.exception)
     assert "steps" in str(failed.exception)
+
+
+def test_rows_beyond_the_context_are_refused_or_left_out() -> None:
+    rows = [*greetings(6), Example(prompt="Write", completion="word " * 5000, task="t")]
+    rows = [row.model_copy(update={"task": "t"}) for row in rows]
+    settings = {**SETTINGS, "methods": ["plain"]}
+    with pytest.raises(ContextLengthError, match="row 13:"):
+        compare(engine(), rows, **settings)
+    with pytest.raises(TrainingDataError, match="none of the 1 rows fits"):
+        compare(engine(), rows[:12], test=rows[12:], too_long="skip", **settings)
+    with pytest.raises(RequestError, match="'refuse' or 'skip'"):
+        compare(engine(), rows, too_long="cut", **settings)  # type: ignore[arg-type]
+    report = compare(engine(), rows, too_long="skip", **settings)
+    fitting = compare(engine(), rows[:12], **settings)
+    assert report.options["data"] == fitting.options["data"]

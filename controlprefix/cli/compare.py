@@ -35,6 +35,7 @@ _EXPERIMENT = (
     "labelled_texts",
     "general",
     "other_prompts",
+    "too_long",
 )
 
 
@@ -86,6 +87,10 @@ def compare(
     other_prompts: Annotated[
         Path | None,
         typer.Option(help="Prompts of another task, one per line, to measure divergence on."),
+    ] = None,
+    too_long: Annotated[
+        str | None,
+        typer.Option(help="Rows beyond the model's context: refuse or skip.  [refuse]"),
     ] = None,
     folder: Annotated[
         Path, typer.Option(help="Folder of the report; an interrupted run continues there.")

@@ -65,9 +65,10 @@ def fit_to_context(
         fitted.examples.append(example)
         fitted.tokenized.append(ids)
     if examples and not fitted.examples:
+        advice = "none can be cut" if too_long == "cut" else "give shorter rows"
         raise TrainingDataError(
             f"none of the {len(examples)} rows fits the model's context of "
-            f"{tokenizer.context_length} tokens; too_long='cut' cuts what can be cut"
+            f"{tokenizer.context_length} tokens; {advice}"
         )
     return fitted._replace(num_cut=num_cut, num_skipped=num_skipped)
 

@@ -4,9 +4,9 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from controlprefix.evaluation.comparison.report import ComparisonReport
 from controlprefix.evaluation.comparison.state import ComparisonState
 from controlprefix.example import Example
 from controlprefix.prefixes import PrefixKey
+from controlprefix.training.context_fit import fit_to_context
 from controlprefix.training.held_out import split_examples, warn_of_shared_prompts
 
 _FILE = "comparison.json"
@@ -51,6 +52,7 @@ def compare(
     classifiers: Sequence[AttributeClassifier] = (),
     general: Rows | None = None,
     other_prompts: Sequence[str] | None = None,
+    too_long: Literal["refuse", "skip"] = "refuse",
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> ComparisonReport:
@@ -79,6 +81,8 @@ def compare(
         classifiers: Attribute classifiers, trained on other texts, for rows with labels.
         general: Texts that people wrote for no task, to measure forgetting.
         other_prompts: Prompts of another task, to measure divergence; left out, general ones.
+        too_long: What happens to rows that do not fit the model's context: an error, or they are
+            left out.
         folder: Where results are kept as they are measured: an interrupted run continues there.
         progress: Show a progress bar.
 
@@ -87,6 +91,7 @@ def compare(
 
     Raises:
         TrainingDataError: If rows are too few, or an option is invalid.
+        ContextLengthError: If a row does not fit the model's context, and rows are not skipped.
         UnsupportedModelError: If the model is an encoder-decoder.
         MissingDependencyError: If a package of the extra `compare` is not installed.
         StoreError: If the folder holds another comparison, or cannot be written.
@@ -105,19 +110,25 @@ def compare(
     if frozen.is_encoder_decoder:
         raise UnsupportedModelError("a comparison needs a decoder-only model")
     peft_package()
+    tokenizer = frozen.request_tokenizer
+
+    def examples_of(rows: Rows, columns: Columns | None) -> list[Example]:
+        examples = _examples(rows, columns)
+        if too_long == "skip" and examples:
+            examples = fit_to_context(examples, tokenizer, too_long).examples
+        tokenizer.ids_of_examples(examples)  # what cannot be read is told before training
+        return examples
+
     problem = Problem(
         frozen,
-        *_split(_examples(rows, columns), validation, test, columns, num_rows),
+        *_split(examples_of, rows, validation, test, columns, num_rows),
         instruction=instruction,
         steps=steps,
         batch_size=batch_size,
         num_slots=num_slots,
         max_new_tokens=max_new_tokens,
     )
-    tokenizer = frozen.request_tokenizer
-    general_rows = [] if general is None else _examples(general, None)[:num_rows]
-    for part in (problem.training, problem.validation, problem.test, general_rows):
-        tokenizer.ids_of_examples(part)  # what cannot be read is told before anything is trained
+    general_rows = [] if general is None else examples_of(general, None)[:num_rows]
     for attribute, labels in problem.attributes.items():
         for label in labels:
             PrefixKey.for_label(attribute, label)  # so are names that nothing can have
@@ -175,13 +186,15 @@ def _examples(rows: Rows, columns: Columns | None) -> list[Example]:
 
 
 def _split(
-    rows: list[Example],
+    examples_of: Callable[[Rows, Columns | None], list[Example]],
+    data: Rows,
     validation: float | Rows,
     test: float | Rows,
     columns: Columns | None,
     num_rows: int,
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """Rows to train on, to choose learning rates by, and to measure on."""
+    rows = examples_of(data, columns)
     tasks = {row.task for row in rows}
     if len(tasks) > 1:
         raise TrainingDataError(
@@ -197,7 +210,7 @@ def _split(
             part = [rows[i] for i in split.held_out]
             rows = [rows[i] for i in split.training]
         else:
-            part = _examples(share, columns)
+            part = examples_of(share, columns)
             part = [row.model_copy(update={"task": next(iter(tasks))}) for row in part]
         if not part:
             raise TrainingDataError(f"there are no {name} rows; give more rows, or {name} rows")
