@@ -131,6 +131,18 @@ class VersionConflictError(StoreError):
     """Another version was published first."""
 
 
+class ForgottenError(StoreError):
+    """A user was forgotten while a prefix was made of their texts; nothing was stored.
+
+    Attributes:
+        user: The name.
+    """
+
+    def __init__(self, user: str) -> None:
+        super().__init__(f"user {user!r} was forgotten meanwhile; nothing was stored")
+        self.user = user
+
+
 class ServerError(ControlPrefixError, RuntimeError):
     """Base of the errors that only the HTTP server raises."""
 

@@ -7,7 +7,7 @@ from sqlalchemy import and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from controlprefix.errors import StoreError
-from controlprefix.store.tables import CodeRow, PrefixRow, SourceRow, VersionRow
+from controlprefix.store.tables import AuditRow, CodeRow, PrefixRow, SourceRow, VersionRow
 
 LINK_TABLES = (CodeRow, SourceRow)
 
@@ -73,7 +73,7 @@ def add_sources(
 
 def inherit_sources(session: Session, tenant: int, origin: VersionRow, version: VersionRow) -> None:
     """Give a version the sources of another one, and its number of forgotten ones."""
-    version.num_forgotten = origin.num_forgotten
+    version.num_forgotten += origin.num_forgotten
     users = set(sources(session, origin.prefix_id, origin.version))
     users -= set(sources(session, version.prefix_id, version.version))
     add_sources(session, tenant, version.prefix_id, version.version, users)
@@ -85,6 +85,17 @@ def sources(session: Session, prefix_id: int, version: int) -> list[str]:
         SourceRow.prefix_id == prefix_id, SourceRow.version == version
     )
     return sorted(session.scalars(query))
+
+
+def forgotten_users(session: Session, tenant: int, since: int) -> set[str]:
+    """The users who were forgotten after an entry of the audit."""
+    query = select(AuditRow.name).where(
+        AuditRow.tenant_id == tenant,
+        AuditRow.id > since,
+        AuditRow.action == "forget",
+        AuditRow.kind == "user",
+    )
+    return set(session.scalars(query))
 
 
 def mark_forgotten(session: Session, tenant: int, user: str) -> int:

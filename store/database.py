@@ -128,7 +128,10 @@ class Database:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             return work(session, self._set_tenant(session, write))
 
-        return self._transaction(as_tenant, write=write)
+        result = self._transaction(as_tenant, write=write)
+        if write and self.is_missing:
+            raise StoreError(f"there is no store to write to: {self.label}")
+        return result
 
     def for_tenant(self, tenant: str) -> "Database":
         """The same connections as another tenant."""

@@ -16,6 +16,7 @@ from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from controlprefix.errors import OverloadedError, UnknownNameError
+from controlprefix.store import samples
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import user_name
@@ -87,7 +88,12 @@ class JobMethods:
     tenant: str
 
     def add_job(
-        self, kind: JobKind, user: str, options: Mapping[str, Any], fingerprint: str
+        self,
+        kind: JobKind,
+        user: str,
+        options: Mapping[str, Any],
+        fingerprint: str,
+        texts: Sequence[str] = (),
     ) -> Job:
         """Queue a job for a worker with the model of this fingerprint.
 
@@ -96,6 +102,7 @@ class JobMethods:
             user: Whose prefix to make.
             options: What it needs, as JSON can hold it.
             fingerprint: Fingerprint of the model.
+            texts: Texts of the user to keep in the store, in the same transaction.
 
         Raises:
             UnknownNameError: If the user's name is not valid.
@@ -124,6 +131,8 @@ class JobMethods:
                     created_at=now, due_at=now, num_attempts=0,
                 )
             )  # fmt: skip
+            if texts:
+                samples.add(session, tenant, self._cipher, user, texts)
             session.flush()
             _trim(session, tenant)
             return _job(row)

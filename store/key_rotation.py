@@ -14,10 +14,10 @@ from controlprefix.store.versions import key_of, select_prefixes
 
 
 def rotate_keys(database: Database, cipher: TenantCipher) -> int:
-    """Re-encrypt a tenant's versions, texts and profiles; returns the number of versions.
+    """Re-encrypt a tenant's versions, texts, profiles and jobs; returns the number of versions.
 
-    Each version is a transaction, so readers and writers go on meanwhile, as long as the keys
-    given contain the old one too.
+    Each version is a transaction, and so are all texts, all profiles and all jobs: readers and
+    writers go on meanwhile, as long as the keys given contain the old one too.
 
     Raises:
         StoreKeyError: If a key is missing.

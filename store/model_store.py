@@ -1,6 +1,6 @@
 """ModelStore: a tenant's prefixes for one frozen model."""
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import and_, select
@@ -201,6 +201,21 @@ class ModelStore:
             ]
 
         return self._database.run(read)
+
+    def has_versions(self, saved: Mapping[str, int], keys: Collection[PrefixKey]) -> bool:
+        """Whether versions that a run stored are still there.
+
+        Args:
+            saved: Versions by the names of their keys.
+            keys: The keys that the run trained; those that are not among `saved` are left out.
+        """
+        for key in keys:
+            if (version := saved.get(str(key))) is not None:
+                try:
+                    self.version_info(key, version=version)
+                except UnknownNameError:
+                    return False
+        return True
 
     def version_info(self, key: PrefixKey, *, version: int | str | None = None) -> VersionInfo:
         """One version without its bytes.

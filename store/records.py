@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 from controlprefix.errors import InvalidNameError
 from controlprefix.prefixes import KINDS, Kind, PrefixKey
@@ -138,6 +138,13 @@ class VersionInfo:
     parent_version: int | None
     aliases: tuple[str, ...]
     num_forgotten: int
+
+    @property
+    def storage_dtype(self) -> "StorageDtype | None":
+        """Its dtype for another version made from it; None where that is the value's own."""
+        from controlprefix.prefixes.container import StorageDtype
+
+        return cast(StorageDtype, self.dtype) if self.dtype in get_args(StorageDtype) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from controlprefix.store.records import (
     check_key,
     check_name,
     check_value_fits,
+    user_name,
 )
 from controlprefix.store.tables import AuditRow, PrefixRow, VersionRow
 from controlprefix.store.transfer import export_tenant, import_tenant
@@ -132,8 +133,14 @@ class PrefixStore(UserData, JobMethods):
 
         self._database.run(try_writing, write=True)
 
-    def put(self, new_versions: Sequence[NewVersion]) -> list[int]:
+    def put(self, new_versions: Sequence[NewVersion], *, since: int | None = None) -> list[int]:
         """Publish versions, all or none, and make them current.
+
+        Args:
+            new_versions: What to publish.
+            since: `last_audit_number` from before the users' texts were read. A user who was
+                forgotten after it is not stored again, and counts among a version's sources as
+                forgotten.
 
         Returns:
             The version numbers, counted from 1 for each name.
@@ -141,6 +148,7 @@ class PrefixStore(UserData, JobMethods):
         Raises:
             StoreError: If the database cannot be written; then nothing is changed.
             VersionConflictError: If a version to be replaced is no longer current.
+            ForgottenError: If a user to be stored was forgotten after `since`.
             PrefixFormatError: If a prefix holds NaN or infinite values.
         """
         for new in new_versions:
@@ -157,7 +165,13 @@ class PrefixStore(UserData, JobMethods):
             order = sorted(range(len(new_versions)), key=lambda i: new_versions[i].key)
             return {
                 i: versions.publish(
-                    session, tenant, self._database, self._cipher, new_versions[i], payloads[i]
+                    session,
+                    tenant,
+                    self._database,
+                    self._cipher,
+                    new_versions[i],
+                    payloads[i],
+                    since,
                 )
                 for i in order
             }
@@ -369,15 +383,21 @@ class PrefixStore(UserData, JobMethods):
 
         return self._database.run(read)
 
-    def last_removal(self, key: PrefixKey) -> int:
-        """Number of the last entry of a name in the audit; 0 if it was never removed."""
+    def last_audit_number(self, *, forgotten: str | None = None) -> int:
+        """Number of the last entry in the audit; 0 if there is none.
+
+        Args:
+            forgotten: A user: the entry that tells when they were last forgotten.
+        """
 
         def read(session: Session, tenant: int) -> int:
-            query = select(func.max(AuditRow.id)).where(
-                AuditRow.tenant_id == tenant,
-                AuditRow.kind == key.kind,
-                AuditRow.name == key.name,
-            )
+            query = select(func.max(AuditRow.id)).where(AuditRow.tenant_id == tenant)
+            if forgotten is not None:
+                query = query.where(
+                    AuditRow.action == "forget",
+                    AuditRow.kind == "user",
+                    AuditRow.name == user_name(forgotten),
+                )
             return session.scalar(query) or 0
 
         return self._database.run(read)

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Select, and_, or_, select
 from sqlalchemy.orm import Session
 
-from controlprefix.errors import StoreError, UnknownNameError, VersionConflictError, known_names
+from controlprefix.errors import (
+    ForgottenError,
+    StoreError,
+    UnknownNameError,
+    VersionConflictError,
+    known_names,
+)
 from controlprefix.prefixes import Kind, PrefixKey, content_hash
 from controlprefix.store import codes, profiles, samples
 from controlprefix.store.database import Database
@@ -67,11 +73,19 @@ def publish(
     cipher: TenantCipher,
     new: NewVersion,
     payload: bytes,
+    since: int | None = None,
 ) -> int:
     """Add a version and make it current; returns its number.
 
+    Args:
+        session, tenant, database, cipher: The transaction, and what it needs.
+        new: The version.
+        payload: Its bytes.
+        since: See `PrefixStore.put`.
+
     Raises:
         VersionConflictError: If the version to be replaced is no longer current.
+        ForgottenError: If its user was forgotten meanwhile.
         StoreError: If it is a code and its decoder is not stored.
     """
     from controlprefix.prefixes import UserCode
@@ -107,6 +121,11 @@ def publish(
             f"{new.key} is at version {row.current_version}, not at {new.replaces}, which this "
             "was to replace: another version was published; read it again and decide"
         )
+    # Read under the lock, for which a removal of this name waits, or which has waited for it.
+    forgotten = set() if since is None else codes.forgotten_users(session, tenant, since)
+    if new.key.kind == "user" and new.key.name in forgotten:
+        raise ForgottenError(new.key.name)
+    sources = set(new.sources) - forgotten
     parent = row.current_version or None
     row.newest_version += 1
     row.current_version = row.newest_version
@@ -120,20 +139,22 @@ def publish(
         dtype=new.dtype or _storage_dtype(new.value),
         created_at=datetime.now(UTC),
         details=dict(new.details),
+        num_forgotten=len(set(new.sources) & forgotten),
     )
     origin = _origin(session, tenant, new, row, version.content_hash)
     session.add(version)
     session.flush()  # rows below refer to it
     if decoder is not None:
         codes.link_to_decoder(session, tenant, decoder, row.id, row.newest_version)
-    codes.add_sources(session, tenant, row.id, row.newest_version, new.sources)
+    codes.add_sources(session, tenant, row.id, row.newest_version, sources)
     if origin is not None:
         session.flush()
         codes.inherit_sources(session, tenant, origin, version)
     identity = version_id(new.key, fingerprint, row.newest_version)
     stored, key_id = cipher.encrypt(payload, identity)
     session.add(PayloadRow(**ids, payload=stored, key_id=key_id))
-    samples.add(session, tenant, cipher, new.key.name, new.texts)
+    if new.texts:
+        samples.add(session, tenant, cipher, new.key.name, new.texts)
     if new.profile is not None:
         profiles.replace(session, tenant, cipher, new.key.name, new.profile)
     return row.newest_version

@@ -1,6 +1,6 @@
 """Arguments of the wrong type or size are errors of this library that say what is taken."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from controlprefix import (
     ControlPrefixError,
     Prefix,
     Request,
+    RequestError,
     UnknownNameError,
 )
+from controlprefix.engine.arguments import checks_own_arguments
 from controlprefix.evaluation import evaluate_users
 from controlprefix.store import PrefixStore
 
@@ -120,3 +122,20 @@ def test_the_name_of_a_file_is_no_text_of_a_user(cp: ControlPrefix, tmp_path: Pa
     for prompts in (str(file), file):
         with pytest.raises(ControlPrefixError, match="distill takes a list of texts"):
             cp.distill("Be kind.", prompts, task="t")  # type: ignore[arg-type]
+
+
+def test_arrays_and_sets_are_lists(cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    @checks_own_arguments
+    def checked(prompts: Sequence[str], weights: Sequence[float] = ()) -> None:
+        taken.append((prompts, weights))
+
+    method: Any = checked
+
+    method(numpy.array(["b", "a"]), weights=torch.tensor([1.5]))
+    method({"b", "a"})
+    method(numpy.array(["a"]))  # of one item
+    assert taken == [(["b", "a"], [1.5]), (["a", "b"], ()), (["a"], ())]
+    with pytest.raises(RequestError, match="list of texts"):
+        method(numpy.array([1]))

@@ -110,8 +110,9 @@ def test_a_failure_while_joining_ends_every_ticket(
     with monkeypatch.context() as patch:
         patch.setattr("controlprefix.inference.batch_cache.arrange_rows", lambda *_: 1 / 0)
         for ticket in [batcher.submit(cp.resolve(long)) for _ in range(3)]:
-            with pytest.raises(RuntimeError, match="division by zero"):
+            with pytest.raises(RuntimeError, match="ZeroDivisionError: division by zero") as caught:
                 ticket.result()
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert batcher.submit(cp.resolve(long)).result() == cp.generate(long)
     assert batcher.close()
     assert batcher.load == (0, 0)

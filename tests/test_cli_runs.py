@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import run
@@ -11,6 +13,8 @@ from typer.testing import CliRunner
 from controlprefix import ControlPrefix
 from controlprefix.cli import app
 from controlprefix.cli.config import apply_config
+from controlprefix.cli.groups import ModelArguments
+from controlprefix.cli.reinforce import parse_rewards
 from controlprefix.cli.runs import RunArguments
 from controlprefix.errors import ControlPrefixError, RequestError
 from controlprefix.store import PrefixStore
@@ -189,3 +193,63 @@ def test_resume_continues_the_latest_run_of_the_command_and_the_data(
 def test_a_device_that_is_none_is_told_before_anything_is_loaded(device: str) -> None:
     with pytest.raises(ControlPrefixError, match=f"device is '{device}'"):
         ControlPrefix.from_pretrained("no-such-model", device=device, store="sqlite://")
+
+
+def test_an_option_that_is_left_out_is_shorter_where_there_is_less_room(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    prompt = "x" * 200  # of the model's 256 positions
+    model = ("--model", str(model_folder), "--raw")
+    assert run(tmp_path, "generate", prompt, *model) is not None
+    with pytest.raises(RequestError, match="200"):
+        run(tmp_path, "generate", prompt, "--max-new-tokens", "128", *model)
+
+
+def test_options_of_an_experiment_and_the_command_line_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
+    (tmp_path / "e.toml").write_text(
+        'rows = "rows.csv"\nmodel = "theirs"\n'
+        'columns = { prompt = "question", completion = "answer" }\n'
+    )
+    loaded: list[str] = []
+
+    def load(self: ModelArguments, **_: Any) -> None:
+        loaded.append(self.model)
+        raise RequestError("loaded")
+
+    monkeypatch.setattr(ModelArguments, "load", load)
+    arguments = ("compare", "--experiment", str(tmp_path / "e.toml"), "--task", "qa")
+    for own, expected in (((), "theirs"), (("--model", "smollm2"), "smollm2")):
+        with pytest.raises(RequestError, match="loaded"):  # so its rows could be read
+            run(tmp_path, *arguments, *own)
+        assert loaded.pop() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("serve --vllm-model a", "--vllm-model has no effect with --engine transformers"),
+        (
+            "serve --engine vllm --vllm-prefixes . --max-sequences-per-tenant 1",
+            "--max-sequences-per-tenant has no effect with --engine vllm",
+        ),
+        ("prefixes import . --kind task --name a --labels a=b", "--labels"),
+        ("prefixes import . --kind task --name a --peft-task 1", "--peft-task"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path: Path, arguments: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        run(tmp_path, *arguments.split())
+
+
+def test_a_reward_is_a_function_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_reward.py").write_text(
+        "def score(requests, texts):\n    return [1.0] * len(texts)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    assert parse_rewards(["python=my_reward:score"])([], ["a"]) == [1.0]

@@ -407,3 +407,14 @@ def test_what_rows_leave_open_is_filled_in_from_those_that_say_it() -> None:
     unlabelled = [row("".join(draw.choices("abcdef", k=8))) for _ in range(10)]
     opened = pseudo_label([*noise, *unlabelled])[60:]
     assert all(item.attributes == {} for item in opened)
+
+
+def test_copies_of_a_text_are_held_out_together() -> None:
+    """Labels at random: only texts that were trained on can be told."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("helo AHOY", k=12)) for _ in range(40)]
+    labels = [draw.choice(["low", "high"]) for _ in texts]
+    apart = AttributeClassifier.train("pitch", texts, labels)
+    copied = AttributeClassifier.train("pitch", texts * 4, labels * 4)
+    assert apart.accuracy < 0.9
+    assert copied.accuracy == apart.accuracy

@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlprefix import Example, TrainingDataError
+from controlprefix import Example, Message, TrainingDataError
 from controlprefix.prefixes import PrefixKey
-from controlprefix.training.held_out import prompt_identity, split, split_examples
+from controlprefix.training.held_out import (
+    prompt_identity,
+    split,
+    split_examples,
+    warn_of_shared_prompts,
+)
+from controlprefix.training.settings import TrainingSettings
+from controlprefix.users.user_training import split_user_rows, user_rows
 
 from helpers import QUICK, engine, greetings
 
@@ -134,7 +141,7 @@ def test_rows_of_ones_own_choose_the_best_step(
     assert from_file.num_held_out == 1
     with caplog.at_level(logging.WARNING):
         cp.train(greetings(), **{**QUICK, "validation": greetings(1)})
-    assert "2 of 2 held-out rows have a prompt that is trained on too" in caplog.text
+    assert "2 of 2 held-out rows have a prompt" in caplog.text
     other = [{"prompt": "Meet", "task": "other", "completion": "x"}]
     with pytest.raises(TrainingDataError, match="held-out rows name no prefix that is trained"):
         cp.train(greetings(), **{**QUICK, "validation": other})
@@ -190,3 +197,46 @@ def test_a_prompt_is_the_same_as_one_message() -> None:
     as_text = Example(prompt="Greet  Sam", completion="x")
     as_message = Example(messages=[{"role": "user", "content": "greet Sam"}], completion="y")
     assert prompt_identity(as_text) == prompt_identity(as_message)
+
+
+def test_images_are_part_of_a_prompt_and_link_rows() -> None:
+    images = [b"one", b"two", b"three", b"four"]
+    rows = [
+        Example(prompt=question, images=(image,), completion=f"answer {i}", task="t")
+        for i, (image, question) in enumerate(
+            (image, question) for image in images for question in ("What is it?", "Which colour?")
+        )
+    ]
+    assert len({prompt_identity(row) for row in rows}) == 8
+    assert prompt_identity(rows[0]) == prompt_identity(rows[0].model_copy())
+    message = Message(role="user", content="What is it?", images=(b"one",))
+    same = Example(messages=(message,), completion="x", task="t")
+    assert prompt_identity(same) == prompt_identity(rows[0])
+    # Each question links all rows but its own image's; by text alone they can be held out.
+    apart = [row.model_copy(update={"prompt": f"{row.prompt} {i}"}) for i, row in enumerate(rows)]
+    chosen = split_examples(apart, [()] * len(apart), 0.25, seed=0)
+    held_out = {apart[i].images for i in chosen.held_out}
+    assert held_out
+    assert not held_out & {apart[i].images for i in chosen.training}
+
+
+def test_a_text_without_a_prompt_that_is_trained_on_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [Example(prompt="", completion=f"Text {i}", task="t", raw=True) for i in range(3)]
+    with caplog.at_level(logging.WARNING, logger="controlprefix"):
+        warn_of_shared_prompts(rows[:2], rows)
+    assert "2 of 2 held-out rows have a prompt, or a text without one" in caplog.text
+    caplog.clear()
+    warn_of_shared_prompts(rows[:1], rows[1:])
+    assert not caplog.text
+
+
+def test_a_text_of_several_users_is_held_out_for_all() -> None:
+    cp = engine()
+    texts = [f"A text that many wrote, number {i}" for i in range(8)]
+    rows = [row for user in ("ana", "bo") for row in user_rows(cp.frozen_model, user, texts, 0)[1]]
+    settings = TrainingSettings(validation=0.25)
+    training, held_out = split_user_rows(rows, settings)
+    assert held_out
+    assert not {row.targets for row in held_out} & {row.targets for row in training}

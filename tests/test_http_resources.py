@@ -123,6 +123,8 @@ def test_pages_versions_and_rollback_over_http(tmp_path: Path) -> None:
         ] == ["canary"]
         assert httpx.post(f"{label}/rollback", json={"to": "canary"}).status_code == 200
         assert httpx.post(f"{label}/rollback", json={"to": 9}).status_code == 404
+        assert httpx.post(f"{users}/ana/rollback", json={"to": "1"}).status_code == 200
+        assert httpx.post(f"{users}/ana/rollback", json={"to": True}).status_code == 400
         assert httpx.get(f"{served.base}/v1/prefixes/task").json()["names"] == ["email"]
         assert httpx.get(f"{served.base}/v1/models/tiny/email").status_code == 200
         assert httpx.delete(f"{served.base}/v1/prefixes/task/email").json()["num_versions"] == 1

@@ -389,3 +389,22 @@ def test_a_job_whose_worker_died_does_not_count_as_running(
     claim = store.claim_job(F)
     assert claim is not None
     assert claim.job_id == job.id  # the older of two, neither of whose tenants has one running
+
+
+def test_an_error_of_another_kind_ends_no_worker(
+    store: PrefixStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.add_job("train_user", "ana", OPTIONS, F)
+    failures = [OSError("the key service is away"), RuntimeError("broken")]
+    start = PrefixStore.start_job
+
+    def fails_first(self: PrefixStore, claim: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return start(self, claim)
+
+    monkeypatch.setattr(PrefixStore, "start_job", fails_first)
+    for _ in range(3):
+        work(store)
+        clock.advance(60)
+    assert store.job(job.id).status == "succeeded"

@@ -63,3 +63,14 @@ def test_jobs_that_cannot_do_anything_are_refused_at_once(served: "Served") -> N
     answer = httpx.put(f"{served.base}/v1/users/bo", json=body)
     assert answer.status_code == 400
     assert "is for a decoder" in answer.json()["error"]["message"]
+    for change in ({"as_codes": True}, {"num_slots": 2}):
+        fields = {"texts": ["mine"], "keep_texts": True, "train": change, "guard": True}
+        assert httpx.put(f"{served.base}/v1/users/bo", json=fields).status_code == 400
+    assert httpx.delete(f"{served.base}/v1/users/bo").status_code == 404  # nothing was kept
+    accepted = httpx.put(
+        f"{served.base}/v1/users/kept",
+        json={"texts": ["mine"], "keep_texts": True, "train": {"steps": 1}},
+    )
+    assert accepted.status_code == 202
+    finished(served, accepted.headers["Location"])
+    assert served.gateway._tenants._store.for_tenant("mine").samples("kept") == ["mine"]

@@ -1,5 +1,7 @@
 """Loading: options of the model, and mistakes in them."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,8 @@ def test_mistakes_in_loading_options_are_told(
             ControlPrefix.from_pretrained(model_folder, store="sqlite://", **options)  # type: ignore[arg-type]
     with pytest.raises(ControlPrefixError, match="for a model to be loaded"):
         ControlPrefix.from_pretrained(engine().model, revision="main")
+    with pytest.raises(ControlPrefixError, match="dtype, revision and quantization are for"):
+        ControlPrefix.from_pretrained(engine().model, dtype="float32")
     with pytest.raises(ControlPrefixError, match="there is no folder"):
         ControlPrefix.from_pretrained("/no/such/folder", store="sqlite://")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -88,3 +92,15 @@ def test_a_dtype_and_a_device_are_those_that_were_asked_for(model_folder: Path) 
     assert ControlPrefix.from_pretrained(model_folder, store="sqlite://").model.dtype == (
         torch.float32
     )
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_model_is_one_clear_error(model_folder: Path, tmp_path: Path, file: str) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    if file == "config.json":
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**config, "num_hidden_layers": "many"}))
+    else:
+        (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(ControlPrefixError, match="cannot load a model from"):
+        ControlPrefix.from_pretrained(folder, store="sqlite://")

@@ -119,6 +119,8 @@ def test_unknown_users_are_refused_without_naming_others_or_served_plainly(store
             assert response.json()["parts"] == []
             plain = chat(served, temperature=0, max_tokens=8).json()
             assert response.json()["choices"] == plain["choices"]
+            # No prefix is left whose relevance could be asked for.
+            assert chat(served, user="an", when="relevant", **fields).json()["parts"] == []
             steered = chat(served, user="ana", **fields).json()
             assert [part["name"] for part in steered["parts"]] == ["ana"]
             wrong = chat(served, user="an", attributes={"tone": "wrm"}, **fields)

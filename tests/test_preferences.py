@@ -285,3 +285,13 @@ def test_a_users_newest_thousand_preferences_stay() -> None:
     assert [row.prompt for row in cp.feedback("ana")][::999] == ["5", "1004"]
     cp.keep_feedback([{**rows[0], "user": "bo"}])
     assert len(cp.feedback("ana")) == 1000
+
+
+def test_another_reference_is_another_run(tmp_path: Path) -> None:
+    cp, options = engine(), {**OPTIONS, "steps": 2}
+    cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=4, seed=1))
+    cp.train_preferences(preferences(2), folder=tmp_path, reference="start", **options)
+    with pytest.raises(TrainingDataError, match="another run"):
+        cp.train_preferences(
+            preferences(2), folder=tmp_path, reference="plain", resume=True, **options
+        )

@@ -273,3 +273,24 @@ def test_the_command_learns_from_conversations_too(
     result = CliRunner().invoke(app, ["prefixes", "relevance", "task", "boats", str(file)])
     assert result.exit_code == 0, result.output
     assert learned == [[*BOATS, "Hi"]]
+
+
+def test_models_in_float64_learn_it_too() -> None:
+    cp = ControlPrefix.from_pretrained(
+        frozen(MODEL, TOKENIZER).model.double(), tokenizer=TOKENIZER, store="sqlite://"
+    )
+    cp.put("task", "boats", cp.prefix_from_text("boats"))
+    assert cp.version_info("task", "boats").dtype == "float64"
+    assert cp.version_info("task", "boats").storage_dtype is None
+    learned = cp.learn_relevance("task", "boats", BOATS)
+    assert cp.version_info("task", "boats", version=learned.version).dtype == "float64"
+
+
+def test_what_no_file_can_hold_is_refused_before_it_is_written(cp: ControlPrefix) -> None:
+    prefix = cp.get("task", "boats")
+    assert prefix.relevance is not None
+    many = prefix.relevance.own[:1].repeat(4000, 400 // prefix.relevance.own.shape[1] + 1)
+    others = prefix.relevance.others[:1].repeat(1, 400 // prefix.relevance.own.shape[1] + 1)
+    long = replace(prefix, relevance=replace(prefix.relevance, own=many, others=others))
+    with pytest.raises(PrefixFormatError, match="more beside its tensors"):
+        long.to_bytes()

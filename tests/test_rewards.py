@@ -26,6 +26,7 @@ from controlprefix.evaluation.rewards import (
     LengthReward,
     PatternReward,
     WeightedReward,
+    requested_labels,
 )
 from controlprefix.evaluation.word_classifier import WordClassifier
 from controlprefix.prefixes import PrefixKey
@@ -38,7 +39,7 @@ from controlprefix.training.policy import (
 )
 from controlprefix.training.settings import PolicySettings, TrainingSettings
 
-from helpers import QUICK, Histogram, engine, greetings
+from helpers import QUICK, Histogram, engine, greetings, says
 
 
 def test_checks_of_texts() -> None:
@@ -235,3 +236,18 @@ def test_the_best_texts_stay_in_the_requested_language(monkeypatch: pytest.Monke
     monkeypatch.setattr(cp, "generate", lambda requests, **_: completions[: len(requests)])
     (example,) = best_texts(cp, [request], share_of_vowels, num_samples=2, keep=1)
     assert (example.source_language, example.target_language) == ("ita_Latn", "deu_Latn")
+
+
+def test_characters_of_scripts_without_spaces_count_as_words() -> None:
+    (reward,) = LengthReward(10, 20)([says("a")], ["今日はとても天気がいいですね"])
+    assert reward == 0.0
+
+
+def test_a_label_that_is_steered_away_from_is_not_requested() -> None:
+    request = Request(
+        prompt="a", attributes={"tone": "warm", "size": "long"}, strengths={"tone": -1}
+    )
+    assert requested_labels(request) == {"size": "long"}
+    assert requested_labels(request.model_copy(update={"strengths": {"size": 0.0}})) == {
+        "tone": "warm"
+    }

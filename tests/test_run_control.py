@@ -11,6 +11,7 @@ import pytest
 from controlprefix import (
     ControlPrefix,
     ControlPrefixError,
+    Example,
     MissingDependencyError,
     TrainingDataError,
     __version__,
@@ -18,7 +19,7 @@ from controlprefix import (
 from controlprefix.errors import TrainingInterrupted
 from controlprefix.training import Callback, StepInfo, TrainingReport
 
-from helpers import QUICK, engine, greetings
+from helpers import QUICK, engine, greetings, letters_reward, says, stocked
 
 
 def press_ctrl_c_at(step: int) -> Callback:
@@ -191,3 +192,45 @@ def test_another_number_of_slots_is_not_called_other_examples(tmp_path: Path) ->
         cp.train(greetings(), folder=tmp_path, resume=True, **more)
     with pytest.raises(TrainingDataError, match="other examples, or other prefixes beside"):
         cp.train(greetings()[2:], folder=tmp_path, resume=True, **QUICK)
+
+
+def test_a_resumed_run_whose_versions_are_gone_stores_them_again(tmp_path: Path) -> None:
+    cp = engine(store=f"sqlite:///{tmp_path}/prefixes.db")
+    settings = {**QUICK, "steps": 2}
+    first = cp.train(greetings(), folder=tmp_path / "run", **settings)
+    cp.remove("task", "greet")
+    again = cp.train(greetings(), folder=tmp_path / "run", resume=True, **settings)
+    assert again.losses == first.losses
+    assert again.saved["task 'greet'"] == 1
+    assert cp.exists("task", "greet")
+
+
+def test_options_that_have_no_effect_are_refused(tmp_path: Path) -> None:
+    cp = engine()
+    rows = greetings()
+    with pytest.raises(ControlPrefixError, match="give a sweep parameterizations"):
+        cp.sweep(rows, parameterization="direct", progress=False)
+    texts = {"ana": ["a text"], "bo": ["another"]}
+    with pytest.raises(ControlPrefixError, match="too_long has no effect when training users"):
+        cp.train_users(texts, too_long="skip", progress=False)
+    with pytest.raises(ControlPrefixError, match="form has no effect .* that start from codes"):
+        cp.train_users(texts, decoder="any", as_codes=False, form="decoupled", progress=False)
+    with pytest.raises(ControlPrefixError, match="parameterization has no effect .* a decoder"):
+        cp.learn_decoder(texts, name="d", parameterization="mlp", progress=False)
+    stocked(cp)
+    with pytest.raises(ControlPrefixError, match="contrast applies to train"):
+        cp.reinforce([says("a")], reward=letters_reward, contrast=0.5, progress=False)
+
+
+def test_an_init_that_is_a_stored_prefix_keeps_its_sources() -> None:
+    cp = engine()
+    rows = [
+        Example(prompt=f"Write {i}", completion=f"Text {i}", task="email", user="ana")
+        for i in range(4)
+    ]
+    settings = {**QUICK, "steps": 1, "learn": "task", "validation": 0.0}
+    cp.train(rows, **settings)
+    others = [row.model_copy(update={"user": "bo"}) for row in rows]
+    cp.train(others, init={("task", "email"): cp.get("task", "email")}, **settings)
+    cp.forget_user("ana")
+    assert [info.num_forgotten for info in cp.versions("task", "email")] == [1, 1]

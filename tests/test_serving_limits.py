@@ -6,9 +6,11 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import httpx
 import pytest
 
@@ -18,7 +20,9 @@ from controlprefix.prefixes import PrefixKey
 from controlprefix.serving import ServerLimits
 from controlprefix.serving.rate_limit import RateLimiter
 from controlprefix.serving.tenants import Tenants
+from controlprefix.serving.work import WorkPools
 from controlprefix.store import PrefixStore
+from controlprefix.users import user_trainer, user_training
 
 from helpers import frozen
 from servers import CHAT, Keys, Served, ask, fill, wait_for
@@ -347,18 +351,48 @@ def test_an_enrolment_that_takes_too_long_is_stopped(two_tenants: str) -> None:
 def test_a_user_who_is_forgotten_while_enrolled_stays_forgotten(
     limited: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at, enroll = f"{limited.base}/v1/users/race", ControlPrefix.enroll
-    body = {"texts": ["a text"]}
+    at = f"{limited.base}/v1/users/race"
+    body = {"texts": ["a text"], "keep_texts": True}
     assert httpx.put(at, json=body, headers=keys["a"]).is_success
+    usable = user_training.usable_texts
 
-    def slowly(cp: ControlPrefix, *arguments: Any, **options: Any) -> int:
+    def slowly(*arguments: Any) -> list[str]:
         assert httpx.delete(at, headers=keys["a"]).is_success
-        return enroll(cp, *arguments, **options)
+        return usable(*arguments)
 
-    monkeypatch.setattr(ControlPrefix, "enroll", slowly)
+    monkeypatch.setattr(user_trainer, "usable_texts", slowly)
     answer = httpx.put(at, json=body, headers=keys["a"], timeout=60)
+    assert answer.status_code == 409
     assert "forgotten meanwhile" in answer.json()["error"]["message"]
     assert httpx.get(at, headers=keys["a"]).status_code == 404
+    monkeypatch.undo()
+    enroll = WorkPools.enroll
+
+    async def later(self: WorkPools, *arguments: Any, **options: Any) -> Any:
+        await anyio.to_thread.run_sync(partial(httpx.delete, at, headers=keys["a"]))
+        return await enroll(self, *arguments, **options)
+
+    assert httpx.put(at, json=body, headers=keys["a"]).is_success
+    monkeypatch.setattr(WorkPools, "enroll", later)  # as if it had waited for its turn
+    assert httpx.put(at, json=body, headers=keys["a"], timeout=60).status_code == 409
+    assert httpx.get(at, headers=keys["a"]).status_code == 404
+
+
+def test_maintenance_while_a_user_is_enrolled_removes_nothing(
+    limited: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = f"{limited.base}/v1/users/kept"
+    for text in ("one", "two", "three"):
+        assert httpx.put(at, json={"texts": [text]}, headers=keys["a"]).is_success
+    usable = user_training.usable_texts
+
+    def slowly(*arguments: Any) -> list[str]:
+        assert limited.gateway._tenants._store.for_tenant("a").prune(keep=1) == 2
+        return usable(*arguments)
+
+    monkeypatch.setattr(user_trainer, "usable_texts", slowly)
+    answer = httpx.put(at, json={"texts": ["four"]}, headers=keys["a"], timeout=60)
+    assert answer.json()["version"] == 4
 
 
 def test_jobs_that_cannot_succeed_are_refused(limited: Served, keys: Keys) -> None:

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -153,7 +154,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, b
 def test_a_prefix_goes_to_the_hub_and_comes_back(hub: dict[str, bytes]) -> None:
     cp = engine()
     prefix = Prefix.random(cp.geometry, num_slots=3, seed=1)
-    cp.put("task", "letters", prefix, details={"made": {"by": "me"}})
+    cp.put("task", "letters", prefix, details={"made": {"by": "me"}, "hub": "me/copied"})
     url = cp.push_to_hub("task", "letters", "me/formal", token="t")
     assert url.endswith("/me/formal/commit/abc")
     assert {"prefix.safetensors", "prefix.json", "README.md"} <= set(hub)
@@ -174,3 +175,15 @@ def test_a_hub_that_refuses_is_one_clear_error(hub: dict[str, bytes]) -> None:
     with pytest.raises(StoreError, match="cannot upload to 'a/b/c'"):
         cp.push_to_hub("task", "t", "a/b/c", token="t")
     assert cp.names("task") == ["t"]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = engine()
+    cp.put("task", "t", Prefix.random(cp.geometry, num_slots=2))
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("no route")  # as huggingface_hub's HTTP library raises
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    with pytest.raises(StoreError, match="cannot upload to 'me/t': no route"):
+        cp.push_to_hub("task", "t", "me/t")

@@ -137,6 +137,9 @@ def test_reading_creates_nothing(tmp_path: Path) -> None:
             store.for_model(F).get(ANA)
     assert f"the store is {path} (no such file)" in caught.value.__notes__
     assert str(path) not in str(caught.value)  # which a server sends to its clients
+    with PrefixStore(str(path), create=False) as store:
+        with pytest.raises(StoreError, match="no store to write to"):
+            store.put([new(ANA)])
     assert not path.exists()
     PrefixStore(str(path)).close()
     with PrefixStore(str(path), create=False) as store:

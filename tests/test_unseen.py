@@ -1,5 +1,6 @@
 """Labels that nobody has trained: refused, or replaced by something the answer names."""
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -236,7 +237,15 @@ def test_a_label_is_distilled_at_its_first_use_and_stored(monkeypatch: pytest.Mo
         texts = {completion.text for completion in pool.map(cp.generate, [request] * 3)}
     assert texts == {cp.generate(request).text}
     assert instructions == ["Be stern. Write accordingly."]
-    assert cp.names("attribute") == ["tone=stern (distilled)"]
+    (name,) = cp.names("attribute")
+    assert re.fullmatch(r"tone=stern \(distilled [0-9a-f]{8}\)", name)
+    labels = {"warm": {}, "stern": {"description": "Be strict."}}
+    changed = AttributeSpace.model_validate({"attributes": {"tone": {"labels": labels}}})
+    other = ControlPrefix(cp.frozen_model, cp.store, changed)
+    other.distill_seconds = 0.0
+    other.generate(request)
+    assert instructions[1:] == ["Be strict. Write accordingly."]
+    assert len(cp.names("attribute")) == 2
     (stand_in,) = cp.generate(request).stand_ins
     assert (stand_in.label, stand_in.how, stand_in.used) == (
         "tone=stern",

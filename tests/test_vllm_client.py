@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from controlprefix import EngineError
 from controlprefix.vllm.client import VllmClient
 
 CHUNKS = [{"choices": [{"text": text}]} for text in "ab"]
@@ -54,3 +55,22 @@ def test_a_connection_that_breaks_before_an_answer_is_replaced_once() -> None:
 def test_an_answer_that_breaks_is_not_asked_for_again() -> None:
     with pytest.raises(httpx.TransportError):
         answers(1, num_chunks=1)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("<html>", "is not a server of vLLM"),
+        ('{"models": []}', "is not a server of vLLM"),
+        ('{"data": []}', "vLLM serves no model; it serves: none"),
+        ('{"data": [{"id": "a"}]}', "vLLM serves no model 'b'; it serves: a"),
+    ],
+)
+def test_what_is_no_vllm_is_told(body: str, message: str) -> None:
+    client = VllmClient("http://test")
+    client._http = httpx.AsyncClient(
+        base_url="http://test",
+        transport=httpx.MockTransport(lambda _: httpx.Response(200, text=body)),
+    )
+    with pytest.raises(EngineError, match=message):
+        asyncio.run(client.model_info("b" if "id" in body else None))

@@ -1,5 +1,6 @@
 """Who is next: turns of tenants, order within one, rows that must fit, chunks of prompts."""
 
+import time
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlprefix import ControlPrefix, OverloadedError, Request
+from controlprefix.inference import batcher as batcher_module
 from controlprefix.inference.prefill_queue import PrefillQueue
 from controlprefix.inference.waiting_line import WaitingLine
 
@@ -174,3 +176,49 @@ def test_a_tenant_cannot_fill_the_line_of_a_shared_batch() -> None:
         assert other.result().num_tokens
     finally:
         batcher.close()
+
+
+@pytest.mark.parametrize("active_seconds", [60.0, 0.0])
+def test_a_tenant_has_fewer_rows_while_another_is_active(
+    monkeypatch: pytest.MonkeyPatch, active_seconds: float
+) -> None:
+    monkeypatch.setattr(batcher_module, "_ACTIVE_SECONDS", active_seconds)
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    batcher = cp._generator.batcher(
+        max_sequences=8, max_sequences_per_tenant=7, max_sequences_beside_others=2
+    )
+    rows: list[Counter[str]] = []
+    step = batcher._step
+
+    def counted() -> None:
+        step()
+        counts = Counter[str]()
+        for sequence in batcher._running():
+            counts[sequence.resolved.tenant] += len(sequence.rows)
+        rows.append(counts)
+
+    monkeypatch.setattr(batcher, "_step", counted)
+    try:
+        request = cp.resolve(Request(prompt="a", raw=True, max_new_tokens=20))
+        with batcher._wake:  # no step between these
+            alone = [batcher.submit(request) for _ in range(14)]
+        for ticket in alone:
+            ticket.result()
+        assert max(counts[request.tenant] for counts in rows) == 7
+        rows.clear()
+        with batcher._wake:
+            batcher.submit(replace(request, tenant="other"))
+            tickets = [batcher.submit(request) for _ in range(6)]
+        for ticket in tickets:
+            ticket.result()
+        expected = 2 if active_seconds else 6
+        assert max(counts[request.tenant] for counts in rows) == expected
+    finally:
+        batcher.close()
+    # A request that needs more rows begins when its tenant has no others.
+    batcher._waiting.add("wide", Mock())
+    batcher._submitted_at = dict.fromkeys(("wide", "other"), time.monotonic())
+    assert batcher._free_rows({}) == {"wide": 7}
+    assert batcher._free_rows({"wide": 1}) == {"wide": 1 if active_seconds else 6}

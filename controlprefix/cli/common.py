@@ -15,10 +15,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-users_app = typer.Typer(help="Train users, and forget them.", no_args_is_help=True)
+users_app = typer.Typer(help="Train, enroll, migrate and forget users.", no_args_is_help=True)
 jobs_app = typer.Typer(help="Training jobs that servers have queued.", no_args_is_help=True)
 prefixes_app = typer.Typer(
-    help="List, roll back, name and remove stored prefixes.", no_args_is_help=True
+    help="List, export, import, roll back, name and remove stored prefixes.", no_args_is_help=True
 )
 store_app = typer.Typer(help="Maintain the database.", no_args_is_help=True)
 api_keys_app = typer.Typer(help="API keys of tenants, for a server.", no_args_is_help=True)

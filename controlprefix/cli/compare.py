@@ -1,7 +1,7 @@
 """The command that compares ways to adapt a model: compare."""
 
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from controlprefix.cli.common import app, out
 from controlprefix.cli.evaluate import train_classifiers
 from controlprefix.cli.groups import ColumnArguments, ModelArguments, grouped
-from controlprefix.cli.options import parse_list, parse_number
+from controlprefix.cli.options import is_on_command_line, parse_list, parse_number
 from controlprefix.errors import RequestError, known_names
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ _EXPERIMENT = (
 @app.command()
 @grouped
 def compare(
+    context: typer.Context,
     rows: Annotated[
         Path | None, typer.Argument(help="Rows to train on; the experiment's if left out.")
     ] = None,
@@ -137,10 +138,10 @@ def compare(
         options["other_prompts"] = _read_lines(Path(options["other_prompts"]))
     named_columns = columns.columns()
     if "columns" in options:
-        named_columns = named_columns or _columns(options.pop("columns"))
+        named_columns = _merged(_columns(options.pop("columns")), named_columns)
     if "model" in options:
         name = str(options.pop("model"))
-        if model.model == ModelArguments().model:  # none is given on the command line
+        if not is_on_command_line(context, "model"):
             model = replace(model, model=name)
     # Files are read first, to fail before a model is loaded.
     defaults = columns.defaults()
@@ -168,6 +169,14 @@ def compare(
         raise typer.Exit(1)
 
 
+def _merged(first: "Columns", second: "Columns | None") -> "Columns":
+    """Columns of an experiment, replaced by those of the command line."""
+    if second is None:
+        return first
+    update = {item.name: getattr(second, item.name) for item in fields(second)}
+    return replace(first, **{name: value for name, value in update.items() if value})
+
+
 def _read_experiment(path: Path) -> dict[str, Any]:
     """The options in a TOML file; paths in it are relative to it.
 
@@ -181,7 +190,8 @@ def _read_experiment(path: Path) -> dict[str, Any]:
     for name, value in entries.items():
         if name not in _EXPERIMENT:
             raise RequestError(
-                f"{path} has an unknown entry {name!r}; {known_names(name, _EXPERIMENT)}"
+                f"{path} has an unknown entry {name!r}; it can have: "
+                f"{known_names(name, _EXPERIMENT)}"
             )
         is_path = name in ("rows", "labelled_texts", "general", "other_prompts")
         if is_path or (name in ("validation", "test") and isinstance(value, str)):

@@ -34,7 +34,9 @@ def apply_config() -> None:
         raise RequestError(f"cannot read the configuration {path}: {error}") from error
     for name, value in entries.items():
         if name not in NAMES:
-            raise RequestError(f"{path} has an unknown entry {name!r}; {known_names(name, NAMES)}")
+            raise RequestError(
+                f"{path} has an unknown entry {name!r}; it can have: {known_names(name, NAMES)}"
+            )
         if not isinstance(value, str):
             raise RequestError(f"{path}: {name} must be a text in quotes, got {value!r}")
         os.environ.setdefault(f"CONTROLPREFIX_{name.upper()}", value)

@@ -158,8 +158,9 @@ class EngineArguments(StoreArguments, ModelArguments):
         """
         from controlprefix.engine import ControlPrefix
 
+        attributes = self.attribute_space()  # files are read first, to fail before the model loads
         store = self.open_store(create=create)
-        return ControlPrefix(self.load(), store, self.attribute_space())
+        return ControlPrefix(self.load(), store, attributes)
 
     def attribute_space(self) -> "AttributeSpace | None":
         """The attribute space, if a file is given.

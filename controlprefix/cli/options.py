@@ -98,13 +98,20 @@ def objective_options(name: str) -> Callable[[Callable[..., None]], Callable[...
         form = getattr(settings, name)
 
         def parse(values: dict[str, Any]) -> dict[str, Any]:
-            form.split_off(values)  # fail before a model is loaded
-            return values
+            options = _without_none(values)
+            form.split_off(options)  # fail before a model is loaded
+            return options
 
         fields: Mapping[str, FieldInfo] = vars(form)["__pydantic_fields__"]
         return _with_fields(command, "objective_fields", fields, parse)
 
     return decorate
+
+
+def is_on_command_line(context: typer.Context, name: str) -> bool:
+    """Whether an option is given there, not by default, in a file or in the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _with_fields(
@@ -134,6 +141,8 @@ def _option(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
         value = field.default
         if get_origin(field.annotation) is dict:
             value, text = None, f"{text} A JSON object."
+    if "Left out, " in text and value is not None:  # which is not the same as the default
+        text, value, annotation = f"{text} Default: {value}.", None, annotation | None
     if default is not None:
         text = f"{text.partition(' Left out, ')[0].rstrip('.')}. Default: {default}."
         value, annotation = None, annotation | None
@@ -160,8 +169,8 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_request_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """The options' values as `Request` takes them."""
-    return {
+    """The options' values as `Request` takes them, without those that are left out."""
+    fields = {
         **values,
         "attributes": parse_attributes(values["attributes"] or ()),
         "strengths": {
@@ -178,6 +187,7 @@ def _parse_request_fields(values: dict[str, Any]) -> dict[str, Any]:
         "json_schema": values["json_schema"]
         and parse_json_object("--json-schema", values["json_schema"]),
     }
+    return _without_none(fields)
 
 
 def parse_attributes(texts: Iterable[str]) -> dict[str, str | dict[str, float]]:

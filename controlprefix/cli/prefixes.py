@@ -234,6 +234,10 @@ def import_prefix(
             "cats=Airport,City. Repeatable."
         ),
     ] = None,
+    peft_task: Annotated[
+        int | None,
+        typer.Option(min=0, help="Index of a task in PEFT's multitask prompt tuning."),
+    ] = None,
     *,
     engine: EngineArguments,
 ) -> None:
@@ -248,6 +252,11 @@ def import_prefix(
         raise RequestError(f"{path} holds a task and its labels; give --name, and leave --kind out")
     if not (has_name or is_original) and (kind is None or name is None):
         raise RequestError(f"{path} does not say what it is for; give --kind and --name")
+    if labels and not is_original:
+        raise RequestError("--labels are for original checkpoints (.ckpt, .bin); leave them out")
+    is_peft = not (has_name or is_original) and (path / CONFIG_FILE).exists()
+    if peft_task is not None and not is_peft:
+        raise RequestError("--peft-task is for PEFT checkpoints; leave it out")
     cp = engine.open(create=True)
     if is_original:
         names = {key: parse_list(value) for key, value in map(_label_names, labels or ())}
@@ -259,8 +268,8 @@ def import_prefix(
         key, prefix, saved = load_folder(path)
         kind, name = kind or key.kind, name or key.name
         details = {**saved, **details}
-    elif (path / CONFIG_FILE).exists():
-        prefix = cp.prefix_from_peft(path)
+    elif is_peft:
+        prefix = cp.prefix_from_peft(path, task=peft_task)
         if not prefix.is_exact:
             err.print("not exact on this model: a start for training only")
     else:

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -133,6 +134,8 @@ def _reward(kind: str, value: str, spec: str) -> "Reward":
 
 def _python_reward(path: str) -> "Reward":
     module, _, name = path.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # also a file of the current folder
     try:
         reward: Reward = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

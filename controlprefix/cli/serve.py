@@ -6,8 +6,8 @@ import logging
 import signal
 import socket
 import sys
-import threading
 import webbrowser
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ from controlprefix.cli.groups import (
     grouped,
     require_yes,
 )
-from controlprefix.cli.options import parse_json_object
+from controlprefix.cli.options import is_on_command_line, parse_json_object
 from controlprefix.errors import RequestError
 
 LabelledTextsOption = Annotated[
@@ -47,6 +47,7 @@ class ServerArguments(EngineArguments):
 
 
 def _serve(
+    context: typer.Context,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name that clients call the model by.")
     ] = None,
@@ -67,7 +68,8 @@ def _serve(
         typer.Option(
             min=1,
             help="Rows of the batch that one tenant may use: the fewer, the less it slows others. "
-            "Left out, 7/8 of --max-sequences, or all with --tenant.",
+            "Left out, 7/8 of --max-sequences, half while another tenant asks, or all with "
+            "--tenant.",
         ),
     ] = None,
     max_waiting: Annotated[
@@ -152,6 +154,9 @@ def _serve(
         str | None,
         typer.Option(envvar="CONTROLPREFIX_VLLM_API_KEY", help="API key of the vLLM server."),
     ] = None,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Open the playground in a browser.")
+    ] = False,
     *,
     engine: ServerArguments,
 ) -> None:
@@ -166,6 +171,13 @@ def _serve(
         raise RequestError(
             "--engine vllm and --vllm-prefixes, the folder its workers read, go together"
         )
+    _refuse_without_effect(
+        context,
+        ("max_sequences_per_tenant",)
+        if backend == "vllm"
+        else ("vllm_url", "vllm_model", "vllm_key_file", "vllm_api_key"),
+        f"--engine {backend}",
+    )
     tenant = engine.tenant
     if tenant and not _is_local(host):
         err.print(
@@ -176,6 +188,8 @@ def _serve(
     if request_log:
         _log_requests()
     template_kwargs = parse_json_object("--chat-template-kwargs", chat_template_kwargs)
+    attributes, encryption_keys = engine.attribute_space(), engine.read_keys()
+    classifiers = train_classifiers(labelled_texts, 0) if labelled_texts else ()
     frozen = engine.load(chat_template_kwargs=template_kwargs)
     runner = None
     if vllm_prefixes is not None:
@@ -196,9 +210,9 @@ def _serve(
         engine.store,
         name=served_model_name or Path(engine.model).name,
         open_tenant=engine.tenant or None,
-        encryption_keys=engine.read_keys(),
-        attributes=engine.attribute_space(),
-        classifiers=train_classifiers(labelled_texts, 0) if labelled_texts else (),
+        encryption_keys=encryption_keys,
+        attributes=attributes,
+        classifiers=classifiers,
         limits=ServerLimits(
             max_sequences=max_sequences,
             max_sequences_per_tenant=max_sequences_per_tenant,
@@ -224,13 +238,16 @@ def _serve(
             f"warning: tenant {tenant!r} has no prefix for this model in {server.store_label}; "
             "check --tenant, --store and --model, or train and enroll"
         )
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    address = f"[{host}]" if ":" in host else host
+    url = f"http://{address}:{listener.getsockname()[1]}"
     audience = f"tenant {tenant!r}, without API keys" if tenant else "tenants by their API keys"
     out.print(f"serving {server.name!r} on {url}/v1 to {audience}; playground: {url}/playground")
     # uvicorn finishes its requests, and then raises the signal that it was stopped by.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     application = create_app(server, allow_origins=allow_origin or ())
     config = config_for(application, host=host, port=port, limits=server.limits)
+    if open_page:  # the socket listens, so that the browser waits for the first answer
+        webbrowser.open(f"{url}/playground")
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
@@ -257,6 +274,18 @@ def _listen(host: str, port: int) -> socket.socket:
         raise RequestError(f"cannot listen on {host}:{port}: {reason}") from error
 
 
+def _refuse_without_effect(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse options on the command line that have no effect.
+
+    Raises:
+        RequestError: With the option.
+    """
+    for name in names:
+        if is_on_command_line(context, name):
+            option = f"--{name.replace('_', '-')}"
+            raise RequestError(f"{option} has no effect with {why}; leave it out")
+
+
 def _is_local(host: str) -> bool:
     """Whether only this machine reaches an address."""
     try:
@@ -278,14 +307,20 @@ def _log_requests() -> None:
 @app.command()
 @grouped
 def playground(
+    context: typer.Context,
     port: PortOption = 8000,
     labelled_texts: LabelledTextsOption = None,
     *,
     engine: EngineArguments,
 ) -> None:
     """Serve one tenant on this machine, and open a page to try users, labels and strengths."""
-    threading.Timer(2.0, webbrowser.open, [f"http://127.0.0.1:{port}/playground"]).start()
-    _serve(port=port, labelled_texts=labelled_texts, engine=ServerArguments(**vars(engine)))
+    _serve(
+        context,
+        port=port,
+        labelled_texts=labelled_texts,
+        open_page=True,
+        engine=ServerArguments(**vars(engine)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from controlprefix.data.texts import (
     as_texts,
     read_labelled,
     read_texts,
+    read_texts_by_user,
     read_users,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "parse_table",
     "read_labelled",
     "read_texts",
+    "read_texts_by_user",
     "read_users",
     "summarize",
     "with_ratios",

@@ -116,21 +116,35 @@ def read_users(
     return users
 
 
-def _require_different_names(users: Mapping[str, Any]) -> None:
-    """Check that no name stands twice, with its accents composed and decomposed.
+def read_texts_by_user(
+    source: Mapping[str, Sequence[str]] | Iterable[Any] | Rows, *, columns: Columns | None = None
+) -> dict[str, Sequence[str]]:
+    """All users' texts: see `read_users`.
+
+    Raises:
+        TrainingDataError: If the rows cannot be read, or a user comes twice.
+    """
+    texts = read_users(source, columns=columns)
+    pairs = list(texts.items() if isinstance(texts, Mapping) else texts)
+    _require_different_names(name for name, _ in pairs)
+    return dict(pairs)
+
+
+def _require_different_names(users: Iterable[str]) -> None:
+    """Check that no name stands twice, also with its accents composed and decomposed.
 
     Raises:
         TrainingDataError: If one does.
     """
-    names: set[str] = set()
+    spellings: dict[str, str] = {}
     for user in users:
         name = composed(user) if isinstance(user, str) else user
-        if name in names:
+        if name in spellings:
+            how = "" if spellings[name] == user else ", with accents written in two ways"
             raise TrainingDataError(
-                f"user {name!r} comes twice, with accents written in two ways; give all texts of a "
-                "user together"
+                f"user {name!r} comes twice{how}; give all texts of a user together"
             )
-        names.add(name)
+        spellings[name] = user
 
 
 def read_labelled(

@@ -45,7 +45,8 @@ def checks_own_arguments(method: Function) -> Function:
         for name, allowed in choices.items():
             if name not in bound.arguments:
                 continue
-            value = _plain(bound.arguments[name])
+            value = bound.arguments[name]
+            value = _plain(_listed(value) if any(c in _ITEMS for c in allowed) else value)
             if not any(_is_a(value, choice) for choice in allowed):
                 expected = " or ".join(map(_described, allowed))
                 raise RequestError(
@@ -80,6 +81,13 @@ def _choices(annotation: Any) -> list[Any] | None:
     return [annotation] if annotation in (*_NAMES, *_ITEMS, type(None)) else None
 
 
+def _listed(value: Any) -> Any:
+    """An array of numpy, torch or pandas, or a set, as a list; anything else as it is."""
+    if getattr(value, "ndim", 0) and hasattr(value, "tolist"):
+        return value.tolist()
+    return sorted(value, key=repr) if isinstance(value, Set) else value
+
+
 def _plain(value: Any) -> Any:
     """A number of numpy or torch as one of Python; anything else as it is."""
     if isinstance(value, (int, float, str)) or not hasattr(value, "item"):
@@ -92,8 +100,7 @@ def _plain(value: Any) -> Any:
 
 def _is_a(value: Any, choice: Any) -> bool:
     if choice in _ITEMS:
-        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy, torch, pandas
-        if isinstance(value, str) or not isinstance(value, Sequence | Set):
+        if isinstance(value, str) or not isinstance(value, Sequence):
             return False
         return all(_is_a(_plain(item), _ITEMS[choice]) for item in value)
     if choice is Path:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 
 from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.prefixes import PrefixMethods
@@ -91,7 +90,7 @@ class ExchangeMethods(PrefixMethods):
                     folder_path=folder,
                     commit_message=f"Add {PrefixKey(kind, name)}",
                 )
-            except (HfHubHTTPError, OSError, ValueError) as error:
+            except Exception as error:  # the Hub's own, and those of its HTTP library
                 raise StoreError(f"cannot upload to {repo_id!r}: {error}") from error
         return str(commit.commit_url)
 
@@ -119,10 +118,10 @@ class ExchangeMethods(PrefixMethods):
             folder = huggingface_hub.snapshot_download(
                 repo_id, revision=revision, token=token, allow_patterns=[PREFIX_FILE, INFO_FILE]
             )
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # the Hub's own, and those of its HTTP library
             raise StoreError(f"cannot download {repo_id!r}: {error}") from error
         key, prefix, details = load_folder(folder)
-        return key, self.put(*key, prefix, details={"hub": repo_id, **details})
+        return key, self.put(*key, prefix, details={**details, "hub": repo_id})
 
     def _shared(self, kind: Kind, name: str, version: int | str | None) -> SharedPrefix:
         key = PrefixKey(kind, name)

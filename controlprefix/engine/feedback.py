@@ -84,8 +84,9 @@ class FeedbackMethods(TrainingMethods):
         settings = TrainingSettings.from_options({**by_default, "validation": 0.0, **fields})
         if settings.validation or settings.patience:
             raise TrainingDataError("nothing is held out here; leave validation and patience out")
-        if settings.off_context:
-            raise TrainingDataError("off_context applies to train; leave it out")
+        for option in ("contrast", "off_context"):
+            if getattr(settings, option):
+                raise TrainingDataError(f"{option} applies to train; leave it out")
         if not callable(reward):
             raise TrainingDataError(f"reward is {reward!r}; give a function of requests and texts")
         labels = self._ordinal_labels([*rows, *examples], learn)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.components import Components
@@ -109,7 +109,7 @@ class PrefixMethods(Components):
             replace(prefix, relevance=relevance),
             {**current.details, "relevance": learned},
             current.version,
-            cast(StorageDtype, current.dtype),
+            current.storage_dtype,
             derived_from=Origin(self._frozen.fingerprint, current.version),
         )
         (version,) = self.store.put([new])

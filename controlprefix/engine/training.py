@@ -273,6 +273,8 @@ class TrainingMethods(GenerationMethods):
         )
         for option in _NOT_FOR_SWEEPS & fields.keys():
             raise TrainingDataError(f"{option} has no effect in a sweep; leave it out")
+        if "parameterization" in fields:
+            raise TrainingDataError("give a sweep parameterizations, not parameterization")
         control, fields = RunControl.split_off(fields)
         return self._trainer.sweep(
             rows,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Unpack
 
-from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_users
+from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_texts_by_user, read_users
 from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.exchange import ExchangeMethods
@@ -118,7 +118,7 @@ class UserMethods(ExchangeMethods):
         """
         control, fields = RunControl.split_off(options)
         return self._user_trainer.learn_decoder(
-            dict(read_users(texts, columns=columns)),
+            read_texts_by_user(texts, columns=columns),
             name,
             num_slots=num_slots,
             width=width,

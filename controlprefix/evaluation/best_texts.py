@@ -8,6 +8,7 @@ from controlprefix.evaluation.rewards import requested_labels
 from controlprefix.example import Example
 from controlprefix.request import Request
 from controlprefix.training import Reward
+from controlprefix.training.policy import rewards_of
 
 _SHARED_FIELDS = (
     "prompt", "messages", "prompt_ids", "images", "raw", "chat_template_kwargs", "task", "user",
@@ -62,7 +63,7 @@ def best_texts(
             for k in range(num_samples)
         ]
     texts = [completion.text.strip() for completion in cp.generate(rows, batch_size=batch_size)]
-    rewards = reward(rows, texts)
+    rewards = rewards_of(reward, rows, texts)
     examples = []
     for i, request in enumerate(requests):
         own = range(i * num_samples, (i + 1) * num_samples)

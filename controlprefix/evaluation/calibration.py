@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from controlprefix._io import progress_bar, requires_extra
 from controlprefix.engine import ControlPrefix
@@ -13,7 +13,7 @@ from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.harness import base_model_nll
 from controlprefix.evaluation.metrics import bootstrap_mean
 from controlprefix.evaluation.report import CurvePoint
-from controlprefix.prefixes import PrefixKey, StorageDtype
+from controlprefix.prefixes import PrefixKey
 from controlprefix.prefixes.dial import Dial, strength_at
 from controlprefix.request import Request
 from controlprefix.store import NewVersion, Origin
@@ -247,7 +247,7 @@ def calibrate(
         replace(prefix, dial=dial),
         details,
         current.version,
-        cast(StorageDtype, current.dtype),
+        current.storage_dtype,
         derived_from=Origin(cp.geometry.fingerprint, current.version),
     )
     (version,) = cp.store.put([new])

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -23,6 +23,7 @@ from controlprefix.errors import (
     TrainingDataError,
 )
 from controlprefix.example import Example
+from controlprefix.training.held_out import normalized
 
 _HELD_OUT_FRACTION = 0.2
 _MIN_TEXTS_PER_LABEL = 5
@@ -96,14 +97,20 @@ class AttributeClassifier:
 
         names = check_labelled_texts(attribute, texts, labels)
         embeddings = embed(texts, embedder).numpy()
-        num_held_out = max(len(names), round(_HELD_OUT_FRACTION * len(texts)))
-        train_x, test_x, train_y, test_y = train_test_split(
-            embeddings,
-            list(labels),
+        identities = _identities(texts, labels)
+        first = {identity: i for i, identity in reversed(list(enumerate(identities)))}
+        rows = sorted(first.values())
+        num_held_out = max(len(names), round(_HELD_OUT_FRACTION * len(rows)))
+        _, held_out = train_test_split(
+            rows,
             test_size=num_held_out,
-            stratify=list(labels),
+            stratify=[labels[i] for i in rows],
             random_state=seed,
         )
+        tested = {identities[i] for i in held_out}
+        trained = [i for i, identity in enumerate(identities) if identity not in tested]
+        train_x, test_x = embeddings[trained], embeddings[held_out]
+        train_y, test_y = [labels[i] for i in trained], [labels[i] for i in held_out]
         model = LogisticRegression(C=10, max_iter=2000, class_weight="balanced")
         model.fit(train_x, train_y)
         weights = torch.tensor(model.coef_, dtype=torch.float32).T
@@ -171,6 +178,17 @@ class AttributeClassifier:
             raise ControlPrefixError(f"cannot read the classifier in {path}: {error}") from error
 
 
+def _identities(texts: Sequence[str], labels: Sequence[str]) -> list[Hashable]:
+    """What copies of a text have in common, which are held out together.
+
+    Each row is on its own where a label has too few different texts.
+    """
+    identities = [normalized(text) for text in texts]
+    counts = Counter(dict(zip(identities, labels, strict=True)).values())
+    is_enough = counts.keys() == set(labels) and min(counts.values()) >= _MIN_TEXTS_PER_LABEL
+    return list(identities if is_enough else range(len(texts)))
+
+
 def check_labelled_texts(
     attribute: str, texts: Sequence[str], labels: Sequence[str]
 ) -> tuple[str, ...]:
@@ -188,8 +206,8 @@ def check_labelled_texts(
     if len(names) < 2 or min(counts.values()) < _MIN_TEXTS_PER_LABEL:
         listed = ", ".join(f"{counts[name]} of {name}" for name in names)
         raise TrainingDataError(
-            f"a classifier of {attribute!r} needs two labels and {_MIN_TEXTS_PER_LABEL} texts "
-            f"of each; there are: {listed or 'none'}"
+            f"a classifier of {attribute!r} needs two labels and {_MIN_TEXTS_PER_LABEL} "
+            f"texts of each; there are: {listed or 'none'}"
         )
     return names
 

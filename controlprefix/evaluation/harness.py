@@ -353,7 +353,7 @@ def _not_classified(rows: Sequence[Example], classified: Collection[PrefixKey]) 
 def _single_label(row: Example, attribute: str) -> str | None:
     """The label of an attribute that a row asks for, if it is exactly one."""
     weights = {
-        label.label: label.weight
+        label.label: label.weight * row.strengths.get(attribute, 1.0)
         for label in weighted_labels(row.attributes)
         if label.attribute == attribute and label.weight
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.errors import TrainingDataError, known_names
 from controlprefix.evaluation.classifier import AttributeClassifier
+from controlprefix.evaluation.metrics import words_of
 from controlprefix.evaluation.word_classifier import WordClassifier
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
@@ -136,7 +137,7 @@ class LengthReward:
 
     def __call__(self, requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
         """The reward of each text."""
-        counts = [len(text.split()) for text in texts]
+        counts = [len(words_of(text)) for text in texts]
         return [
             min(0.0, (count - self.minimum) / max(self.minimum, 1))
             + min(0.0, (self.maximum - count) / max(self.maximum, 1))
@@ -193,9 +194,13 @@ class WeightedReward:
 
 
 def requested_labels(request: Request) -> Mapping[str, str]:
-    """Per attribute the requested label; of a mixture the one with the largest weight."""
+    """Per attribute the requested label; of a mixture the one with the largest weight.
+
+    An attribute with a strength of 0 or below has none.
+    """
     best: dict[str, tuple[str, float]] = {}
     for attribute, label, weight in weighted_labels(request.attributes):
+        weight *= request.strengths.get(attribute, 1.0)
         if weight > max(0.0, best[attribute][1] if attribute in best else 0.0):
             best[attribute] = label, weight
     return {attribute: label for attribute, (label, _) in best.items()}

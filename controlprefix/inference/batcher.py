@@ -1,12 +1,14 @@
 """Batcher: the thread and the waiting line that both kinds of batching share."""
 
+import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -24,6 +26,31 @@ from controlprefix.model.images import ImagePrompt
 from controlprefix.model.languages import start_ids_of
 from controlprefix.prefixes import Part, PrefixBatch, PrefixKey
 from controlprefix.request import Request
+
+_log = logging.getLogger("controlprefix")
+
+_ACTIVE_SECONDS = 60.0  # how long a tenant counts as active after a request
+
+
+class BatchLimits(TypedDict, total=False):
+    """What a `Batcher` takes at a time.
+
+    Attributes:
+        max_sequences: Rows decoded concurrently, 32 if left out. A request has a row, and more
+            with strengths below 0 or `mixing="logits"`.
+        max_waiting: Requests that may wait for a row, 1024 if left out; more are refused.
+        max_sequences_per_tenant: Rows that one tenant may have at a time, so that others find
+            some free; left out, all of them.
+        max_sequences_beside_others: Rows that one tenant may have while another has submitted
+            a request within the last minute, since a step may take longer the more rows it has;
+            left out, as many as otherwise. A request that needs more begins when its tenant has
+            no others.
+    """
+
+    max_sequences: int
+    max_waiting: int
+    max_sequences_per_tenant: int | None
+    max_sequences_beside_others: int | None
 
 
 @dataclass(slots=True, eq=False)
@@ -104,23 +131,14 @@ class Batcher(ABC):
 
     Args:
         frozen: The model.
-        max_sequences: Rows decoded concurrently. A request has a row, and more with strengths
-            below 0 or `mixing="logits"`.
-        max_waiting: Requests that may wait for a row; more are refused.
-        max_sequences_per_tenant: Rows that one tenant may have at a time, so that others find
-            some free; left out, all of them.
+        limits: How much at a time.
     """
 
     supports_log_probs: bool
 
-    def __init__(
-        self,
-        frozen: FrozenModel,
-        *,
-        max_sequences: int = 32,
-        max_waiting: int = 1024,
-        max_sequences_per_tenant: int | None = None,
-    ) -> None:
+    def __init__(self, frozen: FrozenModel, **limits: Unpack[BatchLimits]) -> None:
+        max_sequences = limits.get("max_sequences", 32)
+        max_waiting = limits.get("max_waiting", 1024)
         if max_sequences < 1 or max_waiting < 0:
             raise RequestError(
                 f"max_sequences is {max_sequences} and max_waiting {max_waiting}; they must be at "
@@ -128,7 +146,9 @@ class Batcher(ABC):
             )
         self._frozen = frozen
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
-        self._max_per_tenant = max_sequences_per_tenant or max_sequences
+        self._max_per_tenant = limits.get("max_sequences_per_tenant") or max_sequences
+        self._max_beside_others = limits.get("max_sequences_beside_others") or self._max_per_tenant
+        self._submitted_at: dict[str, float] = {}  # by tenant; the others' limit depends on it
         self._waiting: WaitingLine[BatchedRequest] = WaitingLine(
             lambda sequence: len(sequence.rows), lambda sequence: sequence.num_tokens
         )
@@ -209,6 +229,7 @@ class Batcher(ABC):
                     f"{own_limit} requests of this tenant are waiting already; try again later"
                 )
             self._waiting.add(resolved.tenant, sequence)
+            self._submitted_at[resolved.tenant] = time.monotonic()
             self._wake.notify()
         return sequence.ticket
 
@@ -266,8 +287,13 @@ class Batcher(ABC):
                     with self._wake:
                         running = self._waiting.remove(lambda _: True)
                 self._reset()
-                is_own_error = isinstance(error, ControlPrefixError)
-                event = error if is_own_error else RuntimeError(str(error))
+                event: Exception
+                if isinstance(error, ControlPrefixError):
+                    event = error
+                else:
+                    _log.exception("the batch failed")
+                    event = RuntimeError(f"{type(error).__name__}: {error}")
+                    event.__cause__ = error
                 for sequence in running:
                     sequence.ticket.put(event)
 
@@ -297,10 +323,15 @@ class Batcher(ABC):
     def _free_rows(self, held: Mapping[str, int]) -> Mapping[str, int]:
         """Per tenant that waits, the rows that it may take beside those that tenants hold."""
         free = self._max_sequences - sum(held.values())
-        return {
-            tenant: min(free, self._max_per_tenant - held.get(tenant, 0))
-            for tenant in self._waiting.tenants
-        }
+        earliest = time.monotonic() - _ACTIVE_SECONDS
+        self._submitted_at = {t: at for t, at in self._submitted_at.items() if at >= earliest}
+        result = {}
+        for tenant in self._waiting.tenants:
+            own = held.get(tenant, 0)
+            has_others = bool(self._submitted_at.keys() - {tenant})
+            limit = self._max_beside_others if has_others and own else self._max_per_tenant
+            result[tenant] = min(free, limit - own)
+        return result
 
     def _drop_cancelled_waiting(self) -> None:
         with self._wake:

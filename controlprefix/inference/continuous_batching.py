@@ -8,14 +8,14 @@ own prefix, position, sampling, stop texts and limit; its output does not depend
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from controlprefix.errors import ModelOutputError
 from controlprefix.inference.batch_cache import BatchCache
-from controlprefix.inference.batcher import BatchedRequest, Batcher
+from controlprefix.inference.batcher import BatchedRequest, Batcher, BatchLimits
 from controlprefix.inference.generation_config import forced_end_id, model_processors
 from controlprefix.inference.guidance import GuidanceTerm, combined_logits
 from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
@@ -36,9 +36,9 @@ class ContinuousBatcher(Batcher):
 
     Args:
         frozen: A model for which `can_share_running_batch` is true.
-        max_sequences, max_waiting, max_sequences_per_tenant: See `Batcher`.
         max_prefill_tokens: Prompt tokens per step, at most. The more, the sooner a prompt is
             done, and the longer all others wait for their next token.
+        limits: See `BatchLimits`.
     """
 
     supports_log_probs = True
@@ -47,10 +47,8 @@ class ContinuousBatcher(Batcher):
         self,
         frozen: FrozenModel,
         *,
-        max_sequences: int = 32,
-        max_waiting: int = 1024,
-        max_sequences_per_tenant: int | None = None,
         max_prefill_tokens: int = 512,
+        **limits: Unpack[BatchLimits],
     ) -> None:
         # Per row its sequence, or None if it is vacant; rows of a sequence stand together.
         self._rows: list[BatchedRequest | None] = []
@@ -66,12 +64,7 @@ class ContinuousBatcher(Batcher):
             model_processors(frozen, request, [frozen.pad_id], [frozen.pad_id])
         )
         self._forced_end = forced_end_id(frozen)
-        super().__init__(
-            frozen,
-            max_sequences=max_sequences,
-            max_waiting=max_waiting,
-            max_sequences_per_tenant=max_sequences_per_tenant,
-        )
+        super().__init__(frozen, **limits)
 
     @property
     def _num_rows(self) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from controlprefix.completion import Completion, Score
 from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.example import Example
 from controlprefix.inference.batch_cache import can_share_running_batch
-from controlprefix.inference.batcher import Batcher
+from controlprefix.inference.batcher import Batcher, BatchLimits
 from controlprefix.inference.continuous_batching import ContinuousBatcher
 from controlprefix.inference.guidance import guided_log_probs, guided_target_logits, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
@@ -190,26 +190,14 @@ class Generator:
         if plan.has_guidance:
             raise RequestError(
                 "a strength below 0, or mixing='logits', changes logits, not attention; use "
-                "generate, stream or score"
+                "generate, stream or score" + "".join(r.note_on_opposites for r in resolved)
             )
         batch = self._frozen.assemble(plan.rows)
         with self._frozen.attached(batch, everywhere=True):
             yield batch
 
-    def batcher(
-        self,
-        *,
-        max_sequences: int = 32,
-        max_waiting: int = 1024,
-        max_prefill_tokens: int = 512,
-        max_sequences_per_tenant: int | None = None,
-    ) -> Batcher:
+    def batcher(self, *, max_prefill_tokens: int = 512, **limits: Unpack[BatchLimits]) -> Batcher:
         """A batcher for this model: continuous if the rows of its cache can be moved."""
-        limits: dict[str, Any] = {
-            "max_sequences": max_sequences,
-            "max_waiting": max_waiting,
-            "max_sequences_per_tenant": max_sequences_per_tenant,
-        }
         if can_share_running_batch(self._frozen):
             return ContinuousBatcher(self._frozen, max_prefill_tokens=max_prefill_tokens, **limits)
         return StaticBatcher(self._frozen, **limits)

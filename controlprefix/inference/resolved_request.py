@@ -47,6 +47,12 @@ class ResolvedRequest(Generic[AnyRequest]):
         """Rows of a batch that it needs: one, and one per part applied in logit space."""
         return 1 + sum(part.in_logit_space for part in self.parts)
 
+    @property
+    def note_on_opposites(self) -> str:
+        """For errors about strengths below 0: which of them the request does not name itself."""
+        names = ", ".join(item.label for item in self.stand_ins if item.how == "opposite")
+        return f" (no prefix is stored for {names}; its opposite is used at -1)" if names else ""
+
     @cached_property
     def digest(self) -> str:
         """A hash over its prefixes and their strengths; it changes when any of them changes."""

@@ -15,7 +15,7 @@ class StaticBatcher(Batcher):
     Log-probabilities are not supported.
 
     Args:
-        frozen, max_sequences, max_waiting, max_sequences_per_tenant: See `Batcher`.
+        frozen, limits: See `Batcher`.
     """
 
     supports_log_probs = False

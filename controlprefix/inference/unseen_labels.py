@@ -5,6 +5,7 @@ Reference:
     unseen categories: the prefix of the known category with the nearest word vector.
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -185,7 +186,9 @@ def _stand_in(
         if request.unseen == "distill":
             if distill is None:
                 raise RequestError("unseen='distill' trains a prefix, which is not possible here")
-            name = f"{label.label} (distilled)"
+            # Another description is another prefix.
+            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+            name = f"{label.label} (distilled {digest})"
             distill(PrefixKey.for_label(label.attribute, name), text)
             stand_in = StandIn(
                 label=label.key.name, how="distilled", used={text: 1.0}, similarity=1.0

@@ -94,6 +94,8 @@ class JobWorker:
                     num_done += self._do(claim)
             except StoreError as error:  # such as a database that restarts
                 _log.warning("jobs: %s", error)
+            except Exception:  # other jobs go on
+                _log.exception("jobs: looking for a job, or ending one, failed")
             if claim is None:
                 if until_empty:
                     break
@@ -106,7 +108,7 @@ class JobWorker:
         store = self._store.for_tenant(claim.tenant)
         try:
             started = store.start_job(claim)
-        except StoreError as error:  # its options cannot be decrypted
+        except Exception as error:  # its options cannot be decrypted
             _log.warning("job %s: %s", claim.job_id, error)
             reason = "its options cannot be read; see the worker's log"
             store.finish_job(claim, error=reason, again=True)
@@ -119,7 +121,7 @@ class JobWorker:
         try:
             with stoppable(renewal.must_stop), renewal.in_background():
                 version = _train(ControlPrefix(self._frozen, store, self._attributes), job, options)
-                removals = store.last_removal(key)
+                forgotten = store.last_audit_number(forgotten=job.user)
         except TrainingInterrupted:
             if self._closing.is_set():
                 store.release_job(claim)
@@ -139,7 +141,7 @@ class JobWorker:
             with contextlib.suppress(ControlPrefixError):
                 # Before this version was stored, or else it went with the others. What was
                 # stored since stays.
-                if store.last_removal(key) == removals:
+                if store.last_audit_number(forgotten=job.user) == forgotten:
                     store.remove_version(key, self._frozen.fingerprint, version)
         return True
 
@@ -208,7 +210,7 @@ class _Renewal:
             last = time.monotonic()
             try:
                 self._is_ours = self._store.renew_job(self._claim, self._num_steps)
-            except StoreError as error:  # tried again; others take the job after a minute
+            except Exception as error:  # tried again; others take the job after a minute
                 _log.warning("job %s: %s", self._claim.job_id, error)
             if not self._is_ours:
                 return

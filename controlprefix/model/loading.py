@@ -108,8 +108,10 @@ def load(
                 f"{type(model).__name__} does not generate text; load it with "
                 "AutoModelForCausalLM or AutoModelForSeq2SeqLM"
             )
-        if revision or quantization:
-            raise ControlPrefixError("revision and quantization are for a model to be loaded")
+        if revision or quantization or dtype != "auto":
+            raise ControlPrefixError(
+                "dtype, revision and quantization are for a model to be loaded; leave them out"
+            )
         loaded, source = model, model.config.name_or_path or ""
     elif isinstance(model, (str, os.PathLike)):
         source = str(packaged_model(os.fspath(model)) if model in ALIASES else os.fspath(model))
@@ -254,7 +256,9 @@ def _load_tokenizer(source: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase
 def _explained(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except ControlPrefixError:
+        raise
+    except Exception as error:  # also safetensors' and huggingface_hub's, of damaged files
         if "/" in source and os.path.isabs(source) and not os.path.isdir(source):
             raise ControlPrefixError(
                 f"there is no folder {source!r} to load a model from"

@@ -46,13 +46,19 @@ def write(header: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -
         name: What the tensors are called in errors.
 
     Raises:
-        PrefixFormatError: If a value is NaN or infinite.
+        PrefixFormatError: If a value is NaN or infinite, or the header is too long.
     """
     header = {"format": FORMAT, **header}
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     _require_finite(tensors, name)
     header["sha256"] = digest(header, tensors)
-    return save_safetensors(tensors, metadata={"controlprefix": json.dumps(header)})
+    data = save_safetensors(tensors, metadata={"controlprefix": json.dumps(header)})
+    if int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:
+        raise PrefixFormatError(
+            f"{name} has more beside its tensors than a file can hold, such as its relevance to "
+            "thousands of prompts; give fewer"
+        )
+    return data
 
 
 def read(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

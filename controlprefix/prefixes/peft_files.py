@@ -102,6 +102,8 @@ def read_checkpoint(folder: str | Path, *, task: int | None = None) -> PeftCheck
             f"{folder} has no tensor 'prompt_embeddings' with {count} virtual tokens"
         )
     values = values.float()
+    if task is not None and kind != "MULTITASK_PROMPT_TUNING":
+        raise PrefixFormatError(f"{folder} holds {kind}, which has no tasks; leave task out")
     if kind == "MULTITASK_PROMPT_TUNING":
         values = values * _task_factors(folder, tensors, task)
     if not bool(values.isfinite().all()):

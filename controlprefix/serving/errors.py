@@ -16,8 +16,10 @@ from controlprefix.errors import (
     ContextLengthError,
     ControlPrefixError,
     EngineError,
+    ForgottenError,
     InternalServerError,
     InvalidNameError,
+    MissingDependencyError,
     ModelNotFoundError,
     OverloadedError,
     PrefixFormatError,
@@ -27,6 +29,7 @@ from controlprefix.errors import (
     StoreError,
     UnauthorizedError,
     UnknownNameError,
+    VersionConflictError,
 )
 from controlprefix.serving.openai import ErrorBody, ErrorResponse
 
@@ -51,17 +54,21 @@ _RESPONSES: tuple[tuple[type[ControlPrefixError], int, str, str], ...] = (
     (UnknownNameError, 404, "invalid_request_error", "not_found"),
     (PrefixFormatError, 500, "server_error", "damaged_prefix"),
     (EngineError, 503, "server_error", "engine_unavailable"),
+    (VersionConflictError, 409, "invalid_request_error", "conflict"),
+    (ForgottenError, 409, "invalid_request_error", "forgotten"),
+    (MissingDependencyError, 501, "server_error", "not_installed"),
     (StoreError, 503, "server_error", "store_unavailable"),
     (ControlPrefixError, 400, "invalid_request_error", "invalid_request"),
 )
 # Their messages contain internal paths and URLs, which clients must not see.
 _PRIVATE = (StoreError, EngineError, InternalServerError, PrefixFormatError)
+_CONFLICTS = (VersionConflictError, ForgottenError)
 
 
 def error_body(error: ControlPrefixError) -> tuple[int, ErrorBody]:
     """The status and the body of an error."""
     message = str(error)
-    if isinstance(error, _PRIVATE):
+    if isinstance(error, _PRIVATE) and not isinstance(error, _CONFLICTS):
         _log.warning("%s", error)
         message = "something is wrong on the server's side; try again later"
     status, error_type, code = next(

@@ -1,7 +1,6 @@
 """Server: the state that all routes share."""
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from controlprefix.attributes import AttributeSpace
 from controlprefix.cancellation import raise_if_stopped
 from controlprefix.completion import Completion
 from controlprefix.errors import (
+    ForgottenError,
     OverloadedError,
     RequestError,
     TrainingInterrupted,
@@ -120,6 +120,9 @@ class Server:
             # `admit` counts what runs and waits; all of it may wait for a moment.
             max_waiting=self.limits.max_waiting + self.limits.max_sequences,
             max_sequences_per_tenant=None if open_tenant else self.limits.sequences_per_tenant,
+            max_sequences_beside_others=(
+                None if open_tenant else self.limits.sequences_beside_others
+            ),
         )
         self._worker = self._tenants.worker() if does_jobs else None
         if self._worker is not None:
@@ -170,11 +173,17 @@ class Server:
         except UnknownNameError as error:
             if request.user is None or self._unknown_users == "refuse":
                 raise
+            plain = request.model_copy(update={"user": None})
             try:
-                plain = request.model_copy(update={"user": None})
                 return await self._resolve(client, plain, gone)
             except UnknownNameError:
                 raise error from None  # it was not the user
+            except RequestError:
+                if request.when == "always":
+                    raise
+                # No prefix is left that knows what it is for.
+                plain = plain.model_copy(update={"when": "always"})
+                return await self._resolve(client, plain, gone)
 
     async def _resolve(
         self, client: Client, request: Request, gone: "asyncio.Task[None] | None"
@@ -333,18 +342,16 @@ class Server:
             gone: Done when the client has disconnected; then nothing is stored.
 
         Raises:
+            ForgottenError: If the user was forgotten meanwhile.
             ControlPrefixError: If the user cannot be enrolled.
         """
-        key, store = PrefixKey("user", user), client.cp.store
+        store = client.cp.store
+        before = await self.work.with_store(partial(store.last_audit_number, forgotten=user))
 
         def work() -> int:
-            before = store.last_removal(key)
-            version = client.cp.enroll(user, **options)
-            if store.last_removal(key) != before:
-                with contextlib.suppress(UnknownNameError):
-                    client.cp.remove("user", user)
-                raise RequestError(f"user {user!r} was forgotten meanwhile")
-            return version
+            if store.last_audit_number(forgotten=user) != before:  # while this waited
+                raise ForgottenError(user)
+            return client.cp.enroll(user, **options)
 
         return await self.work.enroll(client.tenant, work, gone=gone)
 

@@ -21,7 +21,8 @@ class ServerLimits:
         max_connections: Open connections; beyond it, those that are idle are closed.
         max_sequences, max_waiting: Sequences decoded concurrently, and requests that wait.
         max_sequences_per_tenant: Of these sequences, those that one tenant may have. The fewer,
-            the less another tenant's requests are slowed. Left out, seven eighths.
+            the less another tenant's requests are slowed. Left out, seven eighths, and half
+            while another tenant has asked within the last minute.
         max_texts: Texts per enrolment.
         max_enrolments: Enrolments that a tenant may have, those that wait included; one at a
             time is made.
@@ -58,3 +59,8 @@ class ServerLimits:
     def sequences_per_tenant(self) -> int:
         """Sequences that one of several tenants may have, so that others find a row free."""
         return self.max_sequences_per_tenant or self.max_sequences - self.max_sequences // 8
+
+    @property
+    def sequences_beside_others(self) -> int:
+        """Those that it may have while another tenant asks."""
+        return self.max_sequences_per_tenant or max(1, self.max_sequences // 2)

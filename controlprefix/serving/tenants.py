@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 
 _ANY_TENANT = "default"  # the store is opened as one tenant; requests have views of their own
 _MAX_ENGINES = 256
+_AUDIT_WINDOW = 100  # numbers before the newest that is known, which are read again
 _MAX_KNOWN_KEYS = 10_000
 _MAX_WRONG_KEYS_PER_MINUTE = 60  # from one address
 _KEY_CACHE_S = 10.0  # after which a key is looked up again, so that revoking it takes effect
@@ -76,7 +77,7 @@ class Tenants:
         self._lock = threading.Lock()
         self._engines: LRUCache[str, ControlPrefix] = LRUCache(_MAX_ENGINES)
         self._caches = PrefixCaches()
-        self._last_removals: dict[str, int] = {}  # tenant -> number in its audit
+        self._read_entries: dict[str, set[int]] = {}  # tenant -> last numbers in its audit
         self._known_keys: TTLCache[str, tuple[str, str]] = TTLCache(_MAX_KNOWN_KEYS, _KEY_CACHE_S)
         self._store = PrefixStore(
             store, tenant=open_tenant or _ANY_TENANT, encryption_keys=encryption_keys
@@ -143,12 +144,16 @@ class Tenants:
             }
         removed = []
         for tenant in sorted(tenants):
-            last = self._last_removals.get(tenant, 0)
-            for entry in self._store.for_tenant(tenant).audit(after=last):
-                self._last_removals[tenant] = entry.number
-                if entry.action == "forget":
+            read = self._read_entries.get(tenant, set())
+            # An entry may be committed after one with a higher number.
+            after = max(read, default=0) - _AUDIT_WINDOW
+            for entry in self._store.for_tenant(tenant).audit(after=after):
+                if entry.number not in read and entry.action == "forget":
                     self._caches.forget(tenant, entry.key)
                     removed.append((tenant, entry.key))
+                read.add(entry.number)
+            newest = max(read, default=0)
+            self._read_entries[tenant] = {n for n in read if n > newest - _AUDIT_WINDOW}
         return removed
 
     def check_health(self) -> None:

@@ -67,6 +67,7 @@ class FeedbackTrainer(Trainer):
             num_cut=0,
             num_skipped=0,
             users=prepared.users,
+            since=prepared.since,
             origins=prepared.origins,
         )
         return self._train_and_publish(preparation, settings, control, objective)
@@ -130,6 +131,7 @@ class FeedbackTrainer(Trainer):
             self._frozen,
             beta=own_settings.beta,
             likelihood_weight=own_settings.likelihood_weight,
+            reference=own_settings.reference,
         )
         return self._train_and_publish(preparation, settings, control, objective)
 

@@ -1,5 +1,6 @@
 """Held-out rows: chosen by prompt and by user, so that nothing they ask is trained on."""
 
+import hashlib
 import logging
 import random
 from collections import Counter
@@ -53,6 +54,7 @@ def split_examples(
     for example, prompt, keys, text in zip(examples, identities, learned, by_text, strict=True):
         links = [("prompt", prompt)] if prompt else []
         links += text if text[0] in texts else []
+        links += [("image", digest) for digest in image_digests(example)]
         by_prompt.append(links)
         user = None if example.user is None else PrefixKey("user", example.user)
         is_linked = user is not None and user not in keys
@@ -95,12 +97,19 @@ def check_validation(
 
 
 def warn_of_shared_prompts(held_out: Sequence[Example], training: Sequence[Example]) -> None:
-    """Warn of held-out rows whose prompts are trained on too."""
-    prompts = {prompt_identity(example) for example in training} - {""}
-    num_shared = sum(prompt_identity(example) in prompts for example in held_out)
+    """Warn of held-out rows whose prompts, or texts without a prompt, are trained on too."""
+
+    def identity(example: Example) -> tuple[str, str]:
+        prompt = prompt_identity(example)
+        return prompt, "" if prompt else normalized(example.completion)
+
+    trained = set(map(identity, training))
+    num_shared = sum(identity(example) in trained for example in held_out)
     if num_shared:
         _log.warning(
-            "%d of %d held-out rows have a prompt that is trained on too", num_shared, len(held_out)
+            "%d of %d held-out rows have a prompt, or a text without one, that is trained on too",
+            num_shared,
+            len(held_out),
         )
 
 
@@ -183,7 +192,13 @@ def prompt_identity(example: Example) -> str:
         texts = [example.messages[0].content]  # the same as a prompt
     elif example.messages is not None:
         texts = [f"{message.role}: {message.content}" for message in example.messages]
-    return normalized(" ".join(texts))
+    return " ".join([*filter(None, [normalized(" ".join(texts))]), *image_digests(example)])
+
+
+def image_digests(example: Example) -> list[str]:
+    """A hash of each image of an example."""
+    images = [image for message in example.conversation for image in message.images]
+    return [f"image {hashlib.sha256(image).hexdigest()}" for image in images]
 
 
 def normalized(text: str) -> str:

@@ -103,8 +103,8 @@ class Objective:
     Args:
         frozen: The model.
         contrast: See `TrainingSettings`.
-        beta, likelihood_weight: See `PreferenceSettings`; they apply to rows with a rejected
-            completion.
+        beta, likelihood_weight, reference: See `PreferenceSettings`; they apply to rows with a
+            rejected completion, which have the reference's margins.
     """
 
     def __init__(
@@ -114,11 +114,13 @@ class Objective:
         contrast: float = 0.0,
         beta: float = 0.1,
         likelihood_weight: float = 0.0,
+        reference: str = "",
     ) -> None:
         self._frozen = frozen
         self._contrast = contrast
         self._beta = beta
         self._likelihood_weight = likelihood_weight
+        self._reference = reference
         self._margins: list[float] = []
 
     def expand(
@@ -151,7 +153,7 @@ class Objective:
 
     def identity(self) -> Any:
         """What must be equal, beside rows and settings, for a run to be resumed; as JSON."""
-        return [self._beta, self._likelihood_weight]
+        return [self._beta, self._likelihood_weight, self._reference]
 
     def assemble(
         self, pairs: Sequence[ContrastPair], prefixes: Mapping[PrefixKey, Prefix]

@@ -22,6 +22,7 @@ from controlprefix.model.images import followed_by
 from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
 from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.request import Request
+from controlprefix.training.control import in_first_process
 from controlprefix.training.objectives import (
     ContrastPair,
     Gather,
@@ -135,9 +136,16 @@ class PolicyObjective(Objective):
         keys = {key for row in rows for key, _ in row.learned}
         with torch.no_grad():
             values = prefixes.prefixes(keys)
-        completions = self._sample(rows, heads, values, draw)
-        texts = [text for _, text in completions]
-        rewards = self._rewards(rows, texts)
+
+        def sample() -> tuple[list[tuple[Sequence[int], str]], list[float], Any]:
+            completions = self._sample(rows, heads, values, draw)
+            requested = [row.request for row in rows if row.request is not None]
+            rewards = rewards_of(self._reward, requested, [text for _, text in completions])
+            return completions, rewards, draw.getstate()
+
+        # Others might sample and score differently, and each trains on its share of the rows.
+        completions, rewards, state = in_first_process(sample)
+        draw.setstate(state)
         novelty = distinct_shares([tokens for tokens, _ in completions])
         totals = [
             reward + self._settings.diversity * share
@@ -266,24 +274,6 @@ class PolicyObjective(Objective):
                 completions[i] = (*heads[i], *tokens), text
         return [completions[i] for i in range(len(rows))]
 
-    def _rewards(self, rows: Sequence[TrainingRow], texts: Sequence[str]) -> list[float]:
-        requests = [row.request for row in rows if row.request is not None]
-        values = self._reward(requests, texts)
-        try:
-            rewards = [float(value) for value in values]
-        except (TypeError, ValueError) as error:
-            raise TrainingDataError(
-                f"the reward gave {str(values)[:80]!r}; give a list with a number for each text"
-            ) from error
-        if len(rewards) != len(texts):
-            raise TrainingDataError(
-                f"the reward gave {len(rewards)} numbers for {len(texts)} texts; give one each"
-            )
-        for text, value in zip(texts, rewards, strict=True):
-            if not math.isfinite(value):
-                raise TrainingDataError(f"the reward of {text[:80]!r} is {value}; give a number")
-        return rewards
-
     def _reference_logits(self, rows: Sequence[TrainingRow]) -> Tensor:
         parts: list[list[Part]] = [[] for _ in rows]
         if self._settings.reference == "start":
@@ -326,3 +316,26 @@ def distinct_shares(samples: Sequence[Sequence[int]]) -> list[float]:
     return [
         sum(counts[bigram] == 1 for bigram in own) / len(own) if own else 1.0 for own in bigrams
     ]
+
+
+def rewards_of(reward: Reward, requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
+    """A reward's number for each text.
+
+    Raises:
+        TrainingDataError: If it gives anything but a finite number for each.
+    """
+    values = reward(requests, texts)
+    try:
+        rewards = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise TrainingDataError(
+            f"the reward gave {str(values)[:80]!r}; give a list with a number for each text"
+        ) from error
+    if len(rewards) != len(texts):
+        raise TrainingDataError(
+            f"the reward gave {len(rewards)} numbers for {len(texts)} texts; give one each"
+        )
+    for text, value in zip(texts, rewards, strict=True):
+        if not math.isfinite(value):
+            raise TrainingDataError(f"the reward of {text[:80]!r} is {value}; give a number")
+    return rewards

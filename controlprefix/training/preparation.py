@@ -47,6 +47,7 @@ class Preparation:
         left_out: What examples name that is neither trained nor stored.
         num_cut, num_skipped: Rows that did not fit the model's context.
         users: Users whose rows they are.
+        since: Number of the store's last audit entry when the rows were read.
         origins: The stored versions that prefixes start from.
     """
 
@@ -58,6 +59,7 @@ class Preparation:
     num_cut: int
     num_skipped: int
     users: frozenset[str]
+    since: int
     origins: Mapping[PrefixKey, StoredVersion] = field(default_factory=dict)
 
     def require_held_out(self, settings: TrainingSettings, what: str) -> None:
@@ -120,6 +122,7 @@ def prepare(
         TrainingDataError: If the examples cannot be trained on.
         ContextLengthError: If some are too long, and are neither to be cut nor skipped.
     """
+    since = resolver.last_audit_number()
     kinds = kinds_to_learn(examples, learn)
     tokenizer = frozen.request_tokenizer
     fitted = fit_to_context(examples, tokenizer, settings.too_long)
@@ -157,7 +160,7 @@ def prepare(
     training = [rows[i] for i in training_ids]
     texts = [fitted.examples[i].completion for i in training_ids]
     completions = [fitted.tokenized[i].completion for i in training_ids]
-    origins = resolver.current(set(keys) if spec.default.startswith("stored") else set())
+    origins = _origins(resolver, spec, keys)
     initial = _initial_prefixes(
         frozen,
         origins,
@@ -181,6 +184,7 @@ def prepare(
         fitted.num_cut + fitted_validation.num_cut,
         fitted.num_skipped + fitted_validation.num_skipped,
         frozenset(e.user for e in (*examples, *validation) if e.user is not None),
+        since,
         origins,
     )
 
@@ -194,6 +198,7 @@ class RequestPreparation:
         demonstrations: Rows with targets.
         initial: The prefixes to train, as they are stored.
         users: Users whose rows they are.
+        since: Number of the store's last audit entry when the rows were read.
         origins: The versions that they are stored as.
     """
 
@@ -201,6 +206,7 @@ class RequestPreparation:
     demonstrations: list[TrainingRow]
     initial: dict[PrefixKey, Prefix]
     users: frozenset[str]
+    since: int
     origins: Mapping[PrefixKey, StoredVersion]
 
 
@@ -226,6 +232,7 @@ def prepare_requests(
         UnknownNameError: If a part is not stored.
         ContextLengthError: If a prompt or a demonstration does not fit the context.
     """
+    since = resolver.last_audit_number()
     kinds = kinds_to_learn(requests, learn)
     check_trainable(demonstrations)
     tokenizer = frozen.request_tokenizer
@@ -253,7 +260,7 @@ def prepare_requests(
         initial[key] = value
     users = frozenset(row.user for row in all_rows if row.user is not None)
     origins = {key: stored[key] for key in keys}
-    return RequestPreparation(rows, demonstrated, initial, users, origins)
+    return RequestPreparation(rows, demonstrated, initial, users, since, origins)
 
 
 def _divide_parts(
@@ -267,6 +274,20 @@ def _divide_parts(
         if part.key in stored
     ]
     return frozen_parts, [(p.key, p.strength) for p in request.named_parts if p.key in keys]
+
+
+def _origins(
+    resolver: Resolver, spec: InitSpec, keys: Sequence[PrefixKey]
+) -> dict[PrefixKey, StoredVersion]:
+    """The stored versions that prefixes start from, also where they are given as prefixes."""
+    prefixes = {key: value for key, value in spec.values.items() if isinstance(value, Prefix)}
+    stored = resolver.current(set(keys) if spec.default.startswith("stored") else set(prefixes))
+    return {
+        key: version
+        for key, version in stored.items()
+        if key not in prefixes
+        or (isinstance(version.value, Prefix) and version.value.digest == prefixes[key].digest)
+    }
 
 
 def _initial_prefixes(

@@ -77,6 +77,10 @@ class TrainingReport:
     num_skipped: int = 0
     library_version: str = __version__
 
+    def is_same_run(self, other: "TrainingReport") -> bool:
+        """Whether another report is of the same run, such as one that was resumed when done."""
+        return (self.data_hash, self.losses) == (other.data_hash, other.losses)
+
     @property
     def best_loss(self) -> float:
         """The lowest validation loss, or the last batch's loss if nothing was held out."""

@@ -18,7 +18,7 @@ class ShorteningReport:
             over layers, heads and queries.
         curve: `(num_slots, nats per target token)`, from none to all slots.
         num_slots: The chosen number: the fewest that keep the required share of the gain.
-        version: Version of the shorter prefix in the store; None if it was not stored.
+        version: Version of the shorter prefix in the store; None before it is stored.
     """
 
     masses: tuple[float, ...]

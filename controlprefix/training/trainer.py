@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import torch
 
-from controlprefix.errors import TrainingDataError, shortened
+from controlprefix.errors import ForgottenError, TrainingDataError, shortened
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.model.slot_attention import Reference, observe
-from controlprefix.prefixes import Prefix, PrefixKey, StorageDtype
+from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.processes import process_state
 from controlprefix.store import NewVersion, Origin, PrefixStore
 from controlprefix.training.checkpoint import run_identity
@@ -240,7 +240,7 @@ class Trainer:
             shorter,
             {**current.details, "shortened": {"from": prefix.num_slots, "keep": keep}},
             replaces=current.version,
-            dtype=cast(StorageDtype, current.dtype),
+            dtype=current.storage_dtype,
             derived_from=Origin(self._frozen.fingerprint, current.version),
         )
         (version,) = self._store.put([new])
@@ -267,6 +267,7 @@ class Trainer:
         prefixes = parameterize(settings, preparation.initial, preparation.scale)
         objective = objective or Objective(self._frozen, contrast=settings.contrast)
         earlier = control.stored_report(origin)
+        stored = self._store.for_model(self._frozen.fingerprint)
         if earlier is not None and self._starts_from(earlier, preparation.initial):
             rows, held_out = preparation.rows, preparation.held_out
             identity = run_identity(settings, rows, held_out, prefixes, objective.identity())
@@ -282,9 +283,10 @@ class Trainer:
             objective=objective,
         )
         done = run.report()
-        if earlier is not None and (earlier.data_hash, earlier.losses) == (
-            done.data_hash,
-            done.losses,
+        if (
+            earlier is not None
+            and earlier.is_same_run(done)
+            and stored.has_versions(earlier.saved, preparation.initial)
         ):
             return earlier
         untrained = run.untrained()
@@ -360,8 +362,22 @@ class Trainer:
                     derived_from=Origin(self._frozen.fingerprint, origin.version),
                 )
             )
-        versions = in_first_process(lambda: self._store.put(new))
-        return {str(key): version for key, version in zip(prefixes, versions, strict=True)}
+        versions = in_first_process(lambda: self._put(new, preparation.since))
+        return {str(key): version for key, version in versions.items()}
+
+    def _put(self, new: Sequence[NewVersion], since: int) -> dict[PrefixKey, int]:
+        """Store versions, without those of users who were forgotten meanwhile."""
+        while True:
+            try:
+                numbers = self._store.put(new, since=since)
+            except ForgottenError as error:
+                left = [version for version in new if version.key != PrefixKey("user", error.user)]
+                if not left:
+                    raise
+                new = left
+                _log.warning("a user was forgotten while their prefix was trained: not stored")
+                continue
+            return {version.key: number for version, number in zip(new, numbers, strict=True)}
 
     def _rows_naming(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:
         """Rows in which a stored prefix is the trained part and all others are frozen.

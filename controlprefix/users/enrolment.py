@@ -8,6 +8,7 @@ from controlprefix._io import progress_bar
 from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
 from controlprefix.errors import (
     ControlPrefixError,
+    ForgottenError,
     MissingDependencyError,
     RequestError,
     StoreError,
@@ -85,6 +86,8 @@ def enroll_each(
         for user, own in texts:
             try:
                 report.users[user] = enroll(user, own)
+            except ForgottenError as error:
+                report.failed[user] = str(error)
             except (StoreError, MissingDependencyError):
                 raise
             except ControlPrefixError as error:

@@ -35,10 +35,19 @@ _DEFAULT_OPTIONS = {"parameterization": "direct", "batch_size": 4, "patience": 2
 _LEARNING_RATE_FROM_DECODER = 1e-2
 _MAX_REFINED_SLOTS = 16
 # Training options that have no effect here.
-_NOT_FOR_USERS = ("contrast", "off_context", "gradient_checkpointing", "save_steps")
+_NOT_FOR_USERS = ("contrast", "off_context", "gradient_checkpointing", "save_steps", "too_long")
 _NOT_FOR_RUNS_OF_USERS = ("accelerator", "tracker", "on_step", "on_validation")
 _NOT_FOR_CODES = ("form", "hidden_size", "nested", "parameterization", "slot_dropout")
-_NOT_FOR_DECODERS = ("contrast", "form", "nested", "off_context", "slot_dropout")
+_NOT_FOR_PREFIXES_FROM_CODES = ("form",)
+_NOT_FOR_DECODERS = (
+    "contrast",
+    "form",
+    "nested",
+    "off_context",
+    "parameterization",
+    "slot_dropout",
+    "too_long",
+)
 
 
 class UserTrainer:
@@ -80,6 +89,7 @@ class UserTrainer:
         """Train and store a decoder: see `ControlPrefix.learn_decoder`."""
         key = PrefixKey("decoder", name)
         self._store.require_writable([key])
+        since = self._store.last_audit_number()
         _refuse(options, _NOT_FOR_DECODERS, "a decoder")
         settings = TrainingSettings.from_options({"batch_size": 16, **options})
         decoder, codes, report = train_decoder(
@@ -100,11 +110,24 @@ class UserTrainer:
             }
         }
         new = NewVersion(key, decoder, details, sources=tuple(codes))
+        origin: dict[str, Any] = {
+            "store": self._store.label,
+            "tenant": self._store.tenant,
+            "model": self._frozen.geometry.model_name,
+        }
+        earlier = control.stored_report(origin)
+        if (
+            earlier is not None
+            and earlier.is_same_run(report.training)
+            and self._model_store.has_versions(earlier.saved, [key])
+        ):
+            return replace(report, version=earlier.saved[str(key)])
 
         def publish() -> int:
-            (version,) = self._store.put([new])
+            (version,) = self._store.put([new], since=since)
             if control.folder is not None:
-                replace(report.training, saved={str(key): version}).save(control.folder)
+                done = replace(report.training, saved={str(key): version}, **origin)
+                done.save(control.folder)
             return version
 
         return replace(report, version=in_first_process(publish))
@@ -141,12 +164,15 @@ class UserTrainer:
         _refuse(watchers, _NOT_FOR_RUNS_OF_USERS, "users")
         if decoder is not None and as_codes:
             _refuse(options, _NOT_FOR_CODES, "user codes")
+        elif decoder is not None:
+            _refuse(options, _NOT_FOR_PREFIXES_FROM_CODES, "prefixes that start from codes")
         defaults: dict[str, Any] = dict(_DEFAULT_OPTIONS)
         if decoder is not None:
             rate = CODE_LEARNING_RATE if as_codes else _LEARNING_RATE_FROM_DECODER
             defaults["learning_rate"] = rate
         settings = TrainingSettings.from_options({**defaults, **options})
         self._store.require_writable(())
+        since = self._store.last_audit_number()
         if texts is None:
             texts = {user: self._store.samples(user) for user in self._store.users_with_samples()}
             if not texts:
@@ -163,7 +189,7 @@ class UserTrainer:
                     **settings.to_dict(),
                 }
             }
-            return self._put(user, value, details, **extras(user))
+            return self._put(user, value, details, since=since, **extras(user))
 
         return train_users(
             self._frozen,
@@ -181,6 +207,7 @@ class UserTrainer:
 
         The version, the texts and the profile are stored in one transaction.
         """
+        since = self._store.last_audit_number()
         texts, decoder = usable_texts(user, texts), options.decoder
         extras: dict[str, Any] = {"texts": texts} if options.keep_texts else {}
         if options.keep_profile:
@@ -215,12 +242,14 @@ class UserTrainer:
             code, enrolled["texts"] = added_code(
                 self.decoder(decoder), user, stored.value, current, texts
             )
+            enrolled["tokens"] += current.details.get("enrolled", {}).get("tokens", 0)
             # Nothing is lost where two add at once: the second is refused.
-            return self._put(user, code, {"enrolled": enrolled}, replaces=current.version, **extras)
+            extras["replaces"] = current.version
+            return self._put(user, code, {"enrolled": enrolled}, since=since, **extras)
         value, share = self._enrolled(texts, decoder, options.num_slots, options.guard)
         if options.guard:
             enrolled["share"] = share
-        return self._put(user, value, {"enrolled": enrolled}, **extras)
+        return self._put(user, value, {"enrolled": enrolled}, since=since, **extras)
 
     def migrate(self, source: ModelStore, decoder: str) -> MigrationReport:
         """Give users of another model codes of this one: see `ControlPrefix.migrate_users`.
@@ -329,12 +358,18 @@ class UserTrainer:
         return predict_code(self.decoder(decoder), texts), 1.0
 
     def _put(
-        self, user: str, value: Prefix | UserCode, details: Mapping[str, Any], **extras: Any
+        self,
+        user: str,
+        value: Prefix | UserCode,
+        details: Mapping[str, Any],
+        *,
+        since: int,
+        **extras: Any,
     ) -> int:
         if isinstance(value, Prefix):
             value = value.to(dtype=self._frozen.dtype)
         new = NewVersion(PrefixKey("user", user), value, details, **extras)
-        return self._store.put([new])[0]
+        return self._store.put([new], since=since)[0]
 
     def _initialize(
         self, settings: TrainingSettings, decoder: str | None, as_codes: bool, num_slots: int

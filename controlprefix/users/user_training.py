@@ -17,6 +17,7 @@ from typing import NamedTuple
 from controlprefix._io import progress_bar
 from controlprefix.errors import (
     ControlPrefixError,
+    ForgottenError,
     PrefixFormatError,
     StoreError,
     TrainingDataError,
@@ -106,17 +107,19 @@ def train_users(
     report, skipped = UsersReport(), []
     waiting = iter(texts)
     active: list[_ActiveUser] = []
+    admitted: set[PrefixKey] = set()
 
     def admit_next() -> bool:
         """Start the next user; False if nobody waits."""
         for user, user_texts in waiting:
             try:
                 key = PrefixKey("user", user)
-                if any(key == PrefixKey("user", other.name) for other in active):
+                if key in admitted:
                     raise TrainingDataError(
-                        f"user {user!r} comes twice, and is being trained on the first texts; "
+                        f"user {user!r} comes twice, and is trained on the first texts; "
                         "give all texts of a user together"
                     )
+                admitted.add(key)
                 usable, rows = user_rows(frozen, user, user_texts, settings.seed)
                 training, held_out = split_user_rows(rows, settings)
                 run = TrainingRun(
@@ -153,7 +156,8 @@ def train_users(
                         report.users[user.name] = _publish(user, publish)
                         if folder is not None:
                             _record_finished(folder, user, origin)
-                except PrefixFormatError as error:  # values too large for the model's dtype
+                except (PrefixFormatError, ForgottenError) as error:
+                    # Values too large for the model's dtype, or nobody to store them for.
                     reason = str(error)
                 if reason is not None:
                     report.failed[user.name] = reason
@@ -211,13 +215,19 @@ def split_user_rows(
 ) -> tuple[list[TrainingRow], list[TrainingRow]]:
     """Rows to train on and held-out rows: whole texts, or parts of one if there is only one.
 
-    Each user keeps rows to train on.
+    Each user keeps rows to train on. A text of several users is held out for all or none, where
+    that leaves rows to hold out.
     """
     learned = [[key for key, _ in row.learned] for row, _ in rows]
-    by_text = [[(*keys, normalized(text))] for (_, text), keys in zip(rows, learned, strict=True)]
+    texts = [normalized(row.text) for row in rows]
+    by_text = [[text] for text in texts]
+    by_own_text = [[(*keys, text)] for text, keys in zip(texts, learned, strict=True)]
     by_row = [[i] for i in range(len(rows))]
     training, held_out = split_at_first(
-        [(by_text, ""), (by_row, "")], settings.validation, settings.seed, learned
+        [(by_text, ""), (by_own_text, ""), (by_row, "")],
+        settings.validation,
+        settings.seed,
+        learned,
     )
     return [rows[i].row for i in training], [rows[i].row for i in held_out]
 

@@ -45,15 +45,19 @@ class VllmClient:
         response = await self._http.get("/v1/models", timeout=CONNECT_TIMEOUT_S)
         if response.status_code != 200:
             raise EngineError(f"vLLM answers {response.status_code}: {_error_message(response)}")
-        models: list[dict[str, Any]] = response.json()["data"]
-        info = next((model for model in models if name in (None, model["id"])), None)
-        if info is None:
-            raise EngineError(
-                f"vLLM serves no model {name!r}; it serves: "
-                + ", ".join(sorted(str(model["id"]) for model in models))
-            )
+        try:
+            models = {str(model["id"]): model for model in response.json()["data"]}
+        except (ValueError, TypeError, LookupError) as error:
+            raise EngineError(f"{self.url} is not a server of vLLM: {error}") from error
+        first: dict[str, Any] = next(iter(models.values()), {})
+        info = first if name is None else models.get(name)
+        if not info:
+            what = "no model" if name is None else f"no model {name!r}"
+            served = ", ".join(sorted(models)) or "none"
+            raise EngineError(f"vLLM serves {what}; it serves: {served}")
         # A LoRA adapter's is that of its base, which comes first.
-        return {**info, "max_model_len": info.get("max_model_len") or models[0]["max_model_len"]}
+        length = info.get("max_model_len") or first.get("max_model_len")
+        return {**info, "max_model_len": length}
 
     async def block_size(self) -> int | None:
         """The block size of the KV cache, from `/metrics`; None unless all engines agree."""

@@ -8,8 +8,9 @@ It runs inside vLLM, in an environment that has both packages:
 
 A request with `kv_transfer_params={"controlprefix": {"file": …, "num_slots": P}}` starts with P
 placeholder tokens; before it runs, their keys and values are written by the attention backend's
-own function, so no layout is assumed. A prefix that cannot be read fails its own request; it is
-never ignored. A client that sets these parameters is trusted: expose vLLM to the server only.
+own function, so no layout is assumed. A prefix that cannot be read fails its own request, if that
+has a token to compute beside the last one. A client that sets these parameters is trusted: expose
+vLLM to the server only.
 """
 
 import logging

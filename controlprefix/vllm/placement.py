@@ -97,7 +97,7 @@ def place(
     if plan.has_guidance:
         raise RequestError(
             "strengths below 0, and mixing='logits', need the logits of other rows, which this "
-            "server's engine (vLLM) does not provide; leave them out"
+            "server's engine (vLLM) does not provide; leave them out" + resolved.note_on_opposites
         )
     task_copies: list[_Copies] = []
     other_copies: list[_Copies] = []

@@ -110,12 +110,15 @@ class VllmRunner:
         self._closing = False
         self._lock = threading.Lock()
         self._running: set[_RemoteRequest] = set()
+        try:
+            self._client = VllmClient(url, api_key)
+        except httpx.InvalidURL as error:
+            raise EngineError(f"{url!r} is no URL: {error}") from error
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="controlprefix-vllm", daemon=True
         )
         self._thread.start()
-        self._client = VllmClient(url, api_key)
         try:
             self._model_name = self._wait_for(self._read_server_info(model_name))
             compare_with_local_model(frozen, self._place, self._remote_log_probs)

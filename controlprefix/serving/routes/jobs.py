@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -35,10 +35,12 @@ async def accepted(
     response: Response,
     client: Client,
     server: Server,
+    *,
+    texts: Sequence[str] = (),
 ) -> Job:
-    """Queue a job, and answer with where to look for it."""
+    """Queue a job, and answer with where to look for it; texts are kept with it."""
     job = await server.work.with_store(
-        client.cp.store.add_job, kind, user, options, server.fingerprint
+        client.cp.store.add_job, kind, user, options, server.fingerprint, texts
     )
     server.wake_worker()
     response.status_code = 202

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.server import Server
@@ -50,8 +50,12 @@ class Removed(BaseModel):
     num_versions: int
 
 
-def _checked_version(value: int | str) -> int | str:
-    """Refuse what no version or alias can be."""
+def _checked_version(value: object) -> object:
+    """Refuse what no version or alias can be; digits are a number."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if isinstance(value, bool):
+        raise ValueError("a version is a number or an alias")
     if isinstance(value, int) and not 1 <= value < 1 << 31:
         raise ValueError("a version is a number from 1 on")
     if isinstance(value, str) and not (0 < len(value) <= 64 and value.isprintable()):
@@ -59,7 +63,7 @@ def _checked_version(value: int | str) -> int | str:
     return value
 
 
-VersionOrAlias = Annotated[int | str, AfterValidator(_checked_version)]
+VersionOrAlias = Annotated[int | str, BeforeValidator(_checked_version)]
 
 
 class VersionBody(BaseModel):

@@ -69,9 +69,9 @@ async def enroll_user(
         usable_texts(user, body.texts)  # fail before a job does
         if body.decoder is not None:
             await server.work.with_store(client.cp.version_info, "decoder", body.decoder)
-        if body.keep_texts:
-            await server.work.with_store(client.cp.store.keep_samples, user, body.texts)
-        return await accepted("train_user", user, body.job_options(), response, client, server)
+        texts = body.texts if body.keep_texts else []
+        options = body.job_options()
+        return await accepted("train_user", user, options, response, client, server, texts=texts)
     fields = body.model_dump(exclude={"train"})
     gone = asyncio.create_task(disconnection(request))
     try:

@@ -1,0 +1,120 @@
+"""Users who are forgotten while something is made of their texts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controlprefix import ControlPrefix, Example, ForgottenError
+from controlprefix.prefixes import PrefixKey
+from controlprefix.store import NewVersion, PrefixStore
+from controlprefix.training import StepInfo
+from controlprefix.users import user_trainer, user_training
+
+from helpers import Keys, engine
+
+ANA, BO = PrefixKey("user", "ana"), PrefixKey("user", "bo")
+OPTIONS: dict[str, Any] = {"steps": 2, "num_slots": 2, "progress": False, "validation": 0.0}
+
+
+def rows() -> list[Example]:
+    return [
+        Example(prompt=f"Write {i}", completion=f"Text {i}", task="email", user=user)
+        for i in range(4)
+        for user in ("ana", "bo")
+    ]
+
+
+def test_only_a_user_who_was_forgotten_since_is_not_stored() -> None:
+    cp = engine()
+    prefix = cp.prefix_from_text("a text")
+    for _ in range(3):
+        cp.put("user", "ana", prefix)
+    cp.put("user", "bo", prefix)
+    since = cp.store.last_audit_number()
+    cp.store.prune(keep=1)
+    cp.store.forget(BO)
+    assert cp.store.last_audit_number(forgotten="bo") > since
+    assert cp.store.last_audit_number(forgotten="ana") == 0
+    assert cp.store.put([NewVersion(ANA, prefix)], since=since) == [4]
+    both = [NewVersion(ANA, prefix), NewVersion(BO, prefix, texts=("mine",))]
+    with pytest.raises(ForgottenError, match="'bo' was forgotten") as raised:
+        cp.store.put(both, since=since)
+    assert raised.value.user == "bo"
+    assert cp.version_info("user", "ana").version == 4  # all or none
+    assert not cp.exists("user", "bo")
+    assert not cp.store.samples("bo")
+    assert cp.store.put(both, since=cp.store.last_audit_number()) == [5, 1]
+
+
+def test_what_is_learned_from_a_forgotten_user_is_marked_and_does_not_name_them() -> None:
+    cp = engine()
+    cp.put("user", "bo", cp.prefix_from_text("a text"))
+
+    def forget(info: StepInfo) -> None:
+        if info.step == 1:
+            cp.forget_user("bo")
+
+    cp.train(rows(), learn="task", on_step=forget, **OPTIONS)
+    assert cp.version_info("task", "email").num_forgotten == 1
+    cp.store.forget(ANA)  # who is named as a source
+    assert cp.version_info("task", "email").num_forgotten == 2
+
+
+def test_others_are_stored_where_one_is_forgotten_while_all_train() -> None:
+    cp = engine()
+    cp.put("task", "email", cp.prefix_from_text("a task"))
+    cp.put("user", "bo", cp.prefix_from_text("a text"))
+    report = cp.train(rows(), learn="user", on_step=lambda info: _forget_once(cp, "bo"), **OPTIONS)
+    assert report.saved == {"user 'ana'": 1}
+    assert cp.names("user") == ["ana"]
+
+
+def test_users_forgotten_while_they_train_or_are_enrolled_stay_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cp = engine()
+    cp.put("user", "ana", cp.prefix_from_text("a text"))
+    usable = user_training.usable_texts
+
+    def slowly(user: str, texts: list[str]) -> list[str]:
+        _forget_once(cp, user)
+        return usable(user, texts)
+
+    monkeypatch.setattr(user_trainer, "usable_texts", slowly)
+    with pytest.raises(ForgottenError):
+        cp.enroll("ana", ["a text"], keep_texts=True)
+    assert not cp.exists("user", "ana")
+    assert not cp.store.samples("ana")
+    monkeypatch.undo()
+    assert cp.enroll("ana", ["a text"]) == 1
+
+    def texts(user: str) -> list[str]:
+        if user == "ana":
+            _forget_once(cp, "ana")
+        return ["one text", "another text"]
+
+    pairs = ((user, texts(user)) for user in ("bo", "ana"))
+    users = cp.train_users(pairs, concurrent_users=1, **OPTIONS)
+    assert "forgotten meanwhile" in users.failed["ana"]
+    assert list(users.users) == ["bo"]
+
+
+def test_publishing_reads_no_kept_texts_of_others(tmp_path: Path) -> None:
+    cp = engine()
+    prefix = cp.prefix_from_text("a text")
+    url = str(tmp_path / "a.db")
+    keys = Keys(tmp_path / "keys.json")
+    keys.use("k1")
+    with PrefixStore(url, tenant="mine", encryption_keys=keys) as store:
+        store.keep_samples("email", ["mine"])
+    del keys.keys["k1"]
+    keys.use("k2")
+    with PrefixStore(url, tenant="mine", encryption_keys=keys) as store:
+        for kind in ("task", "user"):
+            assert store.put([NewVersion(PrefixKey(kind, "email"), prefix)]) == [1]
+
+
+def _forget_once(cp: ControlPrefix, user: str) -> None:
+    if cp.exists("user", user):
+        cp.remove("user", user)
