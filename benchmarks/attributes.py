@@ -23,14 +23,13 @@ from controlprefix import ControlPrefix
 from controlprefix.evaluation.harness import base_model_nll
 from controlprefix.evaluation.metrics import distinct_n
 
+from lib.attribute_baselines import Method, RealTexts
 from lib.attribute_methods import (
     BOTH,
     METHODS,
     REINFORCED,
     SELF_TRAINED,
     ControlPrefixMethod,
-    Method,
-    RealTexts,
     trained,
 )
 from lib.attribute_studies import BATCH_SIZE, STUDIES, Combination, Study, load_study

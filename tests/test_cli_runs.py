@@ -10,7 +10,7 @@ import pytest
 from commands import run
 from typer.testing import CliRunner
 
-from controlprefix import ControlPrefix
+from controlprefix import ControlPrefix, Request
 from controlprefix.cli import app
 from controlprefix.cli.config import apply_config
 from controlprefix.cli.groups import ModelArguments
@@ -196,11 +196,20 @@ def test_a_device_that_is_none_is_told_before_anything_is_loaded(device: str) ->
 
 
 def test_an_option_that_is_left_out_is_shorter_where_there_is_less_room(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = "x" * 200  # of the model's 256 positions
     model = ("--model", str(model_folder), "--raw")
-    assert run(tmp_path, "generate", prompt, *model) is not None
+    requests: list[Request] = []
+    stream = ControlPrefix.stream
+
+    def noting(self: ControlPrefix, request: Request) -> Any:
+        requests.append(request)
+        return stream(self, request)
+
+    monkeypatch.setattr(ControlPrefix, "stream", noting)
+    run(tmp_path, "generate", prompt, *model)
+    assert "max_new_tokens" not in requests[0].model_fields_set
     with pytest.raises(RequestError, match="200"):
         run(tmp_path, "generate", prompt, "--max-new-tokens", "128", *model)
 

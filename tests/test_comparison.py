@@ -229,10 +229,22 @@ def test_a_method_that_fails_ends_no_other_and_runs_are_those_asked_for(
     ].keys() == {"1"}
 
 
-def test_the_learning_rate_is_that_of_the_lowest_validation_loss() -> None:
+def test_the_learning_rate_is_that_of_the_lowest_validation_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     settings = {**SETTINGS, "methods": ["controlprefix"], "num_rates": 3, "seeds": (0, 1)}
+    rates: dict[int, list[float]] = {}
+    train = ControlPrefixMethod.train
+
+    def noting(self: Any, *, rate: float, seed: int) -> None:
+        rates.setdefault(seed, []).append(rate)
+        train(self, rate=rate, seed=seed)
+
+    monkeypatch.setattr(ControlPrefixMethod, "train", noting)
     method = compare(engine(), greetings(8), **settings).methods["controlprefix"]
-    assert len(method["validation"]) == 3
+    losses = method["validation"]
+    assert len(set(losses.values())) == len(rates[0]) == 3
+    assert rates[1] == [float(min(losses, key=losses.__getitem__))]
     assert list(method["runs"]) == ["0", "1"]
 
 

@@ -143,10 +143,22 @@ def test_the_code_of_a_guide_runs(
 def test_links_in_the_documents_lead_to_files() -> None:
     roots = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
     for page in [*roots, *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        links = re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text())
+        for target, anchor in links:
             is_generated = target.endswith("reference/cli.md")  # by `make docs`
-            if not target.startswith("http") and not is_generated:
-                assert (page.parent / target).exists(), (page.name, target)
+            if target.startswith("http") or is_generated:
+                continue
+            path = page.parent / target if target else page
+            assert path.exists(), (page.name, target)
+            if anchor and path.suffix == ".md":
+                assert anchor in _anchors(path), (page.name, target, anchor)
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    plain = (re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings)
+    return {re.sub(r"\s", "-", heading.strip()) for heading in plain}
 
 
 def test_figures_in_the_readme_are_those_of_the_recorded_demo() -> None:

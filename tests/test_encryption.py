@@ -82,8 +82,9 @@ def test_keys_are_rotated_while_the_store_is_in_use(store: PrefixStore, keys: Ke
         store.put([new(seed=seed), new(BO, seed=seed + 10)])
     keys.use("k2")
     store.put([new(seed=3)])
-    for version in (1, 4):  # one of the old key, one of the new
-        assert payload_of(store.for_model(F).get(ANA, version=version))
+    for version, seed in ((1, 0), (4, 3)):  # one of the old key, one of the new
+        payload = payload_of(store.for_model(F).get(ANA, version=version))
+        assert payload == payload_of(new(seed=seed))
     assert store.rotate_keys() == 6
     assert store.rotate_keys() == 0
     del keys.keys["k1"]

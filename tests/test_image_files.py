@@ -68,7 +68,7 @@ def test_damaged_images_are_clear_errors(at: int, value: int, form: str) -> None
     for damaged in (bytes(content), bytes(content[: at % len(content)])):
         problem = ""
         try:
-            assert all(image.mode == "RGB" for image in opened([damaged]))
+            assert [image.mode for image in opened([damaged])] == ["RGB"]
         except RequestError as error:
             problem = str(error)
         assert not problem or "image 1 cannot be read" in problem or "pixels" in problem

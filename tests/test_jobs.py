@@ -16,11 +16,11 @@ from controlprefix import ControlPrefix, StoreError
 from controlprefix.errors import OverloadedError, UnknownNameError
 from controlprefix.jobs import JobWorker
 from controlprefix.prefixes import PrefixKey
-from controlprefix.store import Job, PrefixStore, jobs
+from controlprefix.store import PrefixStore, jobs
 from controlprefix.training.loop import TrainingLoop
 from controlprefix.users import user_training
 
-from helpers import Keys, frozen
+from helpers import Keys, frozen, raw
 from models import build, byte_tokenizer
 
 TEXTS = ["the sea is wide", "the sea is deep", "we sail today"]
@@ -68,6 +68,19 @@ def test_a_job_trains_a_user_and_forgets_the_texts(store: PrefixStore) -> None:
     with pytest.raises(UnknownNameError):  # tenants do not see each other's
         store.for_tenant("theirs").job(job.id)
     assert store.for_tenant("theirs").jobs() == []
+
+
+def test_texts_of_jobs_are_removed_however_they_end(url: str) -> None:
+    with PrefixStore(url, tenant="mine") as store:
+        done = store.add_job("train_user", "ana", OPTIONS, F)
+        failed = store.add_job("train_user", "bo", {**OPTIONS, "texts": [" "]}, F)
+        cancelled = store.add_job("train_user", "cy", OPTIONS, F)
+        store.cancel_job(cancelled.id)
+        work(store)
+        ends = [store.job(job.id).status for job in (done, failed, cancelled)]
+        assert ends == ["succeeded", "failed", "cancelled"]
+    rows = raw(url, "SELECT payload, key_id FROM controlprefix_jobs", "mine")
+    assert [tuple(row) for row in rows] == [(None, None)] * 3
 
 
 def test_the_version_is_that_of_training_at_once(store: PrefixStore) -> None:
@@ -207,9 +220,11 @@ class Slow:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
+        self.num_steps = 0
         original = TrainingLoop.step
 
         def step(*arguments: Any) -> Any:
+            self.num_steps += 1
             self.reached.set()
             assert self.go_on.wait(30)
             return original(*arguments)
@@ -217,20 +232,17 @@ class Slow:
         monkeypatch.setattr(TrainingLoop, "step", step)
         monkeypatch.setattr("controlprefix.jobs.worker._RENEW_S", 0.05)
 
-    def during(self, store: PrefixStore, job: Job, act: Any) -> JobWorker:
+    def during(self, store: PrefixStore, act: Any) -> JobWorker:
+        """A worker that does all jobs; it must come to an end by itself."""
         worker = JobWorker(FROZEN, store)
-        worker.start()
+        thread = threading.Thread(target=worker.run, kwargs={"until_empty": True})
+        thread.start()
         assert self.reached.wait(30)
         act(worker)
         time.sleep(0.5)  # the claim is renewed meanwhile
         self.go_on.set()
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and any(
-            job.status in ("running", "queued") and not worker._closing.is_set()
-            for job in store.jobs()
-        ):
-            time.sleep(0.05)
-        worker.close()
+        thread.join(60)
+        assert not thread.is_alive()
         return worker
 
 
@@ -239,7 +251,10 @@ def test_a_cancelled_job_ends_after_its_step(
     store: PrefixStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = store.add_job("train_user", "ana", {**OPTIONS, "steps": 1000}, F)
-    Slow(monkeypatch).during(store, job, lambda worker: store.cancel_job(job.id))
+    slow = Slow(monkeypatch)
+    worker = slow.during(store, lambda worker: store.cancel_job(job.id))
+    assert not worker._closing.is_set()
+    assert slow.num_steps < 10
     assert store.job(job.id).status == "cancelled"
     assert ControlPrefix(FROZEN, store).names("user") == []
     waiting = store.add_job("train_user", "bo", OPTIONS, F)
@@ -249,11 +264,18 @@ def test_a_cancelled_job_ends_after_its_step(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_noticed", [True, False])
 def test_a_user_who_is_forgotten_meanwhile_does_not_come_back(
-    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch, is_noticed: bool
 ) -> None:
-    job = store.add_job("train_user", "ana", OPTIONS, F)
-    Slow(monkeypatch).during(store, job, lambda worker: store.forget(PrefixKey("user", "ana")))
+    """Noticed while it trains, or where the version would be stored."""
+    job = store.add_job("train_user", "ana", {**OPTIONS, "steps": 1000 if is_noticed else 2}, F)
+    slow = Slow(monkeypatch)
+    if not is_noticed:
+        monkeypatch.setattr("controlprefix.jobs.worker._RENEW_S", 3600)
+    worker = slow.during(store, lambda worker: store.forget(PrefixKey("user", "ana")))
+    assert not worker._closing.is_set()
+    assert slow.num_steps < 10
     assert store.jobs() == []
     assert ControlPrefix(FROZEN, store).names("user") == []
     with pytest.raises(UnknownNameError):
@@ -266,7 +288,7 @@ def test_a_worker_that_is_stopped_gives_its_job_back(
     store: PrefixStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = store.add_job("train_user", "ana", OPTIONS, F)
-    Slow(monkeypatch).during(store, job, lambda worker: worker.ask_to_stop())
+    Slow(monkeypatch).during(store, lambda worker: worker.ask_to_stop())
     assert (store.job(job.id).status, store.job(job.id).num_attempts) == ("queued", 0)
     assert work(store) == 1
     assert store.job(job.id).version == 1
@@ -319,7 +341,7 @@ def test_accents_of_a_name_have_one_form(store: PrefixStore) -> None:
 
 @pytest.mark.slow
 def test_a_worker_killed_in_the_middle_loses_nothing(
-    url: str, model_folder: Path, clock: Clock
+    url: str, model_folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with PrefixStore(url) as store:
         cp = ControlPrefix.from_pretrained(model_folder, store=url)
@@ -331,19 +353,25 @@ def test_a_worker_killed_in_the_middle_loses_nothing(
             "--store", url, "--device", "cpu",
         ]  # fmt: skip
         killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
         while store.job(job.id).status != "running":
             assert killed.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         assert store.job(job.id).status == "running"
         assert cp.names("user") == []
         clock.advance(61)
-        worker = JobWorker(cp.frozen_model, store)
-        stopped = threading.Timer(2.0, lambda: store.cancel_job(job.id))
-        stopped.start()  # 2,000 steps would take long
-        assert worker.run(until_empty=True) == 1
-        assert store.job(job.id).num_attempts == 2
+        train = ControlPrefix.train_users
+        monkeypatch.setattr(  # 2,000 steps would take long
+            ControlPrefix,
+            "train_users",
+            lambda self, texts, **options: train(self, texts, **{**options, "steps": 2}),
+        )
+        assert JobWorker(cp.frozen_model, store).run(until_empty=True) == 1
+        done = store.job(job.id)
+        assert (done.status, done.version, done.num_attempts) == ("succeeded", 1, 2)
         cp.store.close()
 
 

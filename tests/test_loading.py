@@ -54,6 +54,9 @@ def test_quantized_models_are_steered_and_trained(wide_model: Path, quantization
     rows = [cp.generate("Greet 1", task="greet", max_new_tokens=6).text]
     rows.append(cp.generate("Greet 1", max_new_tokens=6).text)
     assert [c.text for c in cp.generate(["Greet 1"], task="greet", max_new_tokens=6)] == rows[:1]
+    assert cp.score(steered := [greetings(1)[0]]) != cp.score(
+        [example.model_copy(update={"task": None, "attributes": {}}) for example in steered]
+    )
     unchanged = ControlPrefix.from_pretrained(cp.model, tokenizer=cp.tokenizer, store="sqlite://")
     assert unchanged.geometry.fingerprint == cp.geometry.fingerprint
     again = ControlPrefix.from_pretrained(

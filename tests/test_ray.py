@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -37,21 +38,19 @@ OPTIONS: dict[str, Any] = {"steps": 3, "num_slots": 2, "progress": False}
 def cluster() -> Iterator[None]:
     try:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    except Exception as error:  # such as no shared memory
+    except (OSError, TimeoutError) as error:  # such as no shared memory
         pytest.skip(f"no Ray cluster starts on this machine: {error}")
     yield
     ray.shutdown()
 
 
 def processes() -> list[int]:
-    """Ids of the processes of actors."""
+    """Ids of the processes of this cluster's actors."""
     ids = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"ray::_Actor" in (path / "cmdline").read_bytes():
-                ids.append(int(path.name))
-        except OSError:
-            continue
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "ray::_Actor" in " ".join(process.cmdline()):
+                ids.append(process.pid)
     return ids
 
 

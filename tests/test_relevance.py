@@ -215,7 +215,8 @@ def test_texts_of_an_evaluation_are_those_of_the_gate_as_it_is(
         cache.generate([row], progress=False)
         return cache.texts([row])[0]
 
-    left_out, attached = text_of("the moon"), text_of("the boat")
+    text_of("the moon")  # is kept
+    attached = text_of("the boat")
     moons = [f"Write about the moon {name}." for name in NAMES]
     cp.put("task", "boats", replace(cp.get("task", "boats"), relevance=None))
     relevance = cp.get("task", "boats", version=2).relevance
@@ -223,7 +224,10 @@ def test_texts_of_an_evaluation_are_those_of_the_gate_as_it_is(
     swapped = replace(relevance, own=embed_subjects(moons))
     cp.put("task", "boats", replace(cp.get("task", "boats"), relevance=swapped))
     assert text_of("the boat") != attached  # it is left out now
-    assert text_of("the moon") in (left_out, text_of("the moon"))
+    row = Example(prompt="the moon", raw=True, completion="x", task="boats", when="relevant")
+    fresh = TextCache(cp, None, max_new_tokens=6, temperature=None, seed=0)
+    fresh.generate([row], progress=False)
+    assert text_of("the moon") == fresh.texts([row])[0]
 
 
 def test_a_gate_that_accepts_nothing_is_told_and_strangers_are_refused(

@@ -129,14 +129,18 @@ def test_extreme_logits_choose_a_possible_token(fields: dict[str, Any]) -> None:
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:
-    logits, ids = torch.randn(1, 50), torch.tensor([[7, 5, 7, 3]])
-    any_ids: Any = ids
+    ids: Any = torch.tensor([[7, 5, 7, 3]])
     penalize: Any = RepetitionPenaltyLogitsProcessor(1.8)
-    expected = penalize(any_ids, logits.clone()).argmax(1)
-    for num_new in (0, 2, 4):
-        prompt, new = ids[0, : 4 - num_new].tolist(), ids[0, 4 - num_new :].tolist()
-        row = SampledRow(request(repetition_penalty=1.8), prompt, new)
-        assert BatchSampler([row], CPU)(logits.clone()).tolist() == expected.tolist()
+    positive, negative = torch.zeros(1, 50), torch.full((1, 50), -9.0)
+    positive[0, [7, 5, 3, 9]] = torch.tensor([3.0, 2.9, 2.8, 2.0])
+    negative[0, [7, 5, 3, 9]] = torch.tensor([-3.0, -3.1, -3.2, -4.0])
+    for logits in (positive, negative):
+        expected = penalize(ids, logits.clone()).argmax(1)
+        assert (int(logits.argmax()), int(expected)) == (7, 9)  # the penalty decides
+        for num_new in (0, 2, 4):
+            prompt, new = ids[0, : 4 - num_new].tolist(), ids[0, 4 - num_new :].tolist()
+            row = SampledRow(request(repetition_penalty=1.8), prompt, new)
+            assert BatchSampler([row], CPU)(logits.clone()).tolist() == expected.tolist()
 
 
 def test_penalties_count_what_was_generated() -> None:

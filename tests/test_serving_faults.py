@@ -22,11 +22,12 @@ import pytest
 
 from controlprefix import StoreError
 from controlprefix.serving import ServerLimits
+from controlprefix.serving.tenants import Tenants
 from controlprefix.store import PrefixStore
 from controlprefix.store.model_store import ModelStore
 
 from databases import own_server, restart
-from servers import MESSAGES, MODEL, TOKENIZER, Served, expected, fill, wait_for
+from servers import MESSAGES, MODEL, TOKENIZER, Keys, Served, ask, expected, fill, wait_for
 
 
 def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:
@@ -201,6 +202,8 @@ def test_a_server_told_to_stop_finishes_what_it_has(store: str, tmp_path: Path) 
                 break
             except httpx.HTTPError:
                 time.sleep(0.1)
+        else:
+            pytest.fail("the server was never ready")
         body = {"model": "tiny", "prompt": "x", "max_tokens": 240, "temperature": 0, "stream": True,
                 "repetition_penalty": 1.3}  # fmt: skip
         text, reason = "", None
@@ -301,3 +304,73 @@ def soak(server: Any, url: str) -> None:
     names = set(httpx.get(f"{served.base}/v1/users").json()["users"])
     assert set(saved) <= names  # an acknowledged enrolment is stored
     served.close()
+
+
+def test_jobs_versions_and_users_of_one_tenant_are_hidden_from_others(
+    limited: Served, keys: Keys
+) -> None:
+    user = f"{limited.base}/v1/users/only-a"
+    body = {"texts": ["a text"], "train": {"steps": 1}}
+    accepted = httpx.put(user, json=body, headers=keys["a"])
+    job = accepted.headers["Location"]
+    wait_for(
+        lambda: httpx.get(limited.base + job, headers=keys["a"]).json()["status"] == "succeeded"
+    )
+    for method, path, content in (
+        ("GET", job, None),
+        ("DELETE", job, None),
+        ("GET", job + "/events", None),
+        ("GET", "/v1/users/only-a", None),
+        ("POST", "/v1/users/only-a/rollback", {"to": 1}),
+        ("GET", "/v1/prefixes/user/only-a", None),
+        ("PUT", "/v1/prefixes/user/only-a/aliases/mine", {"version": 1}),
+        ("DELETE", "/v1/users/only-a", None),
+    ):
+        answer = httpx.request(method, limited.base + path, json=content, headers=keys["b"])
+        assert answer.status_code in (400, 404), path
+        assert "a text" not in answer.text
+    assert httpx.get(f"{limited.base}/v1/jobs", headers=keys["b"]).json()["jobs"] == []
+    assert "only-a" not in httpx.get(f"{limited.base}/v1/users", headers=keys["b"]).text
+    assert httpx.get(user, headers=keys["a"]).status_code == 200
+
+
+def test_tenants_with_the_same_names_share_a_batch_and_no_prefix(
+    limited: Served, keys: Keys, two_tenants: str
+) -> None:
+    def text_of(tenant: str) -> str:
+        answer = ask(limited, keys[tenant], user="ana", max_tokens=12)
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    alone = {tenant: text_of(tenant) for tenant in "ab"}
+    assert alone["a"] != alone["b"]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(text_of, "ab" * 8))
+    assert together == [alone[tenant] for tenant in "ab" * 8]
+
+
+def test_a_revoked_key_opens_nothing(two_tenants: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("controlprefix.serving.tenants._KEY_CACHE_S", 0.2)
+    with PrefixStore(two_tenants, tenant="a") as store:
+        header = {"Authorization": f"Bearer {store.create_api_key('brief')}"}
+        served = Served(two_tenants)
+        try:
+            url = f"{served.base}/v1/models"
+            assert httpx.get(url, headers=header).status_code == 200
+            store.revoke_api_key("brief")
+            wait_for(lambda: httpx.get(url, headers=header).status_code == 401)
+        finally:
+            served.close()
+
+
+def test_a_server_is_not_ready_while_its_store_is_away(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: Tenants) -> None:
+        raise StoreError("/secret/prefixes.db is away")
+
+    assert httpx.get(f"{served.base}/ready").status_code == 200
+    monkeypatch.setattr(Tenants, "check_health", away)
+    answer = httpx.get(f"{served.base}/ready")
+    assert answer.status_code == 503
+    assert "/secret" not in answer.text
+    assert httpx.get(f"{served.base}/health").status_code == 200

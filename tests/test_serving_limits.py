@@ -236,8 +236,7 @@ def test_a_server_without_keys_knows_its_names(two_tenants: str, host: str, stat
     served = Served(two_tenants, open_tenant="a", allowed_hosts=["ours.example"])
     try:
         response = httpx.get(f"{served.base}/v1/models", headers={"Host": host})
-        assert response.status_code == (status if host else response.status_code)
-        assert host or response.status_code >= 400
+        assert response.status_code == status
     finally:
         served.close()
 
@@ -294,14 +293,16 @@ def raw_connection(limited: Served) -> socket.socket:
 
 
 def test_a_client_that_does_not_read_is_cut(two_tenants: str) -> None:
-    limits = ServerLimits(body_timeout_s=0.5, header_timeout_s=0.5, max_connections=20)
+    limits = ServerLimits(body_timeout_s=0.5, header_timeout_s=60.0, max_connections=20)
     served = Served(two_tenants, limits=limits)
     try:
         with raw_connection(served) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            client.sendall(request)
+            wait_for(lambda: bool(served.server.server_state.connections))
             with contextlib.suppress(OSError):
-                client.sendall(request * 400)
+                client.sendall(request * 399)
             wait_for(lambda: not served.server.server_state.connections)
     finally:
         served.close()
@@ -310,13 +311,15 @@ def test_a_client_that_does_not_read_is_cut(two_tenants: str) -> None:
 def test_new_connections_close_the_oldest_idle_ones(limited: Served, keys: Keys) -> None:
     """And a client that keeps connecting does not cut one that is about to send its request."""
     with contextlib.ExitStack() as stack:
-        valid = []
+        valid, most = [], 0
         for _ in range(60):
             stack.enter_context(raw_connection(limited))
+            most = max(most, len(limited.server.server_state.connections))
             client = stack.enter_context(raw_connection(limited))
             client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             valid.append(client.recv(64).startswith(b"HTTP/1.1 200"))
         assert all(valid)
+        assert most <= limited.gateway.limits.max_connections + 1
 
 
 def test_an_active_connection_is_not_closed_between_requests(two_tenants: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from controlprefix import (
     ControlPrefixError,
@@ -24,7 +25,10 @@ from controlprefix.model.slot_attention import Reference, most_attended, observe
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.training import TrainingSettings
 from controlprefix.training.held_out import split_examples
+from controlprefix.training.loop import TrainingLoop
+from controlprefix.training.parameterization import parameterize
 from controlprefix.training.preparation import prepare
+from controlprefix.training.run import TrainingRun
 
 from helpers import QUICK, engine, nats_per_token
 from models import ALL
@@ -116,12 +120,25 @@ def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
 def test_a_users_prefix_moves_only_with_rows_of_that_user() -> None:
     """With one row a step, a step on ana's row must leave bo's slots where they are."""
     cp = engine()
-    rows = [Example(prompt="Hi", user="ana", completion="hello")] * 9
-    pair = [*rows, Example(prompt="Hi", user="bo", completion="HELLO")]
-    cp.train(pair, learn=("user",), **{**SETTINGS, "epochs": 1, "steps": None, "validation": 0})
-    untouched = cp.get("user", "bo").to_bytes()
-    cp.train(rows, learn=("user",), init="stored", **{**SETTINGS, "steps": 3})
-    assert cp.get("user", "bo").to_bytes() == untouched
+    rows = [Example(prompt="Hi", user=user, completion=f"hello {user}") for user in ("ana", "bo")]
+    settings = TrainingSettings.from_options(
+        {"batch_size": 1, "steps": 40, "validation": 0, "parameterization": "direct"}
+    )
+    prepared = prepare(
+        rows * 4, cp.frozen_model, cp._resolver, settings, learn="user", num_slots=2, init="text"
+    )
+    slots = parameterize(settings, prepared.initial, prepared.scale)
+    run = TrainingRun(prepared.rows, (), slots, settings, cp.model.device)
+    loop = TrainingLoop(cp.frozen_model, settings, Accelerator())
+    all_moved = set()
+    for _ in range(20):
+        before = {key: p.slots["decoder"].clone() for key, p in slots.materialize().items()}
+        assert not loop.step([run])
+        after = slots.materialize()
+        moved = {key for key in before if not torch.equal(before[key], after[key].slots["decoder"])}
+        assert len(moved) == 1
+        all_moved |= moved
+    assert all_moved == {PrefixKey("user", "ana"), PrefixKey("user", "bo")}
 
 
 @pytest.mark.slow
@@ -293,6 +310,13 @@ def test_strengths_of_examples_count_as_in_a_request() -> None:
     ] * 8
     report = cp.train(mixed, learn=("attributes",), **{**SETTINGS, "validation": 0})
     assert set(report.saved) == {"attribute 'tone=warm'", "attribute 'tone=brief'"}
+    still = {**SETTINGS, "steps": 1, "learning_rate": 1e-12, "validation": 0}
+    plain = [example.model_copy(update={"strengths": {}}) for example in mixed]
+    losses = []
+    for rows in (mixed, plain):
+        own = engine().train(rows, learn=("attributes",), init="random", **still)
+        losses.append(own.losses[0])
+    assert losses[0] != pytest.approx(losses[1], abs=1e-3)
     assert -cp.score(mixed[:1])[0].log_likelihood / 7 < report.losses[0]
 
 

@@ -262,3 +262,17 @@ def test_many_users_are_enrolled_as_each_alone() -> None:
     assert cp.names("user") == sorted(texts)
     with pytest.raises(UnknownNameError, match="no decoder 'people'"):
         cp.enroll_users(texts, decoder="people")
+
+
+def test_the_models_weights_stay_as_they_are_whatever_is_made_of_users() -> None:
+    cp = engine()
+    before = {name: value.clone() for name, value in cp.model.state_dict().items()}
+    cp.train_users({"ana": ["one text", "two"], "bo": ["three"]}, concurrent_users=2, **QUICK)
+    cp.enroll("cy", ["four texts", "five"])
+    cp.put("task", "t", cp.prefix_from_text("a task of some length"))
+    rows = [Example(prompt="a", completion="b", task="t")]
+    cp.shorten("task", "t", rows)
+    after = cp.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert not any(p.requires_grad or p.grad is not None for p in cp.model.parameters())
