@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     adapters.init(model)
     names = [f"user{i}" for i in range(max(options.users))]
     for name in names:
-        config = PrefixTuningConfig(prefix_length=options.num_slots, bottleneck_size=512)
+        # Keys and values themselves, as a trained prefix is deployed.
+        config = PrefixTuningConfig(prefix_length=options.num_slots, flat=True)
         model.add_adapter(name, config=config)
     model.to(dtype)
 

@@ -6,7 +6,7 @@ sentiment of restaurant reviews, politeness). All methods get the same rows in a
 start from an empty prompt. Three attribute classifiers per attribute, over words, characters and
 sentence embeddings, are trained on rows that no method and no reward gets. A method's coefficient
 is chosen on other samples than those reported. DATA is a folder with the files of both sets (see
-lib/attribute_methods.py). repeng is skipped unless it is installed:
+lib/attribute_studies.py). repeng is skipped unless it is installed:
 `pip install --no-deps repeng==0.4.0`.
 """
 

@@ -33,16 +33,6 @@ def topic(frozen: FrozenModel, label: str, options: argparse.Namespace) -> dict[
     rows = [r for r in study.rows if attributes_of(r).get("topic") not in (None, label)]
     method = ControlPrefixMethod(replace(study, labels={"topic": []}, rows=rows), options)
     method.train()
-    method.cp.distill(
-        f"Write a sentence {IN_WORDS[label]}.",
-        PROMPTS,
-        attribute="topic",
-        label="distilled",
-        num_slots=options.num_slots,
-        steps=options.distill_steps,
-        max_new_tokens=options.new_tokens,
-        progress=False,
-    )
     requests: dict[str, dict[str, Any]] = {
         "task only": {},
         "nearest labels": {"attributes": {"topic": label}, "unseen": "nearest"},
@@ -51,6 +41,17 @@ def topic(frozen: FrozenModel, label: str, options: argparse.Namespace) -> dict[
     }
     accuracies = {}
     for name, fields in requests.items():
+        if name == "distilled":  # last, since it is a label that could be the nearest one
+            method.cp.distill(
+                f"Write a sentence {IN_WORDS[label]}.",
+                PROMPTS,
+                attribute="topic",
+                label="distilled",
+                num_slots=options.num_slots,
+                steps=options.distill_steps,
+                max_new_tokens=options.new_tokens,
+                progress=False,
+            )
         texts = method.generate([{"task": "text", **fields}] * options.texts, 4)
         best = classifier.probabilities([text or " " for text in texts]).argmax(dim=1).tolist()
         hits = [classifier.labels[i] == label for i in best]

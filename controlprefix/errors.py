@@ -19,6 +19,7 @@
     ├── EngineError               the engine behind a server failed or is misconfigured
     ├── StoreError                the store cannot be opened, read or written
     │   ├── DamagedRowError       a row that this library does not write
+    │   ├── ForgottenError        a user was forgotten while their prefix was made
     │   ├── StoreKeyError         an encryption key is missing or wrong
     │   └── VersionConflictError  another version was published first
     └── ServerError               raised by the HTTP server only

@@ -1,4 +1,4 @@
-"""A smaller quickstart: learn two voices, then mix them: learn two voices, then mix them.
+"""A smaller quickstart: learn two voices, then mix them.
 
 Run it with `python examples/quickstart.py`.
 """

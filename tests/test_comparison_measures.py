@@ -74,3 +74,22 @@ def test_texts_end_where_completions_end() -> None:
         )[0]
         lengths.append(len(frozen.tokenizer(text)["input_ids"]))
     assert min(lengths) < 4
+
+
+def test_spectra_are_those_of_the_same_text_however_rows_are_batched() -> None:
+    cp = engine(hidden_size=64, head_dim=16)  # more dimensions than the texts have tokens
+    texts = [
+        Example(prompt="Hi", completion="word " * (3 + i), task="t", attributes={"tone": label})
+        for i, label in enumerate(("warm", "cold", "warm", "cold"))
+    ]
+
+    class InTwoGroups(Method):
+        def group(self, row: Example) -> str | None:
+            return str(len(row.completion) % 2)
+
+    together = measures.spectrum(Method(problem(cp, greetings(8))), texts)
+    apart = measures.spectrum(InTwoGroups(problem(cp, greetings(8))), texts)
+    assert together is not None
+    assert apart is not None
+    assert len({len(own) for own in together.cumulated}) == 4
+    assert apart.gap(together) == pytest.approx(0, abs=1e-4)

@@ -25,6 +25,7 @@ from controlprefix.data import (
     read_labelled,
     read_texts,
     read_users,
+    summarize,
 )
 from controlprefix.training.context_fit import cut_example_ids
 
@@ -427,3 +428,16 @@ def test_a_conversation_that_cannot_be_cut_is_skipped() -> None:
     settings = {**QUICK, "steps": 1, "validation": 0, "too_long": "cut"}
     report = cp.train(rows, task="t", **settings)
     assert (report.num_examples, report.num_skipped) == (1, 1)
+
+
+def test_a_dict_is_no_list_of_texts() -> None:
+    for rows in ({"ana": ["a text"]}, {"train": [{"text": "x"}]}):
+        with pytest.raises(TrainingDataError):
+            as_texts(rows)
+    assert as_texts({"text": "a text"}) == ["a text"]
+
+
+def test_token_ids_are_a_prompt() -> None:
+    rows = [Example(prompt_ids=(1, 2, i), completion="x") for i in range(3)]
+    summary = summarize(rows)
+    assert (summary.num_prompts, summary.num_without_prompt) == (3, 0)

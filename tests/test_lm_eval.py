@@ -129,3 +129,19 @@ def test_the_harnesss_own_command_line_runs(model_folder: Path, tmp_path: Path) 
     assert result.returncode == 0, result.stderr[-2000:]
     assert "colours" in result.stdout
     assert "acc" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attribute": "formality:formal"}, "no option 'attribute'.*'attributes'"),
+        ({"pretrained": "gpt2"}, "give the model as model="),
+        ({"strengths": "task:abc"}, "the strength of 'task' is 'abc'"),
+        ({"steering": {"a": {"prompt": "x"}}}, "leave prompt out"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(
+    cp: ControlPrefix, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        ControlPrefixLM(cp, **options)

@@ -111,3 +111,9 @@ def test_the_command_adds_ratios_to_rows(tmp_path: Path) -> None:
     data.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps({"prompt": 3, "source": "x"}))
     result = CliRunner().invoke(app, [*arguments, "--source", "source"])
     assert "rows.jsonl line 3: " in str(result.exception)
+
+
+def test_only_the_ratios_that_are_named_are_computed() -> None:
+    row = Example(prompt="One two three.", completion="One two.")
+    (labelled,) = with_ratios([row], names=["length"], language="no such language")
+    assert labelled.attributes == {"length": "0.57"}

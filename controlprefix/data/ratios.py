@@ -17,6 +17,7 @@ def control_ratios(
     source: str,
     text: str,
     *,
+    names: Sequence[str] = RATIOS,
     language: str = "en",
     parse: Callable[[str], Any] | None = None,
 ) -> dict[str, float]:
@@ -24,6 +25,7 @@ def control_ratios(
 
     Args:
         source, text: A text and what was made of it, such as its simplification.
+        names: Which ratios; left out, all that can be computed.
         language: The language of both, for the ranks of words, as a code that wordfreq knows.
         parse: A spaCy pipeline with a dependency parser, if trees are to be compared.
 
@@ -53,13 +55,15 @@ def control_ratios(
 
     if not source.strip() or not text.strip():
         raise TrainingDataError("a control ratio needs two texts, but one is empty")
-    replaced = sum(op.tag == "replace" for op in Levenshtein.editops(source, text))
-    ratios = {
-        "length": len(text) / len(source),
-        "similarity": 1 - replaced / min(len(source), len(text)),
-        "word_rank": _word_rank(text, language) / _word_rank(source, language),
-    }
-    if parse is not None:
+    ratios = {}
+    if "length" in names:
+        ratios["length"] = len(text) / len(source)
+    if "similarity" in names:
+        replaced = sum(op.tag == "replace" for op in Levenshtein.editops(source, text))
+        ratios["similarity"] = 1 - replaced / min(len(source), len(text))
+    if "word_rank" in names:
+        ratios["word_rank"] = _word_rank(text, language) / _word_rank(source, language)
+    if "tree_depth" in names and parse is not None:
         ratios["tree_depth"] = _tree_depth(parse(text)) / _tree_depth(parse(source))
     return {name: round(value, 2) for name, value in ratios.items()}
 
@@ -99,7 +103,9 @@ def with_ratios(
         raise TrainingDataError("tree_depth needs a parser: give `parse`, such as a spaCy pipeline")
     labelled = []
     for example, source in zip(examples, sources, strict=True):
-        ratios = control_ratios(source, example.completion, language=language, parse=parse)
+        ratios = control_ratios(
+            source, example.completion, names=names, language=language, parse=parse
+        )
         numbers = {name: str(ratios[name]) for name in names}
         attributes = {**example.attributes, **numbers}
         labelled.append(example.model_copy(update={"attributes": attributes}))

@@ -85,6 +85,8 @@ def summarize(
 
 
 def _prompt(example: Example) -> str:
+    if example.prompt_ids is not None:
+        return " ".join(map(str, example.prompt_ids))
     if example.messages is None:
         return example.prompt or ""
     return "\n".join(f"{message.role}: {message.content}" for message in example.messages)

@@ -76,6 +76,8 @@ def as_texts(
         return [source]
     if isinstance(source, os.PathLike):
         return read_texts([Path(source)], columns=columns, user=user)
+    if isinstance(source, Mapping):  # one row, or splits
+        source = [source]
     if isinstance(source, Iterable) and not hasattr(source, "columns"):
         source = list(source)
         if not any(isinstance(item, (Mapping, Example)) for item in source):

@@ -11,7 +11,9 @@ Reference:
 """
 
 import contextlib
+import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from controlprefix._io import requires_extra
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import RequestError
+from controlprefix.errors import RequestError, known_names
 from controlprefix.request import Request
 
 with requires_extra("lm-eval", "lm-evaluation-harness"):
@@ -30,6 +32,15 @@ with requires_extra("lm-eval", "lm-evaluation-harness"):
 
 Result = TypeVar("Result")
 _LOADING = ("dtype", "device", "revision", "trust_remote_code", "quantization")
+_OWN_OPTIONS = ("model", "store", "tenant", "task", "user", "attributes", "strengths", "steering")
+# Those that name, load or adapt a model have no effect beside a loaded one.
+_HARNESS_OPTIONS = {
+    name
+    for name, parameter in inspect.signature(HFLM.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY or parameter.default is not parameter.empty
+} - {"self", "pretrained", "tokenizer", "peft", "delta", "autogptq", "gptqmodel", *_LOADING}
+
+_log = logging.getLogger("controlprefix")
 
 
 @register_model("controlprefix")
@@ -74,13 +85,17 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
             self._cp = model
         else:
             self._cp = ControlPrefix.from_pretrained(model, store=store, tenant=tenant, **loading)
-        options.pop("pretrained", None)
+        if "pretrained" in options:
+            raise RequestError("give the model as model=, not pretrained=")
+        if unknown := sorted(set(options) - _HARNESS_OPTIONS):
+            known = known_names(unknown[0], [*_OWN_OPTIONS, *_LOADING, *_HARNESS_OPTIONS])
+            raise RequestError(f"there is no option {unknown[0]!r}; there are: {known}")
         super().__init__(pretrained=self._cp.model, tokenizer=self._cp.tokenizer, **options)
         fields = {
             "task": task,
             "user": user,
             "attributes": _pairs(attributes),
-            "strengths": {part: float(value) for part, value in _pairs(strengths).items()},
+            "strengths": {part: _number(part, text) for part, text in _pairs(strengths).items()},
         }
         self._request = _request(fields)
         self._by_task = {name: _request(own) for name, own in _read_steering(steering).items()}
@@ -88,6 +103,7 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
             with self._cp.assembled(request):  # fail before anything is evaluated
                 pass
         self._current = self._request
+        self._unused = set(self._by_task)
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -125,7 +141,11 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             name = getattr(request, "task_name", None) or ""
+            self._unused.discard(name)
             groups.setdefault(name if name in self._by_task else "", []).append(i)
+        if self._unused:
+            names = ", ".join(sorted(self._unused))
+            _log.warning("no request so far is of %s, which steering names", names)
         results: dict[int, Result] = {}
         for name, indices in groups.items():
             with self._steered(self._by_task.get(name, self._request)):
@@ -143,7 +163,16 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
 
 
 def _request(fields: Mapping[str, Any]) -> Request:
+    if "prompt" in fields:
+        raise RequestError("the harness has the prompts; leave prompt out of the steering")
     return Request(prompt="-", **{name: value for name, value in fields.items() if value})
+
+
+def _number(part: str, text: Any) -> float:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        raise RequestError(f"the strength of {part!r} is {text!r}; give a number") from None
 
 
 def _pairs(value: Mapping[str, Any] | str | None) -> dict[str, Any]:

@@ -336,8 +336,9 @@ class _Run:
             self._ray.kill(actor)
             return
         try:
-            if not chunk.num_attempts and self._method != "evaluate_users":
-                names = [user for user, _ in chunk.users]
+            if not chunk.num_attempts:
+                is_stored = self._method != "evaluate_users"
+                names = [user for user, _ in chunk.users] if is_stored else []
                 chunk.versions = self._ray.get(actor.versions.remote(names))
                 self._num_dead = 0  # this actor has started
         except self._ray.exceptions.RayActorError as error:
@@ -369,7 +370,7 @@ class _Run:
         return self._actors[-1]
 
 
-def _users(texts: Any) -> Iterator[tuple[str, list[str]]]:
+def _users(texts: Any) -> Iterator[tuple[str, list[str] | str | None]]:
     """Users and their texts; rows of a Ray Dataset are grouped by user first.
 
     Raises:
@@ -379,7 +380,8 @@ def _users(texts: Any) -> Iterator[tuple[str, list[str]]]:
         texts = list(texts.iter_rows())
     users = read_users(texts)
     for user, own in users.items() if isinstance(users, Mapping) else users:
-        yield user, list(own)
+        # One text and none are told apart where they are used; others may be read only once.
+        yield user, own if own is None or isinstance(own, str) else list(own)
 
 
 def _chunks(users: Iterable[tuple[str, Any]], size: int) -> Iterator[_Chunk]:

@@ -55,7 +55,7 @@ class AdapterMethod(Method):
 
     def required_bytes(self) -> int:
         model = self.problem.frozen.model
-        return len(self.labels) * sum(p.numel() * p.element_size() for p in model.parameters())
+        return 2 * len(self.labels) * sum(p.numel() * p.element_size() for p in model.parameters())
 
     def train(self, *, rate: float, seed: int) -> None:
         problem, labels = self.problem, self.labels
@@ -234,7 +234,7 @@ class FullFineTuning(AdapterMethod):
 
     def required_bytes(self) -> int:  # weights, gradients and AdamW's two averages
         num_values = sum(p.numel() for p in self.problem.frozen.model.parameters())
-        return 4 * num_values * (len(self.labels) + 3)
+        return 4 * num_values * (2 * len(self.labels) + 3)
 
 
 class BitFit(AdapterMethod):
@@ -251,6 +251,8 @@ class BitFit(AdapterMethod):
         return None if any(n.endswith("bias") for n in names) else "the model has no biases"
 
     def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
+        # In float32, as other adapters are trained: small steps round to nothing in bfloat16.
+        model = model.float()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
         return model

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from controlprefix._io import progress_bar
+from controlprefix._io import progress_bar, requires_extra
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine import ControlPrefix
 from controlprefix.engine.arguments import checks_own_arguments
@@ -67,20 +67,21 @@ def compare(
         cp: Its model is compared. Its store is neither read nor changed.
         rows: Rows to train on, in any form (see `controlprefix.data.as_examples`).
         columns: Which columns of the rows hold what, if they have other names.
-        validation: Rows that choose the learning rate, or the share of `rows` that does.
+        validation: Rows that choose the learning rate, or the share of the rows left by `test`.
         test: Rows to measure on, or the share of `rows`.
         methods: Names from `METHODS`; left out, all.
         steps, batch_size: How each method is trained.
         num_slots: Slots of a prefix, and virtual tokens of PEFT's methods.
         seeds: Each trains every method once; the first chooses the learning rates.
         num_rates: How many of a method's three learning rates are tried, from the middle one.
-        num_rows: Prompts of test rows and of validation rows to use, at most; rows without a
-            prompt count one by one.
+        num_rows: Prompts of test rows and of validation rows to use, and general texts, at most;
+            rows without a prompt count one by one.
         max_new_tokens: Maximum length of the texts that are generated.
         instruction: The instruction of instructed models; `{labels}` stands for a row's labels.
         classifiers: Attribute classifiers, trained on other texts, for rows with labels.
         general: Texts that people wrote for no task, to measure forgetting.
-        other_prompts: Prompts of another task, to measure divergence; left out, general ones.
+        other_prompts: Prompts of another task, to measure divergence, of which the first 16 are
+            used; left out, general ones.
         too_long: What happens to rows that do not fit the model's context: an error, or they are
             left out.
         folder: Where results are kept as they are measured: an interrupted run continues there.
@@ -110,6 +111,9 @@ def compare(
     if frozen.is_encoder_decoder:
         raise UnsupportedModelError("a comparison needs a decoder-only model")
     peft_package()
+    with requires_extra("compare", "a comparison"):
+        import rouge_score  # noqa: F401
+        import sacrebleu  # noqa: F401
     tokenizer = frozen.request_tokenizer
 
     def examples_of(rows: Rows, columns: Columns | None) -> list[Example]:

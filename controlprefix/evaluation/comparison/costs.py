@@ -24,7 +24,8 @@ class Costs:
     def watched(self) -> Iterator[None]:
         """Add the time of a block, and its memory if it is the largest."""
         gc.collect()
-        if torch.cuda.is_available():
+        on_gpu = torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated() / (1 << 20)
         else:
@@ -36,10 +37,7 @@ class Costs:
         start = now()
         yield
         self.seconds += now() - start
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() / (1 << 20)
-        else:
-            peak = _status_mib("VmHWM")
+        peak = torch.cuda.max_memory_allocated() / (1 << 20) if on_gpu else _status_mib("VmHWM")
         self.peak_mib = max(self.peak_mib, peak - before)
 
 

@@ -174,15 +174,17 @@ def spectrum(method: Method, texts: Sequence[Example]) -> Spectrum | None:
         "PT-PEFT", 2024, https://arxiv.org/abs/2411.00029.
     """
     tokenizer = method.problem.frozen.request_tokenizer
-    cumulated = []
-    for batch in _batches(method, in_context(method.problem, texts)):
+    by_text: dict[int, Tensor] = {}
+    rows = in_context(method.problem, texts)
+    for batch in _batches(method, rows):
         with method.applied(batch) as model:
             tokens = [method.tokenized(row) for row in batch]
             states = adapter_training.completion_states(model, tokens, tokenizer)
-        for own in states:
+        for row, own in zip(batch, states, strict=True):
             if len(own) > 1:
                 values = torch.linalg.svdvals(own)
-                cumulated.append(values.cumsum(0) / values.sum())
+                by_text[id(row)] = values.cumsum(0) / values.sum()
+    cumulated = [by_text[id(row)] for row in rows if id(row) in by_text]  # not by batches
     if not cumulated:
         return None
     ranks = [(int((own < _RANK_SHARE).sum()) + 1) / len(own) for own in cumulated]
@@ -229,6 +231,7 @@ def texts_of(method: Method, rows: Sequence[Example], seed: int) -> list[str]:
                     temperature=temperature,
                 )
             for row, text in zip(batch, written, strict=True):
+                text = text.strip().split(method.end_of_text)[0] if method.end_of_text else text
                 line = text.strip().split("\n")[0] if problem.is_single_line else text
                 texts[places[id(row)]] = line.strip()
     return [texts[i] for i in range(len(rows))]

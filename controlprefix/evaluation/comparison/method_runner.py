@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import StoreError, TrainingDataError, short_reason
+from controlprefix.errors import MissingDependencyError, StoreError, TrainingDataError, short_reason
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import measures
 from controlprefix.evaluation.comparison.adapters import (
@@ -115,7 +115,7 @@ class MethodRunner:
             return
         try:
             yield from self._measure(name, result, seeds)
-        except StoreError:
+        except (StoreError, MissingDependencyError):
             raise
         except Exception as error:  # PEFT and torch refuse models and sizes in many ways
             result["skipped"] = short_reason(error)
@@ -207,7 +207,8 @@ class MethodRunner:
             figures["base-model nats"] = plainness
         for key, completed in (("written", elsewhere.written), ("answers", elsewhere.answers)):
             value = measures.divergence(method, completed)
-            figures[f"divergence, {key}"] = value if value is not None else 0.0
+            if value is not None:
+                figures[f"divergence, {key}"] = value
         spectrum = measures.spectrum(method, elsewhere.answers)
         if spectrum is not None and self._plain_spectrum is not None:
             figures["effective rank"] = spectrum.rank

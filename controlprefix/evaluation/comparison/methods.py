@@ -20,6 +20,7 @@ from controlprefix.prefixes import Kind, Part, Prefix, PrefixKey
 from controlprefix.request import Request
 from controlprefix.store import PrefixStore
 from controlprefix.training import Learnable
+from controlprefix.training.initialization import as_decoupled
 
 NUM_SHOTS = 4
 NUM_ADAPTATIONS = 8  # in the batch whose speed is measured
@@ -95,10 +96,12 @@ class Method:
         num_adaptations: How many adapters or prefixes those are.
         costs: What the training cost.
         is_mixed: Whether rows of one batch can have different adaptations.
+        end_of_text: What ends a text, where no end token does.
     """
 
     rates: Sequence[float] = ()
     is_mixed = True
+    end_of_text = ""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -111,7 +114,7 @@ class Method:
         return None
 
     def required_bytes(self) -> int:
-        """About how much memory its training needs beyond the model."""
+        """About how much memory its training needs beyond the model, with an earlier one kept."""
         return 0
 
     def train(self, *, rate: float, seed: int) -> None:
@@ -169,6 +172,8 @@ class Instruction(Method):
 class FewShot(Method):
     """Training rows, of the same label where there are few labels, in the prompt."""
 
+    end_of_text = "\n\n"
+
     def reworded(self, row: Example) -> Example:
         rng = random.Random(f"{row.prompt}{row.completion}")
         pool = self.problem.training
@@ -176,7 +181,8 @@ class FewShot(Method):
             label = self.problem.label(row)
             pool = [other for other in pool if self.problem.label(other) == label]
         shots = rng.sample(list(pool), min(NUM_SHOTS, len(pool)))
-        text = "".join(f"{_prompt_of(shot)}{shot.completion.strip()}\n\n" for shot in shots)
+        end = self.end_of_text
+        text = "".join(f"{_prompt_of(shot)}{_joined(shot.completion)}{end}" for shot in shots)
         return row.model_copy(
             update={"prompt": f"{text}{_prompt_of(row)}", "raw": True, "messages": None}
         )
@@ -269,10 +275,13 @@ class ControlPrefixMethod(Method):
     def many_applied(self) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
         frozen = self.problem.frozen
         num_slots = self.problem.num_slots * (2 if self.labels else 1)
-        parts = [
-            [Part(Prefix.random(frozen.geometry, num_slots=num_slots, seed=i))]
+        prefixes = [
+            Prefix.random(frozen.geometry, num_slots=num_slots, seed=i)
             for i in range(NUM_ADAPTATIONS)
         ]
+        if self.settings.get("form") == "decoupled":
+            prefixes = [as_decoupled(prefix) for prefix in prefixes]
+        parts = [[Part(prefix)] for prefix in prefixes]
         with frozen.attached(frozen.assemble(parts)):
             yield frozen.model, {}
 
@@ -281,6 +290,11 @@ def _prompt_of(row: Example) -> str:
     """The prompt of a row as a line of a few-shot prompt."""
     texts = [m.content for m in row.messages] if row.messages else [row.prompt or ""]
     return "".join(f"{text.strip()}\n" for text in texts if text.strip())
+
+
+def _joined(completion: str) -> str:
+    """A completion without the empty lines that end one in a few-shot prompt."""
+    return "\n".join(line for line in completion.strip().split("\n") if line.strip())
 
 
 def _preceded(row: Example, text: str) -> Example:
