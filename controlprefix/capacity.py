@@ -39,7 +39,7 @@ class Workload:
         tokens_per_second: New tokens of all requests together that one process writes.
         seconds_per_user: Training of a user, as `train_users` reports it; 0 for codes that are
             predicted.
-        max_sequences: Requests that a process runs at a time.
+        max_sequences: Rows that a process decodes at a time, as in `serve`.
         price_per_hour: Price of the machine, or the share of one, that a process needs.
         price_per_gb: Price of a gigabyte of the store per month.
     """

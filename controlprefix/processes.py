@@ -1,13 +1,15 @@
 """The processes of a run: those that torchrun or `accelerate launch` started."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from controlprefix.errors import ControlPrefixError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+Result = TypeVar("Result")
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 
@@ -36,3 +38,32 @@ def process_state() -> "PartialState":
             "for one alone; call controlprefix first, or set ACCELERATE_USE_CPU=true"
         )
     return state
+
+
+def in_first_process(action: Callable[[], Result]) -> Result:
+    """Run an action in the first of the processes that accelerate started.
+
+    Args:
+        action: Such as storing a prefix, once.
+
+    Returns:
+        Its result, in every process.
+
+    Raises:
+        ControlPrefixError: What it raises, in every process, so that none waits for ever.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    state = process_state()
+    if state.num_processes == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = action()
+        except ControlPrefixError as error:
+            outcome[1] = error
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return cast(Result, result)

@@ -87,11 +87,11 @@ def sources(session: Session, prefix_id: int, version: int) -> list[str]:
     return sorted(session.scalars(query))
 
 
-def forgotten_users(session: Session, tenant: int, since: int) -> set[str]:
+def forgotten_users(session: Session, tenant: int, audit_number: int) -> set[str]:
     """The users who were forgotten after an entry of the audit."""
     query = select(AuditRow.name).where(
         AuditRow.tenant_id == tenant,
-        AuditRow.id > since,
+        AuditRow.id > audit_number,
         AuditRow.action == "forget",
         AuditRow.kind == "user",
     )

@@ -133,12 +133,14 @@ class PrefixStore(UserData, JobMethods):
 
         self._database.run(try_writing, write=True)
 
-    def put(self, new_versions: Sequence[NewVersion], *, since: int | None = None) -> list[int]:
+    def put(
+        self, new_versions: Sequence[NewVersion], *, audit_number: int | None = None
+    ) -> list[int]:
         """Publish versions, all or none, and make them current.
 
         Args:
             new_versions: What to publish.
-            since: `last_audit_number` from before the users' texts were read. A user who was
+            audit_number: `last_audit_number` from before the users' texts were read. A user who was
                 forgotten after it is not stored again, and counts among a version's sources as
                 forgotten.
 
@@ -148,7 +150,7 @@ class PrefixStore(UserData, JobMethods):
         Raises:
             StoreError: If the database cannot be written; then nothing is changed.
             VersionConflictError: If a version to be replaced is no longer current.
-            ForgottenError: If a user to be stored was forgotten after `since`.
+            ForgottenError: If a user to be stored was forgotten after that entry.
             PrefixFormatError: If a prefix holds NaN or infinite values.
         """
         for new in new_versions:
@@ -171,7 +173,7 @@ class PrefixStore(UserData, JobMethods):
                     self._cipher,
                     new_versions[i],
                     payloads[i],
-                    since,
+                    audit_number,
                 )
                 for i in order
             }

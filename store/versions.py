@@ -73,7 +73,7 @@ def publish(
     cipher: TenantCipher,
     new: NewVersion,
     payload: bytes,
-    since: int | None = None,
+    audit_number: int | None = None,
 ) -> int:
     """Add a version and make it current; returns its number.
 
@@ -81,7 +81,7 @@ def publish(
         session, tenant, database, cipher: The transaction, and what it needs.
         new: The version.
         payload: Its bytes.
-        since: See `PrefixStore.put`.
+        audit_number: See `PrefixStore.put`.
 
     Raises:
         VersionConflictError: If the version to be replaced is no longer current.
@@ -122,7 +122,9 @@ def publish(
             "was to replace: another version was published; read it again and decide"
         )
     # Read under the lock, for which a removal of this name waits, or which has waited for it.
-    forgotten = set() if since is None else codes.forgotten_users(session, tenant, since)
+    forgotten = (
+        set() if audit_number is None else codes.forgotten_users(session, tenant, audit_number)
+    )
     if new.key.kind == "user" and new.key.name in forgotten:
         raise ForgottenError(new.key.name)
     sources = set(new.sources) - forgotten

@@ -31,20 +31,20 @@ def test_only_a_user_who_was_forgotten_since_is_not_stored() -> None:
     for _ in range(3):
         cp.put("user", "ana", prefix)
     cp.put("user", "bo", prefix)
-    since = cp.store.last_audit_number()
+    audit_number = cp.store.last_audit_number()
     cp.store.prune(keep=1)
     cp.store.forget(BO)
-    assert cp.store.last_audit_number(forgotten="bo") > since
+    assert cp.store.last_audit_number(forgotten="bo") > audit_number
     assert cp.store.last_audit_number(forgotten="ana") == 0
-    assert cp.store.put([NewVersion(ANA, prefix)], since=since) == [4]
+    assert cp.store.put([NewVersion(ANA, prefix)], audit_number=audit_number) == [4]
     both = [NewVersion(ANA, prefix), NewVersion(BO, prefix, texts=("mine",))]
     with pytest.raises(ForgottenError, match="'bo' was forgotten") as raised:
-        cp.store.put(both, since=since)
+        cp.store.put(both, audit_number=audit_number)
     assert raised.value.user == "bo"
     assert cp.version_info("user", "ana").version == 4  # all or none
     assert not cp.exists("user", "bo")
     assert not cp.store.samples("bo")
-    assert cp.store.put(both, since=cp.store.last_audit_number()) == [5, 1]
+    assert cp.store.put(both, audit_number=cp.store.last_audit_number()) == [5, 1]
 
 
 def test_what_is_learned_from_a_forgotten_user_is_marked_and_does_not_name_them() -> None:

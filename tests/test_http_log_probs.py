@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.inference.runner import TokenLogProbs
+from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.serving.log_probs import text_log_probs
 from controlprefix.store import PrefixStore

@@ -1,4 +1,4 @@
-"""What all commands share: the app, its groups, common options, and opening a model or store."""
+"""What all commands share: the app, its command groups, and common arguments."""
 
 import sys
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ app = typer.Typer(
 users_app = typer.Typer(help="Train, enroll, migrate and forget users.", no_args_is_help=True)
 jobs_app = typer.Typer(help="Training jobs that servers have queued.", no_args_is_help=True)
 prefixes_app = typer.Typer(
-    help="List, export, import, roll back, name and remove stored prefixes.", no_args_is_help=True
+    help="List, export, import, roll back, alias and remove stored prefixes.", no_args_is_help=True
 )
 store_app = typer.Typer(help="Maintain the database.", no_args_is_help=True)
 api_keys_app = typer.Typer(help="API keys of tenants, for a server.", no_args_is_help=True)

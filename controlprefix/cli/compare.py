@@ -96,7 +96,9 @@ def compare(
     folder: Annotated[
         Path, typer.Option(help="Folder of the report; an interrupted run continues there.")
     ] = Path("comparison"),
-    list_methods: Annotated[bool, typer.Option("--list", help="List the methods and end.")] = False,
+    list_methods: Annotated[
+        bool, typer.Option("--list", help="List the methods and exit.")
+    ] = False,
     *,
     columns: ColumnArguments,
     model: ModelArguments,

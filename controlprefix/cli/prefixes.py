@@ -170,7 +170,7 @@ def alias_prefix(
     *,
     store: StoreArguments,
 ) -> None:
-    """Give a version a name, move the name, or remove it."""
+    """Give a version an alias, move the alias, or remove it."""
     from controlprefix.prefixes import PrefixKey
 
     key = PrefixKey(kind, name)

@@ -59,7 +59,7 @@ class UsersRunArguments:
         Raises:
             RequestError: If there is no run to resume.
         """
-        from controlprefix.training.control import in_first_process
+        from controlprefix.processes import in_first_process
 
         about = {"command": command, "data": str(data.resolve())}
 

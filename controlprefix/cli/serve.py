@@ -61,7 +61,11 @@ def _serve(
         ),
     ] = None,
     max_sequences: Annotated[
-        int, typer.Option(help="Rows decoded concurrently; guided requests have several.")
+        int,
+        typer.Option(
+            help="Rows decoded concurrently; requests with strengths below 0, or that mix by "
+            "logits, have several."
+        ),
     ] = 32,
     max_sequences_per_tenant: Annotated[
         int | None,
@@ -113,7 +117,7 @@ def _serve(
         ),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=1e-6, max=1, help="The same for top_p.")
+        float | None, typer.Option(min=1e-6, max=1, help="top_p of requests that name none.")
     ] = None,
     request_log: Annotated[
         bool, typer.Option(help="Log a line of JSON per request, without texts or users.")

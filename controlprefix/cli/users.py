@@ -28,7 +28,11 @@ DecoderOption = Annotated[
     str | None, typer.Option("--decoder", help="A stored decoder: see `users decoder`.")
 ]
 RefineOption = Annotated[
-    bool, typer.Option("--refine", help="Then train the prefix on the texts, for some seconds.")
+    bool,
+    typer.Option(
+        "--refine",
+        help="Train for some seconds: the predicted code, or slots instead of matched ones.",
+    ),
 ]
 EnrolledSlotsOption = Annotated[int, typer.Option(min=1, help="Without a decoder: slots at most.")]
 KeepTextsOption = Annotated[
@@ -38,7 +42,7 @@ GuardOption = Annotated[
     bool,
     typer.Option(
         "--guard",
-        help="With a decoder: shrink the code towards the mean user as far as that lowers the "
+        help="With a decoder: move the code towards the average user's as far as that lowers the "
         "loss on texts left out of it.",
     ),
 ]

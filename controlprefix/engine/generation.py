@@ -14,7 +14,7 @@ from controlprefix.engine.components import Components
 from controlprefix.errors import RequestError
 from controlprefix.inference.batcher import Batcher
 from controlprefix.inference.resolved_request import ResolvedRequest
-from controlprefix.inference.runner import TokenLogProbs
+from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import AnyRequest, Request
 from controlprefix.request_fields import RequestFields
@@ -65,7 +65,9 @@ class GenerationMethods(Components):
             UnknownNameError: If it names a task, label or user that does not exist.
             PrefixFormatError: If a stored prefix is damaged.
             StoreError: If the store cannot be read.
-            MissingDependencyError: If `unseen="nearest"` needs sentence-transformers.
+            ModelOutputError: If the model's logits are no numbers.
+            MissingDependencyError: If `unseen="nearest"` or `when="relevant"` needs
+                sentence-transformers.
         """
         resolved = self._resolver.resolve([_as_request(row, fields) for row in _as_rows(request)])
         completions = self._generator.generate(resolved, batch_size=batch_size)

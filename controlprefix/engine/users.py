@@ -153,8 +153,9 @@ class UserMethods(ExchangeMethods):
                 rows that name users, those of this user.
             columns: Which columns of rows hold what, if they have other names.
             decoder: A stored decoder, by name (see `learn_decoder`).
-            refine: Train from there, as `train_users` does: some seconds.
-            num_slots: Slots at most, without a decoder; 16 at most if refined.
+            refine: With a decoder: train the predicted code further, for some seconds. Without:
+                train 16 slots at most from the texts' first tokens, instead of matching them.
+            num_slots: Slots at most, without a decoder.
             keep_texts: Store the texts too, so that `train_users()` can train on them later.
             keep_profile: Store their mean sentence embedding, to find `similar_users`.
             add: Add these texts to those that the user was enrolled from with the same decoder,
@@ -169,8 +170,12 @@ class UserMethods(ExchangeMethods):
         Raises:
             TrainingDataError: If there is no text.
             UnknownNameError: If there is no such decoder, or no such user to add to.
-            RequestError: If the user's current prefix is nothing that texts can be added to.
+            RequestError: If the user's current prefix is nothing that texts can be added to, or
+                options do not go together.
             VersionConflictError: If another version was stored meanwhile, with `add`.
+            ForgottenError: If the user was forgotten meanwhile.
+            MissingDependencyError: If a decoder or a profile needs sentence-transformers.
+            StoreError: If the store cannot be written.
         """
         options = EnrolmentOptions(
             decoder=decoder,

@@ -19,10 +19,10 @@ from controlprefix.inference.batcher import BatchedRequest, Batcher, BatchLimits
 from controlprefix.inference.generation_config import forced_end_id, model_processors
 from controlprefix.inference.guidance import GuidanceTerm, combined_logits
 from controlprefix.inference.prefill_queue import Prefill, PrefillQueue
-from controlprefix.inference.runner import token_log_probs_of
 from controlprefix.inference.sampling import BatchSampler
 from controlprefix.model import FrozenModel
 from controlprefix.model.cache_rows import CacheRow
+from controlprefix.model.log_probs import token_log_probs_of
 from controlprefix.prefixes import Part, PrefixBatch
 from controlprefix.request import Request
 

@@ -18,12 +18,12 @@ from controlprefix.inference.batcher import Batcher, BatchLimits
 from controlprefix.inference.continuous_batching import ContinuousBatcher
 from controlprefix.inference.guidance import guided_log_probs, guided_target_logits, plan_rows
 from controlprefix.inference.resolved_request import ResolvedRequest
-from controlprefix.inference.runner import TokenLogProbs, token_log_probs_of
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.inference.static_generation import batches_of, generate_batch
 from controlprefix.inference.stopping import IncrementalDetokenizer
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import ImagePrompt
+from controlprefix.model.log_probs import TokenLogProbs, token_log_probs_of
 from controlprefix.prefixes import PrefixBatch
 from controlprefix.request import Request
 

@@ -1,65 +1,21 @@
 """Runner: what runs submitted requests, a batch in this process or another engine."""
 
 import logging
-import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
-
-import torch
-from torch import Tensor
 
 from controlprefix.completion import Completion
 from controlprefix.errors import OverloadedError, RequestError
 from controlprefix.inference.resolved_request import ResolvedRequest
+from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.prefixes import PrefixKey
 
 _log = logging.getLogger(__name__)
 
-_CHUNK_TOKENS = 512
 Event = str | Completion | BaseException  # new text; finally the completion, or an error
 Deliver = Callable[[Event], object]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogProbs:
-    """A token and its log-probability in nats.
-
-    Attributes:
-        token: Its id.
-        log_prob: Its log-probability.
-        top: The most likely tokens with their log-probabilities, if they were asked for.
-    """
-
-    token: int
-    log_prob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-def token_log_probs_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogProbs]:
-    """The log-probabilities of tokens.
-
-    Args:
-        logits: At each of them, `(num_tokens, vocab_size)`, float32.
-        tokens: Their ids.
-        top: How many of the most likely ones to add.
-    """
-    # Without another tensor of that size: it may be large.
-    totals = torch.cat([chunk.logsumexp(1) for chunk in logits.split(_CHUNK_TOKENS)])
-    values, ids = logits.topk(min(top, logits.shape[1]), dim=1)
-    values = values - totals[:, None]
-    index = torch.tensor(tokens, device=logits.device)[:, None]
-    own = (logits.gather(1, index)[:, 0] - totals).tolist()
-    return [
-        TokenLogProbs(
-            token,
-            log_prob,
-            tuple(pair for pair in zip(*best, strict=True) if pair[1] > -math.inf),
-        )
-        for token, log_prob, *best in zip(tokens, own, ids.tolist(), values.tolist(), strict=True)
-    ]
 
 
 class Runner(Protocol):

@@ -88,8 +88,8 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
         if "pretrained" in options:
             raise RequestError("give the model as model=, not pretrained=")
         if unknown := sorted(set(options) - _HARNESS_OPTIONS):
-            known = known_names(unknown[0], [*_OWN_OPTIONS, *_LOADING, *_HARNESS_OPTIONS])
-            raise RequestError(f"there is no option {unknown[0]!r}; there are: {known}")
+            names = known_names(unknown[0], [*_OWN_OPTIONS, *_LOADING, *_HARNESS_OPTIONS])
+            raise RequestError(f"there is no option {unknown[0]!r}; there are: {names}")
         super().__init__(pretrained=self._cp.model, tokenizer=self._cp.tokenizer, **options)
         fields = {
             "task": task,

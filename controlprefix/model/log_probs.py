@@ -2,8 +2,10 @@
 
 import contextlib
 import inspect
+import math
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -180,3 +182,42 @@ def _padded(
 ) -> tuple[Tensor, Tensor]:
     ids, mask = pad_rows(rows, frozen.pad_id, left=left)
     return ids.to(frozen.device), mask.to(frozen.device)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogProbs:
+    """A token and its log-probability in nats.
+
+    Attributes:
+        token: Its id.
+        log_prob: Its log-probability.
+        top: The most likely tokens with their log-probabilities, if they were asked for.
+    """
+
+    token: int
+    log_prob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_log_probs_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogProbs]:
+    """The log-probabilities of tokens.
+
+    Args:
+        logits: At each of them, `(num_tokens, vocab_size)`, float32.
+        tokens: Their ids.
+        top: How many of the most likely ones to add.
+    """
+    # Without another tensor of that size: it may be large.
+    totals = torch.cat([chunk.logsumexp(1) for chunk in logits.split(_CHUNK_TOKENS)])
+    values, ids = logits.topk(min(top, logits.shape[1]), dim=1)
+    values = values - totals[:, None]
+    index = torch.tensor(tokens, device=logits.device)[:, None]
+    own = (logits.gather(1, index)[:, 0] - totals).tolist()
+    return [
+        TokenLogProbs(
+            token,
+            log_prob,
+            tuple(pair for pair in zip(*best, strict=True) if pair[1] > -math.inf),
+        )
+        for token, log_prob, *best in zip(tokens, own, ids.tolist(), values.tolist(), strict=True)
+    ]

@@ -282,6 +282,7 @@ class Prefix:
             dtype: As in `to_bytes`.
 
         Raises:
+            PrefixFormatError: If a value is NaN or infinite.
             StoreError: If the file cannot be written.
         """
         try:

@@ -88,7 +88,7 @@ def create_app(server: Server, *, allow_origins: Sequence[str] = ()) -> FastAPI:
     add_error_handlers(app)
     for module in (completions, models, users, feedback, jobs, prefixes, operations):
         app.include_router(module.router)
-    _describe_errors(app, server)
+    _trim_schema(app, server)
     return app
 
 
@@ -102,7 +102,7 @@ async def _drop_forgotten(server: Server) -> None:
             _log.warning("forgotten users could not be dropped, trying again: %s", error)
 
 
-def _describe_errors(app: FastAPI, server: Server) -> None:
+def _trim_schema(app: FastAPI, server: Server) -> None:
     """Leave out of the schema what FastAPI adds and this server does not do."""
     make_schema = app.openapi
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from controlprefix.inference.runner import TokenLogProbs
+from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import BaseModel, Field
 
 from controlprefix.completion import Completion, PartUsed, StandIn
-from controlprefix.inference.runner import TokenLogProbs
+from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.serving.log_probs import (
     ChatLogProbs,

@@ -23,7 +23,8 @@ from controlprefix.errors import (
     RequestTimeoutError,
 )
 from controlprefix.inference.resolved_request import ResolvedRequest
-from controlprefix.inference.runner import Event, Ticket, TokenLogProbs
+from controlprefix.inference.runner import Event, Ticket
+from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.request import Request
 from controlprefix.serving.bodies import CompletionBody
 from controlprefix.serving.errors import error_body

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from controlprefix.inference.runner import TokenLogProbs
+from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.request import Request
 from controlprefix.serving.bodies import (

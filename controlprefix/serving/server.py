@@ -18,8 +18,9 @@ from controlprefix.errors import (
 from controlprefix.evaluation import AttributeClassifier
 from controlprefix.inference.generator import Generator
 from controlprefix.inference.resolved_request import ResolvedRequest
-from controlprefix.inference.runner import Deliver, Runner, Ticket, TokenLogProbs
+from controlprefix.inference.runner import Deliver, Runner, Ticket
 from controlprefix.model import FrozenModel
+from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.request import Request

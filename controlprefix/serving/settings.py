@@ -19,8 +19,8 @@ class ServerLimits:
             may read nothing of a response.
         header_timeout_s: Seconds that a connection may be idle, or take to send a head.
         max_connections: Open connections; beyond it, those that are idle are closed.
-        max_sequences, max_waiting: Sequences decoded concurrently, and requests that wait.
-        max_sequences_per_tenant: Of these sequences, those that one tenant may have. The fewer,
+        max_sequences, max_waiting: Rows decoded concurrently, and requests that wait.
+        max_sequences_per_tenant: Of these rows, those that one tenant may have. The fewer,
             the less another tenant's requests are slowed. Left out, seven eighths, and half
             while another tenant has asked within the last minute.
         max_texts: Texts per enrolment.
@@ -57,7 +57,7 @@ class ServerLimits:
 
     @property
     def sequences_per_tenant(self) -> int:
-        """Sequences that one of several tenants may have, so that others find a row free."""
+        """Rows that one of several tenants may have, so that others find one free."""
         return self.max_sequences_per_tenant or self.max_sequences - self.max_sequences // 8
 
     @property

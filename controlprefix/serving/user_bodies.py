@@ -35,7 +35,7 @@ class TrainingBody(LearningBody):
 
 
 class EnrolmentBody(BaseModel):
-    """Body of `PUT /v1/users/{user}`: the arguments of `ControlPrefix.enroll`."""
+    """Body of `PUT /v1/users/{user}`: arguments of `ControlPrefix.enroll`, or for a job."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

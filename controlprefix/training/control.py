@@ -1,18 +1,13 @@
 """RunControl: run folder, resuming, progress display, tracker and callbacks."""
 
-import contextlib
 import os
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar
 
-from controlprefix.cancellation import stop_condition
 from controlprefix.errors import (
-    ControlPrefixError,
     MissingDependencyError,
     StoreError,
     TrainingDataError,
@@ -168,65 +163,3 @@ class RunControl:
             )
         accelerator.init_trackers("controlprefix")
         return accelerator
-
-
-def in_first_process(action: Callable[[], Result]) -> Result:
-    """Run an action in the first of the processes that accelerate started.
-
-    Args:
-        action: Such as storing a prefix, once.
-
-    Returns:
-        Its result, in every process.
-
-    Raises:
-        ControlPrefixError: What it raises, in every process, so that none waits for ever.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    state = process_state()
-    if state.num_processes == 1:
-        return action()
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = action()
-        except ControlPrefixError as error:
-            outcome[1] = error
-    result, failure = broadcast_object_list(outcome)
-    if failure is not None:
-        raise failure
-    return cast(Result, result)
-
-
-@contextlib.contextmanager
-def delayed_interrupt() -> Iterator[Callable[[], bool]]:
-    """Delay Ctrl-C until the block asks for it, so that no step is left half done.
-
-    A second Ctrl-C interrupts at once. In other threads than the main one, nothing is changed.
-    Inside `stoppable`, its function decides instead.
-
-    Yields:
-        A function that tells whether to stop.
-    """
-    if (must_stop := stop_condition()) is not None:
-        yield must_stop
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    pressed = threading.Event()
-    earlier = signal.getsignal(signal.SIGINT)
-
-    def on_interrupt(*_: Any) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, earlier)
-
-    if earlier is not signal.default_int_handler:  # somebody else handles it
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, earlier)

@@ -67,7 +67,7 @@ class FeedbackTrainer(Trainer):
             num_cut=0,
             num_skipped=0,
             users=prepared.users,
-            since=prepared.since,
+            audit_number=prepared.audit_number,
             origins=prepared.origins,
         )
         return self._train_and_publish(preparation, settings, control, objective)

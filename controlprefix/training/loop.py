@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from controlprefix._io import progress_bar
+from controlprefix.cancellation import delayed_interrupt
 from controlprefix.errors import TrainingDataError, TrainingInterrupted
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixKey
-from controlprefix.training.control import RunControl, delayed_interrupt
+from controlprefix.training.control import RunControl
 from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.run import TrainingRun

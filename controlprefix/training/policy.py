@@ -21,8 +21,8 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.images import followed_by
 from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
 from controlprefix.prefixes import Part, Prefix, PrefixKey
+from controlprefix.processes import in_first_process
 from controlprefix.request import Request
-from controlprefix.training.control import in_first_process
 from controlprefix.training.objectives import (
     ContrastPair,
     Gather,

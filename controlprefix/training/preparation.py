@@ -47,7 +47,7 @@ class Preparation:
         left_out: What examples name that is neither trained nor stored.
         num_cut, num_skipped: Rows that did not fit the model's context.
         users: Users whose rows they are.
-        since: Number of the store's last audit entry when the rows were read.
+        audit_number: Number of the store's last audit entry when the rows were read.
         origins: The stored versions that prefixes start from.
     """
 
@@ -59,7 +59,7 @@ class Preparation:
     num_cut: int
     num_skipped: int
     users: frozenset[str]
-    since: int
+    audit_number: int
     origins: Mapping[PrefixKey, StoredVersion] = field(default_factory=dict)
 
     def require_held_out(self, settings: TrainingSettings, what: str) -> None:
@@ -122,7 +122,7 @@ def prepare(
         TrainingDataError: If the examples cannot be trained on.
         ContextLengthError: If some are too long, and are neither to be cut nor skipped.
     """
-    since = resolver.last_audit_number()
+    audit_number = resolver.last_audit_number()
     kinds = kinds_to_learn(examples, learn)
     tokenizer = frozen.request_tokenizer
     fitted = fit_to_context(examples, tokenizer, settings.too_long)
@@ -184,7 +184,7 @@ def prepare(
         fitted.num_cut + fitted_validation.num_cut,
         fitted.num_skipped + fitted_validation.num_skipped,
         frozenset(e.user for e in (*examples, *validation) if e.user is not None),
-        since,
+        audit_number,
         origins,
     )
 
@@ -198,7 +198,7 @@ class RequestPreparation:
         demonstrations: Rows with targets.
         initial: The prefixes to train, as they are stored.
         users: Users whose rows they are.
-        since: Number of the store's last audit entry when the rows were read.
+        audit_number: Number of the store's last audit entry when the rows were read.
         origins: The versions that they are stored as.
     """
 
@@ -206,7 +206,7 @@ class RequestPreparation:
     demonstrations: list[TrainingRow]
     initial: dict[PrefixKey, Prefix]
     users: frozenset[str]
-    since: int
+    audit_number: int
     origins: Mapping[PrefixKey, StoredVersion]
 
 
@@ -232,7 +232,7 @@ def prepare_requests(
         UnknownNameError: If a part is not stored.
         ContextLengthError: If a prompt or a demonstration does not fit the context.
     """
-    since = resolver.last_audit_number()
+    audit_number = resolver.last_audit_number()
     kinds = kinds_to_learn(requests, learn)
     check_trainable(demonstrations)
     tokenizer = frozen.request_tokenizer
@@ -260,7 +260,7 @@ def prepare_requests(
         initial[key] = value
     users = frozenset(row.user for row in all_rows if row.user is not None)
     origins = {key: stored[key] for key in keys}
-    return RequestPreparation(rows, demonstrated, initial, users, since, origins)
+    return RequestPreparation(rows, demonstrated, initial, users, audit_number, origins)
 
 
 def _divide_parts(

@@ -13,10 +13,10 @@ from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.model.slot_attention import Reference, observe
 from controlprefix.prefixes import Prefix, PrefixKey
-from controlprefix.processes import process_state
+from controlprefix.processes import in_first_process, process_state
 from controlprefix.store import NewVersion, Origin, PrefixStore
 from controlprefix.training.checkpoint import run_identity
-from controlprefix.training.control import RunControl, in_first_process
+from controlprefix.training.control import RunControl
 from controlprefix.training.distillation import with_instruction
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
@@ -362,14 +362,14 @@ class Trainer:
                     derived_from=Origin(self._frozen.fingerprint, origin.version),
                 )
             )
-        versions = in_first_process(lambda: self._put(new, preparation.since))
+        versions = in_first_process(lambda: self._put(new, preparation.audit_number))
         return {str(key): version for key, version in versions.items()}
 
-    def _put(self, new: Sequence[NewVersion], since: int) -> dict[PrefixKey, int]:
+    def _put(self, new: Sequence[NewVersion], audit_number: int) -> dict[PrefixKey, int]:
         """Store versions, without those of users who were forgotten meanwhile."""
         while True:
             try:
-                numbers = self._store.put(new, since=since)
+                numbers = self._store.put(new, audit_number=audit_number)
             except ForgottenError as error:
                 left = [version for version in new if version.key != PrefixKey("user", error.user)]
                 if not left:

@@ -8,9 +8,9 @@ from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
-from controlprefix.processes import process_state
+from controlprefix.processes import in_first_process, process_state
 from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser, StoredVersion
-from controlprefix.training.control import RunControl, in_first_process
+from controlprefix.training.control import RunControl
 from controlprefix.training.initialization import as_decoupled, typical_scale
 from controlprefix.training.parameterization import TrainablePrefixes, parameterize
 from controlprefix.training.report import TrainingReport
@@ -89,7 +89,7 @@ class UserTrainer:
         """Train and store a decoder: see `ControlPrefix.learn_decoder`."""
         key = PrefixKey("decoder", name)
         self._store.require_writable([key])
-        since = self._store.last_audit_number()
+        audit_number = self._store.last_audit_number()
         _refuse(options, _NOT_FOR_DECODERS, "a decoder")
         settings = TrainingSettings.from_options({"batch_size": 16, **options})
         decoder, codes, report = train_decoder(
@@ -124,7 +124,7 @@ class UserTrainer:
             return replace(report, version=earlier.saved[str(key)])
 
         def publish() -> int:
-            (version,) = self._store.put([new], since=since)
+            (version,) = self._store.put([new], audit_number=audit_number)
             if control.folder is not None:
                 done = replace(report.training, saved={str(key): version}, **origin)
                 done.save(control.folder)
@@ -172,7 +172,7 @@ class UserTrainer:
             defaults["learning_rate"] = rate
         settings = TrainingSettings.from_options({**defaults, **options})
         self._store.require_writable(())
-        since = self._store.last_audit_number()
+        audit_number = self._store.last_audit_number()
         if texts is None:
             texts = {user: self._store.samples(user) for user in self._store.users_with_samples()}
             if not texts:
@@ -189,7 +189,7 @@ class UserTrainer:
                     **settings.to_dict(),
                 }
             }
-            return self._put(user, value, details, since=since, **extras(user))
+            return self._put(user, value, details, audit_number=audit_number, **extras(user))
 
         return train_users(
             self._frozen,
@@ -207,7 +207,7 @@ class UserTrainer:
 
         The version, the texts and the profile are stored in one transaction.
         """
-        since = self._store.last_audit_number()
+        audit_number = self._store.last_audit_number()
         texts, decoder = usable_texts(user, texts), options.decoder
         extras: dict[str, Any] = {"texts": texts} if options.keep_texts else {}
         if options.keep_profile:
@@ -245,11 +245,13 @@ class UserTrainer:
             enrolled["tokens"] += current.details.get("enrolled", {}).get("tokens", 0)
             # Nothing is lost where two add at once: the second is refused.
             extras["replaces"] = current.version
-            return self._put(user, code, {"enrolled": enrolled}, since=since, **extras)
+            return self._put(
+                user, code, {"enrolled": enrolled}, audit_number=audit_number, **extras
+            )
         value, share = self._enrolled(texts, decoder, options.num_slots, options.guard)
         if options.guard:
             enrolled["share"] = share
-        return self._put(user, value, {"enrolled": enrolled}, since=since, **extras)
+        return self._put(user, value, {"enrolled": enrolled}, audit_number=audit_number, **extras)
 
     def migrate(self, source: ModelStore, decoder: str) -> MigrationReport:
         """Give users of another model codes of this one: see `ControlPrefix.migrate_users`.
@@ -363,13 +365,13 @@ class UserTrainer:
         value: Prefix | UserCode,
         details: Mapping[str, Any],
         *,
-        since: int,
+        audit_number: int,
         **extras: Any,
     ) -> int:
         if isinstance(value, Prefix):
             value = value.to(dtype=self._frozen.dtype)
         new = NewVersion(PrefixKey("user", user), value, details, **extras)
-        return self._store.put([new], since=since)[0]
+        return self._store.put([new], audit_number=audit_number)[0]
 
     def _initialize(
         self, settings: TrainingSettings, decoder: str | None, as_codes: bool, num_slots: int

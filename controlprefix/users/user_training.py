@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from controlprefix._io import progress_bar
+from controlprefix.cancellation import delayed_interrupt
 from controlprefix.errors import (
     ControlPrefixError,
     ForgottenError,
@@ -27,7 +28,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixKey, UserCode
 from controlprefix.request import is_valid_unicode
 from controlprefix.store.records import check_key
-from controlprefix.training.control import RunControl, delayed_interrupt
+from controlprefix.training.control import RunControl
 from controlprefix.training.held_out import normalized, split_at_first
 from controlprefix.training.loop import TrainingLoop
 from controlprefix.training.objectives import TrainingRow

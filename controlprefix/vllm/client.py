@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from controlprefix.errors import EngineError, RequestError
-from controlprefix.inference.runner import TokenLogProbs
+from controlprefix.model.log_probs import TokenLogProbs
 
 CONNECT_TIMEOUT_S = 10.0
 _KEEPALIVE_S = 2.0  # less than servers keep idle connections; uvicorn's default is 5
