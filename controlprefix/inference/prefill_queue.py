@@ -20,7 +20,8 @@ from controlprefix.prefixes import Part, PrefixBatch
 
 _MIN_TOKENS = 128  # minimum chunk size; a smaller one takes hardly less time
 _CHUNK_SECONDS = 0.1  # target duration of a chunk while others decode, at least a decode step's
-_ALONE_SECONDS = 0.5  # the same while nothing is decoded, since others may come
+_DECODE_STEPS = 4  # or that of so many, for prompts that fit one chunk of `max_tokens`
+_ALONE_SECONDS = 1.0  # the same while nothing is decoded, since others may come
 _YIELD_INTERVAL = 4  # a tenant served more than all decoding tenants prefills every 4th step
 
 
@@ -273,7 +274,9 @@ class PrefillQueue:
         if self._tokens_per_second is not None:
             seconds = _ALONE_SECONDS
             if is_long or decode_seconds is not None:
-                seconds = max(_CHUNK_SECONDS, decode_seconds or 0.0)
+                # Small chunks are slow on CPUs: what is soon done need not be cut into many.
+                steps = 1 if is_long else _DECODE_STEPS
+                seconds = max(_CHUNK_SECONDS, steps * (decode_seconds or 0.0))
             tokens = min(tokens, max(_MIN_TOKENS, int(self._tokens_per_second * seconds)))
         num_rows = prefill.num_distinct_rows
         end = min(prefill.length, prefill.num_done + max(1, tokens // num_rows))
