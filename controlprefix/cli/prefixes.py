@@ -37,7 +37,7 @@ def list_prefixes(
     *,
     store: StoreArguments,
 ) -> None:
-    """List everything that has a prefix: tasks, labels of attributes, users."""
+    """List everything that has a prefix: tasks, labels of attributes, users, and decoders."""
     table = Table("kind", "name", "model", "version", "slots", "bytes", "created")
     with store.open_store() as opened:
         for info in opened.prefixes(kind):

@@ -51,7 +51,7 @@ _NOT_FOR_DECODERS = (
 
 
 class UserTrainer:
-    """Trains and enrols users of one frozen model, and keeps their prefixes in one store.
+    """Trains and enrolls users of one frozen model, and keeps their prefixes in one store.
 
     Args:
         frozen: The model.
