@@ -235,12 +235,6 @@ def authors_table(files: Mapping[str, Any]) -> str:
     lines = [header("method", "NLL", "NLL, another's", "seconds", "bytes")]
     for name, by_count in files["authors"]["methods"].items():
         figures = by_count.get("16") or by_count["0"]
-        columns = (
-            ("nll", 3),
-            ("nll, another's", 3),
-            ("seconds per user", 2),
-            ("bytes per user", 0),
-        )
         cells = [f"{figures[k]:,.{d}f}" if k in figures else "" for k, d in columns]
         lines.append(line(name, *cells))
     return "\n".join(lines)
@@ -268,8 +262,10 @@ PAGES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 def fill_markers(text: str, tables: Mapping[str, str]) -> str:
     """A document with the tables between their markers."""
     for name, table in tables.items():
-        before, _, rest = text.partition(f"<!-- {name} -->")
-        _, _, after = rest.partition(f"<!-- /{name} -->")
+        before, start, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if not start or not end:
+            raise SystemExit(f"the markers of the table {name!r} are not both there")
         text = f"{before}<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->{after}"
     return text
 

@@ -39,6 +39,7 @@ NUM_SLOTS = 16
 EPOCHS = 3
 NUM_NEAREST = 8
 NUM_RESERVED = 24  # authors that the defaults were chosen with
+NUM_UNUSED_AFTER = 20  # posts of an author, at least
 POST_TOKENS = 48
 PEFT_RATES = {"PEFT LoRA r8": 3e-3, "PEFT prefix tuning from text": 3e-2}
 Posts = Mapping[str, Sequence[str]]  # author -> posts, oldest first
@@ -104,8 +105,11 @@ class Authors:
         self.posts = {author: train[author] for author in self.authors}
         self.newest = {author: test[author][: options.rows] for author in self.authors}
         self.swapped = dict(zip(self.authors, self.authors[1:] + self.authors[:1], strict=True))
-        # On posts that no way gets.
-        self.classifier = authorship_classifier({a: train[a][20:] + dev[a] for a in self.authors})
+        most = max(
+            NUM_UNUSED_AFTER, *getattr(options, "counts", ())
+        )  # no method gets the later ones
+        later = {author: train[author][most:] + dev[author] for author in self.authors}
+        self.classifier = authorship_classifier(later)
         self.cp = engine(load_from(options), options.store)
 
     def train_decoder(self) -> dict[str, float]:

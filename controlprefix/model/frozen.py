@@ -182,8 +182,8 @@ class FrozenModel:
     def exclusive(self) -> Iterator[None]:
         """Keep other threads from the model while inside, if its modules keep state.
 
-        Every pass outside the model's loading is made inside: one whose state must last for
-        several passes, as in `generate`, stays inside for all of them.
+        Passes that run beside others (generation, scores, training) are made inside: one whose
+        state must last for several passes, as in `generate`, stays inside for all of them.
         """
         with self._pass_lock if self.rows.keeps_state else contextlib.nullcontext():
             yield

@@ -78,10 +78,13 @@ def train(
     earlier_s, started = run.progress.seconds, time.monotonic()
     visible = control.progress and is_main
     with (
+        contextlib.ExitStack() as at_the_end,
         activation_checkpointing(frozen.model, settings.gradient_checkpointing),
         progress_bar("training", run.num_steps, visible=visible) as update,
         delayed_interrupt() as is_interrupted,
     ):
+        if control.tracker is not None:
+            at_the_end.callback(accelerator.end_training)
         # A checkpoint may lie beyond the end, if the run resumes with fewer steps than before.
         while not run.is_finished or run.validation_due:
             failures = loop.step([run])
@@ -108,8 +111,6 @@ def train(
                 control.on_validation(info)
             if interrupted:
                 raise TrainingInterrupted(_stopped(run, folder))
-    if control.tracker is not None:
-        accelerator.end_training()
     run.restore_best()
     return run
 
