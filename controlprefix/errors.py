@@ -143,6 +143,9 @@ class ForgottenError(StoreError):
         super().__init__(f"user {user!r} was forgotten meanwhile; nothing was stored")
         self.user = user
 
+    def __reduce__(self) -> tuple[type["ForgottenError"], tuple[str]]:
+        return type(self), (self.user,)
+
 
 class ServerError(ControlPrefixError, RuntimeError):
     """Base of the errors that only the HTTP server raises."""

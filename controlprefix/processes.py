@@ -50,7 +50,7 @@ def in_first_process(action: Callable[[], Result]) -> Result:
         Its result, in every process.
 
     Raises:
-        ControlPrefixError: What it raises, in every process, so that none waits for ever.
+        Exception: What it raises, in every process, so that none waits for ever.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -61,8 +61,10 @@ def in_first_process(action: Callable[[], Result]) -> Result:
     if state.is_main_process:
         try:
             outcome[0] = action()
-        except ControlPrefixError as error:
-            outcome[1] = error
+        except Exception as error:
+            # Others would wait for ever; and not every error can be sent.
+            is_own = isinstance(error, ControlPrefixError)
+            outcome[1] = error if is_own else RuntimeError(f"{type(error).__name__}: {error}")
     result, failure = broadcast_object_list(outcome)
     if failure is not None:
         raise failure

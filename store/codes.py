@@ -73,7 +73,8 @@ def add_sources(
 
 def inherit_sources(session: Session, tenant: int, origin: VersionRow, version: VersionRow) -> None:
     """Give a version the sources of another one, and its number of forgotten ones."""
-    version.num_forgotten += origin.num_forgotten
+    # Those counted there and here may be the same.
+    version.num_forgotten = max(version.num_forgotten, origin.num_forgotten)
     users = set(sources(session, origin.prefix_id, origin.version))
     users -= set(sources(session, version.prefix_id, version.version))
     add_sources(session, tenant, version.prefix_id, version.version, users)

@@ -30,6 +30,7 @@ _NO_TENANT = -1  # a tenant that has no row yet has no other rows either
 # a key that exists or is gone meanwhile.
 _RACES = ("40001", "40P01", "23505", "23503")
 _ADVISORY_LOCK = 7263519  # any number that only this library uses
+_USERS_LOCK = 7263520  # the same, with a tenant's id
 
 
 class _TransactionError(Exception):
@@ -132,6 +133,17 @@ class Database:
         if write and self.is_missing:
             raise StoreError(f"there is no store to write to: {self.label}")
         return result
+
+    def lock_users(self, session: Session, tenant: int, *, shared: bool) -> None:
+        """Keep publishing and forgetting of a tenant's users apart, until the transaction ends.
+
+        Args:
+            session, tenant: The transaction; nothing else of it may be locked yet.
+            shared: Others may publish meanwhile; none may forget.
+        """
+        if self.is_postgresql:  # in SQLite there is one writer at a time
+            lock = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
+            session.execute(select(getattr(sa.func, lock)(_USERS_LOCK, tenant)))
 
     def for_tenant(self, tenant: str) -> "Database":
         """The same connections as another tenant."""

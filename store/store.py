@@ -16,7 +16,7 @@ from typing import Self
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from controlprefix.errors import RequestError, StoreError, UnknownNameError
+from controlprefix.errors import ForgottenError, RequestError, StoreError, UnknownNameError
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.store import api_keys, removal, versions
 from controlprefix.store.api_keys import ApiKeyInfo
@@ -163,6 +163,8 @@ class PrefixStore(UserData, JobMethods):
         payloads = [new.value.to_bytes(new.dtype) for new in new_versions]
 
         def publish(session: Session, tenant: int) -> dict[int, int]:
+            if audit_number is not None:
+                self._database.lock_users(session, tenant, shared=True)
             # In the order of keys, so that writers that lock the same rows cannot deadlock.
             order = sorted(range(len(new_versions)), key=lambda i: new_versions[i].key)
             return {
@@ -182,6 +184,30 @@ class PrefixStore(UserData, JobMethods):
         for i, new in enumerate(new_versions):
             _log.info("tenant %s: published %s version %d", self.tenant, new.key, numbers[i])
         return [numbers[i] for i in range(len(new_versions))]
+
+    def put_unless_forgotten(
+        self, new_versions: Sequence[NewVersion], audit_number: int
+    ) -> dict[PrefixKey, int]:
+        """As `put`, without users who were forgotten after `audit_number`.
+
+        Returns:
+            The version number of each name that was published.
+
+        Raises:
+            ForgottenError: If all of them are users who were forgotten.
+            StoreError, PrefixFormatError: As `put`.
+        """
+        while True:
+            try:
+                numbers = self.put(new_versions, audit_number=audit_number)
+            except ForgottenError as error:
+                gone = PrefixKey("user", error.user)
+                new_versions = [new for new in new_versions if new.key != gone]
+                if not new_versions:
+                    raise
+                _log.warning("a user was forgotten meanwhile, and is not stored")
+                continue
+            return {new.key: number for new, number in zip(new_versions, numbers, strict=True)}
 
     def prefixes(self, kind: Kind | None = None, name: str | None = None) -> list[PrefixInfo]:
         """What is stored, for all models, sorted by kind and name.
@@ -232,9 +258,12 @@ class PrefixStore(UserData, JobMethods):
             StoreError: If it is a decoder that stored codes need.
         """
         check_key(key)
-        num_removed = self._database.run(
-            lambda session, tenant: removal.forget(session, tenant, key), write=True
-        )
+
+        def forget(session: Session, tenant: int) -> int:
+            self._database.lock_users(session, tenant, shared=False)
+            return removal.forget(session, tenant, key)
+
+        num_removed = self._database.run(forget, write=True)
         _log.info("tenant %s: forgot %s, %d versions", self.tenant, key, num_removed)
         return num_removed
 
@@ -393,6 +422,8 @@ class PrefixStore(UserData, JobMethods):
         """
 
         def read(session: Session, tenant: int) -> int:
+            # Numbers are given before they are committed: none may be on its way.
+            self._database.lock_users(session, tenant, shared=True)
             query = select(func.max(AuditRow.id)).where(AuditRow.tenant_id == tenant)
             if forgotten is not None:
                 query = query.where(

@@ -121,7 +121,6 @@ def publish(
             f"{new.key} is at version {row.current_version}, not at {new.replaces}, which this "
             "was to replace: another version was published; read it again and decide"
         )
-    # Read under the lock, for which a removal of this name waits, or which has waited for it.
     forgotten = (
         set() if audit_number is None else codes.forgotten_users(session, tenant, audit_number)
     )

@@ -418,3 +418,10 @@ def test_copies_of_a_text_are_held_out_together() -> None:
     copied = AttributeClassifier.train("pitch", texts * 4, labels * 4)
     assert apart.accuracy < 0.9
     assert copied.accuracy == apart.accuracy
+
+
+def test_copies_with_several_labels_are_counted_once() -> None:
+    texts = ["aaaa", "aaab", "aaba", "abaa", "baaa", *(f"hello{i}" for i in range(6))]
+    labels = ["low"] * 4 + ["high"] + ["low"] * 6
+    classifier = AttributeClassifier.train("pitch", texts + texts[:5], labels + ["high"] * 5)
+    assert 0 <= classifier.accuracy <= 1

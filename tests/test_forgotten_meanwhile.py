@@ -1,5 +1,9 @@
 """Users who are forgotten while something is made of their texts."""
 
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +11,7 @@ import pytest
 
 from controlprefix import ControlPrefix, Example, ForgottenError
 from controlprefix.prefixes import PrefixKey
-from controlprefix.store import NewVersion, PrefixStore
+from controlprefix.store import NewVersion, PrefixStore, codes
 from controlprefix.training import StepInfo
 from controlprefix.users import user_trainer, user_training
 
@@ -118,3 +122,50 @@ def test_publishing_reads_no_kept_texts_of_others(tmp_path: Path) -> None:
 def _forget_once(cp: ControlPrefix, user: str) -> None:
     if cp.exists("user", user):
         cp.remove("user", user)
+
+
+def test_a_user_of_two_runs_is_forgotten_once() -> None:
+    cp = engine()
+    cp.put("user", "bo", cp.prefix_from_text("a text"))
+    cp.train(rows(), learn="task", **OPTIONS)
+
+    def forget(info: StepInfo) -> None:
+        _forget_once(cp, "bo")
+
+    cp.train(rows(), learn="task", init="stored", on_step=forget, **OPTIONS)
+    assert [info.num_forgotten for info in cp.versions("task", "email")] == [1, 1]
+
+
+def test_the_error_can_be_sent_to_other_processes() -> None:
+    error = pickle.loads(pickle.dumps(ForgottenError("bo")))
+    assert (error.user, str(error)) == ("bo", str(ForgottenError("bo")))
+
+
+def test_publishing_waits_for_a_removal_that_is_under_way(url: str) -> None:
+    """Else both would end, and the user would be named as a source."""
+    with PrefixStore(url) as store:
+        cp = ControlPrefix(engine().frozen_model, store)
+        prefix = cp.prefix_from_text("a text")
+        cp.put("user", "bo", prefix)
+        audit_number = store.last_audit_number()
+        begun, go_on = threading.Event(), threading.Event()
+        mark = codes.mark_forgotten
+
+        def slowly(*arguments: Any) -> int:
+            count = mark(*arguments)
+            begun.set()
+            assert go_on.wait(30)
+            return count
+
+        new = NewVersion(PrefixKey("task", "email"), prefix, sources=("bo",))
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+            patch.setattr(codes, "mark_forgotten", slowly)
+            forgetting = pool.submit(store.forget, BO)
+            assert begun.wait(30)
+            publishing = pool.submit(store.put, [new], audit_number=audit_number)
+            time.sleep(0.3)
+            assert not publishing.done()
+            go_on.set()
+            forgetting.result()
+            publishing.result()
+        assert cp.version_info("task", "email").num_forgotten == 1

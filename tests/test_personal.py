@@ -404,3 +404,14 @@ def test_a_guard_tries_each_half_on_the_other(
     texts = [f"AHOY {i}" for i in range(4)]
     cp.enroll("ana", texts, decoder="users", guard=True)
     assert tried == [texts[1::2]] * len(guard.SHARES) + [texts[::2]] * len(guard.SHARES)
+
+
+def test_a_finished_decoder_is_stored_once_and_under_each_name(tmp_path: Path) -> None:
+    short = {**LEARN, "steps": 2, "save_steps": 1}
+    cp = engine(store=f"sqlite:///{tmp_path}/p.db")
+    folder = tmp_path / "run"
+    first = cp.learn_decoder(USERS, name="a", folder=folder, **short)
+    again = cp.learn_decoder(USERS, name="a", folder=folder, resume=True, **short)
+    assert (first.version, again.version, len(cp.versions("decoder", "a"))) == (1, 1, 1)
+    other = cp.learn_decoder(USERS, name="b", folder=folder, resume=True, **short)
+    assert (other.version, len(cp.versions("decoder", "b"))) == (1, 1)

@@ -34,6 +34,7 @@ from controlprefix.store import NewVersion, PrefixStore
 from controlprefix.training.initialization import scale_of
 
 from helpers import coded, engine, frozen
+from models import build
 from servers import MODEL, TOKENIZER, Served
 
 NAMES = ("Ada", "Bo", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ida", "Jo")
@@ -281,7 +282,7 @@ def test_the_command_learns_from_conversations_too(
 
 def test_models_in_float64_learn_it_too() -> None:
     cp = ControlPrefix.from_pretrained(
-        frozen(MODEL, TOKENIZER).model.double(), tokenizer=TOKENIZER, store="sqlite://"
+        build("llama").double(), tokenizer=TOKENIZER, store="sqlite://"
     )
     cp.put("task", "boats", cp.prefix_from_text("boats"))
     assert cp.version_info("task", "boats").dtype == "float64"

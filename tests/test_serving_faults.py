@@ -20,13 +20,15 @@ import httpx
 import openai
 import pytest
 
-from controlprefix import StoreError
+from controlprefix import ControlPrefix, StoreError
+from controlprefix.prefixes import PrefixKey
 from controlprefix.serving import ServerLimits
 from controlprefix.serving.tenants import Tenants
-from controlprefix.store import PrefixStore
+from controlprefix.store import NewVersion, PrefixStore
 from controlprefix.store.model_store import ModelStore
 
 from databases import own_server, restart
+from helpers import frozen
 from servers import MESSAGES, MODEL, TOKENIZER, Keys, Served, ask, expected, fill, wait_for
 
 
@@ -310,6 +312,9 @@ def test_jobs_versions_and_users_of_one_tenant_are_hidden_from_others(
     limited: Served, keys: Keys
 ) -> None:
     user = f"{limited.base}/v1/users/only-a"
+    store = limited.gateway._tenants._store.for_tenant("a")
+    prefix = ControlPrefix(frozen(MODEL, TOKENIZER), store).prefix_from_text("a task")
+    store.put([NewVersion(PrefixKey("task", "only-a"), prefix)])
     body = {"texts": ["a text"], "train": {"steps": 1}}
     accepted = httpx.put(user, json=body, headers=keys["a"])
     job = accepted.headers["Location"]
@@ -322,12 +327,13 @@ def test_jobs_versions_and_users_of_one_tenant_are_hidden_from_others(
         ("GET", job + "/events", None),
         ("GET", "/v1/users/only-a", None),
         ("POST", "/v1/users/only-a/rollback", {"to": 1}),
-        ("GET", "/v1/prefixes/user/only-a", None),
-        ("PUT", "/v1/prefixes/user/only-a/aliases/mine", {"version": 1}),
+        ("GET", "/v1/prefixes/task/only-a", None),
+        ("PUT", "/v1/prefixes/task/only-a/aliases/mine", {"to": 1}),
+        ("POST", "/v1/prefixes/task/only-a/rollback", {"to": 1}),
         ("DELETE", "/v1/users/only-a", None),
     ):
         answer = httpx.request(method, limited.base + path, json=content, headers=keys["b"])
-        assert answer.status_code in (400, 404), path
+        assert answer.status_code == 404, path
         assert "a text" not in answer.text
     assert httpx.get(f"{limited.base}/v1/jobs", headers=keys["b"]).json()["jobs"] == []
     assert "only-a" not in httpx.get(f"{limited.base}/v1/users", headers=keys["b"]).text

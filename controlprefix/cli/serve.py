@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -250,8 +251,12 @@ def _serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     application = create_app(server, allow_origins=allow_origin or ())
     config = config_for(application, host=host, port=port, limits=server.limits)
-    if open_page:  # the socket listens, so that the browser waits for the first answer
-        webbrowser.open(f"{url}/playground")
+    if open_page:  # the socket listens, so the page waits for the server; not so a text browser
+        local = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+        opening = threading.Thread(
+            target=webbrowser.open, args=(f"{local}/playground",), daemon=True
+        )
+        opening.start()
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:

@@ -53,6 +53,10 @@ def control_ratios(
     with requires_extra("simplification", "a control ratio"):
         from rapidfuzz.distance import Levenshtein
 
+    if unknown := set(names) - set(RATIOS):
+        raise TrainingDataError(
+            f"no ratio is called {min(unknown)!r}; there are {', '.join(RATIOS)}"
+        )
     if not source.strip() or not text.strip():
         raise TrainingDataError("a control ratio needs two texts, but one is empty")
     ratios = {}
@@ -94,10 +98,6 @@ def with_ratios(
     if len(examples) != len(sources):
         raise TrainingDataError(
             f"{len(sources)} sources for {len(examples)} examples; give one per example"
-        )
-    if unknown := set(names) - set(RATIOS):
-        raise TrainingDataError(
-            f"no ratio is called {min(unknown)!r}; there are {', '.join(RATIOS)}"
         )
     if "tree_depth" in names and parse is None:
         raise TrainingDataError("tree_depth needs a parser: give `parse`, such as a spaCy pipeline")

@@ -85,7 +85,9 @@ def _listed(value: Any) -> Any:
     """An array of numpy, torch or pandas, or a set, as a list; anything else as it is."""
     if getattr(value, "ndim", 0) and hasattr(value, "tolist"):
         return value.tolist()
-    return sorted(value, key=repr) if isinstance(value, Set) else value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    return list(value) if isinstance(value, Set) else value  # such as the keys of a dict
 
 
 def _plain(value: Any) -> Any:

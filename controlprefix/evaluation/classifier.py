@@ -184,7 +184,10 @@ def _identities(texts: Sequence[str], labels: Sequence[str]) -> list[Hashable]:
     Each row is on its own where a label has too few different texts.
     """
     identities = [normalized(text) for text in texts]
-    counts = Counter(dict(zip(identities, labels, strict=True)).values())
+    first: dict[str, str] = {}
+    for identity, label in zip(identities, labels, strict=True):
+        first.setdefault(identity, label)
+    counts = Counter(first.values())
     is_enough = counts.keys() == set(labels) and min(counts.values()) >= _MIN_TEXTS_PER_LABEL
     return list(identities if is_enough else range(len(texts)))
 

@@ -82,6 +82,8 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
         if str(loading.get("device") or "").startswith("cuda") and not torch.cuda.is_available():
             del loading["device"]  # it is the harness's default
         if isinstance(model, ControlPrefix):
+            if loading:
+                raise RequestError(f"{min(loading)} has no effect on a loaded model; leave it out")
             self._cp = model
         else:
             self._cp = ControlPrefix.from_pretrained(model, store=store, tenant=tenant, **loading)
@@ -103,7 +105,6 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
             with self._cp.assembled(request):  # fail before anything is evaluated
                 pass
         self._current = self._request
-        self._unused = set(self._by_task)
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -141,11 +142,7 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             name = getattr(request, "task_name", None) or ""
-            self._unused.discard(name)
             groups.setdefault(name if name in self._by_task else "", []).append(i)
-        if self._unused:
-            names = ", ".join(sorted(self._unused))
-            _log.warning("no request so far is of %s, which steering names", names)
         results: dict[int, Result] = {}
         for name, indices in groups.items():
             with self._steered(self._by_task.get(name, self._request)):

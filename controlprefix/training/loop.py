@@ -69,10 +69,14 @@ def train(
     """
     accelerator = control.make_accelerator()
     objective = objective or Objective(frozen, contrast=settings.contrast)
-    run = TrainingRun(rows, held_out, prefixes, settings, frozen.device, objective.identity())
     folder = control.folder
-    if folder is not None and control.resume:
-        run.resume_from(folder)
+    try:
+        run = TrainingRun(rows, held_out, prefixes, settings, frozen.device, objective.identity())
+        if folder is not None and control.resume:
+            run.resume_from(folder)
+    except BaseException:
+        _finish_trackers(accelerator)
+        raise
     loop = TrainingLoop(frozen, settings, accelerator, objective)
     is_main = accelerator.is_main_process
     earlier_s, started = run.progress.seconds, time.monotonic()
@@ -83,8 +87,7 @@ def train(
         progress_bar("training", run.num_steps, visible=visible) as update,
         delayed_interrupt() as is_interrupted,
     ):
-        if control.tracker is not None:
-            at_the_end.callback(accelerator.end_training)
+        at_the_end.callback(_finish_trackers, accelerator)
         # A checkpoint may lie beyond the end, if the run resumes with fewer steps than before.
         while not run.is_finished or run.validation_due:
             failures = loop.step([run])
@@ -113,6 +116,12 @@ def train(
                 raise TrainingInterrupted(_stopped(run, folder))
     run.restore_best()
     return run
+
+
+def _finish_trackers(accelerator: Accelerator) -> None:
+    """End what is tracked. `end_training` would end the connection of the processes too."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def _in_any(accelerator: Accelerator, is_interrupted: bool) -> bool:

@@ -153,7 +153,8 @@ class Objective:
 
     def identity(self) -> Any:
         """What must be equal, beside rows and settings, for a run to be resumed; as JSON."""
-        return [self._beta, self._likelihood_weight, self._reference]
+        reference = [self._reference] if self._reference else []
+        return [self._beta, self._likelihood_weight, *reference]
 
     def assemble(
         self, pairs: Sequence[ContrastPair], prefixes: Mapping[PrefixKey, Prefix]

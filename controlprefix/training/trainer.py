@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from controlprefix.errors import ForgottenError, TrainingDataError, shortened
+from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
@@ -283,12 +283,11 @@ class Trainer:
             objective=objective,
         )
         done = run.report()
-        if (
-            earlier is not None
-            and earlier.is_same_run(done)
-            and stored.has_versions(earlier.saved, preparation.initial)
-        ):
-            return earlier
+        if earlier is not None and earlier.is_same_run(done):
+            keys = preparation.initial
+            # By one process for all: it stores them if they are not there.
+            if in_first_process(lambda: stored.has_versions(earlier.saved, keys)):
+                return earlier
         untrained = run.untrained()
         if untrained:
             names = shortened(sorted(map(str, untrained)))
@@ -362,22 +361,9 @@ class Trainer:
                     derived_from=Origin(self._frozen.fingerprint, origin.version),
                 )
             )
-        versions = in_first_process(lambda: self._put(new, preparation.audit_number))
+        put = self._store.put_unless_forgotten
+        versions = in_first_process(lambda: put(new, preparation.audit_number))
         return {str(key): version for key, version in versions.items()}
-
-    def _put(self, new: Sequence[NewVersion], audit_number: int) -> dict[PrefixKey, int]:
-        """Store versions, without those of users who were forgotten meanwhile."""
-        while True:
-            try:
-                numbers = self._store.put(new, audit_number=audit_number)
-            except ForgottenError as error:
-                left = [version for version in new if version.key != PrefixKey("user", error.user)]
-                if not left:
-                    raise
-                new = left
-                _log.warning("a user was forgotten while their prefix was trained: not stored")
-                continue
-            return {version.key: number for version, number in zip(new, numbers, strict=True)}
 
     def _rows_naming(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:
         """Rows in which a stored prefix is the trained part and all others are frozen.

@@ -35,7 +35,7 @@ class MigrationReport:
 def migrate(
     source: ModelStore,
     own: ModelStore,
-    put: Callable[[Sequence[NewVersion]], Sequence[int]],
+    put: Callable[[Sequence[NewVersion]], Mapping[PrefixKey, int]],
     decoder: PrefixDecoder,
 ) -> MigrationReport:
     """Give users of another model codes of this one: see `ControlPrefix.migrate_users`.
@@ -43,7 +43,7 @@ def migrate(
     Args:
         source: The other model's stored prefixes.
         own: This model's.
-        put: Stores new versions, and returns their numbers.
+        put: Stores new versions, and returns the numbers of those it stored.
         decoder: This model's decoder.
 
     Raises:
@@ -99,8 +99,8 @@ def migrate(
         for user, code in codes.items()
         if user not in existing
     ]
-    numbers = put(versions)
-    saved = {new.key.name: number for new, number in zip(versions, numbers, strict=True)}
+    numbers = put(versions) if versions else {}
+    saved = {key.name: number for key, number in numbers.items()}
     return MigrationReport(len(old_codes), max(0.0, code_map.r2), saved, skipped)
 
 

@@ -92,6 +92,13 @@ class UserTrainer:
         audit_number = self._store.last_audit_number()
         _refuse(options, _NOT_FOR_DECODERS, "a decoder")
         settings = TrainingSettings.from_options({"batch_size": 16, **options})
+        origin: dict[str, Any] = {
+            "store": self._store.label,
+            "tenant": self._store.tenant,
+            "model": self._frozen.geometry.model_name,
+        }
+        # Read before any process stores something.
+        earlier = in_first_process(lambda: control.stored_report(origin))
         decoder, codes, report = train_decoder(
             self._frozen,
             texts,
@@ -110,20 +117,15 @@ class UserTrainer:
             }
         }
         new = NewVersion(key, decoder, details, sources=tuple(codes))
-        origin: dict[str, Any] = {
-            "store": self._store.label,
-            "tenant": self._store.tenant,
-            "model": self._frozen.geometry.model_name,
-        }
-        earlier = control.stored_report(origin)
-        if (
-            earlier is not None
-            and earlier.is_same_run(report.training)
-            and self._model_store.has_versions(earlier.saved, [key])
-        ):
-            return replace(report, version=earlier.saved[str(key)])
 
         def publish() -> int:
+            if (
+                earlier is not None
+                and str(key) in earlier.saved
+                and earlier.is_same_run(report.training)
+                and self._model_store.has_versions(earlier.saved, [key])
+            ):
+                return earlier.saved[str(key)]
             (version,) = self._store.put([new], audit_number=audit_number)
             if control.folder is not None:
                 done = replace(report.training, saved={str(key): version}, **origin)
@@ -189,7 +191,8 @@ class UserTrainer:
                     **settings.to_dict(),
                 }
             }
-            return self._put(user, value, details, audit_number=audit_number, **extras(user))
+            own = {"audit_number": audit_number, **extras(user)}
+            return self._put(user, value, details, **own)
 
         return train_users(
             self._frozen,
@@ -213,6 +216,7 @@ class UserTrainer:
         if options.keep_profile:
             extras["profile"] = profile_of(texts)
         if options.refine:
+            extras["audit_number"] = audit_number  # from before the texts were read
             report = self.train_users(
                 {user: texts},
                 num_slots=min(options.num_slots, _MAX_REFINED_SLOTS),
@@ -261,7 +265,12 @@ class UserTrainer:
             decoder: Name of this model's decoder.
         """
         self._store.require_writable(())
-        return migrate(source, self._model_store, self._store.put, self.decoder(decoder))
+        audit_number = self._store.last_audit_number()
+
+        def publish(new: Sequence[NewVersion]) -> dict[PrefixKey, int]:
+            return self._store.put_unless_forgotten(new, audit_number)
+
+        return migrate(source, self._model_store, publish, self.decoder(decoder))
 
     def similar_users(self, texts: Sequence[str], limit: int) -> list[SimilarUser]:
         """Users with a kept profile that is most similar to texts.

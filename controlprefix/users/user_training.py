@@ -120,7 +120,6 @@ def train_users(
                         f"user {user!r} comes twice, and is trained on the first texts; "
                         "give all texts of a user together"
                     )
-                admitted.add(key)
                 usable, rows = user_rows(frozen, user, user_texts, settings.seed)
                 training, held_out = split_user_rows(rows, settings)
                 run = TrainingRun(
@@ -129,6 +128,7 @@ def train_users(
             except ControlPrefixError as error:
                 report.failed[user] = str(error)
                 return True
+            admitted.add(key)
             if (run.identity, origin) in finished:
                 skipped.append(user)
             else:

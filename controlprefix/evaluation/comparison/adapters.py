@@ -55,7 +55,7 @@ class AdapterMethod(Method):
 
     def required_bytes(self) -> int:
         model = self.problem.frozen.model
-        return 2 * len(self.labels) * sum(p.numel() * p.element_size() for p in model.parameters())
+        return 2 * len(self.labels) * sum(4 * p.numel() for p in model.parameters())
 
     def train(self, *, rate: float, seed: int) -> None:
         problem, labels = self.problem, self.labels

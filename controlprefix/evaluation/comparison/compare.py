@@ -132,7 +132,11 @@ def compare(
         num_slots=num_slots,
         max_new_tokens=max_new_tokens,
     )
-    general_rows = [] if general is None else examples_of(general, None)[:num_rows]
+    general_rows = [] if general is None else _examples(general, None)
+    if too_long == "skip":
+        general_rows = [row for row in general_rows if tokenizer.fits(row)]
+    general_rows = general_rows[:num_rows]
+    tokenizer.ids_of_examples(general_rows)
     for attribute, labels in problem.attributes.items():
         for label in labels:
             PrefixKey.for_label(attribute, label)  # so are names that nothing can have
