@@ -47,9 +47,8 @@ def page(results: dict[str, Any]) -> str:
             "# Quality by number of slots",
             f"Nats per token of {results['rows']} held-out sentences; {results['model']}, "
             f"{results['steps']} steps of 8 rows. *trained*: at each length, in two "
-            "parameterizations. *shortened*: trained at the largest (`shared`), then cut by "
-            "`shorten`, which keeps the slots with most attention and refits keys and values, "
-            "without further training. "
+            "parameterizations. *shortened*: trained at the largest (`shared`), then only the "
+            "slots kept, per head, that receive the most attention, without further training. "
             f"`shorten(keep={KEEP})` chose {results['chosen']} slots. Written by "
             f"`{results['command']}` at commit {results['commit']}, {results['date']}.",
             "![NLL over the number of slots](num-slots.png)",
