@@ -64,7 +64,10 @@ def peak_growth(work: Callable[[], object]) -> int:
         assert match is not None
         return int(match[1]) << 10
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        pytest.skip("this system does not measure the peak of a part of a process")
     before = status("VmRSS")
     work()
     return status("VmHWM") - before
