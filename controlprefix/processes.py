@@ -65,6 +65,8 @@ def in_first_process(action: Callable[[], Result]) -> Result:
             # Others would wait for ever; and not every error can be sent.
             is_own = isinstance(error, ControlPrefixError)
             outcome[1] = error if is_own else RuntimeError(f"{type(error).__name__}: {error}")
+            broadcast_object_list(outcome)
+            raise
     result, failure = broadcast_object_list(outcome)
     if failure is not None:
         raise failure

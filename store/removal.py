@@ -1,14 +1,20 @@
-"""Forgetting names and pruning old versions, inside a transaction, with an audit."""
+"""Forgetting names and pruning old versions, with an audit."""
 
+import logging
 from datetime import UTC, datetime
 
 from sqlalchemy import and_, delete, func, select
 from sqlalchemy.orm import Session
 
+from controlprefix.errors import RequestError
 from controlprefix.prefixes import PrefixKey
 from controlprefix.store import codes, jobs, profiles, samples
+from controlprefix.store.database import Database
+from controlprefix.store.records import AuditEntry, check_key, user_name
 from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow, VersionRow
 from controlprefix.store.versions import key_of, select_prefixes, unknown_name, version_numbers
+
+_log = logging.getLogger(__name__)
 
 
 def forget(session: Session, tenant: int, key: PrefixKey) -> int:
@@ -90,3 +96,97 @@ def _add_to_audit(
 ) -> None:
     entry = {"kind": key.kind, "name": key.name, "action": action, "num_versions": num_versions}
     session.add(AuditRow(tenant_id=tenant, at=datetime.now(UTC), **entry))
+
+
+class RemovalMethods:
+    """The methods of `PrefixStore` that remove, and that tell what was removed."""
+
+    _database: Database
+    tenant: str
+
+    def forget(self, key: PrefixKey) -> int:
+        """Remove all of a name, for all models: versions, aliases, a user's texts and profile.
+
+        The removal is recorded in the audit. Versions trained on the user are marked.
+
+        Returns:
+            How many versions were removed.
+
+        Raises:
+            UnknownNameError: If there is no such name.
+            StoreError: If it is a decoder that stored codes need.
+        """
+        check_key(key)
+
+        def work(session: Session, tenant: int) -> int:
+            self._database.lock_users(session, tenant, shared=False)
+            return forget(session, tenant, key)
+
+        num_removed = self._database.run(work, write=True)
+        _log.info("tenant %s: forgot %s, %d versions", self.tenant, key, num_removed)
+        return num_removed
+
+    def remove_version(self, key: PrefixKey, fingerprint: str, version: int) -> None:
+        """Remove one version of a name; the newest other one becomes current.
+
+        Where there is no other version, the name is removed; where there is no such version,
+        nothing is.
+        """
+        self._database.run(
+            lambda session, tenant: remove_version(session, tenant, key, fingerprint, version),
+            write=True,
+        )
+
+    def prune(self, *, keep: int) -> int:
+        """Remove old versions of every name, except the newest `keep` and those in use.
+
+        In use are the current version, those with an alias, and decoders of stored codes.
+
+        Returns:
+            How many versions were removed.
+
+        Raises:
+            RequestError: If `keep` is below 1.
+        """
+        if keep < 1:
+            raise RequestError(f"keep is {keep}; it must be 1 or more")
+        return self._database.run(lambda session, tenant: prune(session, tenant, keep), write=True)
+
+    def audit(self, *, after: int = 0) -> list[AuditEntry]:
+        """What was removed on request, oldest first.
+
+        Args:
+            after: Only entries with a larger number.
+        """
+
+        def read(session: Session, tenant: int) -> list[AuditEntry]:
+            number = min(max(0, after), (1 << 63) - 1)
+            query = select(AuditRow).where(AuditRow.tenant_id == tenant, AuditRow.id > number)
+            query = query.order_by(AuditRow.id)
+            return [
+                AuditEntry(row.id, row.at, row.action, key_of(row), row.num_versions)
+                for row in session.scalars(query)
+            ]
+
+        return self._database.run(read)
+
+    def last_audit_number(self, *, forgotten: str | None = None) -> int:
+        """Number of the last entry in the audit; 0 if there is none.
+
+        Args:
+            forgotten: A user: the entry that tells when they were last forgotten.
+        """
+
+        def read(session: Session, tenant: int) -> int:
+            # Numbers are given before they are committed: none may be on its way.
+            self._database.lock_users(session, tenant, shared=True)
+            query = select(func.max(AuditRow.id)).where(AuditRow.tenant_id == tenant)
+            if forgotten is not None:
+                query = query.where(
+                    AuditRow.action == "forget",
+                    AuditRow.kind == "user",
+                    AuditRow.name == user_name(forgotten),
+                )
+            return session.scalar(query) or 0
+
+        return self._database.run(read)

@@ -16,9 +16,9 @@ from typing import Self
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from controlprefix.errors import ForgottenError, RequestError, StoreError, UnknownNameError
+from controlprefix.errors import ForgottenError, StoreError, UnknownNameError
 from controlprefix.prefixes import Kind, PrefixKey
-from controlprefix.store import api_keys, removal, versions
+from controlprefix.store import api_keys, codes, versions
 from controlprefix.store.api_keys import ApiKeyInfo
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import EncryptionKeys, TenantCipher
@@ -27,15 +27,14 @@ from controlprefix.store.jobs import JobMethods
 from controlprefix.store.key_rotation import rotate_keys
 from controlprefix.store.model_store import ModelStore
 from controlprefix.store.records import (
-    AuditEntry,
     NewVersion,
     PrefixInfo,
     StoreStats,
     check_key,
     check_name,
     check_value_fits,
-    user_name,
 )
+from controlprefix.store.removal import RemovalMethods
 from controlprefix.store.tables import AuditRow, PrefixRow, VersionRow
 from controlprefix.store.transfer import export_tenant, import_tenant
 from controlprefix.store.user_data import UserData
@@ -44,7 +43,7 @@ from controlprefix.store.versions import key_of, select_prefixes
 _log = logging.getLogger(__name__)
 
 
-class PrefixStore(UserData, JobMethods):
+class PrefixStore(UserData, RemovalMethods, JobMethods):
     """The prefixes of one tenant in one database, for all models.
 
     Args:
@@ -163,8 +162,10 @@ class PrefixStore(UserData, JobMethods):
         payloads = [new.value.to_bytes(new.dtype) for new in new_versions]
 
         def publish(session: Session, tenant: int) -> dict[int, int]:
+            forgotten: set[str] = set()
             if audit_number is not None:
                 self._database.lock_users(session, tenant, shared=True)
+                forgotten = codes.forgotten_users(session, tenant, audit_number)
             # In the order of keys, so that writers that lock the same rows cannot deadlock.
             order = sorted(range(len(new_versions)), key=lambda i: new_versions[i].key)
             return {
@@ -175,7 +176,7 @@ class PrefixStore(UserData, JobMethods):
                     self._cipher,
                     new_versions[i],
                     payloads[i],
-                    audit_number,
+                    forgotten,
                 )
                 for i in order
             }
@@ -243,58 +244,6 @@ class PrefixStore(UserData, JobMethods):
         """Make the error for a key that is not stored for any model; it lists what exists."""
         return self._database.run(
             lambda session, tenant: versions.unknown_name(session, tenant, key, None)
-        )
-
-    def forget(self, key: PrefixKey) -> int:
-        """Remove all of a name, for all models: versions, aliases, a user's texts and profile.
-
-        The removal is recorded in the audit. Versions trained on the user are marked.
-
-        Returns:
-            How many versions were removed.
-
-        Raises:
-            UnknownNameError: If there is no such name.
-            StoreError: If it is a decoder that stored codes need.
-        """
-        check_key(key)
-
-        def forget(session: Session, tenant: int) -> int:
-            self._database.lock_users(session, tenant, shared=False)
-            return removal.forget(session, tenant, key)
-
-        num_removed = self._database.run(forget, write=True)
-        _log.info("tenant %s: forgot %s, %d versions", self.tenant, key, num_removed)
-        return num_removed
-
-    def remove_version(self, key: PrefixKey, fingerprint: str, version: int) -> None:
-        """Remove one version of a name; the newest other one becomes current.
-
-        Where there is no other version, the name is removed; where there is no such version,
-        nothing is.
-        """
-        self._database.run(
-            lambda session, tenant: removal.remove_version(
-                session, tenant, key, fingerprint, version
-            ),
-            write=True,
-        )
-
-    def prune(self, *, keep: int) -> int:
-        """Remove old versions of every name, except the newest `keep` and those in use.
-
-        In use are the current version, those with an alias, and decoders of stored codes.
-
-        Returns:
-            How many versions were removed.
-
-        Raises:
-            RequestError: If `keep` is below 1.
-        """
-        if keep < 1:
-            raise RequestError(f"keep is {keep}; it must be 1 or more")
-        return self._database.run(
-            lambda session, tenant: removal.prune(session, tenant, keep), write=True
         )
 
     # --- API keys ----------------------------------------------------------------------------
@@ -393,45 +342,6 @@ class PrefixStore(UserData, JobMethods):
             num_versions, size = session.execute(sizes.where(VersionRow.tenant_id == tenant)).one()
             counts = session.execute(query.group_by(PrefixRow.kind))
             return StoreStats({row[0]: row[1] for row in counts}, num_versions, int(size))
-
-        return self._database.run(read)
-
-    def audit(self, *, after: int = 0) -> list[AuditEntry]:
-        """What was removed on request, oldest first.
-
-        Args:
-            after: Only entries with a larger number.
-        """
-
-        def read(session: Session, tenant: int) -> list[AuditEntry]:
-            number = min(max(0, after), (1 << 63) - 1)
-            query = select(AuditRow).where(AuditRow.tenant_id == tenant, AuditRow.id > number)
-            query = query.order_by(AuditRow.id)
-            return [
-                AuditEntry(row.id, row.at, row.action, key_of(row), row.num_versions)
-                for row in session.scalars(query)
-            ]
-
-        return self._database.run(read)
-
-    def last_audit_number(self, *, forgotten: str | None = None) -> int:
-        """Number of the last entry in the audit; 0 if there is none.
-
-        Args:
-            forgotten: A user: the entry that tells when they were last forgotten.
-        """
-
-        def read(session: Session, tenant: int) -> int:
-            # Numbers are given before they are committed: none may be on its way.
-            self._database.lock_users(session, tenant, shared=True)
-            query = select(func.max(AuditRow.id)).where(AuditRow.tenant_id == tenant)
-            if forgotten is not None:
-                query = query.where(
-                    AuditRow.action == "forget",
-                    AuditRow.kind == "user",
-                    AuditRow.name == user_name(forgotten),
-                )
-            return session.scalar(query) or 0
 
         return self._database.run(read)
 

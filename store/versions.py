@@ -73,7 +73,7 @@ def publish(
     cipher: TenantCipher,
     new: NewVersion,
     payload: bytes,
-    audit_number: int | None = None,
+    forgotten: Collection[str] = (),
 ) -> int:
     """Add a version and make it current; returns its number.
 
@@ -81,7 +81,7 @@ def publish(
         session, tenant, database, cipher: The transaction, and what it needs.
         new: The version.
         payload: Its bytes.
-        audit_number: See `PrefixStore.put`.
+        forgotten: Users who were forgotten since their texts were read.
 
     Raises:
         VersionConflictError: If the version to be replaced is no longer current.
@@ -121,12 +121,10 @@ def publish(
             f"{new.key} is at version {row.current_version}, not at {new.replaces}, which this "
             "was to replace: another version was published; read it again and decide"
         )
-    forgotten = (
-        set() if audit_number is None else codes.forgotten_users(session, tenant, audit_number)
-    )
     if new.key.kind == "user" and new.key.name in forgotten:
         raise ForgottenError(new.key.name)
-    sources = set(new.sources) - forgotten
+    sources = set(new.sources)
+    remaining = sources.difference(forgotten)
     parent = row.current_version or None
     row.newest_version += 1
     row.current_version = row.newest_version
@@ -140,14 +138,14 @@ def publish(
         dtype=new.dtype or _storage_dtype(new.value),
         created_at=datetime.now(UTC),
         details=dict(new.details),
-        num_forgotten=len(set(new.sources) & forgotten),
+        num_forgotten=len(sources) - len(remaining),
     )
     origin = _origin(session, tenant, new, row, version.content_hash)
     session.add(version)
     session.flush()  # rows below refer to it
     if decoder is not None:
         codes.link_to_decoder(session, tenant, decoder, row.id, row.newest_version)
-    codes.add_sources(session, tenant, row.id, row.newest_version, sources)
+    codes.add_sources(session, tenant, row.id, row.newest_version, remaining)
     if origin is not None:
         session.flush()
         codes.inherit_sources(session, tenant, origin, version)

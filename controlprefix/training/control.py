@@ -18,6 +18,9 @@ from controlprefix.training.report import TrainingReport, is_unfinished
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from controlprefix.model import FrozenModel
+    from controlprefix.store import PrefixStore
+
 
 Result = TypeVar("Result")
 
@@ -163,3 +166,12 @@ class RunControl:
             )
         accelerator.init_trackers("controlprefix")
         return accelerator
+
+
+def run_origin(store: "PrefixStore", frozen: "FrozenModel") -> dict[str, Any]:
+    """Where a run stores its prefixes, as a `TrainingReport` has it."""
+    return {
+        "store": store.label,
+        "tenant": store.tenant,
+        "model": frozen.geometry.model_name,
+    }

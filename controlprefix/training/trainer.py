@@ -16,7 +16,7 @@ from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.processes import in_first_process, process_state
 from controlprefix.store import NewVersion, Origin, PrefixStore
 from controlprefix.training.checkpoint import run_identity
-from controlprefix.training.control import RunControl
+from controlprefix.training.control import RunControl, run_origin
 from controlprefix.training.distillation import with_instruction
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
@@ -259,11 +259,7 @@ class Trainer:
             preparation.require_held_out(settings, "patience")
         if settings.contrast:
             preparation.warn_without_contrast()
-        origin: dict[str, Any] = {
-            "store": self._store.label,
-            "tenant": self._store.tenant,
-            "model": self._frozen.geometry.model_name,
-        }
+        origin = run_origin(self._store, self._frozen)
         prefixes = parameterize(settings, preparation.initial, preparation.scale)
         objective = objective or Objective(self._frozen, contrast=settings.contrast)
         earlier = control.stored_report(origin)

@@ -10,7 +10,7 @@ from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.processes import in_first_process, process_state
 from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser, StoredVersion
-from controlprefix.training.control import RunControl
+from controlprefix.training.control import RunControl, run_origin
 from controlprefix.training.initialization import as_decoupled, typical_scale
 from controlprefix.training.parameterization import TrainablePrefixes, parameterize
 from controlprefix.training.report import TrainingReport
@@ -92,11 +92,7 @@ class UserTrainer:
         audit_number = self._store.last_audit_number()
         _refuse(options, _NOT_FOR_DECODERS, "a decoder")
         settings = TrainingSettings.from_options({"batch_size": 16, **options})
-        origin: dict[str, Any] = {
-            "store": self._store.label,
-            "tenant": self._store.tenant,
-            "model": self._frozen.geometry.model_name,
-        }
+        origin = run_origin(self._store, self._frozen)
         # Read before any process stores something.
         earlier = in_first_process(lambda: control.stored_report(origin))
         decoder, codes, report = train_decoder(
