@@ -117,11 +117,14 @@ def compare(
     tokenizer = frozen.request_tokenizer
 
     def examples_of(rows: Rows, columns: Columns | None) -> list[Example]:
-        examples = _examples(rows, columns)
+        return fitting(_examples(rows, columns))
+
+    def fitting(examples: Sequence[Example]) -> list[Example]:
+        """The rows that fit; what cannot be read is told before anything is trained."""
         if too_long == "skip" and examples:
-            examples = fit_to_context(examples, tokenizer, too_long).examples
-        tokenizer.ids_of_examples(examples)  # what cannot be read is told before training
-        return examples
+            return fit_to_context(examples, tokenizer, too_long).examples
+        tokenizer.ids_of_examples(examples)
+        return list(examples)
 
     problem = Problem(
         frozen,
@@ -133,10 +136,8 @@ def compare(
         max_new_tokens=max_new_tokens,
     )
     general_rows = [] if general is None else _examples(general, None)
-    if too_long == "skip":
-        general_rows = [row for row in general_rows if tokenizer.fits(row)]
-    general_rows = general_rows[:num_rows]
-    tokenizer.ids_of_examples(general_rows)
+    # Those that are not used need not fit.
+    general_rows = fitting(general_rows[: None if too_long == "skip" else num_rows])[:num_rows]
     for attribute, labels in problem.attributes.items():
         for label in labels:
             PrefixKey.for_label(attribute, label)  # so are names that nothing can have
