@@ -35,6 +35,7 @@ class Connections:
     Attributes:
         engine: The pool.
         num_writes: Transactions of this process that wrote.
+        was_reached: Whether a transaction has ended well.
 
     Raises:
         ModuleNotFoundError, ArgumentError, ValueError: If there is no driver for the URL.
@@ -43,6 +44,7 @@ class Connections:
     def __init__(self, url: str, pool_size: int) -> None:
         self.engine = _create_engine(url, pool_size)
         self.num_writes = 0
+        self.was_reached = False
         self._is_in_memory = self.engine.dialect.name == "sqlite" and is_in_memory(url)
         self._lock = threading.Lock()
         self._watching: Any = None

@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.05  # doubled each time: about 1.5 s in total
+_MAX_PAUSE_S = 1.0
+_RESTART_S = 15  # a database that was reached before may restart, or move to another machine
 _NO_TENANT = -1  # a tenant that has no row yet has no other rows either
 # PostgreSQL's states of transactions that another one was in the way of: serialization, deadlock,
 # a key that exists or is gone meanwhile.
@@ -262,9 +264,12 @@ class Database:
         session.execute(select(sa.func.set_config(setting, value, True)))  # for this transaction
 
     def _transaction(self, work: Callable[[Session], Result], *, write: bool) -> Result:
+        stop: Any = tenacity.stop_after_attempt(_MAX_ATTEMPTS)
+        if self._connections.was_reached:  # its URL and password are right
+            stop = tenacity.stop_all(stop, tenacity.stop_after_delay(_RESTART_S))
         retry = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(_MAX_ATTEMPTS),
-            wait=tenacity.wait_exponential(multiplier=_FIRST_PAUSE_S),
+            stop=stop,
+            wait=tenacity.wait_exponential(multiplier=_FIRST_PAUSE_S, max=_MAX_PAUSE_S),
             retry=tenacity.retry_if_exception(lambda error: _can_be_repeated(error, write)),
             before_sleep=self._log_retry,
             reraise=True,
@@ -289,6 +294,7 @@ class Database:
                 result = work(session)
                 committing = True
                 session.commit()
+                self._connections.was_reached = True
                 self._connections.num_writes += write
                 return result
         except ControlPrefixError:

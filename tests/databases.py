@@ -1,6 +1,7 @@
 """A PostgreSQL server for one test, which may restart it."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ def own_server(folder: Path) -> Iterator[tuple[Any, str]]:
         server.cleanup()
 
 
-def restart(server: Any) -> None:
-    """Restart the server; all connections break."""
-    postgres.pg_ctl(["-w", "-m", "fast", "restart"], pgdata=server.pgdata, user=server.system_user)
+def restart(server: Any, *, down_s: float = 0) -> None:
+    """Restart the server, which is away for some seconds; all connections break."""
+    on = {"pgdata": server.pgdata, "user": server.system_user}
+    postgres.pg_ctl(["-w", "-m", "fast", "stop"], **on)
+    time.sleep(down_s)
+    postgres.pg_ctl(["-w", "restart"], **on)  # unlike `start`, with the options it had

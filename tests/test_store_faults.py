@@ -204,7 +204,7 @@ def test_a_server_that_restarts_under_load_is_waited_for(tmp_path: Path) -> None
         for thread in threads:
             thread.start()
         time.sleep(0.2)
-        restart(server)
+        restart(server, down_s=3)
         before = reads[0]
         assert store.put([new(seed=2)]) == [2]
         time.sleep(0.3)

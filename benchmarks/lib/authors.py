@@ -105,9 +105,7 @@ class Authors:
         self.posts = {author: train[author] for author in self.authors}
         self.newest = {author: test[author][: options.rows] for author in self.authors}
         self.swapped = dict(zip(self.authors, self.authors[1:] + self.authors[:1], strict=True))
-        most = max(
-            NUM_UNUSED_AFTER, *getattr(options, "counts", ())
-        )  # no method gets the later ones
+        most = max([NUM_UNUSED_AFTER, *getattr(options, "counts", ())])  # all that a method gets
         later = {author: train[author][most:] + dev[author] for author in self.authors}
         self.classifier = authorship_classifier(later)
         self.cp = engine(load_from(options), options.store)
