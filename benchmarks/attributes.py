@@ -159,10 +159,12 @@ def page(results: Mapping[str, Any]) -> str:
             f"{options['kl']} of the KL divergence, {options['diversity']} of diversity."
         )
     if "pool" in options:
+        weight = options.get("pool_diversity", 0)
+        chosen = f" and that have new pairs of words (weight {weight})" if weight else ""
         parts.append(
             f"**self-trained**: {options['self_steps']} further steps on the {options['keep']} of "
             f"{options['pool']} texts of each combination, written with logits for and against at "
-            "strength 2, that these classifiers prefer, and as many training rows."
+            f"strength 2, that these classifiers prefer{chosen}, and as many training rows."
         )
     parts += results.get("notes", ())
     for name, study in results["studies"].items():
@@ -201,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = parser.add_argument_group("self-training on the best of sampled texts")
     own.add_argument("--pool", type=int, default=32, help="texts per combination")
     own.add_argument("--keep", type=int, default=8, help="of them")
+    own.add_argument("--pool-diversity", type=float, default=0.0, help="weight, when chosen")
     own.add_argument("--self-steps", type=int, default=60)
     parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--texts", type=int, default=16, help="texts per combination")
@@ -209,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     frozen = load_from(options)
     settings: tuple[str, ...] = ("steps", "num_slots", "texts", "new_tokens")
     if {SELF_TRAINED, BOTH} & set(options.methods):
-        settings += ("pool", "keep", "self_steps")
+        settings += ("pool", "keep", "pool_diversity", "self_steps")
     if {REINFORCED, BOTH} & set(options.methods):
         settings += ("reward_steps", "requests", "samples", "diversity", "kl", "demonstrated")
     part = [] if options.studies == list(STUDIES) else options.studies

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,6 +225,34 @@ def test_the_best_texts_of_requests_are_examples_without_their_mixing() -> None:
     assert cp.train(examples, init="stored", **{**QUICK, "validation": 0, "steps": 1}).saved
     with pytest.raises(RequestError, match="keep is 0"):
         best_texts(cp, slow, reward, keep=0)
+    with pytest.raises(RequestError, match="diversity is -1"):
+        best_texts(cp, slow, reward, diversity=-1)
+
+
+def test_the_best_texts_that_begin_unlike_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    cp = trained()
+    texts = ["a b c d", "a b c e", "f g", "a b c d", "", "a b c f", "k l", "f g"]
+    values = [1.0, 0.9, 0.5, 1.0, 2.0, 0.8, 0.3, 0.7]
+
+    def written(requests: Any, **_: Any) -> Any:
+        return [SimpleNamespace(text=text) for text in texts]
+
+    def reward(requests: Any, texts: Any) -> list[float]:
+        return values
+
+    monkeypatch.setattr(cp, "generate", written)
+    requests = [Request(prompt=prompt, task="greet") for prompt in ("one", "two")]
+
+    def best(**options: Any) -> list[tuple[str, ...]]:
+        examples = best_texts(cp, requests, reward, num_samples=4, keep=2, **options)
+        return [
+            tuple(e.completion for e in examples if e.prompt == request.prompt)
+            for request in requests
+        ]
+
+    assert best() == [("a b c d", "a b c e"), ("a b c f", "f g")]
+    # By pairs that are new: "a b c e" has one of four; "f g" was kept for the first request.
+    assert best(diversity=1.0) == [("a b c d", "f g"), ("k l", "a b c f")]
 
 
 def test_the_best_texts_stay_in_the_requested_language(monkeypatch: pytest.MonkeyPatch) -> None:

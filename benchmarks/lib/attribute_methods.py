@@ -158,6 +158,7 @@ class SelfTrained(Continued):
             self.study.reward,
             num_samples=self.options.pool,
             keep=self.options.keep,
+            diversity=self.options.pool_diversity,
             batch_size=128,
         )
         # What a completion follows in training: nothing, as in the rows.

@@ -1,9 +1,12 @@
 """Best-of-n: the generated texts that a reward prefers, as examples to train on."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import RequestError
+from controlprefix.evaluation.metrics import words_of
 from controlprefix.evaluation.rewards import requested_labels
 from controlprefix.example import Example
 from controlprefix.request import Request
@@ -23,6 +26,7 @@ def best_texts(
     *,
     num_samples: int = 16,
     keep: int = 4,
+    diversity: float = 0.0,
     batch_size: int = 32,
     seed: int = 0,
 ) -> list[Example]:
@@ -39,22 +43,29 @@ def best_texts(
         reward: Scores texts, higher is better.
         num_samples: Texts per request.
         keep: How many of them to keep, at most.
+        diversity: Weight of the share of a text's pairs of neighbouring words that no text kept
+            before has, in units of the reward; texts are then kept one by one (maximal marginal
+            relevance). 0 keeps those with the highest reward, which often begin alike.
         batch_size: Rows of a batch.
         seed: Seed of the samples.
 
     Returns:
-        The best texts of each request that are neither empty nor the same, the best one first.
+        The best texts of each request that are neither empty nor the same, in the order in which
+        they were kept: without `diversity`, the best one first.
 
     Raises:
-        RequestError: If `keep` is below 1, or above `num_samples`.
+        RequestError: If `keep` is below 1, or above `num_samples`, or `diversity` below 0.
         UnknownNameError: If a request names something that is not stored.
 
     Reference:
         Rejection sampling before fine-tuning, as in RAFT: Dong et al., 2023,
-        https://arxiv.org/abs/2304.06767.
+        https://arxiv.org/abs/2304.06767. Carbonell & Goldstein, "The use of MMR, diversity-based
+        reranking", 1998, https://doi.org/10.1145/290941.291025.
     """
     if not 1 <= keep <= num_samples:
         raise RequestError(f"keep is {keep}; it must be between 1 and {num_samples}, the samples")
+    if not 0 <= diversity < math.inf:
+        raise RequestError(f"diversity is {diversity}; it must be a number from 0")
     rows = []
     for i, request in enumerate(requests):
         changes = {} if request.samples else {"temperature": 1.0}
@@ -64,15 +75,39 @@ def best_texts(
         ]
     texts = [completion.text.strip() for completion in cp.generate(rows, batch_size=batch_size)]
     rewards = rewards_of(reward, rows, texts)
-    examples = []
+    examples, kept_pairs = [], set[tuple[str, str]]()
     for i, request in enumerate(requests):
-        own = range(i * num_samples, (i + 1) * num_samples)
-        best = sorted(own, key=lambda k: rewards[k], reverse=True)
-        different = [text for text in dict.fromkeys(texts[k] for k in best) if text]
+        own = slice(i * num_samples, (i + 1) * num_samples)
+        by_text = dict(zip(texts[own], rewards[own], strict=True))
+        by_text.pop("", None)
         fields = {name: getattr(request, name) for name in _SHARED_FIELDS}
         named = {name: value for name, value in fields.items() if name in request.model_fields_set}
         labels = dict(requested_labels(request))
         examples += [
-            Example(**named, attributes=labels, completion=text) for text in different[:keep]
+            Example(**named, attributes=labels, completion=text)
+            for text in _select(by_text, keep, diversity, kept_pairs)
         ]
     return examples
+
+
+def _select(
+    rewards: Mapping[str, float], keep: int, diversity: float, kept_pairs: set[tuple[str, str]]
+) -> list[str]:
+    """Choose texts one by one, by reward and by what they add to `kept_pairs`, which grows."""
+    left = {text: _word_pairs(text) for text in rewards}
+
+    def value(text: str) -> float:
+        new = len(left[text] - kept_pairs) / max(1, len(left[text]))
+        return rewards[text] + diversity * new
+
+    selected = []
+    while left and len(selected) < keep:
+        best = max(left, key=value)
+        selected.append(best)
+        kept_pairs |= left.pop(best)
+    return selected
+
+
+def _word_pairs(text: str) -> set[tuple[str, str]]:
+    """The pairs of neighbouring words, with the beginning as a word: texts may begin alike."""
+    return set(pairwise(["", *words_of(text)]))
