@@ -100,7 +100,7 @@ def _select(
         new = len(left[text] - kept_pairs) / max(1, len(left[text]))
         return rewards[text] + diversity * new
 
-    selected = []
+    selected: list[str] = []
     while left and len(selected) < keep:
         best = max(left, key=value)
         selected.append(best)
