@@ -2,7 +2,7 @@
 
 A store of users, and one server process. First its tokens per second are measured, with as many
 concurrent requests as it runs; from them the rate of requests that the computation gives one
-process. Then requests arrive at random times at shares of that rate: the waiting line must stay
+process. Then requests arrive at random times at shares of that rate: the waiting queue must stay
 short at the whole of it. Memory and the size of the store are compared with the computed ones.
 """
 

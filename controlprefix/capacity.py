@@ -20,7 +20,7 @@ _PAGE_OVERHEAD: Final = 1.03  # pages that are not full
 _CACHE_BYTES: Final = 512 << 20  # of prefixes in a server's memory, at most
 _RUNTIME_BYTES: Final = 600 << 20  # of Python, torch and transformers
 _HOURS_PER_MONTH: Final = 730
-_UTILIZATION: Final = 0.7  # above which waiting lines grow
+_UTILIZATION: Final = 0.7  # above which waiting queues grow
 
 
 @dataclass(frozen=True)

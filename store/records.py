@@ -142,7 +142,7 @@ class VersionInfo:
     @property
     def storage_dtype(self) -> "StorageDtype | None":
         """Its dtype for another version made from it; None where that is the value's own."""
-        from controlprefix.prefixes.container import StorageDtype
+        from controlprefix.prefixes.file_format import StorageDtype
 
         return cast(StorageDtype, self.dtype) if self.dtype in get_args(StorageDtype) else None
 

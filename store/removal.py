@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from controlprefix.errors import RequestError
 from controlprefix.prefixes import PrefixKey
-from controlprefix.store import codes, jobs, profiles, samples
+from controlprefix.store import jobs, profiles, samples, version_links
 from controlprefix.store.database import Database
 from controlprefix.store.records import AuditEntry, check_key, user_name
 from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow, VersionRow
@@ -30,14 +30,14 @@ def forget(session: Session, tenant: int, key: PrefixKey) -> int:
         had_profile = profiles.forget(session, tenant, key.name)
         had_texts = samples.forget(session, tenant, key.name)
         had_jobs = jobs.forget(session, tenant, key.name)
-        num_marked = codes.mark_forgotten(session, tenant, key.name)
+        num_marked = version_links.mark_forgotten(session, tenant, key.name)
         exists = exists or had_profile or had_texts or had_jobs or num_marked > 0
     if not exists:
         raise unknown_name(session, tenant, key, None)
     num_removed = sum(len(version_numbers(session, row)) for row in rows)
     ids = [row.id for row in rows]
-    codes.require_unused(session, ids, str(key))
-    for table in (*codes.LINK_TABLES, AliasRow, PayloadRow, VersionRow):
+    version_links.require_unused(session, ids, str(key))
+    for table in (*version_links.LINK_TABLES, AliasRow, PayloadRow, VersionRow):
         session.execute(delete(table).where(table.prefix_id.in_(ids)))
     session.execute(delete(PrefixRow).where(PrefixRow.id.in_(ids)))
     _add_to_audit(session, tenant, "forget", key, num_removed)
@@ -54,7 +54,7 @@ def remove_version(
     if row is None or version not in numbers:
         return
     others = [number for number in numbers if number != version]
-    for table in (*codes.LINK_TABLES, AliasRow, PayloadRow, VersionRow):
+    for table in (*version_links.LINK_TABLES, AliasRow, PayloadRow, VersionRow):
         is_own = and_(table.prefix_id == row.id, table.version == version)
         session.execute(delete(table).where(is_own))
     if not others:
@@ -79,11 +79,11 @@ def prune(session: Session, tenant: int, keep: int) -> int:
         aliased = select(AliasRow.version).where(AliasRow.prefix_id == row.id)
         versions_to_keep = {*numbers[-keep:], row.current_version, *session.scalars(aliased)}
         if row.kind == "decoder":
-            versions_to_keep |= codes.versions_in_use(session, row.id)
+            versions_to_keep |= version_links.versions_in_use(session, row.id)
         old = [number for number in numbers if number not in versions_to_keep]
         if not old:
             continue
-        for table in (*codes.LINK_TABLES, PayloadRow, VersionRow):
+        for table in (*version_links.LINK_TABLES, PayloadRow, VersionRow):
             is_old = and_(table.prefix_id == row.id, table.version.in_(old))
             session.execute(delete(table).where(is_old))
         _add_to_audit(session, tenant, "prune", key_of(row), len(old))

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from controlprefix.errors import ForgottenError, StoreError, UnknownNameError
 from controlprefix.prefixes import Kind, PrefixKey
-from controlprefix.store import api_keys, codes, versions
+from controlprefix.store import api_keys, version_links, versions
 from controlprefix.store.api_keys import ApiKeyInfo
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import EncryptionKeys, TenantCipher
@@ -165,7 +165,7 @@ class PrefixStore(UserData, RemovalMethods, JobMethods):
             forgotten: set[str] = set()
             if audit_number is not None:
                 self._database.lock_users(session, tenant, shared=True)
-                forgotten = codes.forgotten_users(session, tenant, audit_number)
+                forgotten = version_links.forgotten_users(session, tenant, audit_number)
             # In the order of keys, so that writers that lock the same rows cannot deadlock.
             order = sorted(range(len(new_versions)), key=lambda i: new_versions[i].key)
             return {

@@ -23,7 +23,7 @@ from controlprefix.errors import (
     short_reason,
 )
 from controlprefix.prefixes import PrefixKey, content_hash
-from controlprefix.store import codes
+from controlprefix.store import version_links
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import (
@@ -151,7 +151,7 @@ def _manifest(session: Session, tenant: int) -> dict[str, Any]:
                         **{name: getattr(version, name) for name in _VERSION_FIELDS},
                         "created_at": version.created_at.astimezone(UTC).isoformat(),
                         "details": version.details,
-                        "sources": codes.sources(session, row.id, version.version),
+                        "sources": version_links.sources(session, row.id, version.version),
                     }
                     for version in session.scalars(versions.order_by(VersionRow.version))
                 ],
@@ -303,9 +303,9 @@ def _add_version(
 
     if key.kind == "user" and is_user_code(payload, name):
         code = UserCode.from_bytes(payload, name=name)
-        decoder = codes.find_decoder(session, tenant, code.decoder_hash)
-        codes.link_to_decoder(session, tenant, decoder, prefix_id, number)
-    codes.add_sources(session, tenant, prefix_id, number, version["sources"])
+        decoder = version_links.find_decoder(session, tenant, code.decoder_hash)
+        version_links.link_to_decoder(session, tenant, decoder, prefix_id, number)
+    version_links.add_sources(session, tenant, prefix_id, number, version["sources"])
     stored, key_id = cipher.encrypt(payload, version_id(key, fingerprint, number))
     session.add(PayloadRow(**ids, payload=stored, key_id=key_id))
     session.flush()

@@ -19,7 +19,7 @@ from controlprefix.errors import (
     known_names,
 )
 from controlprefix.prefixes import Kind, PrefixKey, content_hash
-from controlprefix.store import codes, profiles, samples
+from controlprefix.store import profiles, samples, version_links
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import NewVersion, VersionInfo, check_key, version_id
@@ -90,9 +90,9 @@ def publish(
     """
     from controlprefix.prefixes import UserCode
 
-    decoder: codes.DecoderVersion | None = None
+    decoder: version_links.DecoderVersion | None = None
     if isinstance(new.value, UserCode):
-        decoder = codes.find_decoder(session, tenant, new.value.decoder_hash)
+        decoder = version_links.find_decoder(session, tenant, new.value.decoder_hash)
         fingerprint, model_name = decoder.fingerprint, decoder.model_name
     else:
         geometry = new.value.geometry
@@ -144,11 +144,11 @@ def publish(
     session.add(version)
     session.flush()  # rows below refer to it
     if decoder is not None:
-        codes.link_to_decoder(session, tenant, decoder, row.id, row.newest_version)
-    codes.add_sources(session, tenant, row.id, row.newest_version, remaining)
+        version_links.link_to_decoder(session, tenant, decoder, row.id, row.newest_version)
+    version_links.add_sources(session, tenant, row.id, row.newest_version, remaining)
     if origin is not None:
         session.flush()
-        codes.inherit_sources(session, tenant, origin, version)
+        version_links.inherit_sources(session, tenant, origin, version)
     identity = version_id(new.key, fingerprint, row.newest_version)
     stored, key_id = cipher.encrypt(payload, identity)
     session.add(PayloadRow(**ids, payload=stored, key_id=key_id))

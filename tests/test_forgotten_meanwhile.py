@@ -11,7 +11,7 @@ import pytest
 
 from controlprefix import ControlPrefix, Example, ForgottenError
 from controlprefix.prefixes import PrefixKey
-from controlprefix.store import NewVersion, PrefixStore, codes
+from controlprefix.store import NewVersion, PrefixStore, version_links
 from controlprefix.training import StepInfo
 from controlprefix.users import user_trainer, user_training
 
@@ -149,7 +149,7 @@ def test_publishing_waits_for_a_removal_that_is_under_way(url: str) -> None:
         cp.put("user", "bo", prefix)
         audit_number = store.last_audit_number()
         begun, go_on = threading.Event(), threading.Event()
-        mark = codes.mark_forgotten
+        mark = version_links.mark_forgotten
 
         def slowly(*arguments: Any) -> int:
             count = mark(*arguments)
@@ -159,7 +159,7 @@ def test_publishing_waits_for_a_removal_that_is_under_way(url: str) -> None:
 
         new = NewVersion(PrefixKey("task", "email"), prefix, sources=("bo",))
         with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-            patch.setattr(codes, "mark_forgotten", slowly)
+            patch.setattr(version_links, "mark_forgotten", slowly)
             forgetting = pool.submit(store.forget, BO)
             assert begun.wait(30)
             publishing = pool.submit(store.put, [new], audit_number=audit_number)

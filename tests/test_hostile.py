@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlprefix import ControlPrefix, ControlPrefixError, Prefix, PrefixFormatError, StoreError
-from controlprefix.prefixes import Geometry, PrefixDecoder, PrefixKey, UserCode, container
+from controlprefix.prefixes import Geometry, PrefixDecoder, PrefixKey, UserCode, file_format
 from controlprefix.prefixes.key import content_hash
 from controlprefix.prefixes.original_files import read_original
 from controlprefix.store import PrefixStore
@@ -48,7 +48,7 @@ def payloads() -> list[bytes]:
 
 def bomb(header: dict[str, Any], **tensors: torch.Tensor) -> bytes:
     """A file with a valid hash, as an attacker can make one."""
-    return container.write(header, tensors or {"x": torch.zeros(1, 1)}, "bomb")
+    return file_format.write(header, tensors or {"x": torch.zeros(1, 1)}, "bomb")
 
 
 def geometry_of(num_layers: int, *shape: int) -> dict[str, Any]:
@@ -277,8 +277,8 @@ def test_a_decoder_whose_codes_are_wider_than_its_tensors() -> None:
     whole = decoder()
     tensors = dict(whole.state_dict())
     tensors["sites.decoder.initial"] = torch.zeros(30_000, 32)
-    header, _ = container.read(whole.to_bytes(), "x")
-    data = container.write(header, tensors, "x")
+    header, _ = file_format.read(whole.to_bytes(), "x")
+    data = file_format.write(header, tensors, "x")
     with pytest.raises(PrefixFormatError, match="embeddings has the shape"):
         PrefixDecoder.from_bytes(data)
 

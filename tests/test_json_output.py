@@ -106,7 +106,7 @@ def test_frozen_weights_are_untouched(cp: ControlPrefix) -> None:
 
 
 @pytest.mark.parametrize("value", ["x</s>y", "<s>é😀", "</s>"])
-def test_the_text_of_a_control_token_in_a_value_is_spelt(value: str) -> None:
+def test_the_text_of_a_special_token_in_a_value_is_spelt(value: str) -> None:
     cp = ControlPrefix.from_pretrained(
         build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
     )

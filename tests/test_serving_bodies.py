@@ -12,7 +12,7 @@ import pytest
 import starlette.requests
 
 from controlprefix.errors import ModelNotFoundError
-from controlprefix.model.control_tokens import TextTokenizer
+from controlprefix.model.special_tokens import TextTokenizer
 from controlprefix.serving.bodies import ChatBody
 from controlprefix.serving.large_bodies import _may_be_large
 

@@ -20,7 +20,7 @@ from controlprefix.prefixes import PrefixKey
 from controlprefix.serving import ServerLimits
 from controlprefix.serving.rate_limit import RateLimiter
 from controlprefix.serving.tenants import Tenants
-from controlprefix.serving.work import WorkPools
+from controlprefix.serving.work_pools import WorkPools
 from controlprefix.store import PrefixStore
 from controlprefix.users import user_trainer, user_training
 

@@ -25,7 +25,7 @@ MODEL = build("llama")
 TOKENIZERS = [byte_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer]
 
 
-def test_a_control_token_among_the_bytes_of_a_character_does_not_end_a_stream() -> None:
+def test_a_special_token_among_the_bytes_of_a_character_does_not_end_a_stream() -> None:
     tokenizer = sentencepiece_tokenizer()
     reader = RequestTokenizer(MODEL, tokenizer)
     names = ["<0x0D>", "<unk>", "<0xA2>", "a", "b", "c"]

@@ -1,4 +1,4 @@
-"""What the model reads: chat templates, control tokens, raw prompts."""
+"""What the model reads: chat templates, special tokens, raw prompts."""
 
 import threading
 from typing import Any
@@ -32,7 +32,7 @@ def engine(
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, request: Request, **options: Any) -> str:
-    """The prompt of a request as the model reads it, with control tokens."""
+    """The prompt of a request as the model reads it, with special tokens."""
     cp = engine(tokenizer, **options)
     text = tokenizer.decode(list(cp.frozen_model.request_tokenizer.prompt_ids(request)))
     assert isinstance(text, str)
@@ -108,7 +108,7 @@ def test_learned_text_never_lands_in_open_thoughts(tag: str) -> None:
     assert prompt_text(tokenizer, with_thoughts).rstrip().endswith(tag)
 
 
-# --- control tokens --------------------------------------------------------------------------
+# --- special tokens --------------------------------------------------------------------------
 
 
 def test_a_raw_prompt_has_one_start_token_and_keeps_its_end() -> None:

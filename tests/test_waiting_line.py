@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from controlprefix import ControlPrefix, OverloadedError, Request
 from controlprefix.inference import batcher as batcher_module
 from controlprefix.inference.prefill_queue import PrefillQueue
-from controlprefix.inference.waiting_line import WaitingLine
+from controlprefix.inference.waiting_queue import WaitingQueue
 
 from models import build, byte_tokenizer
 
 Item = tuple[str, int, int, int]  # tenant, number, rows, tokens
 
 
-def line_of(*items: Item) -> WaitingLine[Item]:
-    line = WaitingLine[Item](lambda item: item[2], lambda item: item[3])
+def line_of(*items: Item) -> WaitingQueue[Item]:
+    line = WaitingQueue[Item](lambda item: item[2], lambda item: item[3])
     for item in items:
         line.add(item[0], item)
     return line
 
 
-def take_all(line: WaitingLine[Item], rows: int = 100) -> list[Item]:
+def take_all(line: WaitingQueue[Item], rows: int = 100) -> list[Item]:
     taken = []
     while (item := line.take(dict.fromkeys(line.tenants, rows))) is not None:
         taken.append(item)

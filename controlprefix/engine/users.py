@@ -7,7 +7,7 @@ from typing import Unpack
 from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_texts_by_user, read_users
 from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.engine.arguments import checks_arguments
-from controlprefix.engine.exchange import ExchangeMethods
+from controlprefix.engine.sharing import SharingMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.store import SimilarUser
 from controlprefix.training import RunControl, TrainingOptions
@@ -23,7 +23,7 @@ from controlprefix.users.enrolment import EnrolmentOptions
 
 
 @checks_arguments
-class UserMethods(ExchangeMethods):
+class UserMethods(SharingMethods):
     """Texts of users -> their prefixes."""
 
     def train_users(

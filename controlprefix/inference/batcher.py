@@ -1,4 +1,4 @@
-"""Batcher: the thread and the waiting line that both kinds of batching share."""
+"""Batcher: the thread and the waiting queue that both kinds of batching share."""
 
 import logging
 import threading
@@ -20,7 +20,7 @@ from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Ticket, closing_error
 from controlprefix.inference.sampling import SampledRow
 from controlprefix.inference.stopping import IncrementalDetokenizer, completion_from_tokens
-from controlprefix.inference.waiting_line import WaitingLine
+from controlprefix.inference.waiting_queue import WaitingQueue
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import ImagePrompt
 from controlprefix.model.languages import start_ids_of
@@ -55,7 +55,7 @@ class BatchLimits(TypedDict, total=False):
 
 @dataclass(slots=True, eq=False)
 class BatchedRequest:
-    """One accepted request, in the waiting line or in a batch.
+    """One accepted request, in the waiting queue or in a batch.
 
     Attributes:
         resolved: The request with its prefixes.
@@ -149,7 +149,7 @@ class Batcher(ABC):
         self._max_per_tenant = limits.get("max_sequences_per_tenant") or max_sequences
         self._max_beside_others = limits.get("max_sequences_beside_others") or self._max_per_tenant
         self._submitted_at: dict[str, float] = {}  # by tenant; the others' limit depends on it
-        self._waiting: WaitingLine[BatchedRequest] = WaitingLine(
+        self._waiting: WaitingQueue[BatchedRequest] = WaitingQueue(
             lambda sequence: len(sequence.rows), lambda sequence: sequence.num_tokens
         )
         self._wake = threading.Condition()

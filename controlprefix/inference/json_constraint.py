@@ -14,7 +14,7 @@ from torch import Tensor
 from controlprefix._io import requires_extra
 from controlprefix.errors import RequestError, UnsupportedModelError, short_reason
 from controlprefix.model import FrozenModel
-from controlprefix.model.control_tokens import control_token_ids
+from controlprefix.model.special_tokens import special_token_ids
 
 _MAX_SCHEMA_BYTES = 64 << 10
 _MAX_DIVISOR = 10_000
@@ -46,8 +46,8 @@ class JsonConstraint:
     def __init__(self, frozen: FrozenModel, schema: Mapping[str, Any], num_before: int) -> None:
         self._matcher = _matcher(frozen, schema)
         self._end_ids = list(frozen.request_tokenizer.end_ids)
-        # The text of a control token may be part of a value; the token may not.
-        self._control_ids = sorted(control_token_ids(frozen.tokenizer) - set(self._end_ids))
+        # The text of a special token may be part of a value; the token may not.
+        self._special_ids = sorted(special_token_ids(frozen.tokenizer) - set(self._end_ids))
         self._num_consumed = num_before
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class JsonConstraint:
             packed = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
             bits = numpy.unpackbits(packed, bitorder="little").astype(bool)
             allowed[: len(bits)] = bits[: len(allowed)]
-            allowed[[i for i in self._control_ids if i < len(allowed)]] = False
+            allowed[[i for i in self._special_ids if i < len(allowed)]] = False
             if not self._matcher.is_accepting():
                 allowed[self._end_ids] = False
         mask = torch.from_numpy(~allowed).to(scores.device)
@@ -126,12 +126,12 @@ def _divisors(schema: Any) -> set[int]:
 
 
 def _without_control_texts(tokenizer: Any) -> str:
-    """A fast tokenizer as JSON, whose control tokens are no text: in values theirs is spelt."""
+    """A fast tokenizer as JSON, whose special tokens are no text: in values theirs is spelt."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    control_ids = control_token_ids(tokenizer)
+    special_ids = special_token_ids(tokenizer)
     names = {}
     for token in backend["added_tokens"]:
-        if token["id"] in control_ids:
+        if token["id"] in special_ids:
             names[token["content"]] = token["content"] = f"\uf8ff{token['id']}\uf8ff"
     vocab = backend["model"]["vocab"]
     backend["model"]["vocab"] = (

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from controlprefix.errors import RequestError
-from controlprefix.model.control_tokens import (
+from controlprefix.model.special_tokens import (
     PartialTokens,
-    control_token_pattern,
-    control_tokens,
+    special_token_pattern,
+    special_tokens,
 )
 
 _NO_TEMPLATE = "this model has no chat template, so it takes a prompt, not messages"
 _CHANGES_TEXTS = (
-    "the chat template of this model changes texts of messages in a way that control tokens in "
+    "the chat template of this model changes texts of messages in a way that special tokens in "
     "them, such as {!r}, do not survive as text; leave them out of messages"
 )
 _PROBE = "a message of a user"
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
     Attributes:
         text: The text.
-        is_literal: It looks like a control token but was typed by a user, so it is text.
+        is_literal: It looks like a special token but was typed by a user, so it is text.
     """
 
     text: str
@@ -57,7 +57,7 @@ class _Marks:
         whole: Whether contents of messages are marked whole.
 
     Attributes:
-        split: Beginnings of control tokens whose rest is in another text.
+        split: Beginnings of special tokens whose rest is in another text.
     """
 
     def __init__(self, content: Any, *, whole: bool = False) -> None:
@@ -118,8 +118,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
         self._takes_parts: dict[str, bool] = {}  # by template
-        self._control_tokens = control_token_pattern(tokenizer)
-        self._partial_tokens = PartialTokens(control_tokens(tokenizer))
+        self._special_tokens = special_token_pattern(tokenizer)
+        self._partial_tokens = PartialTokens(special_tokens(tokenizer))
         self._is_normalized = any(
             token.special and token.normalized
             for token in getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -198,7 +198,7 @@ class ChatTemplate:
         )
 
     def _check_tokens(self, pieces: Sequence[Piece], own: str) -> None:
-        """Check that a template has written no control token that it does not write by itself.
+        """Check that a template has written no special token that it does not write by itself.
 
         Args:
             pieces: What it has rendered.
@@ -207,15 +207,15 @@ class ChatTemplate:
         Raises:
             RequestError: If it has, as filters that remove characters do.
         """
-        if self._control_tokens is None:
+        if self._special_tokens is None:
             return
         written = Counter(
             token.group()
             for piece in pieces
             if not piece.is_literal
-            for token in self._control_tokens.finditer(piece.text)
+            for token in self._special_tokens.finditer(piece.text)
         )
-        by_itself = Counter(token.group() for token in self._control_tokens.finditer(own))
+        by_itself = Counter(token.group() for token in self._special_tokens.finditer(own))
         if added := written - by_itself:
             raise RequestError(_CHANGES_TEXTS.format(min(added)))
 
@@ -227,15 +227,15 @@ class ChatTemplate:
         return pattern.sub(lambda match: marks.mark(match[0]), content)
 
     def _marked(self, value: Any, marks: _Marks, *, keep: re.Pattern[str] | None = None) -> Any:
-        """A value with control tokens in its texts marked, except those to keep."""
+        """A value with special tokens in its texts marked, except those to keep."""
 
         def mark(match: re.Match[str]) -> str:
             return match[0] if keep and keep.fullmatch(match[0]) else marks.mark(match[0])
 
-        if isinstance(value, str) and self._control_tokens is not None:
+        if isinstance(value, str) and self._special_tokens is not None:
             if self._is_normalized and value:  # what becomes one is not known here
                 return marks.mark(value)
-            value = self._control_tokens.sub(mark, value)
+            value = self._special_tokens.sub(mark, value)
             if marks.split:  # the rest of a token begins another line
                 beginnings = "|".join(map(re.escape, marks.split))
                 value = re.sub(rf"(?m)(?:{beginnings})(?=[^\S\n]*$)", mark, value)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.model.loading import LoadOptions, load
 from controlprefix.model.rope import Rope
-from controlprefix.model.self_check import check_rows
+from controlprefix.model.row_independence import check_rows
 from controlprefix.model.steering import Steering
 from controlprefix.model.text_prefix import reads_before_zero
 from controlprefix.model.tokenization import RequestTokenizer

@@ -1,6 +1,6 @@
 """What an encoder-decoder's decoder starts from, and the languages of multilingual ones.
 
-In mBART, NLLB and M2M100 the source's language is a control token beside its text; the target's
+In mBART, NLLB and M2M100 the source's language is a special token beside its text; the target's
 is the first token of the decoder, behind its start token.
 """
 

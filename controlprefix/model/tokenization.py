@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from controlprefix.errors import ContextLengthError, RequestError, shortened
 from controlprefix.example import Example
 from controlprefix.model.chat_template import ChatTemplate, with_images
-from controlprefix.model.control_tokens import TextTokenizer
 from controlprefix.model.images import ImagePrompt, ImageReader, PromptImages
 from controlprefix.model.languages import (
     Languages,
@@ -21,6 +20,7 @@ from controlprefix.model.languages import (
     start_ids_of,
 )
 from controlprefix.model.loading import load_processor
+from controlprefix.model.special_tokens import TextTokenizer
 from controlprefix.model.vocabulary import Vocabulary
 from controlprefix.request import AnyRequest, Request
 
@@ -48,8 +48,8 @@ class TokenizedExample:
 class RequestTokenizer:
     """Turns requests into the token ids that one model expects.
 
-    Control tokens (such as `</s>`) that are typed in messages, completions and texts are read
-    as the text they are. In a raw prompt they are control tokens.
+    Special tokens (such as `</s>`) that are typed in messages, completions and texts are read
+    as the text they are. In a raw prompt they are special tokens.
 
     Args:
         model: For its config and generation config.
@@ -332,7 +332,7 @@ class RequestTokenizer:
         if request.prompt_ids is not None:
             return request.prompt_ids
         if request.messages is None and (request.raw or not self.has_chat_template):
-            # As it was written: control tokens are meant.
+            # As it was written: special tokens are meant.
             lines = [*(images.texts if images else ()), request.prompt or ""]
             text = "\n".join(lines)
             return self._at_start(self._texts.ids(text)) if text else self._start_ids()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
         SlotBlock,
         assemble,
     )
-    from controlprefix.prefixes.container import StorageDtype
+    from controlprefix.prefixes.file_format import StorageDtype
     from controlprefix.prefixes.geometry import SITES, Form, Geometry, LayerShape, Site
     from controlprefix.prefixes.key import KINDS, Kind, PrefixKey, content_hash
     from controlprefix.prefixes.layer_slots import LayerSlots
@@ -39,7 +39,7 @@ _HOMES = {
     "Schedule": "schedule",
     "Site": "geometry",
     "SlotBlock": "assembly",
-    "StorageDtype": "container",
+    "StorageDtype": "file_format",
     "UserCode": "user_code",
     "assemble": "assembly",
     "content_hash": "key",

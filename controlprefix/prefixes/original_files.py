@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError
-from controlprefix.prefixes.container import reading
+from controlprefix.prefixes.file_format import reading
 from controlprefix.prefixes.geometry import Geometry, Site
 from controlprefix.prefixes.key import PrefixKey
 from controlprefix.prefixes.prefix import Prefix

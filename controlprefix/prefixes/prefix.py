@@ -19,9 +19,9 @@ from controlprefix.errors import (
     StoreError,
     UnsupportedModelError,
 )
-from controlprefix.prefixes import container
-from controlprefix.prefixes.container import StorageDtype
+from controlprefix.prefixes import file_format
 from controlprefix.prefixes.dial import Dial, check_dial, read_dial, strength_at
+from controlprefix.prefixes.file_format import StorageDtype
 from controlprefix.prefixes.geometry import FORMS, SITES, Form, Geometry, Site
 from controlprefix.prefixes.layer_slots import LayerSlots, heads_first, stack_layers
 from controlprefix.prefixes.peft_files import read_checkpoint, write_checkpoint
@@ -222,7 +222,7 @@ class Prefix:
         Raises:
             PrefixFormatError: If a value is NaN or infinite, also after the conversion.
         """
-        container.require_storage_dtype(dtype)
+        file_format.require_storage_dtype(dtype)
         prefix = self if dtype in (None, "int8") else self.to(dtype=getattr(torch, str(dtype)))
         prefix.require_finite()
         tensors: dict[str, Tensor] = {str(site): rows for site, rows in prefix.slots.items()}
@@ -235,13 +235,13 @@ class Prefix:
             header["relevance"] = self.relevance.to_dict()
         if dtype == "int8":
             own_dtype = str(self.dtype).removeprefix("torch.")
-            header["int8"] = own_dtype if own_dtype in container.FLOAT_DTYPES else "float32"
+            header["int8"] = own_dtype if own_dtype in file_format.FLOAT_DTYPES else "float32"
             for site, rows in prefix.slots.items():
                 sizes = self.geometry.head_sizes(site)
-                tensors[site], tensors[f"{site}.scales"] = container.quantize(
+                tensors[site], tensors[f"{site}.scales"] = file_format.quantize(
                     rows.detach().cpu(), sizes
                 )
-        return container.write(header, tensors, "the prefix")
+        return file_format.write(header, tensors, "the prefix")
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "prefix") -> Self:
@@ -255,10 +255,10 @@ class Prefix:
             PrefixFormatError: If bytes are missing or damaged, the format is newer than this
                 version, it is not a prefix, or it holds NaN or infinite values.
         """
-        header, tensors = container.read(data, name)
+        header, tensors = file_format.read(data, name)
         if "geometry" not in header or "network" in header:
             raise PrefixFormatError(f"{name} is not a prefix written by controlprefix")
-        with container.reading(name):
+        with file_format.reading(name):
             geometry = Geometry.from_dict(header["geometry"])
             slots = {site: tensors[site] for site in SITES if site in tensors}
             try:
@@ -268,7 +268,7 @@ class Prefix:
                     prefix = replace(prefix, relevance=Relevance.from_dict(relevance, name))
                 if "int8" in header:  # after the shapes were compared with the geometry
                     sizes = {site: geometry.head_sizes(site) for site in slots}
-                    floats = container.dequantize_sites(tensors, sizes, header["int8"], name)
+                    floats = file_format.dequantize_sites(tensors, sizes, header["int8"], name)
                     prefix = replace(prefix, slots=floats)
             except GeometryMismatchError as error:
                 raise PrefixFormatError(f"{name} contradicts its own geometry: {error}") from error

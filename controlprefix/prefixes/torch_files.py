@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlprefix.prefixes.container import reading
+from controlprefix.prefixes.file_format import reading
 
 
 def load_torch_file(path: str | Path) -> Any:

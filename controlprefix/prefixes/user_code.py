@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from controlprefix.errors import PrefixFormatError
-from controlprefix.prefixes import container
-from controlprefix.prefixes.container import FLOAT_DTYPES, StorageDtype
+from controlprefix.prefixes import file_format
+from controlprefix.prefixes.file_format import FLOAT_DTYPES, StorageDtype
 from controlprefix.prefixes.geometry import Geometry, Site
 from controlprefix.prefixes.key import content_hash
 from controlprefix.prefixes.prefix import Prefix
@@ -48,15 +48,15 @@ class UserCode:
         Raises:
             PrefixFormatError: If a value is NaN or infinite.
         """
-        container.require_storage_dtype(dtype)
+        file_format.require_storage_dtype(dtype)
         values = self.values.detach().cpu()
         header = {"decoder": self.decoder_hash}
         if dtype in FLOAT_DTYPES:
             tensors = {"code": values.to(getattr(torch, str(dtype)))}
         else:
-            quantized, scales = container.quantize(values, [values.shape[1]])
+            quantized, scales = file_format.quantize(values, [values.shape[1]])
             tensors = {"code": quantized, "scales": scales}
-        return container.write(header, tensors, "the user code")
+        return file_format.write(header, tensors, "the user code")
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "user code") -> Self:
@@ -69,13 +69,13 @@ class UserCode:
         Raises:
             PrefixFormatError: If it is damaged, or not a user code.
         """
-        header, tensors = container.read(data, name)
+        header, tensors = file_format.read(data, name)
         values = tensors.get("code")
         if not isinstance(header.get("decoder"), str) or values is None or values.ndim != 2:
             raise PrefixFormatError(f"{name} is not a user code written by controlprefix")
         if not values.is_floating_point():
             sizes = [values.shape[1]]
-            values = container.dequantize(values, tensors.get("scales"), sizes, name)
+            values = file_format.dequantize(values, tensors.get("scales"), sizes, name)
         return cls(header["decoder"], values.float())
 
 
@@ -85,7 +85,7 @@ def is_user_code(data: bytes, name: str) -> bool:
     Raises:
         PrefixFormatError: If the header is damaged.
     """
-    return "decoder" in container.read_header(data, name)
+    return "decoder" in file_format.read_header(data, name)
 
 
 class PrefixDecoder(nn.Module):
@@ -232,7 +232,7 @@ class PrefixDecoder(nn.Module):
                 "feature_set": self.feature_set,
             },
         }
-        return container.write(header, tensors, "the decoder")
+        return file_format.write(header, tensors, "the decoder")
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "decoder") -> Self:
@@ -245,11 +245,11 @@ class PrefixDecoder(nn.Module):
         Raises:
             PrefixFormatError: If it is damaged, or not a decoder.
         """
-        header, tensors = container.read(data, name)
+        header, tensors = file_format.read(data, name)
         network: Any = header.get("network")
         if not isinstance(network, dict) or "geometry" not in header:
             raise PrefixFormatError(f"{name} is not a decoder written by controlprefix")
-        with container.reading(name):
+        with file_format.reading(name):
             geometry = Geometry.from_dict(header["geometry"])
             sites = geometry.sites
             _require_declared_sizes(network, sites, tensors)

@@ -31,7 +31,7 @@ from controlprefix.serving.errors import error_body
 from controlprefix.serving.openai import Echo, Finished, Format, Usage
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
-from controlprefix.serving.work import disconnection
+from controlprefix.serving.work_pools import disconnection
 
 _log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from controlprefix.serving.openai import Echo
 from controlprefix.serving.rate_limit import RateLimiter, TokenLimiter
 from controlprefix.serving.settings import ServerLimits
 from controlprefix.serving.tenants import Client, Tenants
-from controlprefix.serving.work import WorkPools
+from controlprefix.serving.work_pools import WorkPools
 from controlprefix.store import EncryptionKeys
 
 UnknownUsers = Literal["refuse", "plain"]

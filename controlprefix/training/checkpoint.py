@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from controlprefix._io import atomic_path
 from controlprefix.errors import StoreError, TrainingDataError
 from controlprefix.model.images import ImagePrompt
-from controlprefix.prefixes.container import digest
+from controlprefix.prefixes.file_format import digest
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.report import CHECKPOINT_FILE

@@ -19,7 +19,7 @@ from controlprefix.serving.routes.prefixes import (
     versions_of,
 )
 from controlprefix.serving.user_bodies import EnrolmentBody, LearningBody
-from controlprefix.serving.work import disconnection
+from controlprefix.serving.work_pools import disconnection
 from controlprefix.store import Job
 from controlprefix.users.user_training import usable_texts
 

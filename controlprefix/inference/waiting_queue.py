@@ -1,4 +1,4 @@
-"""The waiting line of a batcher: tenants take turns by tokens, in order within each tenant."""
+"""The waiting queue of a batcher: tenants take turns by tokens, in order within each tenant."""
 
 import itertools
 from collections import deque
@@ -19,7 +19,7 @@ class _Queue(Generic[Item]):
     num_passed: int = 0  # items taken before its first one, which did not fit
 
 
-class WaitingLine(Generic[Item]):
+class WaitingQueue(Generic[Item]):
     """A queue per tenant; the tenant that was served the fewest tokens is next.
 
     Args:

@@ -34,7 +34,7 @@ _log = logging.getLogger("controlprefix")
 
 
 @checks_arguments
-class ExchangeMethods(PrefixMethods):
+class SharingMethods(PrefixMethods):
     """Folders, the Hub and checkpoints of other libraries <-> prefixes."""
 
     def export(

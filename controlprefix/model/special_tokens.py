@@ -1,4 +1,4 @@
-"""Control tokens (such as `</s>`), and texts in which they are text."""
+"""Special tokens (such as `</s>`), and texts in which they are text."""
 
 import copy
 import re
@@ -10,25 +10,25 @@ from transformers import PreTrainedTokenizerBase
 _BEFORE_A_PIECE = ("\n", ">", ";", "a")  # texts that a piece may not merge with
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the tokenizer reads as control tokens, the longest first."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the tokenizer reads as special tokens, the longest first."""
     tokens = {str(token) for token in tokenizer.all_special_tokens}
     added = getattr(tokenizer, "added_tokens_decoder", {})
     tokens |= {token.content for token in added.values() if token.special}
     return sorted((token for token in tokens if token), key=len, reverse=True)
 
 
-def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Matches what the tokenizer reads as a control token; None if it has none."""
-    tokens = control_tokens(tokenizer)
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Matches what the tokenizer reads as a special token; None if it has none."""
+    tokens = special_tokens(tokenizer)
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
 class PartialTokens:
-    """Finds pieces of control tokens that become one where a template puts texts together.
+    """Finds pieces of special tokens that become one where a template puts texts together.
 
     Args:
-        tokens: The control tokens.
+        tokens: The special tokens.
     """
 
     def __init__(self, tokens: Sequence[str]) -> None:
@@ -68,8 +68,8 @@ class PartialTokens:
         return sorted(split, key=len, reverse=True)
 
 
-def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of control tokens, without that of unknown text."""
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids of special tokens, without that of unknown text."""
     ids = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     ids |= {number for number, token in added.items() if token.special}
@@ -77,7 +77,7 @@ def control_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 class TextTokenizer:
-    """Ids of texts, with control tokens read as what they are, or as text.
+    """Ids of texts, with special tokens read as what they are, or as text.
 
     Args:
         tokenizer: A tokenizer.
@@ -88,20 +88,20 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = _without_truncation(tokenizer)
-        self._pattern = control_token_pattern(tokenizer)
-        self._control_ids = control_token_ids(tokenizer)
+        self._pattern = special_token_pattern(tokenizer)
+        self._special_ids = special_token_ids(tokenizer)
         self._literal_tokenizer: PreTrainedTokenizerBase | None = None
         self._lock = threading.Lock()
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text; control tokens in it keep their meaning."""
+        """Token ids of a text; special tokens in it keep their meaning."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def ids_of_text(self, text: str) -> list[int]:
-        """Token ids of a text in which control tokens are treated as plain text."""
+        """Token ids of a text in which special tokens are treated as plain text."""
         if self._pattern is None or not self._pattern.search(text):
             ids = self.ids(text)
-            if self._control_ids.isdisjoint(ids):  # else a normalizer made one
+            if self._special_ids.isdisjoint(ids):  # else a normalizer made one
                 return ids
         return self.literal_ids(text)
 
@@ -110,7 +110,7 @@ class TextTokenizer:
 
         Args:
             text: The piece.
-            is_literal: Control tokens are text too.
+            is_literal: Special tokens are text too.
             is_first: Nothing is in front of it; some tokenizers begin a text with a blank.
         """
         ids_of = self.literal_ids if is_literal else self.ids
@@ -123,7 +123,7 @@ class TextTokenizer:
         return ids_of(text)
 
     def literal_ids(self, text: str) -> list[int]:
-        """The ids of a text that has control tokens as text."""
+        """The ids of a text that has special tokens as text."""
         with self._lock:  # a copy, since tokenizers keep this option as a state
             if self._literal_tokenizer is None:
                 self._literal_tokenizer = copy.deepcopy(self.tokenizer)
@@ -134,11 +134,11 @@ class TextTokenizer:
                 return list(tokenizer(piece, **options)["input_ids"])
 
             ids = ids_of(text)
-            if self._control_ids.isdisjoint(ids):
+            if self._special_ids.isdisjoint(ids):
                 return ids
             # The vocabulary also has them as words, so tokenize by character.
             characters = [token for character in text for token in ids_of(character)]
-            return [token for token in characters if token not in self._control_ids]
+            return [token for token in characters if token not in self._special_ids]
 
 
 def _without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
