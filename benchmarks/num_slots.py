@@ -9,7 +9,7 @@ from typing import Any
 
 from controlprefix import ControlPrefix, Example
 from controlprefix.model.attention_matching import matched
-from controlprefix.model.slot_attention import Reference, observe
+from controlprefix.model.slot_attention import QueryText, observe
 from controlprefix.prefixes import PrefixKey
 from controlprefix.training import ParameterizationName
 
@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = cp.shorten("task", "sentence", dev, keep=KEEP)
     longest = cp.get("task", "sentence", version=1)
     rows = cp._trainer._rows_naming(PrefixKey("task", "sentence"), dev)
-    references = [Reference(row.prompt, row.targets, row.frozen) for row in rows]
-    attention = observe(cp.frozen_model, longest, references)
+    query_texts = [QueryText(row.prompt, row.targets, row.frozen_parts) for row in rows]
+    attention = observe(cp.frozen_model, longest, query_texts)
     for num_slots, _ in report.curve:
         if num_slots:
             cp.put("task", "sentence", matched(longest, attention, num_slots))

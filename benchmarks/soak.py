@@ -45,7 +45,7 @@ NONSENSE = (b"{", b"[]", b'{"model": 7}', b"\xff" * 100, b"[" * 5000, b'{"model"
 
 
 def secret_of(user: str) -> str:
-    """A word in the texts of a user, which is not in the name: the audit keeps names."""
+    """A word in the texts of a user, which is not in the name: the audit log keeps names."""
     return hashlib.sha256(user.encode()).hexdigest()[:16]
 
 

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured: dict[str, Any] = {}
     try:
         with postgresql(folder / "postgres") as (url, server), PrefixStore(url) as store:
-            store.keep_samples("nobody", ["a text"])  # makes the tenant
+            store.keep_texts("nobody", ["a text"])  # makes the tenant
             first = 0
             for num in sorted(options.users):
                 started = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 if TYPE_CHECKING:
     from controlprefix.model import FrozenModel
 
-StorageForm = Literal["code", "int8", "bfloat16"]
+StorageFormat = Literal["code", "int8", "bfloat16"]
 
 CODE_BYTES: Final = 1_416  # of the decoder with the default sizes, whatever the model
 _ROW_BYTES: Final = 750  # of names, versions and indexes per user, on PostgreSQL
@@ -33,7 +33,7 @@ class Workload:
         weight_bytes: The model's weights in memory.
         value_bytes: A value in memory: 2, or 4 in float32.
         users, num_slots: Users, and slots of each prefix.
-        form: How prefixes are stored.
+        storage_format: How prefixes are stored.
         requests_per_second: At the peak.
         prompt_tokens, new_tokens: Per request.
         tokens_per_second: New tokens of all requests together that one process writes.
@@ -50,7 +50,7 @@ class Workload:
     value_bytes: int = 2
     users: int = 1000
     num_slots: int = 16
-    form: StorageForm = "int8"
+    storage_format: StorageFormat = "int8"
     requests_per_second: float = 1.0
     prompt_tokens: int = 200
     new_tokens: int = 200
@@ -133,7 +133,9 @@ def capacity(workload: Workload) -> Capacity:
         workload.price_per_gb,
     )
     if min(sizes) < 1 or min(numbers) < 0 or workload.tokens_per_second <= 0:
-        values_by_name = {name: value for name, value in asdict(workload).items() if name != "form"}
+        values_by_name = {
+            name: value for name, value in asdict(workload).items() if name != "storage_format"
+        }
         negative = [f"{n} is {v}" for n, v in values_by_name.items() if v is not None and v < 0]
         reason = f": {', '.join(negative)}" if negative else ""
         raise ValueError(
@@ -144,7 +146,7 @@ def capacity(workload: Workload) -> Capacity:
         "code": CODE_BYTES,
         "int8": _HEADER_BYTES + workload.num_slots * (values + 2 * scales),
         "bfloat16": _HEADER_BYTES + workload.num_slots * 2 * values,
-    }[workload.form]
+    }[workload.storage_format]
     stored = round(payload * _PAGE_OVERHEAD) + _ROW_BYTES
     slot_bytes = workload.value_bytes * values
     tokens_per_request = workload.prompt_tokens + workload.new_tokens + workload.num_slots

@@ -218,7 +218,7 @@ class Request(SteeringFields):
         return (*self.messages[:last], changed, *self.messages[last + 1 :])
 
     @property
-    def samples(self) -> bool:
+    def do_sample(self) -> bool:
         """Whether tokens are drawn at random."""
         return any(getattr(self, name) is not None for name in SAMPLING_SETTINGS)
 
@@ -233,7 +233,7 @@ class Request(SteeringFields):
     def changes_logits(self) -> bool:
         """Whether the most likely token is not always chosen."""
         return bool(
-            self.samples or self.has_penalty or self.logit_bias or self.json_schema is not None
+            self.do_sample or self.has_penalty or self.logit_bias or self.json_schema is not None
         )
 
     @property
@@ -285,7 +285,7 @@ class Request(SteeringFields):
             raise ValueError(f"{field} cannot be combined with {reason}")
         if self.mixing == "logits" and self.calibrated:
             raise ValueError("dials are calibrated for mixing='attention'; leave one of both out")
-        if self.num_beams > 1 and self.samples:
+        if self.num_beams > 1 and self.do_sample:
             raise ValueError(
                 "num_beams above 1 does not sample; leave temperature, top_* and min_p out"
             )

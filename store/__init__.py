@@ -11,12 +11,12 @@ from controlprefix.store.profiles import SimilarUser
 from controlprefix.store.records import (
     AuditEntry,
     NewVersion,
-    Origin,
     PrefixInfo,
     Profile,
     StoredVersion,
     StoreStats,
     VersionInfo,
+    VersionRef,
 )
 from controlprefix.store.single_flight import SingleFlight
 from controlprefix.store.store import PrefixStore
@@ -34,7 +34,6 @@ __all__ = [
     "Kind",
     "ModelStore",
     "NewVersion",
-    "Origin",
     "PrefixCache",
     "PrefixInfo",
     "PrefixKey",
@@ -45,6 +44,7 @@ __all__ = [
     "StoreStats",
     "StoredVersion",
     "VersionInfo",
+    "VersionRef",
     "tenant_of",
     "upgrade",
 ]

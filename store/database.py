@@ -60,7 +60,7 @@ class Database:
 
     Attributes:
         url: SQLAlchemy URL of the database that is open.
-        label: How messages name the database: a path, or a URL without password.
+        display_name: How messages name the database: a path, or a URL without password.
         is_missing: The file does not exist and was not created.
 
     Raises:
@@ -69,11 +69,11 @@ class Database:
 
     def __init__(self, url: str, tenant: str, *, pool_size: int = 5, create: bool = True) -> None:
         url = full_url(url)
-        self.label = label_of(url)
+        self.display_name = label_of(url)
         path = sqlite_path(url)
         self.is_missing = not create and path is not None and not path.exists()
         if self.is_missing:
-            self.label, url = f"{self.label} (no such file)", "sqlite://"
+            self.display_name, url = f"{self.display_name} (no such file)", "sqlite://"
         self.url = url
         self.tenant = tenant
         self._tenant_id: int | None = None
@@ -133,7 +133,7 @@ class Database:
 
         result = self._transaction(as_tenant, write=write)
         if write and self.is_missing:
-            raise StoreError(f"there is no store to write to: {self.label}")
+            raise StoreError(f"there is no store to write to: {self.display_name}")
         return result
 
     def lock_users(self, session: Session, tenant: int, *, shared: bool) -> None:
@@ -169,7 +169,9 @@ class Database:
             StoreError: If it has no files, the role may not do that, or somebody else uses it.
         """
         if not self.is_postgresql and is_in_memory(self.url):
-            raise StoreError(f"the store {self.label!r} has no file to purge; check its path")
+            raise StoreError(
+                f"the store {self.display_name!r} has no file to purge; check its path"
+            )
         if self.is_postgresql:
             tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
             self._require_owner()
@@ -187,8 +189,8 @@ class Database:
                         raise StoreError("another process reads it; purge when nobody does")
         except Exception as error:
             raise StoreError(
-                f"cannot purge the store {self.label!r}: {_reason(error)}; on PostgreSQL run it as "
-                "the tables' owner with the role pg_checkpoint"
+                f"cannot purge the store {self.display_name!r}: {_reason(error)}; on PostgreSQL "
+                "run it as the tables' owner with the role pg_checkpoint"
             ) from error
 
     def _require_owner(self) -> None:
@@ -201,8 +203,8 @@ class Database:
         owns = self._transaction(lambda s: s.scalar(query, {"names": names}), write=False)
         if not owns:
             raise StoreError(
-                f"cannot purge the store {self.label!r}: this role does not own its tables; run it "
-                "as their owner, with the role pg_checkpoint"
+                f"cannot purge the store {self.display_name!r}: this role does not own its tables; "
+                "run it as their owner, with the role pg_checkpoint"
             )
 
     def close(self) -> None:
@@ -284,13 +286,15 @@ class Database:
         error = state.outcome.exception() if state.outcome else None
         cause = error.cause if isinstance(error, _TransactionError) else error
         reason = redacted(_reason(cause), self.url) if isinstance(cause, Exception) else "it failed"
-        _log.warning("the store %s is asked again: %s", self.label, reason)
+        _log.warning("the store %s is asked again: %s", self.display_name, reason)
 
     def _attempt(self, work: Callable[[Session], Result], write: bool) -> Result:
         options = self._engine.execution_options(controlprefix_write=write)
         committing = False
         try:
-            with Session(options, expire_on_commit=False, info={"label": self.label}) as session:
+            with Session(
+                options, expire_on_commit=False, info={"display_name": self.display_name}
+            ) as session:
                 result = work(session)
                 committing = True
                 session.commit()
@@ -301,8 +305,8 @@ class Database:
             raise
         except (TypeError, ValueError, AttributeError) as error:  # from reading a cell
             raise DamagedRowError(
-                f"a row of the store {self.label!r} cannot be read: {error}; run `controlprefix "
-                "store verify`, or restore a backup"
+                f"a row of the store {self.display_name!r} cannot be read: {error}; run "
+                "`controlprefix store verify`, or restore a backup"
             ) from error
         except DBAPIError as error:
             dropped = (
@@ -315,7 +319,7 @@ class Database:
             raise _TransactionError(error, dropped=False, committing=committing) from error
 
     def _explain(self, error: SQLAlchemyError, write: bool, *, unsure: bool) -> StoreError:
-        reason, url = redacted(_reason(error), self.url), self.label
+        reason, url = redacted(_reason(error), self.url), self.display_name
         if unsure:
             return StoreError(
                 f"the connection to the store {url!r} broke while a change was committed: "
@@ -350,8 +354,8 @@ def upgrade(url: str, *, service_role: str | None = None) -> tuple[str | None, s
     try:
         if service_role is not None and not database.is_postgresql:
             raise StoreError(
-                f"the store {database.label!r} is not on PostgreSQL, which alone has roles; leave "
-                "the service role out"
+                f"the store {database.display_name!r} is not on PostgreSQL, which alone has roles; "
+                "leave the service role out"
             )
 
         def work(session: Session) -> tuple[str | None, str]:

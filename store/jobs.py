@@ -16,7 +16,7 @@ from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from controlprefix.errors import OverloadedError, UnknownNameError
-from controlprefix.store import samples
+from controlprefix.store import user_texts
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import user_name
@@ -132,7 +132,7 @@ class JobMethods:
                 )
             )  # fmt: skip
             if texts:
-                samples.add(session, tenant, self._cipher, user, texts)
+                user_texts.add(session, tenant, self._cipher, user, texts)
             session.flush()
             _trim(session, tenant)
             return _job(row)

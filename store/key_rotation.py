@@ -5,7 +5,7 @@ from functools import partial
 from sqlalchemy.orm import Session
 
 from controlprefix.prefixes import PrefixKey
-from controlprefix.store import jobs, profiles, samples
+from controlprefix.store import jobs, profiles, user_texts
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import version_id
@@ -43,7 +43,7 @@ def rotate_keys(database: Database, cipher: TenantCipher) -> int:
         row.payload, row.key_id = cipher.encrypt(plain, identity)
         return 1
 
-    database.run(lambda session, tenant: samples.rotate(session, tenant, cipher), write=True)
+    database.run(lambda session, tenant: user_texts.rotate(session, tenant, cipher), write=True)
     database.run(lambda session, tenant: profiles.rotate(session, tenant, cipher), write=True)
     database.run(lambda session, tenant: jobs.rotate(session, tenant, cipher), write=True)
     num_rotated = 0

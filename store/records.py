@@ -76,12 +76,12 @@ class NewVersion:
     replaces: int | None = None
     dtype: "StorageDtype | None" = None
     sources: Collection[str] = ()
-    derived_from: "Origin | None" = None
+    derived_from: "VersionRef | None" = None
     texts: Sequence[str] = ()
     profile: Profile | None = None
 
 
-class Origin(NamedTuple):
+class VersionRef(NamedTuple):
     """A stored version of a name that another one is made from.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Forgetting names and pruning old versions, with an audit."""
+"""Forgetting names and pruning old versions, with an audit log."""
 
 import logging
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from controlprefix.errors import RequestError
 from controlprefix.prefixes import PrefixKey
-from controlprefix.store import jobs, profiles, samples, version_links
+from controlprefix.store import jobs, profiles, user_texts, version_links
 from controlprefix.store.database import Database
 from controlprefix.store.records import AuditEntry, check_key, user_name
 from controlprefix.store.tables import AliasRow, AuditRow, PayloadRow, PrefixRow, VersionRow
@@ -28,7 +28,7 @@ def forget(session: Session, tenant: int, key: PrefixKey) -> int:
     exists = bool(rows)
     if key.kind == "user":
         had_profile = profiles.forget(session, tenant, key.name)
-        had_texts = samples.forget(session, tenant, key.name)
+        had_texts = user_texts.forget(session, tenant, key.name)
         had_jobs = jobs.forget(session, tenant, key.name)
         num_marked = version_links.mark_forgotten(session, tenant, key.name)
         exists = exists or had_profile or had_texts or had_jobs or num_marked > 0
@@ -40,7 +40,7 @@ def forget(session: Session, tenant: int, key: PrefixKey) -> int:
     for table in (*version_links.LINK_TABLES, AliasRow, PayloadRow, VersionRow):
         session.execute(delete(table).where(table.prefix_id.in_(ids)))
     session.execute(delete(PrefixRow).where(PrefixRow.id.in_(ids)))
-    _add_to_audit(session, tenant, "forget", key, num_removed)
+    _add_to_audit_log(session, tenant, "forget", key, num_removed)
     return num_removed
 
 
@@ -61,7 +61,7 @@ def remove_version(
         session.execute(delete(PrefixRow).where(PrefixRow.id == row.id))
     elif row.current_version == version:
         row.current_version = max(others)
-    _add_to_audit(session, tenant, "remove", key, 1)
+    _add_to_audit_log(session, tenant, "remove", key, 1)
 
 
 def prune(session: Session, tenant: int, keep: int) -> int:
@@ -86,12 +86,12 @@ def prune(session: Session, tenant: int, keep: int) -> int:
         for table in (*version_links.LINK_TABLES, PayloadRow, VersionRow):
             is_old = and_(table.prefix_id == row.id, table.version.in_(old))
             session.execute(delete(table).where(is_old))
-        _add_to_audit(session, tenant, "prune", key_of(row), len(old))
+        _add_to_audit_log(session, tenant, "prune", key_of(row), len(old))
         num_removed += len(old)
     return num_removed
 
 
-def _add_to_audit(
+def _add_to_audit_log(
     session: Session, tenant: int, action: str, key: PrefixKey, num_versions: int
 ) -> None:
     entry = {"kind": key.kind, "name": key.name, "action": action, "num_versions": num_versions}
@@ -107,7 +107,7 @@ class RemovalMethods:
     def forget(self, key: PrefixKey) -> int:
         """Remove all of a name, for all models: versions, aliases, a user's texts and profile.
 
-        The removal is recorded in the audit. Versions trained on the user are marked.
+        The removal is recorded in the audit log. Versions trained on the user are marked.
 
         Returns:
             How many versions were removed.
@@ -152,7 +152,7 @@ class RemovalMethods:
             raise RequestError(f"keep is {keep}; it must be 1 or more")
         return self._database.run(lambda session, tenant: prune(session, tenant, keep), write=True)
 
-    def audit(self, *, after: int = 0) -> list[AuditEntry]:
+    def audit_log(self, *, after: int = 0) -> list[AuditEntry]:
         """What was removed on request, oldest first.
 
         Args:
@@ -170,8 +170,8 @@ class RemovalMethods:
 
         return self._database.run(read)
 
-    def last_audit_number(self, *, forgotten: str | None = None) -> int:
-        """Number of the last entry in the audit; 0 if there is none.
+    def last_removal_number(self, *, forgotten: str | None = None) -> int:
+        """Number of the last entry in the audit log; 0 if there is none.
 
         Args:
             forgotten: A user: the entry that tells when they were last forgotten.

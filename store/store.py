@@ -57,7 +57,7 @@ class PrefixStore(UserData, RemovalMethods, JobMethods):
     Attributes:
         tenant: As given.
         url: SQLAlchemy URL of the open database.
-        label: How messages name the store: a path, or a URL without password.
+        display_name: How messages name the store: a path, or a URL without password.
 
     Raises:
         StoreError: If the database cannot be opened or has another schema.
@@ -75,7 +75,7 @@ class PrefixStore(UserData, RemovalMethods, JobMethods):
         if not isinstance(url, (str, os.PathLike)):
             raise StoreError(f"the store is {url!r}; give a path or an SQLAlchemy URL")
         database = Database(os.fspath(url), tenant, pool_size=pool_size, create=create)
-        self.url, self.label = database.url, database.label
+        self.url, self.display_name = database.url, database.display_name
         self._encryption_keys = encryption_keys
         self._use(database)
         database.create_tables()
@@ -133,15 +133,15 @@ class PrefixStore(UserData, RemovalMethods, JobMethods):
         self._database.run(try_writing, write=True)
 
     def put(
-        self, new_versions: Sequence[NewVersion], *, audit_number: int | None = None
+        self, new_versions: Sequence[NewVersion], *, removal_number: int | None = None
     ) -> list[int]:
         """Publish versions, all or none, and make them current.
 
         Args:
             new_versions: What to publish.
-            audit_number: `last_audit_number` from before the users' texts were read. A user who was
-                forgotten after it is not stored again, and counts among a version's sources as
-                forgotten.
+            removal_number: `last_removal_number` from before the users' texts were read. A user
+                who was forgotten after it is not stored again, and counts among a version's
+                sources as forgotten.
 
         Returns:
             The version numbers, counted from 1 for each name.
@@ -163,9 +163,9 @@ class PrefixStore(UserData, RemovalMethods, JobMethods):
 
         def publish(session: Session, tenant: int) -> dict[int, int]:
             forgotten: set[str] = set()
-            if audit_number is not None:
+            if removal_number is not None:
                 self._database.lock_users(session, tenant, shared=True)
-                forgotten = version_links.forgotten_users(session, tenant, audit_number)
+                forgotten = version_links.forgotten_users(session, tenant, removal_number)
             # In the order of keys, so that writers that lock the same rows cannot deadlock.
             order = sorted(range(len(new_versions)), key=lambda i: new_versions[i].key)
             return {
@@ -187,9 +187,9 @@ class PrefixStore(UserData, RemovalMethods, JobMethods):
         return [numbers[i] for i in range(len(new_versions))]
 
     def put_unless_forgotten(
-        self, new_versions: Sequence[NewVersion], audit_number: int
+        self, new_versions: Sequence[NewVersion], removal_number: int
     ) -> dict[PrefixKey, int]:
-        """As `put`, without users who were forgotten after `audit_number`.
+        """As `put`, without users who were forgotten after `removal_number`.
 
         Returns:
             The version number of each name that was published.
@@ -200,7 +200,7 @@ class PrefixStore(UserData, RemovalMethods, JobMethods):
         """
         while True:
             try:
-                numbers = self.put(new_versions, audit_number=audit_number)
+                numbers = self.put(new_versions, removal_number=removal_number)
             except ForgottenError as error:
                 gone = PrefixKey("user", error.user)
                 new_versions = [new for new in new_versions if new.key != gone]

@@ -214,7 +214,7 @@ class AliasRow(Base):
     tenant_id: Mapped[int] = mapped_column(ForeignKey(TenantRow.id))
 
 
-class SampleRow(Base):
+class UserTextRow(Base):
     """A text of a user that the caller chose to keep, or feedback as JSON."""
 
     __tablename__ = "controlprefix_samples"

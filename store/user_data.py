@@ -5,12 +5,12 @@ from collections.abc import Collection, Sequence
 from sqlalchemy.orm import Session
 
 from controlprefix.prefixes import PrefixKey
-from controlprefix.store import profiles, samples
+from controlprefix.store import profiles, user_texts
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.profiles import SimilarUser
 from controlprefix.store.records import Profile, user_name
-from controlprefix.store.samples import SampleKind
+from controlprefix.store.user_texts import UserTextKind
 
 
 class UserData:
@@ -19,15 +19,15 @@ class UserData:
     _database: Database
     _cipher: TenantCipher
 
-    def keep_samples(self, user: str, texts: Sequence[str]) -> None:
+    def keep_texts(self, user: str, texts: Sequence[str]) -> None:
         """Keep texts of a user, to train on later."""
         user = user_name(user)
         self._database.run(
-            lambda session, tenant: samples.add(session, tenant, self._cipher, user, texts),
+            lambda session, tenant: user_texts.add(session, tenant, self._cipher, user, texts),
             write=True,
         )
 
-    def samples(self, user: str) -> list[str]:
+    def user_texts(self, user: str) -> list[str]:
         """The kept texts of a user, oldest first.
 
         Raises:
@@ -35,7 +35,7 @@ class UserData:
         """
         return self._kept_of(user, "text")
 
-    def users_with_samples(self) -> list[str]:
+    def users_with_texts(self) -> list[str]:
         """The users with kept texts, sorted."""
         return self._users("text")
 
@@ -48,8 +48,8 @@ class UserData:
         user = user_name(user)
 
         def keep(session: Session, tenant: int) -> int:
-            samples.add(session, tenant, self._cipher, user, entries, "feedback")
-            return samples.trim_feedback(session, tenant, user)
+            user_texts.add(session, tenant, self._cipher, user, entries, "feedback")
+            return user_texts.trim_feedback(session, tenant, user)
 
         return self._database.run(keep, write=True)
 
@@ -95,12 +95,12 @@ class UserData:
             )
         )
 
-    def _kept_of(self, user: str, kind: SampleKind) -> list[str]:
+    def _kept_of(self, user: str, kind: UserTextKind) -> list[str]:
         user = PrefixKey("user", user).name
         rows = self._database.run(
-            lambda session, tenant: samples.rows_of(session, tenant, user, kind)
+            lambda session, tenant: user_texts.rows_of(session, tenant, user, kind)
         )
-        return [samples.decrypt(row, self._cipher) for row in rows]
+        return [user_texts.decrypt(row, self._cipher) for row in rows]
 
-    def _users(self, kind: SampleKind) -> list[str]:
-        return self._database.run(lambda session, tenant: samples.users(session, tenant, kind))
+    def _users(self, kind: UserTextKind) -> list[str]:
+        return self._database.run(lambda session, tenant: user_texts.users(session, tenant, kind))

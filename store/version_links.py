@@ -88,11 +88,11 @@ def sources(session: Session, prefix_id: int, version: int) -> list[str]:
     return sorted(session.scalars(query))
 
 
-def forgotten_users(session: Session, tenant: int, audit_number: int) -> set[str]:
-    """The users who were forgotten after an entry of the audit."""
+def forgotten_users(session: Session, tenant: int, removal_number: int) -> set[str]:
+    """The users who were forgotten after an entry of the audit log."""
     query = select(AuditRow.name).where(
         AuditRow.tenant_id == tenant,
-        AuditRow.id > audit_number,
+        AuditRow.id > removal_number,
         AuditRow.action == "forget",
         AuditRow.kind == "user",
     )

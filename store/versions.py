@@ -19,7 +19,7 @@ from controlprefix.errors import (
     known_names,
 )
 from controlprefix.prefixes import Kind, PrefixKey, content_hash
-from controlprefix.store import profiles, samples, version_links
+from controlprefix.store import profiles, user_texts, version_links
 from controlprefix.store.database import Database
 from controlprefix.store.encryption import TenantCipher
 from controlprefix.store.records import NewVersion, VersionInfo, check_key, version_id
@@ -153,7 +153,7 @@ def publish(
     stored, key_id = cipher.encrypt(payload, identity)
     session.add(PayloadRow(**ids, payload=stored, key_id=key_id))
     if new.texts:
-        samples.add(session, tenant, cipher, new.key.name, new.texts)
+        user_texts.add(session, tenant, cipher, new.key.name, new.texts)
     if new.profile is not None:
         profiles.replace(session, tenant, cipher, new.key.name, new.profile)
     return row.newest_version
@@ -250,7 +250,7 @@ def unknown_name(
         error = UnknownNameError(
             f"no {key} in the store; enroll or train the user, or check the store and the tenant"
         )
-        error.add_note(f"the store is {session.info['label']}")
+        error.add_note(f"the store is {session.info['display_name']}")
         return error
     if fingerprint is not None:
         of_kind = of_kind.where(PrefixRow.fingerprint == fingerprint)
@@ -260,7 +260,7 @@ def unknown_name(
     hint = known_names(key.name, names, truncated=len(names) == _MAX_NAMES_SEARCHED)
     error = UnknownNameError(f"no {key.kind} {key.name!r} in the store; known: {hint}{advice}")
     # A note, since a server must not tell its clients.
-    error.add_note(f"the store is {session.info['label']}")
+    error.add_note(f"the store is {session.info['display_name']}")
     return error
 
 

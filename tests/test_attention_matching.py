@@ -14,7 +14,7 @@ from controlprefix.model.attention_matching import matched, nonnegative_least_sq
 from controlprefix.model.condensed_text import prefix_from_pieces
 from controlprefix.model.slot_attention import (
     LayerAttention,
-    Reference,
+    QueryText,
     SlotAttention,
     most_attended,
     observe,
@@ -25,10 +25,10 @@ from helpers import engine, frozen
 KINDS = ["llama", "gemma3", "gpt2", "t5"]
 
 
-def references(seed: int, count: int = 6) -> list[Reference]:
+def query_texts(seed: int, count: int = 6) -> list[QueryText]:
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 200, (count, 24), generator=draw).tolist()
-    return [Reference(row[:4], row[4:]) for row in ids]
+    return [QueryText(row[:4], row[4:]) for row in ids]
 
 
 def output_error(
@@ -50,12 +50,12 @@ def output_error(
 def test_matching_beats_selection_on_texts_it_did_not_get(name: str) -> None:
     model = frozen(name)
     whole = Prefix.random(model.geometry, num_slots=48, scale=1.0, seed=1)
-    attention, held_out = (observe(model, whole, references(seed)) for seed in (1, 2))
+    attention, held_out = (observe(model, whole, query_texts(seed)) for seed in (1, 2))
     errors = []
     for short in (matched(whole, attention, 8), most_attended(whole, attention, 8)):
         assert short.num_slots == 8
         assert short.dtype == whole.dtype
-        own = observe(model, short, references(2))
+        own = observe(model, short, query_texts(2))
         errors.append(output_error(whole, short, held_out, own))
     assert errors[0] < 0.7 * errors[1]
 
@@ -64,7 +64,7 @@ def test_matching_beats_selection_on_texts_it_did_not_get(name: str) -> None:
 def test_a_prefix_with_room_is_returned_as_it_is(name: str) -> None:
     model = frozen(name)
     whole = Prefix.random(model.geometry, num_slots=6, scale=1.0, seed=1)
-    assert matched(whole, observe(model, whole, references(1, 2)), 6) is whole
+    assert matched(whole, observe(model, whole, query_texts(1, 2)), 6) is whole
 
 
 def test_equal_slots_become_one_without_loss() -> None:
@@ -90,15 +90,15 @@ def test_equal_slots_become_one_without_loss() -> None:
 def test_hidden_slots_get_no_attention() -> None:
     model = frozen("llama")
     whole = Prefix.random(model.geometry, num_slots=6, scale=1.0, seed=1)
-    (reference,) = references(1, 1)
-    hidden = observe(model, whole, [reference._replace(hidden=range(2, 5))])
+    (query_text,) = query_texts(1, 1)
+    hidden = observe(model, whole, [query_text._replace(hidden=range(2, 5))])
     rest = Prefix(model.geometry, {"decoder": whole.slots["decoder"][[0, 1, 5]]})
-    alone = observe(model, rest, [reference])
+    alone = observe(model, rest, [query_text])
     for layer, expected in zip(hidden["decoder"], alone["decoder"], strict=True):
         assert torch.equal(layer.weights[..., [0, 1, 5]], expected.weights)
         assert not layer.weights[..., 2:5].any()
         assert torch.equal(layer.queries, expected.queries)
-    few = observe(model, whole, [reference], max_queries=5)["decoder"][0]
+    few = observe(model, whole, [query_text], max_queries=5)["decoder"][0]
     assert few.weights.shape[1] == 5 * 4 // few.weights.shape[0]
 
 
@@ -107,7 +107,7 @@ def test_logits_of_queries_are_products(name: str) -> None:
     """The recorded queries and the keys give the recorded weights."""
     model = frozen(name)
     whole = Prefix.random(model.geometry, num_slots=6, scale=1.0, seed=1)
-    for i, layer in enumerate(observe(model, whole, references(1))["decoder"]):
+    for i, layer in enumerate(observe(model, whole, query_texts(1))["decoder"]):
         keys = whole.layer("decoder", i)[0].double()
         ratios = layer.weights / (layer.queries @ keys.transpose(1, 2)).exp()
         assert torch.allclose(ratios, ratios[..., :1].expand_as(ratios), rtol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from controlprefix import Prefix
-from controlprefix.capacity import StorageForm, Workload, capacity
+from controlprefix.capacity import StorageFormat, Workload, capacity
 from controlprefix.cli import app
 from controlprefix.prefixes import Geometry, PrefixKey
 from controlprefix.store import NewVersion, PrefixStore
@@ -16,8 +16,8 @@ GEOMETRY = Geometry.uniform(num_layers=12, num_kv_heads=3, head_dim=64, fingerpr
 LOAD = Workload(slot_values=12 * 3 * 64 * 2, slot_heads=12 * 3 * 2, weight_bytes=2 * 10**6)
 
 
-@pytest.mark.parametrize("form", ["int8", "bfloat16"])
-def test_a_store_is_as_large_as_computed(tmp_path: Path, form: StorageForm) -> None:
+@pytest.mark.parametrize("storage_format", ["int8", "bfloat16"])
+def test_a_store_is_as_large_as_computed(tmp_path: Path, storage_format: StorageFormat) -> None:
     path = tmp_path / "prefixes.db"
     num_users = 60
     with PrefixStore(str(path)) as store:
@@ -26,12 +26,12 @@ def test_a_store_is_as_large_as_computed(tmp_path: Path, form: StorageForm) -> N
                 NewVersion(
                     PrefixKey("user", f"u{i}"),
                     Prefix.random(GEOMETRY, num_slots=16, seed=i),
-                    dtype="int8" if form == "int8" else "bfloat16",
+                    dtype="int8" if storage_format == "int8" else "bfloat16",
                 )
                 for i in range(num_users)
             ]
         )
-    computed = capacity(replace(LOAD, users=num_users, form=form)).store_bytes
+    computed = capacity(replace(LOAD, users=num_users, storage_format=storage_format)).store_bytes
     assert computed == pytest.approx(path.stat().st_size, rel=0.12)
 
 
@@ -41,7 +41,7 @@ def test_the_measured_store_is_as_computed() -> None:
         slot_values=30 * 3 * 64 * 2, slot_heads=30 * 3 * 2, weight_bytes=270 * 10**6, users=20_000
     )
     assert 3.8e9 < capacity(smollm2).store_bytes < 4.1e9
-    codes = capacity(replace(smollm2, users=10**6, form="code")).store_bytes
+    codes = capacity(replace(smollm2, users=10**6, storage_format="code")).store_bytes
     assert 1.9e9 < codes < 2.7e9  # a measured payload has 1,936 bytes
 
 
@@ -62,7 +62,7 @@ def test_more_requests_need_more() -> None:
 
 
 def test_a_price_is_that_of_processes_and_of_the_store() -> None:
-    load = replace(LOAD, users=10**6, form="code", seconds_per_user=3.6)
+    load = replace(LOAD, users=10**6, storage_format="code", seconds_per_user=3.6)
     assert capacity(load).monthly_cost == capacity(load).cost_per_million == 0
     priced = capacity(replace(load, price_per_hour=2.0, price_per_gb=0.5))
     storing = priced.store_bytes / 1e9 * 0.5
@@ -79,4 +79,4 @@ def test_the_command(model_folder: Path) -> None:
     priced = CliRunner().invoke(app, [*arguments, "--price-per-hour", "1"])
     assert "2,190.00" in priced.output  # 3 processes
     assert "guide on capacity" in result.output
-    assert CliRunner().invoke(app, [*arguments, "--form", "int4"]).exit_code != 0
+    assert CliRunner().invoke(app, [*arguments, "--storage_format", "int4"]).exit_code != 0

@@ -84,7 +84,7 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
     assert "yes" in run(tmp_path, "prefixes", "show", "user", "ana")
     assert "2 versions removed" in run(tmp_path, "users", "forget", "ana", "--yes")
     assert "nothing is stored yet" in run(tmp_path, "prefixes", "list", "--kind", "user")
-    assert "ana" in run(tmp_path, "store", "audit")
+    assert "ana" in run(tmp_path, "store", "audit-log")
     assert "1 versions" in run(tmp_path, "prefixes", "remove", "attribute", "tone=warm", "--yes")
 
 

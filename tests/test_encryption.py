@@ -101,16 +101,16 @@ def test_kept_texts_are_encrypted_rotated_and_forgotten(
     store: PrefixStore, keys: Keys, url: str
 ) -> None:
     secret = "meet me at the old mill"
-    store.keep_samples("ana", [secret, "second"])
+    store.keep_texts("ana", [secret, "second"])
     store.keep_profile("ana", Profile("e", [1.0, 0.0], num_texts=2))
     store.put([new()])
     keys.use("k2")
-    store.keep_samples("ana", ["third", secret, "third"])  # each once
+    store.keep_texts("ana", ["third", secret, "third"])  # each once
     assert store.rotate_keys() == 1
     del keys.keys["k1"]
     keys.use("k2")
-    assert store.samples("ana") == [secret, "second", "third"]
-    assert store.samples("bo") == []
+    assert store.user_texts("ana") == [secret, "second", "third"]
+    assert store.user_texts("bo") == []
     assert store.similar_users("e", [1.0, 0.0]) == [("ana", 1.0)]
     assert store.keep_feedback("ana", [secret]) == 1
     assert store.feedback("ana") == [secret]
@@ -118,12 +118,12 @@ def test_kept_texts_are_encrypted_rotated_and_forgotten(
         file = Path(url.removeprefix("sqlite:///"))
         assert secret.encode() not in file.read_bytes()
     with PrefixStore(url, tenant="theirs") as other:
-        assert other.samples("ana") == []
+        assert other.user_texts("ana") == []
         assert other.feedback("ana") == []
     store.forget(ANA)
-    assert store.samples("ana") == []
+    assert store.user_texts("ana") == []
     assert store.feedback("ana") == []
-    store.keep_samples("bo", ["only a text"])
+    store.keep_texts("bo", ["only a text"])
     assert store.forget(BO) == 0  # there is something to forget, though no version
 
 
@@ -174,11 +174,11 @@ def test_a_tenant_without_a_key_is_warned_of(
 ) -> None:
     keys.use("k1")
     with PrefixStore(f"sqlite:///{tmp_path}/x.db", tenant="mine", encryption_keys=keys) as store:
-        store.keep_samples("ana", ["a text"])
+        store.keep_texts("ana", ["a text"])
         assert "stored in plain" not in caplog.text
         other = store.for_tenant("other")
         for _ in range(2):
-            other.keep_samples("ana", ["a text"])
+            other.keep_texts("ana", ["a text"])
     assert caplog.text.count("no encryption key for tenant 'other': stored in plain") == 1
 
 

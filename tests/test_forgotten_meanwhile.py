@@ -35,20 +35,20 @@ def test_only_a_user_who_was_forgotten_since_is_not_stored() -> None:
     for _ in range(3):
         cp.put("user", "ana", prefix)
     cp.put("user", "bo", prefix)
-    audit_number = cp.store.last_audit_number()
+    removal_number = cp.store.last_removal_number()
     cp.store.prune(keep=1)
     cp.store.forget(BO)
-    assert cp.store.last_audit_number(forgotten="bo") > audit_number
-    assert cp.store.last_audit_number(forgotten="ana") == 0
-    assert cp.store.put([NewVersion(ANA, prefix)], audit_number=audit_number) == [4]
+    assert cp.store.last_removal_number(forgotten="bo") > removal_number
+    assert cp.store.last_removal_number(forgotten="ana") == 0
+    assert cp.store.put([NewVersion(ANA, prefix)], removal_number=removal_number) == [4]
     both = [NewVersion(ANA, prefix), NewVersion(BO, prefix, texts=("mine",))]
     with pytest.raises(ForgottenError, match="'bo' was forgotten") as raised:
-        cp.store.put(both, audit_number=audit_number)
+        cp.store.put(both, removal_number=removal_number)
     assert raised.value.user == "bo"
     assert cp.version_info("user", "ana").version == 4  # all or none
     assert not cp.exists("user", "bo")
-    assert not cp.store.samples("bo")
-    assert cp.store.put(both, audit_number=cp.store.last_audit_number()) == [5, 1]
+    assert not cp.store.user_texts("bo")
+    assert cp.store.put(both, removal_number=cp.store.last_removal_number()) == [5, 1]
 
 
 def test_what_is_learned_from_a_forgotten_user_is_marked_and_does_not_name_them() -> None:
@@ -89,7 +89,7 @@ def test_users_forgotten_while_they_train_or_are_enrolled_stay_forgotten(
     with pytest.raises(ForgottenError):
         cp.enroll("ana", ["a text"], keep_texts=True)
     assert not cp.exists("user", "ana")
-    assert not cp.store.samples("ana")
+    assert not cp.store.user_texts("ana")
     monkeypatch.undo()
     assert cp.enroll("ana", ["a text"]) == 1
 
@@ -111,7 +111,7 @@ def test_publishing_reads_no_kept_texts_of_others(tmp_path: Path) -> None:
     keys = Keys(tmp_path / "keys.json")
     keys.use("k1")
     with PrefixStore(url, tenant="mine", encryption_keys=keys) as store:
-        store.keep_samples("email", ["mine"])
+        store.keep_texts("email", ["mine"])
     del keys.keys["k1"]
     keys.use("k2")
     with PrefixStore(url, tenant="mine", encryption_keys=keys) as store:
@@ -147,7 +147,7 @@ def test_publishing_waits_for_a_removal_that_is_under_way(url: str) -> None:
         cp = ControlPrefix(engine().frozen_model, store)
         prefix = cp.prefix_from_text("a text")
         cp.put("user", "bo", prefix)
-        audit_number = store.last_audit_number()
+        removal_number = store.last_removal_number()
         begun, go_on = threading.Event(), threading.Event()
         mark = version_links.mark_forgotten
 
@@ -162,7 +162,7 @@ def test_publishing_waits_for_a_removal_that_is_under_way(url: str) -> None:
             patch.setattr(version_links, "mark_forgotten", slowly)
             forgetting = pool.submit(store.forget, BO)
             assert begun.wait(30)
-            publishing = pool.submit(store.put, [new], audit_number=audit_number)
+            publishing = pool.submit(store.put, [new], removal_number=removal_number)
             time.sleep(0.3)
             assert not publishing.done()
             go_on.set()

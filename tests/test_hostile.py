@@ -331,7 +331,7 @@ def test_a_store_that_cannot_be_written_is_found_out_before_training(tmp_path: P
             store.require_writable([])
     with PrefixStore(f"sqlite:///{path}") as store:
         store.require_writable([])
-        assert not list(store.audit())
+        assert not list(store.audit_log())
     assert sqlite3.connect(path).execute("SELECT count(*) FROM controlprefix_audit").fetchone() == (
         0,
     )
@@ -441,7 +441,7 @@ def test_a_forgotten_user_is_named_in_nothing_that_others_have(tmp_path: Path) -
         progress=False,
     )
     cp.forget_user("anastasia")
-    assert path.read_bytes().count(b"anastasia") == 1  # the audit's line
+    assert path.read_bytes().count(b"anastasia") == 1  # the line of the audit log
     for kind, name in (("task", "mail"), ("attribute", "t=x")):
         (info,) = cp.versions(kind, name)  # type: ignore[arg-type]
         assert info.num_forgotten == 1

@@ -330,13 +330,13 @@ def test_tenants_take_turns_with_one_worker(url: str) -> None:
 def test_accents_of_a_name_have_one_form(store: PrefixStore) -> None:
     composed, decomposed = "zo\u00e9", "zoe\u0301"
     store.add_job("train_user", decomposed, OPTIONS, F)
-    store.keep_samples(decomposed, ["a text"])
+    store.keep_texts(decomposed, ["a text"])
     store.keep_feedback(decomposed, ["{}"])
     assert [job.user for job in store.jobs(user=composed)] == [composed]
-    assert store.samples(composed) == store.samples(decomposed) == ["a text"]
+    assert store.user_texts(composed) == store.user_texts(decomposed) == ["a text"]
     assert store.users_with_feedback() == [composed]
     store.forget(PrefixKey("user", composed))
-    assert (store.samples(decomposed), store.feedback(decomposed), store.jobs()) == ([], [], [])
+    assert (store.user_texts(decomposed), store.feedback(decomposed), store.jobs()) == ([], [], [])
 
 
 @pytest.mark.slow

@@ -73,4 +73,4 @@ def test_jobs_that_cannot_do_anything_are_refused_at_once(served: "Served") -> N
     )
     assert accepted.status_code == 202
     finished(served, accepted.headers["Location"])
-    assert served.gateway._tenants._store.for_tenant("mine").samples("kept") == ["mine"]
+    assert served.gateway._tenants._store.for_tenant("mine").user_texts("kept") == ["mine"]

@@ -10,7 +10,7 @@ import torch
 
 from controlprefix import ControlPrefix, Example, Prefix, PrefixFormatError
 from controlprefix.prefixes import PrefixKey, Relevance
-from controlprefix.store import NewVersion, Origin
+from controlprefix.store import NewVersion, VersionRef
 
 from helpers import QUICK, engine
 
@@ -33,7 +33,7 @@ def cp() -> ControlPrefix:
     cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=2, seed=1))
     cp.train(ROWS, learn="task", **SHORT)
     gated = replace(cp.get("task", "greet"), relevance=relevance())
-    origin = Origin(cp.geometry.fingerprint, 1)
+    origin = VersionRef(cp.geometry.fingerprint, 1)
     cp.store.put([NewVersion(PrefixKey("task", "greet"), gated, derived_from=origin)])
     return cp
 

@@ -345,7 +345,7 @@ def test_forgetting_a_user_removes_their_data_and_marks_the_decoder(cp: ControlP
     assert [similar_user.user for similar_user in cp.similar_users(USERS[user])] == [user]
     cp.forget_user(user)
     assert cp.similar_users(USERS[user]) == []
-    assert cp.store.samples(user) == []
+    assert cp.store.user_texts(user) == []
     assert cp.versions("decoder", "users")[0].num_forgotten == 1
 
 

@@ -99,7 +99,8 @@ def test_the_loss_is_that_of_the_formula(has_prefix: bool) -> None:
         losses = objective(pairs).tolist()
 
     def likelihood(row: TrainingRow, targets: Any, prefixes: dict[PrefixKey, Prefix]) -> Any:
-        parts = [*row.frozen, *(Part(prefixes[k], w) for k, w in row.learned if k in prefixes)]
+        learned = [Part(prefixes[k], w) for k, w in row.learned if k in prefixes]
+        parts = [*row.frozen_parts, *learned]
         ids = torch.tensor([[*row.prompt, *targets]])
         with torch.no_grad(), frozen.attached(frozen.assemble([parts])):
             logits = cp.model(input_ids=ids).logits[0]
@@ -256,8 +257,8 @@ def test_feedback_is_kept_learned_from_and_forgotten() -> None:
     ]  # fmt: skip
     assert all(isinstance(row, Preference) for row in cp.feedback("ana"))
     assert cp.store.users_with_feedback() == ["ana", "bo"]
-    assert cp.store.samples("ana") == []  # it is no text to learn from as such
-    assert cp.store.users_with_samples() == []
+    assert cp.store.user_texts("ana") == []  # it is no text to learn from as such
+    assert cp.store.users_with_texts() == []
     report = cp.train_preferences(steps=2, batch_size=2, num_slots=2, validation=0, progress=False)
     assert report.num_examples == 6
     assert cp.names("user") == ["ana", "bo"]

@@ -130,5 +130,5 @@ def test_data_files_name_the_line_that_is_wrong(tmp_path: Path) -> None:
 
 def test_a_temperature_of_zero_is_greedy_whatever_else_is_set() -> None:
     request = Request(prompt="x", temperature=0, top_p=0.9, top_k=5, num_beams=2)
-    assert not request.samples
+    assert not request.do_sample
     assert request == Request(prompt="x", num_beams=2)

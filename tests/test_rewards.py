@@ -149,10 +149,12 @@ def test_a_demonstrated_part_is_continued_and_shortens(monkeypatch: pytest.Monke
         {"decoder": torch.ones(cp.geometry.slot_size("decoder"))},
     )
     lengths = []
-    for elapsed in (0.0, 0.5, 1.0):
+    for fraction_done in (0.0, 0.5, 1.0):
         seeds = range(6)
         pairs = [
-            objective.expand([ContrastPair(row._replace(targets=()))], prefixes, seed, elapsed)
+            objective.expand(
+                [ContrastPair(row._replace(targets=()))], prefixes, seed, fraction_done
+            )
             for seed in seeds
         ]
         own = [pair[0].row for pair in pairs]

@@ -73,8 +73,8 @@ def test_forget_removes_every_version_for_every_model(store: PrefixStore) -> Non
     for table in ("prefixes", "versions", "payloads", "aliases"):
         (rows,) = raw(store.url, f"SELECT count(*) FROM controlprefix_{table}")
         assert rows[0] == (0 if table == "aliases" else 1), table
-    (entry,) = store.audit()
-    assert store.audit(after=entry.number) == []
+    (entry,) = store.audit_log()
+    assert store.audit_log(after=entry.number) == []
     assert (entry.action, entry.key, entry.num_versions) == ("forget", ANA, 2)
     assert datetime.now(UTC) - entry.at.replace(tzinfo=UTC) < timedelta(minutes=5)
 
@@ -215,7 +215,7 @@ def test_what_no_version_can_be_is_no_version(url: str) -> None:
         for number in (10**24, 1 << 31, 0, -1):
             with pytest.raises(UnknownNameError, match="has no version"):
                 own.get(ANA, version=number)
-        assert store.audit(after=10**24) == []
+        assert store.audit_log(after=10**24) == []
         for details in ({"a": float("nan")}, {"a": object()}):
             with pytest.raises(StoreError, match="are not JSON"):
                 store.put([replace(new(ANA, seed=1), details=details)])

@@ -50,7 +50,7 @@ def test_a_tenant_cannot_name_see_or_remove_anothers_rows(url: str) -> None:
     assert other.put([new(seed=2)]) == [1]
     other.forget(ANA)
     assert own_store.for_model(F).get(ANA).version == 1
-    assert own_store.audit() == []
+    assert own_store.audit_log() == []
     own_store.close()
     other.close()
 
@@ -65,7 +65,7 @@ def test_postgresql_itself_shows_a_session_no_other_tenants_rows(url: str) -> No
             store.for_model(F).alias(ANA, "canary", to=1)
             store.put([new(PrefixKey("user", "bo"))])
             store.forget(PrefixKey("user", "bo"))
-            store.keep_samples("ana", ["a text"])
+            store.keep_texts("ana", ["a text"])
             store.keep_profile("ana", Profile("e", [1.0], num_texts=1))
             store.create_api_key("main")
             store.add_job("train_user", "ana", {"texts": ["a text"]}, F)
@@ -114,12 +114,12 @@ def test_a_store_is_a_path_or_a_url_in_any_form(
 ) -> None:
     with PrefixStore(f"{tmp_path}/prefixes.db") as store:
         store.put([new(seed=1)])
-        assert store.label == f"{tmp_path}/prefixes.db"
+        assert store.display_name == f"{tmp_path}/prefixes.db"
     with PrefixStore(f"sqlite:///{tmp_path}/prefixes.db") as same:
         assert same.for_model(F).get(ANA).version == 1
     monkeypatch.chdir(tmp_path)
     with PrefixStore("prefixes.db") as relative:
-        assert relative.label == f"{tmp_path}/prefixes.db"
+        assert relative.display_name == f"{tmp_path}/prefixes.db"
         assert relative.for_model(F).get(ANA).version == 1
     for url in ("postgres://me:secret@host:1/db", "postgresql://me:secret@host:1/db"):
         assert full_url(url) == "postgresql+psycopg://me:secret@host:1/db"
@@ -132,7 +132,7 @@ def test_reading_creates_nothing(tmp_path: Path) -> None:
     path = tmp_path / "prefixes.db"
     with PrefixStore(str(path), create=False) as store:
         assert store.prefixes() == []
-        assert store.label == f"{path} (no such file)"
+        assert store.display_name == f"{path} (no such file)"
         with pytest.raises(UnknownNameError) as caught:
             store.for_model(F).get(ANA)
     assert f"the store is {path} (no such file)" in caught.value.__notes__
@@ -143,7 +143,7 @@ def test_reading_creates_nothing(tmp_path: Path) -> None:
     assert not path.exists()
     PrefixStore(str(path)).close()
     with PrefixStore(str(path), create=False) as store:
-        assert store.label == str(path)
+        assert store.display_name == str(path)
 
 
 @pytest.mark.slow
@@ -166,10 +166,10 @@ def test_a_service_role_reads_and_writes_rows_and_nothing_else(tmp_path: Path) -
             assert store.put([new(seed=2)]) == [2]
             store.for_model(F).rollback(ANA, to=1)
             assert store.name_of_api_key(store.create_api_key("web")) == "web"
-            store.keep_samples("ana", ["a text"])
+            store.keep_texts("ana", ["a text"])
             assert store.forget(ANA) == 2
             assert store.prune(keep=1) == 0
-            assert [entry.key for entry in store.audit()] == [ANA]
+            assert [entry.key for entry in store.audit_log()] == [ANA]
         engine = sqlalchemy.create_engine(service)
         tables = [table.name for table in Base.metadata.sorted_tables]
         attempts = [
@@ -225,7 +225,7 @@ def test_times_are_utc_wherever_the_server_is(url: str) -> None:
         store.put([new(ANA, seed=1)])
         (info,) = store.prefixes()
         store.forget(ANA)
-        (entry,) = store.audit()
+        (entry,) = store.audit_log()
         assert entry.at.utcoffset() == info.current.created_at.utcoffset() == timedelta(0)
 
 

@@ -21,7 +21,7 @@ from controlprefix.model import prefix_from_tokens
 from controlprefix.model.attention import LAYER_ATTRIBUTE
 from controlprefix.model.log_probs import token_log_probs
 from controlprefix.model.probing import probe
-from controlprefix.model.slot_attention import Reference, most_attended, observe
+from controlprefix.model.slot_attention import QueryText, most_attended, observe
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.training import TrainingSettings
 from controlprefix.training.held_out import split_examples
@@ -235,8 +235,8 @@ def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
                 cp.frozen_model.request_tokenizer.example_ids(Example(prompt="Hi", completion=text))
                 for text in looking
             ]
-            references = [Reference(item.prompt, (*item.completion, 1)) for item in encoded]
-            expected = most_attended(expected, observe(cp.frozen_model, expected, references), 4)
+            query_texts = [QueryText(item.prompt, (*item.completion, 1)) for item in encoded]
+            expected = most_attended(expected, observe(cp.frozen_model, expected, query_texts), 4)
         stored = cp.get("user", "ana")
         assert stored.num_slots == 4
         assert torch.allclose(stored.slots["decoder"], expected.slots["decoder"], atol=1e-6)

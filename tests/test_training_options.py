@@ -18,7 +18,7 @@ from controlprefix import (
 )
 from controlprefix.model.slot_attention import (
     LayerAttention,
-    Reference,
+    QueryText,
     mean_masses,
     observe,
 )
@@ -205,7 +205,7 @@ def test_slot_masses_are_the_models_own_attention_weights() -> None:
     """Against the same slots in a cache, with the weights that eager attention gives out."""
     model = frozen("llama")
     prefix = Prefix.random(model.geometry, num_slots=5, scale=1.0, seed=1)
-    rows = [Reference((5, 6, 7), (8, 9)), Reference((5, 6), (10, 11, 12))]
+    rows = [QueryText((5, 6, 7), (8, 9)), QueryText((5, 6), (10, 11, 12))]
     result = observe(model, prefix, rows)
     eager = build("llama")
     eager.set_attn_implementation("eager")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from controlprefix.capacity import StorageForm, Workload
+from controlprefix.capacity import StorageFormat, Workload
 from controlprefix.capacity import capacity as compute
 from controlprefix.cli.common import app, out
 from controlprefix.cli.groups import ModelArguments, grouped
@@ -17,7 +17,7 @@ from controlprefix.errors import RequestError
 def capacity(
     users: Annotated[int, typer.Option(help="Users with a prefix.")] = 1000,
     num_slots: Annotated[int, typer.Option(min=1, help="Slots per prefix.")] = 16,
-    form: Annotated[StorageForm, typer.Option(help="How users are stored.")] = "int8",
+    storage_format: Annotated[StorageFormat, typer.Option(help="How users are stored.")] = "int8",
     requests_per_second: Annotated[float, typer.Option(help="Requests at the peak.")] = 1.0,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 200,
     new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 200,
@@ -45,7 +45,7 @@ def capacity(
                 frozen,
                 users=users,
                 num_slots=num_slots,
-                form=form,
+                storage_format=storage_format,
                 requests_per_second=requests_per_second,
                 prompt_tokens=prompt_tokens,
                 new_tokens=new_tokens,

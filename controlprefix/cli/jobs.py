@@ -32,7 +32,7 @@ def worker(
 
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop)
-    out.print(f"doing the jobs of all tenants in {cp.store.label}")
+    out.print(f"doing the jobs of all tenants in {cp.store.display_name}")
     num_done = jobs.run(until_empty=until_empty)
     out.print(f"{num_done} jobs done")
     if num_others := cp.store.num_jobs_of_other_models(cp.geometry.fingerprint):

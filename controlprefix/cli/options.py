@@ -95,14 +95,14 @@ def objective_options(name: str) -> Callable[[Callable[..., None]], Callable[...
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         from controlprefix.training import settings
 
-        form = getattr(settings, name)
+        settings_class = getattr(settings, name)
 
         def parse(values: dict[str, Any]) -> dict[str, Any]:
             options = _without_none(values)
-            form.split_off(options)  # fail before a model is loaded
+            settings_class.split_off(options)  # fail before a model is loaded
             return options
 
-        fields: Mapping[str, FieldInfo] = vars(form)["__pydantic_fields__"]
+        fields: Mapping[str, FieldInfo] = vars(settings_class)["__pydantic_fields__"]
         return _with_fields(command, "objective_fields", fields, parse)
 
     return decorate

@@ -51,7 +51,7 @@ def list_prefixes(
                 f"{current.size_bytes:,}",
                 f"{current.created_at:%Y-%m-%d %H:%M}",
             )
-    out.print(table if table.row_count else f"nothing is stored yet in {opened.label}")
+    out.print(table if table.row_count else f"nothing is stored yet in {opened.display_name}")
 
 
 @prefixes_app.command("relevance")

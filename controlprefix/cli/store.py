@@ -29,7 +29,7 @@ def store_stats(*, store: StoreArguments) -> None:
         stats = opened.stats()
     for kind, count in sorted(stats.num_prefixes.items()):
         out.print(f"{count} {kind} prefixes")
-    out.print(f"store {opened.label}, tenant {opened.tenant!r}", soft_wrap=True)
+    out.print(f"store {opened.display_name}, tenant {opened.tenant!r}", soft_wrap=True)
     out.print(f"{stats.num_versions} versions, {stats.size_bytes:,} bytes")
 
 
@@ -88,13 +88,13 @@ def rotate_keys(
         out.print(f"{opened.rotate_keys()} versions re-encrypted")
 
 
-@store_app.command("audit")
+@store_app.command("audit-log")
 @grouped
-def show_audit(*, store: StoreArguments) -> None:
+def show_audit_log(*, store: StoreArguments) -> None:
     """List what was removed on request, and when."""
     table = Table("time (UTC)", "action", "kind", "name", "versions")
     with store.open_store(must_exist=True) as opened:
-        for entry in opened.audit():
+        for entry in opened.audit_log():
             at = f"{entry.at:%Y-%m-%d %H:%M}"
             table.add_row(at, entry.action, entry.key.kind, entry.key.name, str(entry.num_versions))
     out.print(table if table.row_count else "nothing has been removed yet")

@@ -273,7 +273,7 @@ def show_texts(
 ) -> None:
     """Print the texts of a user that are kept in the store."""
     with store.open_store() as opened:
-        texts = opened.samples(user)
+        texts = opened.user_texts(user)
     if not texts:
         raise RequestError(f"no texts of user {user!r} are kept; enroll with --keep-texts")
     for text in texts:

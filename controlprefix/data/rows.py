@@ -163,7 +163,7 @@ _NAMES = {Request: "a Request", Example: "an Example", Preference: "a Preference
 
 
 def _read(
-    rows: Rows, columns: Columns | None, defaults: Mapping[str, Any], form: type[_Row]
+    rows: Rows, columns: Columns | None, defaults: Mapping[str, Any], row_type: type[_Row]
 ) -> list[_Row]:
     """The rows of any source as examples, or as requests."""
     read: list[_Row] = []
@@ -174,22 +174,22 @@ def _read(
         if existing:
             columns.require_in(existing, has_task="task" in defaults)
     for number, row in enumerate(records, 1):
-        if isinstance(row, form):
+        if isinstance(row, row_type):
             read.append(row)
             continue
         try:
             if isinstance(row, Request):
-                raise ValueError(f"expected {_NAMES[form]} or a dict, got {type(row).__name__}")
+                raise ValueError(f"expected {_NAMES[row_type]} or a dict, got {type(row).__name__}")
             if row.problem:
                 raise ValueError(row.problem)
-            own = _rows_of(_without_gaps(row.fields), columns, defaults, form)
+            own = _rows_of(_without_gaps(row.fields), columns, defaults, row_type)
             read += [example.from_source(row.place) for example in own]
         except (ValueError, TypeError) as error:  # TrainingDataError is a ValueError
             place = row.place(number) if isinstance(row, Request) else row.place
             problems.append(f"{place}: {error}")
     if problems:
         many = f"{len(problems)} rows cannot be used:\n" if len(problems) > 1 else ""
-        forms = _PREFERENCE_FORM if form is Preference else _FORMS
+        forms = _PREFERENCE_FORM if row_type is Preference else _FORMS
         raise TrainingDataError(f"{many}{shortened(problems, chr(10))}\nA row is {forms}")
     if not read:
         source = rows if isinstance(rows, (str, os.PathLike)) else "the list of rows"
@@ -285,27 +285,27 @@ def _rows_of(
     fields: Mapping[str, Any],
     columns: Columns | None,
     defaults: Mapping[str, Any],
-    form: type[_Row],
+    row_type: type[_Row],
 ) -> list[_Row]:
     """The examples of one row, one per reference; or a request, if it has no completion."""
     own = dict(fields) if columns is None else columns.applied(fields)
     if own.get("images") is not None:
         own["images"] = listed(own["images"])
-    if form is Preference:
+    if row_type is Preference:
         own = _preference_fields(own)
     if "text" in own:
         if "completion" in own or "prompt" in own or "messages" in own:
             raise ValueError("has a text and a prompt or completion; leave the text out")
         own |= {"prompt": "", "raw": True, "completion": own.pop("text")}
-    elif form is not Preference and is_conversation(own.get("prompt")):
+    elif row_type is not Preference and is_conversation(own.get("prompt")):
         if "messages" in own:
             raise ValueError("has messages and a prompt of messages; leave one of them out")
         own["messages"] = plain_messages(own.pop("prompt"))
-    elif "messages" in own and form is not Preference:
+    elif "messages" in own and row_type is not Preference:
         messages = plain_messages(own["messages"])
         own["messages"] = messages
         is_answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
-        if "completion" not in own and (is_answered or form is Example):
+        if "completion" not in own and (is_answered or row_type is Example):
             if not is_answered:
                 raise ValueError("messages must end with the assistant's message, which is learned")
             own |= {"messages": messages[:-1], "completion": messages[-1]["content"]}
@@ -316,7 +316,7 @@ def _rows_of(
             if name == "triples":
                 require_triples(own[name])
             own["prompt"] = linearize(own.pop(name))
-    if form is not Preference and is_table(own.get("prompt")):
+    if row_type is not Preference and is_table(own.get("prompt")):
         own["prompt"] = linearize(own["prompt"])
     for name in ("user", "task"):
         if isinstance(own.get(name), (int, float)):
@@ -326,8 +326,8 @@ def _rows_of(
         if not completions:
             raise ValueError("completion is an empty list; give one text or several")
         return [cast(_Row, Example(**{**defaults, **own, "completion": t})) for t in completions]
-    if form is Preference or ("completion" not in own and form is not Example):
-        return [form(**{**defaults, **own})]
+    if row_type is Preference or ("completion" not in own and row_type is not Example):
+        return [row_type(**{**defaults, **own})]
     return [cast(_Row, Example(**{**defaults, **own}))]
 
 

@@ -10,7 +10,7 @@ from controlprefix.errors import RequestError
 from controlprefix.inference.relevance import LearnedRelevance, learn_relevance
 from controlprefix.model.condensed_text import prefix_from_text
 from controlprefix.prefixes import Kind, Prefix, PrefixKey, StorageDtype
-from controlprefix.store import NewVersion, Origin, VersionInfo
+from controlprefix.store import NewVersion, VersionInfo, VersionRef
 
 
 @checks_arguments
@@ -110,7 +110,7 @@ class PrefixMethods(Components):
             {**current.details, "relevance": learned},
             current.version,
             current.storage_dtype,
-            derived_from=Origin(self._frozen.fingerprint, current.version),
+            derived_from=VersionRef(self._frozen.fingerprint, current.version),
         )
         (version,) = self.store.put([new])
         return LearnedRelevance(accepted, version)

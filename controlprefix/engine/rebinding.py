@@ -8,7 +8,7 @@ from controlprefix.engine.control_prefix import ControlPrefix
 from controlprefix.errors import GeometryMismatchError, StoreError
 from controlprefix.model.fingerprint import first_fingerprint
 from controlprefix.prefixes import KINDS, Geometry, Kind, Prefix, PrefixDecoder, PrefixKey, UserCode
-from controlprefix.store import ModelStore, NewVersion, Origin
+from controlprefix.store import ModelStore, NewVersion, VersionRef
 
 
 def rebind(cp: ControlPrefix) -> list[PrefixKey]:
@@ -63,7 +63,7 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
             value = _rebound(earlier.get(key, version=info.version).value, cp.geometry, {})
             origin = {"from": fingerprint, "content_hash": info.content_hash}
             details = {**info.details, "rebound": origin}
-            origin_version = Origin(fingerprint, info.version)
+            origin_version = VersionRef(fingerprint, info.version)
             new = NewVersion(key, value, details, derived_from=origin_version)
             (number,) = cp.store.put([new])
             rebound[info.content_hash] = own.get(key, version=number).content_hash
@@ -74,7 +74,7 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
         current = earlier.version_info(key)
         details = {**current.details, "rebound": {"from": fingerprint}}
         rebound_value = _rebound(value, cp.geometry, hashes)
-        origin_version = Origin(fingerprint, current.version)
+        origin_version = VersionRef(fingerprint, current.version)
         new_versions.append(NewVersion(key, rebound_value, details, derived_from=origin_version))
     cp.store.put(new_versions)
     return [*stored, *values]

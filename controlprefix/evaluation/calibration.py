@@ -16,7 +16,7 @@ from controlprefix.evaluation.report import CurvePoint
 from controlprefix.prefixes import PrefixKey
 from controlprefix.prefixes.dial import Dial, strength_at
 from controlprefix.request import Request
-from controlprefix.store import NewVersion, Origin
+from controlprefix.store import NewVersion, VersionRef
 
 STRENGTHS = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 _NUM_DIAL_POINTS = 10  # from 0 to 1
@@ -248,7 +248,7 @@ def calibrate(
         details,
         current.version,
         current.storage_dtype,
-        derived_from=Origin(cp.geometry.fingerprint, current.version),
+        derived_from=VersionRef(cp.geometry.fingerprint, current.version),
     )
     (version,) = cp.store.put([new])
     return Calibration(curve, dial, version, deviation, plain_deviation)

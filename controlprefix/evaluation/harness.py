@@ -197,7 +197,7 @@ def about_prefixes(cp: ControlPrefix, rows: Sequence[Example]) -> dict[str, Any]
         model=f"{frozen.geometry.model_name} in {str(frozen.dtype).removeprefix('torch.')}",
         weights=frozen.fingerprint[:12],
         data=describe_rows(rows),
-        store=cp.store.label,
+        store=cp.store.display_name,
         tenant=cp.store.tenant,
         prefixes=sorted(used),
     )

@@ -80,15 +80,15 @@ class Resolver:
         self._frozen = frozen
         self._tenant = store.tenant
         self._store = store.for_model(frozen.fingerprint)
-        self._last_audit_number = store.last_audit_number
+        self._last_removal_number = store.last_removal_number
         self._caches = caches or PrefixCaches()
         self._single_flight: SingleFlight[StoredVersion] = SingleFlight()
         # The versions that were current while the store had this change token.
         self._current: tuple[Hashable | None, dict[PrefixKey, StoredVersion]] = (None, {})
 
-    def last_audit_number(self) -> int:
-        """See `PrefixStore.last_audit_number`."""
-        return self._last_audit_number()
+    def last_removal_number(self) -> int:
+        """See `PrefixStore.last_removal_number`."""
+        return self._last_removal_number()
 
     def without_defaults(self) -> Self:
         """The same resolver without default labels."""

@@ -101,7 +101,7 @@ class BatchSampler:
         )
         self._counts: Tensor | None = None  # (penalized rows, vocab_size), of generated tokens
         self._occurred: Tensor | None = None  # and whether a token occurred, also in the prompt
-        self._sampled = [i for i, request in requests.items() if request.samples]
+        self._sampled = [i for i, request in requests.items() if request.do_sample]
         sampled = [requests[i] for i in self._sampled]
         self._settings = DrawSettings.of(sampled, device)
         self.errors: dict[int, Exception] = {}

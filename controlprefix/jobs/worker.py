@@ -121,7 +121,7 @@ class JobWorker:
         try:
             with stoppable(renewal.must_stop), renewal.in_background():
                 version = _train(ControlPrefix(self._frozen, store, self._attributes), job, options)
-                forgotten = store.last_audit_number(forgotten=job.user)
+                forgotten = store.last_removal_number(forgotten=job.user)
         except TrainingInterrupted:
             if self._closing.is_set():
                 store.release_job(claim)
@@ -141,7 +141,7 @@ class JobWorker:
             with contextlib.suppress(ControlPrefixError):
                 # Before this version was stored, or else it went with the others. What was
                 # stored since stays.
-                if store.last_audit_number(forgotten=job.user) == forgotten:
+                if store.last_removal_number(forgotten=job.user) == forgotten:
                     store.remove_version(key, self._frozen.fingerprint, version)
         return True
 

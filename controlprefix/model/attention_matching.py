@@ -1,7 +1,7 @@
 """Attention Matching: few slots that do in attention what many slots do.
 
-Per layer and kv head, the slots that reference queries attend to most keep their keys. Each key
-then moves so that the kept slots together receive the attention that all slots received, and
+Per layer and kv head, the slots that the queries of some texts attend to most keep their keys. Each
+key then moves so that the kept slots together receive the attention that all slots received, and
 the values are fitted so that they give the output that all slots gave.
 
 Reference:
@@ -29,7 +29,7 @@ def matched(prefix: Prefix, attention: SlotAttention, num_slots: int) -> Prefix:
 
     Args:
         prefix: The whole prefix.
-        attention: How reference texts attend to it.
+        attention: How query texts attend to it.
         num_slots: Slots of the result; a prefix that has no more is returned as it is.
     """
     if prefix.num_slots <= num_slots:

@@ -11,15 +11,15 @@ from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.example import Example
 from controlprefix.model.attention_matching import matched
 from controlprefix.model.frozen import FrozenModel
-from controlprefix.model.slot_attention import Reference, observe
+from controlprefix.model.slot_attention import QueryText, observe
 from controlprefix.model.text_prefix import prefix_from_tokens
 from controlprefix.prefixes import Part, Prefix, PrefixBatch
 from controlprefix.request import is_valid_unicode
 
 _MAX_REFERENCES = 16
-_CHAT_INTERVAL = 4  # every fourth reference is an answer in a chat
+_CHAT_INTERVAL = 4  # every fourth query text is an answer in a chat
 _MIN_REFERENCE_TOKENS, _MAX_REFERENCE_TOKENS = 16, 96
-_MAX_QUERIES = 24  # tokens per reference
+_MAX_QUERIES = 24  # tokens per query text
 _PIECE_TOKENS = 64  # size of the pieces that a single text is cut into
 _MAX_PASS_TOKENS = 2048  # tokens that see each other
 _NUM_PROBED = 4
@@ -68,7 +68,7 @@ def prefix_from_pieces(
     """A prefix of all tokens of some texts, however many there are.
 
     If they have more tokens than slots, they are matched. The texts themselves are the
-    references, and none of them attends to its own slots.
+    query texts, and none of them attends to its own slots.
 
     Args:
         frozen: The model.
@@ -91,8 +91,8 @@ def prefix_from_pieces(
         frozen.geometry,
         {site: torch.cat([p.slots[site] for p in prefixes]) for site in frozen.geometry.sites},
     )
-    references = _references(frozen, pieces, [range(0)] * len(pieces))
-    observed = observe(frozen, joined, references, max_queries=_MAX_QUERIES)
+    query_texts = _query_texts(frozen, pieces, [range(0)] * len(pieces))
+    observed = observe(frozen, joined, query_texts, max_queries=_MAX_QUERIES)
     return matched(joined, observed, num_slots)
 
 
@@ -105,8 +105,8 @@ def _match_group(frozen: FrozenModel, pieces: Sequence[Sequence[int]], num_slots
     spans = [range(end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)]
     if len(pieces) == 1:  # nothing else to attend to
         spans = [range(0)]
-    references = _references(frozen, pieces, spans)
-    return matched(whole, observe(frozen, whole, references, max_queries=_MAX_QUERIES), num_slots)
+    query_texts = _query_texts(frozen, pieces, spans)
+    return matched(whole, observe(frozen, whole, query_texts, max_queries=_MAX_QUERIES), num_slots)
 
 
 def _groups(pieces: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:
@@ -124,10 +124,10 @@ def _groups(pieces: Sequence[Sequence[int]], max_tokens: int) -> list[list[Seque
     return groups
 
 
-def _references(
+def _query_texts(
     frozen: FrozenModel, pieces: Sequence[Sequence[int]], hidden: Sequence[range]
-) -> list[Reference]:
-    """Some of the texts as references, most from an empty prompt, some as answers in a chat."""
+) -> list[QueryText]:
+    """Some of the texts as query texts, most from an empty prompt, some as answers in a chat."""
     tokenizer = frozen.request_tokenizer
     start = tokenizer.prompt_ids(Example(prompt="", raw=True, completion="-"))
     prompts = [start] * _CHAT_INTERVAL
@@ -135,7 +135,7 @@ def _references(
         with contextlib.suppress(RequestError):  # a template may want other messages
             prompts[-1] = tokenizer.prompt_ids(Example(prompt="Write a text.", completion="-"))
     count = min(_MAX_REFERENCES, len(pieces))
-    references = []
+    query_texts = []
     for n in range(count):
         i, prompt = n * len(pieces) // count, prompts[n % len(prompts)]
         room = _MAX_REFERENCE_TOKENS
@@ -143,8 +143,8 @@ def _references(
             if len(prompt) + _MIN_REFERENCE_TOKENS > tokenizer.context_length:
                 prompt = start
             room = min(room, max(1, tokenizer.context_length - len(prompt)))
-        references.append(Reference(prompt, pieces[i][:room], hidden=hidden[i]))
-    return references
+        query_texts.append(QueryText(prompt, pieces[i][:room], hidden=hidden[i]))
+    return query_texts
 
 
 def _equals_prompting(frozen: FrozenModel, ids: Sequence[int], prefix: Prefix) -> bool:

@@ -93,10 +93,10 @@ class FrozenModel:
     @functools.cached_property
     def geometry(self) -> Geometry:
         """The attention shapes and weights fingerprint that prefixes must match."""
-        reference = weakref.ref(self)  # a prefix must not keep a model in memory
+        weak_self = weakref.ref(self)  # a prefix must not keep a model in memory
 
         def shift(prefix: Prefix, positions: int) -> Prefix:
-            frozen = reference()
+            frozen = weak_self()
             if frozen is None:
                 raise PrefixFormatError(
                     "the model of this geometry is no longer loaded; load it, and give its geometry"

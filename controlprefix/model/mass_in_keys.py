@@ -2,7 +2,7 @@
 
 Strength `w` adds `log w` to the attention logits of a prefix's slots. Adding a vector to a key adds
 its dot product with each query to that query's logit. So per layer and kv head one vector is fitted
-by least squares, whose dot products with the queries of reference texts are 1; adding `log w` times
+by least squares, whose dot products with the queries of query texts are 1; adding `log w` times
 that vector to the keys is nearly strength `w`.
 """
 
@@ -21,7 +21,7 @@ from controlprefix.model.attention_matching import key_shift
 from controlprefix.model.frozen import FrozenModel
 from controlprefix.model.log_probs import kl_divergences, target_logits
 from controlprefix.model.padding import pad_rows
-from controlprefix.model.slot_attention import Reference, observe
+from controlprefix.model.slot_attention import QueryText, observe
 from controlprefix.prefixes import Part, Prefix
 from controlprefix.request import Request
 
@@ -66,7 +66,7 @@ class MassInKeys:
         return _shifted(prefix, shifts, math.log(mass))
 
     @cached_property
-    def _references(self) -> Sequence[Reference]:
+    def _query_texts(self) -> Sequence[QueryText]:
         """General prompts with the model's own answers."""
         tokenizer, model = self._frozen.request_tokenizer, self._frozen.model
         texts = general_prompts(measuring=False)[: _NUM_REFERENCES + _NUM_HELD_OUT]
@@ -86,12 +86,12 @@ class MassInKeys:
                 pad_token_id=tokenizer.pad_id,
             )
         answers = output[:, ids.shape[1] :].tolist()
-        return [Reference(p, tuple(answer)) for p, answer in zip(prompts, answers, strict=True)]
+        return [QueryText(p, tuple(answer)) for p, answer in zip(prompts, answers, strict=True)]
 
     def _fitted(self, prefix: Prefix) -> list[Tensor]:
         """Per layer the changes of keys for a log-mass of 1, `(num_kv_heads, 1, key_dim)`."""
         placed = prefix.to(device=self._frozen.device, dtype=self._frozen.dtype)
-        observed = observe(self._frozen, placed, self._references[:_NUM_REFERENCES])
+        observed = observe(self._frozen, placed, self._query_texts[:_NUM_REFERENCES])
         shifts = []
         for layer in observed["decoder"]:
             num_heads, num_queries, _ = layer.queries.shape
@@ -114,7 +114,7 @@ class MassInKeys:
         Returns:
             That of keys that hold the strength, and that of strength 1.
         """
-        rows = self._references[_NUM_REFERENCES:]
+        rows = self._query_texts[_NUM_REFERENCES:]
         logits = []
         parts = (
             Part(prefix, _CHECKED_MASS),

@@ -1,4 +1,4 @@
-"""How the tokens of reference texts attend to the slots of a prefix."""
+"""How the tokens of query texts attend to the slots of a prefix."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from controlprefix.model.log_probs import token_log_probs
 from controlprefix.prefixes import LayerSlots, Part, Prefix, Site
 
 
-class Reference(NamedTuple):
+class QueryText(NamedTuple):
     """A text whose tokens attend to a prefix.
 
     Attributes:
@@ -48,33 +48,33 @@ SlotAttention = Mapping[Site, Sequence[LayerAttention]]
 def observe(
     frozen: FrozenModel,
     prefix: Prefix,
-    references: Sequence[Reference],
+    query_texts: Sequence[QueryText],
     *,
     max_queries: int | None = None,
 ) -> SlotAttention:
-    """Record how reference texts attend to a prefix.
+    """Record how query texts attend to a prefix.
 
     Args:
         frozen: The model.
         prefix: The prefix, on the model's device.
-        references: At least one.
-        max_queries: Tokens per reference whose attention is kept, evenly spaced; None for all.
+        query_texts: At least one.
+        max_queries: Tokens per query text whose attention is kept, evenly spaced; None for all.
     """
     geometry = prefix.geometry
     records: dict[Site, list[list[LayerAttention]]] = {
         site: [[] for _ in geometry.layers(site)] for site in geometry.sites
     }
-    for reference in references:
+    for query_text in query_texts:
         visible = {
-            site: [i for i in range(len(rows)) if i not in reference.hidden]
+            site: [i for i in range(len(rows)) if i not in query_text.hidden]
             for site, rows in prefix.slots.items()
         }
         part = Part(Prefix(geometry, {site: prefix.slots[site][visible[site]] for site in visible}))
-        batch = frozen.assemble([[part, *reference.others]])
+        batch = frozen.assemble([[part, *query_text.others]])
         with recording() as calls:
             record = partial(_record, records, prefix, visible, calls, max_queries)
             with torch.no_grad(), frozen.attached(batch), frozen.steering.watched(record):
-                token_log_probs(frozen, [reference.prompt], [reference.targets])
+                token_log_probs(frozen, [query_text.prompt], [query_text.targets])
     return {
         site: [
             LayerAttention(

@@ -45,7 +45,7 @@ class CompletionResponder:
         server: Runs the requests.
         client: Who sent them.
         http_request: To notice that the client has disconnected.
-        form: How the response is written.
+        formatter: How the response is written.
         body: For the model's name, the number of choices per prompt, and whether to stream.
     """
 
@@ -54,11 +54,11 @@ class CompletionResponder:
         server: Server,
         client: Client,
         http_request: HttpRequest,
-        form: Format,
+        formatter: Format,
         body: CompletionBody,
     ) -> None:
         self._server, self._client = server, client
-        self._http_request, self._form = http_request, form
+        self._http_request, self._formatter = http_request, formatter
         self._body = body
         self._started = time.monotonic()
         self._has_text = False
@@ -67,7 +67,7 @@ class CompletionResponder:
         self._unfinished: dict[int, int] = {}  # choice -> its limit of new tokens
         self._echoes: list[Echo | None] = []
         self._head: dict[str, Any] = {
-            "id": form.id_prefix + uuid.uuid4().hex,
+            "id": formatter.id_prefix + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": body.model,
         }
@@ -102,7 +102,7 @@ class CompletionResponder:
             self._echoes = [None] * len(own)
             if echoes:
                 self._echoes = list(
-                    await self._server.echoes(self._client, own, self._form.top, watch)
+                    await self._server.echoes(self._client, own, self._formatter.top, watch)
                 )
             for i, steered in enumerate(own):
                 if generates:
@@ -126,7 +126,7 @@ class CompletionResponder:
                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 )
             finished = await self._collect(len(own))
-            body = self._form.whole(self._head, finished, self._usage(finished))
+            body = self._formatter.whole(self._head, finished, self._usage(finished))
             self._end()
             return JSONResponse(body.model_dump(mode="json"))
         except BaseException:
@@ -143,7 +143,7 @@ class CompletionResponder:
                 loop.call_soon_threadsafe(self._events.put_nowait, (i, event))
 
         self._tickets.append(
-            await self._server.submit(self._client, request, deliver, self._form.top)
+            await self._server.submit(self._client, request, deliver, self._formatter.top)
         )
         self._unfinished[i] = request.request.max_new_tokens
 
@@ -164,7 +164,7 @@ class CompletionResponder:
         reports = [_TokenReport(self._server) for _ in range(num_choices)]
         pending: tuple[int, Event] | None = first
         try:
-            for payload in self._form.opening(self._head, self._echoes):
+            for payload in self._formatter.opening(self._head, self._echoes):
                 yield _event(payload)
             while len(finished) < num_choices:
                 i, event = pending or await self._next_event()
@@ -175,20 +175,20 @@ class CompletionResponder:
                 is_first = report.is_first
                 if isinstance(event, str):
                     tokens = report.for_text(event, self._tickets[i].tokens)
-                    for payload in self._form.delta(
+                    for payload in self._formatter.delta(
                         self._head, i, event, tokens, is_first=is_first
                     ):
                         yield _event(payload)
                     continue
                 finished[i] = self._finished(i, event)
                 if is_first:
-                    for payload in self._form.delta(self._head, i, "", (), is_first=True):
+                    for payload in self._formatter.delta(self._head, i, "", (), is_first=True):
                         yield _event(payload)
                 rest = report.rest(finished[i].tokens)
-                for payload in self._form.end(self._head, i, finished[i], rest):
+                for payload in self._formatter.end(self._head, i, finished[i], rest):
                     yield _event(payload)
             choices = [finished[i] for i in range(num_choices)]
-            for payload in self._form.closing(
+            for payload in self._formatter.closing(
                 self._head, choices, self._usage(choices), include_usage=self._body.reports_usage
             ):
                 yield _event(payload)

@@ -347,10 +347,10 @@ class Server:
             ControlPrefixError: If the user cannot be enrolled.
         """
         store = client.cp.store
-        before = await self.work.with_store(partial(store.last_audit_number, forgotten=user))
+        before = await self.work.with_store(partial(store.last_removal_number, forgotten=user))
 
         def work() -> int:
-            if store.last_audit_number(forgotten=user) != before:  # while this waited
+            if store.last_removal_number(forgotten=user) != before:  # while this waited
                 raise ForgottenError(user)
             return client.cp.enroll(user, **options)
 

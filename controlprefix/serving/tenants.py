@@ -77,7 +77,7 @@ class Tenants:
         self._lock = threading.Lock()
         self._engines: LRUCache[str, ControlPrefix] = LRUCache(_MAX_ENGINES)
         self._caches = PrefixCaches()
-        self._read_entries: dict[str, set[int]] = {}  # tenant -> last numbers in its audit
+        self._read_entries: dict[str, set[int]] = {}  # tenant -> last numbers in its audit log
         self._known_keys: TTLCache[str, tuple[str, str]] = TTLCache(_MAX_KNOWN_KEYS, _KEY_CACHE_S)
         self._store = PrefixStore(
             store, tenant=open_tenant or _ANY_TENANT, encryption_keys=encryption_keys
@@ -116,7 +116,7 @@ class Tenants:
     @property
     def store_label(self) -> str:
         """How messages name the store."""
-        return self._store.label
+        return self._store.display_name
 
     def has_prefixes(self, tenant: str) -> bool:
         """Whether a tenant has any prefix for the model.
@@ -147,7 +147,7 @@ class Tenants:
             read = self._read_entries.get(tenant, set())
             # An entry may be committed after one with a higher number.
             after = max(read, default=0) - _AUDIT_WINDOW
-            for entry in self._store.for_tenant(tenant).audit(after=after):
+            for entry in self._store.for_tenant(tenant).audit_log(after=after):
                 if entry.number not in read and entry.action == "forget":
                     self._caches.forget(tenant, entry.key)
                     removed.append((tenant, entry.key))

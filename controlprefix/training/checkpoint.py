@@ -164,7 +164,7 @@ def run_identity(
     sha = hashlib.sha256()
     for part_of_data in (rows, held_out):
         for row in part_of_data:
-            parts = [(part.prefix.digest, part.strength) for part in row.frozen]
+            parts = [(part.prefix.digest, part.strength) for part in row.frozen_parts]
             learned = [(tuple(key), strength) for key, strength in row.learned]
             request = None if row.request is None else row.request.model_dump_json()
             content: list[Any] = [list(row.prompt), list(row.targets), parts, learned]

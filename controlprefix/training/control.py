@@ -125,16 +125,16 @@ class RunControl:
         except OSError as error:
             raise StoreError(f"cannot create the run's folder {self.folder}: {error}") from error
 
-    def stored_report(self, origin: Mapping[str, str]) -> TrainingReport | None:
+    def stored_report(self, destination: Mapping[str, str]) -> TrainingReport | None:
         """The report of a run to be resumed, if it was finished and stored.
 
         Args:
-            origin: The store, the tenant and the model.
+            destination: The store, the tenant and the model.
         """
         earlier = TrainingReport.load(self.folder) if self.folder and self.resume else None
         if earlier is None or not earlier.saved:
             return None
-        same_place = all(getattr(earlier, name) == value for name, value in origin.items())
+        same_place = all(getattr(earlier, name) == value for name, value in destination.items())
         return earlier if same_place else None
 
     def make_accelerator(self) -> "Accelerator":
@@ -168,10 +168,10 @@ class RunControl:
         return accelerator
 
 
-def run_origin(store: "PrefixStore", frozen: "FrozenModel") -> dict[str, Any]:
+def run_destination(store: "PrefixStore", frozen: "FrozenModel") -> dict[str, Any]:
     """Where a run stores its prefixes, as a `TrainingReport` has it."""
     return {
-        "store": store.label,
+        "store": store.display_name,
         "tenant": store.tenant,
         "model": frozen.geometry.model_name,
     }

@@ -67,8 +67,8 @@ class FeedbackTrainer(Trainer):
             num_cut=0,
             num_skipped=0,
             users=prepared.users,
-            audit_number=prepared.audit_number,
-            origins=prepared.origins,
+            removal_number=prepared.removal_number,
+            initial_versions=prepared.initial_versions,
         )
         return self._train_and_publish(preparation, settings, control, objective)
 

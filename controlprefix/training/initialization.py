@@ -10,7 +10,7 @@ from torch import Tensor
 
 from controlprefix.errors import TrainingDataError
 from controlprefix.model import FrozenModel, prefix_from_tokens
-from controlprefix.model.slot_attention import Reference, most_attended, observe
+from controlprefix.model.slot_attention import QueryText, most_attended, observe
 from controlprefix.prefixes import Form, Kind, Prefix, PrefixKey, Site
 from controlprefix.training.objectives import TrainingRow
 
@@ -149,8 +149,8 @@ def slots_from_text(
     if len(ids) <= num_slots or not rows:
         return prefix_from_tokens(frozen, ids, num_slots=num_slots)
     whole = prefix_from_tokens(frozen, ids)
-    references = [Reference(row.prompt, row.targets, row.frozen) for row in rows]
-    return most_attended(whole, observe(frozen, whole, references), num_slots)
+    query_texts = [QueryText(row.prompt, row.targets, row.frozen_parts) for row in rows]
+    return most_attended(whole, observe(frozen, whole, query_texts), num_slots)
 
 
 def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]:

@@ -175,8 +175,8 @@ class TrainingLoop:
         steps = {}
         for run in active:
             pairs, seed = run.begin_step()
-            elapsed = (run.progress.step - 1) / run.num_steps
-            steps[run] = self._objective.expand(pairs, run.prefixes, seed, elapsed), seed
+            fraction_done = (run.progress.step - 1) / run.num_steps
+            steps[run] = self._objective.expand(pairs, run.prefixes, seed, fraction_done), seed
         losses = self._losses(
             [(run, pair) for run, (pairs, _) in steps.items() for pair in pairs],
             {run: seed for run, (_, seed) in steps.items()},

@@ -53,7 +53,7 @@ class TrainingRow(NamedTuple):
     Attributes:
         prompt: Token ids of the prompt.
         targets: Token ids to learn, with the end token.
-        frozen: Parts that are not trained.
+        frozen_parts: Parts that are not trained.
         learned: Keys of the prefixes that are trained, with their strengths.
         teacher: For distillation and `off_context`: what the same model reads instead of the
             prompt and the trained parts.
@@ -64,7 +64,7 @@ class TrainingRow(NamedTuple):
 
     prompt: Sequence[int]
     targets: Sequence[int]
-    frozen: Sequence[Part]
+    frozen_parts: Sequence[Part]
     learned: Sequence[tuple[PrefixKey, float]]
     teacher: Sequence[int] | None = None
     rejected: Rejected | None = None
@@ -76,12 +76,19 @@ class TrainingRow(NamedTuple):
         cls,
         example: TokenizedExample,
         end_id: int | None,
-        frozen: Sequence[Part],
+        frozen_parts: Sequence[Part],
         learned: Sequence[tuple[PrefixKey, float]],
     ) -> Self:
         """The row of an example, which teaches the end of a whole completion too."""
         end = (end_id,) if end_id is not None and example.is_whole else ()
-        return cls(example.prompt, (*example.completion, *end), frozen, learned)
+        return cls(example.prompt, (*example.completion, *end), frozen_parts, learned)
+
+    def parts(self, prefixes: Mapping[PrefixKey, Prefix]) -> list[Part]:
+        """The frozen parts and the trained ones, with the slots that these have at present."""
+        return [
+            *self.frozen_parts,
+            *(Part(prefixes[key], strength) for key, strength in self.learned),
+        ]
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +135,7 @@ class Objective:
         pairs: Sequence[ContrastPair],
         prefixes: "TrainablePrefixes",
         seed: int,
-        elapsed: float = 0.0,
+        fraction_done: float = 0.0,
     ) -> list[ContrastPair]:
         """What a step computes losses of, from the pairs that the run has drawn for it.
 
@@ -136,7 +143,7 @@ class Objective:
             pairs: One per row of the step.
             prefixes: What is trained, at its current step.
             seed: Seed of the step.
-            elapsed: Share of the run's steps that are done, 0 to 1.
+            fraction_done: Share of the run's steps that are done, 0 to 1.
         """
         return list(pairs)
 
@@ -161,11 +168,7 @@ class Objective:
     ) -> PrefixBatch:
         """The prefix batch of pairs: first each pair's row, then the contrasted rows."""
         rows = [*(pair.row for pair in pairs), *_others(pairs)]
-        parts = [
-            [*row.frozen, *(Part(prefixes[key], strength) for key, strength in row.learned)]
-            for row in rows
-        ]
-        return self._frozen.assemble(parts)
+        return self._frozen.assemble([row.parts(prefixes) for row in rows])
 
     def __call__(self, pairs: Sequence[ContrastPair]) -> Tensor:
         """The loss of each pair in nats, summed over its targets, `(num_pairs,)`.
@@ -227,7 +230,7 @@ class Objective:
     @torch.no_grad()
     def _taught(self, rows: Sequence[TrainingRow]) -> Tensor:
         """The logits of rows' teachers at their targets."""
-        with self._frozen.attached(self._frozen.assemble([row.frozen for row in rows])):
+        with self._frozen.attached(self._frozen.assemble([row.frozen_parts for row in rows])):
             logits, *_ = target_logits(
                 self._frozen, [row.teacher or () for row in rows], [row.targets for row in rows]
             )

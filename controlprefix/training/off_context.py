@@ -56,7 +56,7 @@ def off_context_rows(
     answered = list(result)
     while budget > 0 and answered:
         row, like = draw.choice(answered), draw.choice(rows)
-        result.append(row._replace(frozen=like.frozen, learned=like.learned))
+        result.append(row._replace(frozen_parts=like.frozen_parts, learned=like.learned))
         budget -= len(row.targets)
     return result
 

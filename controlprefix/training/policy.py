@@ -117,7 +117,7 @@ class PolicyObjective(Objective):
         pairs: Sequence[ContrastPair],
         prefixes: TrainablePrefixes,
         seed: int,
-        elapsed: float = 0.0,
+        fraction_done: float = 0.0,
     ) -> list[ContrastPair]:
         """Sampled completions of each request, and demonstrations."""
         draw = random.Random(seed)
@@ -130,7 +130,7 @@ class PolicyObjective(Objective):
         heads: list[Sequence[int]] = [()] * len(rows)
         for row, at in zip(requests, range(0, len(rows), count), strict=True):
             if row.targets:
-                shortest = MAX_DEMONSTRATED * (1 + math.cos(math.pi * elapsed)) / 2
+                shortest = MAX_DEMONSTRATED * (1 + math.cos(math.pi * fraction_done)) / 2
                 length = int(draw.uniform(shortest, MAX_DEMONSTRATED) * len(row.targets))
                 heads[at] = row.targets[:length]
         keys = {key for row in rows for key, _ in row.learned}
@@ -242,10 +242,11 @@ class PolicyObjective(Objective):
                     "max_new_tokens": max(1, row.request.max_new_tokens - len(head)),
                 }
             )  # fmt: skip
-            parts = [*row.frozen, *(Part(prefixes[key], weight) for key, weight in row.learned)]
             used = PartUsed(kind="task", name="", version=0, strength=1.0)
             resolved.append(
-                ResolvedRequest(request, tuple(ResolvedPart(used, part) for part in parts))
+                ResolvedRequest(
+                    request, tuple(ResolvedPart(used, part) for part in row.parts(prefixes))
+                )
             )
         tokenizer = self._frozen.request_tokenizer
         completions: dict[int, tuple[Sequence[int], str]] = {}
@@ -277,10 +278,7 @@ class PolicyObjective(Objective):
     def _reference_logits(self, rows: Sequence[TrainingRow]) -> Tensor:
         parts: list[list[Part]] = [[] for _ in rows]
         if self._settings.reference == "start":
-            parts = [
-                [*row.frozen, *(Part(self._initial[key], weight) for key, weight in row.learned)]
-                for row in rows
-            ]
+            parts = [row.parts(self._initial) for row in rows]
         with torch.no_grad(), self._frozen.attached(self._frozen.assemble(parts)):
             logits, *_ = target_logits(
                 self._frozen, [row.prompt for row in rows], [row.targets for row in rows]

@@ -6,7 +6,7 @@ import torch
 
 from controlprefix.model import FrozenModel
 from controlprefix.model.log_probs import token_log_probs
-from controlprefix.prefixes import Part, Prefix, PrefixKey
+from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.training.objectives import TrainingRow
 
 _BATCH_SIZE = 16
@@ -20,19 +20,13 @@ def with_margins(
     Args:
         frozen: The model.
         rows: Each with a rejected completion.
-        prefixes: What the reference attends to of the trained prefixes, beside frozen parts.
+        prefixes: What the reference has of the trained prefixes, all or none.
     """
     completed = list(rows)
     lengths = [row.num_tokens for row in rows]
     for batch in frozen.batches(lengths, _BATCH_SIZE):
         own = [rows[i] for i in batch]
-        parts = [
-            [
-                *row.frozen,
-                *(Part(prefixes[key], weight) for key, weight in row.learned if key in prefixes),
-            ]
-            for row in own
-        ]
+        parts = [row.parts(prefixes) if prefixes else row.frozen_parts for row in own]
         prompts = [row.prompt for row in own]
         sums = []
         with torch.no_grad(), frozen.attached(frozen.assemble(parts)):

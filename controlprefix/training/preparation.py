@@ -47,8 +47,8 @@ class Preparation:
         left_out: What examples name that is neither trained nor stored.
         num_cut, num_skipped: Rows that did not fit the model's context.
         users: Users whose rows they are.
-        audit_number: Number of the store's last audit entry when the rows were read.
-        origins: The stored versions that prefixes start from.
+        removal_number: Number of the last entry of the store's audit log when the rows were read.
+        initial_versions: The stored versions that prefixes start from.
     """
 
     rows: list[TrainingRow]
@@ -59,8 +59,8 @@ class Preparation:
     num_cut: int
     num_skipped: int
     users: frozenset[str]
-    audit_number: int
-    origins: Mapping[PrefixKey, StoredVersion] = field(default_factory=dict)
+    removal_number: int
+    initial_versions: Mapping[PrefixKey, StoredVersion] = field(default_factory=dict)
 
     def require_held_out(self, settings: TrainingSettings, what: str) -> None:
         """Check that there are rows for validation.
@@ -122,7 +122,7 @@ def prepare(
         TrainingDataError: If the examples cannot be trained on.
         ContextLengthError: If some are too long, and are neither to be cut nor skipped.
     """
-    audit_number = resolver.last_audit_number()
+    removal_number = resolver.last_removal_number()
     kinds = kinds_to_learn(examples, learn)
     tokenizer = frozen.request_tokenizer
     fitted = fit_to_context(examples, tokenizer, settings.too_long)
@@ -160,10 +160,10 @@ def prepare(
     training = [rows[i] for i in training_ids]
     texts = [fitted.examples[i].completion for i in training_ids]
     completions = [fitted.tokenized[i].completion for i in training_ids]
-    origins = _origins(resolver, spec, keys)
+    initial_versions = _initial_versions(resolver, spec, keys)
     initial = _initial_prefixes(
         frozen,
-        origins,
+        initial_versions,
         settings,
         spec,
         keys,
@@ -184,8 +184,8 @@ def prepare(
         fitted.num_cut + fitted_validation.num_cut,
         fitted.num_skipped + fitted_validation.num_skipped,
         frozenset(e.user for e in (*examples, *validation) if e.user is not None),
-        audit_number,
-        origins,
+        removal_number,
+        initial_versions,
     )
 
 
@@ -198,16 +198,16 @@ class RequestPreparation:
         demonstrations: Rows with targets.
         initial: The prefixes to train, as they are stored.
         users: Users whose rows they are.
-        audit_number: Number of the store's last audit entry when the rows were read.
-        origins: The versions that they are stored as.
+        removal_number: Number of the last entry of the store's audit log when the rows were read.
+        initial_versions: The versions that they are stored as.
     """
 
     rows: list[TrainingRow]
     demonstrations: list[TrainingRow]
     initial: dict[PrefixKey, Prefix]
     users: frozenset[str]
-    audit_number: int
-    origins: Mapping[PrefixKey, StoredVersion]
+    removal_number: int
+    initial_versions: Mapping[PrefixKey, StoredVersion]
 
 
 def prepare_requests(
@@ -232,7 +232,7 @@ def prepare_requests(
         UnknownNameError: If a part is not stored.
         ContextLengthError: If a prompt or a demonstration does not fit the context.
     """
-    audit_number = resolver.last_audit_number()
+    removal_number = resolver.last_removal_number()
     kinds = kinds_to_learn(requests, learn)
     check_trainable(demonstrations)
     tokenizer = frozen.request_tokenizer
@@ -259,8 +259,8 @@ def prepare_requests(
         assert isinstance(value, Prefix)
         initial[key] = value
     users = frozenset(row.user for row in all_rows if row.user is not None)
-    origins = {key: stored[key] for key in keys}
-    return RequestPreparation(rows, demonstrated, initial, users, audit_number, origins)
+    initial_versions = {key: stored[key] for key in keys}
+    return RequestPreparation(rows, demonstrated, initial, users, removal_number, initial_versions)
 
 
 def _divide_parts(
@@ -276,7 +276,7 @@ def _divide_parts(
     return frozen_parts, [(p.key, p.strength) for p in request.named_parts if p.key in keys]
 
 
-def _origins(
+def _initial_versions(
     resolver: Resolver, spec: InitSpec, keys: Sequence[PrefixKey]
 ) -> dict[PrefixKey, StoredVersion]:
     """The stored versions that prefixes start from, also where they are given as prefixes."""
@@ -292,7 +292,7 @@ def _origins(
 
 def _initial_prefixes(
     frozen: FrozenModel,
-    origins: Mapping[PrefixKey, StoredVersion],
+    initial_versions: Mapping[PrefixKey, StoredVersion],
     settings: TrainingSettings,
     spec: InitSpec,
     keys: Sequence[PrefixKey],
@@ -307,7 +307,7 @@ def _initial_prefixes(
     for index, key in enumerate(keys):
         row_ids = [i for i, row in enumerate(rows) if any(own == key for own, _ in row.learned)]
         random.Random(settings.seed).shuffle(row_ids)
-        stored_prefix = origins[key].value if key in origins else None
+        stored_prefix = initial_versions[key].value if key in initial_versions else None
         initial[key] = make_slots(
             frozen,
             key,

@@ -194,17 +194,17 @@ _Settings = TypeVar("_Settings")
 
 
 def split_settings(
-    form: type[_Settings], options: Mapping[str, Any], what: str
+    settings_class: type[_Settings], options: Mapping[str, Any], what: str
 ) -> tuple[_Settings, dict[str, Any]]:
     """The settings of a pydantic dataclass among some options, and the other options.
 
     Raises:
         TrainingDataError: If a value is out of range.
     """
-    names = list(form.__dataclass_fields__)  # type: ignore[attr-defined]  # a dataclass
+    names = list(settings_class.__dataclass_fields__)  # type: ignore[attr-defined]  # a dataclass
     own = {name: value for name, value in options.items() if name in names}
     try:
-        settings = form(**own)
+        settings = settings_class(**own)
     except ValidationError as error:
         message = validation_message(error, names, what, show_values=True)
         raise TrainingDataError(message) from None

@@ -11,12 +11,12 @@ from controlprefix.errors import TrainingDataError, shortened
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
-from controlprefix.model.slot_attention import Reference, observe
+from controlprefix.model.slot_attention import QueryText, observe
 from controlprefix.prefixes import Prefix, PrefixKey
 from controlprefix.processes import in_first_process, process_state
-from controlprefix.store import NewVersion, Origin, PrefixStore
+from controlprefix.store import NewVersion, PrefixStore, VersionRef
 from controlprefix.training.checkpoint import run_identity
-from controlprefix.training.control import RunControl, run_origin
+from controlprefix.training.control import RunControl, run_destination
 from controlprefix.training.distillation import with_instruction
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
@@ -224,8 +224,8 @@ class Trainer:
         prefix = self._resolver.get(key, version=current.version).to(device=self._frozen.device)
         prefix.require_joint("shortening, which refits the shares of one softmax")
         rows = self._rows_naming(key, examples)
-        references = [Reference(row.prompt, row.targets, row.frozen) for row in rows]
-        attention = observe(self._frozen, prefix, references)
+        query_texts = [QueryText(row.prompt, row.targets, row.frozen_parts) for row in rows]
+        attention = observe(self._frozen, prefix, query_texts)
 
         def loss_with(candidate: Prefix | None) -> float:
             return self._loss(rows, {} if candidate is None else {key: candidate})
@@ -241,7 +241,7 @@ class Trainer:
             {**current.details, "shortened": {"from": prefix.num_slots, "keep": keep}},
             replaces=current.version,
             dtype=current.storage_dtype,
-            derived_from=Origin(self._frozen.fingerprint, current.version),
+            derived_from=VersionRef(self._frozen.fingerprint, current.version),
         )
         (version,) = self._store.put([new])
         return replace(report, version=version)
@@ -259,10 +259,10 @@ class Trainer:
             preparation.require_held_out(settings, "patience")
         if settings.contrast:
             preparation.warn_without_contrast()
-        origin = run_origin(self._store, self._frozen)
+        destination = run_destination(self._store, self._frozen)
         prefixes = parameterize(settings, preparation.initial, preparation.scale)
         objective = objective or Objective(self._frozen, contrast=settings.contrast)
-        earlier = control.stored_report(origin)
+        earlier = control.stored_report(destination)
         stored = self._store.for_model(self._frozen.fingerprint)
         if earlier is not None and self._starts_from(earlier, preparation.initial):
             rows, held_out = preparation.rows, preparation.held_out
@@ -299,7 +299,7 @@ class Trainer:
             untrained=tuple(sorted(map(str, untrained))),
             num_cut=preparation.num_cut,
             num_skipped=preparation.num_skipped,
-            **origin,
+            **destination,
         )
         details = {
             "training": {
@@ -341,24 +341,24 @@ class Trainer:
         new = []
         for key, trained in prefixes.items():
             prefix = trained.to(dtype=self._frozen.dtype)
-            origin = preparation.origins.get(key)
+            start = preparation.initial_versions.get(key)
             sources = () if key.kind == "user" else preparation.users
-            if origin is None or not isinstance(origin.value, Prefix):
+            if start is None or not isinstance(start.value, Prefix):
                 new.append(NewVersion(key, prefix, details, sources=sources))
                 continue
-            if origin.value.dial:
+            if start.value.dial:
                 _log.warning("%s has other slots now, so its dial is gone: calibrate it again", key)
             new.append(
                 NewVersion(
                     key,
-                    replace(prefix, relevance=origin.value.relevance),  # its prompts are the same
+                    replace(prefix, relevance=start.value.relevance),  # its prompts are the same
                     details,
                     sources=sources,
-                    derived_from=Origin(self._frozen.fingerprint, origin.version),
+                    derived_from=VersionRef(self._frozen.fingerprint, start.version),
                 )
             )
         put = self._store.put_unless_forgotten
-        versions = in_first_process(lambda: put(new, preparation.audit_number))
+        versions = in_first_process(lambda: put(new, preparation.removal_number))
         return {str(key): version for key, version in versions.items()}
 
     def _rows_naming(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:

@@ -10,7 +10,7 @@ from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.processes import in_first_process, process_state
 from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser, StoredVersion
-from controlprefix.training.control import RunControl, run_origin
+from controlprefix.training.control import RunControl, run_destination
 from controlprefix.training.initialization import as_decoupled, typical_scale
 from controlprefix.training.parameterization import TrainablePrefixes, parameterize
 from controlprefix.training.report import TrainingReport
@@ -89,12 +89,12 @@ class UserTrainer:
         """Train and store a decoder: see `ControlPrefix.learn_decoder`."""
         key = PrefixKey("decoder", name)
         self._store.require_writable([key])
-        audit_number = self._store.last_audit_number()
+        removal_number = self._store.last_removal_number()
         _refuse(options, _NOT_FOR_DECODERS, "a decoder")
         settings = TrainingSettings.from_options({"batch_size": 16, **options})
-        origin = run_origin(self._store, self._frozen)
+        destination = run_destination(self._store, self._frozen)
         # Read before any process stores something.
-        earlier = in_first_process(lambda: control.stored_report(origin))
+        earlier = in_first_process(lambda: control.stored_report(destination))
         decoder, codes, report = train_decoder(
             self._frozen,
             texts,
@@ -122,9 +122,9 @@ class UserTrainer:
                 and self._model_store.has_versions(earlier.saved, [key])
             ):
                 return earlier.saved[str(key)]
-            (version,) = self._store.put([new], audit_number=audit_number)
+            (version,) = self._store.put([new], removal_number=removal_number)
             if control.folder is not None:
-                done = replace(report.training, saved={str(key): version}, **origin)
+                done = replace(report.training, saved={str(key): version}, **destination)
                 done.save(control.folder)
             return version
 
@@ -170,9 +170,9 @@ class UserTrainer:
             defaults["learning_rate"] = rate
         settings = TrainingSettings.from_options({**defaults, **options})
         self._store.require_writable(())
-        audit_number = self._store.last_audit_number()
+        removal_number = self._store.last_removal_number()
         if texts is None:
-            texts = {user: self._store.samples(user) for user in self._store.users_with_samples()}
+            texts = {user: self._store.user_texts(user) for user in self._store.users_with_texts()}
             if not texts:
                 raise TrainingDataError(
                     "no texts are kept in the store; give texts, or enroll users with keep_texts"
@@ -187,7 +187,7 @@ class UserTrainer:
                     **settings.to_dict(),
                 }
             }
-            own = {"audit_number": audit_number, **extras(user)}
+            own = {"removal_number": removal_number, **extras(user)}
             return self._put(user, value, details, **own)
 
         return train_users(
@@ -198,7 +198,9 @@ class UserTrainer:
             initialize=self._initialize(settings, decoder, as_codes, num_slots),
             concurrent_users=concurrent_users,
             control=control,
-            origin=f"{self._store.label} {self._store.tenant} {self._frozen.fingerprint}",
+            destination=" ".join(
+                (self._store.display_name, self._store.tenant, self._frozen.fingerprint)
+            ),
         )
 
     def enroll(self, user: str, texts: Sequence[str], options: EnrolmentOptions) -> int:
@@ -206,13 +208,13 @@ class UserTrainer:
 
         The version, the texts and the profile are stored in one transaction.
         """
-        audit_number = self._store.last_audit_number()
+        removal_number = self._store.last_removal_number()
         texts, decoder = usable_texts(user, texts), options.decoder
         extras: dict[str, Any] = {"texts": texts} if options.keep_texts else {}
         if options.keep_profile:
             extras["profile"] = profile_of(texts)
         if options.refine:
-            extras["audit_number"] = audit_number  # from before the texts were read
+            extras["removal_number"] = removal_number  # from before the texts were read
             report = self.train_users(
                 {user: texts},
                 num_slots=min(options.num_slots, _MAX_REFINED_SLOTS),
@@ -246,12 +248,14 @@ class UserTrainer:
             # Nothing is lost where two add at once: the second is refused.
             extras["replaces"] = current.version
             return self._put(
-                user, code, {"enrolled": enrolled}, audit_number=audit_number, **extras
+                user, code, {"enrolled": enrolled}, removal_number=removal_number, **extras
             )
         value, share = self._enrolled(texts, decoder, options.num_slots, options.guard)
         if options.guard:
             enrolled["share"] = share
-        return self._put(user, value, {"enrolled": enrolled}, audit_number=audit_number, **extras)
+        return self._put(
+            user, value, {"enrolled": enrolled}, removal_number=removal_number, **extras
+        )
 
     def migrate(self, source: ModelStore, decoder: str) -> MigrationReport:
         """Give users of another model codes of this one: see `ControlPrefix.migrate_users`.
@@ -261,10 +265,10 @@ class UserTrainer:
             decoder: Name of this model's decoder.
         """
         self._store.require_writable(())
-        audit_number = self._store.last_audit_number()
+        removal_number = self._store.last_removal_number()
 
         def publish(new: Sequence[NewVersion]) -> dict[PrefixKey, int]:
-            return self._store.put_unless_forgotten(new, audit_number)
+            return self._store.put_unless_forgotten(new, removal_number)
 
         return migrate(source, self._model_store, publish, self.decoder(decoder))
 
@@ -370,13 +374,13 @@ class UserTrainer:
         value: Prefix | UserCode,
         details: Mapping[str, Any],
         *,
-        audit_number: int,
+        removal_number: int,
         **extras: Any,
     ) -> int:
         if isinstance(value, Prefix):
             value = value.to(dtype=self._frozen.dtype)
         new = NewVersion(PrefixKey("user", user), value, details, **extras)
-        return self._store.put([new], audit_number=audit_number)[0]
+        return self._store.put([new], removal_number=removal_number)[0]
 
     def _initialize(
         self, settings: TrainingSettings, decoder: str | None, as_codes: bool, num_slots: int

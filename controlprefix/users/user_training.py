@@ -79,7 +79,7 @@ def train_users(
     initialize: Initialize,
     concurrent_users: int,
     control: RunControl,
-    origin: str = "",
+    destination: str = "",
 ) -> UsersReport:
     """Train a prefix or a code for each user on texts they wrote.
 
@@ -91,8 +91,8 @@ def train_users(
         initialize: Given a user's key and texts, what to train.
         concurrent_users: Users at a time; memory grows with it.
         control: In its folder, finished users are recorded; to resume skips users recorded there
-            with the same texts, settings and origin.
-        origin: Where finished users are stored.
+            with the same texts, settings and destination.
+        destination: Where finished users are stored.
 
     Raises:
         TrainingDataError: If `concurrent_users` is below 1.
@@ -129,7 +129,7 @@ def train_users(
                 report.failed[user] = str(error)
                 return True
             admitted.add(key)
-            if (run.identity, origin) in finished:
+            if (run.identity, destination) in finished:
                 skipped.append(user)
             else:
                 active.append(_ActiveUser(user, run, time.monotonic()))
@@ -156,7 +156,7 @@ def train_users(
                     if reason is None:
                         report.users[user.name] = _publish(user, publish)
                         if folder is not None:
-                            _record_finished(folder, user, origin)
+                            _record_finished(folder, user, destination)
                 except (PrefixFormatError, ForgottenError) as error:
                     # Values too large for the model's dtype, or nobody to store them for.
                     reason = str(error)
@@ -284,12 +284,14 @@ def _read_finished(folder: Path) -> set[tuple[str, str]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
             record = json.loads(line)
-            identities.add((record["identity"], record["origin"]))
+            identities.add((record["identity"], record["destination"]))
     return identities
 
 
-def _record_finished(folder: Path, user: _ActiveUser, origin: str) -> None:
-    line = json.dumps({"user": user.name, "identity": user.run.identity, "origin": origin})
+def _record_finished(folder: Path, user: _ActiveUser, destination: str) -> None:
+    line = json.dumps(
+        {"user": user.name, "identity": user.run.identity, "destination": destination}
+    )
     try:
         with (folder / _FINISHED_FILE).open("a", encoding="utf-8") as file:
             file.write(line + "\n")

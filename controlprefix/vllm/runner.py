@@ -254,7 +254,7 @@ class VllmRunner:
             "model": self._model_name,
             "prompt": [*placement.placeholder_ids, *prompt],
             "max_tokens": request.max_new_tokens,
-            "temperature": (request.temperature or 1.0) if request.samples else 0.0,
+            "temperature": (request.temperature or 1.0) if request.do_sample else 0.0,
             "top_p": request.top_p or 1.0,
             "top_k": request.top_k or 0,
             "min_p": request.min_p or 0.0,

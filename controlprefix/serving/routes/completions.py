@@ -35,8 +35,8 @@ async def create_chat_completion(
         default_limit=_DEFAULT_CHAT_TOKENS,
         max_tokens=body.max_completion_tokens or body.max_tokens,
     )
-    form = ChatFormat(body.top_logprobs if body.logprobs else None, server.token_bytes)
-    return await CompletionResponder(server, client, request, form, body).respond(requests)
+    formatter = ChatFormat(body.top_logprobs if body.logprobs else None, server.token_bytes)
+    return await CompletionResponder(server, client, request, formatter, body).respond(requests)
 
 
 @router.post("/completions", response_model=TextCompletionResponse)
@@ -58,8 +58,8 @@ async def create_completion(
         default_limit=_DEFAULT_TEXT_TOKENS,
         max_tokens=body.max_tokens,
     )
-    form = TextFormat(body.logprobs, server.token_bytes)
-    responder = CompletionResponder(server, client, request, form, body)
+    formatter = TextFormat(body.logprobs, server.token_bytes)
+    responder = CompletionResponder(server, client, request, formatter, body)
     return await responder.respond(requests, echoes=body.echo, generates=body.max_tokens != 0)
 
 
@@ -67,15 +67,15 @@ async def create_completion(
 async def create_response(
     body: ResponsesBody, client: ClientDependency, server: ServerDependency, request: Request
 ) -> Response:
-    """Answer a conversation in the form of OpenAI's Responses API; nothing is stored."""
+    """Answer a conversation in the formatter of OpenAI's Responses API; nothing is stored."""
     own = body.to_request(
         server.name,
         server.limits.max_new_tokens,
         server.sampling_defaults,
         default_limit=_DEFAULT_CHAT_TOKENS,
     )
-    form = ResponsesFormat(body, body.top_logprobs or None, server.token_bytes)
-    return await CompletionResponder(server, client, request, form, body).respond([own])
+    formatter = ResponsesFormat(body, body.top_logprobs or None, server.token_bytes)
+    return await CompletionResponder(server, client, request, formatter, body).respond([own])
 
 
 def _require_few_choices(num_choices: int, server: Server) -> None:
