@@ -244,6 +244,10 @@ def test_options_of_an_experiment_and_the_command_line_are_joined(
             "serve --engine vllm --vllm-prefixes . --max-sequences-per-tenant 1",
             "--max-sequences-per-tenant has no effect with --engine vllm",
         ),
+        (
+            "serve --tenant acme --tokens-per-minute 60",
+            "--tokens-per-minute has no effect with --tenant",
+        ),
         ("prefixes import . --kind task --name a --labels a=b", "--labels"),
         ("prefixes import . --kind task --name a --peft-task 1", "--peft-task"),
     ],

@@ -123,6 +123,10 @@ def test_log_probabilities_of_prompts_are_bounded_in_memory(
     refused = complete(served, prompt=["a", "abcde"], echo=True, logprobs=1)
     assert refused.status_code == 400
     assert "5 tokens" in refused.text
+    guided = {"attributes": {"tone": {"warm": 1.0}}, "mixing": "logits"}
+    refused = complete(served, prompt="abcd", echo=True, logprobs=1, **guided)
+    assert refused.status_code == 400
+    assert "4 tokens in each of 2 rows" in refused.text
 
 
 def test_echo_in_streams_and_without_new_tokens(served: Served) -> None:

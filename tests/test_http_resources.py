@@ -58,13 +58,14 @@ def test_tokens_of_a_key_are_limited_and_those_of_others_are_not(tmp_path: Path)
     url = f"sqlite:///{tmp_path}/prefixes.db"
     first, other = (PrefixStore(url, tenant=name) for name in ("mine", "theirs"))
     keys = [first.create_api_key("a"), first.create_api_key("b"), other.create_api_key("a")]
+    keys.append(first.create_api_key("c"))
     served = Served(url, limits=ServerLimits(tokens_per_minute=60))
     clients = [served.client(key) for key in keys]
 
-    def ask(client: openai.OpenAI, **fields: Any) -> Any:
+    def ask(client: openai.OpenAI, prompt: str = "abc", **fields: Any) -> Any:
         return client.completions.create(
             model="tiny",
-            prompt="abc",
+            prompt=prompt,
             max_tokens=30,
             temperature=0,
             logit_bias={"1": -100},
@@ -85,6 +86,10 @@ def test_tokens_of_a_key_are_limited_and_those_of_others_are_not(tmp_path: Path)
         wait_for(lambda: not limiter._limiter.test(limiter._item, "mine", "b"))
         with pytest.raises(openai.RateLimitError):
             ask(clients[1])
+        stream = ask(clients[3], "abc" * 20, stream=True)
+        next(iter(stream))
+        stream.close()  # 30 tokens and those of the prompt
+        wait_for(lambda: not limiter._limiter.test(limiter._item, "mine", "c"))
         assert ask(clients[2]).usage.total_tokens == 33
     finally:
         served.close()

@@ -121,6 +121,8 @@ def test_the_text_of_a_special_token_in_a_value_is_spelt(value: str) -> None:
         {"type": "integer", "multipleOf": 99_999_989},
         {"allOf": [{"type": "integer", "multipleOf": p} for p in (101, 103, 107)]},
         {"type": "object", "properties": {"a": {"type": "number", "multipleOf": 0.1234567}}},
+        {"type": "integer", "multipleOf": 10**400},
+        {"type": "number", "multipleOf": True},
     ],
 )
 def test_schemas_that_take_a_state_per_remainder_are_refused(schema: dict[str, Any]) -> None:

@@ -92,6 +92,8 @@ def test_mistakes_are_told_before_anything_is_evaluated(cp: ControlPrefix) -> No
         ControlPrefixLM(cp, attributes="tone=warm")
     with pytest.raises(RequestError, match="strength"):
         ControlPrefixLM(cp, attributes="tone:warm", strengths="tone:-1")
+    with pytest.raises(RequestError, match="needs the prompts"):
+        ControlPrefixLM(cp, steering={"hellaswag": {"user": "ana", "when": "relevant"}})
     with pytest.raises(RequestError, match="cannot read the steering"):
         ControlPrefixLM(cp, steering="missing.json")
 

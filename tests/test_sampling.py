@@ -20,7 +20,10 @@ from transformers import (
 )
 
 from controlprefix import ControlPrefix, Request, RequestError
+from controlprefix.inference.generation_config import batch_config, own_prompt_processors
 from controlprefix.inference.sampling import BatchSampler, RowSampling, SampledRow
+
+from models import build, byte_tokenizer
 
 CPU = torch.device("cpu")
 SETTINGS: list[dict[str, Any]] = [
@@ -209,6 +212,22 @@ def test_one_seed_gives_one_text_in_every_engine(cp: ControlPrefix, fields: dict
     tickets = [batcher.submit(cp.resolve(r)) for r in (other, single, other)]
     assert tickets[1].result().text == text
     batcher.close()
+
+
+def test_the_repetition_penalty_of_beams_does_not_see_paddings() -> None:
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    config = batch_config(cp.frozen_model, [request(num_beams=2, repetition_penalty=5.0)] * 2)
+    assert config.repetition_penalty == 5.0
+    rows = [[3, 4, 5], [0, 0, 6]]
+    prompts = [rows[0], rows[1][2:]]
+    (penalty,) = own_prompt_processors(cp.frozen_model, config, prompts, [0, 2], 3)
+    assert config.repetition_penalty is None
+    vocab_size = cp.model.config.vocab_size
+    scores = penalty(torch.tensor(rows), torch.ones(2, vocab_size))
+    penalized = [torch.nonzero(row < 1).flatten().tolist() for row in scores]
+    assert penalized == [[3, 4, 5], [6]]
 
 
 def test_beams_refuse_what_they_cannot_apply() -> None:

@@ -14,7 +14,7 @@ import anyio.to_thread
 import httpx
 import pytest
 
-from controlprefix import ControlPrefix, RequestError, UnknownNameError
+from controlprefix import ControlPrefix, RequestError, StoreError, UnknownNameError
 from controlprefix.errors import RateLimitError, UnauthorizedError
 from controlprefix.prefixes import PrefixKey
 from controlprefix.serving import ServerLimits
@@ -36,7 +36,14 @@ def test_what_another_process_forgets_leaves_this_ones_memory(
     fill(url, "a", 2.0)
     served = Served(url, open_tenant="a")
     files: list[tuple[str, PrefixKey]] = []
-    monkeypatch.setattr(served.batcher, "forget", lambda *removed: files.append(removed))
+    failures = [StoreError("the folder is read-only")]
+
+    def forget(*removed: Any) -> None:
+        if failures:
+            raise failures.pop()
+        files.append(removed)
+
+    monkeypatch.setattr(served.batcher, "forget", forget)
     try:
         ask = {"model": "tiny/email", "messages": [{"role": "user", "content": "x"}], "user": "ana"}
         assert httpx.post(f"{served.base}{CHAT}", json={**ask, "max_tokens": 2}).is_success
@@ -50,7 +57,7 @@ def test_what_another_process_forgets_leaves_this_ones_memory(
             other.forget(ana[1])
         wait_for(lambda: ana not in cache.cached_keys())
         assert cache.cached_keys() == [email]
-        assert files == [ana]
+        wait_for(lambda: files == [ana])  # at the second try
         assert httpx.delete(f"{served.base}/v1/prefixes/task/email").is_success
         assert cache.cached_keys() == []
     finally:

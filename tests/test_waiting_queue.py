@@ -1,5 +1,6 @@
 """Who is next: turns of tenants, order within one, rows that must fit, chunks of prompts."""
 
+import contextlib
 import time
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlprefix import ControlPrefix, OverloadedError, Request
+from controlprefix import ControlPrefix, OverloadedError, Prefix, Request, RequestError
 from controlprefix.inference import batcher as batcher_module
 from controlprefix.inference.prefill_queue import PrefillQueue
 from controlprefix.inference.waiting_queue import WaitingQueue
@@ -176,6 +177,19 @@ def test_a_tenant_cannot_fill_the_line_of_a_shared_batch() -> None:
         assert other.result().num_tokens
     finally:
         batcher.close()
+
+
+def test_a_request_of_more_rows_than_the_batch_has_is_refused() -> None:
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    batcher = cp._generator.batcher(max_sequences=2, max_sequences_per_tenant=16)
+    for seed, label in enumerate(("a", "b", "c")):
+        cp.put("attribute", f"tone={label}", Prefix.random(cp.geometry, num_slots=2, seed=seed))
+    tones = {"tone": {"a": 1.0, "b": 1.0, "c": 1.0}}
+    request = Request(prompt="a", raw=True, attributes=tones, mixing="logits", max_new_tokens=2)
+    with contextlib.closing(batcher), pytest.raises(RequestError, match=r"needs 4 rows.* use 2"):
+        batcher.submit(cp.resolve(request))
 
 
 @pytest.mark.parametrize("active_seconds", [60.0, 0.0])

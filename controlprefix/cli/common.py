@@ -38,10 +38,18 @@ app.add_typer(data_app, name="data")
 out = Console(
     highlight=False,
     markup=False,
+    emoji=False,
     width=None if sys.stdout.isatty() else 110,
     quiet=not is_first_process(),  # the others have the same to say
 )
-err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_text(text: str, *, end: str = "\n") -> None:
+    """Print a generated or kept text as it is: `Console` changes tabs and line ends."""
+    if not out.quiet:
+        typer.echo(text + end, nl=False)
+
 
 StoredKind = Literal["task", "attribute", "user", "decoder"]
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from controlprefix.cli.common import app, err, out, silence_transformers
+from controlprefix.cli.common import app, err, out, print_text, silence_transformers
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import request_options
 
@@ -38,11 +38,11 @@ def generate(
         nearest = f"nearest {stand_in.similarity:.2f}"
         err.print(f"for {stand_in.label}, {stand_in.how}: {used or nearest}")
     if request.num_beams > 1:
-        out.print(cp.generate(request).text, markup=False, soft_wrap=True)
+        print_text(cp.generate(request).text)
         return
     for text in cp.stream(request):
-        out.print(text, end="", markup=False, soft_wrap=True)
-    out.print()
+        print_text(text, end="")
+    print_text("")
 
 
 @app.command()

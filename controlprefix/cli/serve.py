@@ -184,6 +184,9 @@ def _serve(
         f"--engine {backend}",
     )
     tenant = engine.tenant
+    if tenant:
+        per_key = ("requests_per_minute", "tokens_per_minute", "max_sequences_per_tenant")
+        _refuse_without_effect(context, per_key, "--tenant, which has no API keys")
     if tenant and not _is_local(host):
         err.print(
             f"warning: whoever reaches {host} can read, change and remove what tenant {tenant!r} "

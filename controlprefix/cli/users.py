@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import app, audit_app, out, users_app
+from controlprefix.cli.common import app, audit_app, out, print_text, users_app
 from controlprefix.cli.groups import (
     ClusterArguments,
     ColumnArguments,
@@ -277,7 +277,7 @@ def show_texts(
     if not texts:
         raise RequestError(f"no texts of user {user!r} are kept; enroll with --keep-texts")
     for text in texts:
-        out.print(text, soft_wrap=True)
+        print_text(text)
 
 
 @users_app.command("forget")

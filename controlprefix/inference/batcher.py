@@ -146,7 +146,8 @@ class Batcher(ABC):
             )
         self._frozen = frozen
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
-        self._max_per_tenant = limits.get("max_sequences_per_tenant") or max_sequences
+        per_tenant = limits.get("max_sequences_per_tenant") or max_sequences
+        self._max_per_tenant = min(per_tenant, max_sequences)
         self._max_beside_others = limits.get("max_sequences_beside_others") or self._max_per_tenant
         self._submitted_at: dict[str, float] = {}  # by tenant; the others' limit depends on it
         self._waiting: WaitingQueue[BatchedRequest] = WaitingQueue(
@@ -216,6 +217,7 @@ class Batcher(ABC):
             top_log_probs,
             IncrementalDetokenizer(tokenizer, resolved.request),
         )
+        sequence.ticket.num_prompt_tokens = len(prompt)
         if request.json_schema is not None:
             sequence.sampling.constraint = JsonConstraint(
                 self._frozen, request.json_schema, len(start)

@@ -22,6 +22,7 @@ _OF_PROMPTS = (
     "min_length",
     "encoder_no_repeat_ngram_size",
     "encoder_repetition_penalty",
+    "repetition_penalty",
 )
 # Decoding methods that a request cannot have, or that need a second model or constraints.
 _OTHER_MODES = (
@@ -92,6 +93,7 @@ def own_prompt_processors(
 ) -> list[LogitsProcessor]:
     """Move what looks at prompts from a batch's config to a processor that does so per row."""
     settings = {name: value for name in _OF_PROMPTS if (value := getattr(config, name, None))}
+    settings = {n: v for n, v in settings.items() if not (n.endswith("penalty") and v == 1)}
     if not settings:
         return []
     config.update(**dict.fromkeys(_OF_PROMPTS))

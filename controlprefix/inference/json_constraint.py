@@ -90,7 +90,11 @@ def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
         raise RequestError(
             f"the JSON schema has {len(text):,} bytes; up to {_MAX_SCHEMA_BYTES:,} are accepted"
         )
-    divisors = _divisors(schema)
+    try:
+        divisors = _divisors(schema)
+    except (ArithmeticError, RecursionError) as error:
+        reason = short_reason(error)
+        raise RequestError(f"a multipleOf of the JSON schema is too large: {reason}") from None
     if math.lcm(*divisors) > _MAX_DIVISOR:
         raise RequestError(
             "the JSON schema has multipleOf values whose least common multiple is above "
@@ -115,7 +119,8 @@ def _divisors(schema: Any) -> set[int]:
     if isinstance(schema, Mapping):
         own = schema.get("multipleOf")
         divisors = set().union(*(_divisors(value) for value in schema.values()))
-        if isinstance(own, (int, float)) and own > 0 and math.isfinite(own):
+        is_number = not isinstance(own, bool) and isinstance(own, (int, float))
+        if is_number and own > 0 and math.isfinite(own):  # type: ignore[arg-type, operator]
             _, digits, exponent = Decimal(str(own)).as_tuple()
             number = int("".join(map(str, digits))) * 10 ** max(0, int(exponent))
             divisors.add(number)

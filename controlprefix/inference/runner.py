@@ -90,10 +90,12 @@ class Ticket:
 
     Attributes:
         tokens: Tokens generated so far, if log-probabilities were asked for.
+        num_prompt_tokens: Tokens of the prompt; 0 until it is tokenized.
     """
 
     def __init__(self, deliver: Deliver | None = None) -> None:
         self.tokens: list[TokenLogProbs] = []
+        self.num_prompt_tokens = 0
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._deliver = deliver
         self._final: Completion | BaseException | None = None

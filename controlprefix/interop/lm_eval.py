@@ -162,7 +162,12 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
 def _request(fields: Mapping[str, Any]) -> Request:
     if "prompt" in fields:
         raise RequestError("the harness has the prompts; leave prompt out of the steering")
-    return Request(prompt="-", **{name: value for name, value in fields.items() if value})
+    request = Request(prompt="-", **{name: value for name, value in fields.items() if value})
+    if request.when == "relevant":
+        raise RequestError(
+            "when='relevant' needs the prompts, which only the harness has; leave it out"
+        )
+    return request
 
 
 def _number(part: str, text: Any) -> float:

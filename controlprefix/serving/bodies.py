@@ -43,19 +43,30 @@ _MIN_TEMPERATURE = 1e-3
 _MIN_TOP_P = 1e-6  # keeps the most likely token alone
 
 
-class StreamOptions(BaseModel):
+class NestedBody(BaseModel):
+    """An object within a body; a field that is null counts as left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class StreamOptions(NestedBody):
     """How a stream ends."""
 
     include_usage: bool = False
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(NestedBody):
     """A JSON schema with a name."""
 
     json_schema: dict[str, Any] = Field(default_factory=dict, alias="schema")
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(NestedBody):
     """The form of a completion: any text, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -342,6 +353,11 @@ class TextBody(ChoicesBody):
     )
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _check_log_probs(cls, value: Any) -> Any:
+        return None if value is False else value  # as chat completions write it
 
     @field_validator("prompt", mode="wrap")
     @classmethod

@@ -49,7 +49,7 @@ class LargeBodies:
         """
         if not _may_be_large(request):
             return
-        turns = self._turns.setdefault(tenant, _Turns())
+        turns = self._turns[tenant] = self._turns.get(tenant) or _Turns()  # for another while
         if turns.num_waiting >= _MAX_WAITING:
             raise RateLimitError(
                 f"{turns.num_waiting} requests of more than {_LARGE_BYTES >> 10} KiB wait to be "
@@ -65,6 +65,7 @@ class LargeBodies:
                         await _parse(request, turns)
         finally:
             turns.num_waiting -= 1
+            self._turns[tenant] = turns  # for another while
 
 
 async def _parse(request: Request, turns: _Turns) -> None:

@@ -65,6 +65,8 @@ class CompletionResponder:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         self._unfinished: dict[int, int] = {}  # choice -> its limit of new tokens
+        self._num_finished_tokens = 0
+        self._is_counted = False
         self._echoes: list[Echo | None] = []
         self._head: dict[str, Any] = {
             "id": formatter.id_prefix + uuid.uuid4().hex,
@@ -214,7 +216,7 @@ class CompletionResponder:
         if isinstance(event, BaseException) and not isinstance(event, ControlPrefixError):
             _log.error("a request failed", exc_info=event)
             raise InternalServerError(str(event))
-        if not self._has_text:
+        if not self._has_text and not isinstance(event, BaseException):
             first_text_s = time.monotonic() - self._started
             self._server.metrics.first_text_s.observe(first_text_s)
             self._http_request.state.report["first_text_s"] = round(first_text_s, 3)
@@ -232,15 +234,20 @@ class CompletionResponder:
             raise _client_gone()
 
     def _cancel(self) -> None:
-        # An abandoned choice counts as much as it might have taken.
-        self._server.count_tokens(self._client, sum(self._unfinished.values()))
-        self._unfinished.clear()
+        if not self._is_counted:
+            self._is_counted = True
+            # An abandoned choice counts as much as it might have taken.
+            num_new = self._num_finished_tokens + sum(self._unfinished.values())
+            prompts = self._tickets[:: self._body.num_choices]
+            num_prompt = sum(ticket.num_prompt_tokens for ticket in prompts)
+            self._server.count_tokens(self._client, num_prompt + num_new)
         for ticket in self._tickets:
             ticket.cancel()
         self._end()
 
     def _finished(self, i: int, completion: Completion) -> Finished:
         self._unfinished.pop(i, None)
+        self._num_finished_tokens += completion.num_tokens
         tokens = self._tickets[i].tokens[: completion.num_tokens]
         return Finished(completion, tokens, self._echoes[i])
 
@@ -249,6 +256,7 @@ class CompletionResponder:
         prompts = choices[:: self._body.num_choices]
         num_prompt_tokens = sum(choice.completion.num_prompt_tokens for choice in prompts)
         num_tokens = sum(choice.completion.num_tokens for choice in choices)
+        self._is_counted = True
         self._server.count_tokens(self._client, num_prompt_tokens + num_tokens)
         metrics = self._server.metrics
         metrics.prompt_tokens.inc(num_prompt_tokens)

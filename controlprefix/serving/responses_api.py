@@ -14,6 +14,7 @@ from controlprefix.serving.bodies import (
     MAX_TOKENS,
     ChatMessage,
     CompletionBody,
+    NestedBody,
     requested_schema,
 )
 from controlprefix.serving.log_probs import TokenLogProb, chat_log_probs
@@ -28,7 +29,7 @@ from controlprefix.serving.openai import (
 )
 
 
-class TextFormatBody(BaseModel):
+class TextFormatBody(NestedBody):
     """The form of the text: any, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -43,7 +44,7 @@ class TextFormatBody(BaseModel):
         return requested_schema(self.type, self.json_schema, "text.format", "a schema")
 
 
-class TextBodyOptions(BaseModel):
+class TextBodyOptions(NestedBody):
     """Options of the text."""
 
     format: TextFormatBody = Field(default_factory=TextFormatBody)

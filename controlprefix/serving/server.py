@@ -12,6 +12,7 @@ from controlprefix.errors import (
     ForgottenError,
     OverloadedError,
     RequestError,
+    StoreError,
     TrainingInterrupted,
     UnknownNameError,
 )
@@ -106,6 +107,7 @@ class Server:
         self.allowed_hosts = tuple(allowed_hosts)
         self.large_bodies = LargeBodies()
         self.work = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
+        self._to_forget: list[tuple[str, PrefixKey]] = []
         self._under_way: dict[object, tuple[str, int]] = {}  # tenant, and number of choices
         self._token_limiter = TokenLimiter(self.limits.tokens_per_minute)
         self._tenants = Tenants(
@@ -271,12 +273,8 @@ class Server:
 
         def read() -> dict[tuple[int, ...], Echo]:
             prompts = {self._tokenizer.prompt_ids(r.request): r for r in resolved}
-            longest = max(map(len, prompts))
-            if top is not None and longest > self._max_echo_tokens:
-                raise RequestError(
-                    f"the prompt has {longest:,} tokens; this server computes the "
-                    f"log-probabilities of {self._max_echo_tokens:,} at most"
-                )
+            for ids, request in prompts.items() if top is not None else ():
+                self._require_echo_memory(len(ids), request.num_rows)
             rows = self._log_probs(list(prompts.values()), top)
             return {
                 ids: Echo(request.request.prompt or self._tokenizer.decode(ids), ids, row)
@@ -285,6 +283,14 @@ class Server:
 
         echoes = await self.work.with_model(client.tenant, read, gone=gone)
         return [echoes[self._tokenizer.prompt_ids(r.request)] for r in resolved]
+
+    def _require_echo_memory(self, num_tokens: int, num_rows: int) -> None:
+        if num_tokens * num_rows > self._max_echo_tokens:
+            rows = f" in each of {num_rows} rows" if num_rows > 1 else ""
+            raise RequestError(
+                f"the prompt has {num_tokens:,} tokens{rows}; this server computes the "
+                f"log-probabilities of {self._max_echo_tokens:,} at most"
+            )
 
     def _log_probs(
         self, resolved: Sequence[ResolvedRequest[Request]], top: int | None
@@ -323,8 +329,18 @@ class Server:
         Raises:
             StoreError: If the store does not answer, or a file cannot be removed.
         """
-        for tenant, key in self._tenants.drop_forgotten():
-            self._runner.forget(tenant, key)
+        for removed in self._tenants.drop_forgotten():
+            self._to_forget.append(removed)  # until it is done, whatever fails meanwhile
+        failed = None
+        for removed in list(self._to_forget):
+            try:
+                self._runner.forget(*removed)
+            except StoreError as error:
+                failed = error
+            else:
+                self._to_forget.remove(removed)
+        if failed is not None:
+            raise failed
         self._runner.remove_expired()
 
     async def enroll(

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cachetools import LRUCache, TTLCache
@@ -128,11 +129,11 @@ class Tenants:
         kinds: tuple[Kind, ...] = ("task", "attribute", "user")
         return any(engine.names(kind, limit=1) for kind in kinds)
 
-    def drop_forgotten(self) -> list[tuple[str, PrefixKey]]:
+    def drop_forgotten(self) -> Iterator[tuple[str, PrefixKey]]:
         """Drop from memory what other processes removed from the store since the last call.
 
-        Returns:
-            Tenant and name of all that was removed, by this process too.
+        Yields:
+            Tenant and name of all that was removed, by this process too, each once.
 
         Raises:
             StoreError: If the store does not answer.
@@ -142,19 +143,18 @@ class Tenants:
                 *self._engines,
                 *(tenant for tenant, _ in self._caches.prefixes.cached_keys()),
             }
-        removed = []
         for tenant in sorted(tenants):
-            read = self._read_entries.get(tenant, set())
+            read = self._read_entries.setdefault(tenant, set())
             # An entry may be committed after one with a higher number.
             after = max(read, default=0) - _AUDIT_WINDOW
             for entry in self._store.for_tenant(tenant).audit_log(after=after):
-                if entry.number not in read and entry.action == "forget":
-                    self._caches.forget(tenant, entry.key)
-                    removed.append((tenant, entry.key))
+                is_new = entry.number not in read
                 read.add(entry.number)
+                if is_new and entry.action == "forget":
+                    self._caches.forget(tenant, entry.key)
+                    yield tenant, entry.key
             newest = max(read, default=0)
             self._read_entries[tenant] = {n for n in read if n > newest - _AUDIT_WINDOW}
-        return removed
 
     def check_health(self) -> None:
         """Check that the store answers.

@@ -159,6 +159,7 @@ class VllmRunner:
         resolved = replace(resolved, request=request)
         self._write_slots(placement)
         remote = _RemoteRequest(resolved, Ticket(deliver), placement, prompt, top_log_probs)
+        remote.ticket.num_prompt_tokens = len(prompt)
         with self._lock:
             if self._closing:
                 raise closing_error()
