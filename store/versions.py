@@ -116,14 +116,14 @@ def publish(
             break
     if row is None:
         raise StoreError(f"{new.key} is removed again and again; nothing was stored")
+    if new.key.kind == "user" and new.key.name in forgotten:
+        raise ForgottenError(new.key.name)
     if new.replaces not in (None, row.current_version):
         raise VersionConflictError(
             f"{new.key} is at version {row.current_version}, not at {new.replaces}, which this "
             "was to replace: another version was published; read it again and decide"
         )
-    if new.key.kind == "user" and new.key.name in forgotten:
-        raise ForgottenError(new.key.name)
-    sources = set(new.sources)
+    sources = {PrefixKey("user", user).name for user in new.sources}
     remaining = sources.difference(forgotten)
     parent = row.current_version or None
     row.newest_version += 1

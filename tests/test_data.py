@@ -20,6 +20,7 @@ from controlprefix import ContextLengthError, ControlPrefix, Example, TrainingDa
 from controlprefix.data import (
     Columns,
     as_examples,
+    as_preferences,
     as_requests,
     as_texts,
     read_labelled,
@@ -108,6 +109,12 @@ def test_columns_by_any_name() -> None:
     assert (example.prompt, example.raw, example.completion) == ("", True, "Dear Sam")
     assert (example.user, example.task) == ("7", "mail")
     assert example.attributes == {"formality": "formal", "stars": "4"}
+    preference = {"prompt": "Hi", "chosen": "hey", "rejected": "Hello.", "author": "ana", "id": 1}
+    (read,) = as_preferences([preference], columns=Columns(user="author"))
+    assert (read.user, read.chosen, read.rejected) == ("ana", "hey", "Hello.")
+    table = {"table": {"name": "Aromi"}, "completion": "Aromi.", "author": "ana", "id": 1}
+    (example,) = as_examples([table], columns=Columns(user="author"))
+    assert (example.user, example.prompt) == ("ana", "name[Aromi]")
     with pytest.raises(TrainingDataError, match="no column 'boddy'; .* did you mean 'body'"):
         as_examples(rows, columns=Columns(text="boddy"))
     with pytest.raises(TrainingDataError, match="row 1: .*unknown field 'id'"):

@@ -65,6 +65,68 @@ def test_what_is_learned_from_a_forgotten_user_is_marked_and_does_not_name_them(
     assert cp.version_info("task", "email").num_forgotten == 2
 
 
+def test_a_user_whose_name_is_typed_in_another_way_is_forgotten_too() -> None:
+    cp = engine()
+    composed, decomposed = "Jos\u00e9", "Jose\u0301"
+    cp.put("user", composed, cp.prefix_from_text("a text"))
+    named = [row.model_copy(update={"user": decomposed}) for row in rows()]
+    cp.train(named, learn="task", **OPTIONS)
+    cp.forget_user(composed)
+    assert cp.version_info("task", "email").num_forgotten == 1
+
+
+def test_users_forgotten_before_their_turn_or_while_feedback_is_read_stay_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cp = engine()
+    usable = user_training.usable_texts
+
+    def slowly(user: str, texts: list[str]) -> list[str]:
+        _forget_once(cp, "bo")
+        return usable(user, texts)
+
+    cp.put("user", "bo", cp.prefix_from_text("a text"))
+    monkeypatch.setattr(user_trainer, "usable_texts", slowly)
+    report = cp.enroll_users({"ana": ["a text"], "bo": ["a text"]}, keep_texts=True)
+    assert "forgotten meanwhile" in report.failed["bo"]
+    assert not cp.exists("user", "bo")
+    assert not cp.store.user_texts("bo")
+
+    row = {"prompt": "Greet.", "chosen": "hey", "rejected": "Good day."}
+    cp.keep_feedback([{**row, "user": user} for user in ("ana", "bo") for _ in range(2)])
+    feedback = cp.feedback
+
+    def forgetting(user: str) -> Any:
+        kept = feedback(user)
+        if user == "bo":
+            cp.forget_user("bo")
+        return kept
+
+    monkeypatch.setattr(cp, "feedback", forgetting)
+    assert cp.train_preferences(**OPTIONS).saved == {"user 'ana'": 2}
+    assert not cp.exists("user", "bo")
+
+
+@pytest.mark.parametrize("options", [{"add": True, "decoder": "users"}, {"refine": True}])
+def test_the_error_of_an_enrolment_says_that_the_user_was_forgotten(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cp = engine()
+    users = {f"u{i}": [f"text {i}", f"another {i}"] for i in range(4)}
+    cp.learn_decoder(users, steps=1, batch_size=2, num_slots=2, progress=False)
+    cp.enroll("ana", ["a text"], decoder="users")
+    put = cp.store.put
+
+    def late(*arguments: Any, **named: Any) -> Any:
+        _forget_once(cp, "ana")
+        return put(*arguments, **named)
+
+    monkeypatch.setattr(cp.store, "put", late)
+    with pytest.raises(ForgottenError):
+        cp.enroll("ana", ["more"], **options)
+    assert not cp.exists("user", "ana")
+
+
 def test_others_are_stored_where_one_is_forgotten_while_all_train() -> None:
     cp = engine()
     cp.put("task", "email", cp.prefix_from_text("a task"))

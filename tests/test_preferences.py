@@ -19,6 +19,7 @@ from controlprefix import (
     TrainingDataError,
 )
 from controlprefix.data import as_preferences
+from controlprefix.errors import InvalidNameError
 from controlprefix.prefixes import PrefixKey
 from controlprefix.training.objectives import ContrastPair, Objective, Rejected, TrainingRow
 from controlprefix.training.preferences import with_margins
@@ -273,6 +274,9 @@ def test_feedback_that_cannot_be_kept_is_a_clear_error() -> None:
     with pytest.raises(TrainingDataError, match="row 2 names no user"):
         cp.keep_feedback([{**row, "user": "ana"}, row])
     assert cp.feedback("ana") == []  # all or nothing
+    with pytest.raises(InvalidNameError):
+        cp.keep_feedback([{**row, "user": "ana"}, {**row, "user": "b/o\n"}])
+    assert cp.feedback("ana") == []
     with pytest.raises(TrainingDataError, match="no feedback is kept"):
         cp.train_preferences()
 

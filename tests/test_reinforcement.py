@@ -273,6 +273,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
         ({"validation": 0.5}, "nothing is held out"),
         ({"klx": 1}, "klx"),
         ({"learn": "user"}, "no example has one"),
+        ({"too_long": "skip"}, "too_long applies to train"),
     ],
 )
 def test_mistakes_are_told_and_store_nothing(change: dict[str, Any], match: str) -> None:
@@ -281,6 +282,22 @@ def test_mistakes_are_told_and_store_nothing(change: dict[str, Any], match: str)
     with pytest.raises(TrainingDataError, match=match):
         cp.reinforce(requests(), **options)
     assert [v.version for v in cp.versions("task", "greet")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"num_beams": 2}, "row 1 has num_beams=2, but texts are sampled"),
+        ({"schedules": {"task": ((0, 1.0), (4, 0.0))}}, "row 1 has schedules"),
+    ],
+)
+def test_requests_that_cannot_be_sampled_are_refused(fields: dict[str, Any], match: str) -> None:
+    cp = trained()
+    sampled = [
+        Request(**{**request.model_dump(exclude_unset=True), **fields}) for request in requests()
+    ]
+    with pytest.raises(TrainingDataError, match=match):
+        cp.reinforce(sampled, reward=share_of_vowels, **OPTIONS)
 
 
 def test_a_prefix_must_be_stored() -> None:
@@ -303,6 +320,10 @@ def test_rows_are_read_as_requests(tmp_path: Path) -> None:
     assert second.messages is not None
     assert isinstance(third, Example)
     assert not isinstance(first, Example)
+    begun = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Dear"}]
+    (row,) = as_requests([{"messages": begun, "continue_final_message": True}])
+    assert row.messages is not None
+    assert [message.content for message in row.messages] == ["Hi", "Dear"]
     path.write_text('{"prompt": "Hi", "tsk": "greet"}')
     with pytest.raises(TrainingDataError, match=r"line 1.*tsk"):
         as_requests(path)

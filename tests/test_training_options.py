@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from transformers import DynamicCache
 
 from controlprefix import (
+    ContextLengthError,
     ControlPrefix,
     Example,
     Prefix,
@@ -168,6 +169,20 @@ def test_a_prefix_distilled_from_an_instruction_replaces_it() -> None:
     ):
         with pytest.raises(TrainingDataError, match=message):
             cp.distill(instruction, progress=False, **invalid)  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_behind_the_instruction_is_refused_or_skipped() -> None:
+    cp = engine()
+    limit = cp.frozen_model.request_tokenizer.context_length
+    assert limit is not None
+    instruction, prompts = "x" * (limit // 2), ["Hi", "y" * (limit // 2)]
+    options: dict[str, Any] = {"task": "t", "completions": ["a", "b"], **QUICK, "validation": 0}
+    with pytest.raises(ContextLengthError, match="completion 2 have"):
+        cp.distill(instruction, prompts, **options)
+    with pytest.raises(TrainingDataError, match="too_long='cut' cannot"):
+        cp.distill(instruction, prompts, too_long="cut", **options)
+    report = cp.distill(instruction, prompts, too_long="skip", **{**options, "steps": 1})
+    assert (report.num_examples, report.num_skipped) == (1, 1)
 
 
 def test_every_token_counts_alike_however_rows_are_batched() -> None:

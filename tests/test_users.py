@@ -246,6 +246,9 @@ def test_users_finished_in_another_store_are_trained_in_this_one(tmp_path: Path)
     other = engine(store=f"sqlite:///{tmp_path}/b.db")
     assert other.train_users(texts, resume=True, **options).skipped == ()
     assert other.train_users(texts, resume=True, **options).skipped == ("ana",)
+    other.forget_user("ana")
+    again = other.train_users(texts, resume=True, **options)
+    assert (again.skipped, again.users["ana"].saved) == ((), {"user 'ana'": 1})
 
 
 def test_many_users_are_enrolled_as_each_alone() -> None:
@@ -253,8 +256,9 @@ def test_many_users_are_enrolled_as_each_alone() -> None:
     cp, alone = engine(), engine()
     pairs = iter([*texts.items(), ("empty", [" "]), ("no\nname", ["a text"]), ("u0", ["more"])])
     report = cp.enroll_users(pairs, num_slots=3, keep_texts=True, progress=False)
-    assert report.users == {"u0": 2, "u1": 1, "u2": 1}
-    assert report.failed.keys() == {"empty", "no\nname"}
+    assert report.users == {"u0": 1, "u1": 1, "u2": 1}
+    assert report.failed.keys() == {"empty", "no\nname", "u0"}
+    assert "comes twice" in report.failed["u0"]
     assert "no text" in report.failed["empty"]
     for user, own in texts.items():
         alone.enroll(user, own, num_slots=3)

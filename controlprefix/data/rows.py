@@ -23,7 +23,7 @@ from controlprefix.request import Request
 # Examples, dicts, a path, a `datasets.Dataset`, or a DataFrame of pandas or polars.
 Rows = Iterable[Any] | str | os.PathLike[str]
 
-_OWN_FIELDS = tuple(Example.model_fields)
+_OWN_FIELDS = {*Example.model_fields, *Preference.model_fields, "text", "table", "triples"}
 _RENAMED = ("text", "prompt", "completion", "user", "task")
 _INSTEAD_OF_TEXT = ("prompt", "messages", "completion")
 _PREFERENCE_FORM = (
@@ -71,7 +71,7 @@ class Columns:
         taken = self.named
         result = {name: value for name, value in fields.items() if name not in taken}
         if self.attributes or set(names) - {"task"}:
-            result = {k: v for k, v in result.items() if k in (*_OWN_FIELDS, "text")}
+            result = {k: v for k, v in result.items() if k in _OWN_FIELDS}
         if self.text is not None:
             result = {k: v for k, v in result.items() if k not in _INSTEAD_OF_TEXT}
         result |= {name: fields[column] for name, column in columns.items() if column in fields}
@@ -305,6 +305,8 @@ def _rows_of(
         messages = plain_messages(own["messages"])
         own["messages"] = messages
         is_answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
+        if row_type is not Example and own.get("continue_final_message"):
+            is_answered = False  # a beginning
         if "completion" not in own and (is_answered or row_type is Example):
             if not is_answered:
                 raise ValueError("messages must end with the assistant's message, which is learned")

@@ -9,6 +9,7 @@ from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.training import TrainingMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.example import Example, Preference
+from controlprefix.store.records import user_name
 from controlprefix.training import (
     Learnable,
     PolicySettings,
@@ -87,6 +88,8 @@ class FeedbackMethods(TrainingMethods):
         for option in ("contrast", "off_context"):
             if getattr(settings, option):
                 raise TrainingDataError(f"{option} applies to train; leave it out")
+        if settings.too_long != "refuse":
+            raise TrainingDataError("too_long applies to train; leave it out")
         if not callable(reward):
             raise TrainingDataError(f"reward is {reward!r}; give a function of requests and texts")
         labels = self._ordinal_labels([*rows, *examples], learn)
@@ -125,7 +128,8 @@ class FeedbackMethods(TrainingMethods):
                     f"{row.place(number)} names no user; feedback is kept by user"
                 )
             text = row.model_dump_json(exclude_unset=True)
-            by_user.setdefault(row.user, []).append(text)
+            name = user_name(row.user)  # fail before anything is kept
+            by_user.setdefault(name, []).append(text)
         return {user: self.store.keep_feedback(user, texts) for user, texts in by_user.items()}
 
     def feedback(self, user: str) -> list[Preference]:
@@ -178,6 +182,7 @@ class FeedbackMethods(TrainingMethods):
             https://arxiv.org/abs/2305.18290, plus a weighted likelihood of the chosen text.
         """
         defaults = {} if task is None else {"task": task}
+        removal_number = self.store.last_removal_number()
         if preferences is None:
             users = self.store.users_with_feedback()
             preferences = [row for user in users for row in self.feedback(user)]
@@ -208,5 +213,6 @@ class FeedbackMethods(TrainingMethods):
             num_slots=num_slots,
             num_slots_of=self._num_slots_of,
             validation=held_out,
+            removal_number=removal_number,
             control=control,
         )

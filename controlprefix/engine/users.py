@@ -228,11 +228,14 @@ class UserMethods(SharingMethods):
             keep_profile=keep_profile,
             guard=guard,
         )
+        removal_number = self.store.last_removal_number()
         users = read_users(texts, columns=columns)
         if decoder is not None:
             self.version_info("decoder", decoder)  # fail before any user is read
-        pairs = users.items() if isinstance(users, Mapping) else users
         enroll = partial(self._user_trainer.enroll, options=options)
+        if isinstance(users, Mapping):  # all are read
+            enroll = partial(enroll, removal_number=removal_number)
+        pairs = users.items() if isinstance(users, Mapping) else users
         return enroll_each(pairs, enroll, progress=progress)
 
     def migrate_users(self, source: "UserMethods", *, decoder: str = "users") -> MigrationReport:

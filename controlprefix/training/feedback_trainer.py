@@ -82,6 +82,7 @@ class FeedbackTrainer(Trainer):
         num_slots: int | Mapping[Learnable, int],
         num_slots_of: Callable[[PrefixKey], int | None],
         validation: Sequence[Preference],
+        removal_number: int,
         control: RunControl,
     ) -> TrainingReport:
         """Train on preferences: see `ControlPrefix.train_preferences`.
@@ -92,6 +93,7 @@ class FeedbackTrainer(Trainer):
             learn, num_slots: As in `ControlPrefix.train_preferences`.
             num_slots_of: Slots of one prefix, where that differs from `num_slots`.
             validation: Held-out preferences; if there are none, the settings hold some out.
+            removal_number: As in `prepare`.
             control: Run folder, progress, tracker and callbacks.
         """
         tokenizer = self._frozen.request_tokenizer
@@ -118,6 +120,7 @@ class FeedbackTrainer(Trainer):
             num_slots_of=num_slots_of,
             validation=[chosen for chosen, _ in held_out_pairs],
             complete=with_rejected,
+            removal_number=removal_number,
         )
         is_start = own_settings.reference == "start"
         reference = preparation.initial if is_start else {}

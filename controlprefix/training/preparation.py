@@ -101,6 +101,7 @@ def prepare(
     validation: Sequence[Example] = (),
     num_slots_of: Callable[[PrefixKey], int | None] | None = None,
     complete: Callable[[Example, TrainingRow], TrainingRow] = lambda _, row: row,
+    removal_number: int | None = None,
 ) -> Preparation:
     """Divide the parts that examples name into trained and frozen, and initialize the trained.
 
@@ -117,12 +118,15 @@ def prepare(
         validation: Held-out rows, instead of a fraction of `examples`.
         num_slots_of: Slots of one prefix, where that differs from `num_slots`.
         complete: Adds to an example's row what another objective needs.
+        removal_number: Number of the last entry of the store's audit log from before the rows
+            were read, if they were read from the store.
 
     Raises:
         TrainingDataError: If the examples cannot be trained on.
         ContextLengthError: If some are too long, and are neither to be cut nor skipped.
     """
-    removal_number = resolver.last_removal_number()
+    if removal_number is None:
+        removal_number = resolver.last_removal_number()
     kinds = kinds_to_learn(examples, learn)
     tokenizer = frozen.request_tokenizer
     fitted = fit_to_context(examples, tokenizer, settings.too_long)
@@ -235,6 +239,12 @@ def prepare_requests(
     removal_number = resolver.last_removal_number()
     kinds = kinds_to_learn(requests, learn)
     check_trainable(demonstrations)
+    for i, request in enumerate(requests, 1):
+        if request.num_beams > 1:
+            raise TrainingDataError(
+                f"{request.place(i)} has num_beams={request.num_beams}, but texts are sampled; "
+                "leave it out"
+            )
     tokenizer = frozen.request_tokenizer
     all_rows = [*requests, *demonstrations]
     named = [part.key for row in all_rows for part in row.named_parts]
@@ -247,6 +257,7 @@ def prepare_requests(
         for request, prompt in map(tokenizer.fitted, requests)
     ]
     tokenized = tokenizer.ids_of_examples(demonstrations)
+    demonstrations = [tokenizer.fitted(example)[0] for example in demonstrations]
     demonstrated = [
         TrainingRow.from_example(
             ids, tokenizer.end_id, *_divide_parts(example, keys, stored)
@@ -340,6 +351,8 @@ def check_trainable(examples: Sequence[Request]) -> None:
             problem = f"unseen={row.unseen!r}, which replaces labels that have no prefix"
         elif row.when != "always":
             problem = f"when={row.when!r}, which applies to prefixes that are trained"
+        elif row.schedules:
+            problem = "schedules, which change strengths while text is generated"
         elif any(part.strength < 0 for part in row.named_parts):
             problem = "a strength below 0, which steers away from a prefix and trains none"
         if problem:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from controlprefix.errors import TrainingDataError, shortened
+from controlprefix.errors import ContextLengthError, TrainingDataError, shortened
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
@@ -114,13 +114,33 @@ class Trainer:
         """
         tokenizer = self._frozen.request_tokenizer
 
-        def with_teacher(example: Example, row: TrainingRow) -> TrainingRow:
+        def teacher_ids(example: Example) -> Sequence[int]:
             prompt = with_instruction(instruction, example.prompt or "")
-            ids = tokenizer.prompt_ids(example.model_copy(update={"prompt": prompt}))
-            return row._replace(teacher=ids)
+            return tokenizer.prompt_ids(example.model_copy(update={"prompt": prompt}))
 
+        def with_teacher(example: Example, row: TrainingRow) -> TrainingRow:
+            return row._replace(teacher=teacher_ids(example))
+
+        if settings.too_long == "cut":
+            raise TrainingDataError(
+                "too_long='cut' cannot be combined with an instruction that the same model reads "
+                "in front of each prompt; give 'skip', or shorter prompts"
+            )
+        fitting = []
+        for number, example in enumerate(examples, 1):
+            ids, num_new = teacher_ids(example), len(tokenizer.inner_ids(example.completion))
+            if tokenizer.has_room(ids, num_new):
+                fitting.append(example)
+            elif settings.too_long == "refuse":
+                raise ContextLengthError(
+                    f"instruction, prompt and completion {number} have {len(ids) + num_new} "
+                    f"tokens; the model's context has {tokenizer.context_length}; shorten them, or "
+                    "give too_long='skip'"
+                )
+        if not fitting:
+            raise TrainingDataError("no prompt fits the model's context with the instruction")
         preparation = prepare(
-            examples,
+            fitting,
             self._frozen,
             self._resolver,
             settings,
@@ -129,6 +149,8 @@ class Trainer:
             init={key: instruction},
             complete=with_teacher,
         )
+        num_skipped = preparation.num_skipped + len(examples) - len(fitting)
+        preparation = replace(preparation, num_skipped=num_skipped)
         return self._train_and_publish(preparation, settings, control)
 
     def trainable(

@@ -12,10 +12,11 @@ from controlprefix.errors import (
     MissingDependencyError,
     RequestError,
     StoreError,
+    TrainingDataError,
 )
 from controlprefix.model import FrozenModel
 from controlprefix.model.condensed_text import prefix_from_pieces
-from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
+from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import Profile, VersionInfo
 from controlprefix.users.text_features import TextFeatures
 
@@ -82,10 +83,18 @@ def enroll_each(
         StoreError: If a prefix cannot be stored.
     """
     report, started = EnrolmentReport(), time.monotonic()
+    earlier: set[PrefixKey] = set()
     with progress_bar("users", None, visible=progress) as update:
         for user, own in texts:
             try:
+                key = PrefixKey("user", user)
+                if key in earlier:
+                    raise TrainingDataError(
+                        f"user {user!r} comes twice, and is enrolled from the first texts; give "
+                        "all texts of a user together"
+                    )
                 report.users[user] = enroll(user, own)
+                earlier.add(key)
             except ForgottenError as error:
                 report.failed[user] = str(error)
             except (StoreError, MissingDependencyError):

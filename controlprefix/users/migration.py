@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from controlprefix.errors import PrefixFormatError, TrainingDataError
+from controlprefix.errors import (
+    PrefixFormatError,
+    TrainingDataError,
+    UnknownNameError,
+    VersionConflictError,
+)
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import ModelStore, NewVersion
 
@@ -56,6 +61,8 @@ def migrate(
     for user in source.names("user"):
         try:
             code = source.get(PrefixKey("user", user)).value
+        except UnknownNameError:  # forgotten meanwhile
+            continue
         except PrefixFormatError as error:  # one damaged code must not stop the migration of others
             if user not in existing:
                 skipped[user] = str(error)
@@ -74,10 +81,10 @@ def migrate(
                 skipped[user] = "its code is of another decoder than most"
         elif user in existing:
             key = PrefixKey("user", user)
-            info = own.version_info(key)
             try:
+                info = own.version_info(key)
                 value = own.get(key, version=info.version).value
-            except PrefixFormatError:  # it teaches nothing
+            except (PrefixFormatError, UnknownNameError):  # it teaches nothing
                 continue
             is_own = isinstance(value, UserCode) and value.decoder_hash == decoder.content_hash
             if isinstance(value, UserCode) and is_own and "migrated" not in info.details:
@@ -99,9 +106,26 @@ def migrate(
         for user, code in codes.items()
         if user not in existing
     ]
-    numbers = put(versions) if versions else {}
+    numbers = _put_new(versions, own, put) if versions else {}
     saved = {key.name: number for key, number in numbers.items()}
     return MigrationReport(len(old_codes), max(0.0, code_map.r2), saved, skipped)
+
+
+def _put_new(
+    versions: Sequence[NewVersion],
+    own: ModelStore,
+    put: Callable[[Sequence[NewVersion]], Mapping[PrefixKey, int]],
+) -> Mapping[PrefixKey, int]:
+    """Store users who have nothing yet, without those who are enrolled meanwhile."""
+    while True:
+        try:
+            return put(versions)
+        except VersionConflictError:
+            existing = set(own.names("user"))
+            remaining = [new for new in versions if new.key.name not in existing]
+            if not remaining or len(remaining) == len(versions):
+                raise
+            versions = remaining
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from controlprefix.errors import RequestError, TrainingDataError
+from controlprefix.errors import ForgottenError, RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel, prefix_from_tokens
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
@@ -201,14 +201,30 @@ class UserTrainer:
             destination=" ".join(
                 (self._store.display_name, self._store.tenant, self._frozen.fingerprint)
             ),
+            is_stored=lambda key, version: self._model_store.has_versions(
+                {str(key): version}, [key]
+            ),
         )
 
-    def enroll(self, user: str, texts: Sequence[str], options: EnrolmentOptions) -> int:
+    def enroll(
+        self,
+        user: str,
+        texts: Sequence[str],
+        options: EnrolmentOptions,
+        *,
+        removal_number: int | None = None,
+    ) -> int:
         """Store a user's prefix or code at once: see `ControlPrefix.enroll`.
 
         The version, the texts and the profile are stored in one transaction.
+
+        Args:
+            user, texts, options: As there.
+            removal_number: Number of the last entry of the store's audit log from before the
+                texts were read; left out, that of now.
         """
-        removal_number = self._store.last_removal_number()
+        if removal_number is None:
+            removal_number = self._store.last_removal_number()
         texts, decoder = usable_texts(user, texts), options.decoder
         extras: dict[str, Any] = {"texts": texts} if options.keep_texts else {}
         if options.keep_profile:
@@ -226,6 +242,8 @@ class UserTrainer:
                 extras=lambda user: extras,
             )
             if user in report.failed:
+                if self._store.last_removal_number(forgotten=user) > removal_number:
+                    raise ForgottenError(user)
                 raise TrainingDataError(report.failed[user])
             (version,) = report.users[user].saved.values()
             return version

@@ -80,6 +80,7 @@ def train_users(
     concurrent_users: int,
     control: RunControl,
     destination: str = "",
+    is_stored: Callable[[PrefixKey, int], bool] = lambda *_: False,
 ) -> UsersReport:
     """Train a prefix or a code for each user on texts they wrote.
 
@@ -93,6 +94,7 @@ def train_users(
         control: In its folder, finished users are recorded; to resume skips users recorded there
             with the same texts, settings and destination.
         destination: Where finished users are stored.
+        is_stored: Whether a version of a key is still there.
 
     Raises:
         TrainingDataError: If `concurrent_users` is below 1.
@@ -104,7 +106,7 @@ def train_users(
     folder = control.folder
     loop = TrainingLoop(frozen, settings)
     started = time.monotonic()
-    finished = _read_finished(folder) if folder is not None and control.resume else set()
+    finished = _read_finished(folder, destination) if folder and control.resume else {}
     report, skipped = UsersReport(), []
     waiting = iter(texts)
     active: list[_ActiveUser] = []
@@ -129,7 +131,8 @@ def train_users(
                 report.failed[user] = str(error)
                 return True
             admitted.add(key)
-            if (run.identity, destination) in finished:
+            version = finished.get(run.identity)
+            if version is not None and is_stored(key, version):
                 skipped.append(user)
             else:
                 active.append(_ActiveUser(user, run, time.monotonic()))
@@ -154,9 +157,9 @@ def train_users(
                 active.remove(user)
                 try:
                     if reason is None:
-                        report.users[user.name] = _publish(user, publish)
+                        report.users[user.name] = own = _publish(user, publish)
                         if folder is not None:
-                            _record_finished(folder, user, destination)
+                            _record_finished(folder, user, destination, own)
                 except (PrefixFormatError, ForgottenError) as error:
                     # Values too large for the model's dtype, or nobody to store them for.
                     reason = str(error)
@@ -276,22 +279,26 @@ def _publish(user: _ActiveUser, publish: Publish) -> TrainingReport:
     return replace(report, saved={str(key): version})
 
 
-def _read_finished(folder: Path) -> set[tuple[str, str]]:
+def _read_finished(folder: Path, destination: str) -> dict[str, int]:
+    """The versions that finished runs were stored as there, by the runs' identities."""
     path = folder / _FINISHED_FILE
     if not path.exists():
-        return set()
-    identities = set()
+        return {}
+    versions = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
             record = json.loads(line)
-            identities.add((record["identity"], record["destination"]))
-    return identities
+            if record["destination"] == destination:
+                versions[record["identity"]] = record["version"]
+    return versions
 
 
-def _record_finished(folder: Path, user: _ActiveUser, destination: str) -> None:
-    line = json.dumps(
-        {"user": user.name, "identity": user.run.identity, "destination": destination}
-    )
+def _record_finished(
+    folder: Path, user: _ActiveUser, destination: str, report: TrainingReport
+) -> None:
+    (version,) = report.saved.values()
+    record = {"identity": user.run.identity, "destination": destination, "version": version}
+    line = json.dumps({"user": user.name, **record})
     try:
         with (folder / _FINISHED_FILE).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
