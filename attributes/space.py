@@ -25,7 +25,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from controlprefix.attributes.labels import require_known
-from controlprefix.attributes.ordinal import as_number
+from controlprefix.attributes.ordinal import as_number, is_ordinal
 from controlprefix.errors import AttributeSpaceError, RequestError, known_names
 from controlprefix.labels import Attributes, check_attribute_name, weighted_labels
 from controlprefix.prefixes import PrefixKey
@@ -232,7 +232,7 @@ class AttributeSpace(BaseModel):
         if attribute is None or position is None or value in attribute.labels:
             return value
         poles = attribute.poles
-        if poles is None:
+        if poles is None or is_ordinal(attribute.labels):  # its labels are numbers themselves
             return value
         if not -1 <= position <= 1:
             raise RequestError(

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 StorageFormat = Literal["code", "int8", "bfloat16"]
 
-CODE_BYTES: Final = 1_416  # of the decoder with the default sizes, whatever the model
+CODE_WIDTH: Final = 64  # values per slot that a decoder has by default, whatever the model
+_CODE_HEADER_BYTES: Final = 352
 _ROW_BYTES: Final = 750  # of names, versions and indexes per user, on PostgreSQL
 _HEADER_BYTES: Final = 800  # of a safetensors file
 _PAGE_OVERHEAD: Final = 1.03  # pages that are not full
@@ -143,7 +144,7 @@ def capacity(workload: Workload) -> Capacity:
         )
     values, scales = workload.slot_values, workload.slot_heads
     payload = {
-        "code": CODE_BYTES,
+        "code": _CODE_HEADER_BYTES + workload.num_slots * (CODE_WIDTH + 2),
         "int8": _HEADER_BYTES + workload.num_slots * (values + 2 * scales),
         "bfloat16": _HEADER_BYTES + workload.num_slots * 2 * values,
     }[workload.storage_format]

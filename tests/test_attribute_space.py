@@ -135,6 +135,11 @@ def test_a_number_is_a_position_between_opposites(
     assert space.with_default_labels(request.attributes) == {"formality": labels}
 
 
+def test_a_number_among_numbers_is_one_of_them() -> None:
+    space = AttributeSpace.parse("attributes: {rating: {labels: {'1': {opposite: '5'}, '5': {}}}}")
+    assert space.with_default_labels({"rating": "3.5"}) == {"rating": "3.5"}
+
+
 @pytest.mark.parametrize("position", [1.5, -1.01])
 def test_a_position_beyond_the_opposites_is_refused(position: float) -> None:
     request = Request(prompt="Hi", attributes={"formality": position})

@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from controlprefix import Prefix
-from controlprefix.capacity import StorageFormat, Workload, capacity
+from controlprefix.capacity import CODE_WIDTH, StorageFormat, Workload, capacity
 from controlprefix.cli import app
-from controlprefix.prefixes import Geometry, PrefixKey
+from controlprefix.prefixes import Geometry, PrefixKey, UserCode
 from controlprefix.store import NewVersion, PrefixStore
 
 GEOMETRY = Geometry.uniform(num_layers=12, num_kv_heads=3, head_dim=64, fingerprint="f" * 64)
@@ -33,6 +34,13 @@ def test_a_store_is_as_large_as_computed(tmp_path: Path, storage_format: Storage
         )
     computed = capacity(replace(LOAD, users=num_users, storage_format=storage_format)).store_bytes
     assert computed == pytest.approx(path.stat().st_size, rel=0.12)
+
+
+@pytest.mark.parametrize("num_slots", [16, 64])
+def test_a_code_has_a_row_per_slot(num_slots: int) -> None:
+    code = UserCode("a" * 64, torch.randn(num_slots, CODE_WIDTH)).to_bytes(dtype="int8")
+    codes = replace(LOAD, users=1000, storage_format="code", num_slots=num_slots)
+    assert capacity(codes).store_bytes == pytest.approx(1000 * (len(code) * 1.03 + 750), rel=0.02)
 
 
 def test_the_measured_store_is_as_computed() -> None:

@@ -69,6 +69,19 @@ def test_gains_are_over_other_users_and_over_none(cp: ControlPrefix) -> None:
     assert result.worst_decile == pytest.approx(min(means))
 
 
+def test_users_who_do_not_fit_together_are_scored_in_turn(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = rows(["ana", "bo", "cleo"])
+    together = evaluate_users(cp, examples)
+    monkeypatch.setattr("controlprefix.evaluation.users._USERS_AT_ONCE", 2)
+    in_turn = evaluate_users(cp, examples)
+    for user, own in together.users.items():
+        assert in_turn.users[user].gain.mean == pytest.approx(own.gain.mean, abs=1e-5)
+    for name in ("prefixes", "data"):
+        assert in_turn.about[name] == together.about[name]
+
+
 def test_who_is_harmed_is_named_by_the_interval(cp: ControlPrefix) -> None:
     result = evaluate_users(cp, rows(["ana", "bo", "cleo"]))
     assert not result.users["ana"].is_harmed

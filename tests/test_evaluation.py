@@ -16,6 +16,7 @@ from controlprefix import (
     ControlPrefix,
     ControlPrefixError,
     Example,
+    Message,
     Prefix,
     Request,
     RequestError,
@@ -317,6 +318,11 @@ def test_a_dial_moves_what_is_measured_more_evenly(
     louder = request.model_copy(update={"strengths": {"pitch": 2.0}})
     with pytest.raises(RequestError, match="strengths name 'pitch', whose strength is measured"):
         strength_curve(cp, louder, "pitch", "high", classifier)
+    messages = request.model_copy(
+        update={"prompt": None, "messages": (Message(role="user", content="x"),)}
+    )
+    with pytest.raises(RequestError, match="which has messages or token ids"):
+        strength_curve(cp, messages, "pitch", "high", classifier, prompts=["a", "b"])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,22 +164,37 @@ def test_the_playground_by_keyboard_on_a_phone_and_with_a_failing_side(
     assert wait(browser, f"{NOTES}[0]") == "write two different texts first"
 
 
-def test_the_playground_has_one_dial_between_opposites(store: str, browser: Any) -> None:
+def test_the_playground_has_one_dial_between_opposites(tmp_path: Path, browser: Any) -> None:
+    store = f"sqlite:///{tmp_path}/prefixes.db"
+    fill(store, "mine", 2.0)
+    cp = ControlPrefix(frozen(MODEL, TOKENIZER), PrefixStore(store, tenant="mine"))
+    cold = Prefix.random(cp.geometry, num_slots=3, seed=7)
+    dialed = replace(cold, dial=((0.0, 0.0), (1.0, 0.4)))
+    cp.put("attribute", "tone=cold", dialed, details={"calibrated": {}})
+    for seed, stars in enumerate(("1", "5")):
+        prefix = Prefix.random(cp.geometry, num_slots=3, seed=seed)
+        cp.put("attribute", f"stars={stars}", prefix)
     space = AttributeSpace.parse(
-        "attributes: {tone: {labels: {warm: {opposite: cold}, cold: {opposite: warm}}}}"
+        "attributes: {tone: {labels: {warm: {opposite: cold}, cold: {opposite: warm}}}, "
+        "stars: {labels: {'1': {}, '5': {}}}}"
     )
     served = Served(store, open_tenant="mine", attributes=space)
     try:
         browser.get(f"{served.base}/playground")
         wait(browser, "document.querySelectorAll('.side .user option').length == 4")
-        browser.execute_script(
-            "const pick = document.querySelector('.dials select');"
-            "pick.value = [...pick.options].find(o => o.text.includes('cold … warm')).value;"
+        choose = (
+            "{const row = document.querySelector('.dials .dial[data-attribute=%s]');"
+            "const pick = row.querySelector('select'), range = row.querySelector('input');"
+            "pick.value = [...pick.options].find(o => o.text == '%s').value;"
             "pick.dispatchEvent(new Event('input', {bubbles: true}));"
-            "pick.nextElementSibling.value = 0.5;"
-            "pick.nextElementSibling.dispatchEvent(new Event('input', {bubbles: true}))"
+            "range.value = %s;"
+            "range.dispatchEvent(new Event('input', {bubbles: true}));}"
         )
-        assert wait(browser, "document.querySelector('.dials output').textContent") == "0.5 warm"
+        browser.execute_script(choose % ("tone", "tone: cold … warm", 0.5))
+        assert (
+            wait(browser, "document.querySelector('.dial[data-attribute=tone] output').textContent")
+            == "0.5 warm"
+        )
         assert browser.execute_script("return JSON.stringify(asked(sides()[0]).attributes)") == (
             '{"tone":0.5}'
         )
@@ -187,6 +203,25 @@ def test_the_playground_has_one_dial_between_opposites(store: str, browser: Any)
         text = browser.execute_script("return document.querySelector('.text').textContent")
         how: dict[str, Any] = {"prompt": "Tell Sam I will be late for lunch.", "max_new_tokens": 64}
         assert text == expected(store, **how, attributes={"tone": {"warm": 0.5}})
+        body = "return JSON.parse(JSON.stringify(asked(sides()[0])))"
+        browser.execute_script(choose % ("stars", "stars: 1 … 5", 3.4))
+        asked = browser.execute_script(body)
+        assert asked["attributes"] == {"stars": 3.4, "tone": 0.5}
+        assert "calibrated" not in asked
+        answer = httpx.post(f"{served.base}/v1/chat/completions", json=asked)
+        assert answer.is_success, answer.text
+        browser.execute_script(
+            choose % ("tone", "tone: cold", 0.5)
+            + choose % ("stars", "stars: —", 1)
+            + "document.querySelector('.calibrated input').click()"
+        )
+        assert (
+            browser.execute_script("return document.querySelector('.calibrated').hidden") is False
+        )
+        asked = browser.execute_script(body)
+        assert (asked["attributes"], asked["calibrated"]) == ({"tone": {"cold": 0.5}}, True)
+        answer = httpx.post(f"{served.base}/v1/chat/completions", json=asked)
+        assert answer.is_success, answer.text
     finally:
         served.close()
 
@@ -226,7 +261,7 @@ def test_the_playground_mixes_labels_and_fades_them(tmp_path: Path, browser: Any
         browser.execute_script(
             "const set = (element, value) => { element.value = value;"
             "element.dispatchEvent(new Event('input', {bubbles: true})); };"
-            "const row = document.querySelector('.dials .dial');"
+            "{const row = document.querySelector('.dials .dial');"
             "set(row.querySelector('select'), 'warm');"
             "row.querySelector('.more button').click();"
             "const second = row.nextElementSibling;"

@@ -136,6 +136,13 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
     def failing(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError(secret)
 
+    with monkeypatch.context() as patch:
+        patch.setattr("controlprefix.serving.routes.models._models", failing)
+        answer = httpx.get(f"{served.base}/v1/models")
+    assert (answer.status_code, secret in answer.text) == (500, False)
+    metrics = httpx.get(f"{served.base}/metrics").text
+    assert 'path="/v1/models",status="500"} 1.0' in metrics
+
     forward = served.batcher._forward
     served.batcher._forward = failing
     try:

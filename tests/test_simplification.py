@@ -108,6 +108,13 @@ def test_the_command_adds_ratios_to_rows(tmp_path: Path) -> None:
     assert [row["task"] for row in written] == ["simplify", "simplify", "s"]
     result = CliRunner().invoke(app, [*arguments, "--source", "original"])
     assert "original" in str(result.exception)
+    named = tmp_path / "rows.csv"
+    named.write_text("prompt,completion,style\na big house,a house,formal\nit is so,yes,\n")
+    options = [str(out), "--ratio", "length", "--attribute", "formality=style"]
+    result = CliRunner().invoke(app, ["data", "ratios", str(named), *options])
+    assert "2 rows written" in result.output
+    written = [json.loads(line)["attributes"] for line in out.read_text().splitlines()]
+    assert [row.get("formality") for row in written] == ["formal", None]
     data.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps({"prompt": 3, "source": "x"}))
     result = CliRunner().invoke(app, [*arguments, "--source", "source"])
     assert "rows.jsonl line 3: " in str(result.exception)

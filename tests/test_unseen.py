@@ -132,6 +132,18 @@ def test_the_nearest_labels_stand_in_by_their_shares(cp: ControlPrefix) -> None:
     assert same.stand_ins == ()
 
 
+def test_a_label_distilled_on_demand_does_not_stand_in_for_others(cp: ControlPrefix) -> None:
+    request = asked("-", "nearest").model_copy(update={"attributes": {"mood": "stern"}})
+    for label in ("strict", "firm"):  # two labels may be opposites
+        cp.put("attribute", f"mood={label}", Prefix.random(cp.geometry, num_slots=4, seed=9))
+    (instead,) = cp.generate(request).stand_ins
+    assert instead.how == "left out"
+    prefix = Prefix.random(cp.geometry, num_slots=4, seed=8)
+    cp.put("attribute", "mood=warm (distilled 0123abcd)", prefix)
+    (instead,) = cp.generate(request).stand_ins
+    assert instead.how == "left out"
+
+
 def test_what_nothing_is_near_to_is_left_out(cp: ControlPrefix) -> None:
     rows = [asked("banana", "nearest", strengths={"tone": 2.0}), asked("warm", "nearest")]
     banana, warm = cp.generate(rows)

@@ -25,6 +25,7 @@ from controlprefix import (
     Prefix,
     Request,
     RequestError,
+    UnknownNameError,
 )
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.model import mass_in_keys
@@ -200,6 +201,24 @@ def test_a_missing_or_damaged_prefix_ends_its_own_request_alone(
         assert [other.result().text for other in others] == expected * 2
     assert runner.submit(cp.resolve(request)).result().text == cp.generate(request).text
     assert len(path.read_bytes()) == len(whole)  # written anew
+
+
+def test_the_slots_of_a_user_forgotten_meanwhile_are_not_written_again(
+    cp: ControlPrefix, runner: VllmRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cp.put("user", "goes", Prefix.random(cp.geometry, num_slots=24, seed=95))
+    request = Request(prompt="lost", user="goes", max_new_tokens=8)
+    path = runner._folder.file(placed(runner, cp.resolve(request)).file_name)
+    path.write_bytes(path.read_bytes()[:-7])
+
+    def forgotten(_: Any) -> bool:
+        runner.forget("default", PrefixKey("user", "goes"))
+        return True
+
+    monkeypatch.setattr(runner, "_is_lost", forgotten)
+    with pytest.raises(UnknownNameError, match="was forgotten"):
+        runner.submit(cp.resolve(request)).result()
+    assert not path.exists()
 
 
 def test_a_forgotten_users_slots_leave_the_folder_and_workers(

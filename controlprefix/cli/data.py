@@ -92,7 +92,7 @@ def add_ratios(
     from controlprefix.data.files import read_records
     from controlprefix.data.ratios import RATIOS
 
-    examples, sources = [], []
+    sources: list[str] = []
     records = list(read_records(data))
     names, defaults = columns.columns(), columns.defaults()
     for record in records:
@@ -103,14 +103,15 @@ def add_ratios(
         record._replace(fields={k: v for k, v in record.fields.items() if k not in unused})
         for record in records
     ]
-    as_examples(rows, columns=names, defaults=defaults)  # all that is wrong in one message
+    examples = as_examples(rows, columns=names, defaults=defaults)
+    by_place = {record.place: record for record in records}
     without = []
-    for record, row in zip(records, rows, strict=True):
-        own = as_examples([row], columns=names, defaults=defaults)
-        examples += own
-        texts = [record.fields[source] if source else x.conversation[-1].content for x in own]
-        sources += texts
-        without += [record.place for text in texts if not text.strip()]
+    for example in examples:
+        place = example.place(0)
+        own = by_place[place].fields[source] if source else example.conversation[-1].content
+        sources.append(own)
+        if not own.strip():
+            without.append(place)
     if without:
         raise TrainingDataError(
             f"there is no source text in {shortened(without)}; name its column with --source"

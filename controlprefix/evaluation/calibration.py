@@ -100,6 +100,11 @@ def strength_curve(
                 f"the request's {field} name {attribute!r}, whose strength is measured; leave it "
                 "out"
             )
+    if prompts and (request.messages is not None or request.prompt_ids is not None):
+        raise RequestError(
+            "prompts are texts in place of the request's, which has messages or token ids; give a "
+            "request with a prompt, or leave prompts out"
+        )
     sample_prompts = [
         prompts[i % len(prompts)] if prompts else request.prompt for i in range(num_samples)
     ]

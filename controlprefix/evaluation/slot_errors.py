@@ -76,7 +76,9 @@ def slot_errors(
         for all_values in values.values():
             others = {v for v in all_values if not any(v in value for value in own)}
             written = {other for other in others if f" {other} " in words}
-            invented += bool(written - counted)
+            new = written - counted
+            # A value within another, such as "french" in "french food", is said once.
+            invented += sum(not any(v != w and v in w for w in written) for v in new)
             counted |= written
     if not num_values:
         raise ValueError("the tables have no values to look for")

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from controlprefix.data.tables import is_missing
 from controlprefix.engine import ControlPrefix
 from controlprefix.engine.arguments import checks_own_arguments
 from controlprefix.errors import TrainingDataError
-from controlprefix.evaluation.harness import about_prefixes, resolvable
+from controlprefix.evaluation.harness import about_prefixes, describe_rows, resolvable
 from controlprefix.evaluation.metrics import Estimate, bootstrap_mean, wilson_proportion
 from controlprefix.evaluation.users_report import UserResult, UsersEvaluation
 from controlprefix.example import Example
@@ -30,6 +31,7 @@ IMPERSONAL_PROMPTS = (
     "What is 12 times 12?",
 )
 MIN_GROUP_SIZE = 8
+_USERS_AT_ONCE = 64  # whose prefixes are on the device together
 _NUM_OTHERS = 2  # users whose prefixes a row is scored with for comparison
 _MAX_NEW_TOKENS = 24
 _WORST_SHARE = 0.1
@@ -82,8 +84,16 @@ def evaluate_users(
     """
     groups = checked_groups(groups or {}, min_group_size)
     users = rows_by_user(rows, columns=columns, seed=seed)
-    results = results_of_users(cp, users, prompts=prompts)
-    about = about_prefixes(cp, [row for own in users.values() for row in own.rows])
+    results: dict[str, UserResult] = {}
+    names: set[str] = set()
+    about: dict[str, Any] = {}
+    for first in range(0, len(users), _USERS_AT_ONCE):
+        chunk = dict(islice(users.items(), first, first + _USERS_AT_ONCE))
+        results |= results_of_users(cp, chunk, prompts=prompts)
+        about = about_prefixes(cp, [row for own in chunk.values() for row in own.rows])
+        names.update(about["prefixes"])
+    about["data"] = describe_rows([row for own in users.values() for row in own.rows])
+    about["prefixes"] = sorted(names)
     return summarize(results, groups, min_group_size, about)
 
 

@@ -24,6 +24,7 @@ from controlprefix.request import AnyRequest, Request
 
 MIN_SIMILARITY = 0.3  # cosine of sentence embeddings, below which no label counts as near
 _MAX_TEXT_CHARACTERS = 2000
+_DISTILLED = " (distilled "  # in the name of a label that was distilled on demand
 _MAX_LABELS = 3  # labels in a mixture
 _MAX_POLES = 2  # labels of an attribute that may be opposites, where no space says so
 _SOFTMAX_SCALE = 10.0  # shares grow by e for each 0.1 of cosine
@@ -59,7 +60,8 @@ def nearest_labels(
         embed: Texts -> embeddings of length 1.
     """
     opposites = _opposites(label.attribute, space)
-    existing = {key.label for key in trained if key.attribute == label.attribute}
+    own = {key.label for key in trained if key.attribute == label.attribute}
+    existing = {name for name in own if _DISTILLED not in name}
     paired = set().union(*opposites)
     if len(existing) <= _MAX_POLES:  # most likely the poles of a dial
         paired |= existing
@@ -188,7 +190,7 @@ def _stand_in(
                 raise RequestError("unseen='distill' trains a prefix, which is not possible here")
             # Another description is another prefix.
             digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-            name = f"{label.label} (distilled {digest})"
+            name = f"{label.label}{_DISTILLED}{digest})"
             distill(PrefixKey.for_label(label.attribute, name), text)
             stand_in = StandIn(
                 label=label.key.name, how="distilled", used={text: 1.0}, similarity=1.0

@@ -16,7 +16,7 @@ from controlprefix._io import progress_bar, requires_extra
 from controlprefix.attributes import AttributeSpace
 from controlprefix.data import Columns, Rows, read_users
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import EngineError, TrainingDataError, UnknownNameError
+from controlprefix.errors import EngineError, StoreError, TrainingDataError, UnknownNameError
 from controlprefix.evaluation.harness import about_prefixes, describe_rows
 from controlprefix.evaluation.users import (
     IMPERSONAL_PROMPTS,
@@ -318,6 +318,8 @@ class _Run:
                     report, stored = self._ray.get(reference)
                 except self._ray.exceptions.RayActorError as error:
                     actor = self._replaced(chunk, error)
+                except StoreError as error:  # such as a database that is away for long
+                    self._put_back(chunk, str(error))
                 else:
                     self._report.users.update(report.users)
                     self._report.failed.update(report.failed)
@@ -358,12 +360,17 @@ class _Run:
         if not chunk.num_attempts and self._num_dead >= _MAX_ATTEMPTS:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise EngineError(f"the actors cannot start: {lines[-1]}") from error
+        self._put_back(
+            chunk, f"{_MAX_ATTEMPTS} actors died while they did this user or one beside it"
+        )
+        return self._new_actor()
+
+    def _put_back(self, chunk: _Chunk, reason: str) -> None:
+        """Do users again later, or report them if they were tried often enough."""
         if chunk.num_attempts >= _MAX_ATTEMPTS:
-            reason = f"{_MAX_ATTEMPTS} actors died while they did this user or one beside it"
             self._report.failed.update((user, reason) for user, _ in chunk.users)
         else:
             self._again.append(chunk)
-        return self._new_actor()
 
     def _new_actor(self) -> Any:
         self._actors.append(self._start())

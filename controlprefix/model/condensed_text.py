@@ -68,7 +68,8 @@ def prefix_from_pieces(
     """A prefix of all tokens of some texts, however many there are.
 
     If they have more tokens than slots, they are matched. The texts themselves are the
-    query texts, and none of them attends to its own slots.
+    query texts. None of those that are read in one pass attends to its own slots; where several
+    passes are matched again, into one prefix, each attends to all.
 
     Args:
         frozen: The model.

@@ -146,6 +146,11 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, noting_send)
+        except Exception:
+            if not status:  # it is answered outside of this middleware
+                status = 500
+                self._counter.labels(_path(scope), str(status)).inc()
+            raise
         finally:
             if _request_log.isEnabledFor(logging.INFO):
                 line = {

@@ -158,6 +158,10 @@ class Objective:
             return {}
         return {"accuracy": fmean(m > 0 for m in margins), "margin": fmean(margins)}
 
+    def other_keys(self) -> set[PrefixKey]:
+        """Keys of prefixes that rows of the objective's own train, beside those of the run."""
+        return set()
+
     def identity(self) -> Any:
         """What must be equal, beside rows and settings, for a run to be resumed; as JSON."""
         reference = [self._reference] if self._reference else []

@@ -96,6 +96,12 @@ class PolicyObjective(Objective):
         self._metrics: dict[str, float] = {}
         self._divergences: list[float] = []
 
+    def other_keys(self) -> set[PrefixKey]:
+        """Those of the demonstrations, if they are learned from."""
+        if not (self._settings.demonstration_weight or self._settings.demonstrated):
+            return set()
+        return {key for row in self._demonstrations for key, strength in row.learned if strength}
+
     def identity(self) -> Any:
         """The settings and the demonstrations."""
         rows = [
@@ -123,7 +129,8 @@ class PolicyObjective(Objective):
         draw = random.Random(seed)
         count = self._settings.num_samples
         requests = [pair.row for pair in pairs]
-        num_demonstrated = round(self._settings.demonstrated * len(requests))
+        expected = self._settings.demonstrated * len(requests)
+        num_demonstrated = int(expected + draw.random()) if expected else 0
         if num_demonstrated and self._demonstrations:
             requests[:num_demonstrated] = draw.choices(self._demonstrations, k=num_demonstrated)
         rows = [row for row in requests for _ in range(count)]

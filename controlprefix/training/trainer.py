@@ -306,7 +306,7 @@ class Trainer:
             # By one process for all: it stores them if they are not there.
             if in_first_process(lambda: stored.has_versions(earlier.saved, keys)):
                 return earlier
-        untrained = run.untrained()
+        untrained = run.untrained() - objective.other_keys()
         if untrained:
             names = shortened(sorted(map(str, untrained)))
             _log.warning("no step had a row of %s: not stored", names)

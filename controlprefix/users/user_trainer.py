@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from controlprefix.embeddings import MAX_CHARACTERS
 from controlprefix.errors import ForgottenError, RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel, prefix_from_tokens
@@ -247,7 +248,9 @@ class UserTrainer:
                 raise TrainingDataError(report.failed[user])
             (version,) = report.users[user].saved.values()
             return version
-        num_tokens = sum(len(self._frozen.request_tokenizer.inner_ids(text)) for text in texts)
+        tokenizer = self._frozen.request_tokenizer
+        limit = None if decoder is None else MAX_CHARACTERS  # of each text, to predict a code
+        num_tokens = sum(len(tokenizer.inner_ids(text[:limit])) for text in texts)
         enrolled: dict[str, Any] = {"texts": len(texts), "tokens": num_tokens, "decoder": decoder}
         if options.add and decoder is not None:
             key = PrefixKey("user", user)

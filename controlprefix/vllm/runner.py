@@ -17,6 +17,7 @@ from controlprefix.errors import (
     OverloadedError,
     RequestError,
     StoreError,
+    UnknownNameError,
     UnsupportedModelError,
 )
 from controlprefix.inference.resolved_request import ResolvedRequest
@@ -45,6 +46,7 @@ class _RemoteRequest:
         placement: Where its slots are.
         prompt: Token ids of the prompt, without placeholders.
         has_streamed: Whether any text was delivered.
+        is_forgotten: Whether its user was forgotten meanwhile; the slots are not written again.
         job: The coroutine that runs it.
     """
 
@@ -54,6 +56,7 @@ class _RemoteRequest:
     prompt: tuple[int, ...]
     top_log_probs: int | None
     has_streamed: bool = False
+    is_forgotten: bool = False
     job: "Future[None]" = field(default_factory=Future)
 
     def wait(self, timeout_s: float | None) -> None:
@@ -195,8 +198,13 @@ class VllmRunner:
         Raises:
             StoreError: If one cannot be removed.
         """
-        if key.kind == "user":
-            self._folder.forget(tenant, key.name)
+        if key.kind != "user":
+            return
+        for remote in list(self._running):
+            names = [part.used.name for part in remote.resolved.parts if part.used.kind == "user"]
+            if remote.resolved.tenant == tenant and key.name in names:
+                remote.is_forgotten = True
+        self._folder.forget(tenant, key.name)
 
     def remove_expired(self) -> None:
         """Remove files that nobody used for an hour: see `Runner.remove_expired`.
@@ -286,6 +294,8 @@ class VllmRunner:
                 is_lost = await asyncio.to_thread(self._is_lost, remote.placement)
                 if remote.has_streamed or not is_lost:
                     raise
+                if remote.is_forgotten:
+                    raise UnknownNameError("the user of this request was forgotten") from None
                 # Its file was evicted while the request waited, or is damaged: try once more.
                 await asyncio.to_thread(self._write_slots, remote.placement, overwrite=True)
                 ticket.tokens.clear()

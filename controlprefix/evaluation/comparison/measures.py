@@ -1,5 +1,6 @@
 """What is measured of a trained method."""
 
+import random
 import re
 import statistics
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -91,7 +92,8 @@ def nats_per_token(method: Method, rows: Sequence[Example]) -> float:
 
 def in_context(problem: Problem, texts: Sequence[Example]) -> list[Example]:
     """Texts with the task and labels of training rows, so that an adaptation is on."""
-    contexts = problem.training
+    contexts = list(problem.training)
+    random.Random(0).shuffle(contexts)  # rows may be sorted by label
     return [
         contexts[i % len(contexts)].model_copy(
             update={
@@ -116,7 +118,7 @@ def divergence(method: Method, texts: Sequence[Example], *, off: bool = False) -
         off: Compare the adapted model with its adaptation switched off.
 
     Returns:
-        The divergence; None where the adaptation cannot be switched off.
+        The divergence; None where the adaptation cannot be switched off, or no text has a token.
 
     Reference:
         The measure R⁻ of "Cartridges++" (Apple, 2026).
@@ -139,7 +141,7 @@ def divergence(method: Method, texts: Sequence[Example], *, off: bool = False) -
             continue
         with torch.no_grad():
             divergences += kl_divergences(logits, plain).tolist()
-    return statistics.fmean(divergences) if divergences else 0.0
+    return statistics.fmean(divergences) if divergences else None
 
 
 class Spectrum(NamedTuple):

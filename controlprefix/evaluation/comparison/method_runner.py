@@ -1,9 +1,11 @@
 """Trains and measures one method of a comparison after another."""
 
+import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import psutil
@@ -41,6 +43,12 @@ from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 from controlprefix.store import PrefixStore
 
+# Of a container: its limit and what it uses, in cgroup versions 2 and 1.
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
+)
 _SPARE = 1.2  # memory that must be available, times what is needed
 
 MethodMaker = Callable[[Problem], Method]
@@ -262,14 +270,20 @@ class _Trained(NamedTuple):
 def _too_large(method: Method) -> str | None:
     """Why a method's training would not fit the memory."""
     device = method.problem.frozen.device
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = psutil.virtual_memory().available
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes()
     required = _SPARE * method.required_bytes()
     if required <= available:
         return None
     return f"it needs about {required / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+
+
+def _available_bytes() -> int:
+    """Free memory of the machine, or of the container, whichever is less."""
+    available = psutil.virtual_memory().available
+    for limit, used in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # not in a container, or without a limit
+            available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return max(0, available)
 
 
 def _from_the_middle(rates: Sequence[float]) -> list[float]:

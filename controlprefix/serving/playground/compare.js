@@ -77,11 +77,13 @@ function settings(side) {
     const [pick, range, fade] = parts(row);
     (labels[pick.dataset.attribute] ??= []).push([pick.value, range.value, fade.value]);
   }
-  return { user: side.querySelector(".user").value, much: side.querySelector(".much").value, labels };
+  return { user: side.querySelector(".user").value, much: side.querySelector(".much").value, labels,
+    calibrated: side.querySelector(".calibrated input").checked };
 }
 
 function restore(side) {
-  const { user = "", much = "1", labels = {} } = side.state;
+  const { user = "", much = "1", labels = {}, calibrated = false } = side.state;
+  side.querySelector(".calibrated input").checked = calibrated;
   const select = side.querySelector(".user"), range = side.querySelector(".much");
   if ([...select.options].some((option) => option.value === user)) select.value = user;
   range.value = much;
@@ -137,12 +139,21 @@ async function prefer(side) {
   note(side, `kept for ${user}: ${count} preferences to learn from`);
 }
 
-const BETWEEN = "\u2194";  // no label: a position between two opposites
+const BETWEEN = "\u2194";  // no label: a position between two opposites, or between numbers
 
-// The labels at -1 and 1 of an attribute with opposites.
+// The labels at the ends of an attribute with opposites, or with numbers, and the values there.
 function endsOf(name) {
-  const first = Object.entries(attributes[name].labels).find(([, label]) => label.opposite);
-  return first && [first[1].opposite, first[0]];
+  const labels = attributes[name].labels;
+  const numbers = Object.keys(labels).filter((label) => label.trim() && !isNaN(label)).sort((a, b) => a - b);
+  if (numbers.length > 1) return { labels: [numbers[0], numbers.at(-1)], values: [numbers[0], numbers.at(-1)] };
+  const { opposites } = attributes[name];
+  return opposites && { labels: opposites, values: [-1, 1] };
+}
+
+// What a value between the ends is called.
+function inWordsBetween(ends, value) {
+  if (ends.values[0] !== -1) return "";  // a number is a label itself
+  return Math.abs(value) < 0.05 ? "neither" : ends.labels[value < 0 ? 0 : 1];
 }
 
 // Strengths over the tokens of a text, as [share of the tokens, multiplier].
@@ -162,13 +173,12 @@ function dial(name) {
   for (const label of Object.keys(attributes[name].labels).sort())
     pick.append(new Option(`${name}: ${label}`, label));
   const ends = endsOf(name);
-  if (ends) pick.append(new Option(`${name}: ${ends[0]} … ${ends[1]}`, BETWEEN));
+  if (ends) pick.append(new Option(`${name}: ${ends.labels.join(" … ")}`, BETWEEN));
   const range = Object.assign(document.createElement("input"),
     { type: "range", min: -1, max: 3, step: 0.1, value: 1 });
   range.setAttribute("aria-label", `strength of ${name}`);
   const output = document.createElement("output");
-  linked(range, output, (value) => pick.value !== BETWEEN ? inWords(value)
-    : Math.abs(value) < 0.05 ? "neither" : ends[value < 0 ? 0 : 1]);
+  linked(range, output, (value) => pick.value === BETWEEN ? inWordsBetween(ends, value) : inWords(value));
   const fade = document.createElement("select");
   fade.className = "fade";
   fade.setAttribute("aria-label", `${name} over the text`);
@@ -183,15 +193,19 @@ function dial(name) {
   pick.addEventListener("input", () => {
     more.hidden = !pick.value;
     mix.hidden = pick.value === BETWEEN;
-    [range.min, range.max] = pick.value === BETWEEN ? [-1, 1] : [-1, 3];
+    [range.min, range.max] = pick.value === BETWEEN ? ends.values : [-1, 3];
+    range.step = (range.max - range.min) / (pick.value === BETWEEN ? 20 : 40);
     range.dispatchEvent(new Event("input"));
   });
   row.append(pick, range, output, more);
   return row;
 }
 
-const showDials = (side) =>
+function showDials(side) {
   side.querySelector(".dials").replaceChildren(...Object.keys(attributes).sort().map(dial));
+  const labels = Object.values(attributes).flatMap((attribute) => Object.values(attribute.labels));
+  side.querySelector(".calibrated").hidden = !labels.some((label) => label.has_dial);
+}
 
 async function showUsers() {
   const users = (await (await ask("/v1/users")).json()).users;
@@ -241,6 +255,7 @@ function asked(side) {
     ...(at("seed").value.trim() ? { seed: Number(at("seed").value) } : {}),
     stream: true, attributes: chosen, strengths,
     ...(Object.keys(schedules).length ? { schedules } : {}), ...(user ? { user } : {}),
+    ...(side.querySelector(".calibrated input").checked ? { calibrated: true } : {}),
   };
 }
 

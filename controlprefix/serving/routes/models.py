@@ -5,7 +5,6 @@ from pydantic import BaseModel
 
 from controlprefix.attributes import Label
 from controlprefix.errors import ModelNotFoundError
-from controlprefix.prefixes import PrefixKey
 from controlprefix.serving.bodies import ClassifyBody
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.server import Server
@@ -34,10 +33,19 @@ class ModelList(BaseModel):
     data: list[ModelEntry]
 
 
+class LabelEntry(Label):
+    """A label that has a prefix."""
+
+    has_dial: bool = False
+    """Whether it is calibrated: a request with `calibrated` gives a position of its dial."""
+
+
 class AttributeEntry(BaseModel):
     """The labels of an attribute that have a prefix."""
 
-    labels: dict[str, Label]
+    labels: dict[str, LabelEntry]
+    opposites: tuple[str, str] | None = None
+    """The labels at -1 and at 1, if a request may give a number between them instead."""
 
 
 class AttributeList(BaseModel):
@@ -76,16 +84,22 @@ async def get_model(name: str, client: ClientDependency, server: ServerDependenc
 @router.get("/attributes")
 async def list_attributes(client: ClientDependency, server: ServerDependency) -> AttributeList:
     """The attributes and labels that have a prefix, with their descriptions."""
-    names = await server.work.with_store(client.cp.names, "attribute")
+    stored = await server.work.with_store(client.cp.store.prefixes, "attribute")
     attributes: dict[str, AttributeEntry] = {}
     space = client.cp.attributes
     described = space.keys() if space else set()
-    for name in names:
-        key = PrefixKey("attribute", name)
-        label = Label()
+    for info in stored:
+        if info.fingerprint != server.fingerprint:
+            continue
+        key, label = info.key, LabelEntry(has_dial="calibrated" in info.current.details)
         if space is not None and key in described:
-            label = space.attributes[key.attribute].labels[key.label]
+            in_space = space.attributes[key.attribute].labels[key.label]
+            label = label.model_copy(update=in_space.model_dump())
         attributes.setdefault(key.attribute, AttributeEntry(labels={})).labels[key.label] = label
+    for name, entry in attributes.items():
+        poles = space.attributes[name].poles if space and name in space.attributes else None
+        if poles and set(poles) <= entry.labels.keys():
+            entry.opposites = (poles[1], poles[0])
     return AttributeList(attributes=attributes)
 
 
