@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from controlprefix._io import requires_extra
+from controlprefix.cancellation import raise_if_stopped
 from controlprefix.errors import ControlPrefixError, short_reason
 
 DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
 _ENVIRONMENT_VARIABLE = "CONTROLPREFIX_EMBEDDERS"  # names of trusted ones, by commas
 _trusted = {DEFAULT_EMBEDDER}
+_TEXTS_PER_CALL = 512
 MAX_CHARACTERS = 600  # about what that model reads of a text
 
 
@@ -29,15 +32,21 @@ def embed(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
     Raises:
         MissingDependencyError: If sentence-transformers is not installed.
         ControlPrefixError: If the embedding model cannot be loaded.
+        TrainingInterrupted: Inside `stoppable`, if it is to stop.
 
     Reference:
         Reimers & Gurevych, "Sentence-BERT", 2019, https://arxiv.org/abs/1908.10084.
     """
     shortened = [text[:MAX_CHARACTERS] for text in texts]
-    embeddings = load_embedder(embedder).encode(
-        shortened, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
-    )
-    return embeddings.float().cpu().clone()  # a clone is no inference-mode tensor
+    encode, parts = load_embedder(embedder).encode, []
+    for first in range(0, len(shortened), _TEXTS_PER_CALL):
+        raise_if_stopped()
+        own = shortened[first : first + _TEXTS_PER_CALL]
+        embeddings = encode(
+            own, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
+        )
+        parts.append(embeddings.float().cpu())
+    return torch.cat(parts).clone()  # a clone is no inference-mode tensor
 
 
 def trust(embedder: str) -> None:

@@ -343,10 +343,11 @@ def test_an_active_connection_is_not_closed_between_requests(two_tenants: str) -
         served.close()
 
 
-def test_an_enrolment_that_takes_too_long_is_stopped(two_tenants: str) -> None:
+@pytest.mark.parametrize("refine", [True, False])
+def test_an_enrolment_that_takes_too_long_is_stopped(two_tenants: str, refine: bool) -> None:
     served = Served(two_tenants, open_tenant="a", limits=ServerLimits(timeout_s=1.0))
     try:
-        body = {"texts": [f"text {i} " * 40 for i in range(200)], "refine": True}
+        body = {"texts": [f"text {i} " * 40 for i in range(200)], "refine": refine}
         slow = httpx.put(f"{served.base}/v1/users/slow", json=body, timeout=60)
         assert slow.status_code == 504
         pool = served.gateway.work._enrolments

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from controlprefix.cancellation import raise_if_stopped
 from controlprefix.model.attention import AttentionCall, SteeredLayer, recording
 from controlprefix.model.frozen import FrozenModel
 from controlprefix.model.log_probs import token_log_probs
@@ -59,12 +60,16 @@ def observe(
         prefix: The prefix, on the model's device.
         query_texts: At least one.
         max_queries: Tokens per query text whose attention is kept, evenly spaced; None for all.
+
+    Raises:
+        TrainingInterrupted: Inside `stoppable`, if it is to stop.
     """
     geometry = prefix.geometry
     records: dict[Site, list[list[LayerAttention]]] = {
         site: [[] for _ in geometry.layers(site)] for site in geometry.sites
     }
     for query_text in query_texts:
+        raise_if_stopped()
         visible = {
             site: [i for i in range(len(rows)) if i not in query_text.hidden]
             for site, rows in prefix.slots.items()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from controlprefix.cancellation import raise_if_stopped
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import PrefixDecoder, UserCode
 from controlprefix.users.enrolment import predict_code
@@ -40,6 +41,7 @@ def guarded_code(
         for own, others in (halves, halves[::-1]):
             code = predict_code(decoder, own)
             for share in SHARES:
+                raise_if_stopped()
                 prefix = decoder.decode(_at_share(decoder, code, share))
                 losses = losses_of_texts(frozen, others, prefix.to(dtype=frozen.dtype))
                 totals[share] += sum(loss for loss, _ in losses)
