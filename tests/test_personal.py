@@ -104,6 +104,8 @@ def test_an_enrolled_user_gets_the_style_of_similar_users(cp: ControlPrefix) -> 
         assert cp.versions("user", style)[0].size_bytes < 1000
     assert nats(cp, "hello hello", "hello") < nats(cp, "hello hello", "AHOY!") - 0.2
     assert nats(cp, "AHOY! AHOY!", "AHOY!") < nats(cp, "AHOY! AHOY!", "hello") - 0.2
+    with pytest.raises(RequestError, match="trained with features of texts"):
+        cp.enroll("cy", vector=[1.0], decoder="users")
 
 
 def test_more_texts_move_the_predicted_code_further(cp: ControlPrefix) -> None:

@@ -8,7 +8,7 @@ from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_texts_by
 from controlprefix.embeddings import DEFAULT_EMBEDDER
 from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.sharing import SharingMethods
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.store import SimilarUser
 from controlprefix.training import RunControl, TrainingOptions
 from controlprefix.users import (
@@ -86,6 +86,7 @@ class UserMethods(SharingMethods):
         num_slots: int = 16,
         width: int = 64,
         embedder: str = DEFAULT_EMBEDDER,
+        vectors: Mapping[str, Sequence[float]] | None = None,
         **options: Unpack[TrainingOptions],
     ) -> DecoderReport:
         """Train a decoder of user codes on many users, and store it under a name.
@@ -101,20 +102,26 @@ class UserMethods(SharingMethods):
             num_slots: Slots of the prefixes.
             width: Values of a code per slot.
             embedder: A sentence-transformers model, by name or folder, for text features.
+            vectors: A vector per user, all of one size, from which codes are predicted in place
+                of text features: of a recommender, of images, of answers to questions. Then
+                `enroll(vector=)` enrolls users without any text.
             **options: Fields of `TrainingSettings` and `RunControl`; `batch_size` is 16 by default.
 
         Returns:
             The number of users, the cross-validated R² of predicted codes, and the training report.
 
         Raises:
-            TrainingDataError: If there are fewer than two users, or one without a text.
+            TrainingDataError: If there are fewer than two users, or one without a text or a
+                vector.
             MissingDependencyError: If sentence-transformers is not installed.
 
         Reference:
             The shared reparameterization of Control Prefixes (Clive et al., 2021) over users,
             as in Tan et al., "Personalized Pieces", 2024, https://arxiv.org/abs/2406.10471;
             codes predicted from texts as in PPlug (Liu et al., 2024,
-            https://arxiv.org/abs/2409.11901).
+            https://arxiv.org/abs/2409.11901), or from vectors, as in Embedding-to-Prefix
+            (Huber et al., 2025, https://arxiv.org/abs/2505.17051) and ClipCap (Mokady et al.,
+            2021, https://arxiv.org/abs/2111.09734).
         """
         control, fields = RunControl.split_off(options)
         return self._user_trainer.learn_decoder(
@@ -123,6 +130,7 @@ class UserMethods(SharingMethods):
             num_slots=num_slots,
             width=width,
             embedder=embedder,
+            vectors=vectors,
             control=control,
             options=fields,
         )
@@ -130,9 +138,10 @@ class UserMethods(SharingMethods):
     def enroll(
         self,
         user: str,
-        texts: str | Sequence[str] | Rows,
+        texts: str | Sequence[str] | Rows | None = None,
         *,
         columns: Columns | None = None,
+        vector: Sequence[float] | None = None,
         decoder: str | None = None,
         refine: bool = False,
         num_slots: int = 64,
@@ -152,6 +161,8 @@ class UserMethods(SharingMethods):
             texts: What they wrote: texts, the `Path` of a file of texts, or rows in any form; of
                 rows that name users, those of this user.
             columns: Which columns of rows hold what, if they have other names.
+            vector: The user's vector instead of texts, with a decoder that was trained with
+                vectors. Then there are no other options.
             decoder: A stored decoder, by name (see `learn_decoder`).
             refine: With a decoder: train the predicted code further, for some seconds. Without:
                 train 16 slots at most from the texts' first tokens, instead of matching them.
@@ -170,8 +181,8 @@ class UserMethods(SharingMethods):
         Raises:
             TrainingDataError: If there is no text.
             UnknownNameError: If there is no such decoder, or no such user to add to.
-            RequestError: If the user's current prefix is nothing that texts can be added to, or
-                options do not go together.
+            RequestError: If the user's current prefix is nothing that texts can be added to,
+                options do not go together, or a vector is not one of the decoder's.
             VersionConflictError: If another version was stored meanwhile, with `add`.
             ForgottenError: If the user was forgotten meanwhile.
             MissingDependencyError: If a decoder or a profile needs sentence-transformers.
@@ -186,6 +197,15 @@ class UserMethods(SharingMethods):
             add=add,
             guard=guard,
         )
+        if vector is not None:
+            if texts is not None or decoder is None or options != EnrolmentOptions(decoder=decoder):
+                raise RequestError(
+                    "vector takes the place of texts, and goes with decoder alone; leave the "
+                    "others out"
+                )
+            return self._user_trainer.enroll_vector(user, vector, decoder)
+        if texts is None:
+            raise RequestError("there is nothing to enroll from; give texts, or vector and decoder")
         own = as_texts(texts, columns=columns, user=user)
         return self._user_trainer.enroll(user, own, options)
 

@@ -1,7 +1,7 @@
 """Training a decoder of user codes, with the codes of many users, and the code predictor."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from controlprefix.training.initialization import typical_scale
 from controlprefix.training.loop import train
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
-from controlprefix.users.text_features import TextFeatures
 from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
 from controlprefix.users.user_training import UserRow, split_user_rows, user_rows
 
@@ -50,7 +49,8 @@ def train_decoder(
     *,
     num_slots: int,
     width: int,
-    features: TextFeatures,
+    features: Callable[[Mapping[str, Sequence[str]]], Mapping[str, Tensor]],
+    feature_set: str,
     control: RunControl,
 ) -> tuple[PrefixDecoder, dict[str, Tensor], DecoderReport]:
     """Train a decoder on the texts of many users, together with their codes.
@@ -61,7 +61,9 @@ def train_decoder(
         settings: Hyperparameters.
         num_slots: Slots of a prefix.
         width: Values of a code per slot.
-        features: Text features for the code predictor.
+        features: Given users with their texts, the features from which codes are predicted,
+            `(num_rows, num_features)` per user.
+        feature_set: Name of these features.
         control: Run folder, progress, tracker and callbacks.
 
     Returns:
@@ -81,14 +83,14 @@ def train_decoder(
     first_texts = [text for own in texts.values() for text in own[:_NUM_INITIAL_TEXTS]]
     initial_texts = draw.sample(first_texts, min(_NUM_INITIAL_TEXTS, len(first_texts)))
     ids = frozen.request_tokenizer.text_ids("\n".join(initial_texts))
-    feature_rows = {user: features.compute(own[:_MAX_FEATURE_TEXTS]) for user, own in texts.items()}
+    feature_rows = features({user: own[:_MAX_FEATURE_TEXTS] for user, own in texts.items()})
     decoder = PrefixDecoder(
         prefix_from_tokens(frozen, ids, num_slots=num_slots),
         typical_scale(frozen, ids),
         width=width,
         hidden_size=settings.hidden_size,
         num_features=next(iter(feature_rows.values())).shape[1],
-        feature_set=features.name,
+        feature_set=feature_set,
         seed=settings.seed,
     )
     keys = {user: PrefixKey("user", user) for user in texts}

@@ -18,6 +18,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.condensed_text import prefix_from_pieces
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import Profile, VersionInfo
+from controlprefix.users import user_vectors
 from controlprefix.users.text_features import TextFeatures
 
 
@@ -129,8 +130,13 @@ def predict_code(decoder: PrefixDecoder, texts: Sequence[str]) -> UserCode:
         texts: At least one that is not empty.
 
     Raises:
+        RequestError: If it was trained with vectors.
         MissingDependencyError: If sentence-transformers is not installed.
     """
+    if decoder.feature_set == user_vectors.FEATURE_SET:
+        raise RequestError(
+            "the decoder was trained with vectors of users, not with their texts; give vector="
+        )
     if not decoder.predictor.uses_features:
         return decoder.mean_code
     return decoder.predict_code(TextFeatures.by_name(decoder.feature_set).compute(texts))

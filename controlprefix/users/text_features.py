@@ -3,7 +3,7 @@
 import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class TextFeatures:
             )
         require_trusted(embedder, "the decoder")
         return cls(embedder)
+
+    def of_users(self, users: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        """Features of users' texts, `(num_texts, num_features)` each: see `compute`."""
+        return {user: self.compute(texts) for user, texts in users.items()}
 
     def compute(self, texts: Sequence[str]) -> Tensor:
         """Features of texts, `(num_texts, num_features)`, float32.

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from controlprefix.embeddings import MAX_CHARACTERS
 from controlprefix.errors import ForgottenError, RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
-from controlprefix.model import FrozenModel, prefix_from_tokens
+from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.processes import in_first_process, process_state
 from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser, StoredVersion
 from controlprefix.training.control import RunControl, run_destination
-from controlprefix.training.initialization import as_decoupled, typical_scale
-from controlprefix.training.parameterization import TrainablePrefixes, parameterize
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
+from controlprefix.users import user_vectors
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
 from controlprefix.users.enrolment import (
     EnrolmentOptions,
@@ -25,11 +25,12 @@ from controlprefix.users.enrolment import (
     profile_of,
 )
 from controlprefix.users.guard import guarded_code
+from controlprefix.users.initialization import initializer
 from controlprefix.users.migration import MigrationReport, migrate
 from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
 from controlprefix.users.text_features import TextFeatures
-from controlprefix.users.user_codes import TrainableCodes
 from controlprefix.users.user_training import Initialize, UsersReport, train_users, usable_texts
+from controlprefix.users.user_vectors import code_of_vector, vector_features
 
 _DEFAULT_OPTIONS = {"parameterization": "direct", "batch_size": 4, "patience": 2}
 # A decoder's initialization is good, so small steps are enough: see docs/decisions.md.
@@ -84,6 +85,7 @@ class UserTrainer:
         num_slots: int,
         width: int,
         embedder: str,
+        vectors: Mapping[str, Sequence[float]] | None,
         control: RunControl,
         options: Mapping[str, Any],
     ) -> DecoderReport:
@@ -96,13 +98,21 @@ class UserTrainer:
         destination = run_destination(self._store, self._frozen)
         # Read before any process stores something.
         earlier = in_first_process(lambda: control.stored_report(destination))
+        if vectors is None:
+            text_features = TextFeatures(embedder)
+            features: Any = text_features.of_users
+            feature_set = text_features.name
+        else:
+            features = partial(vector_features, vectors)
+            feature_set = user_vectors.FEATURE_SET
         decoder, codes, report = train_decoder(
             self._frozen,
             texts,
             settings,
             num_slots=num_slots,
             width=width,
-            features=TextFeatures(embedder),
+            features=features,
+            feature_set=feature_set,
             control=control,
         )
         details = {
@@ -196,7 +206,7 @@ class UserTrainer:
             texts.items() if isinstance(texts, Mapping) else texts,
             publish,
             settings,
-            initialize=self._initialize(settings, decoder, as_codes, num_slots),
+            initialize=self._initializer(settings, decoder, as_codes, num_slots),
             concurrent_users=concurrent_users,
             control=control,
             destination=" ".join(
@@ -277,6 +287,13 @@ class UserTrainer:
         return self._put(
             user, value, {"enrolled": enrolled}, removal_number=removal_number, **extras
         )
+
+    def enroll_vector(self, user: str, vector: Sequence[float], decoder: str) -> int:
+        """Store the code of a user's vector: see `ControlPrefix.enroll`."""
+        removal_number = self._store.last_removal_number()
+        code = code_of_vector(self.decoder(decoder), decoder, user, vector)
+        details = {"enrolled": {"vector": len(vector), "decoder": decoder}}
+        return self._put(user, code, details, removal_number=removal_number)
 
     def migrate(self, source: ModelStore, decoder: str) -> MigrationReport:
         """Give users of another model codes of this one: see `ControlPrefix.migrate_users`.
@@ -371,7 +388,7 @@ class UserTrainer:
             [(key.name, texts)],
             collect,
             settings,
-            initialize=self._initialize(settings, decoder, is_code, num_slots),
+            initialize=self._initializer(settings, decoder, is_code, num_slots),
             concurrent_users=1,
             control=RunControl(progress=False),
         )
@@ -389,6 +406,14 @@ class UserTrainer:
             return guarded_code(self._frozen, self.decoder(decoder), texts)
         return predict_code(self.decoder(decoder), texts), 1.0
 
+    def _initializer(
+        self, settings: TrainingSettings, decoder: str | None, as_codes: bool, num_slots: int
+    ) -> Initialize:
+        own = None if decoder is None else self.decoder(decoder)
+        return initializer(
+            self._frozen, settings, decoder=own, as_codes=as_codes, num_slots=num_slots
+        )
+
     def _put(
         self,
         user: str,
@@ -402,34 +427,6 @@ class UserTrainer:
             value = value.to(dtype=self._frozen.dtype)
         new = NewVersion(PrefixKey("user", user), value, details, **extras)
         return self._store.put([new], removal_number=removal_number)[0]
-
-    def _initialize(
-        self, settings: TrainingSettings, decoder: str | None, as_codes: bool, num_slots: int
-    ) -> Initialize:
-        if decoder is None:
-            return self._from_own_texts(settings, num_slots)
-        return self._from_decoder(settings, self.decoder(decoder), as_codes)
-
-    def _from_own_texts(self, settings: TrainingSettings, num_slots: int) -> Initialize:
-        def initialize(key: PrefixKey, texts: list[str]) -> TrainablePrefixes:
-            ids = self._frozen.request_tokenizer.text_ids("\n".join(texts[:num_slots]))
-            initial = prefix_from_tokens(self._frozen, ids, num_slots=num_slots)
-            if settings.form == "decoupled":
-                initial = as_decoupled(initial)
-            return parameterize(settings, {key: initial}, typical_scale(self._frozen, ids))
-
-        return initialize
-
-    def _from_decoder(
-        self, settings: TrainingSettings, decoder: PrefixDecoder, as_codes: bool
-    ) -> Initialize:
-        def initialize(key: PrefixKey, texts: list[str]) -> TrainablePrefixes:
-            code = predict_code(decoder, texts)
-            if as_codes:
-                return TrainableCodes(decoder, {key: code.values})
-            return parameterize(settings, {key: decoder.decode(code)}, decoder.scales)
-
-        return initialize
 
 
 def _refuse(options: Collection[str], names: Sequence[str], what: str) -> None:

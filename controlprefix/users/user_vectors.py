@@ -1,0 +1,75 @@
+"""Vectors that users have elsewhere, such as those of a recommender, in place of text features."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from controlprefix.errors import RequestError, TrainingDataError, shortened
+from controlprefix.prefixes import PrefixDecoder, UserCode
+from controlprefix.prefixes.key import composed
+
+FEATURE_SET = "vectors"
+
+
+def vector_features(
+    vectors: Mapping[str, Sequence[float]], users: Collection[str]
+) -> dict[str, Tensor]:
+    """The vectors of users as features, `(1, vector_size)` each, float32.
+
+    Args:
+        vectors: A vector per user, all of one size; others than `users` may have one too.
+        users: Names in Unicode's composed form.
+
+    Raises:
+        TrainingDataError: If a user has none, or one is not of numbers, or of another size.
+    """
+    own = {composed(user): _row(user, vector) for user, vector in vectors.items()}
+    if missing := [user for user in users if user not in own]:
+        raise TrainingDataError(f"there is no vector for {shortened(missing)}; give one per user")
+    sizes = {own[user].shape[1]: user for user in users}
+    if len(sizes) > 1:
+        examples = ", ".join(f"{size} values for {user!r}" for size, user in sizes.items())
+        raise TrainingDataError(f"vectors have different sizes: {examples}; give all the same")
+    return {user: own[user] for user in users}
+
+
+def code_of_vector(
+    decoder: PrefixDecoder, name: str, user: str, vector: Sequence[float]
+) -> UserCode:
+    """The code that a decoder predicts for a user from their vector.
+
+    Args:
+        decoder: A decoder that was trained with vectors.
+        name: Its name, for errors.
+        user: Name of the user.
+        vector: The user's vector.
+
+    Raises:
+        RequestError: If the decoder was trained with text features, or with other sizes.
+        TrainingDataError: If the vector is not one of numbers.
+    """
+    if decoder.feature_set != FEATURE_SET:
+        raise RequestError(
+            f"decoder {name!r} was trained with features of texts; give texts, or a decoder that "
+            "was trained with vectors"
+        )
+    row = _row(user, vector)
+    if row.shape[1] != decoder.predictor.num_features:
+        raise RequestError(
+            f"the vector of user {user!r} has {row.shape[1]} values; decoder {name!r} was trained "
+            f"with vectors of {decoder.predictor.num_features}"
+        )
+    return decoder.predict_code(row)
+
+
+def _row(user: str, vector: Sequence[float]) -> Tensor:
+    try:
+        row = torch.as_tensor(vector, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        row = torch.empty(0)
+    if row.ndim != 1 or not len(row) or not row.isfinite().all():
+        raise TrainingDataError(
+            f"the vector of user {user!r} must be a list of finite numbers, with one at least"
+        )
+    return row[None]
