@@ -30,6 +30,8 @@ from controlprefix.evaluation.comparison import (
 )
 from controlprefix.evaluation.comparison.adapters import PrefixMemory
 from controlprefix.evaluation.comparison.methods import ControlPrefixMethod, Method, Problem
+from controlprefix.inference import unseen_labels
+from controlprefix.inference.unseen_labels import NearestLabels
 from controlprefix.model.probing import probe
 
 from helpers import engine, greetings, nats_per_token, problem, tokens
@@ -272,14 +274,28 @@ def test_a_learning_rate_that_diverges_loses_and_ends_nothing(
     assert result.skipped == {"controlprefix": "it diverges at every learning rate"}
 
 
-def test_rows_of_a_label_that_was_not_trained_are_measured_apart() -> None:
+def test_rows_of_a_label_that_was_not_trained_are_measured_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = greetings(8)
     unseen = [rows[0].model_copy(update={"attributes": {"formality": "rude"}}), rows[1]]
-    names = ["controlprefix", "PEFT LoRA r8"]
+    names = ["controlprefix", "controlprefix, nearest label", "PEFT LoRA r8"]
+    stand_ins = []
+
+    def nearest(label: Any, *_: Any, **__: Any) -> NearestLabels:
+        stand_ins.append(label.label)
+        return NearestLabels({"informal": 1.0}, 0.9)
+
+    monkeypatch.setattr(unseen_labels, "nearest_labels", nearest)
     result = compare(engine(), rows, test=unseen, **{**SETTINGS, "methods": names})
     for name in names:
         assert result.figures(name, "nats, unseen")
     assert not result.skipped
+    assert set(stand_ins) == {"rude"}
+    left_out, replaced, _ = (result.figures(name, "nats, unseen")[0] for name in names)
+    assert left_out != pytest.approx(replaced, abs=1e-4)
+    result = compare(engine(), rows, **{**SETTINGS, "methods": names[:2]})
+    assert "no label that was not trained" in result.skipped["controlprefix, nearest label"]
 
 
 def test_references_of_one_prompt_stay_together() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from controlprefix import TrainingDataError
 from controlprefix.data import Columns, as_examples, linearize, parse_table
+from controlprefix.data.tables import TableForm
 from controlprefix.evaluation import slot_errors
 
 # From the E2E test set and WebNLG 2017.
@@ -73,6 +74,28 @@ def test_other_shapes_of_tables(table: Any, line: str) -> None:
 def test_what_is_no_table_is_a_clear_error(table: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         linearize(table)
+
+
+def test_facts_are_read_back_from_their_line() -> None:
+    triples = [
+        ["Aarhus", "leader", "Jacob_B"],
+        ["Aarhus", "leader", "Eva"],
+        ["Eva", "born", "1970"],
+    ]
+    facts = {"subject": ["Aarhus", "Eva"], "leader": ["Jacob B", "Eva"], "born": "1970"}
+    forms: tuple[TableForm, ...] = ("bars", "tags")
+    for form in forms:
+        assert parse_table(linearize(triples, form)) == facts
+        assert parse_table(linearize({"name": "Loch", "food": ["Thai", "French"]}, form)) == {
+            "name": "Loch",
+            "food": ["Thai", "French"],
+        }
+    for other in ("| not a fact", "| a : b : c : d", "x <R> a <T> b", "| a"):
+        with pytest.raises(ValueError, match="another form"):
+            parse_table(other)
+    right = "Jacob B and Eva lead Aarhus; Eva was born in 1970."
+    assert slot_errors([right, "Loch"], [facts, {"subject": "Loch"}]) == (0.0, 0.0, 6)
+    assert slot_errors(["Eva leads Aarhus.", "Loch"], [facts, {"subject": "Loch"}]).missing == 2 / 6
 
 
 @pytest.mark.parametrize("text", ["", "name", "name[x], and more", "name[x"])

@@ -16,6 +16,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from controlprefix.data import linearize
+
 MAX_CHARACTERS = 240
 DATA_SETS = ("formality", "sentiment", "e2e", "webnlg", "scitldr", "naija")
 FILES = {"formality": "formality_pavlick", "sentiment": "sentiment_yelp"}
@@ -182,7 +184,7 @@ def _webnlg(folder: Path, split: str, rng: random.Random) -> list[Row]:
     return [
         Row(
             rng.choice(row["refs"]),
-            "; ".join(" | ".join(p.replace("_", " ") for p in triple) for triple in row["triples"]),
+            linearize(row["triples"]),
             row["category"],
             tuple(row["refs"]),
             row["seen_category"],

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 TableForm = Literal["brackets", "bars", "tags"]
 
+_TAGS = re.compile(r"(?:<H> (.*?) )?<R> (.*?) <T> (.*?)(?: (?=<H> |<R> )|$)", re.DOTALL)
 _BRACKETS = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*(?:,|$)")
 
 
@@ -66,7 +67,9 @@ def linearize(table: Any, form: TableForm | None = None) -> str:
 
 
 def parse_table(text: str) -> dict[str, str | list[str]]:
-    """The names and values of a line in the form `brackets`; several values of a name are a list.
+    """The names and values of a line that `linearize` made, in any form.
+
+    Several values of a name are a list. The subjects of facts are values of `subject`, once each.
 
     Raises:
         ValueError: If the line has another form.
@@ -74,7 +77,37 @@ def parse_table(text: str) -> dict[str, str | list[str]]:
     Example:
         >>> parse_table("name[The Vaults], food[French], food[Thai]")
         {'name': 'The Vaults', 'food': ['French', 'Thai']}
+        >>> parse_table("| Aarhus : leader : Jacob | Aarhus : river : Aarhus A")
+        {'subject': 'Aarhus', 'leader': 'Jacob', 'river': 'Aarhus A'}
     """
+    facts = _parsed_bars(text) or _parsed_tags(text)
+    if not facts:
+        return _parsed_brackets(text)
+    values: dict[str, list[str]] = {}
+    for subject, name, value in facts:
+        if subject and subject not in values.setdefault("subject", []):
+            values["subject"].append(subject)
+        values.setdefault(name, []).append(value)
+    return _single_values(values)
+
+
+def _parsed_bars(text: str) -> list[tuple[str, str, str]]:
+    """The facts of a line in the form `bars`; none if it has another one."""
+    if not text.startswith("| "):
+        return []
+    facts = [fact.split(" : ") for fact in text[2:].split(" | ")]
+    if not all(2 <= len(fact) <= 3 for fact in facts):
+        return []
+    return [(fact[0] if len(fact) == 3 else "", fact[-2], fact[-1]) for fact in facts]
+
+
+def _parsed_tags(text: str) -> list[tuple[str, str, str]]:
+    """The facts of a line in the form `tags`; none if it has another one."""
+    facts = [(m[1] or "", m[2], m[3]) for m in _TAGS.finditer(text)]
+    return facts if _TAGS.sub("", text) == "" else []
+
+
+def _parsed_brackets(text: str) -> dict[str, str | list[str]]:
     values: dict[str, list[str]] = {}
     end = 0
     for match in _BRACKETS.finditer(text):
@@ -83,7 +116,14 @@ def parse_table(text: str) -> dict[str, str | list[str]]:
         values.setdefault(match[1].strip(), []).append(match[2].strip())
         end = match.end()
     if end != len(text) or not values:
-        raise ValueError(f"{text[:60]!r} has another form than name[value], name[value]")
+        raise ValueError(
+            f"{text[:60]!r} has another form than name[value], name[value], or triples in a form "
+            "of linearize"
+        )
+    return _single_values(values)
+
+
+def _single_values(values: Mapping[str, list[str]]) -> dict[str, str | list[str]]:
     return {name: own[0] if len(own) == 1 else own for name, own in values.items()}
 
 

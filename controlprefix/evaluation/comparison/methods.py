@@ -194,11 +194,19 @@ class ControlPrefixMethod(Method):
     Args:
         problem: As for every method.
         labels: Whether labels have prefixes of their own, where rows have labels.
+        nearest: Whether the nearest trained labels stand in for one that has no prefix, as in
+            Control Prefixes; otherwise it is left out.
         **settings: Fields of `TrainingSettings`.
+
+    Reference:
+        Clive et al., "Control Prefixes", 2021, https://arxiv.org/abs/2110.08329.
     """
 
-    def __init__(self, problem: Problem, *, labels: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, problem: Problem, *, labels: bool = True, nearest: bool = False, **settings: Any
+    ) -> None:
         super().__init__(problem)
+        self.nearest = nearest
         self.labels = labels and bool(problem.attributes)
         self.is_without_labels = not labels
         self.settings = settings
@@ -215,6 +223,8 @@ class ControlPrefixMethod(Method):
             return f"it compares labels, and the rows have not 2 to {_MAX_LABELS} of one attribute"
         if self.is_without_labels and not self.problem.attributes:
             return "the rows have no labels to leave out"
+        if self.nearest and all(map(self.problem.has_labels, self.problem.test)):
+            return "the test rows have no label that was not trained"
         return None
 
     def train(self, *, rate: float, seed: int) -> None:
@@ -256,10 +266,19 @@ class ControlPrefixMethod(Method):
         stored = by_attribute(PrefixKey("attribute", name) for name in names)
         labels: dict[str, dict[str, float]] = {}
         for attribute, label, weight in weighted_labels(self.reworded(row).attributes):
-            if label in (own := stored.get(attribute, set())) or is_inside(label, own):
+            own = stored.get(attribute, set())
+            has_stand_in = self.nearest and bool(own)
+            if label in own or is_inside(label, own) or has_stand_in:
                 labels.setdefault(attribute, {})[label] = weight * strength
         strengths = {} if strength == 1.0 else {"task": strength}
-        return Request(prompt="", raw=True, task=row.task, attributes=labels, strengths=strengths)
+        return Request(
+            prompt="",
+            raw=True,
+            task=row.task,
+            attributes=labels,
+            strengths=strengths,
+            unseen="nearest" if self.nearest else "refuse",
+        )
 
     @contextlib.contextmanager
     def applied(self, rows: Sequence[Example]) -> Iterator[nn.Module]:
