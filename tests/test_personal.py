@@ -21,7 +21,7 @@ from controlprefix.store import NewVersion, PrefixKey
 from controlprefix.training import run
 from controlprefix.users import guard
 from controlprefix.users.enrolment import predict_code
-from controlprefix.users.text_features import TextFeatures, style_features
+from controlprefix.users.text_features import TextFeatures, character_features, style_features
 from controlprefix.users.text_losses import losses_of_texts
 from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
 
@@ -353,9 +353,18 @@ def test_forgetting_a_user_removes_their_data_and_marks_the_decoder(cp: ControlP
 
 def test_style_features_have_one_length_for_any_text() -> None:
     lengths = {
-        len(style_features(text)) for text in ("", "\0", "Ok... i said NO!!!\n", "日本語。" * 300)
+        (len(style_features(text)), len(character_features(text)))
+        for text in ("", "\0", "Ok... i said NO!!!\n", "日本語。" * 300)
     }
     assert len(lengths) == 1
+
+
+def test_character_features_tell_writers_of_any_alphabet_apart() -> None:
+    texts = ("добрый день, коллеги.", "добрый вечер, коллеги.", "ПРИВЕТ!!! как оно")
+    first, similar, other = (torch.tensor(character_features(text)) for text in texts)
+    assert first @ first == pytest.approx(1.0)  # roots of shares
+    assert first @ similar > 0.2 + first @ other
+    assert character_features("a  b\n") == character_features("a b")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import math
 import re
 import string
+import zlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,9 +19,9 @@ from controlprefix.embeddings import (
 from controlprefix.errors import ControlPrefixError
 
 # Part of the name of the features: a decoder must only get the features it was trained with.
-_STYLE_VERSION = "style-1"
-# Function words: they tell how someone writes, not what about. In other languages they are
-# absent, which does no harm.
+_STYLE_VERSION = "style-2"
+_NUM_BUCKETS = 256  # of character n-grams, which tell style in any language
+# Function words of English: they tell how someone writes, not what about.
 _FUNCTION_WORDS = """
     i me my you he she it we they the a an and but or so because that this is was be have do
     not no very really just like lol ok oh well gonna im dont cant u ur haha of to in on for
@@ -70,7 +71,8 @@ class TextFeatures:
         Raises:
             ControlPrefixError: As `controlprefix.embeddings.embed`.
         """
-        style = torch.tensor([style_features(text[:MAX_CHARACTERS]) for text in texts])
+        own = [text[:MAX_CHARACTERS] for text in texts]
+        style = torch.tensor([[*style_features(text), *character_features(text)] for text in own])
         return torch.cat([embed(texts, self._embedder), style], dim=1)
 
 
@@ -94,3 +96,21 @@ def style_features(text: str) -> list[float]:
         len(re.findall(r"[.!?]\s+[a-z]", text)) / num_words,
         len(re.findall(r"(\w)\1\1", text)) / num_words,
     ]
+
+
+def character_features(text: str) -> list[float]:
+    """Square roots of the shares of character n-grams (n from 1 to 3), hashed into buckets.
+
+    Reference:
+        Character n-grams are the strongest single features of authorship: Stamatatos, "A survey
+        of modern authorship attribution methods", 2009, https://doi.org/10.1002/asi.21001.
+        Hashing: Weinberger et al., 2009, https://arxiv.org/abs/0902.2206.
+    """
+    plain = " ".join(text.split())
+    counts = [0] * _NUM_BUCKETS
+    for size in (1, 2, 3):
+        for start in range(len(plain) - size + 1):
+            # Python's own hash differs between processes.
+            counts[zlib.crc32(plain[start : start + size].encode()) % _NUM_BUCKETS] += 1
+    total = max(1, sum(counts))
+    return [math.sqrt(count / total) for count in counts]
