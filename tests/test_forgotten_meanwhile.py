@@ -97,10 +97,10 @@ def test_users_forgotten_before_their_turn_or_while_feedback_is_read_stay_forgot
     feedback = cp.feedback
 
     def forgetting(user: str) -> Any:
-        kept = feedback(user)
+        rows_of_user = feedback(user)
         if user == "bo":
             cp.forget_user("bo")
-        return kept
+        return rows_of_user
 
     monkeypatch.setattr(cp, "feedback", forgetting)
     assert cp.train_preferences(**OPTIONS).saved == {"user 'ana'": 2}

@@ -205,10 +205,10 @@ def test_the_playground_has_one_dial_between_opposites(tmp_path: Path, browser: 
         assert text == expected(store, **how, attributes={"tone": {"warm": 0.5}})
         body = "return JSON.parse(JSON.stringify(asked(sides()[0])))"
         browser.execute_script(choose % ("stars", "stars: 1 … 5", 3.4))
-        asked = browser.execute_script(body)
-        assert asked["attributes"] == {"stars": 3.4, "tone": 0.5}
-        assert "calibrated" not in asked
-        answer = httpx.post(f"{served.base}/v1/chat/completions", json=asked)
+        sent = browser.execute_script(body)
+        assert sent["attributes"] == {"stars": 3.4, "tone": 0.5}
+        assert "calibrated" not in sent
+        answer = httpx.post(f"{served.base}/v1/chat/completions", json=sent)
         assert answer.is_success, answer.text
         browser.execute_script(
             choose % ("tone", "tone: cold", 0.5)
@@ -218,9 +218,9 @@ def test_the_playground_has_one_dial_between_opposites(tmp_path: Path, browser: 
         assert (
             browser.execute_script("return document.querySelector('.calibrated').hidden") is False
         )
-        asked = browser.execute_script(body)
-        assert (asked["attributes"], asked["calibrated"]) == ({"tone": {"cold": 0.5}}, True)
-        answer = httpx.post(f"{served.base}/v1/chat/completions", json=asked)
+        sent = browser.execute_script(body)
+        assert (sent["attributes"], sent["calibrated"]) == ({"tone": {"cold": 0.5}}, True)
+        answer = httpx.post(f"{served.base}/v1/chat/completions", json=sent)
         assert answer.is_success, answer.text
     finally:
         served.close()
@@ -261,7 +261,7 @@ def test_the_playground_mixes_labels_and_fades_them(tmp_path: Path, browser: Any
         browser.execute_script(
             "const set = (element, value) => { element.value = value;"
             "element.dispatchEvent(new Event('input', {bubbles: true})); };"
-            "{const row = document.querySelector('.dials .dial');"
+            "const row = document.querySelector('.dials .dial');"
             "set(row.querySelector('select'), 'warm');"
             "row.querySelector('.more button').click();"
             "const second = row.nextElementSibling;"

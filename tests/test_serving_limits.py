@@ -350,11 +350,13 @@ def test_an_enrolment_that_takes_too_long_is_stopped(two_tenants: str, refine: b
         body = {"texts": [f"text {i} " * 40 for i in range(200)], "refine": refine}
         slow = httpx.put(f"{served.base}/v1/users/slow", json=body, timeout=60)
         assert slow.status_code == 504
-        pool = served.gateway.work._enrolments
+        pool = served.gateway.work_pools._enrolments
         wait_for(lambda: not pool._counts)  # it ends at its next step
         assert httpx.get(f"{served.base}/v1/users/slow").status_code == 404
         quick = {"texts": ["a text"]}
-        assert httpx.put(f"{served.base}/v1/users/quick", json=quick, timeout=60).is_success
+        assert httpx.put(
+            f"{served.base}/v1/users/quick-{refine}", json=quick, timeout=60
+        ).is_success
     finally:
         served.close()
 

@@ -145,9 +145,9 @@ def test_slot_errors_are_missing_and_invented_values() -> None:
     assert slot_errors(["French and Thai", "French"], several) == (0.0, 0.0, 3)
     assert slot_errors(["French", "French"], several).missing == pytest.approx(1 / 3)
     foods: list[Any] = [{"food": food} for food in ("Thai", "French", "Chinese food", "food")]
-    said = ["Thai, French and Chinese food", "French", "Chinese food", "food"]
+    texts = ["Thai, French and Chinese food", "French", "Chinese food", "food"]
     # Two in the first text: "food" is within "Chinese food".
-    assert slot_errors(said, foods) == (0.0, 2 / 4, 4)
+    assert slot_errors(texts, foods) == (0.0, 2 / 4, 4)
     chinese = [{"名": "水上餐厅", "菜": "中国菜"}]
     assert slot_errors(["水上餐厅提供中国菜"], chinese).rate == 0
     assert slot_errors(["水上餐厅提供菜"], chinese).missing == 0.5

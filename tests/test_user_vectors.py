@@ -36,8 +36,8 @@ def nats(cp: ControlPrefix, text: str, user: str) -> float:
 
 
 def test_a_user_is_enrolled_from_a_vector_without_texts(cp: ControlPrefix) -> None:
-    given = {"hello": numpy.array(STYLES["hello"]), "AHOY!": torch.tensor(STYLES["AHOY!"])}
-    for user, vector in given.items():
+    vectors = {"hello": numpy.array(STYLES["hello"]), "AHOY!": torch.tensor(STYLES["AHOY!"])}
+    for user, vector in vectors.items():
         assert cp.enroll(user, vector=vector, decoder="users") == 1  # type: ignore[arg-type]
         assert cp.version_info("user", user).details["enrolled"]["vector"] == 3
     for own, other in (("hello", "AHOY!"), ("AHOY!", "hello")):
@@ -80,7 +80,7 @@ def test_vectors_that_do_not_fit_are_refused(change: dict[str, Any], message: st
     built = engine()
     with pytest.raises(TrainingDataError, match=message):
         built.learn_decoder(USERS, vectors={**VECTORS, **change}, **OPTIONS)
-    some = {user: vector for user, vector in VECTORS.items() if user != "hello3"}
+    incomplete = {user: vector for user, vector in VECTORS.items() if user != "hello3"}
     with pytest.raises(TrainingDataError, match="no vector for hello3; give one per user"):
-        built.learn_decoder(USERS, vectors=some, **OPTIONS)
+        built.learn_decoder(USERS, vectors=incomplete, **OPTIONS)
     assert not built.exists("decoder", "users")

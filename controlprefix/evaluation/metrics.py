@@ -67,10 +67,10 @@ def bootstrap_mean(values: Sequence[float], groups: Sequence[Hashable] | None = 
     sums = [(sum(cluster), len(cluster)) for cluster in clusters.values()]
     if len(sums) <= len(_T) + 1:
         return _student_interval(statistics.fmean(values), sums)
-    draw = random.Random(0)
+    rng = random.Random(0)
     means = []
     for _ in range(_NUM_RESAMPLES):
-        sample = draw.choices(sums, k=len(sums))
+        sample = rng.choices(sums, k=len(sums))
         means.append(sum(total for total, _ in sample) / sum(count for _, count in sample))
     means.sort()
     low, high = means[round(0.025 * _NUM_RESAMPLES)], means[round(0.975 * _NUM_RESAMPLES) - 1]

@@ -115,10 +115,10 @@ def rows_by_user(rows: Rows, *, columns: Columns | None, seed: int) -> dict[str,
             f"there are rows of {len(own)} users; a user is compared with others: give rows "
             "of two or more"
         )
-    draw, names = random.Random(seed), sorted(own)
+    rng, names = random.Random(seed), sorted(own)
     num_others = min(_NUM_OTHERS, len(names) - 1)
     return {
-        user: UserRows(own[user], draw.sample([name for name in names if name != user], num_others))
+        user: UserRows(own[user], rng.sample([name for name in names if name != user], num_others))
         for user in names
     }
 

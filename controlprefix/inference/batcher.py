@@ -311,7 +311,7 @@ class Batcher(ABC):
         return bool(len(self._waiting) or self._running())
 
     def _take_waiting(self) -> list[BatchedRequest]:
-        """Remove the next sequences from the line that fit into the free rows."""
+        """Remove the next sequences from the waiting queue that fit into the free rows."""
         taken: list[BatchedRequest] = []
         held = Counter[str]()
         for running in self._running():

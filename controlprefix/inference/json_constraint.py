@@ -130,8 +130,8 @@ def _divisors(schema: Any) -> set[int]:
     return set()
 
 
-def _without_control_texts(tokenizer: Any) -> str:
-    """A fast tokenizer as JSON, whose special tokens are no text: in values theirs is spelt."""
+def _without_special_tokens(tokenizer: Any) -> str:
+    """A fast tokenizer as JSON without special tokens, whose text values may have."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     special_ids = special_token_ids(tokenizer)
     names = {}
@@ -160,7 +160,7 @@ def _tokenizer(frozen: FrozenModel) -> Any:
             num_logits = embeddings.weight.shape[0]
         try:
             _tokenizers[frozen] = LLTokenizer(
-                _without_control_texts(frozen.tokenizer),
+                _without_special_tokens(frozen.tokenizer),
                 n_vocab=max(num_logits, len(frozen.tokenizer)),
                 eos_token=list(frozen.request_tokenizer.end_ids) or None,
             )

@@ -1,4 +1,4 @@
-"""Self-check: whether rows of one batch influence each other's logits."""
+"""Whether rows of one batch influence each other's logits."""
 
 import inspect
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Special tokens (such as `</s>`), and texts in which they are text."""
+"""Special tokens (such as `</s>`), and texts in which they are typed as plain text."""
 
 import copy
 import re

@@ -16,7 +16,7 @@ from controlprefix.serving.log_probs import (
     text_log_probs,
 )
 
-Head = Mapping[str, Any]  # `id`, `created` and `model` of a response
+CommonFields = Mapping[str, Any]  # `id`, `created` and `model` of a response
 Item = TypeVar("Item")
 Payload = tuple[str | None, Mapping[str, Any]]  # name and data of a server-sent event
 
@@ -164,24 +164,35 @@ class Format(Protocol):
     id_prefix: str
     top: int | None
 
-    def whole(self, head: Head, choices: Sequence[Finished], usage: Usage) -> BaseModel:
+    def whole(self, common: CommonFields, choices: Sequence[Finished], usage: Usage) -> BaseModel:
         """The body of a response that is not streamed."""
 
-    def opening(self, head: Head, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
+    def opening(self, common: CommonFields, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
         """What a stream begins with."""
 
     def delta(
-        self, head: Head, index: int, text: str, tokens: Sequence[TokenLogProbs], *, is_first: bool
+        self,
+        common: CommonFields,
+        index: int,
+        text: str,
+        tokens: Sequence[TokenLogProbs],
+        *,
+        is_first: bool,
     ) -> Iterator[Payload]:
         """New text of a choice, and the tokens that it comes from."""
 
     def end(
-        self, head: Head, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
+        self, common: CommonFields, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
     ) -> Iterator[Payload]:
         """The end of a choice, with the tokens that were not reported yet."""
 
     def closing(
-        self, head: Head, choices: Sequence[Finished], usage: Usage, *, include_usage: bool
+        self,
+        common: CommonFields,
+        choices: Sequence[Finished],
+        usage: Usage,
+        *,
+        include_usage: bool,
     ) -> Iterator[Payload]:
         """What a stream ends with."""
 
@@ -200,12 +211,12 @@ class ChatFormat:
         self.top = top
         self._names = names
 
-    def whole(self, head: Head, choices: Sequence[Finished], usage: Usage) -> BaseModel:
+    def whole(self, common: CommonFields, choices: Sequence[Finished], usage: Usage) -> BaseModel:
         """The body of a response: see `Format.whole`."""
         completions = [choice.completion for choice in choices]
         reports = own_reports(completions)
         return ChatCompletionResponse(
-            **head,
+            **common,
             **steering_report(completions),
             choices=[
                 ChatChoice(
@@ -220,35 +231,46 @@ class ChatFormat:
             usage=usage,
         )
 
-    def opening(self, head: Head, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
+    def opening(self, common: CommonFields, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
         """Nothing: the first text of a choice has its role."""
         yield from ()
 
     def delta(
-        self, head: Head, index: int, text: str, tokens: Sequence[TokenLogProbs], *, is_first: bool
+        self,
+        common: CommonFields,
+        index: int,
+        text: str,
+        tokens: Sequence[TokenLogProbs],
+        *,
+        is_first: bool,
     ) -> Iterator[Payload]:
         """New text of a choice: see `Format.delta`."""
         delta = {"role": "assistant", "content": text} if is_first else {"content": text}
-        yield self._chunk(head, index, delta, tokens, None)
+        yield self._chunk(common, index, delta, tokens, None)
 
     def end(
-        self, head: Head, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
+        self, common: CommonFields, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
     ) -> Iterator[Payload]:
         """The end of a choice: see `Format.end`."""
-        name, body = self._chunk(head, index, {}, tokens, finished.completion.finish_reason)
+        name, body = self._chunk(common, index, {}, tokens, finished.completion.finish_reason)
         yield name, {**body, **_dumped_report(finished)}
 
     def closing(
-        self, head: Head, choices: Sequence[Finished], usage: Usage, *, include_usage: bool
+        self,
+        common: CommonFields,
+        choices: Sequence[Finished],
+        usage: Usage,
+        *,
+        include_usage: bool,
     ) -> Iterator[Payload]:
         """The usage, if it was asked for."""
         if include_usage:
             body = {"object": "chat.completion.chunk", "choices": [], "usage": usage.model_dump()}
-            yield None, {**head, **body}
+            yield None, {**common, **body}
 
     def _chunk(
         self,
-        head: Head,
+        common: CommonFields,
         index: int,
         delta: Mapping[str, str],
         tokens: Sequence[TokenLogProbs],
@@ -256,7 +278,7 @@ class ChatFormat:
     ) -> Payload:
         log_probs = self._log_probs(tokens).model_dump() if tokens else None
         choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": reason}
-        return None, {**head, "object": "chat.completion.chunk", "choices": [choice]}
+        return None, {**common, "object": "chat.completion.chunk", "choices": [choice]}
 
     def _log_probs(self, tokens: Sequence[TokenLogProbs]) -> ChatLogProbs:
         return chat_log_probs(tokens, self._names)
@@ -277,12 +299,12 @@ class TextFormat:
         self._names = names
         self._before: dict[int, bytes] = {}  # per choice the bytes that were streamed
 
-    def whole(self, head: Head, choices: Sequence[Finished], usage: Usage) -> BaseModel:
+    def whole(self, common: CommonFields, choices: Sequence[Finished], usage: Usage) -> BaseModel:
         """The body of a response: see `Format.whole`."""
         completions = [choice.completion for choice in choices]
         reports = own_reports(completions)
         return TextCompletionResponse(
-            **head,
+            **common,
             **steering_report(completions),
             choices=[
                 TextChoice(
@@ -297,7 +319,7 @@ class TextFormat:
             usage=usage,
         )
 
-    def opening(self, head: Head, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
+    def opening(self, common: CommonFields, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
         """The prompts, if they are repeated."""
         for i, echo in enumerate(echoes):
             if echo is not None:
@@ -305,35 +327,46 @@ class TextFormat:
                 if self.top is not None:
                     log_probs = self._echo_log_probs(echo).model_dump()
                     self._before[i] = self._bytes(echo.ids)
-                yield self._chunk(head, i, echo.text, log_probs, None)
+                yield self._chunk(common, i, echo.text, log_probs, None)
 
     def delta(
-        self, head: Head, index: int, text: str, tokens: Sequence[TokenLogProbs], *, is_first: bool
+        self,
+        common: CommonFields,
+        index: int,
+        text: str,
+        tokens: Sequence[TokenLogProbs],
+        *,
+        is_first: bool,
     ) -> Iterator[Payload]:
         """New text of a choice: see `Format.delta`."""
-        yield self._chunk(head, index, text, self._next_log_probs(index, tokens), None)
+        yield self._chunk(common, index, text, self._next_log_probs(index, tokens), None)
 
     def end(
-        self, head: Head, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
+        self, common: CommonFields, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
     ) -> Iterator[Payload]:
         """The end of a choice: see `Format.end`."""
         log_probs = self._next_log_probs(index, tokens)
-        name, body = self._chunk(head, index, "", log_probs, finished.completion.finish_reason)
+        name, body = self._chunk(common, index, "", log_probs, finished.completion.finish_reason)
         yield name, {**body, **_dumped_report(finished)}
 
     def closing(
-        self, head: Head, choices: Sequence[Finished], usage: Usage, *, include_usage: bool
+        self,
+        common: CommonFields,
+        choices: Sequence[Finished],
+        usage: Usage,
+        *,
+        include_usage: bool,
     ) -> Iterator[Payload]:
         """The usage, if it was asked for."""
         if include_usage:
             body = {"object": "text_completion", "choices": [], "usage": usage.model_dump()}
-            yield None, {**head, **body}
+            yield None, {**common, **body}
 
     def _chunk(
-        self, head: Head, index: int, text: str, log_probs: Any, reason: str | None
+        self, common: CommonFields, index: int, text: str, log_probs: Any, reason: str | None
     ) -> Payload:
         choice = {"index": index, "text": text, "logprobs": log_probs, "finish_reason": reason}
-        return None, {**head, "object": "text_completion", "choices": [choice]}
+        return None, {**common, "object": "text_completion", "choices": [choice]}
 
     def _whole_log_probs(self, choice: Finished) -> TextLogProbs:
         if choice.echo is None:

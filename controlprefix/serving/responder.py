@@ -68,7 +68,7 @@ class CompletionResponder:
         self._num_finished_tokens = 0
         self._is_counted = False
         self._echoes: list[Echo | None] = []
-        self._head: dict[str, Any] = {
+        self._common: dict[str, Any] = {
             "id": formatter.id_prefix + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": body.model,
@@ -128,7 +128,7 @@ class CompletionResponder:
                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 )
             finished = await self._collect(len(own))
-            body = self._formatter.whole(self._head, finished, self._usage(finished))
+            body = self._formatter.whole(self._common, finished, self._usage(finished))
             self._end()
             return JSONResponse(body.model_dump(mode="json"))
         except BaseException:
@@ -166,7 +166,7 @@ class CompletionResponder:
         reports = [_TokenReport(self._server) for _ in range(num_choices)]
         pending: tuple[int, Event] | None = first
         try:
-            for payload in self._formatter.opening(self._head, self._echoes):
+            for payload in self._formatter.opening(self._common, self._echoes):
                 yield _event(payload)
             while len(finished) < num_choices:
                 i, event = pending or await self._next_event()
@@ -178,20 +178,20 @@ class CompletionResponder:
                 if isinstance(event, str):
                     tokens = report.for_text(event, self._tickets[i].tokens)
                     for payload in self._formatter.delta(
-                        self._head, i, event, tokens, is_first=is_first
+                        self._common, i, event, tokens, is_first=is_first
                     ):
                         yield _event(payload)
                     continue
                 finished[i] = self._finished(i, event)
                 if is_first:
-                    for payload in self._formatter.delta(self._head, i, "", (), is_first=True):
+                    for payload in self._formatter.delta(self._common, i, "", (), is_first=True):
                         yield _event(payload)
                 rest = report.rest(finished[i].tokens)
-                for payload in self._formatter.end(self._head, i, finished[i], rest):
+                for payload in self._formatter.end(self._common, i, finished[i], rest):
                     yield _event(payload)
             choices = [finished[i] for i in range(num_choices)]
             for payload in self._formatter.closing(
-                self._head, choices, self._usage(choices), include_usage=self._body.reports_usage
+                self._common, choices, self._usage(choices), include_usage=self._body.reports_usage
             ):
                 yield _event(payload)
             yield {"data": "[DONE]"}
@@ -263,7 +263,7 @@ class CompletionResponder:
         metrics.completion_tokens.inc(num_tokens)
         metrics.request_s.observe(time.monotonic() - self._started)
         self._http_request.state.report |= {
-            "model": self._head["model"],
+            "model": self._common["model"],
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_tokens,
         }

@@ -19,9 +19,9 @@ from controlprefix.serving.bodies import (
 )
 from controlprefix.serving.log_probs import TokenLogProb, chat_log_probs
 from controlprefix.serving.openai import (
+    CommonFields,
     Echo,
     Finished,
-    Head,
     Payload,
     SteeringReport,
     Usage,
@@ -169,13 +169,13 @@ class ResponsesFormat:
         self._text = ""
         self._number = 0
 
-    def whole(self, head: Head, choices: Sequence[Finished], usage: Usage) -> BaseModel:
+    def whole(self, common: CommonFields, choices: Sequence[Finished], usage: Usage) -> BaseModel:
         """The body of a response: see `Format.whole`."""
         (choice,) = choices
         completion = choice.completion
         is_whole = completion.finish_reason == "stop"
         status = "completed" if is_whole else "incomplete"
-        response = self._response(head, status)
+        response = self._response(common, status)
         response.incomplete_details = None if is_whole else {"reason": "max_output_tokens"}
         log_probs = chat_log_probs(choice.tokens, self._names).content
         response.output = [
@@ -192,9 +192,9 @@ class ResponsesFormat:
         )
         return response.model_copy(update=steering_report([completion]))
 
-    def opening(self, head: Head, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
+    def opening(self, common: CommonFields, echoes: Sequence[Echo | None]) -> Iterator[Payload]:
         """The response, its message and its text, all still empty."""
-        response = self._response(head, "in_progress").model_dump(mode="json")
+        response = self._response(common, "in_progress").model_dump(mode="json")
         yield self._event("response.created", response=response)
         yield self._event("response.in_progress", response=response)
         item = OutputMessage(id=self._message_id, status="in_progress", content=[])
@@ -205,7 +205,13 @@ class ResponsesFormat:
         yield self._part_event("response.content_part.added", part=part)
 
     def delta(
-        self, head: Head, index: int, text: str, tokens: Sequence[TokenLogProbs], *, is_first: bool
+        self,
+        common: CommonFields,
+        index: int,
+        text: str,
+        tokens: Sequence[TokenLogProbs],
+        *,
+        is_first: bool,
     ) -> Iterator[Payload]:
         """New text: see `Format.delta`."""
         if text:
@@ -214,7 +220,7 @@ class ResponsesFormat:
             yield self._part_event("response.output_text.delta", delta=text, logprobs=log_probs)
 
     def end(
-        self, head: Head, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
+        self, common: CommonFields, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
     ) -> Iterator[Payload]:
         """The whole text."""
         log_probs = chat_log_probs(finished.tokens, self._names).model_dump()["content"]
@@ -222,20 +228,25 @@ class ResponsesFormat:
         yield self._part_event("response.output_text.done", text=text, logprobs=log_probs)
 
     def closing(
-        self, head: Head, choices: Sequence[Finished], usage: Usage, *, include_usage: bool
+        self,
+        common: CommonFields,
+        choices: Sequence[Finished],
+        usage: Usage,
+        *,
+        include_usage: bool,
     ) -> Iterator[Payload]:
         """The response again, now whole."""
-        response = self.whole(head, choices, usage).model_dump(mode="json")
+        response = self.whole(common, choices, usage).model_dump(mode="json")
         (item,) = response["output"]
         yield self._part_event("response.content_part.done", part=item["content"][0])
         yield self._event("response.output_item.done", output_index=0, item=item)
         yield self._event(f"response.{response['status']}", response=response)
 
-    def _response(self, head: Head, status: str) -> ResponseObject:
+    def _response(self, common: CommonFields, status: str) -> ResponseObject:
         return ResponseObject(
-            id=head["id"],
-            created_at=head["created"],
-            model=head["model"],
+            id=common["id"],
+            created_at=common["created"],
+            model=common["model"],
             status=status,
             instructions=self._body.instructions,
             temperature=self._body.temperature,

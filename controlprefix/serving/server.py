@@ -106,7 +106,7 @@ class Server:
         self.is_open = open_tenant is not None
         self.allowed_hosts = tuple(allowed_hosts)
         self.large_bodies = LargeBodies()
-        self.work = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
+        self.work_pools = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
         self._to_forget: list[tuple[str, PrefixKey]] = []
         self._under_way: dict[object, tuple[str, int]] = {}  # tenant, and number of choices
         self._token_limiter = TokenLimiter(self.limits.tokens_per_minute)
@@ -151,14 +151,14 @@ class Server:
         return self._tenants.authenticate(api_key, address)
 
     async def resolve(
-        self, client: Client, request: Request, gone: "asyncio.Task[None] | None" = None
+        self, client: Client, request: Request, disconnect_task: "asyncio.Task[None] | None" = None
     ) -> ResolvedRequest[Request]:
         """Find the prefixes of a request.
 
         Args:
             client: Who sent it.
             request: The request.
-            gone: Done when the client has disconnected.
+            disconnect_task: Done when the client has disconnected.
 
         Raises:
             ControlPrefixError: If it cannot be accepted.
@@ -172,13 +172,13 @@ class Server:
                 "label beforehand (cp.distill), or use unseen='text'"
             )
         try:
-            return await self._resolve(client, request, gone)
+            return await self._resolve(client, request, disconnect_task)
         except UnknownNameError as error:
             if request.user is None or self._unknown_users == "refuse":
                 raise
             plain = request.model_copy(update={"user": None})
             try:
-                return await self._resolve(client, plain, gone)
+                return await self._resolve(client, plain, disconnect_task)
             except UnknownNameError:
                 raise error from None  # it was not the user
             except RequestError:
@@ -186,16 +186,18 @@ class Server:
                     raise
                 # No prefix is left that knows what it is for.
                 plain = plain.model_copy(update={"when": "always"})
-                return await self._resolve(client, plain, gone)
+                return await self._resolve(client, plain, disconnect_task)
 
     async def _resolve(
-        self, client: Client, request: Request, gone: "asyncio.Task[None] | None"
+        self, client: Client, request: Request, disconnect_task: "asyncio.Task[None] | None"
     ) -> ResolvedRequest[Request]:
         if request.unseen == "refuse" and request.when == "always":
-            return await self.work.with_store(client.cp.resolve, request)
+            return await self.work_pools.with_store(client.cp.resolve, request)
         # Labels without a prefix, and prompts, are looked up by embeddings.
         resolve = partial(client.cp.resolve, request)
-        return await self.work.with_model(client.tenant, resolve, gone=gone)
+        return await self.work_pools.with_model(
+            client.tenant, resolve, disconnect_task=disconnect_task
+        )
 
     def count_tokens(self, client: Client, num_tokens: int) -> None:
         """Count a client's tokens against the limit of its API key."""
@@ -250,14 +252,14 @@ class Server:
                 raise
             return ticket
 
-        return await self.work.tokenize(client.tenant, work)
+        return await self.work_pools.tokenize(client.tenant, work)
 
     async def echoes(
         self,
         client: Client,
         resolved: Sequence[ResolvedRequest[Request]],
         top: int | None,
-        gone: "asyncio.Task[None]",
+        disconnect_task: "asyncio.Task[None]",
     ) -> list[Echo]:
         """The prompts of requests, with log-probabilities if `top` is given.
 
@@ -265,7 +267,7 @@ class Server:
             client: Who sent them.
             resolved: The requests.
             top: Likeliest tokens per position.
-            gone: Done when the client has disconnected.
+            disconnect_task: Done when the client has disconnected.
 
         Raises:
             ControlPrefixError: If they cannot be computed.
@@ -281,7 +283,9 @@ class Server:
                 for (ids, request), row in zip(prompts.items(), rows, strict=True)
             }
 
-        echoes = await self.work.with_model(client.tenant, read, gone=gone)
+        echoes = await self.work_pools.with_model(
+            client.tenant, read, disconnect_task=disconnect_task
+        )
         return [echoes[self._tokenizer.prompt_ids(r.request)] for r in resolved]
 
     def _require_echo_memory(self, num_tokens: int, num_rows: int) -> None:
@@ -312,7 +316,7 @@ class Server:
             RequestError: If its prompt cannot be tokenized.
         """
         read = partial(self._tokenizer.prompt_ids, resolved.request)
-        prompt = await self.work.tokenize(client.tenant, read)
+        prompt = await self.work_pools.tokenize(client.tenant, read)
         empty = Completion(
             text="", finish_reason="length", num_prompt_tokens=len(prompt), num_tokens=0
         )
@@ -348,7 +352,7 @@ class Server:
         client: Client,
         user: str,
         options: Mapping[str, Any],
-        gone: "asyncio.Task[None]",
+        disconnect_task: "asyncio.Task[None]",
     ) -> int:
         """Enroll a user; returns the version. A user who is forgotten meanwhile stays forgotten.
 
@@ -356,21 +360,23 @@ class Server:
             client: Who sent the request.
             user: Name of the user.
             options: Arguments of `ControlPrefix.enroll`.
-            gone: Done when the client has disconnected; then nothing is stored.
+            disconnect_task: Done when the client has disconnected; then nothing is stored.
 
         Raises:
             ForgottenError: If the user was forgotten meanwhile.
             ControlPrefixError: If the user cannot be enrolled.
         """
         store = client.cp.store
-        before = await self.work.with_store(partial(store.last_removal_number, forgotten=user))
+        before = await self.work_pools.with_store(
+            partial(store.last_removal_number, forgotten=user)
+        )
 
         def work() -> int:
             if store.last_removal_number(forgotten=user) != before:  # while this waited
                 raise ForgottenError(user)
             return client.cp.enroll(user, **options)
 
-        return await self.work.enroll(client.tenant, work, gone=gone)
+        return await self.work_pools.enroll(client.tenant, work, disconnect_task=disconnect_task)
 
     async def forget(self, client: Client, kind: Kind, name: str) -> int:
         """Remove a name from the store, and from this process; returns its versions.
@@ -378,8 +384,8 @@ class Server:
         Raises:
             UnknownNameError: If there is nothing of that name.
         """
-        num_versions = await self.work.with_store(client.cp.remove, kind, name)
-        await self.work.with_store(self._runner.forget, client.tenant, PrefixKey(kind, name))
+        num_versions = await self.work_pools.with_store(client.cp.remove, kind, name)
+        await self.work_pools.with_store(self._runner.forget, client.tenant, PrefixKey(kind, name))
         return num_versions
 
     def check_health(self) -> None:
@@ -396,7 +402,7 @@ class Server:
     def close(self) -> None:
         """Accept no more requests, and finish the accepted ones."""
         self.is_ready = False
-        self.work.stop()
+        self.work_pools.stop()
         if self._worker is not None:
             self._worker.close()
         self._runner.close(timeout_s=self.limits.timeout_s)

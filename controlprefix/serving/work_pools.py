@@ -66,30 +66,30 @@ class WorkPools:
         return await self._tokenizing.run(tenant, work)
 
     async def enroll(
-        self, tenant: str, work: Callable[[], Result], *, gone: "asyncio.Task[None]"
+        self, tenant: str, work: Callable[[], Result], *, disconnect_task: "asyncio.Task[None]"
     ) -> Result:
         """Run an enrolment, which may train.
 
         Args:
             tenant: Whose it is.
             work: The enrolment.
-            gone: Done when the client has disconnected; then the enrolment stops.
+            disconnect_task: Done when the client has disconnected; then the enrolment stops.
 
         Raises:
             OverloadedError: If the tenant has too many of them already.
             RequestTimeoutError, ClientDisconnectedError: If it was stopped.
         """
-        return await self._enrolments.run(tenant, work, gone)
+        return await self._enrolments.run(tenant, work, disconnect_task)
 
     async def with_model(
         self,
         tenant: str,
         work: Callable[[], Result],
         *,
-        gone: "asyncio.Task[None] | None" = None,
+        disconnect_task: "asyncio.Task[None] | None" = None,
     ) -> Result:
         """Run other work that computes with the model: see `enroll`."""
-        return await self._model.run(tenant, work, gone)
+        return await self._model.run(tenant, work, disconnect_task)
 
 
 class _TenantPool:
@@ -118,7 +118,7 @@ class _TenantPool:
         self,
         tenant: str,
         work: Callable[[], Result],
-        gone: "asyncio.Task[None] | None" = None,
+        disconnect_task: "asyncio.Task[None] | None" = None,
     ) -> Result:
         """Run work when it is the tenant's turn.
 
@@ -131,7 +131,7 @@ class _TenantPool:
         """
         stop = threading.Event()
         task = asyncio.create_task(self._hold(tenant, work, stop))
-        ends = {task} if gone is None else {task, gone}
+        ends = {task} if disconnect_task is None else {task, disconnect_task}
         try:
             await asyncio.wait(ends, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -140,7 +140,7 @@ class _TenantPool:
             if not task.done():
                 stop.set()
                 task.add_done_callback(_ignore_result)
-        if gone is not None and gone.done():
+        if disconnect_task is not None and disconnect_task.done():
             raise ClientDisconnectedError("the client has disconnected")
         raise RequestTimeoutError(f"not finished within {self._timeout_s:.0f} s")
 

@@ -253,7 +253,7 @@ def _others(pairs: Sequence[ContrastPair]) -> list[TrainingRow]:
 
 
 def add_contrast(
-    rows: Sequence[TrainingRow], keys: Collection[PrefixKey], draw: random.Random
+    rows: Sequence[TrainingRow], keys: Collection[PrefixKey], rng: random.Random
 ) -> list[ContrastPair]:
     """Pair each row with one under another label, drawn from `keys`, where there is one."""
     pairs = []
@@ -268,7 +268,7 @@ def add_contrast(
         if not swaps:
             pairs.append(ContrastPair(row))
             continue
-        i, other = draw.choice(swaps)
+        i, other = rng.choice(swaps)
         learned = list(row.learned)
         learned[i] = (other, learned[i][1])
         pairs.append(ContrastPair(row, row._replace(learned=learned)))

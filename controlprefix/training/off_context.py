@@ -39,8 +39,8 @@ def off_context_rows(
     budget = share / (1 - share) * sum(len(row.targets) for row in rows)
     tokenizer = frozen.request_tokenizer
     texts = [*general_prompts(measuring=False), *[""] * _NUM_FREE_TEXTS]
-    draw = random.Random(seed)
-    draw.shuffle(texts)
+    rng = random.Random(seed)
+    rng.shuffle(texts)
     prompts = [tokenizer.prompt_ids(Request(prompt=text, raw=not text)) for text in texts]
     result: list[TrainingRow] = []
     for first in range(0, len(prompts), _BATCH_SIZE):
@@ -49,13 +49,13 @@ def off_context_rows(
             if budget <= 0:
                 return result
             if answer:
-                like = draw.choice(rows)
+                like = rng.choice(rows)
                 result.append(like._replace(prompt=prompt, targets=answer, teacher=prompt))
                 budget -= len(answer)
     # More than all answers together: the same answers under other prefixes.
     answered = list(result)
     while budget > 0 and answered:
-        row, like = draw.choice(answered), draw.choice(rows)
+        row, like = rng.choice(answered), rng.choice(rows)
         result.append(row._replace(frozen_parts=like.frozen_parts, learned=like.learned))
         budget -= len(row.targets)
     return result

@@ -148,10 +148,10 @@ class Parameterization(TrainablePrefixes):
 
     def _drop_slots(self, key: PrefixKey, prefix: Prefix, seed: int) -> Prefix:
         """Leave some slots out; a pure function of seed and key, so equal in every process."""
-        draw = random.Random(f"{seed}:{key.kind}:{key.name}")
-        generator = torch.Generator().manual_seed(draw.randrange(1 << 62))
+        rng = random.Random(f"{seed}:{key.kind}:{key.name}")
+        generator = torch.Generator().manual_seed(rng.randrange(1 << 62))
         if self._nested:
-            prefix = prefix.first(max(1, round(draw.choice(_NESTED_SHARES) * prefix.num_slots)))
+            prefix = prefix.first(max(1, round(rng.choice(_NESTED_SHARES) * prefix.num_slots)))
         draws = torch.rand(prefix.num_slots, generator=generator, device="cpu")
         keep_mask = draws >= self._slot_dropout
         keep_mask[draws.argmax()] = True  # at least one

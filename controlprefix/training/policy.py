@@ -126,33 +126,33 @@ class PolicyObjective(Objective):
         fraction_done: float = 0.0,
     ) -> list[ContrastPair]:
         """Sampled completions of each request, and demonstrations."""
-        draw = random.Random(seed)
+        rng = random.Random(seed)
         count = self._settings.num_samples
         requests = [pair.row for pair in pairs]
         expected = self._settings.demonstrated * len(requests)
-        num_demonstrated = int(expected + draw.random()) if expected else 0
+        num_demonstrated = int(expected + rng.random()) if expected else 0
         if num_demonstrated and self._demonstrations:
-            requests[:num_demonstrated] = draw.choices(self._demonstrations, k=num_demonstrated)
+            requests[:num_demonstrated] = rng.choices(self._demonstrations, k=num_demonstrated)
         rows = [row for row in requests for _ in range(count)]
-        heads: list[Sequence[int]] = [()] * len(rows)
+        demonstrated_ids: list[Sequence[int]] = [()] * len(rows)
         for row, at in zip(requests, range(0, len(rows), count), strict=True):
             if row.targets:
                 shortest = MAX_DEMONSTRATED * (1 + math.cos(math.pi * fraction_done)) / 2
-                length = int(draw.uniform(shortest, MAX_DEMONSTRATED) * len(row.targets))
-                heads[at] = row.targets[:length]
+                length = int(rng.uniform(shortest, MAX_DEMONSTRATED) * len(row.targets))
+                demonstrated_ids[at] = row.targets[:length]
         keys = {key for row in rows for key, _ in row.learned}
         with torch.no_grad():
             values = prefixes.prefixes(keys)
 
         def sample() -> tuple[list[tuple[Sequence[int], str]], list[float], Any]:
-            completions = self._sample(rows, heads, values, draw)
+            completions = self._sample(rows, demonstrated_ids, values, rng)
             requested = [row.request for row in rows if row.request is not None]
             rewards = rewards_of(self._reward, requested, [text for _, text in completions])
-            return completions, rewards, draw.getstate()
+            return completions, rewards, rng.getstate()
 
         # Others might sample and score differently, and each trains on its share of the rows.
         completions, rewards, state = in_first_process(sample)
-        draw.setstate(state)
+        rng.setstate(state)
         novelty = distinct_shares([tokens for tokens, _ in completions])
         totals = [
             reward + self._settings.diversity * share
@@ -171,13 +171,13 @@ class PolicyObjective(Objective):
                 advantage = total - (sum(group) - total) / (count - 1)
                 row = rows[at + i]._replace(
                     targets=completions[at + i][0],
-                    rollout=Rollout(advantage, len(heads[at + i])),
+                    rollout=Rollout(advantage, len(demonstrated_ids[at + i])),
                 )
                 expanded.append(ContrastPair(row))
         if self._demonstrations and self._settings.demonstration_weight:
             num_demonstrations = min(len(pairs), len(self._demonstrations))
             expanded += map(
-                ContrastPair, draw.sample(list(self._demonstrations), num_demonstrations)
+                ContrastPair, rng.sample(list(self._demonstrations), num_demonstrations)
             )
         return expanded
 
@@ -226,27 +226,27 @@ class PolicyObjective(Objective):
     def _sample(
         self,
         rows: Sequence[TrainingRow],
-        heads: Sequence[Sequence[int]],
+        demonstrated_ids: Sequence[Sequence[int]],
         prefixes: Mapping[PrefixKey, Prefix],
-        draw: random.Random,
+        rng: random.Random,
     ) -> list[tuple[Sequence[int], str]]:
         """A completion of each row's request: its token ids with the end token, and its text.
 
         Args:
             rows: With requests.
-            heads: Token ids that each completion starts with.
+            demonstrated_ids: Token ids that each completion starts with.
             prefixes: The trained prefixes as they are.
-            draw: Draws seeds.
+            rng: Gives seeds.
         """
         resolved = []
-        for row, head in zip(rows, heads, strict=True):
+        for row, begun in zip(rows, demonstrated_ids, strict=True):
             assert row.request is not None
             request = row.request.model_copy(
                 update={
                     # What is learned from is the model's own distribution.
                     "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None,
-                    "seed": draw.randrange(1 << 62),
-                    "max_new_tokens": max(1, row.request.max_new_tokens - len(head)),
+                    "seed": rng.randrange(1 << 62),
+                    "max_new_tokens": max(1, row.request.max_new_tokens - len(begun)),
                 }
             )  # fmt: skip
             used = PartUsed(kind="task", name="", version=0, strength=1.0)
@@ -260,7 +260,7 @@ class PolicyObjective(Objective):
         requests = [request.request for request in resolved]
         row_prompts = [row.prompt for row in rows]
         for batch in batches_of(self._frozen, requests, row_prompts, _MAX_ROWS_PER_BATCH):
-            prompts = [followed_by(row_prompts[i], heads[i]) for i in batch]
+            prompts = [followed_by(row_prompts[i], demonstrated_ids[i]) for i in batch]
             results = generate_tokens(self._frozen, [resolved[i] for i in batch], prompts)
             for i, prompt, new in zip(batch, prompts, results, strict=True):
                 if new is None:
@@ -277,9 +277,9 @@ class PolicyObjective(Objective):
                 )
                 tokens = new[: completion.num_tokens + ended] or new[:1]
                 text = completion.text
-                if heads[i]:
-                    text = tokenizer.decode([*heads[i], *new[: completion.num_tokens]])
-                completions[i] = (*heads[i], *tokens), text
+                if demonstrated_ids[i]:
+                    text = tokenizer.decode([*demonstrated_ids[i], *new[: completion.num_tokens]])
+                completions[i] = (*demonstrated_ids[i], *tokens), text
         return [completions[i] for i in range(len(rows))]
 
     def _reference_logits(self, rows: Sequence[TrainingRow]) -> Tensor:

@@ -138,16 +138,16 @@ class TrainingRun:
         settings = self.settings
         self.progress.step += 1
         # Randomness is a pure function of (seed, step), so a resumed run is bit-identical.
-        draw = random.Random(f"{settings.seed}:{self.progress.step}")
+        rng = random.Random(f"{settings.seed}:{self.progress.step}")
         rows = next(self._batches)
         pairs = [ContrastPair(row) for row in rows]
         if settings.contrast:
-            pairs = add_contrast(rows, self.prefixes.keys, draw)
+            pairs = add_contrast(rows, self.prefixes.keys, rng)
         rate = self._learning_rate(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        return pairs, draw.randrange(1 << 62)
+        return pairs, rng.randrange(1 << 62)
 
     def require_finite(self, loss: float) -> None:
         """Check that a loss is finite.

@@ -79,9 +79,9 @@ def train_decoder(
         rows += own_rows
     if len(texts) < 2:
         raise TrainingDataError(f"a decoder is trained on many users; {len(texts)} are given")
-    draw = random.Random(settings.seed)
+    rng = random.Random(settings.seed)
     first_texts = [text for own in texts.values() for text in own[:_NUM_INITIAL_TEXTS]]
-    initial_texts = draw.sample(first_texts, min(_NUM_INITIAL_TEXTS, len(first_texts)))
+    initial_texts = rng.sample(first_texts, min(_NUM_INITIAL_TEXTS, len(first_texts)))
     ids = frozen.request_tokenizer.text_ids("\n".join(initial_texts))
     feature_rows = features({user: own[:_MAX_FEATURE_TEXTS] for user, own in texts.items()})
     decoder = PrefixDecoder(

@@ -163,13 +163,13 @@ class PrivacyAuditor:
         retrain: Callable[[list[str]], Prefix],
         seed: int,
     ) -> float:
-        draw = random.Random(seed)
-        secrets = [_canary(draw) for _ in range(num_canaries)]
-        planted = draw.sample([*texts, *secrets], len(texts) + len(secrets))
+        rng = random.Random(seed)
+        secrets = [_canary(rng) for _ in range(num_canaries)]
+        planted = rng.sample([*texts, *secrets], len(texts) + len(secrets))
         prefix = retrain(planted)
         bits = []
         for secret in secrets:
-            candidates = [secret, *(_canary(draw) for _ in range(_NUM_ALTERNATIVES))]
+            candidates = [secret, *(_canary(rng) for _ in range(_NUM_ALTERNATIVES))]
             losses = self.losses(candidates, prefix)
             below = sum(loss < losses[0] for loss in losses[1:])
             rank = 1 + below + sum(loss == losses[0] for loss in losses[1:]) / 2
@@ -177,6 +177,6 @@ class PrivacyAuditor:
         return sum(bits) / len(bits)
 
 
-def _canary(draw: random.Random) -> str:
-    digits = " ".join(str(draw.randrange(10)) for _ in range(_CANARY_DIGITS))
+def _canary(rng: random.Random) -> str:
+    digits = " ".join(str(rng.randrange(10)) for _ in range(_CANARY_DIGITS))
     return f"The number that I must not tell is {digits}."

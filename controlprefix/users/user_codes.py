@@ -88,8 +88,8 @@ class TrainableCodes(TrainablePrefixes):
     def _values(self, key: PrefixKey, seed: int | None) -> Tensor:
         change = self.changes[self._index[key]]
         if seed is not None and self._dropout:
-            draw = random.Random(f"{seed}:{key.kind}:{key.name}")
-            if draw.random() < self._dropout:
+            rng = random.Random(f"{seed}:{key.kind}:{key.name}")
+            if rng.random() < self._dropout:
                 change = torch.zeros_like(change)
         return self._initial[key] + self._unit * change
 
@@ -156,12 +156,12 @@ def _views(
     predictor: CodePredictor, features: Sequence[Tensor], pseudo_count: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Each user as seen by some of their texts: shrunk features, and the user's index."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     predictor.pseudo_count.fill_(pseudo_count)
     rows, owners = [], []
     for owner, texts in enumerate(features):
         for size in _VIEW_SIZES:
-            indices = draw.sample(range(len(texts)), min(size, len(texts)))
+            indices = rng.sample(range(len(texts)), min(size, len(texts)))
             rows.append(predictor.shrunk_features(texts[indices]).double())
             owners.append(owner)
     return torch.stack(rows), torch.tensor(owners)

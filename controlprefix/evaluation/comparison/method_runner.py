@@ -43,7 +43,7 @@ from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 from controlprefix.store import PrefixStore
 
-# Of a container: its limit and what it uses, in cgroup versions 2 and 1.
+# A container has these files: its limit and what it uses, in cgroup versions 2 and 1.
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (
     (_CGROUP / "memory.max", _CGROUP / "memory.current"),

@@ -22,5 +22,7 @@ async def keep_feedback(
 ) -> KeptFeedback:
     """Keep which of two texts a user prefers, for `train_preferences`; nothing is trained now."""
     preference = body.preference()
-    (num_kept,) = (await server.work.with_store(client.cp.keep_feedback, [preference])).values()
+    (num_kept,) = (
+        await server.work_pools.with_store(client.cp.keep_feedback, [preference])
+    ).values()
     return KeptFeedback(user=str(preference.user), num_kept=num_kept)
