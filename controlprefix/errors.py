@@ -113,7 +113,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class EngineError(ControlPrefixError, RuntimeError):
-    """The engine behind a server failed or is misconfigured."""
+    """vLLM behind a server, or the actors of a Ray cluster, failed or are misconfigured."""
 
 
 class StoreError(ControlPrefixError, OSError):

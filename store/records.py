@@ -273,6 +273,7 @@ __all__ = [
     "StoreStats",
     "StoredVersion",
     "VersionInfo",
+    "VersionRef",
     "check_alias",
     "check_key",
     "check_kind",

@@ -150,7 +150,7 @@ class UserMethods(SharingMethods):
         add: bool = False,
         guard: bool = False,
     ) -> int:
-        """Store a usable prefix for a user at once, from texts they wrote, without training.
+        """Store a usable prefix for a user at once, from texts they wrote.
 
         With a decoder it is the code predicted from the texts. Without, all texts are read, and
         `num_slots` slots are matched to what the model gets from all of their tokens (see

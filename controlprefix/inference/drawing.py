@@ -32,6 +32,7 @@ class DrawSettings:
 
     @staticmethod
     def of(requests: Sequence[Request], device: torch.device) -> "DrawSettings":
+        """The settings of requests, a row each."""
         largest = torch.iinfo(torch.int64).max
         top_p = [r.top_p if r.top_p is not None and r.top_p < 1 else math.inf for r in requests]
         return DrawSettings(
@@ -190,4 +191,5 @@ def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
 def column(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
+    """Values as a column, `(num_rows, 1)`."""
     return torch.tensor(values, dtype=dtype, device=device)[:, None]

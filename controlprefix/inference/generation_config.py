@@ -115,6 +115,7 @@ class _BatchConfig(GenerationConfig):
 
 
 def batch_config(frozen: FrozenModel, requests: Sequence[Request]) -> GenerationConfig:
+    """The config of `generate` for a batch: the model's, without what each row does by itself."""
     config = _BatchConfig()
     if frozen.model.generation_config is not None:
         vars(config).update(copy.deepcopy(vars(frozen.model.generation_config)))

@@ -71,7 +71,7 @@ _GRAPH_ARGUMENTS = (
     "sliding_window",
     "softcap",
 )
-# A CUDA graph would replay the slots that it was captured with. Before torch 2.10 nothing says so.
+# A CUDA graph would replay the slots that it was captured with. torch before 2.10 has no tag.
 _HAS_TAG = hasattr(torch.Tag, "cudagraph_unsafe")
 _TAGS = (torch.Tag.cudagraph_unsafe,) if _HAS_TAG else ()
 _handles = itertools.count()

@@ -76,6 +76,9 @@ def key_shift(queries: Tensor, weights: Tensor, log_masses: Tensor) -> Tensor:
         queries: `(heads, num_queries, key_dim)`.
         weights: `(heads, num_queries, num_slots)`.
         log_masses: `(heads, num_slots)`.
+
+    Returns:
+        `(heads, num_slots, key_dim)`.
     """
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-30)
     shifts = []
@@ -110,6 +113,9 @@ def nonnegative_least_squares(inputs: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         `(heads, num_slots)`.
+
+    Reference:
+        FISTA: Beck & Teboulle, 2009, https://doi.org/10.1137/080716542.
     """
     scale = inputs.norm(dim=1).clamp(min=1e-30)  # columns of one length converge together
     columns = inputs / scale[:, None]

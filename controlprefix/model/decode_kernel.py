@@ -83,7 +83,17 @@ def decode(
 def segmented_attention(
     query: Tensor, segments: Sequence[Segment], scaling: float | None
 ) -> Tensor:
-    """One softmax over several segments whose keys are never copied together."""
+    """One softmax over several segments whose keys are never copied together.
+
+    Args:
+        query: `(batch, num_heads, 1, key_dim)`.
+        segments: Keys `(num_rows, num_kv_heads, num_keys, key_dim)`, values, and biases or None;
+            a segment of one row is that of all rows.
+        scaling: Multiplier of the attention logits; None for `key_dim ** -0.5`.
+
+    Returns:
+        `(batch, 1, num_heads, value_dim)`.
+    """
     batch, num_heads, _, key_dim = query.shape
     num_kv_heads = segments[0].keys.shape[1]
     query = query.reshape(batch * num_kv_heads, -1, key_dim)  # (batch * kv heads, group, key_dim)

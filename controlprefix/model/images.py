@@ -147,6 +147,10 @@ def image_inputs(
         prompts: Token ids per row.
         lengths: Tokens per row, with what follows the prompt; rows are padded on the left.
         model: The model.
+
+    Returns:
+        The processor's features, joined over rows, and `(num_rows, longest)` marks of image
+        tokens where the model reads them; nothing if no row has an image.
     """
     with_images = [(i, row) for i, row in enumerate(prompts) if isinstance(row, ImagePrompt)]
     if not with_images:

@@ -42,7 +42,15 @@ def token_log_probs(
 
 
 def chunked_losses(logits: Tensor, target_ids: Tensor) -> Tensor:
-    """`target_losses` of many tokens, a chunk at a time, forward and backward."""
+    """`target_losses` of many tokens, a chunk at a time, forward and backward.
+
+    Args:
+        logits: `(num_tokens, vocab_size)`.
+        target_ids: `(num_tokens,)`.
+
+    Returns:
+        Nats, `(num_tokens,)`.
+    """
     return torch.cat(
         [
             checkpoint(target_losses, chunk, ids, use_reentrant=False)

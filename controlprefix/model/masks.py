@@ -78,7 +78,15 @@ def token_bias(mask: Tensor, blocks: tuple[SlotBlock, ...], batch: int, key: Ten
 
 
 def expand_rows(per_row: Tensor, batch: int) -> Tensor:
-    """Repeat rows for a call with more of them; rows of one request stand together."""
+    """Repeat rows for a call with more of them; rows of one request stand together.
+
+    Args:
+        per_row: `(num_rows, ...)`; `num_rows` is 1 or divides `batch`.
+        batch: Rows of the call.
+
+    Returns:
+        `(batch, ...)`.
+    """
     num_rows = per_row.shape[0]
     if num_rows in (1, batch):
         return per_row.expand(batch, *per_row.shape[1:])
@@ -86,7 +94,12 @@ def expand_rows(per_row: Tensor, batch: int) -> Tensor:
 
 
 def to_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean or additive mask as one to be added to attention logits."""
+    """A mask as one to be added to attention logits.
+
+    Args:
+        mask: Boolean (True attends) or additive, of any shape.
+        dtype: Of the result, which has that shape.
+    """
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -39,11 +39,19 @@ class Relevance:
         return _nearness(self.own, embedding)
 
     def lead(self, embedding: Tensor) -> float:
-        """By how much a prompt is nearer to the prefix's own prompts than to others."""
+        """By how much a prompt is nearer to the prefix's own prompts than to others.
+
+        Args:
+            embedding: Of length 1, `(embedding_size,)`; the result is a difference of cosines.
+        """
         return _nearness(self.own, embedding) - _nearness(self.others, embedding)
 
     def includes(self, embedding: Tensor) -> bool:
-        """Whether a prompt is one that the prefix is meant for."""
+        """Whether a prompt is one that the prefix is meant for.
+
+        Args:
+            embedding: Of length 1, `(embedding_size,)`.
+        """
         near = self.similarity(embedding) >= self.min_similarity
         return near and self.lead(embedding) >= self.min_lead
 

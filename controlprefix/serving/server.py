@@ -51,7 +51,8 @@ class Server:
         classifiers: Classify texts for `/v1/classify`.
         limits: What is accepted.
         runner: Runs requests, such as a `VllmRunner`; left out, a batch in this process.
-        allowed_hosts: With `open_tenant`, host names beside `localhost` and IP addresses.
+        allowed_hosts: With `open_tenant`, host names that are served in addition to `localhost`
+            and IP addresses.
         unknown_users: What to do with a user that has no prefix: refuse the request, or write
             without one.
         sampling_defaults: Sampling settings (`temperature`, `top_p`, …) of requests that leave

@@ -187,7 +187,7 @@ def _require_same_run(folder: Path, saved: Mapping[str, Any], expected: Mapping[
         if saved["settings"].get(name) != value
     ]
     if saved["rows"] != expected["rows"]:
-        differences.append("other examples, or other prefixes beside what is trained")
+        differences.append("other examples, or other prefixes that are attached and not trained")
     elif saved["data"] != expected["data"]:
         differences.append("another num_slots or init, or other stored prefixes")
     if differences:

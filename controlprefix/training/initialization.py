@@ -154,7 +154,11 @@ def slots_from_text(
 
 
 def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]:
-    """The scale of the model's own keys and values of some tokens: see `scale_of`."""
+    """The scale of the model's own keys and values of some tokens: see `scale_of`.
+
+    Returns:
+        Per site, `(slot_size,)`.
+    """
     return scale_of(prefix_from_tokens(frozen, ids[:_MAX_SCALE_TOKENS]))
 
 

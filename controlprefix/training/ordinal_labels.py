@@ -38,7 +38,7 @@ def ordinal_labels(
         rows: Training rows.
         space: The attribute space, if there is one.
         stored: Gives the labels that have prefixes; called if the rows have numbers.
-        may_add: Whether labels beside the stored ones can be learned.
+        may_add: Whether labels other than the stored ones can be learned.
     """
     numbers: dict[str, list[float]] = {}
     names: dict[str, set[str]] = {}

@@ -69,7 +69,8 @@ class TrainingSettings:
 
     nested: bool = False
     """Leave the last slots out of some steps, at random, so that the first ones serve alone at any
-    number: see `Prefix.first`."""
+    number: see `Prefix.first`; as in Matryoshka representation learning (Kusupati et al., 2022,
+    https://arxiv.org/abs/2205.13147)."""
 
     contrast: _Fraction = 0.0
     """Weight, from 0 to below 1, of making a label's text unlikely under the other labels of its

@@ -168,7 +168,12 @@ class PrefixModel(nn.Module):
         return inputs
 
     def collate(self, rows: Sequence[dict[str, list[Any]]]) -> dict[str, Tensor]:
-        """Pad rows of `features` to a batch: a data collator."""
+        """Pad rows of `features` to a batch: a data collator.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, `(num_rows, longest)`; `prefix_ids` and
+            `prefix_strengths`, `(num_rows, most parts)`.
+        """
         pad_id = self._frozen.request_tokenizer.pad_id
         ids, mask = pad_rows([row["input_ids"] for row in rows], pad_id, left=False)
         labels, _ = pad_rows([row["labels"] for row in rows], _IGNORED, left=False)

@@ -1,4 +1,4 @@
-"""Enrolment: a usable prefix or code from a user's texts, without training."""
+"""Enrolment: a usable prefix or code from a user's texts, without a training run."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
