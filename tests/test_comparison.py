@@ -367,6 +367,25 @@ def test_mistakes_are_clear_errors() -> None:
         compare(engine("bart"), rows, **SETTINGS)
 
 
+def test_differences_between_methods_are_paired_over_rows() -> None:
+    prompts = [i // 2 for i in range(40)]  # two references each
+    noise = [(i * 7919 % 13) / 13 for i in range(40)]
+    methods = {
+        "a": {"runs": {"0": {"nats": 2.0}}, "row nats": {"0": noise}, "row prompts": prompts},
+        "b": {
+            "runs": {"0": {"nats": 2.1}},
+            "row nats": {"0": [value + 0.1 for value in noise], "1": [9.0] * 40},
+            "row prompts": prompts,
+        },
+    }
+    report = ComparisonReport.from_dict({"options": {}, "methods": methods})
+    ((_, header, rows), *_) = report.tables()
+    assert [column.title for column in header[:2]] == ["loss", "behind the best"]
+    cells = {name: [text for text, _ in own] for name, own in rows}
+    assert cells["a"][1] == ""
+    assert cells["b"][1] == "0.100 (0.100 to 0.100)"  # rows differ by more than methods
+
+
 def test_a_report_marks_the_best_and_escapes_texts(tmp_path: Path) -> None:
     def method(nats: float, text: str) -> dict[str, Any]:
         run = {"nats": nats, "divergence, answers": nats / 10, "accuracy, tone": 0.5}

@@ -132,13 +132,27 @@ def nll(
     model: Any, rows: Sequence[TokenizedExample], tokenizer: RequestTokenizer, batch_size: int = 16
 ) -> tuple[float, int]:
     """Sum of the negative log-likelihood of completions in nats, and their number of tokens."""
-    total, num_tokens = 0.0, 0
-    by_length = sorted(rows, key=lambda row: len(row.prompt) + len(row.completion))
-    for i in range(0, len(by_length), batch_size):
-        logits, targets = completion_logits(model, by_length[i : i + batch_size], tokenizer)
-        total += float(target_losses(logits, targets).sum())
-        num_tokens += len(targets)
-    return total, num_tokens
+    nats = nll_of_rows(model, rows, tokenizer, batch_size)
+    return sum(nats), sum(len(row.completion) for row in rows)
+
+
+@torch.no_grad()
+def nll_of_rows(
+    model: Any, rows: Sequence[TokenizedExample], tokenizer: RequestTokenizer, batch_size: int = 16
+) -> list[float]:
+    """The negative log-likelihood of each row's completion in nats, without its end token."""
+    nats = [0.0] * len(rows)
+    by_length = sorted(
+        range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].completion)
+    )
+    for first in range(0, len(by_length), batch_size):
+        indices = by_length[first : first + batch_size]
+        logits, targets = completion_logits(model, [rows[i] for i in indices], tokenizer)
+        losses = target_losses(logits, targets)
+        lengths = [len(rows[i].completion) for i in indices]
+        for i, own in zip(indices, losses.split(lengths), strict=True):
+            nats[i] = float(own.sum())
+    return nats
 
 
 @torch.no_grad()

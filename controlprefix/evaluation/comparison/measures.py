@@ -80,14 +80,22 @@ def elsewhere(
 
 def nats_per_token(method: Method, rows: Sequence[Example]) -> float:
     """Negative log-likelihood of the rows' completions, without end tokens."""
-    total, num_tokens = 0.0, 0
+    scored = nats_of_rows(method, rows)
+    return sum(nats for nats, _ in scored) / max(1, sum(count for _, count in scored))
+
+
+def nats_of_rows(method: Method, rows: Sequence[Example]) -> list[tuple[float, int]]:
+    """Per row, the negative log-likelihood of its completion and the number of its tokens."""
     tokenizer = method.problem.frozen.request_tokenizer
+    places = {id(row): i for i, row in enumerate(rows)}
+    scored = [(0.0, 0)] * len(rows)
     for batch in _batches(method, rows):
         with method.applied(batch) as model:
             tokens = [method.tokenized(row) for row in batch]
-            nats, count = adapter_training.nll(model, tokens, tokenizer)
-        total, num_tokens = total + nats, num_tokens + count
-    return total / max(1, num_tokens)
+            nats = adapter_training.nll_of_rows(model, tokens, tokenizer)
+        for row, value, example in zip(batch, nats, tokens, strict=True):
+            scored[places[id(row)]] = value, len(example.completion)
+    return scored
 
 
 def in_context(problem: Problem, texts: Sequence[Example]) -> list[Example]:

@@ -42,6 +42,7 @@ from controlprefix.evaluation.harness import base_model_nll
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 from controlprefix.store import PrefixStore
+from controlprefix.training.held_out import prompt_identity
 
 # A container has these files: its limit and what it uses, in cgroup versions 2 and 1.
 _CGROUP = Path("/sys/fs/cgroup")
@@ -188,7 +189,16 @@ class MethodRunner:
         """Measure a trained method."""
         problem, elsewhere = self.problem, self.elsewhere
         rows = problem.test
-        figures: measures.Figures = {"nats": measures.nats_per_token(method, rows)}
+        scored = measures.nats_of_rows(method, rows)
+        num_tokens = sum(count for _, count in scored)
+        figures: measures.Figures = {"nats": sum(nats for nats, _ in scored) / max(1, num_tokens)}
+        # Rows without a prompt are independent of each other.
+        prompts = [prompt_identity(row) or i for i, row in enumerate(rows)]
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        result["row prompts"] = [numbers[prompt] for prompt in prompts]
+        result.setdefault("row nats", {})[str(seed)] = [
+            round(nats / max(1, count), 5) for nats, count in scored
+        ]
         if problem.few_labels:
             labels = problem.attributes[problem.few_labels]
             following = dict(zip(labels, labels[1:] + labels[:1], strict=True))

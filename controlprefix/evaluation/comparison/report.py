@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from controlprefix.evaluation.metrics import bootstrap_mean
 from controlprefix.reports import few_rows_note, figure_of, render, to_png, write_report
 
 
@@ -53,6 +54,14 @@ QUALITY = (
     Column("base-model nats", "plainness", 2, "", "nats per token of its texts, plain model"),
     Column("distinct-2", "distinct-2", 2, "", "share of word pairs of its texts that differ"),
     Column("words", "words", 1, "", "words per text"),
+)
+_BEHIND = Column(
+    "behind",
+    "behind the best",
+    3,
+    "low",
+    "mean over rows of how much higher their nats per token are than the best method's, with a "
+    "95 % interval (bootstrap over prompts)",
 )
 KEPT = (
     Column(
@@ -162,6 +171,7 @@ class ComparisonReport:
     def tables(self) -> list[tuple[str, list[Column], list[tuple[str, list[tuple[str, bool]]]]]]:
         """Per section: its title, its columns, and per method the cells and whether they lead."""
         names = [name for name, method in self.methods.items() if method.get("runs")]
+        behind = self._behind_best(names)
         tables = []
         for title, columns in SECTIONS.items():
             header = [c for c in columns if any(self.figures(name, c.key) for name in names)]
@@ -177,9 +187,33 @@ class ComparisonReport:
                 for name in names
                 if any(self.figures(name, c.key) for c in header)
             ]
+            if columns is QUALITY and behind:
+                header.insert(1, _BEHIND)
+                for name, cells in rows:
+                    cells.insert(1, (behind.get(name, ""), False))
             if header:
                 tables.append((title, header, rows))
         return tables
+
+    def _behind_best(self, names: Sequence[str]) -> dict[str, str]:
+        """How far each method's loss is behind that of the best one, row by row."""
+        nats: dict[str, list[float]] = {}
+        for name in names:
+            by_seed = self.methods[name].get("row nats", {})
+            if by_seed := [by_seed[seed] for seed in self.methods[name]["runs"] if seed in by_seed]:
+                nats[name] = [statistics.fmean(row) for row in zip(*by_seed, strict=True)]
+        if len(nats) < 2:
+            return {}
+        best = min(nats, key=lambda name: statistics.fmean(nats[name]))
+        prompts = self.methods[best]["row prompts"]
+        differences = {
+            name: [value - other for value, other in zip(own, nats[best], strict=True)]
+            for name, own in nats.items()
+        }
+        return {
+            name: "" if name == best else bootstrap_mean(values, prompts).text(".3f")
+            for name, values in differences.items()
+        }
 
     def _best(self, names: Sequence[str], column: Column) -> set[str]:
         """The methods whose mean is best, as far as the digits show."""
