@@ -91,7 +91,7 @@ def sample(
     return [
         (combination, text)
         for i, combination in enumerate(combinations)
-        for text in method.write(combination, count, seed * 100 + i)
+        for text in method.write(combination, count, (seed + 10 * method.options.seed) * 100 + i)
     ]
 
 
@@ -143,8 +143,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"{results['model']}; {options['steps']} steps of {BATCH_SIZE} rows in all (methods that "
         f"train labels separately share them), {options['num_slots']} slots per prefix, "
         f"{options['texts']} texts per combination of at most {options['new_tokens']} tokens. "
-        f"Seed 0. Written by `{results['command']}` at commit {results['commit']}, "
-        f"{results['date']}.",
+        f"Seed {options.get('seed', 0)}. Written by `{results['command']}` at commit "
+        f"{results['commit']}, {results['date']}.",
         "**accuracy**: attribute accuracy, how often a linear classifier over words finds the "
         "requested label, averaged over attributes; **all correct**: of all attributes at once; "
         "**alone**: labels requested without others. **base-model NLL**: nats per token under the "
@@ -193,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--name", help="of the result files, to keep those of other options")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0, help="of training and of samples")
     reward = parser.add_argument_group("reinforcement learning")
     reward.add_argument("--reward-steps", type=int, default=40)
     reward.add_argument("--requests", type=int, default=8, help="per step")
@@ -215,9 +216,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings += ("pool", "keep", "pool_diversity", "self_steps")
     if {REINFORCED, BOTH} & set(options.methods):
         settings += ("reward_steps", "requests", "samples", "diversity", "kl", "demonstrated")
+    settings += ("seed",) if options.seed else ()
     part = [] if options.studies == list(STUDIES) else options.studies
     device = [] if options.device == "cpu" else [options.device]
-    name = options.name or "-".join(["attributes", *part, *device])
+    seed = [f"seed-{options.seed}"] if options.seed else []
+    name = options.name or "-".join(["attributes", *part, *seed, *device])
     file = ResultFile(name, options, settings=settings, model=frozen, page=page)
     for name in options.studies:
         study = load_study(options.data, name, options.steps * BATCH_SIZE, frozen)

@@ -73,6 +73,7 @@ class ControlPrefixMethod(Method):
                 batch_size=BATCH_SIZE,
                 contrast=0.3,
                 validation=0,
+                seed=self.options.seed,
                 progress=False,
             )
 
@@ -160,6 +161,7 @@ class SelfTrained(Continued):
             keep=self.options.keep,
             diversity=self.options.pool_diversity,
             batch_size=128,
+            seed=100_000 * self.options.seed,
         )
         # What a completion follows in training: nothing, as in the rows.
         examples = [text.model_copy(update={"prompt": ""}) for text in texts]
@@ -171,6 +173,7 @@ class SelfTrained(Continued):
             batch_size=BATCH_SIZE,
             contrast=0.3,
             validation=0,
+            seed=self.options.seed,
             progress=False,
         )
 
@@ -189,6 +192,7 @@ class Reinforced(Continued):
             diversity=self.options.diversity,
             kl=self.options.kl,
             demonstrated=self.options.demonstrated,
+            seed=self.options.seed,
             progress=False,
             on_step=_print_tenth,
         )
