@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run as command
 from typer.testing import CliRunner
 
-from controlprefix import ControlPrefix, Example, Part, Prefix, Request, TrainingDataError
+from controlprefix import (
+    ControlPrefix,
+    Example,
+    Part,
+    Prefix,
+    Request,
+    RequestError,
+    TrainingDataError,
+)
 from controlprefix.evaluation import evaluate_users
 from controlprefix.evaluation.metrics import bootstrap_mean
 from controlprefix.evaluation.users import summarize
@@ -169,6 +178,27 @@ def test_the_command_reports_and_writes(
     assert all(f"<td>{user}</td>" in page for user in STYLES)
     groups.write_text('["ana"]')
     assert CliRunner().invoke(app, arguments).exit_code != 0
+
+
+def test_groups_are_columns_of_the_rows(
+    cp: ControlPrefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from controlprefix.cli.groups import EngineArguments
+
+    monkeypatch.setattr(EngineArguments, "open", lambda self, **_: cp)
+    fields = [row.model_dump(mode="json", exclude_unset=True) for row in rows(list(STYLES))]
+    with_ages = [{**row, "age": 20 if row["user"] == "bo" else 30} for row in fields]
+    data = tmp_path / "ages.jsonl"
+    data.write_text("\n".join(map(json.dumps, with_ages)))
+    options = ["--group-columns", "age", "--min-group-size", "1", "--folder", str(tmp_path / "x")]
+    shown = command(tmp_path, "eval-users", str(data), *options)
+    assert "age=20" in shown
+    assert "age=30" in shown
+    data.write_text("\n".join(map(json.dumps, [*with_ages, {**with_ages[0], "age": 50}])))
+    with pytest.raises(RequestError, match="50 in the column 'age'"):
+        command(tmp_path, "eval-users", str(data), *options)
+    with pytest.raises(RequestError, match="a group in the column 'sex'"):
+        command(tmp_path, "eval-users", str(data), "--group-columns", "sex")
 
 
 def test_wrong_groups_are_told_before_anything_is_scored(

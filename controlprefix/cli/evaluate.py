@@ -1,6 +1,7 @@
 """Commands that measure what prefixes do: eval, eval-users, calibrate."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from controlprefix.cli.options import parse_list, parse_number, parse_pair
 from controlprefix.errors import RequestError
 
 if TYPE_CHECKING:
+    from controlprefix.data.files import Record
     from controlprefix.evaluation import AttributeClassifier
 
 LabelledTextsOption = Annotated[
@@ -92,6 +94,12 @@ def evaluate_users(
         Path | None,
         typer.Option(help='JSON file of groupings: {"gender": {"ana": "female", …}}.'),
     ] = None,
+    group_columns: Annotated[
+        str,
+        typer.Option(
+            help="Columns of the rows that group their users, comma-separated."
+        ),
+    ] = "",
     min_group_size: Annotated[
         int, typer.Option(help="Groups with fewer users are not reported.")
     ] = 8,
@@ -107,10 +115,19 @@ def evaluate_users(
     """Measure for whom user prefixes work: gains over other users' prefixes, harm, groups."""
     from controlprefix import evaluation
     from controlprefix.data import as_examples
+    from controlprefix.data.files import read_records
     from controlprefix.evaluation.users_report import harmed_text
 
     groupings = {} if groups is None else _read_groups(groups)
-    examples = as_examples(rows, columns=columns.columns(), defaults=columns.defaults())
+    names, records = columns.columns(), list(read_records(rows))
+    user_column = names.user if names is not None and names.user is not None else "user"
+    for name in parse_list(group_columns):
+        groupings[name] = _groups_of_column(records, name, user_column)
+    own_rows = [
+        record._replace(fields={k: v for k, v in record.fields.items() if k not in groupings})
+        for record in records
+    ]
+    examples = as_examples(own_rows, columns=names, defaults=columns.defaults())
     options: dict[str, Any] = {
         "groups": groupings,
         "min_group_size": min_group_size,
@@ -134,6 +151,29 @@ def evaluate_users(
     if result.too_small:
         out.print(f"fewer than {min_group_size} users: {', '.join(result.too_small)}")
     out.print(f"written to {result.save(folder)}")
+
+
+def _groups_of_column(records: Sequence["Record"], column: str, user_column: str) -> dict[str, str]:
+    """Each user's group, as a column of the rows states it.
+
+    Raises:
+        RequestError: If no row has the column, or a user's rows differ.
+    """
+    groups: dict[str, str] = {}
+    for record in records:
+        user, group = (record.fields.get(name) for name in (user_column, column))
+        if user in (None, "") or group in (None, ""):
+            continue
+        if groups.setdefault(str(user), str(group)) != str(group):
+            raise RequestError(
+                f"{record.place}: user {user!r} is {group!r} in the column {column!r}, and "
+                f"{groups[str(user)]!r} in an earlier row; give a user one group"
+            )
+    if not groups:
+        raise RequestError(
+            f"no row has a user in {user_column!r} and a group in the column {column!r}"
+        )
+    return groups
 
 
 def _read_groups(path: Path) -> dict[str, dict[str, str]]:
