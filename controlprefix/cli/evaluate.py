@@ -96,9 +96,7 @@ def evaluate_users(
     ] = None,
     group_columns: Annotated[
         str,
-        typer.Option(
-            help="Columns of the rows that group their users, comma-separated."
-        ),
+        typer.Option(help="Columns of the rows that group their users, comma-separated."),
     ] = "",
     min_group_size: Annotated[
         int, typer.Option(help="Groups with fewer users are not reported.")
