@@ -27,6 +27,7 @@ from controlprefix.evaluation.comparison import (
     ComparisonReport,
     compare,
     measures,
+    method_runner,
 )
 from controlprefix.evaluation.comparison.adapters import PrefixMemory
 from controlprefix.evaluation.comparison.methods import ControlPrefixMethod, Method, Problem
@@ -329,6 +330,15 @@ def test_what_does_not_fit_the_memory_is_skipped(
     settings = {**SETTINGS, "methods": names, "folder": tmp_path}
     assert compare(engine(), greetings(8), **settings).skipped
     monkeypatch.undo()
+    files = tmp_path / "memory.max", tmp_path / "memory.current"
+    for file, text in zip(files, ("2000", "1500"), strict=True):
+        file.write_text(text)
+    with monkeypatch.context() as patch:  # in a container
+        patch.setattr(method_runner, "_CGROUP_FILES", (files, (tmp_path / "none",) * 2))
+        assert method_runner._available_bytes() == 500
+        assert "GB of memory" in compare(engine(), greetings(8), **settings).markdown()
+        files[0].write_text("max")
+        assert method_runner._available_bytes() > 10**6
     assert not compare(engine(), greetings(8), **settings).skipped  # there is more memory now
 
 

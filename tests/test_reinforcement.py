@@ -230,6 +230,20 @@ def test_demonstrations_are_learned_beside_the_reward() -> None:
     assert losses[1] < losses[0] - 1
 
 
+def test_a_label_of_demonstrations_alone_is_stored_if_they_are_learned_from() -> None:
+    formal = [row for row in requests() if row.attributes == {"formality": "formal"}]
+    for weight, label_is_stored in ((0.0, False), (1.0, True)):
+        report = trained().reinforce(
+            formal,
+            reward=share_of_vowels,
+            demonstrations=greetings(4),
+            demonstration_weight=weight,
+            **OPTIONS,
+        )
+        assert ("attribute 'formality=informal'" in report.saved) == label_is_stored
+        assert ("attribute 'formality=informal'" in report.untrained) != label_is_stored
+
+
 def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     def run(steps: int, **options: Any) -> ControlPrefix:
         cp = trained()
