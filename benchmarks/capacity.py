@@ -45,7 +45,7 @@ def computed(
             frozen,
             users=options.users,
             num_slots=NUM_SLOTS,
-            form="bfloat16",
+            storage_format="bfloat16",
             requests_per_second=requests_per_second,
             prompt_tokens=len(frozen.tokenizer(PROMPT)["input_ids"]),
             new_tokens=options.new_tokens,

@@ -136,6 +136,14 @@ class Database:
             raise StoreError(f"there is no store to write to: {self.display_name}")
         return result
 
+    def check(self) -> None:
+        """Check that the database answers, without waiting for one that restarts.
+
+        Raises:
+            StoreError: If it does not.
+        """
+        self._transaction(lambda _: None, write=False, max_attempts=2)
+
     def lock_users(self, session: Session, tenant: int, *, shared: bool) -> None:
         """Keep publishing and forgetting of a tenant's users apart, until the transaction ends.
 
@@ -265,9 +273,15 @@ class Database:
     def _set_config(session: Session, setting: str, value: str) -> None:
         session.execute(select(sa.func.set_config(setting, value, True)))  # for this transaction
 
-    def _transaction(self, work: Callable[[Session], Result], *, write: bool) -> Result:
-        stop: Any = tenacity.stop_after_attempt(_MAX_ATTEMPTS)
-        if self._connections.was_reached:  # its URL and password are right
+    def _transaction(
+        self,
+        work: Callable[[Session], Result],
+        *,
+        write: bool,
+        max_attempts: int | None = None,
+    ) -> Result:
+        stop: Any = tenacity.stop_after_attempt(max_attempts or _MAX_ATTEMPTS)
+        if self._connections.was_reached and max_attempts is None:  # URL and password are right
             stop = tenacity.stop_all(stop, tenacity.stop_after_delay(_RESTART_S))
         retry = tenacity.Retrying(
             stop=stop,

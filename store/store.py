@@ -351,7 +351,7 @@ class PrefixStore(UserData, RemovalMethods, JobMethods):
         Raises:
             StoreError: If it does not.
         """
-        self._database.run(lambda session, tenant: None)
+        self._database.check()
 
     def close(self) -> None:
         """Close the database connections."""

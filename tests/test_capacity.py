@@ -87,4 +87,6 @@ def test_the_command(model_folder: Path) -> None:
     priced = CliRunner().invoke(app, [*arguments, "--price-per-hour", "1"])
     assert "2,190.00" in priced.output  # 3 processes
     assert "guide on capacity" in result.output
-    assert CliRunner().invoke(app, [*arguments, "--storage_format", "int4"]).exit_code != 0
+    invalid = CliRunner().invoke(app, [*arguments, "--storage-format", "int4"])
+    assert invalid.exit_code != 0
+    assert "bfloat16" in invalid.output

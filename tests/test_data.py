@@ -115,6 +115,9 @@ def test_columns_by_any_name() -> None:
     table = {"table": {"name": "Aromi"}, "completion": "Aromi.", "author": "ana", "id": 1}
     (example,) = as_examples([table], columns=Columns(user="author"))
     assert (example.user, example.prompt) == ("ana", "name[Aromi]")
+    columns = Columns(prompt="prompt", completion="chosen")
+    (chosen,) = as_examples([{**preference, "table": "T1"}], columns=columns)
+    assert (chosen.prompt, chosen.completion) == ("Hi", "hey")
     with pytest.raises(TrainingDataError, match="no column 'boddy'; .* did you mean 'body'"):
         as_examples(rows, columns=Columns(text="boddy"))
     with pytest.raises(TrainingDataError, match="row 1: .*unknown field 'id'"):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,12 +21,15 @@ from controlprefix import (
     EngineError,
     Prefix,
     RequestError,
+    StoreError,
     TrainingDataError,
     UnknownNameError,
 )
 from controlprefix.cli import app
 from controlprefix.evaluation import UsersEvaluation, evaluate_users
+from controlprefix.interop import ray_users
 from controlprefix.interop.ray_users import RayCluster
+from controlprefix.users import UsersReport
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -215,6 +219,52 @@ def test_what_a_killed_actor_had_is_done_once(model_folder: Path, tmp_path: Path
     for user in texts:
         assert len(cp.versions("user", user)) == 1
     cp.store.close()
+
+
+class FakeRay:
+    """Calls of actors are functions that `get` calls; none of them dies."""
+
+    exceptions = SimpleNamespace(RayActorError=ZeroDivisionError)
+
+    def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return references[:num_returns], references[num_returns:]
+
+    def get(self, reference: Any) -> Any:
+        return reference()
+
+    def kill(self, actor: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("num_failures", [2, 3])
+def test_a_store_that_is_away_is_waited_for(
+    num_failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_users, "_STORE_PAUSE_S", 0.0)
+    failures = [StoreError("the database is away")] * num_failures
+
+    def work(_: str, users: Any, *__: Any) -> Any:
+        def result() -> Any:
+            if failures:
+                raise failures.pop()
+            reports: dict[str, Any] = dict.fromkeys(name for name, _ in users)
+            return UsersReport(users=reports), []
+
+        return result
+
+    actor = SimpleNamespace(
+        versions=SimpleNamespace(remote=lambda names: dict), work=SimpleNamespace(remote=work)
+    )
+    chunks = iter([ray_users._Chunk([("ana", ["a"])]), ray_users._Chunk([("bo", ["b"])])])
+    report = UsersReport()
+    run = ray_users._Run(FakeRay(), lambda: actor, chunks, report, "train_users", {})
+    if num_failures == 3:  # it never worked
+        with pytest.raises(StoreError, match="is away"):
+            run.until_done(1, progress=False)
+        return
+    run.until_done(1, progress=False)
+    assert set(report.users) == {"ana", "bo"}
+    assert not report.failed
 
 
 def test_mistakes_are_clear_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Decoders that are trained with vectors of users in place of features of their texts."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -84,3 +85,20 @@ def test_vectors_that_do_not_fit_are_refused(change: dict[str, Any], message: st
     with pytest.raises(TrainingDataError, match="no vector for hello3; give one per user"):
         built.learn_decoder(USERS, vectors=incomplete, **OPTIONS)
     assert not built.exists("decoder", "users")
+
+
+def test_names_may_be_typed_in_two_ways_and_other_vectors_are_another_decoder(
+    tmp_path: Path,
+) -> None:
+    built = engine()
+    names = ("Jose\u0301", "ana")
+    users = {name: ["hello hello"] * 3 for name in names}
+    vectors = {"Jos\u00e9": [1.0], "ana": [2.0]}
+    options = {**OPTIONS, "steps": 2, "folder": tmp_path}
+    assert built.learn_decoder(users, vectors=vectors, **options).version == 1
+    assert built.learn_decoder(users, vectors=vectors, resume=True, **options).version == 1
+    others = {"Jos\u00e9": [5.0], "ana": [9.0]}
+    assert built.learn_decoder(users, vectors=others, resume=True, **options).version == 2
+    built.enroll("cy", vector=[1.5], decoder="users")
+    with pytest.raises(RequestError, match="was enrolled from a vector"):
+        built.audit_user("cy", ["a text"], ["another"], num_canaries=1)

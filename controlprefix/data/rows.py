@@ -23,7 +23,12 @@ from controlprefix.request import Request
 # Examples, dicts, a path, a `datasets.Dataset`, or a DataFrame of pandas or polars.
 Rows = Iterable[Any] | str | os.PathLike[str]
 
-_OWN_FIELDS = {*Example.model_fields, *Preference.model_fields, "text", "table", "triples"}
+_TABLES = ("table", "triples")  # in place of a prompt
+_OWN_FIELDS = {
+    Preference: {*Preference.model_fields, *_TABLES},
+    Example: {*Example.model_fields, *_TABLES, "text"},
+    Request: {*Example.model_fields, *_TABLES, "text"},
+}
 _RENAMED = ("text", "prompt", "completion", "user", "task")
 _INSTEAD_OF_TEXT = ("prompt", "messages", "completion")
 _PREFERENCE_FORM = (
@@ -64,16 +69,18 @@ class Columns:
         names = (getattr(self, name) for name in _RENAMED)
         return {name for name in names if name is not None} | {*self.attributes.values()}
 
-    def applied(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A row's fields under the names of an example's fields."""
+    def applied(self, fields: Mapping[str, Any], row_type: type[Request]) -> dict[str, Any]:
+        """A row's fields under the names of the fields of examples, requests or preferences."""
         names = [name for name in _RENAMED if getattr(self, name) is not None]
         columns = {name: getattr(self, name) for name in names}
         taken = self.named
         result = {name: value for name, value in fields.items() if name not in taken}
         if self.attributes or set(names) - {"task"}:
-            result = {k: v for k, v in result.items() if k in _OWN_FIELDS}
+            result = {k: v for k, v in result.items() if k in _OWN_FIELDS[row_type]}
         if self.text is not None:
             result = {k: v for k, v in result.items() if k not in _INSTEAD_OF_TEXT}
+        if self.text is not None or self.prompt is not None:
+            result = {k: v for k, v in result.items() if k not in _TABLES}
         result |= {name: fields[column] for name, column in columns.items() if column in fields}
         labels = {
             attribute: fields[column]
@@ -288,7 +295,7 @@ def _rows_of(
     row_type: type[_Row],
 ) -> list[_Row]:
     """The examples of one row, one per reference; or a request, if it has no completion."""
-    own = dict(fields) if columns is None else columns.applied(fields)
+    own = dict(fields) if columns is None else columns.applied(fields, row_type)
     if own.get("images") is not None:
         own["images"] = listed(own["images"])
     if row_type is Preference:
@@ -311,7 +318,7 @@ def _rows_of(
             if not is_answered:
                 raise ValueError("messages must end with the assistant's message, which is learned")
             own |= {"messages": messages[:-1], "completion": messages[-1]["content"]}
-    for name in ("table", "triples"):
+    for name in _TABLES:
         if name in own:
             if "prompt" in own:
                 raise ValueError(f"has a prompt and {name}; leave one of them out")

@@ -32,6 +32,7 @@ from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
 from controlprefix.users import EnrolmentReport, UsersReport
 
 _MAX_ATTEMPTS = 3
+_STORE_PAUSE_S = 5.0  # beside the seconds for which each call waits
 
 Method = Literal["train_users", "enroll_users", "evaluate_users"]
 Users = list[tuple[str, Any]]
@@ -297,6 +298,7 @@ class _Run:
         self._report: Any = report
         self._skipped: list[str] = []
         self._num_dead = 0
+        self._has_results = False
 
     def until_done(self, num_actors: int, progress: bool) -> list[str]:
         """Do all users; returns those that were skipped. No actor is left behind."""
@@ -319,8 +321,9 @@ class _Run:
                 except self._ray.exceptions.RayActorError as error:
                     actor = self._replaced(chunk, error)
                 except StoreError as error:  # such as a database that is away for long
-                    self._put_back(chunk, str(error))
+                    self._put_back_later(chunk, error)
                 else:
+                    self._has_results = True
                     self._report.users.update(report.users)
                     self._report.failed.update(report.failed)
                     self._skipped += [*report.skipped, *stored]
@@ -341,7 +344,7 @@ class _Run:
             if not chunk.num_attempts:
                 is_stored = self._method != "evaluate_users"
                 names = [user for user, _ in chunk.users] if is_stored else []
-                chunk.versions = self._ray.get(actor.versions.remote(names))
+                chunk.versions = self._versions(actor, names)
                 self._num_dead = 0  # this actor has started
         except self._ray.exceptions.RayActorError as error:
             self._give(self._replaced(chunk, error))
@@ -364,6 +367,28 @@ class _Run:
             chunk, f"{_MAX_ATTEMPTS} actors died while they did this user or one beside it"
         )
         return self._new_actor()
+
+    def _versions(self, actor: Any, names: Sequence[str]) -> Any:
+        """The users' current versions; a store that is away is waited for."""
+        for attempt in range(_MAX_ATTEMPTS):
+            try:
+                return self._ray.get(actor.versions.remote(names))
+            except StoreError:
+                if attempt == _MAX_ATTEMPTS - 1:
+                    raise
+                time.sleep(_STORE_PAUSE_S)
+        raise AssertionError("an attempt returns or raises")
+
+    def _put_back_later(self, chunk: _Chunk, error: StoreError) -> None:
+        """Do users again after a pause, unless the store never worked.
+
+        Raises:
+            StoreError: If no chunk was done before the last attempt.
+        """
+        if chunk.num_attempts >= _MAX_ATTEMPTS and not self._has_results:
+            raise error
+        self._put_back(chunk, str(error))
+        time.sleep(_STORE_PAUSE_S)
 
     def _put_back(self, chunk: _Chunk, reason: str) -> None:
         """Do users again later, or report them if they were tried often enough."""

@@ -135,7 +135,8 @@ def predict_code(decoder: PrefixDecoder, texts: Sequence[str]) -> UserCode:
     """
     if decoder.feature_set == user_vectors.FEATURE_SET:
         raise RequestError(
-            "the decoder was trained with vectors of users, not with their texts; give vector="
+            "the decoder was trained with vectors of users, not with their texts; enroll them with "
+            "`ControlPrefix.enroll(vector=)`"
         )
     if not decoder.predictor.uses_features:
         return decoder.mean_code

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from controlprefix.embeddings import MAX_CHARACTERS
-from controlprefix.errors import ForgottenError, RequestError, TrainingDataError
+from controlprefix.errors import ForgottenError, RequestError, TrainingDataError, UnknownNameError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
@@ -130,7 +130,7 @@ class UserTrainer:
                 earlier is not None
                 and str(key) in earlier.saved
                 and earlier.is_same_run(report.training)
-                and self._model_store.has_versions(earlier.saved, [key])
+                and self._is_stored(key, earlier.saved[str(key)], decoder.content_hash)
             ):
                 return earlier.saved[str(key)]
             (version,) = self._store.put([new], removal_number=removal_number)
@@ -212,9 +212,7 @@ class UserTrainer:
             destination=" ".join(
                 (self._store.display_name, self._store.tenant, self._frozen.fingerprint)
             ),
-            is_stored=lambda key, version: self._model_store.has_versions(
-                {str(key): version}, [key]
-            ),
+            is_stored=self._has_version_since,
         )
 
     def enroll(
@@ -288,6 +286,21 @@ class UserTrainer:
             user, value, {"enrolled": enrolled}, removal_number=removal_number, **extras
         )
 
+    def _has_version_since(self, key: PrefixKey, version: int) -> bool:
+        """Whether a version, or a later one that took its place, is still there."""
+        try:
+            return self._model_store.version_info(key).version >= version
+        except UnknownNameError:
+            return False
+
+    def _is_stored(self, key: PrefixKey, version: int, content_hash: str) -> bool:
+        """Whether a version is still there, with that content: a run may get other features."""
+        try:
+            info = self._model_store.version_info(key, version=version)
+        except UnknownNameError:
+            return False
+        return info.content_hash == content_hash
+
     def enroll_vector(self, user: str, vector: Sequence[float], decoder: str) -> int:
         """Store the code of a user's vector: see `ControlPrefix.enroll`."""
         removal_number = self._store.last_removal_number()
@@ -335,6 +348,11 @@ class UserTrainer:
         details = current.details
         training = details.get("training", {})
         trained_alone = bool(training) and not {"learned", "loop"} & training.keys()
+        if num_canaries and "vector" in details.get("enrolled", {}):
+            raise RequestError(
+                f"{key} was enrolled from a vector, so there are no texts to plant canaries among; "
+                "leave them out"
+            )
         if num_canaries and not trained_alone and "enrolled" not in details:
             raise TrainingDataError(
                 f"{key} version {current.version} was not made by train_users or enroll, so it "

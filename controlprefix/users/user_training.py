@@ -94,7 +94,7 @@ def train_users(
         control: In its folder, finished users are recorded; to resume skips users recorded there
             with the same texts, settings and destination.
         destination: Where finished users are stored.
-        is_stored: Whether a version of a key is still there.
+        is_stored: Whether a version of a key, or a later one, is still there.
 
     Raises:
         TrainingDataError: If `concurrent_users` is below 1.

@@ -19,19 +19,19 @@ def vector_features(
 
     Args:
         vectors: A vector per user, all of one size; others than `users` may have one too.
-        users: Names in Unicode's composed form.
+        users: Names; accents may be typed in either way.
 
     Raises:
         TrainingDataError: If a user has none, or one is not of numbers, or of another size.
     """
     own = {composed(user): _row(user, vector) for user, vector in vectors.items()}
-    if missing := [user for user in users if user not in own]:
+    if missing := [user for user in users if composed(user) not in own]:
         raise TrainingDataError(f"there is no vector for {shortened(missing)}; give one per user")
-    sizes = {own[user].shape[1]: user for user in users}
+    sizes = {own[composed(user)].shape[1]: user for user in users}
     if len(sizes) > 1:
         examples = ", ".join(f"{size} values for {user!r}" for size, user in sizes.items())
         raise TrainingDataError(f"vectors have different sizes: {examples}; give all the same")
-    return {user: own[user] for user in users}
+    return {user: own[composed(user)] for user in users}
 
 
 def code_of_vector(
