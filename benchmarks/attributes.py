@@ -91,7 +91,7 @@ def sample(
     return [
         (combination, text)
         for i, combination in enumerate(combinations)
-        for text in method.write(combination, count, (seed + 10 * method.options.seed) * 100 + i)
+        for text in method.write(combination, count, (seed + 10 * method.seed) * 100 + i)
     ]
 
 

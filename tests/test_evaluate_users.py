@@ -191,9 +191,9 @@ def test_groups_are_columns_of_the_rows(
     data = tmp_path / "ages.jsonl"
     data.write_text("\n".join(map(json.dumps, with_ages)))
     options = ["--group-columns", "age", "--min-group-size", "1", "--folder", str(tmp_path / "x")]
-    shown = command(tmp_path, "eval-users", str(data), *options)
-    assert "age=20" in shown
-    assert "age=30" in shown
+    output = command(tmp_path, "eval-users", str(data), *options)
+    assert "age=20" in output
+    assert "age=30" in output
     data.write_text("\n".join(map(json.dumps, [*with_ages, {**with_ages[0], "age": 50}])))
     with pytest.raises(RequestError, match="50 in the column 'age'"):
         command(tmp_path, "eval-users", str(data), *options)

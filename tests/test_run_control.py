@@ -190,7 +190,9 @@ def test_another_number_of_slots_is_not_called_other_examples(tmp_path: Path) ->
     more = {**QUICK, "num_slots": 5}
     with pytest.raises(TrainingDataError, match=r"holds another run \(another num_slots or init"):
         cp.train(greetings(), folder=tmp_path, resume=True, **more)
-    with pytest.raises(TrainingDataError, match="other examples, or other prefixes beside"):
+    with pytest.raises(
+        TrainingDataError, match="other examples, or other prefixes that are attached"
+    ):
         cp.train(greetings()[2:], folder=tmp_path, resume=True, **QUICK)
 
 

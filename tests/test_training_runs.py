@@ -200,7 +200,7 @@ def test_another_run_or_a_damaged_state_is_refused(tmp_path: Path) -> None:
     for examples, changes, message in (
         (greetings(), {"seed": 2}, "seed was 1, is 2"),
         (greetings(), {"learning_rate": 0.3}, "learning_rate was 0.1, is 0.3"),
-        (greetings(7), {}, "other examples, or other prefixes beside"),
+        (greetings(7), {}, "other examples, or other prefixes that are attached"),
     ):
         with pytest.raises(TrainingDataError, match=f"holds another run .*{message}"):
             cp.train(examples, folder=tmp_path, resume=True, **{**QUICK, **changes})

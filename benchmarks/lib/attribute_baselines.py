@@ -28,6 +28,7 @@ class Method:
 
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
+        self.seed: int = getattr(options, "seed", 0)
         self.coefficient = 1.0
         self.cp = engine(study.frozen)
 

@@ -73,7 +73,7 @@ class ControlPrefixMethod(Method):
                 batch_size=BATCH_SIZE,
                 contrast=0.3,
                 validation=0,
-                seed=self.options.seed,
+                seed=self.seed,
                 progress=False,
             )
 
@@ -161,7 +161,7 @@ class SelfTrained(Continued):
             keep=self.options.keep,
             diversity=self.options.pool_diversity,
             batch_size=128,
-            seed=100_000 * self.options.seed,
+            seed=100_000 * self.seed,
         )
         # What a completion follows in training: nothing, as in the rows.
         examples = [text.model_copy(update={"prompt": ""}) for text in texts]
@@ -173,7 +173,7 @@ class SelfTrained(Continued):
             batch_size=BATCH_SIZE,
             contrast=0.3,
             validation=0,
-            seed=self.options.seed,
+            seed=self.seed,
             progress=False,
         )
 
@@ -192,7 +192,7 @@ class Reinforced(Continued):
             diversity=self.options.diversity,
             kl=self.options.kl,
             demonstrated=self.options.demonstrated,
-            seed=self.options.seed,
+            seed=self.seed,
             progress=False,
             on_step=_print_tenth,
         )

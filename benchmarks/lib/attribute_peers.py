@@ -50,7 +50,7 @@ class AdapterPerLabel(Method):
         )
         kind = {**PEFT_KINDS, "PEFT LoRA r8": LORA}[self.adapter]
         self.method = PeftMethod(problem, kind=kind)
-        self.method.train(rate=self.learning_rate, seed=self.options.seed)
+        self.method.train(rate=self.learning_rate, seed=self.seed)
         self.adapters: dict[Any, Any] = dict(self.method.models)
 
 

@@ -98,7 +98,7 @@ def to_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         mask: Boolean (True attends) or additive, of any shape.
-        dtype: Of the result, which has that shape.
+        dtype: The dtype of the result, which has the mask's shape.
     """
     if mask.dtype != torch.bool:
         return mask.to(dtype)
