@@ -1,5 +1,6 @@
 """The cache that grows in place, compared with transformers' own."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from controlprefix.model.cache_rows import CacheRow, arrange_rows, overwrite_row
 from controlprefix.model.kv_cache import (
     _MIN_SPARE_TOKENS,
     behind_slots,
+    cache_argument,
     growing_cache,
     new_cache,
 )
@@ -78,6 +80,17 @@ def test_tokens_are_written_in_place_while_there_is_room() -> None:
 
 def test_encoder_decoders_and_small_batches_keep_the_cache_of_transformers() -> None:
     assert growing_cache(build("t5"), 8) is None
+
+
+def test_the_cache_has_the_name_that_the_model_takes() -> None:
+    model = build("llama")
+    assert cache_argument(model) in inspect.signature(type(model).forward).parameters
+
+    class Renamed(type(model)):  # type: ignore[misc]
+        def forward(self, input_ids: Any, cache: Any = None) -> Any:
+            raise NotImplementedError
+
+    assert cache_argument(Renamed(model.config)) == "cache"
     small = growing_cache(build("llama"), 2)
     assert (small is None) == (models.DEVICE == "cpu")
 

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from controlprefix.model import FrozenModel
 from controlprefix.model.cache_rows import CacheRow, arrange_rows, overwrite_row, rows_can_move
-from controlprefix.model.kv_cache import new_cache
+from controlprefix.model.kv_cache import cache_argument, new_cache
 
 
 def can_share_running_batch(frozen: FrozenModel) -> bool:
@@ -103,7 +103,7 @@ class BatchCache:
                 "input_ids": tokens,
                 "attention_mask": self.mask,
                 "position_ids": position_ids,
-                "past_key_values": self._cache,
+                cache_argument(self._frozen.model): self._cache,
             }
             return
         with _decoder_positions(self._frozen, position_ids):
@@ -112,7 +112,7 @@ class BatchCache:
                 "decoder_attention_mask": self.mask,
                 "attention_mask": self._cross_mask,
                 "encoder_outputs": self._shape_of_states(),
-                "past_key_values": EncoderDecoderCache(self._cache, self._cross),
+                cache_argument(self._frozen.model): EncoderDecoderCache(self._cache, self._cross),
             }
 
     def _arranged(self, cache: DynamicCache, rows: Sequence[CacheRow], num_slots: int) -> Tensor:

@@ -14,7 +14,7 @@ from controlprefix.inference.batcher import BatchedRequest
 from controlprefix.model import FrozenModel
 from controlprefix.model.cache_rows import CacheRow, row_without_padding
 from controlprefix.model.images import ImagePrompt, image_inputs, image_positions
-from controlprefix.model.kv_cache import new_cache
+from controlprefix.model.kv_cache import cache_argument, new_cache
 from controlprefix.model.padding import pad_rows
 from controlprefix.prefixes import Part, PrefixBatch
 
@@ -35,6 +35,7 @@ class Prefill:
         num_done: Columns that are done.
         ids, mask: `(num_rows, length)`.
         cache, cross: Their keys and values, and those of what an encoder read.
+        cache_name: What the model calls its cache.
         batch: The slots of their rows; None before `prepare`.
         images: What the model reads of images, if there are any.
         positions: `(num_rows, length)`, or what the model computes for images.
@@ -50,6 +51,7 @@ class Prefill:
     mask: Tensor = field(init=False)
     cache: DynamicCache = field(init=False)
     cross: DynamicCache = field(init=False)
+    cache_name: str = field(init=False)
     batch: PrefixBatch | None = None
     images: dict[str, Tensor] = field(default_factory=dict)
     positions: Tensor = field(init=False)
@@ -114,6 +116,7 @@ class Prefill:
         self.starts = [sequence.start for sequence, _ in read.values()]
         batch = frozen.assemble([parts for _, parts in read.values()])
         self.cache = new_cache(frozen.model)
+        self.cache_name = cache_argument(frozen.model)
         if self.encoded:
             self.cross = new_cache(frozen.model)
         batch.set_token(0)
@@ -126,14 +129,14 @@ class Prefill:
                 "input_ids": self.ids,
                 "attention_mask": self.mask,
                 "decoder_input_ids": torch.tensor(self.starts, device=self.ids.device),
-                "past_key_values": EncoderDecoderCache(self.cache, self.cross),
+                self.cache_name: EncoderDecoderCache(self.cache, self.cross),
             }
         chunk = slice(self.num_done, end)
         return {
             "input_ids": self.ids[:, chunk],
             "attention_mask": self.mask[:, :end],
             "position_ids": self.positions[..., chunk],
-            "past_key_values": self.cache,
+            self.cache_name: self.cache,
             **self.images,
         }
 

@@ -29,7 +29,7 @@ from controlprefix.inference.sampling import RowSampling, SampledRow
 from controlprefix.inference.stopping import completion_from_tokens, has_stop
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import image_inputs
-from controlprefix.model.kv_cache import growing_cache
+from controlprefix.model.kv_cache import cache_argument, growing_cache
 from controlprefix.model.languages import start_ids_of
 from controlprefix.model.padding import pad_rows
 from controlprefix.model.tokenization import RequestTokenizer
@@ -151,7 +151,7 @@ def generate_tokens(
         criteria.append(_Cancelled(cancelled))
     if config.cache_implementation is None:
         cache = growing_cache(frozen.model, len(requests), batch.num_slots)
-        options |= {} if cache is None else {"past_key_values": cache}
+        options |= {} if cache is None else {cache_argument(frozen.model): cache}
     with torch.no_grad(), frozen.exclusive(), frozen.attached(batch):
         try:
             sequences = frozen.model.generate(  # type: ignore[operator]  # stubs: Tensor | Module

@@ -1,6 +1,8 @@
 """A KV cache that grows in place, with room for slots in front of the tokens."""
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,16 @@ _MIN_SPARE_TOKENS = 64  # spare room is this, or a quarter of the tokens
 _FRONT_ATTRIBUTE = "controlprefix_front"
 _OWNER_ATTRIBUTE = "controlprefix_owner"
 _MIN_ROWS_ON_CPU = 3  # for fewer, transformers' copies cost less than our bookkeeping
+
+
+@functools.cache
+def _has_new_name(forward: Callable[..., Any]) -> bool:
+    return "cache" in inspect.signature(forward).parameters
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model calls its cache: `cache`, or `past_key_values` before transformers 5.24."""
+    return "cache" if _has_new_name(type(model).forward) else "past_key_values"
 
 
 def growing_cache(model: PreTrainedModel, num_rows: int, num_slots: int = 0) -> DynamicCache | None:

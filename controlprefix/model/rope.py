@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from controlprefix.errors import UnsupportedModelError
+from controlprefix.model.kv_cache import cache_argument
 from controlprefix.model.steering import SteeredModel
 from controlprefix.model.text_prefix import is_rotary, keys_and_values, prefix_from_tokens
 from controlprefix.prefixes import Geometry, Part, Prefix
@@ -123,7 +124,8 @@ class Rope:
             config=model.config,
         )
         positions = torch.arange(ids.shape[1], device=frozen.device)[None] + prefix.num_slots
-        logits = model(input_ids=ids, position_ids=positions, past_key_values=cache).logits
+        options = {cache_argument(model): cache}
+        logits = model(input_ids=ids, position_ids=positions, **options).logits
         if not _is_close(expected, logits, _TOLERANCE[model.dtype]):
             raise _unsupported(model, "its logits change when all positions shift together")
 
