@@ -220,6 +220,11 @@ def test_the_playground_has_one_dial_between_opposites(tmp_path: Path, browser: 
         )
         sent = browser.execute_script(body)
         assert (sent["attributes"], sent["calibrated"]) == ({"tone": {"cold": 0.5}}, True)
+        code = browser.execute_script(
+            "const side = sides()[0]; side.querySelector('.snippet').hidden = false;"
+            "showCode(side); return side.querySelector('.snippet').textContent"
+        )
+        assert '"calibrated":True}' in code
         answer = httpx.post(f"{served.base}/v1/chat/completions", json=sent)
         assert answer.is_success, answer.text
     finally:

@@ -114,18 +114,27 @@ def evaluate_users(
     from controlprefix import evaluation
     from controlprefix.data import as_examples
     from controlprefix.data.files import read_records
+    from controlprefix.data.messages import with_images_beside
     from controlprefix.evaluation.users_report import harmed_text
 
     groupings = {} if groups is None else _read_groups(groups)
-    names, records = columns.columns(), list(read_records(rows))
-    user_column = names.user if names is not None and names.user is not None else "user"
-    for name in parse_list(group_columns):
-        groupings[name] = _groups_of_column(records, name, user_column)
-    own_rows = [
-        record._replace(fields={k: v for k, v in record.fields.items() if k not in groupings})
-        for record in records
-    ]
-    examples = as_examples(own_rows, columns=names, defaults=columns.defaults())
+    names, of_rows = columns.columns(), parse_list(group_columns)
+    source: Any = rows
+    if of_rows:
+        records = list(read_records(rows))
+        user_column = names.user if names is not None and names.user is not None else "user"
+        for name in of_rows:
+            groupings[name] = _groups_of_column(records, name, user_column)
+        unused = set(of_rows) - (names.named if names else set())  # no field of a row
+        source = [
+            record._replace(
+                fields=with_images_beside(
+                    {k: v for k, v in record.fields.items() if k not in unused}, rows.parent
+                )
+            )
+            for record in records
+        ]
+    examples = as_examples(source, columns=names, defaults=columns.defaults())
     options: dict[str, Any] = {
         "groups": groupings,
         "min_group_size": min_group_size,

@@ -78,7 +78,7 @@ def slot_errors(
             written = {other for other in others if f" {other} " in words}
             new = written - counted
             # A value within another, such as "french" in "french food", is said once.
-            invented += sum(not any(v != w and v in w for w in written) for v in new)
+            invented += sum(not any(v != w and f" {v} " in f" {w} " for w in written) for v in new)
             counted |= written
     if not num_values:
         raise ValueError("the tables have no values to look for")

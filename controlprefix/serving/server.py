@@ -69,7 +69,7 @@ class Server:
         metrics: For Prometheus.
         is_ready: False once it is shutting down.
         large_bodies: Parses large bodies in turn.
-        work: Threads for blocking work.
+        work_pools: Threads for blocking work.
 
     Raises:
         StoreError: If the store cannot be opened.

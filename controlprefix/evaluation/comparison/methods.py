@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -225,6 +226,8 @@ class ControlPrefixMethod(Method):
             return "the rows have no labels to leave out"
         if self.nearest and all(map(self.problem.has_labels, self.problem.test)):
             return "the test rows have no label that was not trained"
+        if self.nearest and find_spec("sentence_transformers") is None:
+            return "it needs the extra embeddings"
         return None
 
     def train(self, *, rate: float, seed: int) -> None:

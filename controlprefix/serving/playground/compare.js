@@ -109,7 +109,8 @@ function showCode(side) {
   if (snippet.hidden) return;
   const { stream, ...body } = asked(side);
   const { model: name, messages, prompt, max_tokens, temperature, seed, ...steering } = body;
-  const extra = JSON.stringify(steering);  // neither null nor true is in it, so it is Python too
+  // As Python writes it; `true` stands at the end, and null nowhere.
+  const extra = JSON.stringify(steering).replace(/"calibrated":true}$/, '"calibrated":True}');
   const sampling = (temperature === null ? "" : ` temperature=${temperature},`) + (seed === undefined ? "" : ` seed=${seed},`);
   const json = JSON.stringify(body, null, 2), read = chats ? "message.content" : "text";
   snippet.textContent = `curl ${location.origin}${route()} -H 'Content-Type: application/json' \\\n` +
@@ -193,8 +194,11 @@ function dial(name) {
   pick.addEventListener("input", () => {
     more.hidden = !pick.value;
     mix.hidden = pick.value === BETWEEN;
+    const wasBetween = row.dataset.between === "yes";
+    row.dataset.between = pick.value === BETWEEN ? "yes" : "no";
     [range.min, range.max] = pick.value === BETWEEN ? ends.values : [-1, 3];
     range.step = (range.max - range.min) / (pick.value === BETWEEN ? 20 : 40);
+    if (wasBetween && pick.value !== BETWEEN) range.value = 1;  // a number is no strength
     range.dispatchEvent(new Event("input"));
   });
   row.append(pick, range, output, more);

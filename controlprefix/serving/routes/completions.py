@@ -67,7 +67,7 @@ async def create_completion(
 async def create_response(
     body: ResponsesBody, client: ClientDependency, server: ServerDependency, request: Request
 ) -> Response:
-    """Answer a conversation in the formatter of OpenAI's Responses API; nothing is stored."""
+    """Answer a conversation in the form of OpenAI's Responses API; nothing is stored."""
     own = body.to_request(
         server.name,
         server.limits.max_new_tokens,
