@@ -98,11 +98,10 @@ def add_ratios(
     for record in records:
         if source is not None and not isinstance(record.fields.get(source), str):
             raise TrainingDataError(f"{record.place}: there is no text in the column {source!r}")
-    unused = {source} - (names.named if names else set())  # no column of a row
-    rows = [
-        record._replace(fields={k: v for k, v in record.fields.items() if k not in unused})
-        for record in records
-    ]
+    unused = ({source} if source else set()) - (
+        names.named if names else set()
+    )  # of no row
+    rows = [record.without(unused) for record in records]
     examples = as_examples(rows, columns=names, defaults=defaults)
     by_place = {record.place: record for record in records}
     without = []

@@ -114,7 +114,6 @@ def evaluate_users(
     from controlprefix import evaluation
     from controlprefix.data import as_examples
     from controlprefix.data.files import read_records
-    from controlprefix.data.messages import with_images_beside
     from controlprefix.evaluation.users_report import harmed_text
 
     groupings = {} if groups is None else _read_groups(groups)
@@ -126,14 +125,7 @@ def evaluate_users(
         for name in of_rows:
             groupings[name] = _groups_of_column(records, name, user_column)
         unused = set(of_rows) - (names.named if names else set())  # no field of a row
-        source = [
-            record._replace(
-                fields=with_images_beside(
-                    {k: v for k, v in record.fields.items() if k not in unused}, rows.parent
-                )
-            )
-            for record in records
-        ]
+        source = [record.without(unused) for record in records]
     examples = as_examples(source, columns=names, defaults=columns.defaults())
     options: dict[str, Any] = {
         "groups": groupings,

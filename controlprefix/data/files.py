@@ -8,11 +8,12 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from controlprefix._io import requires_extra
+from controlprefix.data.messages import with_images_beside
 from controlprefix.errors import TrainingDataError
 
 STDIN = "-"
@@ -45,6 +46,11 @@ class Record(NamedTuple):
     fields: Mapping[str, Any]
     problem: str = ""
 
+    def without(self, columns: Collection[str]) -> Self:
+        """The row without some columns."""
+        fields = {name: value for name, value in self.fields.items() if name not in columns}
+        return self._replace(fields=fields)
+
 
 def read_records(path: str | Path) -> Iterator[Record]:
     """Read the records of a file; `-` is standard input.
@@ -52,11 +58,18 @@ def read_records(path: str | Path) -> Iterator[Record]:
     The format follows from the suffix (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, each also
     with `.gz`), or else from the content. A `.json` file holds a list of objects, an object with
     one such list, or JSON Lines. CSV needs a header; its delimiter is found.
+    Paths of images may be relative to the file.
 
     Raises:
         TrainingDataError: If the file cannot be read, or has none of these formats.
         MissingDependencyError: If it is Parquet and pyarrow is not installed.
     """
+    folder = Path(path).parent
+    for record in _records(path):
+        yield record._replace(fields=with_images_beside(record.fields, folder))
+
+
+def _records(path: str | Path) -> Iterator[Record]:
     name = "standard input" if str(path) == STDIN else str(path)
     content = read_bytes(path)
     kind = _kind(path, content)

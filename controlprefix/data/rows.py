@@ -4,7 +4,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from controlprefix.data.files import Record, read_records
@@ -12,7 +11,6 @@ from controlprefix.data.messages import (
     is_conversation,
     listed,
     plain_messages,
-    with_images_beside,
 )
 from controlprefix.data.tables import is_missing, is_table, linearize, require_triples
 from controlprefix.errors import TrainingDataError, known_names, shortened
@@ -211,9 +209,7 @@ def _records(rows: Rows) -> Iterator[Request | Record]:
         TrainingDataError: If it is no source of rows.
     """
     if isinstance(rows, (str, os.PathLike)):
-        folder = Path(rows).parent
-        for record in read_records(os.fspath(rows)):
-            yield record._replace(fields=with_images_beside(record.fields, folder))
+        yield from read_records(os.fspath(rows))
         return
     if isinstance(rows, Request):
         name = type(rows).__name__

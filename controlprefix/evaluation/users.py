@@ -31,6 +31,8 @@ IMPERSONAL_PROMPTS = (
     "What is 12 times 12?",
 )
 MIN_GROUP_SIZE = 8
+PlainAnswers = Sequence[tuple[Sequence[int], Sequence[int]]]
+
 _USERS_AT_ONCE = 64  # whose prefixes are on the device together
 _NUM_OTHERS = 2  # users whose prefixes a row is scored with for comparison
 _MAX_NEW_TOKENS = 24
@@ -87,9 +89,10 @@ def evaluate_users(
     results: dict[str, UserResult] = {}
     names: set[str] = set()
     about: dict[str, Any] = {}
+    answers = plain_answers(cp, prompts)
     for first in range(0, len(users), _USERS_AT_ONCE):
         chunk = dict(islice(users.items(), first, first + _USERS_AT_ONCE))
-        results |= results_of_users(cp, chunk, prompts=prompts)
+        results |= results_of_users(cp, chunk, answers)
         about = about_prefixes(cp, [row for own in chunk.values() for row in own.rows])
         names.update(about["prefixes"])
     about["data"] = describe_rows([row for own in users.values() for row in own.rows])
@@ -124,17 +127,14 @@ def rows_by_user(rows: Rows, *, columns: Columns | None, seed: int) -> dict[str,
 
 
 def results_of_users(
-    cp: ControlPrefix,
-    users: Mapping[str, UserRows],
-    *,
-    prompts: Sequence[str] = IMPERSONAL_PROMPTS,
+    cp: ControlPrefix, users: Mapping[str, UserRows], answers: PlainAnswers
 ) -> dict[str, UserResult]:
     """The result of each user, from passes over the rows of all.
 
     Args:
         cp: With the prefixes of these users and of those whom they are compared with.
         users: Their rows.
-        prompts: As in `evaluate_users`.
+        answers: What the model answers without prefixes, from `plain_answers`.
 
     Raises:
         UnknownNameError: If a user has no prefix.
@@ -149,7 +149,6 @@ def results_of_users(
         _nats(cp, resolvable(cp, (_of_user(row, names[k]) for row, names in pairs)))
         for k in range(num_others)
     ]
-    answers = _plain_answers(cp, prompts)
     results, first = {}, 0
     for user, of_user in users.items():
         ids = range(first, first := first + len(of_user.rows))
@@ -246,9 +245,7 @@ def _by_group(
     return by_group, tuple(too_small)
 
 
-def _plain_answers(
-    cp: ControlPrefix, prompts: Sequence[str]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def plain_answers(cp: ControlPrefix, prompts: Sequence[str]) -> PlainAnswers:
     """Prompt and answer of the model without prefixes, as token ids."""
     tokenizer = cp.frozen_model.request_tokenizer
     requests = [
@@ -264,9 +261,7 @@ def _plain_answers(
     return answers
 
 
-def _off_context(
-    cp: ControlPrefix, user: str, answers: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> float:
+def _off_context(cp: ControlPrefix, user: str, answers: PlainAnswers) -> float:
     """KL(plain || with a user's prefix), nats per token."""
     if not answers:
         return 0.0

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, Unpack
 
+import tenacity
+
 from controlprefix._io import progress_bar, requires_extra
 from controlprefix.attributes import AttributeSpace
 from controlprefix.data import Columns, Rows, read_users
@@ -21,7 +23,9 @@ from controlprefix.evaluation.harness import about_prefixes, describe_rows
 from controlprefix.evaluation.users import (
     IMPERSONAL_PROMPTS,
     MIN_GROUP_SIZE,
+    PlainAnswers,
     checked_groups,
+    plain_answers,
     results_of_users,
     rows_by_user,
     summarize,
@@ -72,6 +76,7 @@ class _Actor:
 
     def __init__(self, model: str, store: dict[str, Any], loading: dict[str, Any]) -> None:
         self._cp = ControlPrefix.from_pretrained(model, **store, **loading)
+        self._answers: PlainAnswers | None = None  # the same for all users of a run
 
     def versions(self, users: Sequence[str]) -> dict[str, int]:
         """The current version of each user; 0 if there is none."""
@@ -82,7 +87,9 @@ class _Actor:
     ) -> tuple[UsersReport | EnrolmentReport | _EvaluationReport, list[str]]:
         """Do users, except those that an actor stored before it died; names these."""
         if method == "evaluate_users":  # which stores nothing
-            results = results_of_users(self._cp, dict(users), **options)
+            if self._answers is None:
+                self._answers = plain_answers(self._cp, **options)
+            results = results_of_users(self._cp, dict(users), self._answers)
             about = about_prefixes(self._cp, [row for _, own in users for row in own.rows])
             return _EvaluationReport(results, about=[about]), []
         stored = [user for user, _ in users if self._version(user) != versions[user]]
@@ -370,14 +377,13 @@ class _Run:
 
     def _versions(self, actor: Any, names: Sequence[str]) -> Any:
         """The users' current versions; a store that is away is waited for."""
-        for attempt in range(_MAX_ATTEMPTS):
-            try:
-                return self._ray.get(actor.versions.remote(names))
-            except StoreError:
-                if attempt == _MAX_ATTEMPTS - 1:
-                    raise
-                time.sleep(_STORE_PAUSE_S)
-        raise AssertionError("an attempt returns or raises")
+        retry = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(_MAX_ATTEMPTS),
+            wait=tenacity.wait_fixed(_STORE_PAUSE_S),
+            retry=tenacity.retry_if_exception_type(StoreError),
+            reraise=True,
+        )
+        return retry(lambda: self._ray.get(actor.versions.remote(names)))
 
     def _put_back_later(self, chunk: _Chunk, error: StoreError) -> None:
         """Do users again after a pause, unless the store never worked.

@@ -114,23 +114,19 @@ class Trainer:
         """
         tokenizer = self._frozen.request_tokenizer
 
-        def teacher_ids(example: Example) -> Sequence[int]:
-            prompt = with_instruction(instruction, example.prompt or "")
-            return tokenizer.prompt_ids(example.model_copy(update={"prompt": prompt}))
-
-        def with_teacher(example: Example, row: TrainingRow) -> TrainingRow:
-            return row._replace(teacher=teacher_ids(example))
-
         if settings.too_long == "cut":
             raise TrainingDataError(
                 "too_long='cut' cannot be combined with an instruction that the same model reads "
                 "in front of each prompt; give 'skip', or shorter prompts"
             )
-        fitting = []
+        fitting, teacher_ids = [], dict[int, Sequence[int]]()
         for number, example in enumerate(examples, 1):
-            ids, num_new = teacher_ids(example), len(tokenizer.inner_ids(example.completion))
+            prompt = with_instruction(instruction, example.prompt or "")
+            ids = tokenizer.prompt_ids(example.model_copy(update={"prompt": prompt}))
+            num_new = len(tokenizer.inner_ids(example.completion))
             if tokenizer.has_room(ids, num_new):
                 fitting.append(example)
+                teacher_ids[id(example)] = ids
             elif settings.too_long == "refuse":
                 raise ContextLengthError(
                     f"instruction, prompt and completion {number} have {len(ids) + num_new} "
@@ -147,7 +143,7 @@ class Trainer:
             learn=cast(Learnable, "attributes" if key.kind == "attribute" else key.kind),
             num_slots=num_slots,
             init={key: instruction},
-            complete=with_teacher,
+            complete=lambda example, row: row._replace(teacher=teacher_ids[id(example)]),
         )
         num_skipped = preparation.num_skipped + len(examples) - len(fitting)
         preparation = replace(preparation, num_skipped=num_skipped)

@@ -1,7 +1,7 @@
 """Training a decoder of user codes, with the codes of many users, and the code predictor."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,10 @@ from controlprefix.training.initialization import typical_scale
 from controlprefix.training.loop import train
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
+from controlprefix.users.text_features import TextFeatures
 from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
 from controlprefix.users.user_training import UserRow, split_user_rows, user_rows
+from controlprefix.users.user_vectors import VectorFeatures
 
 CODE_LEARNING_RATE = 5e-2  # code values are about as large as those of an embedding: 1
 _CODE_DROPOUT = 0.1
@@ -49,8 +51,7 @@ def train_decoder(
     *,
     num_slots: int,
     width: int,
-    features: Callable[[Mapping[str, Sequence[str]]], Mapping[str, Tensor]],
-    feature_set: str,
+    features: TextFeatures | VectorFeatures,
     control: RunControl,
 ) -> tuple[PrefixDecoder, dict[str, Tensor], DecoderReport]:
     """Train a decoder on the texts of many users, together with their codes.
@@ -61,9 +62,7 @@ def train_decoder(
         settings: Hyperparameters.
         num_slots: Slots of a prefix.
         width: Values of a code per slot.
-        features: Given users with their texts, the features from which codes are predicted,
-            `(num_rows, num_features)` per user.
-        feature_set: Name of these features.
+        features: What codes are predicted from.
         control: Run folder, progress, tracker and callbacks.
 
     Returns:
@@ -83,14 +82,16 @@ def train_decoder(
     first_texts = [text for own in texts.values() for text in own[:_NUM_INITIAL_TEXTS]]
     initial_texts = rng.sample(first_texts, min(_NUM_INITIAL_TEXTS, len(first_texts)))
     ids = frozen.request_tokenizer.text_ids("\n".join(initial_texts))
-    feature_rows = features({user: own[:_MAX_FEATURE_TEXTS] for user, own in texts.items()})
+    feature_rows = features.of_users(
+        {user: own[:_MAX_FEATURE_TEXTS] for user, own in texts.items()}
+    )
     decoder = PrefixDecoder(
         prefix_from_tokens(frozen, ids, num_slots=num_slots),
         typical_scale(frozen, ids),
         width=width,
         hidden_size=settings.hidden_size,
         num_features=next(iter(feature_rows.values())).shape[1],
-        feature_set=feature_set,
+        feature_set=features.name,
         seed=settings.seed,
     )
     keys = {user: PrefixKey("user", user) for user in texts}

@@ -18,8 +18,8 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.condensed_text import prefix_from_pieces
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import Profile, VersionInfo
-from controlprefix.users import user_vectors
 from controlprefix.users.text_features import TextFeatures
+from controlprefix.users.user_vectors import has_vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def predict_code(decoder: PrefixDecoder, texts: Sequence[str]) -> UserCode:
         RequestError: If it was trained with vectors.
         MissingDependencyError: If sentence-transformers is not installed.
     """
-    if decoder.feature_set == user_vectors.FEATURE_SET:
+    if has_vectors(decoder):
         raise RequestError(
             "the decoder was trained with vectors of users, not with their texts; enroll them with "
             "`ControlPrefix.enroll(vector=)`"

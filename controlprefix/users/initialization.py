@@ -5,10 +5,10 @@ from controlprefix.prefixes import PrefixDecoder, PrefixKey
 from controlprefix.training.initialization import as_decoupled, typical_scale
 from controlprefix.training.parameterization import TrainablePrefixes, parameterize
 from controlprefix.training.settings import TrainingSettings
-from controlprefix.users import user_vectors
 from controlprefix.users.enrolment import predict_code
 from controlprefix.users.user_codes import TrainableCodes
 from controlprefix.users.user_training import Initialize
+from controlprefix.users.user_vectors import has_vectors
 
 
 def initializer(
@@ -41,8 +41,7 @@ def initializer(
     own = decoder
 
     def from_decoder(key: PrefixKey, texts: list[str]) -> TrainablePrefixes:
-        has_vectors = own.feature_set == user_vectors.FEATURE_SET
-        code = own.mean_code if has_vectors else predict_code(own, texts)
+        code = own.mean_code if has_vectors(own) else predict_code(own, texts)
         if as_codes:
             return TrainableCodes(own, {key: code.values})
         return parameterize(settings, {key: own.decode(code)}, own.scales)

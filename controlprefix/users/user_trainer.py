@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
 from controlprefix.embeddings import MAX_CHARACTERS
@@ -15,7 +14,6 @@ from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser
 from controlprefix.training.control import RunControl, run_destination
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
-from controlprefix.users import user_vectors
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
 from controlprefix.users.enrolment import (
     EnrolmentOptions,
@@ -30,7 +28,7 @@ from controlprefix.users.migration import MigrationReport, migrate
 from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
 from controlprefix.users.text_features import TextFeatures
 from controlprefix.users.user_training import Initialize, UsersReport, train_users, usable_texts
-from controlprefix.users.user_vectors import code_of_vector, vector_features
+from controlprefix.users.user_vectors import VectorFeatures, code_of_vector
 
 _DEFAULT_OPTIONS = {"parameterization": "direct", "batch_size": 4, "patience": 2}
 # A decoder's initialization is good, so small steps are enough: see docs/decisions.md.
@@ -98,21 +96,13 @@ class UserTrainer:
         destination = run_destination(self._store, self._frozen)
         # Read before any process stores something.
         earlier = in_first_process(lambda: control.stored_report(destination))
-        if vectors is None:
-            text_features = TextFeatures(embedder)
-            features: Any = text_features.of_users
-            feature_set = text_features.name
-        else:
-            features = partial(vector_features, vectors)
-            feature_set = user_vectors.FEATURE_SET
         decoder, codes, report = train_decoder(
             self._frozen,
             texts,
             settings,
             num_slots=num_slots,
             width=width,
-            features=features,
-            feature_set=feature_set,
+            features=TextFeatures(embedder) if vectors is None else VectorFeatures(vectors),
             control=control,
         )
         details = {

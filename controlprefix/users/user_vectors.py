@@ -9,29 +9,48 @@ from controlprefix.errors import RequestError, TrainingDataError, shortened
 from controlprefix.prefixes import PrefixDecoder, UserCode
 from controlprefix.prefixes.key import composed
 
-FEATURE_SET = "vectors"
+_FEATURE_SET = "vectors"
 
 
-def vector_features(
-    vectors: Mapping[str, Sequence[float]], users: Collection[str]
-) -> dict[str, Tensor]:
-    """The vectors of users as features, `(1, vector_size)` each, float32.
+class VectorFeatures:
+    """Vectors of users as the features from which codes are predicted, as `TextFeatures`.
 
     Args:
-        vectors: A vector per user, all of one size; others than `users` may have one too.
-        users: Names; accents may be typed in either way.
+        vectors: A vector per user, all of one size; accents of names may be typed in either way.
+
+    Attributes:
+        name: Says that codes are predicted from vectors.
 
     Raises:
-        TrainingDataError: If a user has none, or one is not of numbers, or of another size.
+        TrainingDataError: If one is not of numbers.
     """
-    own = {composed(user): _row(user, vector) for user, vector in vectors.items()}
-    if missing := [user for user in users if composed(user) not in own]:
-        raise TrainingDataError(f"there is no vector for {shortened(missing)}; give one per user")
-    sizes = {own[composed(user)].shape[1]: user for user in users}
-    if len(sizes) > 1:
-        examples = ", ".join(f"{size} values for {user!r}" for size, user in sizes.items())
-        raise TrainingDataError(f"vectors have different sizes: {examples}; give all the same")
-    return {user: own[composed(user)] for user in users}
+
+    name = _FEATURE_SET
+
+    def __init__(self, vectors: Mapping[str, Sequence[float]]) -> None:
+        self._rows = {composed(user): _row(user, vector) for user, vector in vectors.items()}
+
+    def of_users(self, users: Collection[str]) -> dict[str, Tensor]:
+        """The vectors of some users, `(1, vector_size)` each, float32.
+
+        Raises:
+            TrainingDataError: If a user has none, or one of another size.
+        """
+        if missing := [user for user in users if composed(user) not in self._rows]:
+            raise TrainingDataError(
+                f"there is no vector for {shortened(missing)}; give one per user"
+            )
+        rows = {user: self._rows[composed(user)] for user in users}
+        sizes = {row.shape[1]: user for user, row in rows.items()}
+        if len(sizes) > 1:
+            examples = ", ".join(f"{size} values for {user!r}" for size, user in sizes.items())
+            raise TrainingDataError(f"vectors have different sizes: {examples}; give all the same")
+        return rows
+
+
+def has_vectors(decoder: PrefixDecoder) -> bool:
+    """Whether a decoder predicts codes from vectors, not from texts."""
+    return decoder.feature_set == _FEATURE_SET
 
 
 def code_of_vector(
@@ -49,7 +68,7 @@ def code_of_vector(
         RequestError: If the decoder was trained with text features, or with other sizes.
         TrainingDataError: If the vector is not one of numbers.
     """
-    if decoder.feature_set != FEATURE_SET:
+    if not has_vectors(decoder):
         raise RequestError(
             f"decoder {name!r} was trained with features of texts; give texts, or a decoder that "
             "was trained with vectors"
