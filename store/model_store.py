@@ -217,6 +217,20 @@ class ModelStore:
                     return False
         return True
 
+    def has_content(self, key: PrefixKey, version: int, content_hash: str) -> bool:
+        """Whether a version is still there, and has that content."""
+        try:
+            return self.version_info(key, version=version).content_hash == content_hash
+        except UnknownNameError:
+            return False
+
+    def current_version(self, key: PrefixKey) -> int:
+        """The number of the current version; 0 if there is none."""
+        try:
+            return self.version_info(key).version
+        except UnknownNameError:
+            return 0
+
     def version_info(self, key: PrefixKey, *, version: int | str | None = None) -> VersionInfo:
         """One version without its bytes.
 

@@ -56,6 +56,14 @@ def put_again(cp: ControlPrefix) -> None:
     cp.put("task", "greet", cp.get("task", "greet"))
 
 
+def test_a_shortened_prefix_is_not_called_calibrated(cp: ControlPrefix) -> None:
+    dialed = replace(cp.get("task", "greet"), dial=((0.0, 0.0), (1.0, 0.5)))
+    cp.put("task", "greet", dialed, details={"calibrated": {"seed": 0}, "note": "x"})
+    shortened(cp)
+    details = cp.version_info("task", "greet").details
+    assert details.keys() == {"note", "shortened"}
+
+
 @pytest.mark.parametrize("change", [trained_further, shortened, reinforced, put_again])
 def test_what_a_version_is_made_from_is_remembered(
     cp: ControlPrefix, change: Callable[[ControlPrefix], None]

@@ -98,9 +98,8 @@ def add_ratios(
     for record in records:
         if source is not None and not isinstance(record.fields.get(source), str):
             raise TrainingDataError(f"{record.place}: there is no text in the column {source!r}")
-    unused = ({source} if source else set()) - (
-        names.named if names else set()
-    )  # of no row
+    # The source is a field of an example only where it is named as one.
+    unused = ({source} if source else set()) - (names.named if names else set())
     rows = [record.without(unused) for record in records]
     examples = as_examples(rows, columns=names, defaults=defaults)
     by_place = {record.place: record for record in records}

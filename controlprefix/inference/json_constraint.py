@@ -92,9 +92,11 @@ def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
         )
     try:
         divisors = _divisors(schema)
-    except (ArithmeticError, RecursionError) as error:
+    except ArithmeticError as error:
         reason = short_reason(error)
         raise RequestError(f"a multipleOf of the JSON schema is too large: {reason}") from None
+    except RecursionError:
+        raise RequestError("the JSON schema is nested too deeply") from None
     if math.lcm(*divisors) > _MAX_DIVISOR:
         raise RequestError(
             "the JSON schema has multipleOf values whose least common multiple is above "

@@ -110,8 +110,9 @@ class CompletionResponder:
                 if generates:
                     await self._submit(i, steered)
                 else:
-                    self._tickets.append(Ticket())
+                    self._tickets.append(ticket := Ticket())
                     empty = await self._server.without_tokens(self._client, steered)
+                    ticket.num_prompt_tokens = empty.num_prompt_tokens
                     self._events.put_nowait((i, empty))
                 self._require_client(watch)
             if self._body.stream:

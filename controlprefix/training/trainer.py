@@ -253,10 +253,13 @@ class Trainer:
             shorter = replace(shorter, relevance=prefix.relevance)
             if prefix.dial:
                 _log.warning("%s has other slots now, so its dial is gone: calibrate it again", key)
+        details = {**current.details, "shortened": {"from": prefix.num_slots, "keep": keep}}
+        if not shorter.dial:
+            details.pop("calibrated", None)  # the dial that it describes
         new = NewVersion(
             key,
             shorter,
-            {**current.details, "shortened": {"from": prefix.num_slots, "keep": keep}},
+            details,
             replaces=current.version,
             dtype=current.storage_dtype,
             derived_from=VersionRef(self._frozen.fingerprint, current.version),

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from controlprefix.embeddings import MAX_CHARACTERS
-from controlprefix.errors import ForgottenError, RequestError, TrainingDataError, UnknownNameError
+from controlprefix.errors import ForgottenError, RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
@@ -120,7 +120,10 @@ class UserTrainer:
                 earlier is not None
                 and str(key) in earlier.saved
                 and earlier.is_same_run(report.training)
-                and self._is_stored(key, earlier.saved[str(key)], decoder.content_hash)
+                # The run may have got other features than before, which it does not record.
+                and self._model_store.has_content(
+                    key, earlier.saved[str(key)], decoder.content_hash
+                )
             ):
                 return earlier.saved[str(key)]
             (version,) = self._store.put([new], removal_number=removal_number)
@@ -202,7 +205,7 @@ class UserTrainer:
             destination=" ".join(
                 (self._store.display_name, self._store.tenant, self._frozen.fingerprint)
             ),
-            is_stored=self._has_version_since,
+            is_stored=lambda key, version: self._model_store.current_version(key) >= version,
         )
 
     def enroll(
@@ -275,21 +278,6 @@ class UserTrainer:
         return self._put(
             user, value, {"enrolled": enrolled}, removal_number=removal_number, **extras
         )
-
-    def _has_version_since(self, key: PrefixKey, version: int) -> bool:
-        """Whether a version, or a later one that took its place, is still there."""
-        try:
-            return self._model_store.version_info(key).version >= version
-        except UnknownNameError:
-            return False
-
-    def _is_stored(self, key: PrefixKey, version: int, content_hash: str) -> bool:
-        """Whether a version is still there, with that content: a run may get other features."""
-        try:
-            info = self._model_store.version_info(key, version=version)
-        except UnknownNameError:
-            return False
-        return info.content_hash == content_hash
 
     def enroll_vector(self, user: str, vector: Sequence[float], decoder: str) -> int:
         """Store the code of a user's vector: see `ControlPrefix.enroll`."""

@@ -202,7 +202,7 @@ class ComparisonReport:
             by_seed = self.methods[name].get("row nats", {})
             if by_seed := [by_seed[seed] for seed in self.methods[name]["runs"] if seed in by_seed]:
                 nats[name] = [statistics.fmean(row) for row in zip(*by_seed, strict=True)]
-        if len(nats) < 2:
+        if len(nats) < max(2, len(names)):  # the best may be among those without
             return {}
         best = min(nats, key=lambda name: statistics.fmean(nats[name]))
         prompts = self.methods[best]["row prompts"]
