@@ -263,6 +263,8 @@ def test_kept_texts_are_printed_and_trained_on(model_folder: Path, tmp_path: Pat
     run(tmp_path, "enroll", "ana", str(tmp_path / "texts.txt"), "--keep-texts", *model)
     printed = run(tmp_path, "users", "texts", "ana")
     assert printed.startswith("one text:cat:\tand :warning: ")
+    run(tmp_path, "enroll", "bo:cat:", str(tmp_path / "texts.txt"), *model)
+    assert "bo:cat:" in run(tmp_path, "prefixes", "list")
     trained = run(tmp_path, "users", "train", "--steps", "1", *model)
     assert "stored 1 of 1 users" in trained
 
