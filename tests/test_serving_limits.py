@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def test_what_another_process_forgets_leaves_this_ones_memory(
     files: list[tuple[str, PrefixKey]] = []
     failures = [StoreError("the folder is read-only")]
 
-    def forget(*removed: Any) -> None:
+    def forget(*removed: Any, removed_at: datetime | None = None) -> None:
+        assert removed_at is None or removed_at <= datetime.now(UTC)
         if failures:
             raise failures.pop()
         files.append(removed)

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,17 @@ def test_the_slots_of_a_user_forgotten_meanwhile_are_not_written_again(
     with pytest.raises(UnknownNameError, match="was forgotten"):
         runner.submit(cp.resolve(request)).result()
     assert not path.exists()
+
+    def forgotten_before(_: Any) -> bool:  # a removal from before the user was enrolled again
+        long_ago = datetime.now(UTC) - timedelta(hours=1)
+        runner.forget("default", PrefixKey("user", "goes"), removed_at=long_ago)
+        return True
+
+    path = runner._folder.file(placed(runner, cp.resolve(request)).file_name)
+    path.write_bytes(path.read_bytes()[:-7])
+    monkeypatch.setattr(runner, "_is_lost", forgotten_before)
+    assert runner.submit(cp.resolve(request)).result().text == cp.generate(request).text
+    assert path.exists()
 
 
 def test_a_forgotten_users_slots_leave_the_folder_and_workers(

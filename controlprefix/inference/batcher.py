@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -256,7 +257,9 @@ class Batcher(ABC):
     def check_health(self) -> None:  # noqa: B027 (nothing to check: the engine is this process)
         """Does nothing: the engine is this process."""
 
-    def forget(self, tenant: str, key: PrefixKey) -> None:  # noqa: B027 (nothing is kept)
+    def forget(  # noqa: B027 (nothing is kept)
+        self, tenant: str, key: PrefixKey, *, removed_at: datetime | None = None
+    ) -> None:
         """Does nothing: only the requests that run have prefixes here."""
 
     def remove_expired(self) -> None:  # noqa: B027 (nothing is kept)

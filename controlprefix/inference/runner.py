@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import Any, Protocol
 
 from controlprefix.completion import Completion
@@ -59,8 +60,14 @@ class Runner(Protocol):
             EngineError: If it does not.
         """
 
-    def forget(self, tenant: str, key: PrefixKey) -> None:
-        """Remove what the runner keeps of a prefix beyond the requests that run."""
+    def forget(self, tenant: str, key: PrefixKey, *, removed_at: datetime | None = None) -> None:
+        """Remove what the runner keeps of a prefix beyond the requests that run.
+
+        Args:
+            tenant, key: The prefix.
+            removed_at: When it was removed, in UTC; left out, now. Later requests are of one that
+                was stored since.
+        """
 
     def remove_expired(self) -> None:
         """Remove what the runner keeps beyond the requests that run and nobody used for long."""

@@ -32,7 +32,7 @@ from controlprefix.serving.rate_limit import RateLimiter, TokenLimiter
 from controlprefix.serving.settings import ServerLimits
 from controlprefix.serving.tenants import Client, Tenants
 from controlprefix.serving.work_pools import WorkPools
-from controlprefix.store import EncryptionKeys
+from controlprefix.store import AuditEntry, EncryptionKeys
 
 UnknownUsers = Literal["refuse", "plain"]
 _MAX_ECHO_BYTES = 2 << 30  # of the logits of a prompt, in float32
@@ -108,7 +108,7 @@ class Server:
         self.allowed_hosts = tuple(allowed_hosts)
         self.large_bodies = LargeBodies()
         self.work_pools = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
-        self._to_forget: list[tuple[str, PrefixKey]] = []
+        self._to_forget: list[tuple[str, AuditEntry]] = []
         self._under_way: dict[object, tuple[str, int]] = {}  # tenant, and number of choices
         self._token_limiter = TokenLimiter(self.limits.tokens_per_minute)
         self._tenants = Tenants(
@@ -338,8 +338,9 @@ class Server:
             self._to_forget.append(removed)  # until it is done, whatever fails meanwhile
         failed = None
         for removed in list(self._to_forget):
+            tenant, entry = removed
             try:
-                self._runner.forget(*removed)
+                self._runner.forget(tenant, entry.key, removed_at=entry.at)
             except StoreError as error:
                 failed = error
             else:

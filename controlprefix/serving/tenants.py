@@ -14,9 +14,9 @@ from controlprefix.errors import UnauthorizedError, UnknownNameError
 from controlprefix.inference.resolver import PrefixCaches
 from controlprefix.jobs import JobWorker
 from controlprefix.model import FrozenModel
-from controlprefix.prefixes import Kind, PrefixKey
+from controlprefix.prefixes import Kind
 from controlprefix.serving.rate_limit import RateLimiter
-from controlprefix.store import EncryptionKeys, PrefixStore, tenant_of
+from controlprefix.store import AuditEntry, EncryptionKeys, PrefixStore, tenant_of
 
 _log = logging.getLogger(__name__)
 
@@ -129,11 +129,11 @@ class Tenants:
         kinds: tuple[Kind, ...] = ("task", "attribute", "user")
         return any(engine.names(kind, limit=1) for kind in kinds)
 
-    def drop_forgotten(self) -> Iterator[tuple[str, PrefixKey]]:
+    def drop_forgotten(self) -> Iterator[tuple[str, AuditEntry]]:
         """Drop from memory what other processes removed from the store since the last call.
 
         Yields:
-            Tenant and name of all that was removed, by this process too, each once.
+            Tenant and removal of all that was removed, by this process too, each once.
 
         Raises:
             StoreError: If the store does not answer.
@@ -152,7 +152,7 @@ class Tenants:
                 read.add(entry.number)
                 if is_new and entry.action == "forget":
                     self._caches.forget(tenant, entry.key)
-                    yield tenant, entry.key
+                    yield tenant, entry
             newest = max(read, default=0)
             self._read_entries[tenant] = {n for n in read if n > newest - _AUDIT_WINDOW}
 

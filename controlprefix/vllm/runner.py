@@ -7,6 +7,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -47,6 +48,7 @@ class _RemoteRequest:
         prompt: Token ids of the prompt, without placeholders.
         has_streamed: Whether any text was delivered.
         is_forgotten: Whether its user was forgotten meanwhile; the slots are not written again.
+        started_at: When it was accepted, in UTC.
         job: The coroutine that runs it.
     """
 
@@ -57,6 +59,7 @@ class _RemoteRequest:
     top_log_probs: int | None
     has_streamed: bool = False
     is_forgotten: bool = False
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     job: "Future[None]" = field(default_factory=Future)
 
     def wait(self, timeout_s: float | None) -> None:
@@ -192,7 +195,7 @@ class VllmRunner:
         """
         self._wait_for(self._client.check_health())
 
-    def forget(self, tenant: str, key: PrefixKey) -> None:
+    def forget(self, tenant: str, key: PrefixKey, *, removed_at: datetime | None = None) -> None:
         """Remove the files of a user: see `Runner.forget`. Workers drop their copy within minutes.
 
         Raises:
@@ -202,7 +205,8 @@ class VllmRunner:
             return
         for remote in list(self._running):
             names = [part.used.name for part in remote.resolved.parts if part.used.kind == "user"]
-            if remote.resolved.tenant == tenant and key.name in names:
+            is_later = removed_at is not None and remote.started_at > removed_at
+            if remote.resolved.tenant == tenant and key.name in names and not is_later:
                 remote.is_forgotten = True
         self._folder.forget(tenant, key.name)
 
