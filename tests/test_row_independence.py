@@ -1,7 +1,9 @@
 """Models in which the rows of a batch touch each other: run apart, or refused with the reason."""
 
+import json
 import threading
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,12 @@ from transformers import PreTrainedModel
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.errors import UnsupportedModelError
 from controlprefix.inference.static_batching import StaticBatcher
+from controlprefix.model import FrozenModel, row_independence
+from controlprefix.model.row_independence import (
+    RowIndependence,
+    check_rows,
+    check_rows_once,
+)
 
 from helpers import random_prefix
 from models import VOCAB, build, byte_tokenizer
@@ -241,3 +249,43 @@ def test_a_vision_language_model_loads_by_name(tmp_path: Any) -> None:
     assert type(cp.model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     cp.put("user", "ana", random_prefix(cp.model, 3))
     assert cp.generate("hi", raw=True, user="ana", max_new_tokens=4).num_tokens
+
+
+def test_files_are_checked_once_as_long_as_they_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checked: list[type] = []
+
+    def counting(model: PreTrainedModel) -> RowIndependence:
+        checked.append(type(model))
+        return check_rows(model)
+
+    monkeypatch.setattr(row_independence, "check_rows", counting)
+
+    def load(seed: int = 0, **options: Any) -> RowIndependence:
+        build("llama", seed=seed, **LONGROPE).save_pretrained(tmp_path / "model")
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        return FrozenModel.from_pretrained(tmp_path / "model", **options).rows
+
+    first = load()
+    assert first.max_shared_tokens == 16 and first.keeps_state
+    assert load() == first and len(checked) == 1
+    load(seed=1)  # other weights
+    load(dtype="bfloat16")
+    assert len(checked) == 3
+    (tmp_path / "cache").chmod(0o500)  # nothing can be written (but by root), all can be read
+    assert load() == first and len(checked) == 3
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", '{"unknown": 1}', "\0"])
+def test_a_damaged_check_is_made_again(
+    damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = build("llama")
+    result = check_rows_once(model)
+    (file,) = (tmp_path / "controlprefix/row-checks").iterdir()
+    file.write_text(damaged)
+    assert check_rows_once(model) == result
+    assert RowIndependence(**json.loads(file.read_text())) == result

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.model.loading import LoadOptions, load
 from controlprefix.model.rope import Rope
-from controlprefix.model.row_independence import check_rows
+from controlprefix.model.row_independence import check_rows, check_rows_once
 from controlprefix.model.steering import Steering
 from controlprefix.model.text_prefix import reads_before_zero
 from controlprefix.model.tokenization import RequestTokenizer
@@ -39,6 +39,8 @@ class FrozenModel:
         chat_template_kwargs: Variables for its chat template, in every prompt.
         processor: Reads images; left out, the one that is stored with the model.
         load_processor: Loads that one; left out, it is looked for by the model's name.
+        is_from_files: Whether the model was just loaded and runs transformers' own code: then
+            what passes show of it is kept in the user's cache.
 
     Attributes:
         model, tokenizer: As given.
@@ -59,6 +61,7 @@ class FrozenModel:
         processor: Any = None,
         *,
         load_processor: Callable[[], Any] | None = None,
+        is_from_files: bool = False,
     ) -> None:
         if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
             raise RequestError(f"tokenizer is {tokenizer!r:.60}; give the model's tokenizer")
@@ -69,7 +72,7 @@ class FrozenModel:
             model, tokenizer, chat_template_kwargs, processor, load_processor=load_processor
         )
         self.steering = Steering.for_model(model, probe_again=True)
-        self.rows = check_rows(model)
+        self.rows = check_rows_once(model) if is_from_files else check_rows(model)
 
     @classmethod
     def from_pretrained(
@@ -88,6 +91,8 @@ class FrozenModel:
             chat_template_kwargs,
             processor,
             load_processor=loaded.load_processor,
+            is_from_files=not isinstance(model, nn.Module)
+            and not options.get("trust_remote_code", False),
         )
 
     @functools.cached_property

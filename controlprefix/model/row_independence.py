@@ -1,12 +1,20 @@
 """Whether rows of one batch influence each other's logits."""
 
+import contextlib
+import hashlib
 import inspect
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import platformdirs
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from controlprefix._io import atomic_path
+from controlprefix._version import __version__
 from controlprefix.errors import UnsupportedModelError
 from controlprefix.model.padding import pad_rows
 from controlprefix.model.steering import Steering
@@ -40,6 +48,37 @@ class RowIndependence:
         """Whether a row of `num_tokens` needs a batch of its own."""
         limit = self.max_shared_tokens
         return self.padding_counts or (limit is not None and num_tokens > limit)
+
+
+def check_rows_once(model: PreTrainedModel) -> RowIndependence:
+    """`check_rows`, with its result kept in the user's cache.
+
+    The result is kept under the fingerprint of the weights, which are hashed each time, and all
+    else that decides what is computed: class, dtype, device, attention and versions.
+
+    Raises:
+        UnsupportedModelError: As `check_rows`.
+    """
+    key = (
+        Steering.for_model(model).geometry.fingerprint,
+        f"{type(model).__module__}.{type(model).__qualname__}",
+        str(model.dtype),
+        model.device.type,
+        model.config._attn_implementation,
+        transformers.__version__,
+        torch.__version__,
+        __version__,
+    )
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    file = Path(platformdirs.user_cache_dir("controlprefix")) / "row-checks" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or not ours
+        return RowIndependence(**json.loads(file.read_text()))
+    result = check_rows(model)
+    with contextlib.suppress(OSError):  # a cache that cannot be written is none
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as unfinished:
+            unfinished.write_text(json.dumps(asdict(result)))
+    return result
 
 
 def check_rows(model: PreTrainedModel) -> RowIndependence:
