@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import psutil
@@ -31,7 +32,7 @@ from controlprefix.evaluation.comparison import (
 )
 from controlprefix.evaluation.comparison.adapters import PrefixMemory
 from controlprefix.evaluation.comparison.methods import ControlPrefixMethod, Method, Problem
-from controlprefix.inference import unseen_labels
+from controlprefix.inference import relevance, unseen_labels
 from controlprefix.inference.unseen_labels import NearestLabels
 from controlprefix.model.probing import probe
 
@@ -297,6 +298,29 @@ def test_rows_of_a_label_that_was_not_trained_are_measured_apart(
     assert left_out != pytest.approx(replaced, abs=1e-4)
     result = compare(engine(), rows, **{**SETTINGS, "methods": names[:2]})
     assert "no label that was not trained" in result.skipped["controlprefix, nearest label"]
+
+
+def test_a_prefix_that_knows_its_prompts_does_nothing_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def embed(texts: Sequence[str], embedder: str = "") -> torch.Tensor:
+        """A direction for texts about boats, others for all others."""
+        axes = [0 if "boat" in text else 1 + sum(map(ord, text)) % 40 for text in texts]
+        return torch.nn.functional.one_hot(torch.tensor(axes), 64).float()
+
+    monkeypatch.setattr(relevance, "embed", embed)
+    rows = [Example(prompt=f"The boat {c}", completion=f" {c} sails") for c in ascii_lowercase]
+    names = ["controlprefix", "controlprefix, when relevant"]
+    result = compare(engine(), rows, **{**SETTINGS, "methods": names})
+    assert not result.skipped
+    always, gated = names
+    assert result.figures(always, "nats") == pytest.approx(result.figures(gated, "nats"), abs=1e-4)
+    for key in ("divergence, written", "divergence, answers"):
+        assert result.figures(always, key)[0] > 1e-4
+        assert result.figures(gated, key) == [0.0]
+    without = [row.model_copy(update={"prompt": "", "raw": True}) for row in rows]
+    result = compare(engine(), without, **{**SETTINGS, "methods": names})
+    assert result.skipped == {gated: "the rows have no prompts by which to tell when it is meant"}
 
 
 def test_references_of_one_prompt_stay_together() -> None:

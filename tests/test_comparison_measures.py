@@ -14,6 +14,7 @@ from controlprefix.evaluation.comparison import (
 )
 from controlprefix.evaluation.comparison.measures import text_figures
 from controlprefix.evaluation.comparison.methods import Method
+from controlprefix.evaluation.simplification import sari
 
 from helpers import engine, greetings, problem
 
@@ -55,7 +56,21 @@ def test_the_same_text_has_full_marks_in_any_script(texts: list[str], has_bleu: 
     rows = [Example(prompt="A", completion=text) for text in texts]
     figures = text_figures(rows, rows, texts)
     assert figures.get("BLEU") == (pytest.approx(100) if has_bleu else None)
-    assert (figures["ROUGE-L"], figures["chrF"]) == (100, 100)
+    overlaps = {name: figures[name] for name in ("ROUGE-1", "ROUGE-L", "chrF")}
+    assert set(overlaps.values()) == {100}
+
+
+def test_rewritten_prompts_are_measured_as_such() -> None:
+    source = "The committee resolved to adjourn the meeting."
+    rows = [Example(prompt=source, completion="The committee ended the meeting.")]
+    texts = ["The committee stopped the meeting."]
+    figures = text_figures(rows, rows, texts)
+    assert figures["SARI"] == pytest.approx(sari([source], texts, [[rows[0].completion]]))
+    assert figures["ROUGE-1"] == pytest.approx(80)  # 4 of 5 words
+    assert figures["ROUGE-2"] == pytest.approx(50)  # 2 of 4 pairs
+    for prompt in ("What did they do?", "| meeting : ended by : the committee"):
+        others = [Example(prompt=prompt, completion="The committee ended the meeting.")]
+        assert "SARI" not in text_figures(others, others, texts)
 
 
 def test_texts_end_where_completions_end() -> None:

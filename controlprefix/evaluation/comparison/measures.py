@@ -15,8 +15,14 @@ from controlprefix.data.general import general_prompts
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import adapter_training
 from controlprefix.evaluation.comparison.costs import now
-from controlprefix.evaluation.comparison.methods import NUM_ADAPTATIONS, Method, Problem
+from controlprefix.evaluation.comparison.methods import (
+    NUM_ADAPTATIONS,
+    Method,
+    Problem,
+    prompt_text,
+)
 from controlprefix.evaluation.metrics import distinct_n, spaced, words_of
+from controlprefix.evaluation.simplification import sari
 from controlprefix.evaluation.slot_errors import slot_errors
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
@@ -30,6 +36,8 @@ _NUM_SPEED_TOKENS = 16
 _NUM_PLAIN_TEXTS = 16
 _PLAIN_TOKENS = 32
 _BLEU_WORDS = 4  # of the longest n-grams that it counts
+_REWRITTEN = 0.5  # of the references' words, that their prompt has
+_ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 _RANK_SHARE = 0.9  # of the sum of the singular values
 
 Figures = dict[str, float]
@@ -250,10 +258,11 @@ def texts_of(method: Method, rows: Sequence[Example], seed: int) -> list[str]:
 def text_figures(
     rows: Sequence[Example], requests: Sequence[Example], texts: Sequence[str]
 ) -> Figures:
-    """BLEU, chrF and ROUGE-L where rows have prompts, and the texts' diversity and length.
+    """BLEU, chrF and ROUGE where rows have prompts, and the texts' diversity and length.
 
-    BLEU is left out where no reference has the four words that it counts. Characters of scripts
-    without spaces count as words.
+    BLEU is left out where no reference has the four words that it counts, and SARI where
+    references take less than half of their words from the prompt, so that nothing is rewritten.
+    Characters of scripts without spaces count as words.
 
     Args:
         rows: Rows; the completions of those with one prompt and labels are its references.
@@ -279,10 +288,7 @@ def text_figures(
     padded = [[*own, *[None] * (most - len(own))] for own in references]
     columns: Any = [list(column) for column in zip(*padded, strict=True)]
     scorer = _rouge_scorer(references)
-    rouge = [
-        scorer.score_multi(own, text)["rougeL"].fmeasure
-        for own, text in zip(references, texts, strict=True)
-    ]
+    overlaps = [scorer.score_multi(own, text) for own, text in zip(references, texts, strict=True)]
     try:
         tables = [parse_table(request.prompt or "") for request in requests]
         figures["slot errors"] = slot_errors(texts, tables).rate
@@ -290,11 +296,27 @@ def text_figures(
         pass
     if any(len(text.split()) >= _BLEU_WORDS for own in references for text in own):
         figures["BLEU"] = sacrebleu.corpus_bleu(texts, columns).score
-    return {
-        "chrF": sacrebleu.corpus_chrf(texts, columns).score,
-        "ROUGE-L": 100 * statistics.fmean(rouge),
-        **figures,
+    sources = [spaced(prompt_text(request)) for request in requests]
+    if "slot errors" not in figures and _are_rewritten(sources, references):
+        figures["SARI"] = sari(sources, texts, references)
+    rouge = {
+        name: 100 * statistics.fmean(scores[kind].fmeasure for scores in overlaps)
+        for name, kind in _ROUGE.items()
     }
+    return {"chrF": sacrebleu.corpus_chrf(texts, columns).score, **rouge, **figures}
+
+
+def _are_rewritten(sources: Sequence[str], references: Sequence[Sequence[str]]) -> bool:
+    """Whether references take half of their words or more from the texts that were given."""
+    shares = []
+    for source, own in zip(sources, references, strict=True):
+        words = set(words_of(source))
+        shares += [
+            statistics.fmean(word in words for word in words_of(text))
+            for text in own
+            if words_of(text)
+        ]
+    return bool(shares) and statistics.fmean(shares) >= _REWRITTEN
 
 
 class _UnicodeWords:
@@ -306,15 +328,15 @@ class _UnicodeWords:
 
 
 def _rouge_scorer(references: Sequence[Sequence[str]]) -> Any:
-    """ROUGE-L with the package's own words and stems, if the references are mostly in Latin."""
+    """ROUGE with the package's own words and stems, if the references are mostly in Latin."""
     with requires_extra("compare", "a comparison of texts"):
         from rouge_score.rouge_scorer import RougeScorer
 
     letters = [c for own in references for text in own for c in text if c.isalpha()]
     is_latin = sum(c.isascii() for c in letters) >= len(letters) / 2
     if is_latin:
-        return RougeScorer(["rougeL"], use_stemmer=True)
-    return RougeScorer(["rougeL"], tokenizer=_UnicodeWords())
+        return RougeScorer([*_ROUGE.values()], use_stemmer=True)
+    return RougeScorer([*_ROUGE.values()], tokenizer=_UnicodeWords())
 
 
 def accuracy_figures(

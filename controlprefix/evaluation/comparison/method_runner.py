@@ -62,6 +62,7 @@ METHODS: Final[dict[str, MethodMaker]] = {
     "controlprefix, contrast": partial(ControlPrefixMethod, contrast=0.3),
     "controlprefix, off context": partial(ControlPrefixMethod, off_context=0.1),
     "controlprefix, nearest label": partial(ControlPrefixMethod, nearest=True),
+    "controlprefix, when relevant": partial(ControlPrefixMethod, when="relevant"),
     "controlprefix, direct": partial(ControlPrefixMethod, parameterization="direct"),
     "controlprefix, decoupled": partial(ControlPrefixMethod, form="decoupled"),
     **{name: partial(PeftMethod, kind=kind) for name, kind in PEFT_KINDS.items()},

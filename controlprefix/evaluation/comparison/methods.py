@@ -18,7 +18,7 @@ from controlprefix.labels import weighted_labels
 from controlprefix.model import FrozenModel
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import Kind, Part, Prefix, PrefixKey
-from controlprefix.request import Request
+from controlprefix.request import Request, When
 from controlprefix.store import PrefixStore
 from controlprefix.training import Learnable
 from controlprefix.training.initialization import as_decoupled
@@ -197,6 +197,7 @@ class ControlPrefixMethod(Method):
         labels: Whether labels have prefixes of their own, where rows have labels.
         nearest: Whether the nearest trained labels stand in for one that has no prefix, as in
             Control Prefixes; otherwise it is left out.
+        when: Whether prefixes apply to every prompt, or learn which prompts they are for.
         **settings: Fields of `TrainingSettings`.
 
     Reference:
@@ -204,10 +205,17 @@ class ControlPrefixMethod(Method):
     """
 
     def __init__(
-        self, problem: Problem, *, labels: bool = True, nearest: bool = False, **settings: Any
+        self,
+        problem: Problem,
+        *,
+        labels: bool = True,
+        nearest: bool = False,
+        when: When = "always",
+        **settings: Any,
     ) -> None:
         super().__init__(problem)
         self.nearest = nearest
+        self.when: When = when
         self.labels = labels and bool(problem.attributes)
         self.is_without_labels = not labels
         self.settings = settings
@@ -226,7 +234,10 @@ class ControlPrefixMethod(Method):
             return "the rows have no labels to leave out"
         if self.nearest and all(map(self.problem.has_labels, self.problem.test)):
             return "the test rows have no label that was not trained"
-        if self.nearest and find_spec("sentence_transformers") is None:
+        if self.when == "relevant" and not all(map(prompt_text, self.problem.training)):
+            return "the rows have no prompts by which to tell when it is meant"
+        needs_embeddings = self.nearest or self.when == "relevant"
+        if needs_embeddings and find_spec("sentence_transformers") is None:
             return "it needs the extra embeddings"
         return None
 
@@ -246,6 +257,10 @@ class ControlPrefixMethod(Method):
                 progress=False,
                 **self.settings,
             )
+        if self.when == "relevant":
+            prompts = list(map(prompt_text, rows))
+            for kind, name in self._stored():
+                self.cp.learn_relevance(kind, name, prompts)
         self.num_parameters = report.num_parameters
         prefixes = list(self.prefixes())
         self.num_adaptations = len(prefixes)
@@ -255,10 +270,11 @@ class ControlPrefixMethod(Method):
 
     def prefixes(self) -> Iterator[Prefix]:
         """All that were trained."""
+        return (self.cp.get(kind, name) for kind, name in self._stored())
+
+    def _stored(self) -> list[tuple[Kind, str]]:
         kinds: tuple[Kind, ...] = ("task", "attribute")
-        for kind in kinds:
-            for name in self.cp.names(kind):
-                yield self.cp.get(kind, name)
+        return [(kind, name) for kind in kinds for name in self.cp.names(kind)]
 
     def reworded(self, row: Example) -> Example:
         return row if self.labels else row.model_copy(update={"attributes": {}})
@@ -274,9 +290,11 @@ class ControlPrefixMethod(Method):
             if label in own or is_inside(label, own) or has_stand_in:
                 labels.setdefault(attribute, {})[label] = weight * strength
         strengths = {} if strength == 1.0 else {"task": strength}
+        prompt = prompt_text(row) if self.when == "relevant" else ""
         return Request(
-            prompt="",
+            prompt=prompt,
             raw=True,
+            when=self.when,
             task=row.task,
             attributes=labels,
             strengths=strengths,
@@ -306,6 +324,11 @@ class ControlPrefixMethod(Method):
         parts = [[Part(prefix)] for prefix in prefixes]
         with frozen.attached(frozen.assemble(parts)):
             yield frozen.model, {}
+
+
+def prompt_text(row: Example) -> str:
+    """What a row's prompt, or its last message, says."""
+    return row.conversation[-1].content.strip()
 
 
 def _prompt_of(row: Example) -> str:
