@@ -219,21 +219,28 @@ def test_options_of_an_experiment_and_the_command_line_are_joined(
 ) -> None:
     (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
     (tmp_path / "e.toml").write_text(
-        'rows = "rows.csv"\nmodel = "theirs"\n'
+        'rows = "rows.csv"\nmodel = "theirs"\ndtype = "float16"\nrevision = "v2"\n'
         'columns = { prompt = "question", completion = "answer" }\n'
     )
-    loaded: list[str] = []
+    loaded: list[tuple[Any, ...]] = []
 
     def load(self: ModelArguments, **_: Any) -> None:
-        loaded.append(self.model)
+        loaded.append((self.model, self.dtype, self.revision))
         raise RequestError("loaded")
 
     monkeypatch.setattr(ModelArguments, "load", load)
     arguments = ("compare", "--experiment", str(tmp_path / "e.toml"), "--task", "qa")
-    for own, expected in (((), "theirs"), (("--model", "smollm2"), "smollm2")):
+    for own, expected in (
+        ((), ("theirs", "float16", "v2")),
+        (("--model", "smollm2"), ("smollm2", "float16", "v2")),
+        (("--dtype", "auto"), ("theirs", "auto", "v2")),
+    ):
         with pytest.raises(RequestError, match="loaded"):  # so its rows could be read
             run(tmp_path, *arguments, *own)
         assert loaded.pop() == expected
+    (tmp_path / "e.toml").write_text('rows = "rows.csv"\ndevice = 0\n')
+    with pytest.raises(RequestError, match="device of the experiment is 0; it must be a text"):
+        run(tmp_path, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from controlprefix.errors import RequestError, known_names
 if TYPE_CHECKING:
     from controlprefix.data import Columns
 
+_LOADING = ("model", "device", "dtype", "revision", "quantization")
 _EXPERIMENT = (
     "rows",
     "columns",
-    "model",
+    *_LOADING,
     "validation",
     "test",
     "methods",
@@ -117,7 +118,7 @@ def compare(
         return
     arguments = locals()
     options: dict[str, Any] = {} if experiment is None else _read_experiment(experiment)
-    own = [name for name in _EXPERIMENT if name not in ("columns", "model")]
+    own = [name for name in _EXPERIMENT if name not in ("columns", *_LOADING)]
     options |= {name: arguments[name] for name in own if arguments[name] is not None}
     if "rows" not in options:
         raise RequestError("give rows to train on, or an experiment that names them")
@@ -141,10 +142,13 @@ def compare(
     named_columns = columns.columns()
     if "columns" in options:
         named_columns = _merged(_columns(options.pop("columns")), named_columns)
-    if "model" in options:
-        name = str(options.pop("model"))
-        if not is_on_command_line(context, "model"):
-            model = replace(model, model=name)
+    loading = {name: options.pop(name) for name in _LOADING if name in options}
+    wrong = next((name for name, value in loading.items() if not isinstance(value, str)), None)
+    if wrong is not None:
+        raise RequestError(f"{wrong} of the experiment is {loading[wrong]!r}; it must be a text")
+    model = replace(
+        model, **{k: v for k, v in loading.items() if not is_on_command_line(context, k)}
+    )
     # Files are read first, to fail before a model is loaded.
     defaults = columns.defaults()
     examples = as_examples(data, columns=named_columns, defaults=defaults)
