@@ -1,5 +1,6 @@
 """Small random models that read images, each with a processor and a tokenizer of bytes."""
 
+import io
 from typing import Any
 
 import torch
@@ -80,6 +81,13 @@ class _QwenProcessor:
         )["input_ids"]
         marks = (ids == self.image_token_id).long()
         return {"input_ids": ids, "mm_token_type_ids": marks, **inputs}
+
+
+def png(image: Image.Image) -> bytes:
+    """The bytes of an image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def image_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Any]:

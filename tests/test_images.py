@@ -1,7 +1,6 @@
 """Images: read as the processor reads them, beside prefixes, and alone as in a batch."""
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from controlprefix.prefixes import Part
 from controlprefix.store import PrefixStore
 
 from helpers import QUICK, engine, random_prefix
-from image_models import NAMES, image_model, picture
+from image_models import NAMES, image_model, picture, png
 
 if TYPE_CHECKING:
     from servers import Served
@@ -48,12 +47,6 @@ def cp(request: pytest.FixtureRequest) -> ControlPrefix:
 @pytest.fixture(scope="module")
 def llava() -> ControlPrefix:
     return build("llava")
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def mixed() -> list[Request]:
@@ -335,7 +328,7 @@ def test_the_server_takes_images_of_the_request_alone(tmp_path: Path) -> None:
         chunks = [chunk.choices[0].delta.content or "" for chunk in ask(uri, stream=True)]
         assert "".join(chunks) == expected
         for elsewhere in ("https://example.com/a.png", str(path), path.as_uri()):
-            with pytest.raises(openai.BadRequestError, match="downloads none"):
+            with pytest.raises(openai.BadRequestError, match="part of the request"):
                 ask(elsewhere)
         parts = [{"type": "input_image", "image_url": uri}, {"type": "input_text", "text": "What?"}]
         answer = served.client().responses.create(

@@ -101,6 +101,13 @@ def _serve(
         Literal["refuse", "plain"],
         typer.Option(help="A user without a prefix: refuse the request, or write without one."),
     ] = "refuse",
+    image_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin from which images may be downloaded that requests name by URL, such as "
+            "https://images.example.com; without it none are. Repeatable."
+        ),
+    ] = None,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -234,6 +241,7 @@ def _serve(
         runner=runner,
         allowed_hosts=[host, *(allowed_host or ())],
         unknown_users=unknown_users,
+        image_origins=image_origin or (),
         does_jobs=jobs,
         sampling_defaults={
             name: value

@@ -312,7 +312,7 @@ class ChatMessage(BaseModel):
 
 
 def _image_of_part(value: Any) -> bytes:
-    """The image of a part of a message: never one that this server would have to fetch.
+    """The image of a part of a message.
 
     Raises:
         RequestError: If it is not in the part itself.
@@ -322,7 +322,8 @@ def _image_of_part(value: Any) -> bytes:
         return image_from_data_uri(str(uri))
     except ValueError as error:
         raise RequestError(
-            f"images must be part of the request, this server downloads none: {error}"
+            "images must be part of the request, or at an origin that this server downloads from: "
+            f"{error}"
         ) from None
 
 

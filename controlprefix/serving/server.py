@@ -25,6 +25,7 @@ from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.request import Request
+from controlprefix.serving.image_downloads import require_origins
 from controlprefix.serving.large_bodies import LargeBodies
 from controlprefix.serving.metrics import Metrics
 from controlprefix.serving.openai import Echo
@@ -57,11 +58,13 @@ class Server:
             without one.
         sampling_defaults: Sampling settings (`temperature`, `top_p`, …) of requests that leave
             them out, beside those of the model's generation config.
+        image_origins: Origins such as `https://images.example.com` from which images may be
+            downloaded that requests name by URL; left out, none are.
         does_jobs: Train users in this process; otherwise other processes do (`controlprefix
             worker`).
 
     Attributes:
-        name, limits, classifiers, allowed_hosts: As given.
+        name, limits, classifiers, allowed_hosts, image_origins: As given.
         sampling_defaults: Those, with the generation config's.
         token_bytes: The bytes of the model's tokens.
         fingerprint: Fingerprint of the model.
@@ -90,6 +93,7 @@ class Server:
         allowed_hosts: Collection[str] = (),
         unknown_users: UnknownUsers = "refuse",
         sampling_defaults: Mapping[str, float] | None = None,
+        image_origins: Sequence[str] = (),
         does_jobs: bool = True,
     ) -> None:
         self.name = name
@@ -106,6 +110,7 @@ class Server:
         self.is_ready = True
         self.is_open = open_tenant is not None
         self.allowed_hosts = tuple(allowed_hosts)
+        self.image_origins = require_origins(image_origins)
         self.large_bodies = LargeBodies()
         self.work_pools = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
         self._to_forget: list[tuple[str, AuditEntry]] = []

@@ -5,6 +5,7 @@ from fastapi import APIRouter, Request, Response
 from controlprefix.errors import RequestError
 from controlprefix.serving.bodies import ChatBody, TextBody
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
+from controlprefix.serving.image_downloads import download_images
 from controlprefix.serving.openai import (
     ChatCompletionResponse,
     ChatFormat,
@@ -27,6 +28,7 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation, steered by the task in `model`, `attributes` and `user`."""
     _require_few_choices(body.n, server)
+    await download_images(body.messages, client, server)
     requests = body.to_requests(
         server.name,
         [{"messages": tuple(message.to_plain() for message in body.messages)}],
@@ -68,6 +70,8 @@ async def create_response(
     body: ResponsesBody, client: ClientDependency, server: ServerDependency, request: Request
 ) -> Response:
     """Answer a conversation in the form of OpenAI's Responses API; nothing is stored."""
+    if not isinstance(body.input, str):
+        await download_images(body.input, client, server)
     own = body.to_request(
         server.name,
         server.limits.max_new_tokens,

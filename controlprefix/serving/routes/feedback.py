@@ -4,6 +4,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
+from controlprefix.serving.image_downloads import download_images
 from controlprefix.serving.user_bodies import FeedbackBody
 
 router = APIRouter(prefix="/v1/feedback", tags=["users"], route_class=TenantRoute)
@@ -21,6 +22,7 @@ async def keep_feedback(
     body: FeedbackBody, client: ClientDependency, server: ServerDependency
 ) -> KeptFeedback:
     """Keep which of two texts a user prefers, for `train_preferences`; nothing is trained now."""
+    await download_images(body.messages or (), client, server)
     preference = body.preference()
     (num_kept,) = (
         await server.work_pools.with_store(client.cp.keep_feedback, [preference])
