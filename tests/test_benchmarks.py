@@ -53,6 +53,7 @@ RUNS = {
     "num_slots": "DATA --num-slots 2 3 --steps 6 --rows 8 --learning-rate 0.001",
     "comparison": "DATA --methods plain controlprefix --steps 1 --rates 1 --rows 4 --new-tokens 2 "
     "--num-slots 2 --training-rows 32",
+    "gallery": "DATA --steps 1 --num-slots 2 --training-rows 16 --rows 2 --new-tokens 2",
     "relevance": "DATA --prompts 16",
     "attributes": "DATA --studies styles --steps 6 --reward-steps 1 --num-slots 2 --texts 2 "
     "--pool 2 --keep 1 --self-steps 1 "

@@ -19,7 +19,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from controlprefix.data import linearize
 
 MAX_CHARACTERS = 240
-DATA_SETS = ("formality", "sentiment", "e2e", "webnlg", "scitldr", "naija")
+DATA_SETS = ("formality", "sentiment", "e2e", "webnlg", "scitldr", "asset", "naija")
 FILES = {"formality": "formality_pavlick", "sentiment": "sentiment_yelp"}
 TASKS = {"formality": "sentence", "sentiment": "review"}
 DESCRIPTIONS = {"sentence": "a sentence", "review": "a sentence of a restaurant review"}
@@ -28,6 +28,7 @@ INSTRUCTIONS = {
     "e2e": FACTS,
     "webnlg": FACTS,
     "scitldr": "Summarize this abstract of a paper in one sentence:",
+    "asset": "Simplify this sentence:",
     "naija": "Say this in Nigerian Pidgin:",
 }
 MAX_ABSTRACT_WORDS = 130
@@ -144,7 +145,9 @@ def load(
             classifiers["formality_squinky"] = word_classifier(other)
         return DataSet(name, TASKS[name], name, True, train[:num_rows], dev, test, classifiers)
     rng = random.Random(seed)
-    read = {"e2e": _e2e, "webnlg": _webnlg, "scitldr": _scitldr, "naija": _naija}[name]
+    read = {"e2e": _e2e, "webnlg": _webnlg, "scitldr": _scitldr, "asset": _asset, "naija": _naija}[
+        name
+    ]
     train, dev, test = (
         shuffled(read(folder, split, rng), seed) for split in ("train", "dev", "test")
     )
@@ -169,6 +172,14 @@ def _scitldr(folder: Path, split: str, rng: random.Random) -> list[Row]:
         Row(rng.choice(row["targets"]), row["source"], None, tuple(row["targets"]))
         for row in read_rows(folder, "summarization_scitldr", split)
         if len(row["source"].split()) <= MAX_ABSTRACT_WORDS
+    ]
+
+
+def _asset(folder: Path, split: str, rng: random.Random) -> list[Row]:
+    return [
+        Row(rng.choice(row["asset_refs"]), row["source"], None, tuple(row["asset_refs"]))
+        for row in read_rows(folder, "simplification_asset", split)
+        if len(row["source"]) <= MAX_CHARACTERS
     ]
 
 
