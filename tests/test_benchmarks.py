@@ -71,6 +71,8 @@ RUNS = {
     "preferences": "DATA --counts 2 --held-out 2 --num-slots 2 --steps 1",
     "matching": "DATA --posts 2 --rows 2 --authors 2 --num-slots 2",
     "authors": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 2 --counts 2",
+    "user_and_task": "DATA --users 4 --measured 3 --steps 1 --epochs 1 --num-slots 2 "
+    "--new-tokens 4",
     "user_training_speed": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 2 "
     "--rounds 1",
     "privacy": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 4 "
@@ -155,6 +157,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for _ in range(24 if split == "train" else 4)
         ]
         write("authors_blogs", split, posts)
+        tweets: list[dict[str, object]] = [
+            {
+                "author": f"{split}{a}",
+                "profile": [text(a % 2) for _ in range(12)],
+                "tasks": [{"input": text(0), "output": text(a % 2)}],
+            }
+            for a in range(4)
+        ]
+        write("authors_tweets", split, tweets)
     return folder
 
 
