@@ -226,9 +226,9 @@ def page(results: dict[str, Any]) -> str:
             "Nats per token of the tweet that each user wrote, given a neutral sentence, under "
             "the task's prefix, the user's, both, and the task's with another user's. "
             "**Personal**: the difference of the last two, the mean over users with a 95 % "
-            "interval (bootstrap). **ROUGE-L** of greedy texts with that tweet. **Own style**: how often such a text is "
-            "more like its user's tweets than like another user's, by character n-grams (chance: "
-            ".50).",
+            "interval (bootstrap). **ROUGE-L** of greedy texts with that tweet. **Own style**: how "
+            "often such a text is more like its user's tweets than like another user's, by "
+            "character n-grams (chance: .50).",
             table("user's prefix", results["ways"], COLUMNS),
         ]
     )

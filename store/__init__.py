@@ -3,7 +3,6 @@
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.store.api_keys import ApiKeyInfo, tenant_of
 from controlprefix.store.cache import CachedPrefix, PrefixCache
-from controlprefix.store.database import upgrade
 from controlprefix.store.encryption import EncryptionKeys, JsonEncryptionKeys
 from controlprefix.store.jobs import Claim, Job, JobKind, JobStatus
 from controlprefix.store.model_store import ModelStore
@@ -18,6 +17,7 @@ from controlprefix.store.records import (
     VersionInfo,
     VersionRef,
 )
+from controlprefix.store.schema_upgrade import upgrade
 from controlprefix.store.single_flight import SingleFlight
 from controlprefix.store.store import PrefixStore
 

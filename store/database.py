@@ -102,8 +102,8 @@ class Database:
             StoreError: If there are tables of another schema.
         """
         # Checked in a read transaction first, so that a read-only store can be read.
-        if not self._transaction(lambda s: revisions.require_head(s.connection()), write=False):
-            self._transaction(self._create, write=True)
+        if not self.transaction(lambda s: revisions.require_head(s.connection()), write=False):
+            self.transaction(self._create, write=True)
 
     def run(
         self,
@@ -131,7 +131,7 @@ class Database:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             return work(session, self._set_tenant(session, write))
 
-        result = self._transaction(as_tenant, write=write)
+        result = self.transaction(as_tenant, write=write)
         if write and self.is_missing:
             raise StoreError(f"there is no store to write to: {self.display_name}")
         return result
@@ -142,7 +142,12 @@ class Database:
         Raises:
             StoreError: If it does not.
         """
-        self._transaction(lambda _: None, write=False, max_attempts=2)
+        self.transaction(lambda _: None, write=False, max_attempts=2)
+
+    def lock_schema(self, session: Session) -> None:
+        """Keep other transactions from creating or upgrading tables until this one ends."""
+        if self.is_postgresql:  # SQLite's writers wait for each other anyway
+            session.execute(sa.text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
 
     def lock_users(self, session: Session, tenant: int, *, shared: bool) -> None:
         """Keep publishing and forgetting of a tenant's users apart, until the transaction ends.
@@ -208,7 +213,7 @@ class Database:
             "SELECT bool_and(pg_has_role(current_user, relowner, 'USAGE')) FROM pg_class "
             "WHERE relname = ANY(:names) AND relkind = 'r'"
         )
-        owns = self._transaction(lambda s: s.scalar(query, {"names": names}), write=False)
+        owns = self.transaction(lambda s: s.scalar(query, {"names": names}), write=False)
         if not owns:
             raise StoreError(
                 f"cannot purge the store {self.display_name!r}: this role does not own its tables; "
@@ -231,7 +236,7 @@ class Database:
         query = sa.text(
             "SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user"
         )
-        return bool(self._transaction(lambda session: session.scalar(query), write=False))
+        return bool(self.transaction(lambda session: session.scalar(query), write=False))
 
     @property
     def is_postgresql(self) -> bool:
@@ -245,8 +250,7 @@ class Database:
         return sqlite.insert(table).values(**values).on_conflict_do_nothing()
 
     def _create(self, session: Session) -> None:
-        if self.is_postgresql:  # two processes may come first at the same time
-            session.execute(sa.text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
+        self.lock_schema(session)  # two processes may come first at the same time
         if not revisions.require_head(session.connection()):
             revisions.create(session.connection())
 
@@ -273,13 +277,14 @@ class Database:
     def _set_config(session: Session, setting: str, value: str) -> None:
         session.execute(select(sa.func.set_config(setting, value, True)))  # for this transaction
 
-    def _transaction(
+    def transaction(
         self,
         work: Callable[[Session], Result],
         *,
         write: bool,
         max_attempts: int | None = None,
     ) -> Result:
+        """Run a function of a session in a transaction of no tenant: see `run`."""
         stop: Any = tenacity.stop_after_attempt(max_attempts or _MAX_ATTEMPTS)
         if self._connections.was_reached and max_attempts is None:  # URL and password are right
             stop = tenacity.stop_all(stop, tenacity.stop_after_delay(_RESTART_S))
@@ -348,61 +353,6 @@ class Database:
         return StoreError(
             f"cannot {verb} the store {url!r}: {reason}; nothing was changed; {advice}"
         )
-
-
-def upgrade(url: str, *, service_role: str | None = None) -> tuple[str | None, str]:
-    """Upgrade a store's schema to this version, in one transaction.
-
-    Args:
-        url: SQLAlchemy URL.
-        service_role: A PostgreSQL role that may then read and write rows, and nothing else: it
-            owns no table, so it can neither lift row security nor change the schema.
-
-    Returns:
-        The revision before (None: there were no tables) and after.
-
-    Raises:
-        StoreError: If it cannot be opened or written, or a later version made it.
-    """
-    database = Database(url, "")
-    try:
-        if service_role is not None and not database.is_postgresql:
-            raise StoreError(
-                f"the store {database.display_name!r} is not on PostgreSQL, which alone has roles; "
-                "leave the service role out"
-            )
-
-        def work(session: Session) -> tuple[str | None, str]:
-            if database.is_postgresql:  # two may be run at the same time
-                session.execute(sa.text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
-            result = revisions.upgrade(session.connection())
-            if service_role is not None:
-                _grant(session, service_role)
-            return result
-
-        return database._transaction(work, write=True)
-    finally:
-        database.close()
-
-
-def _grant(session: Session, role: str) -> None:
-    """Let a role read and write the rows of all tables, as row security allows."""
-    name = session.connection().dialect.identifier_preparer.quote_identifier(role)
-    tables = [table.name for table in Base.metadata.sorted_tables]
-    sequences = [
-        sequence
-        for table in Base.metadata.sorted_tables
-        if "id" in table.columns
-        and (sequence := session.scalar(select(sa.func.pg_get_serial_sequence(table.name, "id"))))
-    ]
-    schema = session.scalar(select(sa.func.quote_ident(sa.func.current_schema())))
-    for rights, on in (
-        ("USAGE", f"SCHEMA {schema}"),
-        ("SELECT, INSERT, UPDATE, DELETE", ", ".join(tables)),
-        ("SELECT", revisions.REVISION_TABLE),
-        ("USAGE", f"SEQUENCE {', '.join(sequences)}"),
-    ):
-        session.execute(sa.text(f"GRANT {rights} ON {on} TO {name}"))
 
 
 def _reason(error: Exception) -> str:

@@ -117,7 +117,7 @@ def test_token_ids_and_echo_give_the_scores_of_the_library(served: Served, store
 def test_log_probabilities_of_prompts_are_bounded_in_memory(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served.gateway, "_max_echo_tokens", 4)
+    monkeypatch.setattr(served.gateway._prompt_echo, "_max_tokens", 4)
     assert complete(served, prompt="abcd", echo=True, logprobs=1).status_code == 200
     assert complete(served, prompt="abcde", echo=True).status_code == 200
     refused = complete(served, prompt=["a", "abcde"], echo=True, logprobs=1)

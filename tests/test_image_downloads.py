@@ -127,8 +127,8 @@ def test_images_are_downloaded_from_allowed_origins_alone(
         message = {"role": "user", "content": parts}
         body = {"user": "ana", "messages": [message], "chosen": "a", "rejected": "b"}
         assert httpx.post(f"{served.base}/v1/feedback", json=body).status_code == 201
-        (kept,) = cp.store.feedback("ana")
-        assert base64.b64encode(image).decode() in kept
+        (feedback,) = cp.store.feedback("ana")
+        assert base64.b64encode(image).decode() in feedback
 
         for source in (f"{elsewhere}/a.png", pictures.replace("http", "https") + "/a.png"):
             Pictures.paths.clear()

@@ -27,7 +27,7 @@ from controlprefix import (
 )
 from controlprefix.cli import app
 from controlprefix.evaluation import UsersEvaluation, evaluate_users
-from controlprefix.interop import ray_users
+from controlprefix.interop import ray_run
 from controlprefix.interop.ray_users import RayCluster
 from controlprefix.users import UsersReport
 
@@ -53,7 +53,7 @@ def processes() -> list[int]:
     ids = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if "ray::_Actor" in " ".join(process.cmdline()):
+            if "ray::UserActor" in " ".join(process.cmdline()):
                 ids.append(process.pid)
     return ids
 
@@ -183,7 +183,7 @@ def test_an_evaluation_survives_killed_actors(
 
         yield update
 
-    monkeypatch.setattr("controlprefix.interop.ray_users.progress_bar", killing_bar)
+    monkeypatch.setattr("controlprefix.interop.ray_run.progress_bar", killing_bar)
     cluster = RayCluster(model=model_folder, store=url, attributes=SPACE, num_actors=2)
     result = cluster.evaluate_users(held_out(), chunk_size=1)
     assert num_killed[0] >= 1
@@ -240,7 +240,7 @@ class FakeRay:
 def test_a_store_that_is_away_is_waited_for(
     num_failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_users, "_STORE_PAUSE_S", 0.0)
+    monkeypatch.setattr(ray_run, "_STORE_PAUSE_S", 0.0)
     failures = [StoreError("the database is away")] * num_failures
 
     def work(_: str, users: Any, *__: Any) -> Any:
@@ -255,9 +255,9 @@ def test_a_store_that_is_away_is_waited_for(
     actor = SimpleNamespace(
         versions=SimpleNamespace(remote=lambda names: dict), work=SimpleNamespace(remote=work)
     )
-    chunks = iter([ray_users._Chunk([("ana", ["a"])]), ray_users._Chunk([("bo", ["b"])])])
+    chunks = iter([ray_run.Chunk([("ana", ["a"])]), ray_run.Chunk([("bo", ["b"])])])
     report = UsersReport()
-    run = ray_users._Run(FakeRay(), lambda: actor, chunks, report, "train_users", {})
+    run = ray_run.Run(FakeRay(), lambda: actor, chunks, report, "train_users", {})
     if num_failures == 3:  # it never worked
         with pytest.raises(StoreError, match="is away"):
             run.until_done(1, progress=False)
@@ -268,7 +268,7 @@ def test_a_store_that_is_away_is_waited_for(
 
 
 def test_mistakes_are_clear_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("controlprefix.interop.ray_users._MAX_ATTEMPTS", 1)  # each takes a while
+    monkeypatch.setattr("controlprefix.interop.ray_run._MAX_ATTEMPTS", 1)  # each takes a while
     url = f"sqlite:///{tmp_path}/cluster.db"
     with pytest.raises(EngineError, match="cannot start"):
         RayCluster(model=tmp_path / "none", store=url, num_actors=1).train_users(TEXTS, **OPTIONS)

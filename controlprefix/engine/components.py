@@ -9,7 +9,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Geometry
 from controlprefix.store import PrefixStore
 from controlprefix.training import FeedbackTrainer
-from controlprefix.users import UserTrainer
+from controlprefix.users import UserAuditor, UserTrainer
 
 
 class Components:
@@ -43,6 +43,8 @@ class Components:
         self._resolver = resolver
         self._trainer = FeedbackTrainer(self._frozen, self.store, resolver)
         self._user_trainer = UserTrainer(self._frozen, self.store, resolver)
+        decoder = self._user_trainer.decoder
+        self._user_auditor = UserAuditor(self._frozen, self.store, resolver, decoder)
 
     @property
     def model(self) -> PreTrainedModel:

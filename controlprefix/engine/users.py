@@ -318,7 +318,7 @@ class UserMethods(SharingMethods):
             TrainingDataError: If there are no texts, or canaries are wanted and the prefix was not
                 made by `enroll` or `train_users`.
         """
-        return self._user_trainer.audit(user, texts, held_out, num_canaries=num_canaries, seed=seed)
+        return self._user_auditor.audit(user, texts, held_out, num_canaries=num_canaries, seed=seed)
 
     def similar_users(self, texts: Sequence[str], *, limit: int = 10) -> list[SimilarUser]:
         """The users with a kept profile that is most similar to texts, the most similar first.

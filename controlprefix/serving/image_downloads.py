@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from controlprefix.cancellation import raise_if_stopped
 from controlprefix.errors import RequestError, short_reason
 from controlprefix.message import MAX_IMAGES
-from controlprefix.serving.bodies import ChatMessage
+from controlprefix.serving.chat_message import ChatMessage
 
 if TYPE_CHECKING:
     from controlprefix.serving.server import Server

@@ -10,13 +10,12 @@ from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.request import Request
 from controlprefix.serving.bodies import (
-    MAX_ITEMS,
     MAX_TOKENS,
-    ChatMessage,
     CompletionBody,
     NestedBody,
     requested_schema,
 )
+from controlprefix.serving.chat_message import MAX_ITEMS, ChatMessage
 from controlprefix.serving.log_probs import TokenLogProb, chat_log_probs
 from controlprefix.serving.openai import (
     CommonFields,

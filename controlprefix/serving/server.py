@@ -21,7 +21,6 @@ from controlprefix.inference.generator import Generator
 from controlprefix.inference.resolved_request import ResolvedRequest
 from controlprefix.inference.runner import Deliver, Runner, Ticket
 from controlprefix.model import FrozenModel
-from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.request import Request
@@ -29,6 +28,7 @@ from controlprefix.serving.image_downloads import require_origins
 from controlprefix.serving.large_bodies import LargeBodies
 from controlprefix.serving.metrics import Metrics
 from controlprefix.serving.openai import Echo
+from controlprefix.serving.prompt_echo import PromptEcho
 from controlprefix.serving.rate_limit import RateLimiter, TokenLimiter
 from controlprefix.serving.settings import ServerLimits
 from controlprefix.serving.tenants import Client, Tenants
@@ -36,7 +36,6 @@ from controlprefix.serving.work_pools import WorkPools
 from controlprefix.store import AuditEntry, EncryptionKeys
 
 UnknownUsers = Literal["refuse", "plain"]
-_MAX_ECHO_BYTES = 2 << 30  # of the logits of a prompt, in float32
 
 
 class Server:
@@ -103,8 +102,7 @@ class Server:
         self._unknown_users = unknown_users
         self._tokenizer = frozen.request_tokenizer
         self._generator = Generator(frozen)
-        vocab_size = frozen.model.config.get_text_config().vocab_size
-        self._max_echo_tokens = _MAX_ECHO_BYTES // (4 * vocab_size)
+        self._prompt_echo = PromptEcho(frozen)
         self.limits = limits or ServerLimits()
         self.classifiers = tuple(classifiers)
         self.is_ready = True
@@ -279,39 +277,10 @@ class Server:
             ControlPrefixError: If they cannot be computed.
         """
 
-        def read() -> dict[tuple[int, ...], Echo]:
-            prompts = {self._tokenizer.prompt_ids(r.request): r for r in resolved}
-            for ids, request in prompts.items() if top is not None else ():
-                self._require_echo_memory(len(ids), request.num_rows)
-            rows = self._log_probs(list(prompts.values()), top)
-            return {
-                ids: Echo(request.request.prompt or self._tokenizer.decode(ids), ids, row)
-                for (ids, request), row in zip(prompts.items(), rows, strict=True)
-            }
-
-        echoes = await self.work_pools.with_model(
+        read = partial(self._prompt_echo.read, resolved, top)
+        return await self.work_pools.with_model(
             client.tenant, read, disconnect_task=disconnect_task
         )
-        return [echoes[self._tokenizer.prompt_ids(r.request)] for r in resolved]
-
-    def _require_echo_memory(self, num_tokens: int, num_rows: int) -> None:
-        if num_tokens * num_rows > self._max_echo_tokens:
-            rows = f" in each of {num_rows} rows" if num_rows > 1 else ""
-            raise RequestError(
-                f"the prompt has {num_tokens:,} tokens{rows}; this server computes the "
-                f"log-probabilities of {self._max_echo_tokens:,} at most"
-            )
-
-    def _log_probs(
-        self, resolved: Sequence[ResolvedRequest[Request]], top: int | None
-    ) -> Sequence[Sequence[TokenLogProbs | None]]:
-        if top is None:
-            return [()] * len(resolved)
-        rows = []
-        for request in resolved:  # each may take as much memory as there should be for it
-            raise_if_stopped()
-            rows += self._generator.prompt_log_probs([request], top=top, batch_size=1)
-        return rows
 
     async def without_tokens(
         self, client: Client, resolved: ResolvedRequest[Request]

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.example import Preference
-from controlprefix.serving.bodies import MAX_ITEMS, ChatMessage
+from controlprefix.serving.chat_message import MAX_ITEMS, ChatMessage
 
 _MAX_TEXTS = 10_000
 _MAX_STEPS = 2000

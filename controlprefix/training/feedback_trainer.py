@@ -13,8 +13,9 @@ from controlprefix.training.initialization import scale_of_all
 from controlprefix.training.objectives import Objective, Rejected, TrainingRow
 from controlprefix.training.policy import PolicyObjective, Reward
 from controlprefix.training.preferences import with_margins
-from controlprefix.training.preparation import Learnable, Preparation, prepare, prepare_requests
+from controlprefix.training.preparation import Learnable, Preparation, prepare
 from controlprefix.training.report import TrainingReport
+from controlprefix.training.request_preparation import prepare_requests
 from controlprefix.training.settings import (
     PolicySettings,
     PreferenceSettings,

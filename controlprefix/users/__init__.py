@@ -4,6 +4,7 @@ from controlprefix.users.decoder_training import DecoderReport
 from controlprefix.users.enrolment import EnrolmentReport, enroll_each
 from controlprefix.users.migration import MigrationReport
 from controlprefix.users.privacy_audit import PrivacyReport
+from controlprefix.users.user_auditor import UserAuditor
 from controlprefix.users.user_trainer import UserTrainer
 from controlprefix.users.user_training import UsersReport, usable_texts
 
@@ -12,6 +13,7 @@ __all__ = [
     "EnrolmentReport",
     "MigrationReport",
     "PrivacyReport",
+    "UserAuditor",
     "UserTrainer",
     "UsersReport",
     "enroll_each",

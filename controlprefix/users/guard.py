@@ -6,11 +6,38 @@ import torch
 
 from controlprefix.cancellation import raise_if_stopped
 from controlprefix.model import FrozenModel
-from controlprefix.prefixes import PrefixDecoder, UserCode
-from controlprefix.users.enrolment import predict_code
+from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
+from controlprefix.users.enrolment import predict_code, prefix_from_texts
 from controlprefix.users.text_losses import losses_of_texts
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def enrolled_value(
+    frozen: FrozenModel,
+    texts: Sequence[str],
+    decoder: PrefixDecoder | None,
+    *,
+    num_slots: int,
+    guard: bool,
+) -> tuple[Prefix | UserCode, float]:
+    """What a user is enrolled with.
+
+    Args:
+        frozen: The model.
+        texts: The user's texts.
+        decoder: Predicts a code; without one, slots are matched to the texts.
+        num_slots: Slots of a prefix without a decoder.
+        guard: Whether a code is no more personal than helps: see `guarded_code`.
+
+    Returns:
+        A prefix or code, and the share of what is personal that the guard left.
+    """
+    if decoder is None:
+        return prefix_from_texts(frozen, texts, num_slots), 1.0
+    if guard:
+        return guarded_code(frozen, decoder, texts)
+    return predict_code(decoder, texts), 1.0
 
 
 def guarded_code(

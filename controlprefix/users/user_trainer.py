@@ -1,7 +1,7 @@
 """UserTrainer: texts of users -> their stored prefixes or codes."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from controlprefix.embeddings import MAX_CHARACTERS
@@ -10,7 +10,7 @@ from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.processes import in_first_process, process_state
-from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser, StoredVersion
+from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser
 from controlprefix.training.control import RunControl, run_destination
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
@@ -18,16 +18,13 @@ from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderRepo
 from controlprefix.users.enrolment import (
     EnrolmentOptions,
     added_code,
-    predict_code,
-    prefix_from_texts,
     profile_of,
 )
-from controlprefix.users.guard import guarded_code
+from controlprefix.users.guard import enrolled_value
 from controlprefix.users.initialization import initializer
 from controlprefix.users.migration import MigrationReport, migrate
-from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
 from controlprefix.users.text_features import TextFeatures
-from controlprefix.users.user_training import Initialize, UsersReport, train_users, usable_texts
+from controlprefix.users.user_training import UsersReport, train_users, usable_texts
 from controlprefix.users.user_vectors import VectorFeatures, code_of_vector
 
 _DEFAULT_OPTIONS = {"parameterization": "direct", "batch_size": 4, "patience": 2}
@@ -199,7 +196,13 @@ class UserTrainer:
             texts.items() if isinstance(texts, Mapping) else texts,
             publish,
             settings,
-            initialize=self._initializer(settings, decoder, as_codes, num_slots),
+            initialize=initializer(
+                self._frozen,
+                settings,
+                decoder=None if decoder is None else self.decoder(decoder),
+                as_codes=as_codes,
+                num_slots=num_slots,
+            ),
             concurrent_users=concurrent_users,
             control=control,
             destination=" ".join(
@@ -272,7 +275,13 @@ class UserTrainer:
             return self._put(
                 user, code, {"enrolled": enrolled}, removal_number=removal_number, **extras
             )
-        value, share = self._enrolled(texts, decoder, options.num_slots, options.guard)
+        value, share = enrolled_value(
+            self._frozen,
+            texts,
+            None if decoder is None else self.decoder(decoder),
+            num_slots=options.num_slots,
+            guard=options.guard,
+        )
         if options.guard:
             enrolled["share"] = share
         return self._put(
@@ -309,106 +318,6 @@ class UserTrainer:
         """
         profile = profile_of(usable_texts("", texts))
         return self._store.similar_users(profile.embedder, profile.values, limit=limit)
-
-    def audit(
-        self,
-        user: str,
-        texts: Sequence[str],
-        held_out: Sequence[str],
-        *,
-        num_canaries: int,
-        seed: int,
-    ) -> PrivacyReport:
-        """Audit a user's current prefix: see `ControlPrefix.audit_user`."""
-        key = PrefixKey("user", user)
-        current = self._model_store.version_info(key)
-        stored = self._model_store.get(key, version=current.version)
-        details = current.details
-        training = details.get("training", {})
-        trained_alone = bool(training) and not {"learned", "loop"} & training.keys()
-        if num_canaries and "vector" in details.get("enrolled", {}):
-            raise RequestError(
-                f"{key} was enrolled from a vector, so there are no texts to plant canaries among; "
-                "leave them out"
-            )
-        if num_canaries and not trained_alone and "enrolled" not in details:
-            raise TrainingDataError(
-                f"{key} version {current.version} was not made by train_users or enroll, so it "
-                "cannot be made again with canaries among its texts; leave them out"
-            )
-        is_code = isinstance(stored.value, UserCode)
-
-        def decoded(version: StoredVersion) -> Prefix:
-            prefix = self._resolver.decoded(key, version)
-            return prefix.to(device=self._frozen.device, dtype=self._frozen.dtype)
-
-        prefix = decoded(stored)
-
-        def retrain(planted: list[str]) -> Prefix:
-            value = self._make_again(key, planted, details, is_code, prefix.num_slots)
-            return decoded(stored._replace(value=value))
-
-        return PrivacyAuditor(self._frozen).audit(
-            prefix,
-            usable_texts(user, texts),
-            usable_texts(user, held_out),
-            num_canaries=num_canaries,
-            retrain=retrain,
-            seed=seed,
-        )
-
-    def _make_again(
-        self,
-        key: PrefixKey,
-        texts: list[str],
-        details: Mapping[str, Any],
-        is_code: bool,
-        num_slots: int,
-    ) -> Prefix | UserCode:
-        """A prefix or code of texts, made as a stored one was, and not stored."""
-        if "enrolled" in details:
-            enrolled = details["enrolled"]
-            return self._enrolled(texts, enrolled["decoder"], num_slots, "share" in enrolled)[0]
-        options = dict(details["training"])
-        decoder = options.pop("decoder", None)
-        names = {field.name for field in fields(TrainingSettings)}
-        settings = TrainingSettings.from_options({k: v for k, v in options.items() if k in names})
-        values: dict[str, Prefix | UserCode] = {}
-
-        def collect(user: str, value: Prefix | UserCode, _: TrainingReport) -> int:
-            values[user] = value
-            return 0
-
-        report = train_users(
-            self._frozen,
-            [(key.name, texts)],
-            collect,
-            settings,
-            initialize=self._initializer(settings, decoder, is_code, num_slots),
-            concurrent_users=1,
-            control=RunControl(progress=False),
-        )
-        for reason in report.failed.values():
-            raise TrainingDataError(reason)
-        return values[key.name]
-
-    def _enrolled(
-        self, texts: Sequence[str], decoder: str | None, num_slots: int, guard: bool
-    ) -> tuple[Prefix | UserCode, float]:
-        """A prefix or code, and the share of what is personal that the guard left."""
-        if decoder is None:
-            return prefix_from_texts(self._frozen, texts, num_slots), 1.0
-        if guard:
-            return guarded_code(self._frozen, self.decoder(decoder), texts)
-        return predict_code(self.decoder(decoder), texts), 1.0
-
-    def _initializer(
-        self, settings: TrainingSettings, decoder: str | None, as_codes: bool, num_slots: int
-    ) -> Initialize:
-        own = None if decoder is None else self.decoder(decoder)
-        return initializer(
-            self._frozen, settings, decoder=own, as_codes=as_codes, num_slots=num_slots
-        )
 
     def _put(
         self,

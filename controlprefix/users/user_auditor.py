@@ -1,0 +1,136 @@
+"""UserAuditor: what a stored prefix of a user gives away of the texts it was made of."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from controlprefix.errors import RequestError, TrainingDataError
+from controlprefix.inference.resolver import Resolver
+from controlprefix.model import FrozenModel
+from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
+from controlprefix.store import PrefixStore, StoredVersion
+from controlprefix.training.control import RunControl
+from controlprefix.training.report import TrainingReport
+from controlprefix.training.settings import TrainingSettings
+from controlprefix.users.guard import enrolled_value
+from controlprefix.users.initialization import initializer
+from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
+from controlprefix.users.user_training import train_users, usable_texts
+
+
+class UserAuditor:
+    """Audits stored prefixes and codes of users.
+
+    Args:
+        frozen: The model.
+        store: Where they are.
+        resolver: Decodes user codes.
+        decoder: Name -> a stored decoder.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenModel,
+        store: PrefixStore,
+        resolver: Resolver,
+        decoder: Callable[[str], PrefixDecoder],
+    ) -> None:
+        self._frozen = frozen
+        self._resolver = resolver
+        self._model_store = store.for_model(frozen.fingerprint)
+        self._decoder = decoder
+
+    def audit(
+        self,
+        user: str,
+        texts: Sequence[str],
+        held_out: Sequence[str],
+        *,
+        num_canaries: int,
+        seed: int,
+    ) -> PrivacyReport:
+        """Audit a user's current prefix: see `ControlPrefix.audit_user`."""
+        key = PrefixKey("user", user)
+        current = self._model_store.version_info(key)
+        stored = self._model_store.get(key, version=current.version)
+        details = current.details
+        training = details.get("training", {})
+        trained_alone = bool(training) and not {"learned", "loop"} & training.keys()
+        if num_canaries and "vector" in details.get("enrolled", {}):
+            raise RequestError(
+                f"{key} was enrolled from a vector, so there are no texts to plant canaries among; "
+                "leave them out"
+            )
+        if num_canaries and not trained_alone and "enrolled" not in details:
+            raise TrainingDataError(
+                f"{key} version {current.version} was not made by train_users or enroll, so it "
+                "cannot be made again with canaries among its texts; leave them out"
+            )
+        is_code = isinstance(stored.value, UserCode)
+
+        def decoded(version: StoredVersion) -> Prefix:
+            prefix = self._resolver.decoded(key, version)
+            return prefix.to(device=self._frozen.device, dtype=self._frozen.dtype)
+
+        prefix = decoded(stored)
+
+        def retrain(planted: list[str]) -> Prefix:
+            value = self._make_again(key, planted, details, is_code, prefix.num_slots)
+            return decoded(stored._replace(value=value))
+
+        return PrivacyAuditor(self._frozen).audit(
+            prefix,
+            usable_texts(user, texts),
+            usable_texts(user, held_out),
+            num_canaries=num_canaries,
+            retrain=retrain,
+            seed=seed,
+        )
+
+    def _make_again(
+        self,
+        key: PrefixKey,
+        texts: list[str],
+        details: Mapping[str, Any],
+        is_code: bool,
+        num_slots: int,
+    ) -> Prefix | UserCode:
+        """A prefix or code of texts, made as a stored one was, and not stored."""
+        if "enrolled" in details:
+            enrolled = details["enrolled"]
+            name = enrolled["decoder"]
+            return enrolled_value(
+                self._frozen,
+                texts,
+                None if name is None else self._decoder(name),
+                num_slots=num_slots,
+                guard="share" in enrolled,
+            )[0]
+        options = dict(details["training"])
+        decoder = options.pop("decoder", None)
+        names = {field.name for field in fields(TrainingSettings)}
+        settings = TrainingSettings.from_options({k: v for k, v in options.items() if k in names})
+        values: dict[str, Prefix | UserCode] = {}
+
+        def collect(user: str, value: Prefix | UserCode, _: TrainingReport) -> int:
+            values[user] = value
+            return 0
+
+        report = train_users(
+            self._frozen,
+            [(key.name, texts)],
+            collect,
+            settings,
+            initialize=initializer(
+                self._frozen,
+                settings,
+                decoder=None if decoder is None else self._decoder(decoder),
+                as_codes=is_code,
+                num_slots=num_slots,
+            ),
+            concurrent_users=1,
+            control=RunControl(progress=False),
+        )
+        for reason in report.failed.values():
+            raise TrainingDataError(reason)
+        return values[key.name]
