@@ -18,7 +18,10 @@ from controlprefix import (
     Request,
     RequestError,
 )
+from controlprefix.inference import batcher as batcher_module
+from controlprefix.inference.batcher import BatchedRequest
 from controlprefix.inference.continuous_batching import ContinuousBatcher
+from controlprefix.inference.prefill_queue import PrefillQueue
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.model.log_probs import token_log_probs
 
@@ -335,3 +338,32 @@ def test_choices_with_other_schedules_are_read_apart(cp: ControlPrefix) -> None:
         with batcher._wake:  # both are waiting before the first step
             tickets = [batcher.submit(cp.resolve(request)) for request in schedule_requests]
         assert [ticket.result().text for ticket in tickets] == expected
+
+
+def test_requests_that_come_one_after_another_are_prefilled_together(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "_GATHERING_S", 0.2)
+    monkeypatch.setattr(batcher_module, "_MAX_GATHERING_S", 20.0)
+    sizes: list[int] = []
+    add = PrefillQueue.add
+
+    def noting(self: PrefillQueue, sequences: list[BatchedRequest]) -> None:
+        sizes.extend([len(sequences)] if sequences else [])
+        add(self, sequences)
+
+    monkeypatch.setattr(PrefillQueue, "add", noting)
+    resolved = [cp.resolve(request) for request in requests(3)]
+    with contextlib.closing(cp.batcher(max_sequences=4)) as batcher:
+        tickets = [batcher.submit(own) for own in resolved]
+        for ticket in tickets:
+            ticket.result()
+        assert sizes == [3]
+        # As many as there are rows are not waited for, and closing does not wait.
+        monkeypatch.setattr(batcher_module, "_GATHERING_S", 1e6)
+        monkeypatch.setattr(batcher_module, "_MAX_GATHERING_S", 1e6)
+        for own in [resolved[0]] * 4:
+            tickets.append(batcher.submit(own))
+        assert tickets[-1].result()
+        tickets.append(batcher.submit(resolved[0]))
+    assert tickets[-1].result()

@@ -30,6 +30,8 @@ from controlprefix.request import Request
 
 _log = logging.getLogger("controlprefix")
 
+_GATHERING_S = 0.003  # without a further request, after which an idle batch begins
+_MAX_GATHERING_S = 0.05
 _ACTIVE_SECONDS = 60.0  # how long a tenant counts as active after a request
 
 
@@ -308,7 +310,18 @@ class Batcher(ABC):
                 if self._closing:
                     return False
                 self._wake.wait()
+            if not self._running():
+                self._wait_for_more()
             return True
+
+    def _wait_for_more(self) -> None:
+        """Wait as long as requests come one after another: prompts are cheaper together."""
+        latest = time.monotonic() + _MAX_GATHERING_S
+        while not self._closing and time.monotonic() < latest:
+            num_waiting = len(self._waiting)
+            self._wake.wait(_GATHERING_S)
+            if num_waiting in (len(self._waiting), self._max_sequences):
+                return
 
     def _has_work(self) -> bool:
         return bool(len(self._waiting) or self._running())

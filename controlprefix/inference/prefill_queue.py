@@ -21,7 +21,7 @@ from controlprefix.prefixes import Part, PrefixBatch
 _MIN_TOKENS = 128  # minimum chunk size; a smaller one takes hardly less time
 _CHUNK_SECONDS = 0.1  # target duration of a chunk while others decode, at least a decode step's
 _DECODE_STEPS = 4  # or that of so many, for prompts that fit one chunk of `max_tokens`
-_ALONE_SECONDS = 1.0  # the same while nothing is decoded, since others may come
+_ALONE_SECONDS = 2.0  # the same while nothing is decoded, since others may come
 _YIELD_INTERVAL = 4  # a tenant served more than all decoding tenants prefills every 4th step
 
 
