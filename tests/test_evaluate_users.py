@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from controlprefix import (
 )
 from controlprefix.evaluation import evaluate_users
 from controlprefix.evaluation.metrics import bootstrap_mean
+from controlprefix.evaluation.revealed_groups import revealed_groups
 from controlprefix.evaluation.users import summarize
 from controlprefix.evaluation.users_report import UserResult, harmed_text
 
@@ -230,3 +233,59 @@ def test_divergence_is_that_of_the_plain_model_from_the_steered_one(cp: ControlP
     expected = float((plain.exp() * (plain - steered)).sum(1).mean())
     result = evaluate_users(cp, rows(["ana", "bo"]), prompts=["Say"])
     assert result.users["ana"].off_context == pytest.approx(expected, abs=1e-4)
+
+
+def test_groups_that_prefixes_reveal_are_told_and_others_are_not(cp: ControlPrefix) -> None:
+    ana, bo = cp.get("user", "ana"), cp.get("user", "bo")
+    names = [f"user{i}" for i in range(10)]
+    groups = {
+        "club": {name: "xy"[i % 2] for i, name in enumerate(names)},
+        "alone": {names[0]: "z", names[1]: "w"},
+    }
+    own = [
+        Example(prompt=f"Say {i}", completion=f"{STYLES['ana' if i % 2 else 'bo']} {k}", user=name)
+        for i, name in enumerate(names)
+        for k in range(2)
+    ]
+
+    def revealed(prefixes: list[Prefix]) -> Any:
+        for name, prefix in zip(names, prefixes, strict=True):
+            cp.put("user", name, prefix)
+        options: dict[str, Any] = {"groups": groups, "min_group_size": 4, "num_texts": 3}
+        result = evaluate_users(cp, own, **options)
+        assert set(result.revealed) == {"club"}  # the others are too few
+        assert result.revealed == evaluate_users(cp, own, **options).revealed
+        return result
+
+    apart = revealed([ana if i % 2 else bo for i in range(10)])
+    club = apart.revealed["club"]
+    assert (club.chance, club.num_users) == (0.5, 10)
+    assert club.own.mean == 1
+    assert club.written.mean >= 0.9
+    alike = revealed([ana] * 10).revealed["club"]
+    assert alike.own.mean == 1
+    assert alike.written.low <= 0.5
+    assert alike.written.mean <= 0.8
+    with pytest.raises(TrainingDataError, match="num_texts is -1"):
+        evaluate_users(cp, own, num_texts=-1)
+    for name in names:
+        cp.forget_user(name)
+
+
+def test_the_page_says_what_texts_reveal(cp: ControlPrefix, tmp_path: Path) -> None:
+    examples = rows(["ana", "bo"])
+    groups = {"club": {"ana": "x", "bo": "y"}}
+    result = evaluate_users(cp, examples, groups=groups, min_group_size=1, num_texts=1)
+    assert not result.revealed  # nobody is left to learn from
+    four = revealed_groups(
+        cp,
+        {f"u{i}": [row.model_copy(update={"user": "ana"}) for row in examples] for i in range(4)},
+        {"club": {f"u{i}": "xy"[i % 2] for i in range(4)}},
+        num_texts=1,
+        min_group_size=1,
+        seed=0,
+    )
+    page = replace(result, revealed=four).save(tmp_path).read_text()
+    assert "club, told from texts written with users' prefixes (chance 50%)" in unescape(page)
+    saved = json.loads((tmp_path / "users.json").read_text())
+    assert saved["revealed"]["club"]["chance"] == 0.5

@@ -101,6 +101,12 @@ def evaluate_users(
     min_group_size: Annotated[
         int, typer.Option(help="Groups with fewer users are not reported.")
     ] = 8,
+    num_texts: Annotated[
+        int,
+        typer.Option(
+            help="Texts to write per user, by which a classifier guesses the users' groups."
+        ),
+    ] = 0,
     folder: Annotated[Path, typer.Option(help="Folder of users.html, .json and .png.")] = Path(
         "report"
     ),
@@ -133,7 +139,9 @@ def evaluate_users(
         "seed": seed,
     }
     if cluster.ray is None:
-        result = evaluation.evaluate_users(engine.open(), examples, **options)
+        result = evaluation.evaluate_users(engine.open(), examples, num_texts=num_texts, **options)
+    elif num_texts:
+        raise RequestError("--num-texts has no effect with --ray; leave one of them out")
     else:
         result = cluster.connect(engine).evaluate_users(examples, **options)
     table = Table("users", "gain, nats per token (95 % interval)")
@@ -147,6 +155,11 @@ def evaluate_users(
         f"{len(result.users)} users, {result.num_too_few} with too few rows to tell; harmed: "
         f"{harmed_text(result)}; worst tenth: {result.worst_decile:.3f} nats per token"
     )
+    for grouping, own in result.revealed.items():
+        out.print(
+            f"{grouping}: told from texts of users' prefixes {own.written.text('.0%')}, from their "
+            f"own rows {own.own.text('.0%')} (balanced accuracy; chance {own.chance:.0%})"
+        )
     if result.too_small:
         out.print(f"fewer than {min_group_size} users: {', '.join(result.too_small)}")
     out.print(f"written to {result.save(folder)}")

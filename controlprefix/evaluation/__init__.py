@@ -6,6 +6,7 @@ from controlprefix.evaluation.classifier import AttributeClassifier, pseudo_labe
 from controlprefix.evaluation.harness import evaluate
 from controlprefix.evaluation.metrics import Estimate
 from controlprefix.evaluation.report import CurvePoint, EvaluationReport
+from controlprefix.evaluation.revealed_groups import RevealedGroups
 from controlprefix.evaluation.simplification import grade_level, sari
 from controlprefix.evaluation.slot_errors import SlotErrors, slot_errors
 from controlprefix.evaluation.users import evaluate_users
@@ -17,6 +18,7 @@ __all__ = [
     "CurvePoint",
     "Estimate",
     "EvaluationReport",
+    "RevealedGroups",
     "SlotErrors",
     "UserResult",
     "UsersEvaluation",

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from controlprefix.engine.arguments import checks_own_arguments
 from controlprefix.errors import TrainingDataError
 from controlprefix.evaluation.harness import about_prefixes, describe_rows, resolvable
 from controlprefix.evaluation.metrics import Estimate, bootstrap_mean, wilson_proportion
+from controlprefix.evaluation.revealed_groups import revealed_groups
 from controlprefix.evaluation.users_report import UserResult, UsersEvaluation
 from controlprefix.example import Example
 from controlprefix.labels import label_text
@@ -62,6 +63,7 @@ def evaluate_users(
     groups: Mapping[str, Mapping[str, str]] | None = None,
     min_group_size: int = MIN_GROUP_SIZE,
     prompts: Sequence[str] = IMPERSONAL_PROMPTS,
+    num_texts: int = 0,
     seed: int = 0,
 ) -> UsersEvaluation:
     """Measure what each user's prefix does for rows of that user, and how it is distributed.
@@ -77,13 +79,17 @@ def evaluate_users(
         groups: Users' groups by grouping, such as `{"gender": {"ana": "female", "bo": "male"}}`.
         min_group_size: Groups with fewer users are not reported, only named.
         prompts: Impersonal prompts, on which a user's prefix should change little.
-        seed: Seed of the choice of other users.
+        num_texts: Texts to write under each user's prefix, by which a classifier guesses the
+            users' groups: what a prefix reveals of somebody who reads its texts. 0: none.
+        seed: Seed of the choice of other users, and of those texts.
 
     Raises:
-        TrainingDataError: If there are rows of fewer than two users, or `groups` is not
-            a mapping of groupings to groups of users.
+        TrainingDataError: If there are rows of fewer than two users, `groups` is not a mapping
+            of groupings to groups of users, or `num_texts` is below 0.
         UnknownNameError: If a user has no prefix.
     """
+    if num_texts < 0:
+        raise TrainingDataError(f"num_texts is {num_texts}; it must be 0 or more")
     groups = checked_groups(groups or {}, min_group_size)
     users = rows_by_user(rows, columns=columns, seed=seed)
     results: dict[str, UserResult] = {}
@@ -97,7 +103,18 @@ def evaluate_users(
         names.update(about["prefixes"])
     about["data"] = describe_rows([row for own in users.values() for row in own.rows])
     about["prefixes"] = sorted(names)
-    return summarize(results, groups, min_group_size, about)
+    result = summarize(results, groups, min_group_size, about)
+    if not num_texts:
+        return result
+    revealed = revealed_groups(
+        cp,
+        {user: own.rows for user, own in users.items()},
+        groups,
+        num_texts=num_texts,
+        min_group_size=min_group_size,
+        seed=seed,
+    )
+    return replace(result, revealed=revealed)
 
 
 def rows_by_user(rows: Rows, *, columns: Columns | None, seed: int) -> dict[str, UserRows]:

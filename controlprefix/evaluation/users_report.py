@@ -2,12 +2,13 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from controlprefix._io import finite
 from controlprefix.evaluation.metrics import Estimate
+from controlprefix.evaluation.revealed_groups import RevealedGroups
 from controlprefix.reports import few_rows_note, figure_of, render, to_png, write_report
 
 
@@ -49,6 +50,8 @@ class UsersEvaluation:
         groups: Per grouping and group, the mean gain of its users.
         too_small: Groups with fewer users than are reported.
         about: What it was made with: model, store, command, date.
+        revealed: Per grouping, how well users' groups are told from texts written under their
+            prefixes, if texts were written.
     """
 
     users: dict[str, UserResult]
@@ -59,6 +62,7 @@ class UsersEvaluation:
     groups: dict[str, dict[str, Estimate]]
     too_small: tuple[str, ...]
     about: dict[str, Any]
+    revealed: dict[str, RevealedGroups] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
         """Write `users.json`, `users.png` (the gain of each user, in order) and `users.html`.
@@ -104,6 +108,14 @@ def page_of(result: UsersEvaluation, image: bytes) -> str:
             (f"gain, {grouping} {group}", interval(gain))
             for grouping, groups in result.groups.items()
             for group, gain in groups.items()
+        ),
+        *(
+            (f"{grouping}, {title} (chance {own.chance:.0%})", accuracy.text(".0%"))
+            for grouping, own in result.revealed.items()
+            for title, accuracy in (
+                ("told from texts written with users' prefixes", own.written),
+                ("told from users' own rows", own.own),
+            )
         ),
     ]
     users = [
