@@ -206,6 +206,11 @@ class Request(SteeringFields):
         return self._source or f"row {number}"
 
     @property
+    def texts(self) -> list[str]:
+        """The prompt, or the text of each message; empty for token ids."""
+        return [message.content for message in self.messages or ()] or [self.prompt or ""]
+
+    @property
     def conversation(self) -> tuple[Message, ...]:
         """The prompt or the messages, as messages with the images that belong to them."""
         if self.messages is None:

@@ -106,7 +106,7 @@ def add_ratios(
     without = []
     for example in examples:
         place = example.place(0)
-        own = by_place[place].fields[source] if source else example.conversation[-1].content
+        own = by_place[place].fields[source] if source else example.texts[-1]
         sources.append(own)
         if not own.strip():
             without.append(place)

@@ -94,7 +94,7 @@ def with_ratios(
         MissingDependencyError: If the extra is not installed.
     """
     if sources is None:
-        sources = [example.conversation[-1].content for example in examples]
+        sources = [example.texts[-1] for example in examples]
     if len(examples) != len(sources):
         raise TrainingDataError(
             f"{len(sources)} sources for {len(examples)} examples; give one per example"

@@ -194,11 +194,8 @@ class SharingMethods(PrefixMethods):
             copies += [part.prefix] * int(part.strength)
         if not copies:
             raise RequestError("the request names no prefix to write")
-        slots = {
-            site: torch.cat([prefix.slots[site].float() for prefix in copies])
-            for site in self.geometry.sites
-        }
-        Prefix(self.geometry, slots).to_peft(folder)
+        joined = Prefix.joined([prefix.to(dtype=torch.float32) for prefix in copies])
+        joined.to_peft(folder, self.geometry)
 
     def import_original(
         self,

@@ -151,7 +151,7 @@ def evaluate(
                 key.name,
                 tuple(
                     (
-                        examples[i].conversation[-1].content,
+                        examples[i].texts[-1],
                         generated[i],
                         generated_plain[i],
                         references[i],

@@ -17,7 +17,7 @@ _MAX_FOLDS = 5
 
 @dataclass(frozen=True, slots=True)
 class RevealedGroups:
-    """How well a classifier tells users' groups from texts, as balanced accuracy.
+    """Balanced accuracy of a classifier that guesses users' groups from texts.
 
     Attributes:
         written: From texts that were written under the users' prefixes.
@@ -114,8 +114,8 @@ def _balanced_accuracy(texts: Sequence[str], labels: Sequence[str], seed: int) -
     num_folds = min(_MAX_FOLDS, *sizes.values())
     folds = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
     filled = [text if text.strip() else "-" for text in texts]
-    told = cross_val_predict(classifier, filled, list(labels), cv=folds)
+    guesses = cross_val_predict(classifier, filled, list(labels), cv=folds)
     weights = {label: len(labels) / (len(sizes) * size) for label, size in sizes.items()}
     return bootstrap_mean(
-        [weights[label] * (label == guess) for label, guess in zip(labels, told, strict=True)]
+        [weights[label] * (label == guess) for label, guess in zip(labels, guesses, strict=True)]
     )

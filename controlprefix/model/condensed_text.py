@@ -88,10 +88,7 @@ def prefix_from_pieces(
     prefixes = [_match_group(frozen, group, num_slots) for group in groups]
     if len(prefixes) == 1:
         return prefixes[0]
-    joined = Prefix(
-        frozen.geometry,
-        {site: torch.cat([p.slots[site] for p in prefixes]) for site in frozen.geometry.sites},
-    )
+    joined = Prefix.joined(prefixes)
     query_texts = _query_texts(frozen, pieces, [range(0)] * len(pieces))
     observed = observe(frozen, joined, query_texts, max_queries=_MAX_QUERIES)
     return matched(joined, observed, num_slots)

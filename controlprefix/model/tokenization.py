@@ -202,7 +202,7 @@ class RequestTokenizer:
 
     def _require_short(self, request: Request, limit: int) -> None:
         """Refuse a prompt that is far too long for the context before all of it is tokenized."""
-        texts = [m.content for m in request.messages or ()] or [request.prompt or ""]
+        texts = request.texts
         num_characters = _CHARACTERS_PER_TOKEN * limit
         if sum(map(len, texts)) <= num_characters:
             return

@@ -151,6 +151,19 @@ class Prefix:
             },
         )
 
+    @classmethod
+    def joined(cls, prefixes: Sequence["Prefix"]) -> Self:
+        """The slots of several prefixes of one geometry as one prefix.
+
+        Args:
+            prefixes: At least one, with joint slots.
+        """
+        geometry = prefixes[0].geometry
+        return cls(
+            geometry,
+            {site: torch.cat([p.slots[site] for p in prefixes]) for site in geometry.sites},
+        )
+
     def layer(self, site: Site, index: int) -> LayerSlots:
         """Keys and values of one layer, `(num_kv_heads, num_slots, key_dim or value_dim)`."""
         shape = self.geometry.layers(site)[index]

@@ -111,7 +111,7 @@ def cut_example_ids(example: Example, tokenizer: RequestTokenizer) -> TokenizedE
     room = context - 1 - tokenizer.num_before(prompt)
     completion = tuple(whole[: max(room, context // 2)])
     if not tokenizer.has_room(prompt, len(completion)):
-        texts = [m.content for m in example.messages or ()] or [example.prompt or ""]
+        texts = example.texts
         longest = max(range(len(texts)), key=lambda i: len(texts[i]))
 
         def shortened(num_characters: int) -> tuple[int, ...]:

@@ -164,10 +164,7 @@ def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]
 
 def scale_of_all(prefixes: Iterable[Prefix]) -> dict[Site, Tensor]:
     """The scale of the slots of several prefixes of one geometry: see `scale_of`."""
-    prefixes = list(prefixes)
-    geometry = prefixes[0].geometry
-    joined = {site: torch.cat([p.slots[site].float() for p in prefixes]) for site in geometry.sites}
-    return scale_of(Prefix(geometry, joined))
+    return scale_of(Prefix.joined([prefix.to(dtype=torch.float32) for prefix in prefixes]))
 
 
 def scale_of(prefix: Prefix) -> dict[Site, Tensor]:

@@ -251,7 +251,7 @@ class MethodRunner:
             }
         result.setdefault("runs", {})[str(seed)] = {k: round(v, 5) for k, v in figures.items()}
         samples = [
-            {"prompt": row.conversation[-1].content, "labels": _labels_of(row), "text": text}
+            {"prompt": row.texts[-1], "labels": _labels_of(row), "text": text}
             for row, text in zip(requests[:4], texts[:4], strict=True)
         ]
         result.setdefault("texts", samples)

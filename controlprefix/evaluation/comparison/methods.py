@@ -328,13 +328,12 @@ class ControlPrefixMethod(Method):
 
 def prompt_text(row: Example) -> str:
     """What a row's prompt, or its last message, says."""
-    return row.conversation[-1].content.strip()
+    return row.texts[-1].strip()
 
 
 def _prompt_of(row: Example) -> str:
     """The prompt of a row as a line of a few-shot prompt."""
-    texts = [m.content for m in row.messages] if row.messages else [row.prompt or ""]
-    return "".join(f"{text.strip()}\n" for text in texts if text.strip())
+    return "".join(f"{text.strip()}\n" for text in row.texts if text.strip())
 
 
 def _joined(completion: str) -> str:
