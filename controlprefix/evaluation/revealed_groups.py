@@ -22,7 +22,7 @@ class RevealedGroups:
     Attributes:
         written: From texts that were written under the users' prefixes.
         own: From as many of the users' own held-out rows.
-        chance: Of a guess: one divided by the number of groups.
+        chance: Accuracy of a guess: one divided by the number of groups.
         num_users: Users whose groups were told.
     """
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from controlprefix.errors import TrainingDataError
 from controlprefix.model import FrozenModel
@@ -254,6 +253,9 @@ def learning_rate_schedule(num_steps: int) -> Callable[[int], float]:
 
     It rises linearly over the first tenth of the steps, then falls as a cosine to a tenth.
     """
+    # Only here, since it imports peft, which takes as long as the rest of this package.
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
         torch.optim.SGD([torch.zeros(1)]),  # transformers keeps the function in a scheduler
         num_warmup_steps=max(1, round(_WARM_UP_FRACTION * num_steps)),
