@@ -31,6 +31,7 @@ COLUMNS: tuple[Column, ...] = (
     ("task", "task", 3),
     ("user", "user", 3),
     ("both", "both", 3),
+    ("half", "both, user at .5", 3),
     ("another's", "task, another user", 3),
     ("personal", "personal", 3),
     ("low", "from", 3),
@@ -61,9 +62,14 @@ def tweeters(data: Path, splits: Sequence[str], least: int) -> dict[str, Tweeter
     }
 
 
-def pair_row(pair: tuple[str, str], **names: str) -> Example:
+def pair_row(pair: tuple[str, str], **names: Any) -> Example:
     sentence, tweet = pair
     return Example(prompt=f"Write this as a tweet: {sentence}", completion=tweet, **names)
+
+
+def _user(name: str | None, strength: float) -> dict[str, Any]:
+    """Fields of a row with a user, if there is one."""
+    return {} if name is None else {"user": name, "strengths": {"user": strength}}
 
 
 class Study:
@@ -128,6 +134,23 @@ class Study:
         """Codes trained on the tweets."""
         self.train_users(decoder=DECODER)
 
+    def trained_beside_the_task(self) -> None:
+        """Slots trained on the tweets with the task's prefix beside them."""
+        rows = [
+            Example(prompt="", raw=True, completion=tweet, task=TASK, user=name)
+            for name, user in self.users.items()
+            for tweet in user.tweets
+        ]
+        self.cp.train(
+            rows,
+            learn="user",
+            parameterization="direct",
+            num_slots=self.options.num_slots,
+            epochs=3,
+            validation=0,
+            progress=False,
+        )
+
     def train_users(self, **options: Any) -> None:
         """`train_users` on the tweets."""
         tweets = {name: user.tweets for name, user in self.users.items()}
@@ -146,6 +169,7 @@ class Study:
             "task": self.nats({}, TASK),
             "user": self.nats(own, None),
             "both": self.nats(own, TASK),
+            "half": self.nats(own, TASK, 0.5),
             "another's": self.nats(self.swapped, TASK),
         }
         gaps = [other - both for both, other in zip(nats["both"], nats["another's"], strict=True)]
@@ -160,14 +184,13 @@ class Study:
         }
         return {name: round(value, 5) for name, value in figures.items()}
 
-    def nats(self, users: Mapping[str, str], task: str | None) -> list[float]:
+    def nats(
+        self, users: Mapping[str, str], task: str | None, strength: float = 1.0
+    ) -> list[float]:
         """Nats per token of each user's pairs."""
         names = {} if task is None else {"task": task}
         rows = [
-            [
-                pair_row(pair, **names, **({"user": users[name]} if name in users else {}))
-                for pair in user.pairs
-            ]
+            [pair_row(pair, **names, **_user(users.get(name), strength)) for pair in user.pairs]
             for name, user in self.users.items()
         ]
         scores = iter(self.cp.score([row for own in rows for row in own]))
@@ -224,7 +247,8 @@ def page(results: dict[str, Any]) -> str:
             f"{options['users']} other users. Written by `{results['command']}` at commit "
             f"{results['commit']}, {results['date']}.",
             "Nats per token of the tweet that each user wrote, given a neutral sentence, under "
-            "the task's prefix, the user's, both, and the task's with another user's. "
+            "the task's prefix, the user's, both (the user's at full and at half strength), and "
+            "the task's with another user's. "
             "**Personal**: the difference of the last two, the mean over users with a 95 % "
             "interval (bootstrap). **ROUGE-L** of greedy texts with that tweet. **Own style**: how "
             "often such a text is more like its user's tweets than like another user's, by "
@@ -258,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "code, trained": study.trained_codes,
         "matched to the texts": study.matched,
         "trained": study.trained,
+        "trained beside the task": study.trained_beside_the_task,
     }
     if all(file.get("ways", name) for name in ways):
         return
