@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 from transformers import PreTrainedModel
 
 from controlprefix import ControlPrefix
+from controlprefix.model import row_independence
 from controlprefix.store import PrefixStore
 
 import models
@@ -120,9 +121,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _runs_in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that the command line trains are recorded nowhere else."""
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that the command line trains, and checks of models, are kept nowhere else."""
     monkeypatch.setattr("controlprefix.cli.runs.RUNS", tmp_path / "runs")
+    monkeypatch.setattr(row_independence, "_cache_folder", lambda: tmp_path / "row-checks")
 
 
 @pytest.fixture(scope="module")

@@ -81,3 +81,13 @@ def test_a_part_made_for_another_model_is_refused() -> None:
     other = Geometry.uniform(num_layers=2, num_kv_heads=2, head_dim=4, fingerprint="x")
     with pytest.raises(GeometryMismatchError):
         assemble([[Part(prefix(2))], [Part(Prefix.random(other, num_slots=2), 0.0)]], GEOMETRY)
+
+
+def test_a_joined_prefix_is_the_union_of_its_parts() -> None:
+    parts = [prefix(4), prefix(1, 1), prefix(2, 2)]
+    (union,) = assemble([list(map(Part, parts))], GEOMETRY).blocks["decoder"]
+    (joined,) = assemble([[Part(Prefix.joined(parts))]], GEOMETRY).blocks["decoder"]
+    for layer in range(len(GEOMETRY.decoder)):
+        for own, its in ((joined.keys, union.keys), (joined.values, union.values)):
+            assert own[layer].shape == (1, 2, 7, 4)
+            assert torch.equal(own[layer].sort(dim=2).values, its[layer].sort(dim=2).values)

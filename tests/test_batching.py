@@ -362,8 +362,8 @@ def test_requests_that_come_one_after_another_are_prefilled_together(
         # As many as there are rows are not waited for, and closing does not wait.
         monkeypatch.setattr(batcher_module, "_GATHERING_S", 1e6)
         monkeypatch.setattr(batcher_module, "_MAX_GATHERING_S", 1e6)
-        for own in [resolved[0]] * 4:
-            tickets.append(batcher.submit(own))
-        assert tickets[-1].result()
+        with batcher._wake:  # the batch sees all of them, or none
+            tickets = [batcher.submit(own) for own in [resolved[0]] * 4]
+        assert [ticket.result() for ticket in tickets]
         tickets.append(batcher.submit(resolved[0]))
     assert tickets[-1].result()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -22,6 +23,7 @@ from controlprefix import (
     TrainingDataError,
 )
 from controlprefix.evaluation import evaluate_users
+from controlprefix.evaluation import revealed_groups as revealed_groups_module
 from controlprefix.evaluation.metrics import bootstrap_mean
 from controlprefix.evaluation.revealed_groups import revealed_groups
 from controlprefix.evaluation.users import summarize
@@ -262,12 +264,15 @@ def test_groups_that_prefixes_reveal_are_told_and_others_are_not(cp: ControlPref
     assert (club.chance, club.num_users) == (0.5, 10)
     assert club.own.mean == 1
     assert club.written.mean >= 0.9
+    assert club.without.low <= 0.5  # the prompts tell nothing
     alike = revealed([ana] * 10).revealed["club"]
     assert alike.own.mean == 1
     assert alike.written.low <= 0.5
     assert alike.written.mean <= 0.8
     with pytest.raises(TrainingDataError, match="num_texts is -1"):
         evaluate_users(cp, own, num_texts=-1)
+    with pytest.raises(TrainingDataError, match="give groups"):
+        evaluate_users(cp, own, num_texts=1)
     for name in names:
         cp.forget_user(name)
 
@@ -289,3 +294,16 @@ def test_the_page_says_what_texts_reveal(cp: ControlPrefix, tmp_path: Path) -> N
     assert "club, told from texts written with users' prefixes (chance 50%)" in unescape(page)
     saved = json.loads((tmp_path / "users.json").read_text())
     assert saved["revealed"]["club"]["chance"] == 0.5
+
+
+def test_groups_of_any_size_have_intervals_within_0_and_1() -> None:
+    labels = ["x"] * 4 + ["y"] * 40
+    estimate = revealed_groups_module._balanced_accuracy(["aaa"] * 4 + ["zzz"] * 40, labels, 0)
+    assert list(estimate) == [1, 1, 1]
+    alike = revealed_groups_module._balanced_accuracy(["aaa"] * 44, labels, 0)
+    assert alike.mean == pytest.approx(0.5)  # one label for all
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefgh", k=30)) for _ in labels]
+    noise = revealed_groups_module._balanced_accuracy(texts, labels, 0)
+    assert 0 <= noise.low <= noise.mean <= noise.high <= 1
+    assert noise.low <= 0.5

@@ -44,7 +44,15 @@ def test_origins(url: str, origin: str | None) -> None:
 
 def test_what_is_no_origin_is_refused() -> None:
     assert require_origins(["https://A.example/"]) == {"https://a.example"}
-    for wrong in ("a.example", "*", "https://a.example/images", "file:///"):
+    for wrong in (
+        "a.example",
+        "*",
+        "https://*.example",
+        "https://a.example/images",
+        "https://a.example?x=1",
+        "https://a.example#x",
+        "file:///",
+    ):
         with pytest.raises(RequestError, match="no origin of images"):
             require_origins([wrong])
 
@@ -66,6 +74,8 @@ class Pictures(BaseHTTPRequestHandler):
             return
         content = b"no image" if self.path == "/text.png" else png(picture(0))
         self.send_response(200)
+        if self.path == "/cut.png":
+            self.send_header("Content-Length", str(len(content) + 1))
         self.end_headers()
         for byte in content if self.path == "/slow.png" else [content]:
             self.wfile.write(bytes([byte]) if isinstance(byte, int) else byte)
@@ -132,22 +142,30 @@ def test_images_are_downloaded_from_allowed_origins_alone(
 
         for source in (f"{elsewhere}/a.png", pictures.replace("http", "https") + "/a.png"):
             Pictures.paths.clear()
-            with pytest.raises(openai.BadRequestError, match="at an origin"):
+            with pytest.raises(openai.BadRequestError, match="from their origin"):
                 ask(source)
             assert not Pictures.paths
         for name, reason in (
             ("moved", "answered 302"),
             ("missing", "answered 404"),
             ("text", "cannot be read"),
+            ("cut", "cannot be downloaded"),
         ):
             with pytest.raises(openai.BadRequestError, match=reason):
                 ask(f"{pictures}/{name}.png")
         assert "/a.png" not in Pictures.paths
-        monkeypatch.setattr(image_downloads, "_TIMEOUT_S", 0.5)
-        with pytest.raises(openai.BadRequestError, match="longer than"):
-            ask(f"{pictures}/slow.png")
-        monkeypatch.setattr(image_downloads, "_MAX_BYTES", 10)
+        assert ask(f"{pictures}/ä b.png") == expected
+        monkeypatch.setattr(served.gateway.image_downloads, "_max_bytes", 10)
         with pytest.raises(openai.BadRequestError, match="10 bytes in all"):
             ask(f"{pictures}/a.png")
+        monkeypatch.setattr(served.gateway.image_downloads, "_max_bytes", 1 << 20)
+        monkeypatch.setattr(image_downloads, "_TIMEOUT_S", 0.5)
+        with pytest.raises(openai.BadRequestError, match=r"within 0 s|within 1 s"):
+            ask(f"{pictures}/slow.png")
+        monkeypatch.setattr(image_downloads, "_MAX_REQUESTS", 0)
+        with pytest.raises(openai.InternalServerError, match="download images already"):
+            ask(f"{pictures}/a.png")
+        assert not served.gateway.image_downloads._num_requests
+        assert not served.gateway.image_downloads._turns
     finally:
         served.close()

@@ -16,11 +16,7 @@ from controlprefix import ControlPrefix, Example, Request
 from controlprefix.errors import UnsupportedModelError
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.model import FrozenModel, row_independence
-from controlprefix.model.row_independence import (
-    RowIndependence,
-    check_rows,
-    check_rows_once,
-)
+from controlprefix.model.row_independence import RowIndependence, check_rows
 
 from helpers import random_prefix
 from models import VOCAB, build, byte_tokenizer
@@ -251,41 +247,56 @@ def test_a_vision_language_model_loads_by_name(tmp_path: Any) -> None:
     assert cp.generate("hi", raw=True, user="ana", max_new_tokens=4).num_tokens
 
 
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """The classes of models whose rows were compared."""
+    compared: list[type] = []
+    compare = row_independence._padding_counts
+
+    def counting(model: PreTrainedModel) -> bool:
+        compared.append(type(model))
+        return compare(model)
+
+    monkeypatch.setattr(row_independence, "_padding_counts", counting)
+    return compared
+
+
+def loaded(folder: Path, seed: int = 0, **options: Any) -> RowIndependence:
+    """What is found of a model that is loaded from a folder."""
+    build("llama", seed=seed, **LONGROPE).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return FrozenModel.from_pretrained(folder, **options).rows
+
+
 def test_files_are_checked_once_as_long_as_they_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, passes: list[type]
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    checked: list[type] = []
-
-    def counting(model: PreTrainedModel) -> RowIndependence:
-        checked.append(type(model))
-        return check_rows(model)
-
-    monkeypatch.setattr(row_independence, "check_rows", counting)
-
-    def load(seed: int = 0, **options: Any) -> RowIndependence:
-        build("llama", seed=seed, **LONGROPE).save_pretrained(tmp_path / "model")
-        byte_tokenizer().save_pretrained(tmp_path / "model")
-        return FrozenModel.from_pretrained(tmp_path / "model", **options).rows
-
-    first = load()
+    first = loaded(tmp_path)
     assert (first.max_shared_tokens, first.keeps_state) == (16, True)
-    assert (load(), len(checked)) == (first, 1)
-    load(seed=1)  # other weights
-    load(dtype="bfloat16")
-    assert len(checked) == 3
-    (tmp_path / "cache").chmod(0o500)  # nothing can be written (but by root), all can be read
-    assert (load(), len(checked)) == (first, 3)
+    assert (loaded(tmp_path), len(passes)) == (first, 1)
+    loaded(tmp_path, seed=1)  # other weights
+    loaded(tmp_path, dtype="bfloat16")
+    assert len(passes) == 3
+    for _ in range(2):
+        assert loaded(tmp_path, trust_remote_code=True) == first
+        assert check_rows(build("llama", **LONGROPE)) == first
+    assert len(passes) == 7
 
 
-@pytest.mark.parametrize("damaged", ["", "[]", '{"unknown": 1}', "\0"])
-def test_a_damaged_check_is_made_again(
-    damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.mark.parametrize("damaged", ["", "[]", '{"unknown": 1}', "1", "\0"])
+def test_a_damaged_check_is_made_again(damaged: str, passes: list[type]) -> None:
     model = build("llama")
-    result = check_rows_once(model)
-    (file,) = (tmp_path / "controlprefix/row-checks").iterdir()
+    result = check_rows(model, use_cache=True)
+    (file,) = row_independence._cache_folder().iterdir()
     file.write_text(damaged)
-    assert check_rows_once(model) == result
-    assert RowIndependence(**json.loads(file.read_text())) == result
+    assert check_rows(model, use_cache=True) == result
+    assert (json.loads(file.read_text()), len(passes)) == (result.padding_counts, 2)
+
+
+def test_a_cache_that_cannot_be_written_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list[type]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(row_independence, "_cache_folder", lambda: tmp_path / "file" / "folder")
+    assert loaded(tmp_path / "a") == loaded(tmp_path / "a")
+    assert len(passes) == 2

@@ -157,8 +157,9 @@ def evaluate_users(
     )
     for grouping, own in result.revealed.items():
         out.print(
-            f"{grouping}: told from texts of users' prefixes {own.written.text('.0%')}, from their "
-            f"own rows {own.own.text('.0%')} (balanced accuracy; chance {own.chance:.0%})"
+            f"{grouping}: told from texts of users' prefixes {own.written.text('.0%')}, without "
+            f"users {own.without.text('.0%')}, from their own rows {own.own.text('.0%')} "
+            f"(balanced accuracy; chance {own.chance:.0%})"
         )
     if result.too_small:
         out.print(f"fewer than {min_group_size} users: {', '.join(result.too_small)}")

@@ -4,15 +4,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from controlprefix._io import requires_extra
 from controlprefix.engine import ControlPrefix
-from controlprefix.evaluation.metrics import Estimate, bootstrap_mean
+from controlprefix.evaluation.metrics import Estimate
 from controlprefix.example import Example
 from controlprefix.request import Request
 
 _TEMPERATURE = 0.8
 _MAX_NEW_TOKENS = 48
 _MAX_FOLDS = 5
+_NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +24,14 @@ class RevealedGroups:
 
     Attributes:
         written: From texts that were written under the users' prefixes.
-        own: From as many of the users' own held-out rows.
+        without: From texts to the same requests without users: what prompts and labels tell.
+        own: From the rows that these requests are of, which the users wrote.
         chance: Accuracy of a guess: one divided by the number of groups.
-        num_users: Users whose groups were told.
+        num_users: Users whose groups were guessed.
     """
 
     written: Estimate
+    without: Estimate
     own: Estimate
     chance: float
     num_users: int
@@ -50,7 +55,7 @@ def revealed_groups(
         cp: With the users' prefixes.
         rows_of_users: Held-out rows of each user; their prompts, tasks and labels are requested.
         groups: Users' groups by grouping.
-        num_texts: Texts to write per user.
+        num_texts: Texts to write per user, at most one per row.
         min_group_size: Groups with fewer users are left out.
         seed: Seed of the texts, and of the folds.
 
@@ -59,63 +64,84 @@ def revealed_groups(
 
     Raises:
         MissingDependencyError: If scikit-learn is not installed.
+        ContextLengthError: If a prompt leaves no room for a text.
     """
-    chosen = {
-        user: [rows[i % len(rows)] for i in range(num_texts)]
-        for user, rows in rows_of_users.items()
-        if any(user in of_users for of_users in groups.values())
+    with requires_extra("eval", "what texts reveal"):
+        import sklearn  # noqa: F401
+    large = {
+        grouping: of_users
+        for grouping, group_of in groups.items()
+        if (of_users := _in_large_groups(rows_of_users, group_of, min_group_size))
     }
-    requests = [
-        _request(cp, row, seed + i) for rows in chosen.values() for i, row in enumerate(rows)
+    users = sorted({user for of_users in large.values() for user in of_users})
+    rows = {user: rows_of_users[user][:num_texts] for user in users}
+    requests = [_request(cp, row, seed + i) for own in rows.values() for i, row in enumerate(own)]
+    plain = [
+        request.model_copy(update={"user": None, "strengths": _without_user(request)})
+        for request in requests
     ]
-    texts = iter([completion.text for completion in cp.generate(requests)])
-    written = {user: [next(texts) for _ in rows] for user, rows in chosen.items()}
-    own = {user: [row.completion for row in rows_of_users[user][:num_texts]] for user in chosen}
+    texts = []
+    for batch in (requests, plain):
+        completions = iter(cp.generate(batch) if batch else [])
+        texts.append({user: [next(completions).text for _ in own] for user, own in rows.items()})
+    texts.append({user: [row.completion for row in own] for user, own in rows.items()})
     results = {}
-    for grouping, group_of in groups.items():
-        sizes = Counter(group for user, group in group_of.items() if user in chosen)
-        large = {group for group, size in sizes.items() if size >= max(2, min_group_size)}
-        users = sorted(user for user in chosen if group_of.get(user) in large)
-        if len(large) < 2:
-            continue
-        labels = [group_of[user] for user in users]
-        results[grouping] = RevealedGroups(
-            _balanced_accuracy(["\n".join(written[user]) for user in users], labels, seed),
-            _balanced_accuracy(["\n".join(own[user]) for user in users], labels, seed),
-            1 / len(large),
-            len(users),
+    for grouping, group_of in large.items():
+        labels = [group_of[user] for user in group_of]
+        written, without, own = (
+            _balanced_accuracy(["\n".join(by_user[user]) for user in group_of], labels, seed)
+            for by_user in texts
         )
+        chance = 1 / len(set(labels))
+        results[grouping] = RevealedGroups(written, without, own, chance, len(labels))
     return results
+
+
+def _in_large_groups(
+    rows_of_users: Mapping[str, Sequence[Example]], group_of: Mapping[str, str], min_size: int
+) -> dict[str, str]:
+    """The groups of users in groups that are large enough; none if that leaves one group."""
+    grouped = {user: group_of[user] for user in sorted(rows_of_users) if user in group_of}
+    sizes = Counter(grouped.values())
+    large = {user: g for user, g in grouped.items() if sizes[g] >= max(2, min_size)}
+    return large if len(set(large.values())) > 1 else {}
+
+
+def _without_user(request: Request) -> dict[str, float]:
+    return {name: value for name, value in request.strengths.items() if name != "user"}
 
 
 def _request(cp: ControlPrefix, row: Example, seed: int) -> Request:
     """The request whose completion a row is, with sampling."""
     fields = {name: getattr(row, name) for name in Request.model_fields}
-    fields |= {"max_new_tokens": _MAX_NEW_TOKENS, "temperature": _TEMPERATURE, "seed": seed}
+    fields |= {"num_beams": 1, "temperature": _TEMPERATURE, "seed": seed}
     if row.messages is None and row.prompt_ids is None and not row.prompt:
         start = cp.tokenizer.bos_token or cp.tokenizer.eos_token or " "
         fields |= {"prompt": str(start), "raw": True}
-    return Request(**fields)
+    return Request(**fields).with_default_limit(_MAX_NEW_TOKENS)
 
 
 def _balanced_accuracy(texts: Sequence[str], labels: Sequence[str], seed: int) -> Estimate:
-    """How often the label of a text is told, each label counting alike."""
-    with requires_extra("eval", "what texts reveal"):
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedKFold, cross_val_predict
-        from sklearn.pipeline import make_pipeline
+    """How often the label of a text is guessed, each label counting alike."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
 
-    sizes = Counter(labels)
     classifier = make_pipeline(
         TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True),
         LogisticRegression(C=10, max_iter=1000, class_weight="balanced"),
     )
-    num_folds = min(_MAX_FOLDS, *sizes.values())
+    num_folds = min(_MAX_FOLDS, *Counter(labels).values())
     folds = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
     filled = [text if text.strip() else "-" for text in texts]
     guesses = cross_val_predict(classifier, filled, list(labels), cv=folds)
-    weights = {label: len(labels) / (len(sizes) * size) for label, size in sizes.items()}
-    return bootstrap_mean(
-        [weights[label] * (label == guess) for label, guess in zip(labels, guesses, strict=True)]
+    hits = guesses == np.array(labels)
+    by_label = [hits[np.array(labels) == label] for label in sorted(set(labels))]
+    rng = np.random.default_rng(seed)
+    # Users are resampled within their groups, whose sizes are not random.
+    means = np.mean(
+        [rng.choice(own, (_NUM_RESAMPLES, len(own))).mean(axis=1) for own in by_label], axis=0
     )
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Estimate(float(np.mean([own.mean() for own in by_label])), float(low), float(high))

@@ -80,16 +80,19 @@ def evaluate_users(
         min_group_size: Groups with fewer users are not reported, only named.
         prompts: Impersonal prompts, on which a user's prefix should change little.
         num_texts: Texts to write under each user's prefix, by which a classifier guesses the
-            users' groups: what a prefix reveals of somebody who reads its texts. 0: none.
+            users' groups: what a prefix reveals to somebody who reads its texts. 0: none; needs
+            `groups`.
         seed: Seed of the choice of other users, and of those texts.
 
     Raises:
         TrainingDataError: If there are rows of fewer than two users, `groups` is not a mapping
-            of groupings to groups of users, or `num_texts` is below 0.
+            of groupings to groups of users, or `num_texts` is below 0, or given without groups.
         UnknownNameError: If a user has no prefix.
     """
     if num_texts < 0:
         raise TrainingDataError(f"num_texts is {num_texts}; it must be 0 or more")
+    if num_texts and not groups:
+        raise TrainingDataError("num_texts shows what texts reveal of groups; give groups")
     groups = checked_groups(groups or {}, min_group_size)
     users = rows_by_user(rows, columns=columns, seed=seed)
     results: dict[str, UserResult] = {}

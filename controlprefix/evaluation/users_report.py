@@ -114,6 +114,7 @@ def page_of(result: UsersEvaluation, image: bytes) -> str:
             for grouping, own in result.revealed.items()
             for title, accuracy in (
                 ("told from texts written with users' prefixes", own.written),
+                ("told from texts to the same prompts without users", own.without),
                 ("told from users' own rows", own.own),
             )
         ),

@@ -317,10 +317,12 @@ class Batcher(ABC):
     def _wait_for_more(self) -> None:
         """Wait as long as requests come one after another: prompts are cheaper together."""
         latest = time.monotonic() + _MAX_GATHERING_S
-        while not self._closing and time.monotonic() < latest:
+        while not self._closing and self._waiting.num_rows < self._max_sequences:
             num_waiting = len(self._waiting)
-            self._wake.wait(_GATHERING_S)
-            if num_waiting in (len(self._waiting), self._max_sequences):
+            left = latest - time.monotonic()
+            if left <= 0 or not self._wake.wait(min(left, _GATHERING_S)):
+                return
+            if len(self._waiting) == num_waiting:  # woken by something else
                 return
 
     def _has_work(self) -> bool:

@@ -91,7 +91,7 @@ class ContinuousBatcher(Batcher):
         num_decoding = sum(row is not None for row in self._rows)
         waits = joining > num_decoding and self._num_skipped < _MAX_SKIPPED
         if (prefill := self._prefills.next(self._waiting.served, decoding)) is not None:
-            self._prefill_chunk(prefill, is_alone=waits or not decoding)
+            self._prefill_chunk(prefill, waits=waits and bool(decoding))
         self._num_skipped = self._num_skipped + 1 if waits else 0
         if self._first_rows and not waits:
             start = time.perf_counter()
@@ -103,10 +103,11 @@ class ContinuousBatcher(Batcher):
 
     # --- prefill -----------------------------------------------------------------------------
 
-    def _prefill_chunk(self, prefill: Prefill, *, is_alone: bool) -> None:
+    def _prefill_chunk(self, prefill: Prefill, *, waits: bool) -> None:
         try:
-            decode_seconds = None if is_alone else self._decode_seconds
-            with self._prefills.next_chunk(prefill, decode_seconds) as end:
+            decodes = bool(self._first_rows) and not waits
+            decode_seconds = self._decode_seconds if decodes else None
+            with self._prefills.next_chunk(prefill, decode_seconds, waits=waits) as end:
                 if prefill.batch is None:
                     prefill.prepare(self._frozen)
                 assert prefill.batch is not None

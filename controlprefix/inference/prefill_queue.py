@@ -22,6 +22,7 @@ _MIN_TOKENS = 128  # minimum chunk size; a smaller one takes hardly less time
 _CHUNK_SECONDS = 0.1  # target duration of a chunk while others decode, at least a decode step's
 _DECODE_STEPS = 4  # or that of so many, for prompts that fit one chunk of `max_tokens`
 _ALONE_SECONDS = 2.0  # the same while nothing is decoded, since others may come
+_WAITING_SECONDS = 1.0  # the same while what is decoded waits for more rows
 _YIELD_INTERVAL = 4  # a tenant served more than all decoding tenants prefills every 4th step
 
 
@@ -265,17 +266,20 @@ class PrefillQueue:
         return due[0] if self._num_steps % 2 else min(due, key=lambda prefill: prefill.num_left)
 
     @contextlib.contextmanager
-    def next_chunk(self, prefill: Prefill, decode_seconds: float | None) -> Iterator[int]:
+    def next_chunk(
+        self, prefill: Prefill, decode_seconds: float | None, *, waits: bool = False
+    ) -> Iterator[int]:
         """Choose and measure the next chunk of a prefill: yields its end column.
 
         Args:
             prefill: The prefill.
-            decode_seconds: How long the last decode step took; None if nothing is decoded.
+            decode_seconds: How long the last decode step took; None if nothing is decoded now.
+            waits: Whether what is decoded waits for this.
         """
         tokens = self._max_tokens
         is_long = prefill.num_left > tokens  # others may come meanwhile
         if self._tokens_per_second is not None:
-            seconds = _ALONE_SECONDS
+            seconds = _WAITING_SECONDS if waits else _ALONE_SECONDS
             if is_long or decode_seconds is not None:
                 # Small chunks are slow on CPUs: what is soon done need not be cut into many.
                 steps = 1 if is_long else _DECODE_STEPS

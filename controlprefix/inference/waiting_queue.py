@@ -42,6 +42,11 @@ class WaitingQueue(Generic[Item]):
     def __len__(self) -> int:
         return self._num_items
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that all items need."""
+        return sum(self._num_rows(item) for q in self._queues.values() for item in q.items)
+
     def num_waiting(self, tenant: str) -> int:
         """Items of a tenant that wait."""
         queue = self._queues.get(tenant)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.model.loading import LoadOptions, load
 from controlprefix.model.rope import Rope
-from controlprefix.model.row_independence import check_rows, check_rows_once
+from controlprefix.model.row_independence import check_rows
 from controlprefix.model.steering import Steering
 from controlprefix.model.text_prefix import reads_before_zero
 from controlprefix.model.tokenization import RequestTokenizer
@@ -39,7 +39,7 @@ class FrozenModel:
         chat_template_kwargs: Variables for its chat template, in every prompt.
         processor: Reads images; left out, the one that is stored with the model.
         load_processor: Loads that one; left out, it is looked for by the model's name.
-        is_from_files: Whether the model was just loaded and runs transformers' own code: then
+        is_from_files: Whether the model was just loaded, so that nothing was changed in it: then
             what passes show of it is kept in the user's cache.
 
     Attributes:
@@ -72,7 +72,7 @@ class FrozenModel:
             model, tokenizer, chat_template_kwargs, processor, load_processor=load_processor
         )
         self.steering = Steering.for_model(model, probe_again=True)
-        self.rows = check_rows_once(model) if is_from_files else check_rows(model)
+        self.rows = check_rows(model, use_cache=is_from_files)
 
     @classmethod
     def from_pretrained(

@@ -2,9 +2,10 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
@@ -14,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from controlprefix._io import atomic_path
-from controlprefix._version import __version__
 from controlprefix.errors import UnsupportedModelError
 from controlprefix.model.padding import pad_rows
 from controlprefix.model.steering import Steering
@@ -24,6 +24,9 @@ _PROMPT, _NEIGHBOUR = (7, 11, 5, 9), (3, 8, 6, 4, 10, 5, 7, 12, 9, 6, 11)  # any
 _TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}  # of the largest logit; else for half
 _TOLERANCE_IN_HALF = 0.1
 _NUM_SLOTS = 4
+_CHECK = 1  # to be raised when the check changes, so that earlier results do not count
+# With these, some models of transformers take other paths.
+_KERNELS = ("causal_conv1d", "fla", "flash_attn", "kernels", "mamba_ssm")
 # Kinds of rotary scaling that depend on the longest row of a batch.
 _SCALING_BY_LENGTH = ("dynamic", "longrope")
 
@@ -50,42 +53,17 @@ class RowIndependence:
         return self.padding_counts or (limit is not None and num_tokens > limit)
 
 
-def check_rows_once(model: PreTrainedModel) -> RowIndependence:
-    """`check_rows`, with its result kept in the user's cache.
-
-    The result is kept under the fingerprint of the weights, which are hashed each time, and all
-    else that decides what is computed: class, dtype, device, attention and versions.
-
-    Raises:
-        UnsupportedModelError: As `check_rows`.
-    """
-    key = (
-        Steering.for_model(model).geometry.fingerprint,
-        f"{type(model).__module__}.{type(model).__qualname__}",
-        str(model.dtype),
-        model.device.type,
-        model.config._attn_implementation,
-        transformers.__version__,
-        torch.__version__,
-        __version__,
-    )
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    file = Path(platformdirs.user_cache_dir("controlprefix")) / "row-checks" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or not ours
-        return RowIndependence(**json.loads(file.read_text()))
-    result = check_rows(model)
-    with contextlib.suppress(OSError):  # a cache that cannot be written is none
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as unfinished:
-            unfinished.write_text(json.dumps(asdict(result)))
-    return result
-
-
-def check_rows(model: PreTrainedModel) -> RowIndependence:
-    """Run a few short rows through a model and compare.
+def check_rows(model: PreTrainedModel, *, use_cache: bool = False) -> RowIndependence:
+    """Run a few short rows through a model and compare, and read what its config says.
 
     They attend to slots: where a row's positions depend on padding, tokens do not notice that all
     of them move together, but their distance to the slots changes.
+
+    Args:
+        model: The model.
+        use_cache: Keep in the user's cache what the rows show, under the fingerprint of the
+            weights, which are hashed each time, and what else decides what is computed: class,
+            dtype, device, attention, versions and kernels. For classes of transformers alone.
 
     Raises:
         UnsupportedModelError: If a decoder-only model attends to tokens that follow.
@@ -100,7 +78,47 @@ def check_rows(model: PreTrainedModel) -> RowIndependence:
         or text.max_position_embeddings
         for r in scalings
     ]
-    vocab_size = text.vocab_size
+    use_cache = use_cache and type(model).__module__.startswith("transformers.")
+    return RowIndependence(
+        padding_counts=_padding_counts_once(model) if use_cache else _padding_counts(model),
+        max_shared_tokens=min(lengths, default=None),
+        keeps_state=bool(scalings) or any(hasattr(m, "rope_deltas") for m in model.modules()),
+    )
+
+
+def _padding_counts_once(model: PreTrainedModel) -> bool:
+    """`_padding_counts`, with its result kept in the user's cache."""
+    key = (
+        _CHECK,
+        Steering.for_model(model).geometry.fingerprint,
+        f"{type(model).__module__}.{type(model).__qualname__}",
+        str(model.dtype),
+        model.device.type,
+        model.config._attn_implementation,
+        transformers.__version__,
+        torch.__version__,
+        [importlib.util.find_spec(package) is not None for package in _KERNELS],
+    )
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    file = _cache_folder() / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
+        if isinstance(result := json.loads(file.read_text()), bool):
+            return result
+    result = _padding_counts(model)
+    with contextlib.suppress(OSError):  # a cache that cannot be written is none
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as unfinished:
+            unfinished.write_text(json.dumps(result))
+    return result
+
+
+def _cache_folder() -> Path:
+    return Path(platformdirs.user_cache_dir("controlprefix")) / "row-checks"
+
+
+def _padding_counts(model: PreTrainedModel) -> bool:
+    """Whether a padded row has other logits than the row alone."""
+    vocab_size = model.config.get_text_config().vocab_size
     prompt, neighbour = ([i % vocab_size for i in ids] for ids in (_PROMPT, _NEIGHBOUR))
     steering = Steering.for_model(model)
     prefix = Prefix.random(steering.geometry, num_slots=_NUM_SLOTS, scale=1.0, seed=0)
@@ -116,11 +134,7 @@ def check_rows(model: PreTrainedModel) -> RowIndependence:
                 "continue a text; load it as a decoder (config.is_decoder = True), or load a "
                 "causal language model"
             )
-    return RowIndependence(
-        padding_counts=_differ(alone, padded, model.dtype),
-        max_shared_tokens=min(lengths, default=None),
-        keeps_state=bool(scalings) or any(hasattr(m, "rope_deltas") for m in model.modules()),
-    )
+    return _differ(alone, padded, model.dtype)
 
 
 def _logits(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:

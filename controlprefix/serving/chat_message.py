@@ -63,16 +63,18 @@ class ChatMessage(BaseModel):
 
 
 def _image_of_part(value: Any) -> bytes:
-    """The image of a part of a message.
+    """The image of a part of a message, which a server may have downloaded.
 
     Raises:
         RequestError: If it is not in the part itself.
     """
+    if isinstance(value, bytes):
+        return value
     uri = value.get("url") if isinstance(value, Mapping) else value
     try:
         return image_from_data_uri(str(uri))
     except ValueError as error:
         raise RequestError(
-            "images must be part of the request, or at an origin that this server downloads from: "
+            f"images must be part of the request, unless a server downloads from their origin: "
             f"{error}"
         ) from None

@@ -24,7 +24,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.request import Request
-from controlprefix.serving.image_downloads import require_origins
+from controlprefix.serving.image_downloads import ImageDownloads
 from controlprefix.serving.large_bodies import LargeBodies
 from controlprefix.serving.metrics import Metrics
 from controlprefix.serving.openai import Echo
@@ -63,7 +63,8 @@ class Server:
             worker`).
 
     Attributes:
-        name, limits, classifiers, allowed_hosts, image_origins: As given.
+        name, limits, classifiers, allowed_hosts: As given.
+        image_downloads: Downloads images that requests name by URL.
         sampling_defaults: Those, with the generation config's.
         token_bytes: The bytes of the model's tokens.
         fingerprint: Fingerprint of the model.
@@ -108,7 +109,7 @@ class Server:
         self.is_ready = True
         self.is_open = open_tenant is not None
         self.allowed_hosts = tuple(allowed_hosts)
-        self.image_origins = require_origins(image_origins)
+        self.image_downloads = ImageDownloads(image_origins, self.limits.max_body_bytes)
         self.large_bodies = LargeBodies()
         self.work_pools = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
         self._to_forget: list[tuple[str, AuditEntry]] = []
@@ -167,9 +168,7 @@ class Server:
         Raises:
             ControlPrefixError: If it cannot be accepted.
         """
-        if client.key_name:
-            self._token_limiter.require(client.tenant, client.key_name)
-        self._runner.require_capacity()
+        self.require_capacity(client)
         if request.unseen == "distill":
             raise RequestError(
                 "unseen='distill' trains a prefix, which requests to a server do not; distill the "
@@ -202,6 +201,17 @@ class Server:
         return await self.work_pools.with_model(
             client.tenant, resolve, disconnect_task=disconnect_task
         )
+
+    def require_capacity(self, client: Client) -> None:
+        """Check that a client's request could be submitted now.
+
+        Raises:
+            RateLimitError: If its API key has used up its tokens.
+            OverloadedError: If too many requests are waiting.
+        """
+        if client.key_name:
+            self._token_limiter.require(client.tenant, client.key_name)
+        self._runner.require_capacity()
 
     def count_tokens(self, client: Client, num_tokens: int) -> None:
         """Count a client's tokens against the limit of its API key."""

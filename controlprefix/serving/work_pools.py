@@ -25,8 +25,6 @@ _STORE_THREADS = 16
 _ENROLMENT_THREADS = 2
 _MODEL_THREADS = 2
 _TOKENIZING_THREADS = 4
-_DOWNLOAD_THREADS = 4
-_MAX_DOWNLOADS = 32  # of a tenant
 _MAX_TOKENIZED = 1024  # requests of a tenant
 _MAX_MODEL_WORK = 64  # of a tenant
 
@@ -36,8 +34,7 @@ class WorkPools:
 
     Enrolments, and other work with the model (prefixes from texts, relevance, classification,
     log-probabilities of prompts), have few threads each, one at a time per tenant.
-    Authentication, look-ups and `/ready` have others, and so have the tokenizing of prompts and
-    the downloads of images.
+    Authentication, look-ups and `/ready` have others, and so has the tokenizing of prompts.
 
     Args:
         max_enrolments: Enrolments that a tenant may have, those that wait included.
@@ -50,11 +47,10 @@ class WorkPools:
         what = "requests with when, unseen, echo or texts to classify"
         self._model = _TenantPool(what, _MODEL_THREADS, _MAX_MODEL_WORK, timeout_s)
         self._tokenizing = _TenantPool("requests", _TOKENIZING_THREADS, _MAX_TOKENIZED, timeout_s)
-        self._downloads = _TenantPool("downloads", _DOWNLOAD_THREADS, _MAX_DOWNLOADS, timeout_s)
 
     def stop(self) -> None:
         """Stop what trains or reads prompts; the threads end at their next step."""
-        for pool in (self._enrolments, self._model, self._tokenizing, self._downloads):
+        for pool in (self._enrolments, self._model, self._tokenizing):
             pool.stop()
 
     async def with_store(self, work: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
@@ -68,10 +64,6 @@ class WorkPools:
             OverloadedError: If the tenant has too much of it already.
         """
         return await self._tokenizing.run(tenant, work)
-
-    async def download(self, tenant: str, work: Callable[[], Result]) -> Result:
-        """Run work that downloads images: see `tokenize`."""
-        return await self._downloads.run(tenant, work)
 
     async def enroll(
         self, tenant: str, work: Callable[[], Result], *, disconnect_task: "asyncio.Task[None]"

@@ -5,13 +5,14 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
 from controlprefix.attributes.ordinal import by_attribute, is_inside
+from controlprefix.embeddings import load_embedder
 from controlprefix.engine import ControlPrefix
+from controlprefix.errors import ControlPrefixError
 from controlprefix.evaluation.comparison.costs import Costs
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
@@ -236,9 +237,13 @@ class ControlPrefixMethod(Method):
             return "the test rows have no label that was not trained"
         if self.when == "relevant" and not all(map(prompt_text, self.problem.training)):
             return "the rows have no prompts by which to tell when it is meant"
-        needs_embeddings = self.nearest or self.when == "relevant"
-        if needs_embeddings and find_spec("sentence_transformers") is None:
-            return "it needs the extra embeddings"
+        if self.when == "relevant" and len(set(map(prompt_text, self.problem.training))) < 8:
+            return "the rows have too few different prompts by which to tell when it is meant"
+        if self.nearest or self.when == "relevant":
+            try:
+                load_embedder()
+            except ControlPrefixError as error:
+                return str(error)
         return None
 
     def train(self, *, rate: float, seed: int) -> None:
@@ -267,6 +272,8 @@ class ControlPrefixMethod(Method):
         self.num_stored = sum(
             slots.numel() for prefix in prefixes for slots in prefix.slots.values()
         )
+        gates = [prefix.relevance for prefix in prefixes if prefix.relevance is not None]
+        self.num_stored += sum(gate.own.numel() + gate.others.numel() for gate in gates)
 
     def prefixes(self) -> Iterator[Prefix]:
         """All that were trained."""
