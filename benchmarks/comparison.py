@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-slots", type=int, default=8)
     parser.add_argument("--rows", type=int, default=48, help="test rows, and validation rows")
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--name", help="of the result file")
     parser.add_argument("--folder", type=Path, help="where an interrupted run continues")
     options: argparse.Namespace = parser.parse_args(argv)
     data = load(
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name += f"-{options.training_rows}-rows"
     if options.device != "cpu":
         name += "-cuda"
-    save(options.results, name, {"data set": options.data_set, **report.to_dict()}, page)
+    save(options.results, options.name or name, {"data set": options.data_set, **report.to_dict()}, page)
 
 
 def emails(folder: Path) -> list[str]:
