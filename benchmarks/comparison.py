@@ -124,7 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         name += f"-{options.training_rows}-rows"
     if options.device != "cpu":
         name += "-cuda"
-    save(options.results, options.name or name, {"data set": options.data_set, **report.to_dict()}, page)
+    save(
+        options.results,
+        options.name or name,
+        {"data set": options.data_set, **report.to_dict()},
+        page,
+    )
 
 
 def emails(folder: Path) -> list[str]:
