@@ -43,7 +43,7 @@ class Components:
         self._resolver = resolver
         self._trainer = FeedbackTrainer(self._frozen, self.store, resolver)
         self._user_trainer = UserTrainer(self._frozen, self.store, resolver)
-        decoder = self._user_trainer.decoder
+        decoder = self._user_trainer.optional_decoder
         self._user_auditor = UserAuditor(self._frozen, self.store, resolver, decoder)
 
     @property

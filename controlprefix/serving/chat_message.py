@@ -62,6 +62,11 @@ class ChatMessage(BaseModel):
         return {**fields, "images": images} if images else fields
 
 
+def image_url(value: Any) -> str:
+    """The URL of an image, as a text or in a mapping: chat and the Responses API differ."""
+    return str(value.get("url") if isinstance(value, Mapping) else value)
+
+
 def _image_of_part(value: Any) -> bytes:
     """The image of a part of a message, which a server may have downloaded.
 
@@ -70,9 +75,8 @@ def _image_of_part(value: Any) -> bytes:
     """
     if isinstance(value, bytes):
         return value
-    uri = value.get("url") if isinstance(value, Mapping) else value
     try:
-        return image_from_data_uri(str(uri))
+        return image_from_data_uri(image_url(value))
     except ValueError as error:
         raise RequestError(
             f"images must be part of the request, unless a server downloads from their origin: "

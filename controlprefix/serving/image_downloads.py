@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from controlprefix._io import requires_extra
 from controlprefix.errors import OverloadedError, RequestError, short_reason
 from controlprefix.message import MAX_IMAGES
-from controlprefix.serving.chat_message import ChatMessage
+from controlprefix.serving.chat_message import ChatMessage, image_url
 
 if TYPE_CHECKING:
     from controlprefix.serving.server import Server
@@ -46,7 +46,11 @@ class ImageDownloads:
 
     def parts(self, messages: Sequence[ChatMessage]) -> list[ImagePart]:
         """The parts of messages that are images of allowed origins."""
-        return [part for part in _parts(messages) if origin_of(_url(part)) in self._origins]
+        return [
+            part
+            for part in _parts(messages)
+            if origin_of(image_url(part.get("image_url"))) in self._origins
+        ]
 
     async def fill(self, tenant: str, parts: Sequence[ImagePart]) -> None:
         """Replace the URLs of parts of messages by the images.
@@ -81,7 +85,7 @@ class ImageDownloads:
         remaining = self._max_bytes
         async with httpx.AsyncClient(follow_redirects=False, timeout=_TIMEOUT_S) as client:
             for part in parts:
-                url = _url(part)
+                url = image_url(part.get("image_url"))
                 try:
                     content = await self._content(client, url, remaining)
                 except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -156,11 +160,6 @@ def _parts(messages: Sequence[ChatMessage]) -> Iterator[ImagePart]:
     for message in messages:
         if not isinstance(message.content, str):
             yield from (p for p in message.content if p.get("type") in ("image_url", "input_image"))
-
-
-def _url(part: ImagePart) -> str:
-    value = part.get("image_url")
-    return str(value.get("url") if isinstance(value, dict) else value)
 
 
 def _failed(url: str, reason: str) -> RequestError:

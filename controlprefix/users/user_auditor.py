@@ -25,7 +25,7 @@ class UserAuditor:
         frozen: The model.
         store: Where they are.
         resolver: Decodes user codes.
-        decoder: Name -> a stored decoder.
+        decoder: Name -> a stored decoder; None for None.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class UserAuditor:
         frozen: FrozenModel,
         store: PrefixStore,
         resolver: Resolver,
-        decoder: Callable[[str], PrefixDecoder],
+        decoder: Callable[[str | None], PrefixDecoder | None],
     ) -> None:
         self._frozen = frozen
         self._resolver = resolver
@@ -98,11 +98,10 @@ class UserAuditor:
         """A prefix or code of texts, made as a stored one was, and not stored."""
         if "enrolled" in details:
             enrolled = details["enrolled"]
-            name = enrolled["decoder"]
             return enrolled_value(
                 self._frozen,
                 texts,
-                None if name is None else self._decoder(name),
+                self._decoder(enrolled["decoder"]),
                 num_slots=num_slots,
                 guard="share" in enrolled,
             )[0]
@@ -124,7 +123,7 @@ class UserAuditor:
             initialize=initializer(
                 self._frozen,
                 settings,
-                decoder=None if decoder is None else self._decoder(decoder),
+                decoder=self._decoder(decoder),
                 as_codes=is_code,
                 num_slots=num_slots,
             ),

@@ -72,6 +72,10 @@ class UserTrainer:
         assert isinstance(value, PrefixDecoder)
         return value.to(self._frozen.device)
 
+    def optional_decoder(self, name: str | None) -> PrefixDecoder | None:
+        """The same, or None for no name."""
+        return None if name is None else self.decoder(name)
+
     def learn_decoder(
         self,
         texts: Mapping[str, Sequence[str]],
@@ -199,7 +203,7 @@ class UserTrainer:
             initialize=initializer(
                 self._frozen,
                 settings,
-                decoder=None if decoder is None else self.decoder(decoder),
+                decoder=self.optional_decoder(decoder),
                 as_codes=as_codes,
                 num_slots=num_slots,
             ),
@@ -278,7 +282,7 @@ class UserTrainer:
         value, share = enrolled_value(
             self._frozen,
             texts,
-            None if decoder is None else self.decoder(decoder),
+            self.optional_decoder(decoder),
             num_slots=options.num_slots,
             guard=options.guard,
         )
