@@ -1,11 +1,15 @@
 """Sampled against greedy generation, and the running batch against `generate`.
 
-The same requests, each of another user, in every way; and plain texts by transformers alone.
+The same requests, each of another user, in every way; and plain texts by transformers alone, by
+its `generate` and by its continuous batching.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+
+from transformers import ContinuousBatchingConfig, ContinuousBatchingManager
 
 from controlprefix import ControlPrefix, Request
 from controlprefix.model import FrozenModel
@@ -63,6 +67,37 @@ def with_transformers(
     )
 
 
+def continuous_batching(frozen: FrozenModel, rows: int, tokens: int) -> ContinuousBatchingManager:
+    """transformers' own running batch, greedy, with a KV cache for all rows."""
+    model: Any = frozen.model
+    config = copy.deepcopy(model.generation_config)
+    config.update(do_sample=False, max_new_tokens=tokens, pad_token_id=frozen.pad_id)
+    pages = ContinuousBatchingConfig(
+        page_size=64, num_blocks=4 * rows, max_batch_tokens=512, auto_switch_to_flash=False
+    )
+    manager: ContinuousBatchingManager = model.init_continuous_batching(
+        generation_config=config, continuous_batching_config=pages
+    )
+    return manager
+
+
+def run_all(manager: ContinuousBatchingManager, prompts: list[list[int]], tokens: int) -> None:
+    """Wait for the texts of all prompts.
+
+    Raises:
+        RuntimeError: If transformers fails on a prompt.
+    """
+    waiting = set(manager.add_requests(prompts, max_new_tokens=tokens))
+    while waiting:
+        result = manager.get_result(timeout=1)
+        if result is not None and result.is_finished():
+            if result.error is not None:
+                raise RuntimeError(result.error)
+            waiting.remove(result.request_id)
+        elif result is None and not manager.is_running():
+            raise RuntimeError("transformers' continuous batching ended before its requests")
+
+
 def measure(
     frozen: FrozenModel, cp: ControlPrefix, rows: int, tokens: int, rounds: int
 ) -> list[Comparison]:
@@ -84,10 +119,17 @@ def measure(
         ways[f"running batch, {name}"] = partial(in_running_batch, SETTINGS[name])
         plain = with_transformers(frozen, rows, tokens, SETTINGS[name])
         ways[f"transformers without prefixes, {name}"] = plain
+    manager = continuous_batching(frozen, rows, tokens)
+    prompts = [list(frozen.request_tokenizer.prompt_ids(r)) for r in requests(rows, tokens, {})]
+    manager.start()
+    ways["transformers' continuous batching without prefixes, greedy"] = partial(
+        run_all, manager, prompts, tokens
+    )
     contenders = {name: timed(way) for name, way in ways.items()}
     try:
         return compare(f"{rows} rows, {tokens} tokens", contenders, rounds=rounds)
     finally:
+        manager.stop(block=True)
         batcher.close()
 
 
