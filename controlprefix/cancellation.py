@@ -9,35 +9,34 @@ from typing import Any
 
 from controlprefix.errors import TrainingInterrupted
 
-_must_stop: ContextVar[Callable[[], bool] | None] = ContextVar("must_stop", default=None)
+Condition = Callable[[], bool]
+
+# Whether to stop, asked after a training step, and asked during other work.
+_conditions: ContextVar[tuple[Condition, Condition] | None] = ContextVar("conditions", default=None)
 
 
 @contextlib.contextmanager
-def stoppable(must_stop: Callable[[], bool]) -> Iterator[None]:
-    """Stop training inside, with `TrainingInterrupted`, when a function says so.
+def stoppable(must_stop: Condition, after_step: Condition | None = None) -> Iterator[None]:
+    """Stop work inside, with `TrainingInterrupted`, when a function says so.
 
     Args:
-        must_stop: Called after each step.
+        must_stop: Asked now and then.
+        after_step: Asked in its place after each training step.
     """
-    token = _must_stop.set(must_stop)
+    token = _conditions.set((after_step or must_stop, must_stop))
     try:
         yield
     finally:
-        _must_stop.reset(token)
-
-
-def stop_condition() -> Callable[[], bool] | None:
-    """The function of the innermost `stoppable`, if there is one."""
-    return _must_stop.get()
+        _conditions.reset(token)
 
 
 def raise_if_stopped() -> None:
-    """Stop other long work inside `stoppable`, where its function says so.
+    """Stop work inside `stoppable`, where its function says so.
 
     Raises:
         TrainingInterrupted: If it does.
     """
-    if (must_stop := _must_stop.get()) is not None and must_stop():
+    if (conditions := _conditions.get()) is not None and conditions[1]():
         raise TrainingInterrupted("stopped")
 
 
@@ -51,8 +50,8 @@ def delayed_interrupt() -> Iterator[Callable[[], bool]]:
     Yields:
         A function that tells whether to stop.
     """
-    if (must_stop := stop_condition()) is not None:
-        yield must_stop
+    if (conditions := _conditions.get()) is not None:
+        yield conditions[0]
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

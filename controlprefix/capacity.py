@@ -8,6 +8,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
+from controlprefix.errors import RequestError
+
 if TYPE_CHECKING:
     from controlprefix.model import FrozenModel
 
@@ -121,7 +123,7 @@ def capacity(workload: Workload) -> Capacity:
     """What a workload takes.
 
     Raises:
-        ValueError: If a number is negative, or a size is not above 0.
+        RequestError: If a number is negative, or a size is not above 0.
     """
     sizes = (workload.slot_values, workload.slot_heads, workload.num_slots, workload.max_sequences)
     numbers = (
@@ -139,7 +141,7 @@ def capacity(workload: Workload) -> Capacity:
         }
         negative = [f"{n} is {v}" for n, v in values_by_name.items() if v is not None and v < 0]
         reason = f": {', '.join(negative)}" if negative else ""
-        raise ValueError(
+        raise RequestError(
             f"sizes and tokens_per_second must be above 0, and no number negative{reason}"
         )
     values, scales = workload.slot_values, workload.slot_heads

@@ -24,7 +24,7 @@
     │   └── VersionConflictError  another version was published first
     └── ServerError               raised by the HTTP server only
         ├── UnauthorizedError     no API key, or an unknown one
-        ├── RateLimitError        more requests than an API key may send
+        ├── RateLimitError        a rate limit was reached
         ├── RequestTimeoutError   a request took longer than the server allows
         ├── ClientDisconnectedError
         └── InternalServerError
@@ -156,7 +156,7 @@ class UnauthorizedError(ServerError):
 
 
 class RateLimitError(ServerError):
-    """More requests than an API key may send.
+    """A rate limit was reached: requests or tokens of a key, wrong keys, or large bodies.
 
     Attributes:
         wait_s: Seconds until the next request is accepted.

@@ -15,6 +15,7 @@ from pydantic import (
 
 from controlprefix.errors import (
     RequestError,
+    TrainingDataError,
     known_names,
     validation_message,
 )
@@ -64,7 +65,8 @@ class SteeringFields(BaseModel):
 
     strengths: dict[str, float] = Field(default_factory=dict, max_length=_MAX_ENTRIES)
     """Strength per part, by `task`, `user` or the attribute. 0 is absent, 1 as trained, below 0
-    steers away from the part (which costs an extra row of the batch)."""
+    steers away from the part: in an extra row of the batch, or, for a decoupled prefix, by
+    subtracting its output."""
 
     mixing: Mixing = "attention"
     """How several labels are combined. With `attention` their slots share one attention. With
@@ -204,6 +206,21 @@ class Request(SteeringFields):
     def place(self, number: int) -> str:
         """Where it is, for errors: where it was read from, or its number from 1."""
         return self._source or f"row {number}"
+
+    def require_sampling(self, number: int) -> None:
+        """Refuse beams, for callers that sample several texts.
+
+        Args:
+            number: Of the row, for the error.
+
+        Raises:
+            TrainingDataError: If it has them.
+        """
+        if self.num_beams > 1:
+            raise TrainingDataError(
+                f"{self.place(number)} has num_beams={self.num_beams}, but texts are sampled; "
+                "leave it out"
+            )
 
     @property
     def texts(self) -> list[str]:

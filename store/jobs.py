@@ -301,8 +301,8 @@ class JobMethods:
             if row is None:
                 session.execute(delete(QueueRow).where(QueueRow.id == claim.job_id))
                 return False
-            if row.finished_at is not None:  # cancelled while it was stored
-                row.version = version
+            if row.finished_at is not None:  # cancelled while it was stored, or done by another
+                row.version = row.version if version is None else version
                 return True
             queued = session.get(QueueRow, claim.job_id)
             if queued is not None and queued.num_attempts != claim.num_attempts:

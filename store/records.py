@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 from controlprefix.errors import InvalidNameError
-from controlprefix.prefixes import KINDS, Kind, PrefixKey
+from controlprefix.prefixes import KINDS, PrefixKey
 
 if TYPE_CHECKING:  # they import torch
     from controlprefix.prefixes import Prefix, PrefixDecoder, StorageDtype, UserCode
@@ -262,23 +262,3 @@ def check_name(what: str, name: str) -> None:
             f"{what} name {name[:40]!r} cannot stand in a URL: it begins or ends with a blank or a "
             "slash, has an empty or dot segment, or a replacement character"
         )
-
-
-__all__ = [
-    "AuditEntry",
-    "Kind",
-    "NewVersion",
-    "PrefixInfo",
-    "Profile",
-    "StoreStats",
-    "StoredVersion",
-    "VersionInfo",
-    "VersionRef",
-    "check_alias",
-    "check_key",
-    "check_kind",
-    "check_name",
-    "check_value_fits",
-    "parse_payload",
-    "version_id",
-]

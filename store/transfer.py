@@ -64,6 +64,14 @@ def export_tenant(database: Database, cipher: TenantCipher, path: Path) -> int:
         unfinished.touch(mode=0o600)  # plain, also of an encrypted store
         with zipfile.ZipFile(unfinished, "w") as archive:
             manifest = _manifest(session, tenant)
+            total = sum(
+                v["size_bytes"] for prefix in manifest["prefixes"] for v in prefix["versions"]
+            )
+            if total > _MAX_TOTAL_BYTES:
+                raise StoreError(
+                    f"the tenant's versions take {total:,} bytes, and an import reads up to "
+                    f"{_MAX_TOTAL_BYTES:,}; prune old versions, or copy the database instead"
+                )
             counts = Counter[str]()
             for key, fingerprint, prefix_id, version, expected_hash in _versions(session, tenant):
                 copy, remainder = divmod(counts[expected_hash], _MAX_VERSIONS_PER_PAYLOAD)

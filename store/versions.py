@@ -120,8 +120,8 @@ def publish(
         raise ForgottenError(new.key.name)
     if new.replaces not in (None, row.current_version):
         raise VersionConflictError(
-            f"{new.key} is at version {row.current_version}, not at {new.replaces}, which this "
-            "was to replace: another version was published; read it again and decide"
+            f"{new.key}: replaces is {new.replaces}, but version {row.current_version} is current, "
+            "since another was published first; read it and publish again"
         )
     sources = {PrefixKey("user", user).name for user in new.sources}
     remaining = sources.difference(forgotten)

@@ -70,6 +70,7 @@ RUNS = {
     "varieties": "DATA --steps 2 --num-slots 2 --rows 2 --texts 2 --new-tokens 2",
     "preferences": "DATA --counts 2 --held-out 2 --num-slots 2 --steps 1",
     "matching": "DATA --posts 2 --rows 2 --authors 2 --num-slots 2",
+    "migration": "DATA --users 8 --posts 2 --epochs 1 --rows 2 --authors 2 --steps 1",
     "authors": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 2 --counts 2",
     "user_and_task": "DATA --users 4 --measured 3 --steps 1 --epochs 1 --num-slots 2 "
     "--new-tokens 4",

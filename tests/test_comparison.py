@@ -128,7 +128,7 @@ def test_losses_are_those_of_the_library(name: str) -> None:
 def test_prefix_memory_adds_a_product_with_the_query() -> None:
     cp = engine("gpt2")  # whose queries have no rotation
     method = PrefixMemory(problem(cp, greetings(8)))
-    model: Any = method.adapted(copy.deepcopy(cp.model), [])
+    model: Any = method.add_adapter(copy.deepcopy(cp.model), [])
     layer, outputs = model.transformer.h[0].attn, []
     layer.c_attn.register_forward_hook(lambda _, inputs, output: outputs.append(output))
     layer.c_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))

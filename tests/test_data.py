@@ -340,3 +340,12 @@ def test_a_dict_is_no_list_of_texts() -> None:
         with pytest.raises(TrainingDataError):
             as_texts(rows)
     assert as_texts({"text": "a text"}) == ["a text"]
+
+
+def test_rows_that_are_objects_get_the_default_task_too() -> None:
+    rows = [
+        Example(prompt="Greet", completion="Hi", attributes={"tone": "warm"}),
+        Example(prompt="Greet", completion="Hi", task="mail"),
+    ]
+    assert [row.task for row in as_examples(rows, defaults={"task": "note"})] == ["note", "mail"]
+    assert rows[0].task is None  # the caller's own is not changed

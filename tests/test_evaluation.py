@@ -361,6 +361,14 @@ def test_empty_texts_have_no_nll_and_stop_nothing(cp: ControlPrefix) -> None:
     assert math.isnan(_quality(cp, ["", " "], ["a", "b"]).base_model_nll.mean)
 
 
+def test_strengths_are_measured_on_samples_not_beams(
+    cp: ControlPrefix, classifier: AttributeClassifier
+) -> None:
+    beams = Request(prompt="x", max_new_tokens=2, num_beams=2)
+    with pytest.raises(TrainingDataError, match="num_beams=2, but texts are sampled"):
+        calibrate(cp, beams, classifier.attribute, classifier.labels[0], classifier)
+
+
 def test_one_prompt_calibrates_nothing(cp: ControlPrefix, classifier: AttributeClassifier) -> None:
     label = classifier.labels[0]
     name = f"{classifier.attribute}={label}"

@@ -4,12 +4,16 @@ import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from controlprefix import ControlPrefix, Example, ForgottenError
+from controlprefix import ControlPrefix, Example, ForgottenError, Prefix
+from controlprefix.engine import rebinding
+from controlprefix.interop.ray_run import Method, UserActor
+from controlprefix.model.fingerprint import first_fingerprint
 from controlprefix.prefixes import PrefixKey
 from controlprefix.store import NewVersion, PrefixStore, version_links
 from controlprefix.training import StepInfo
@@ -75,8 +79,9 @@ def test_a_user_whose_name_is_typed_in_another_way_is_forgotten_too() -> None:
     assert cp.version_info("task", "email").num_forgotten == 1
 
 
+@pytest.mark.parametrize("form", [dict, list])
 def test_users_forgotten_before_their_turn_or_while_feedback_is_read_stay_forgotten(
-    monkeypatch: pytest.MonkeyPatch,
+    form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cp = engine()
     usable = user_training.usable_texts
@@ -87,7 +92,8 @@ def test_users_forgotten_before_their_turn_or_while_feedback_is_read_stay_forgot
 
     cp.put("user", "bo", cp.prefix_from_text("a text"))
     monkeypatch.setattr(user_trainer, "usable_texts", slowly)
-    report = cp.enroll_users({"ana": ["a text"], "bo": ["a text"]}, keep_texts=True)
+    users = form([("ana", ["a text"]), ("bo", ["a text"])])
+    report = cp.enroll_users(users, keep_texts=True)
     assert "forgotten meanwhile" in report.failed["bo"]
     assert not cp.exists("user", "bo")
     assert not cp.store.user_texts("bo")
@@ -231,3 +237,56 @@ def test_publishing_waits_for_a_removal_that_is_under_way(url: str) -> None:
             forgetting.result()
             publishing.result()
         assert cp.version_info("task", "email").num_forgotten == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (
+            "train_users",
+            {
+                "num_slots": 2,
+                "decoder": None,
+                "as_codes": True,
+                "concurrent_users": 2,
+                "options": {"steps": 1},
+            },
+        ),
+        ("enroll_users", {"num_slots": 2}),
+    ],
+)
+def test_users_forgotten_before_an_actor_gets_them_stay_forgotten(
+    method: Method, options: dict[str, Any], model_folder: Path, tmp_path: Path
+) -> None:
+    actor = UserActor(str(model_folder), {"store": f"sqlite:///{tmp_path}/s.db"}, {})
+    removal_number = actor.last_removal_number()
+    actor._cp.put("user", "bo", actor._cp.prefix_from_text("a text"))
+    actor._cp.forget_user("bo")
+    users = [("ana", ["a text", "another"]), ("bo", ["a text", "another"])]
+    report, _ = actor.work(method, users, {"ana": 0, "bo": 0}, removal_number, options)
+    assert list(report.users) == ["ana"]
+    assert "forgotten meanwhile" in report.failed["bo"]
+    assert actor._cp.names("user") == ["ana"]
+    actor._cp.store.close()
+
+
+def test_users_forgotten_while_a_store_is_rebound_stay_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cp = engine()
+    geometry = replace(cp.geometry, fingerprint=first_fingerprint(cp.model), shift=None)
+    older = [
+        NewVersion(key, Prefix.random(geometry, num_slots=2, seed=i, scale=1.0), dtype="int8")
+        for i, key in enumerate((ANA, BO))
+    ]
+    cp.store.put(older)
+    rebound = rebinding._rebound
+
+    def slowly(*arguments: Any) -> Any:
+        _forget_once(cp, "bo")
+        return rebound(*arguments)
+
+    monkeypatch.setattr(rebinding, "_rebound", slowly)
+    assert rebinding.rebind(cp) == [ANA]
+    assert cp.names("user") == ["ana"]
+    assert cp.version_info("user", "ana").dtype == "int8"  # as it was stored

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from controlprefix import ControlPrefix, StoreError
+from controlprefix import ControlPrefix, StoreError, embeddings
 from controlprefix.errors import OverloadedError, UnknownNameError
 from controlprefix.jobs import JobWorker
 from controlprefix.prefixes import PrefixKey
@@ -20,7 +20,7 @@ from controlprefix.store import PrefixStore, jobs
 from controlprefix.training.loop import TrainingLoop
 from controlprefix.users import user_training
 
-from helpers import Keys, frozen, raw
+from helpers import Keys, Letters, frozen, raw
 from models import build, byte_tokenizer
 
 TEXTS = ["the sea is wide", "the sea is deep", "we sail today"]
@@ -247,11 +247,14 @@ class Slow:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 1000])
 def test_a_cancelled_job_ends_after_its_step(
-    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    job = store.add_job("train_user", "ana", {**OPTIONS, "steps": 1000}, F)
+    """Also after the last one, and without waiting for the next renewal."""
+    job = store.add_job("train_user", "ana", {**OPTIONS, "steps": steps}, F)
     slow = Slow(monkeypatch)
+    monkeypatch.setattr("controlprefix.jobs.worker._RENEW_S", 3600)
     worker = slow.during(store, lambda worker: store.cancel_job(job.id))
     assert not worker._closing.is_set()
     assert slow.num_steps < 10
@@ -273,6 +276,7 @@ def test_a_user_who_is_forgotten_meanwhile_does_not_come_back(
     slow = Slow(monkeypatch)
     if not is_noticed:
         monkeypatch.setattr("controlprefix.jobs.worker._RENEW_S", 3600)
+        monkeypatch.setattr("controlprefix.jobs.worker._CHECK_S", float("inf"))
     worker = slow.during(store, lambda worker: store.forget(PrefixKey("user", "ana")))
     assert not worker._closing.is_set()
     assert slow.num_steps < 10
@@ -436,3 +440,39 @@ def test_an_error_of_another_kind_ends_no_worker(
         work(store)
         clock.advance(60)
     assert store.job(job.id).status == "succeeded"
+
+
+def test_a_worker_that_was_silent_for_too_long_changes_nothing(
+    store: PrefixStore, clock: Clock
+) -> None:
+    job = store.add_job("train_user", "ana", OPTIONS, F)
+    silent = store.claim_job(F)
+    assert silent is not None
+    clock.advance(100)
+    assert work(store) == 1
+    done = store.job(job.id)
+    assert (done.status, done.version) == ("succeeded", 1)
+    assert store.finish_job(silent, error="the model went away")
+    assert store.job(job.id) == done
+
+
+def test_one_piece_of_long_feedback_does_not_stop_learning(store: PrefixStore) -> None:
+    cp = ControlPrefix(FROZEN, store)
+    row = {"user": "ana", "prompt": "Greet.", "chosen": "Hello!", "rejected": "Hm."}
+    cp.keep_feedback([row, {**row, "prompt": "long " * 1000}, {**row, "prompt": "Part."}])
+    job = store.add_job("learn_feedback", "ana", {"steps": 1, "num_slots": 2}, F)
+    assert work(store) == 1
+    assert (store.job(job.id).status, store.job(job.id).error) == ("succeeded", "")
+
+
+def test_steps_are_those_of_training_alone(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Letters())
+    cp = ControlPrefix(FROZEN, store)
+    users = {f"u{i}": [f"text {i} of mine"] * 2 for i in range(3)}
+    cp.learn_decoder(users, num_slots=2, width=4, steps=1, progress=False)
+    options = {**OPTIONS, "decoder": "users"}
+    job = store.add_job("train_user", "ana", options, F)
+    assert work(store) == 1
+    assert (store.job(job.id).num_steps, store.job(job.id).error) == (3, "")

@@ -147,3 +147,13 @@ def test_options_that_would_have_no_effect_are_refused(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         ControlPrefixLM(cp, **options)
+
+
+def test_steering_of_tasks_that_no_request_is_of_is_named(
+    cp: ControlPrefix, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = ControlPrefixLM(cp, steering={"mmlu": {"user": "ana"}})
+    lm.loglikelihood(pairs("mmlu_anatomy"), disable_tqdm=True)
+    assert "the steering is for the tasks mmlu, and these requests are of mmlu_anatomy" in (
+        caplog.text
+    )

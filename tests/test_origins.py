@@ -122,3 +122,12 @@ def test_shortening_keeps_details_and_storage_and_replaces_what_it_read(cp: Cont
 def test_what_nobody_could_read_is_not_made(cp: ControlPrefix, change: dict[str, Any]) -> None:
     with pytest.raises(PrefixFormatError, match="dial that does not rise|relevance whose sizes"):
         replace(cp.get("task", "greet"), **change)
+
+
+def test_forgetting_a_user_marks_what_was_shortened_on_their_texts(cp: ControlPrefix) -> None:
+    cp.put("user", "bo", cp.prefix_from_text("a text"))
+    rows = [row.model_copy(update={"user": "bo"}) for row in OWN]
+    cp.shorten("task", "greet", rows, keep=0.1)
+    before = cp.versions("task", "greet")[-1].num_forgotten
+    cp.forget_user("bo")
+    assert cp.versions("task", "greet")[-1].num_forgotten == before + 1

@@ -9,8 +9,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from controlprefix import (
+    AttributeSpace,
     ContextLengthError,
     ControlPrefix,
+    ControlPrefixError,
     Example,
     Part,
     Preference,
@@ -25,6 +27,7 @@ from controlprefix.training.objectives import ContrastPair, Objective, Rejected,
 from controlprefix.training.preferences import with_margins
 
 from helpers import engine
+from models import build, byte_tokenizer
 
 OPTIONS: dict[str, Any] = {
     "steps": 30,
@@ -300,3 +303,17 @@ def test_another_reference_is_another_run(tmp_path: Path) -> None:
         cp.train_preferences(
             preferences(2), folder=tmp_path, reference="plain", resume=True, **options
         )
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"task": ""}, {"attributes": {"tone": "loud"}}, {"attributes": {"pitch": "high"}}]
+)
+def test_feedback_that_could_not_be_learned_is_refused(wrong: dict[str, Any]) -> None:
+    space = AttributeSpace.parse("attributes: {tone: {labels: [warm, cool]}}")
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://", attributes=space
+    )
+    good = {"user": "ana", "prompt": "Greet.", "chosen": "Hello!", "rejected": "Hm."}
+    with pytest.raises(ControlPrefixError):
+        cp.keep_feedback([good, {**good, **wrong}])
+    assert cp.feedback("ana") == []  # all or none

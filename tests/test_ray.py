@@ -70,11 +70,12 @@ def kill_actors() -> int:
 
 def test_users_are_those_of_one_process(model_folder: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/cluster.db"
-    texts = iter([*TEXTS.items(), ("bad", [" "])])  # consumed one by one
+    texts = iter([*TEXTS.items(), ("bad", [" "]), ("u0", ["more"])])  # consumed one by one
     cluster = RayCluster(model=model_folder, store=url, num_actors=2)
     report = cluster.train_users(texts, concurrent_users=2, **OPTIONS)
     assert report.users.keys() == TEXTS.keys()
-    assert report.failed.keys() == {"bad"}
+    assert report.failed.keys() == {"bad", "u0"}
+    assert "comes twice" in report.failed["u0"]
     deadline = time.monotonic() + 30
     while processes():
         assert time.monotonic() < deadline

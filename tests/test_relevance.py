@@ -27,6 +27,7 @@ from controlprefix.cli import app
 from controlprefix.cli.groups import EngineArguments
 from controlprefix.data.general import general_prompts
 from controlprefix.evaluation import evaluate_users
+from controlprefix.evaluation.revealed_groups import revealed_groups
 from controlprefix.evaluation.text_cache import TextCache
 from controlprefix.inference import relevance as relevance_module
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, Relevance
@@ -299,3 +300,19 @@ def test_what_no_file_can_hold_is_refused_before_it_is_written(cp: ControlPrefix
     long = replace(prefix, relevance=replace(prefix.relevance, own=many, others=others))
     with pytest.raises(PrefixFormatError, match="more beside its tensors"):
         long.to_bytes()
+
+
+def test_texts_without_users_are_written_where_only_their_prefixes_are_gated(
+    cp: ControlPrefix,
+) -> None:
+    names = [f"u{i}" for i in range(4)]
+    for name in names:
+        cp.put("user", name, Prefix.random(cp.geometry, num_slots=2, scale=2.0, seed=5))
+        cp.learn_relevance("user", name, BOATS)
+    rows = {
+        name: [Example(prompt="a boat", completion=f"x {name}", user=name, when="relevant")]
+        for name in names
+    }
+    groups = {"club": {name: "xy"[i % 2] for i, name in enumerate(names)}}
+    revealed = revealed_groups(cp, rows, groups, num_texts=1, min_group_size=1, seed=0)
+    assert revealed["club"].num_users == 4

@@ -282,3 +282,9 @@ def test_a_label_that_is_steered_away_from_is_not_requested() -> None:
     assert requested_labels(request.model_copy(update={"strengths": {"size": 0.0}})) == {
         "tone": "warm"
     }
+
+
+def test_several_texts_are_sampled_without_beams() -> None:
+    cp, beams = engine(), Request(prompt="Greet", num_beams=2)
+    with pytest.raises(TrainingDataError, match="row 1 has num_beams=2, but texts are sampled"):
+        best_texts(cp, [beams], lambda _, texts: [0.0] * len(texts), num_samples=2, keep=1)

@@ -15,6 +15,7 @@ from controlprefix.store import (
     NewVersion,
     PrefixKey,
     PrefixStore,
+    transfer,
 )
 
 from helpers import raw
@@ -137,3 +138,15 @@ def test_an_import_lists_no_content_under_another_model(url: str, tmp_path: Path
                 archive.writestr(name, data)
         with pytest.raises(PrefixFormatError, match="another model than it was made for"):
             store.for_tenant("copy").import_from(path)
+
+
+def test_an_export_that_no_import_would_read_is_refused(
+    store: PrefixStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put([new()])
+    stored_bytes = sum(info.current.size_bytes for info in store.prefixes())
+    assert stored_bytes
+    monkeypatch.setattr(transfer, "_MAX_TOTAL_BYTES", stored_bytes - 1)
+    with pytest.raises(StoreError, match="copy the database instead"):
+        store.export_to(tmp_path / "large.zip")
+    assert not (tmp_path / "large.zip").exists()

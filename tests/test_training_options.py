@@ -375,3 +375,27 @@ def test_contrast_without_two_labels_is_warned_of(caplog: pytest.LogCaptureFixtu
     rows = [{"prompt": "a", "completion": "b", "task": "t", "attributes": {"tone": "warm"}}]
     engine().train(rows, contrast=0.5, **{**QUICK, "steps": 1, "validation": 0.0})
     assert "contrast has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"strengths": {"formality": -1.0}},
+        {"mixing": "logits"},
+        {"when": "relevant"},
+    ],
+)
+def test_rows_given_for_validation_are_checked(wrong: dict[str, Any]) -> None:
+    cp, rows = engine(), greetings(4)
+    held_out = [rows[0].model_copy(update={"prompt": "Another", **wrong})]
+    with pytest.raises(TrainingDataError, match=r"validation, row 1 has .*; leave it out"):
+        cp.train(rows, validation=held_out, **QUICK)
+    assert cp.names("task") == []
+
+
+def test_a_label_at_strength_0_is_not_learned() -> None:
+    cp, rows = engine(), greetings(4)
+    rows[0] = rows[0].model_copy(update={"attributes": {"formality": {"formal": 1.0, "odd": 0.0}}})
+    for seed in range(3):  # whether the row is held out or not
+        cp.train(rows, **{**QUICK, "seed": seed})
+    assert "formality=odd" not in cp.names("attribute")

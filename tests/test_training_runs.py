@@ -17,10 +17,12 @@ from accelerate.tracking import GeneralTracker
 
 from controlprefix import (
     AttributeSpace,
+    ContextLengthError,
     ControlPrefix,
     Prefix,
     StoreError,
     TrainingDataError,
+    UnknownNameError,
 )
 from controlprefix.reports import provenance
 from controlprefix.store import PrefixStore
@@ -403,3 +405,31 @@ def test_a_command_line_is_shown_without_passwords(monkeypatch: pytest.MonkeyPat
     ):
         monkeypatch.setattr("sys.argv", [program, *arguments])
         assert provenance()["command"] == expected
+
+
+def test_prompts_that_do_not_fit_behind_an_instruction_are_skipped_before_the_teacher_writes() -> (
+    None
+):
+    cp = engine("gpt2")
+    context = cp.frozen_model.request_tokenizer.context_length
+    assert context is not None
+    options = {**QUICK, "steps": 1, "max_new_tokens": 4, "num_slots": 2}
+    prompts = ["a", "b" * context, "c"]
+    with pytest.raises(ContextLengthError, match="prompt 2 .* or give too_long='skip'"):
+        cp.distill("Be warm.", prompts, task="t", **options)
+    report = cp.distill("Be warm.", prompts, task="t", too_long="skip", **options)
+    assert (report.num_examples + report.num_held_out, report.num_skipped) == (2, 1)
+    with pytest.raises(TrainingDataError, match="too_long='cut' cannot be combined"):
+        cp.distill("Be warm.", prompts, task="t", too_long="cut", **options)
+
+
+def test_a_distilled_label_is_one_of_the_attribute_space() -> None:
+    space = AttributeSpace.parse("attributes: {tone: {labels: [warm, cool], num_slots: 3}}")
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://", attributes=space
+    )
+    options = {**QUICK, "steps": 1, "max_new_tokens": 4, "attribute": "tone"}
+    with pytest.raises(UnknownNameError, match="wram"):
+        cp.distill("Be warm.", ["a", "b"], label="wram", **options)
+    cp.distill("Be warm.", ["a", "b"], label="warm", **options)
+    assert cp.get("attribute", "tone=warm").num_slots == 3

@@ -1,5 +1,6 @@
 """Training many users in one run: each as they would be alone, none affected by another."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from controlprefix import (
     TrainingDataError,
     UnknownNameError,
 )
+from controlprefix.errors import TrainingInterrupted
 from controlprefix.training.objectives import Objective, TrainingRow
+from controlprefix.users import user_training
 
 from models import build, byte_tokenizer
 
@@ -280,3 +283,47 @@ def test_the_models_weights_stay_as_they_are_whatever_is_made_of_users() -> None
     assert after.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     assert not any(p.requires_grad or p.grad is not None for p in cp.model.parameters())
+
+
+def test_a_longer_run_trains_users_again(tmp_path: Path) -> None:
+    cp, texts = engine(), {"ana": ["the sea is wide", "we sail"]}
+    options: dict[str, Any] = {"folder": tmp_path, "resume": True, "num_slots": 2}
+    for steps, skipped in ((1, ()), (1, ("ana",)), (3, ())):
+        report = cp.train_users(texts, steps=steps, progress=False, **options)
+        assert report.skipped == skipped
+    assert len(report.users["ana"].losses) == 3
+
+
+@pytest.mark.parametrize("num_slots", [0, 10_000])
+def test_a_wrong_number_of_slots_is_refused(num_slots: int) -> None:
+    cp, texts = engine("gpt2"), {"ana": ["the sea is wide"], "bo": ["we sail"]}
+    for call in (cp.train_users, cp.learn_decoder):
+        with pytest.raises(TrainingDataError, match=f"num_slots is {num_slots}; it must be"):
+            call(texts, num_slots=num_slots, steps=1, progress=False)
+    with pytest.raises(TrainingDataError, match="width is 0"):
+        cp.learn_decoder(texts, width=0, steps=1, progress=False)
+
+
+def test_texts_beyond_the_context_need_no_more_passes_than_slots_allow() -> None:
+    cp = engine("gpt2")
+    context = cp.frozen_model.request_tokenizer.context_length
+    assert context is not None
+    texts = ["a" * (context - 8), "b" * (context - 8)]
+    cp.enroll("ana", texts, num_slots=4 * context)
+    assert cp.get("user", "ana").num_slots == sum(map(len, texts)) + 2  # and what is between them
+
+
+def test_ctrl_c_ends_a_run_of_users_who_train_for_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        user_training, "delayed_interrupt", lambda: contextlib.nullcontext(lambda: True)
+    )
+    cp = engine()
+    with pytest.raises(TrainingInterrupted, match="1 of 3 users are stored"):
+        cp.train_users(
+            {name: ["a text"] for name in ("ana", "bo", "cy")},
+            steps=1,
+            num_slots=2,
+            concurrent_users=1,
+            progress=False,
+        )
+    assert cp.names("user") == ["ana"]

@@ -24,6 +24,7 @@ from controlprefix.embeddings import embed
 from controlprefix.evaluation.comparison import adapter_training
 from controlprefix.evaluation.comparison.measures import TEMPERATURE
 from controlprefix.evaluation.comparison.peft_methods import LORA, PEFT_KINDS
+from controlprefix.model import FrozenModel
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import PrefixDecoder, PrefixKey, UserCode
 from controlprefix.training import TrainingSettings
@@ -93,7 +94,7 @@ class Authors:
         swapped: Author -> another author, whose prefix is used for comparison.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, frozen: FrozenModel | None = None) -> None:
         self.options = options
         read = partial(read_posts, options.data, num_words=options.words)
         train, dev, test = read("train"), read("dev"), read("test")
@@ -108,9 +109,9 @@ class Authors:
         most = max([NUM_UNUSED_AFTER, *getattr(options, "counts", ())])  # all that a method gets
         later = {author: train[author][most:] + dev[author] for author in self.authors}
         self.classifier = authorship_classifier(later)
-        self.cp = engine(load_from(options), options.store)
+        self.cp = engine(frozen or load_from(options), options.store)
 
-    def train_decoder(self) -> dict[str, float]:
+    def train_decoder(self, seed: int = 0) -> dict[str, float]:
         """Train the decoder, and return its figures."""
         start = time.perf_counter()
         report = self.cp.learn_decoder(
@@ -119,7 +120,7 @@ class Authors:
             num_slots=NUM_SLOTS,
             epochs=self.options.epochs,
             validation=0.03,
-            seed=0,
+            seed=seed,
             folder=self.options.work,
             resume=True,
             progress=False,
@@ -140,7 +141,7 @@ class Authors:
 
     def mean_code(self, posts: Posts) -> dict[str, str]:
         """The mean of all codes for everyone: what the decoder's users have in common."""
-        decoder = self._decoder()
+        decoder = self.decoder()
         return {author: self._put(author, decoder.decode(decoder.mean_code)) for author in posts}
 
     def in_the_prompt(self, posts: Posts) -> dict[str, str]:
@@ -158,11 +159,8 @@ class Authors:
 
     def nearest(self, posts: Posts) -> dict[str, str]:
         """The mean code of the most similar authors of the decoder's training."""
-        decoder = self._decoder()
+        decoder, codes = self.decoder(), self.trained_codes()
         profiles = torch.stack([embed(texts).mean(0) for texts in self.decoder_posts.values()])
-        state = load_file(self.options.work / CHECKPOINT_FILE)
-        changes = [state[f"best.changes.{i}"] for i in range(len(self.decoder_posts))]
-        codes = CODE_LEARNING_RATE / TrainingSettings().peak_learning_rate * torch.stack(changes)
         for author, texts in posts.items():
             similar = torch.nn.functional.normalize(profiles, dim=1) @ embed(texts).mean(0)
             code = codes[similar.topk(min(NUM_NEAREST, len(codes))).indices].mean(0)
@@ -177,7 +175,14 @@ class Authors:
             raise SystemExit(f"users that could not be trained: {report.failed}")
         return {author: author for author in posts}
 
-    def _decoder(self) -> PrefixDecoder:
+    def trained_codes(self) -> torch.Tensor:
+        """The codes of the decoder's users, `(users, num_slots, width)`, from its checkpoint."""
+        state = load_file(self.options.work / CHECKPOINT_FILE)
+        changes = [state[f"best.changes.{i}"] for i in range(len(self.decoder_posts))]
+        return CODE_LEARNING_RATE / TrainingSettings().peak_learning_rate * torch.stack(changes)
+
+    def decoder(self) -> PrefixDecoder:
+        """The trained decoder."""
         models = self.cp.store.for_model(self.cp.geometry.fingerprint)
         decoder = models.get(PrefixKey("decoder", DECODER)).value
         assert isinstance(decoder, PrefixDecoder)
@@ -270,7 +275,7 @@ class Authors:
             torch.manual_seed(0)
             copied, rows = copy.deepcopy(self.cp.model), self._tokenized(texts)
             start = time.perf_counter()  # without the copy, which a real service would not make
-            model = kind.adapted(frozen, copied, rows, NUM_SLOTS)
+            model = kind.add_adapter(frozen, copied, rows, NUM_SLOTS)
             adapter_training.train(
                 model,
                 rows,

@@ -1,12 +1,13 @@
 """What all commands share: the app, its command groups, and common arguments."""
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from controlprefix import __version__
+from controlprefix.prefixes.key import Kind
 from controlprefix.processes import is_first_process
 
 app = typer.Typer(
@@ -15,10 +16,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-users_app = typer.Typer(help="Train, enroll, migrate and forget users.", no_args_is_help=True)
+users_app = typer.Typer(
+    help="Train, enroll, migrate and forget users; their decoders and kept texts.",
+    no_args_is_help=True,
+)
 jobs_app = typer.Typer(help="Training jobs that servers have queued.", no_args_is_help=True)
 prefixes_app = typer.Typer(
-    help="List, export, import, roll back, alias and remove stored prefixes.", no_args_is_help=True
+    help="List, show, export, import, roll back, alias, gate and remove stored prefixes.",
+    no_args_is_help=True,
 )
 store_app = typer.Typer(help="Maintain the database.", no_args_is_help=True)
 api_keys_app = typer.Typer(help="API keys of tenants, for a server.", no_args_is_help=True)
@@ -51,10 +56,8 @@ def print_text(text: str, *, end: str = "\n") -> None:
         typer.echo(text + end, nl=False)
 
 
-StoredKind = Literal["task", "attribute", "user", "decoder"]
-
 TaskOption = Annotated[str | None, typer.Option("--task", help="Task whose prefix to use.")]
-KindArgument = Annotated[StoredKind, typer.Argument(help="task, attribute, user or decoder.")]
+KindArgument = Annotated[Kind, typer.Argument(help="task, attribute, user or decoder.")]
 NameArgument = Annotated[str, typer.Argument(help="Such as email, formality=formal, or ana.")]
 
 

@@ -61,14 +61,14 @@ def compare(
     methods: Annotated[
         str | None, typer.Option(help="Methods, with semicolons; left out, all. See --list.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of each.  [24]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each method.  [24]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step.  [8]")] = None,
     num_slots: Annotated[
-        int | None, typer.Option(help="Slots, or virtual tokens, of each.  [8]")
+        int | None, typer.Option(help="Slots, or virtual tokens, of each method.  [8]")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, comma-separated.  [0]")] = None,
     num_rates: Annotated[
-        int | None, typer.Option(help="Learning rates that each tries, 1 to 3.  [3]")
+        int | None, typer.Option(help="Learning rates that each method tries, 1 to 3.  [3]")
     ] = None,
     num_rows: Annotated[
         int | None, typer.Option(help="Test and validation rows, at most.  [48]")

@@ -22,7 +22,10 @@ def show_data(
     ],
     tokens: Annotated[
         bool,
-        typer.Option(help="Count tokens, and rows that are too long, with --model; else words."),
+        typer.Option(
+            help="Count tokens, and list rows longer than the context, which loads --model; or "
+            "count words."
+        ),
     ] = True,
     *,
     columns: ColumnArguments,

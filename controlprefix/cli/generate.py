@@ -32,7 +32,10 @@ def generate(
     for part in resolved.parts:
         if part.used.relevance is not None and part.used.strength == 0:
             name = f"{part.used.kind} {part.used.name}"
-            err.print(f"{name} left out: the prompt is not near its own ({part.used.relevance})")
+            err.print(
+                f"{name} left out: the prompt's similarity to its own prompts, "
+                f"{part.used.relevance:.2f}, is below its threshold"
+            )
     for stand_in in resolved.stand_ins:
         used = ", ".join(f"{name} ({share:.2f})" for name, share in stand_in.used.items())
         nearest = f"nearest {stand_in.similarity:.2f}"

@@ -7,9 +7,14 @@ import typer
 
 from controlprefix.cli.common import app, out
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
-from controlprefix.cli.options import objective_options, parse_list, training_options
+from controlprefix.cli.options import (
+    objective_options,
+    parse_list,
+    parse_validation,
+    training_options,
+)
 from controlprefix.cli.runs import RunArguments, print_saved
-from controlprefix.cli.train import NumSlotsOption
+from controlprefix.cli.train import NumSlotsOption, ValidationOption
 from controlprefix.errors import RequestError
 
 
@@ -23,6 +28,7 @@ from controlprefix.errors import RequestError
     "patience",
     "gradient_checkpointing",
     "save_steps",
+    "too_long",
     "seed",
     learning_rate=0.01,
 )
@@ -46,9 +52,7 @@ def train_preferences(
             "users if rows name any, or else the task and the attributes."
         ),
     ] = None,
-    validation: Annotated[
-        float, typer.Option(help="Fraction of the rows to hold out to choose the best step.")
-    ] = 0.1,
+    validation: ValidationOption = "0.1",
     num_slots: NumSlotsOption = 16,
     columns: ColumnArguments,
     run: RunArguments,
@@ -61,7 +65,7 @@ def train_preferences(
     """
     from controlprefix.data import as_preferences
 
-    rows = None
+    rows, held_out = None, parse_validation(validation)
     if columns.text_column or columns.completion_column:
         raise RequestError(
             "preferences have a prompt, a chosen and a rejected completion; leave --text and "
@@ -73,8 +77,10 @@ def train_preferences(
     with run.recorded("train-preferences", data or Path("feedback")) as recorded:
         report = cp.train_preferences(
             rows,
+            columns=columns.columns(),
+            task=columns.task,
             learn=cast(Any, None if learn is None else parse_list(learn)),
-            validation=validation,
+            validation=held_out,
             num_slots=num_slots,
             **recorded,
             **objective_fields,

@@ -9,7 +9,6 @@ from rich.table import Table
 from controlprefix.cli.common import (
     KindArgument,
     NameArgument,
-    StoredKind,
     err,
     out,
     prefixes_app,
@@ -24,6 +23,7 @@ from controlprefix.cli.groups import (
 )
 from controlprefix.cli.options import parse_list, parse_pair
 from controlprefix.errors import RequestError
+from controlprefix.prefixes.key import Kind
 
 if TYPE_CHECKING:
     from controlprefix.prefixes import PrefixKey
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @prefixes_app.command("list")
 @grouped
 def list_prefixes(
-    kind: Annotated[StoredKind | None, typer.Option(help="List only this kind.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="List only this kind.")] = None,
     *,
     store: StoreArguments,
 ) -> None:
@@ -225,7 +225,7 @@ def import_prefix(
             "or Control Prefixes.",
         ),
     ],
-    kind: Annotated[StoredKind | None, typer.Option(help="What it is for.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="What it is for.")] = None,
     name: Annotated[str | None, typer.Option(help="Name; left out, the exported one.")] = None,
     labels: Annotated[
         list[str] | None,

@@ -159,5 +159,5 @@ def exit_when_interrupted() -> Iterator[None]:
     try:
         yield
     except TrainingInterrupted as interrupted:
-        err.print(str(interrupted).replace("resume continues", "--resume continues"))
+        err.print(str(interrupted))
         raise typer.Exit(130) from None

@@ -54,7 +54,7 @@ def _serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: PortOption = 8000,
-    allowed_host: Annotated[
+    allow_host: Annotated[
         list[str] | None,
         typer.Option(
             help="Host name under which a server without API keys is reached, beside localhost "
@@ -101,7 +101,7 @@ def _serve(
         Literal["refuse", "plain"],
         typer.Option(help="A user without a prefix: refuse the request, or write without one."),
     ] = "refuse",
-    image_origin: Annotated[
+    allow_image_origin: Annotated[
         list[str] | None,
         typer.Option(
             help="Origin from which images may be downloaded that requests name by URL, such as "
@@ -239,9 +239,9 @@ def _serve(
             max_body_bytes=max_body_bytes,
         ),
         runner=runner,
-        allowed_hosts=[host, *(allowed_host or ())],
+        allowed_hosts=[host, *(allow_host or ())],
         unknown_users=unknown_users,
-        image_origins=image_origin or (),
+        image_origins=allow_image_origin or (),
         does_jobs=jobs,
         sampling_defaults={
             name: value

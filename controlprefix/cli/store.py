@@ -69,7 +69,7 @@ def prune_store(
 @store_app.command("purge")
 @grouped
 def purge_store(*, store: StoreArguments) -> None:
-    """Overwrite what was removed or forgotten in the database's files; others wait meanwhile."""
+    """Overwrite what was removed or forgotten in the database's files; other processes wait."""
     with store.open_store(must_exist=True) as opened:
         opened.purge()
     out.print("purged; backups and archived logs are not touched")

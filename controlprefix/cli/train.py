@@ -196,7 +196,7 @@ def shorten(
 
 
 @app.command()
-@training_options("epochs", "steps", "batch_size", "learning_rate", "seed")
+@training_options("epochs", "steps", "batch_size", "learning_rate", "too_long", "seed")
 @grouped
 def distill(
     instruction: Annotated[str, typer.Argument(help="What the prefix should do.")],

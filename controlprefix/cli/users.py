@@ -31,7 +31,8 @@ RefineOption = Annotated[
     bool,
     typer.Option(
         "--refine",
-        help="Train for some seconds: the predicted code, or slots instead of matched ones.",
+        help="Train for some seconds: the predicted code, or, without a decoder, up to 16 slots "
+        "from the first tokens.",
     ),
 ]
 EnrolledSlotsOption = Annotated[int, typer.Option(min=1, help="Without a decoder: slots at most.")]
@@ -42,9 +43,12 @@ GuardOption = Annotated[
     bool,
     typer.Option(
         "--guard",
-        help="With a decoder: move the code towards the average user's as far as that lowers the "
-        "loss on texts left out of it.",
+        help="With a decoder: shrink the predicted code towards the mean code, by the factor with "
+        "the lowest loss on held-out texts of the user.",
     ),
+]
+KeepProfileOption = Annotated[
+    bool, typer.Option("--keep-profile", help="Store the mean embedding of the texts too.")
 ]
 UserArgument = Annotated[str, typer.Argument(help="Name of the user.")]
 SplitOption = Annotated[
@@ -70,16 +74,20 @@ def enroll(
     refine: RefineOption = False,
     num_slots: EnrolledSlotsOption = 64,
     keep_texts: KeepTextsOption = False,
+    keep_profile: KeepProfileOption = False,
     add: Annotated[
         bool,
-        typer.Option("--add", help="With a decoder: add the texts to those enrolled before."),
+        typer.Option(
+            "--add",
+            help="With the decoder of the earlier enrolment: update the code with them too.",
+        ),
     ] = False,
     guard: GuardOption = False,
     *,
     columns: ColumnArguments,
     engine: EngineArguments,
 ) -> None:
-    """Store a usable prefix for a user at once, from texts they wrote, without training."""
+    """Store a usable prefix for a user at once, from texts they wrote; only --refine trains."""
     from controlprefix.data import read_texts
     from controlprefix.store.records import check_name
     from controlprefix.users.enrolment import EnrolmentOptions
@@ -90,6 +98,7 @@ def enroll(
         refine=refine,
         num_slots=num_slots,
         keep_texts=keep_texts,
+        keep_profile=keep_profile,
         add=add,
         guard=guard,
     )
@@ -102,7 +111,7 @@ def enroll(
         read += f", {info.details['enrolled']['tokens']} tokens, in {info.num_slots} slots"
     if guard:
         share = info.details["enrolled"]["share"]
-        read += f"; {share:.0%} of what is personal helps on texts left out"
+        read += f"; guard kept {share:.0%} of the code's distance from the mean code"
     out.print(f"stored user {user!r} version {version}, from {read}")
 
 
@@ -119,9 +128,9 @@ def train_users(
         typer.Argument(help=f"{_DATA_HELP} Left out: the texts kept in the store."),
     ] = None,
     decoder: DecoderOption = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="With a decoder: train all slots, not a code.")
-    ] = False,
+    as_codes: Annotated[
+        bool, typer.Option(help="With a decoder: train and store codes only, or else all slots.")
+    ] = True,
     num_slots: Annotated[
         int, typer.Option(min=1, help="Slots per prefix, without a decoder.")
     ] = 16,
@@ -138,7 +147,7 @@ def train_users(
     texts = None if data is None else read_users(data, columns=columns.columns())
     options = {
         "decoder": decoder,
-        "as_codes": not full,
+        "as_codes": as_codes,
         "num_slots": num_slots,
         "concurrent_users": concurrent_users,
         **training_fields,
@@ -165,6 +174,7 @@ def enroll_users(
     refine: RefineOption = False,
     num_slots: EnrolledSlotsOption = 64,
     keep_texts: KeepTextsOption = False,
+    keep_profile: KeepProfileOption = False,
     guard: GuardOption = False,
     *,
     columns: ColumnArguments,
@@ -180,6 +190,7 @@ def enroll_users(
         "refine": refine,
         "num_slots": num_slots,
         "keep_texts": keep_texts,
+        "keep_profile": keep_profile,
         "guard": guard,
     }
     with exit_when_interrupted():
@@ -238,7 +249,13 @@ def learn_decoder(
     training_fields: dict[str, Any],
     name: Annotated[str, typer.Option(help="Name of the decoder.")] = "users",
     num_slots: Annotated[int, typer.Option(min=1, help="Slots of the prefixes.")] = 16,
-    width: Annotated[int, typer.Option(help="Values of a code per slot.")] = 64,
+    width: Annotated[int, typer.Option(min=1, help="Values of a code per slot.")] = 64,
+    embedder: Annotated[
+        str | None,
+        typer.Option(
+            help="sentence-transformers model of the text features; left out, all-MiniLM-L6-v2."
+        ),
+    ] = None,
     *,
     columns: ColumnArguments,
     run: RunArguments,
@@ -249,6 +266,8 @@ def learn_decoder(
 
     texts = read_users(data, columns=columns.columns())
     cp = engine.open(create=True)
+    if embedder is not None:
+        training_fields["embedder"] = embedder
     with run.recorded("users decoder", data) as recorded:
         report = cp.learn_decoder(
             texts,

@@ -115,6 +115,7 @@ def as_examples(
 
     - `prompt` (or `messages`) and `completion`, which may be a list of several references;
     - `text`: a text without a prompt;
+    - `table` or `triples` in place of `prompt`: see `controlprefix.data.linearize`;
     - `messages` that end with the assistant's, as for OpenAI's fine-tuning: that one is learned.
 
     Args:
@@ -180,7 +181,8 @@ def _read(
             columns.require_in(existing, has_task="task" in defaults)
     for number, row in enumerate(records, 1):
         if isinstance(row, row_type):
-            read.append(row)
+            missing = {n: v for n, v in defaults.items() if getattr(row, n) is None}
+            read.append(row.model_copy(update=missing) if missing else row)
             continue
         try:
             if isinstance(row, Request):

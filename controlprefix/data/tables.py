@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
+from controlprefix.errors import TrainingDataError
+
 TableForm = Literal["brackets", "bars", "tags"]
 
 _TAGS = re.compile(r"(?:<H> (.*?) )?<R> (.*?) <T> (.*?)(?: (?=<H> |<R> )|$)", re.DOTALL)
@@ -30,7 +32,7 @@ def linearize(table: Any, form: TableForm | None = None) -> str:
         commas in names by semicolons.
 
     Raises:
-        ValueError: If it is none of these, or empty.
+        TrainingDataError: If it is none of these, or empty.
 
     Example:
         >>> linearize({"name": "The Vaults", "food": "French"})
@@ -46,7 +48,7 @@ def linearize(table: Any, form: TableForm | None = None) -> str:
     """
     facts = list(_facts(table))
     if not facts:
-        raise ValueError("a table is empty; give at least one value")
+        raise TrainingDataError("a table is empty; give at least one value")
     if form is None:
         form = "bars" if any(subject for subject, _, _ in facts) else "brackets"
     if form == "brackets":
@@ -63,7 +65,9 @@ def linearize(table: Any, form: TableForm | None = None) -> str:
             f"<H> {subject} <R> {name} <T> {value}" if subject else f"<R> {name} <T> {value}"
             for subject, name, value in plain
         )
-    raise ValueError(f"the form {form!r} of a table does not exist; give brackets, bars or tags")
+    raise TrainingDataError(
+        f"the form {form!r} of a table does not exist; give brackets, bars or tags"
+    )
 
 
 def parse_table(text: str) -> dict[str, str | list[str]]:
@@ -72,7 +76,7 @@ def parse_table(text: str) -> dict[str, str | list[str]]:
     Several values of a name are a list. The subjects of facts are values of `subject`, once each.
 
     Raises:
-        ValueError: If the line has another form.
+        TrainingDataError: If the line has another form.
 
     Example:
         >>> parse_table("name[The Vaults], food[French], food[Thai]")
@@ -116,7 +120,7 @@ def _parsed_brackets(text: str) -> dict[str, str | list[str]]:
         values.setdefault(match[1].strip(), []).append(match[2].strip())
         end = match.end()
     if end != len(text) or not values:
-        raise ValueError(
+        raise TrainingDataError(
             f"{text[:60]!r} has another form than name[value], name[value], or triples in a form "
             "of linearize"
         )
@@ -156,7 +160,7 @@ def _facts(table: Any) -> Iterator[tuple[str, str, str]]:
                 yield "", _cell(name), _cell(item)
         return
     if not isinstance(table, Sequence) or isinstance(table, str):
-        raise ValueError(f"a table is a dict or a list, not {type(table).__name__}")
+        raise TrainingDataError(f"a table is a dict or a list, not {type(table).__name__}")
     for row in table:
         if isinstance(row, Mapping):
             yield from _facts(row)
@@ -165,7 +169,7 @@ def _facts(table: Any) -> Iterator[tuple[str, str, str]]:
             if not is_missing(row[-1]):
                 yield subject, _cell(row[-2]), _cell(row[-1])
         else:
-            raise ValueError(
+            raise TrainingDataError(
                 f"a table has {row!r}, which is no dict, [name, value] or [subject, relation, "
                 "object]"
             )
@@ -176,7 +180,7 @@ def _cell(value: Any) -> str:
     if hasattr(value, "tolist"):  # of numpy
         value = value.tolist()
     if isinstance(value, (Mapping, list, tuple)) or is_missing(value):
-        raise ValueError(f"a table has the cell {value!r}; cells are texts and numbers")
+        raise TrainingDataError(f"a table has the cell {value!r}; cells are texts and numbers")
     return " ".join(str(value).split())
 
 
@@ -184,8 +188,10 @@ def require_triples(value: object) -> None:
     """Check that a value is a list of triples.
 
     Raises:
-        ValueError: If it is not.
+        TrainingDataError: If it is not.
     """
     for row in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(row, (list, tuple)) or len(row) != 3:
-            raise ValueError(f"triples are lists of subject, relation and object, got {row!r:.60}")
+            raise TrainingDataError(
+                f"triples are lists of subject, relation and object, got {row!r:.60}"
+            )

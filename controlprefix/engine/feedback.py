@@ -9,7 +9,7 @@ from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.training import TrainingMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.example import Example, Preference
-from controlprefix.store.records import user_name
+from controlprefix.store.records import check_key, user_name
 from controlprefix.training import (
     Learnable,
     PolicySettings,
@@ -118,9 +118,14 @@ class FeedbackMethods(TrainingMethods):
 
         Raises:
             TrainingDataError: If a row is no preference, or names no user.
+            UnknownNameError, RequestError: If a name is invalid, or the attribute space does not
+                allow a label.
             StoreError: If the store cannot be written.
         """
         rows = as_preferences(preferences)
+        for row in self.with_default_labels(rows):  # fail before anything is kept
+            for part in row.named_parts:
+                check_key(part.key)
         by_user: dict[str, list[str]] = {}
         for number, row in enumerate(rows, 1):
             if row.user is None:
@@ -128,8 +133,7 @@ class FeedbackMethods(TrainingMethods):
                     f"{row.place(number)} names no user; feedback is kept by user"
                 )
             text = row.model_dump_json(exclude_unset=True)
-            name = user_name(row.user)  # fail before anything is kept
-            by_user.setdefault(name, []).append(text)
+            by_user.setdefault(user_name(row.user), []).append(text)
         return {user: self.store.keep_feedback(user, texts) for user, texts in by_user.items()}
 
     def feedback(self, user: str) -> list[Preference]:

@@ -65,7 +65,8 @@ class GenerationMethods(Components):
             UnknownNameError: If it names a task, label or user that does not exist.
             PrefixFormatError: If a stored prefix is damaged.
             StoreError: If the store cannot be read.
-            ModelOutputError: If the model's logits are no numbers.
+            ModelOutputError: If no token can be chosen: the logits are NaN, or `logit_bias`, the
+                JSON schema and the generation config together rule out every token.
             MissingDependencyError: If `unseen="nearest"` or `when="relevant"` needs
                 sentence-transformers.
         """

@@ -28,7 +28,9 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
         GeometryMismatchError: If nothing in the store was made for this model.
         StoreError: If the store cannot be written, or this model has another decoder of a name
             that codes need.
+        VersionConflictError: If something of a name was stored meanwhile; repeat it then.
     """
+    removal_number = cp.store.last_removal_number()
     fingerprint = first_fingerprint(cp.model)
     models = {info.fingerprint: info.model_name for info in cp.store.prefixes()}
     if fingerprint not in models:
@@ -65,7 +67,7 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
             details = {**info.details, "rebound": origin}
             origin_version = VersionRef(fingerprint, info.version)
             new = NewVersion(key, value, details, derived_from=origin_version)
-            (number,) = cp.store.put([new])
+            (number,) = cp.store.put([new], removal_number=removal_number)
             rebound[info.content_hash] = own.get(key, version=number).content_hash
             stored += [key] * (key not in stored)
         hashes |= rebound
@@ -74,10 +76,19 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
         current = earlier.version_info(key)
         details = {**current.details, "rebound": {"from": fingerprint}}
         rebound_value = _rebound(value, cp.geometry, hashes)
-        origin_version = VersionRef(fingerprint, current.version)
-        new_versions.append(NewVersion(key, rebound_value, details, derived_from=origin_version))
-    cp.store.put(new_versions)
-    return [*stored, *values]
+        new_versions.append(
+            NewVersion(
+                key,
+                rebound_value,
+                details,
+                dtype=current.storage_dtype,
+                derived_from=VersionRef(fingerprint, current.version),
+                replaces=0,
+            )
+        )
+    if new_versions:
+        stored += cp.store.put_unless_forgotten(new_versions, removal_number)
+    return stored
 
 
 def _rebound_hashes(own: ModelStore, key: PrefixKey) -> dict[str, str] | None:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, Unpack
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine.arguments import checks_arguments
 from controlprefix.engine.generation import GenerationMethods
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import ContextLengthError, TrainingDataError
 from controlprefix.example import Example, Preference
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.request import Request
@@ -26,6 +26,7 @@ from controlprefix.training import (
 from controlprefix.training.control import RunOptions
 from controlprefix.training.distillation import distillation_target, with_instruction
 from controlprefix.training.ordinal_labels import interpolated, ordinal_labels
+from controlprefix.training.settings import TooLong
 
 _DISTILL_BATCH_SIZE = 32
 _NOT_FOR_SWEEPS = RunOptions.__annotations__.keys() - {"progress"}
@@ -189,6 +190,8 @@ class TrainingMethods(GenerationMethods):
         Raises:
             TrainingDataError: If not exactly one prefix is named, there is no prompt, or there
                 is not one completion per prompt.
+            UnknownNameError: If the attribute space has no such label.
+            ContextLengthError: If a prompt does not fit the context with the instruction.
 
         Reference:
             Context distillation: Askell et al., 2021, https://arxiv.org/abs/2112.00861,
@@ -199,29 +202,21 @@ class TrainingMethods(GenerationMethods):
         control, settings_fields = RunControl.split_off(options)
         settings = TrainingSettings.from_options(settings_fields)
         key, fields = distillation_target(task=task, attribute=attribute, label=label, user=user)
+        self.with_default_labels([Request(prompt="-", **fields)])  # labels that the space allows
         if not prompts:
             raise TrainingDataError("there are no prompts to distill on; give a list of texts")
+        if settings.too_long == "cut":
+            raise TrainingDataError(
+                "too_long='cut' cannot be combined with an instruction that the same model reads "
+                "in front of each prompt; give 'skip', or shorter prompts"
+            )
+        num_skipped = 0
         if completions is None:
-            requests = [
-                Request(
-                    prompt=with_instruction(instruction, prompt),
-                    max_new_tokens=max_new_tokens,
-                    temperature=1.0,
-                    seed=settings.seed + i,
-                )
-                for i, prompt in enumerate(prompts)
-            ]
-            teacher = self.without_defaults()
-            generated = teacher.generate(requests, batch_size=_DISTILL_BATCH_SIZE)
-            # The teacher may write nothing, from which there is nothing to learn.
-            written = [i for i, completion in enumerate(generated) if completion.text.strip()]
-            prompts = [prompts[i] for i in written]
-            completions = [generated[i].text for i in written]
-            if not written:
-                raise TrainingDataError(
-                    "the model answered no prompt with this instruction; give other prompts, or "
-                    "completions"
-                )
+            fitting = self._fitting_prompts(instruction, prompts, max_new_tokens, settings.too_long)
+            num_skipped = len(prompts) - len(fitting)
+            prompts, completions = self._write_as_teacher(
+                instruction, fitting, max_new_tokens, settings.seed
+            )
         if blank := [i for i, text in enumerate(completions, 1) if not text.strip()]:
             raise TrainingDataError(f"completion {blank[0]} is blank; leave its prompt out")
         if len(completions) != len(prompts):
@@ -237,9 +232,53 @@ class TrainingMethods(GenerationMethods):
             key,
             examples,
             settings,
-            num_slots=num_slots,
+            num_slots=self._num_slots_of(key) or num_slots,
+            num_skipped=num_skipped,
             control=control,
         )
+
+    def _fitting_prompts(
+        self, instruction: str, prompts: Sequence[str], max_new_tokens: int, too_long: TooLong
+    ) -> list[str]:
+        """The prompts that fit the context behind an instruction, with what is written."""
+        tokenizer = self._frozen.request_tokenizer
+        fitting = []
+        for number, prompt in enumerate(prompts, 1):
+            ids = tokenizer.prompt_ids(Request(prompt=with_instruction(instruction, prompt)))
+            if tokenizer.has_room(ids, max_new_tokens):
+                fitting.append(prompt)
+            elif too_long == "refuse":
+                raise ContextLengthError(
+                    f"instruction and prompt {number} have {len(ids)} tokens, and {max_new_tokens} "
+                    f"are to follow; the model's context has {tokenizer.context_length}; shorten "
+                    "them, or give too_long='skip'"
+                )
+        if not fitting:
+            raise TrainingDataError("no prompt fits the model's context with the instruction")
+        return fitting
+
+    def _write_as_teacher(
+        self, instruction: str, prompts: Sequence[str], max_new_tokens: int, seed: int
+    ) -> tuple[list[str], list[str]]:
+        """The prompts that the model answers with an instruction, and its completions."""
+        requests = [
+            Request(
+                prompt=with_instruction(instruction, prompt),
+                max_new_tokens=max_new_tokens,
+                temperature=1.0,
+                seed=seed + i,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        generated = self.without_defaults().generate(requests, batch_size=_DISTILL_BATCH_SIZE)
+        # The teacher may write nothing, from which there is nothing to learn.
+        written = [i for i, completion in enumerate(generated) if completion.text.strip()]
+        if not written:
+            raise TrainingDataError(
+                "the model answered no prompt with this instruction; give other prompts, or "
+                "completions"
+            )
+        return [prompts[i] for i in written], [generated[i].text for i in written]
 
     def sweep(
         self,
@@ -311,8 +350,11 @@ class TrainingMethods(GenerationMethods):
             UnknownNameError: If there is no such prefix, or none for another part.
             TrainingDataError: If the examples do not name it, or it gains nothing on them.
         """
+        removal_number = self.store.last_removal_number()
         rows = self._rows(examples, columns, None)
-        return self._trainer.shorten(PrefixKey(kind, name), rows, keep=keep)
+        return self._trainer.shorten(
+            PrefixKey(kind, name), rows, keep=keep, removal_number=removal_number
+        )
 
     def _rows(self, rows: Rows, columns: Columns | None, task: str | None) -> list[Example]:
         """Rows in any form as examples with default labels."""

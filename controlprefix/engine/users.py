@@ -169,11 +169,13 @@ class UserMethods(SharingMethods):
             num_slots: Slots at most, without a decoder.
             keep_texts: Store the texts too, so that `train_users()` can train on them later.
             keep_profile: Store their mean sentence embedding, to find `similar_users`.
-            add: Add these texts to those that the user was enrolled from with the same decoder,
-                which are not needed: the result is that of all texts at once.
-            guard: With a decoder: shrink the code towards the mean code as far as that is better
-                on texts left out of it. The share of the distance that remains is in the version's
-                `details["enrolled"]["share"]`; 0 means that nothing personal helped.
+            add: Update the user's code with these texts too. It needs the decoder of the earlier
+                enrolment; earlier texts need not be given again, and the result equals enrolling
+                from all.
+            guard: With a decoder: shrink the predicted code towards the mean code, by the factor
+                with the lowest loss on held-out texts of the user. The share of the distance that
+                remains is in the version's `details["enrolled"]["share"]`; 0 means that
+                nothing personal helped.
 
         Returns:
             The number of the new version.
@@ -253,7 +255,7 @@ class UserMethods(SharingMethods):
         if decoder is not None:
             self.version_info("decoder", decoder)  # fail before any user is read
         enroll = partial(self._user_trainer.enroll, options=options)
-        if isinstance(users, Mapping):  # all are read
+        if isinstance(users, (Mapping, Sequence)):  # all are read
             enroll = partial(enroll, removal_number=removal_number)
         pairs = users.items() if isinstance(users, Mapping) else users
         return enroll_each(pairs, enroll, progress=progress)

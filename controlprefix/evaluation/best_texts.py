@@ -68,6 +68,7 @@ def best_texts(
         raise RequestError(f"diversity is {diversity}; it must be a number from 0")
     rows = []
     for i, request in enumerate(requests):
+        request.require_sampling(i + 1)
         changes = {} if request.do_sample else {"temperature": 1.0}
         rows += [
             request.model_copy(update={**changes, "seed": seed + i * num_samples + k})

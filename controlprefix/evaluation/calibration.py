@@ -94,6 +94,7 @@ def strength_curve(
         raise TrainingDataError(
             f"the classifier knows {', '.join(classifier.labels)}, not {label!r}; give another one"
         )
+    request.require_sampling(1)
     for field in ("strengths", "schedules"):
         if attribute in getattr(request, field):
             raise RequestError(

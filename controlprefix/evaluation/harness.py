@@ -31,6 +31,7 @@ from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 from controlprefix.prefixes import PrefixKey
 from controlprefix.reports import provenance
+from controlprefix.request import AnyRequest
 from controlprefix.training.held_out import prompt_identity
 
 _NO_TEXT = Estimate(math.nan, math.nan, math.nan)
@@ -165,7 +166,7 @@ def evaluate(
     )
 
 
-def resolvable(cp: ControlPrefix, rows: Iterable[Example]) -> list[Example]:
+def resolvable(cp: ControlPrefix, rows: Iterable[AnyRequest]) -> list[AnyRequest]:
     """Rows made of others by leaving prefixes out, `when` too if no gated one is left."""
     result = []
     for row in rows:

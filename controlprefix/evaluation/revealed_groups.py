@@ -8,6 +8,7 @@ import numpy as np
 
 from controlprefix._io import requires_extra
 from controlprefix.engine import ControlPrefix
+from controlprefix.evaluation.harness import resolvable
 from controlprefix.evaluation.metrics import Estimate
 from controlprefix.example import Example
 from controlprefix.request import Request
@@ -76,10 +77,11 @@ def revealed_groups(
     users = sorted({user for of_users in large.values() for user in of_users})
     rows = {user: rows_of_users[user][:num_texts] for user in users}
     requests = [_request(cp, row, seed + i) for own in rows.values() for i, row in enumerate(own)]
-    plain = [
+    without_user = (
         request.model_copy(update={"user": None, "strengths": _without_user(request)})
         for request in requests
-    ]
+    )
+    plain = resolvable(cp, without_user)
     texts = []
     for batch in (requests, plain):
         completions = iter(cp.generate(batch) if batch else [])

@@ -36,7 +36,7 @@ def sari(
         The mean over texts, 0 to 100.
 
     Raises:
-        ValueError: If the numbers differ, or a source has no reference.
+        TrainingDataError: If the numbers differ, or a source has no reference.
         MissingDependencyError: If sacrebleu is not installed.
 
     Example:
@@ -48,12 +48,12 @@ def sari(
         https://aclanthology.org/Q16-1029.
     """
     if not len(sources) == len(texts) == len(references) or not texts:
-        raise ValueError(
+        raise TrainingDataError(
             f"{len(sources)} sources, {len(texts)} texts and {len(references)} lists of "
             "references; give one of each per row, and at least one row"
         )
     if not all(references):
-        raise ValueError("a source has no reference; give at least one for each")
+        raise TrainingDataError("a source has no reference; give at least one for each")
     scores = [
         _sari_of(_words(source), _words(text), [_words(reference) for reference in own])
         for source, text, own in zip(sources, texts, references, strict=True)
@@ -72,7 +72,7 @@ def grade_level(texts: Sequence[str], *, language: str = "en_US") -> float:
         0.39 words per sentence + 11.8 syllables per word - 15.59.
 
     Raises:
-        ValueError: If they have no words.
+        TrainingDataError: If they have no words.
         MissingDependencyError: If pyphen is not installed.
 
     Reference:
@@ -91,7 +91,7 @@ def grade_level(texts: Sequence[str], *, language: str = "en_US") -> float:
         num_sentences += max(len(_END_OF_SENTENCE.findall(text.strip())), bool(words))
         num_syllables += sum(len(hyphenation.positions(word)) + 1 for word in words)
     if not num_words:
-        raise ValueError("the texts have no words")
+        raise TrainingDataError("the texts have no words")
     return 0.39 * num_words / num_sentences + 11.8 * num_syllables / num_words - 15.59
 
 

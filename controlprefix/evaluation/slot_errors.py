@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from controlprefix.errors import TrainingDataError
 from controlprefix.evaluation.metrics import spaced
 
 _NOT_SAID = {"yes", "no", "true", "false"}  # such values are said in other words
@@ -46,7 +47,7 @@ def slot_errors(
         The shares.
 
     Raises:
-        ValueError: If there is not one text per table, or no value to look for.
+        TrainingDataError: If there is not one text per table, or no value to look for.
 
     Example:
         >>> tables = [{"name": "Vaults", "food": "French"}, {"name": "Loch", "food": "Thai"}]
@@ -57,7 +58,7 @@ def slot_errors(
         Wen et al., 2015, https://arxiv.org/abs/1508.01745 (slot error rate).
     """
     if len(texts) != len(tables):
-        raise ValueError(f"{len(texts)} texts for {len(tables)} tables; give one each")
+        raise TrainingDataError(f"{len(texts)} texts for {len(tables)} tables; give one each")
     values: dict[str, set[str]] = {}
     for table in tables:
         for name, value in _facts(table):
@@ -81,7 +82,7 @@ def slot_errors(
             invented += sum(not any(v != w and f" {v} " in f" {w} " for w in written) for v in new)
             counted |= written
     if not num_values:
-        raise ValueError("the tables have no values to look for")
+        raise TrainingDataError("the tables have no values to look for")
     return SlotErrors(missing / num_values, invented / num_values, num_values)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from controlprefix._io import requires_extra
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import RequestError, known_names
+from controlprefix.errors import RequestError, known_names, shortened
 from controlprefix.request import Request
 
 with requires_extra("lm-eval", "lm-evaluation-harness"):
@@ -143,6 +143,14 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
         for i, request in enumerate(requests):
             name = getattr(request, "task_name", None) or ""
             groups.setdefault(name if name in self._by_task else "", []).append(i)
+        if self._by_task and not groups.keys() & self._by_task.keys():
+            names = sorted({str(getattr(request, "task_name", "")) for request in requests})
+            _log.warning(
+                "the steering is for the tasks %s, and these requests are of %s, so they get what "
+                "applies to all tasks; tasks of a group are named one by one",
+                ", ".join(self._by_task),
+                shortened(names),
+            )
         results: dict[int, Result] = {}
         for name, indices in groups.items():
             with self._steered(self._by_task.get(name, self._request)):

@@ -1,9 +1,11 @@
 """A run over many users by Ray actors: who does what, and what follows when one dies."""
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import tenacity
@@ -18,7 +20,9 @@ from controlprefix.evaluation.users import (
     results_of_users,
 )
 from controlprefix.evaluation.users_report import UserResult
+from controlprefix.training import RunControl
 from controlprefix.users import EnrolmentReport, UsersReport
+from controlprefix.users.enrolment import EnrolmentOptions, enroll_each
 
 _MAX_ATTEMPTS = 3
 _STORE_PAUSE_S = 5.0  # beside the seconds for which each call waits
@@ -28,7 +32,7 @@ Users = list[tuple[str, Any]]
 
 
 @dataclass
-class EvaluationReport:
+class UserResultsReport:
     """Results of users, in the form of the other reports, and what each chunk was made with."""
 
     users: dict[str, UserResult] = field(default_factory=dict)
@@ -38,7 +42,7 @@ class EvaluationReport:
     about: list[dict[str, Any]] = field(default_factory=list)
 
 
-Report = TypeVar("Report", UsersReport, EnrolmentReport, EvaluationReport)
+Report = TypeVar("Report", UsersReport, EnrolmentReport, UserResultsReport)
 
 
 @dataclass
@@ -49,11 +53,13 @@ class Chunk:
         users: Their texts, or their rows.
         versions: Their current versions before, 0 for none.
         num_attempts: How often it was given to an actor.
+        reason: Why the last attempt failed.
     """
 
     users: Users
     versions: dict[str, int] = field(default_factory=dict)
     num_attempts: int = 0
+    reason: str = ""
 
 
 class UserActor:
@@ -67,20 +73,47 @@ class UserActor:
         """The current version of each user; 0 if there is none."""
         return {user: self._version(user) for user in users}
 
+    def last_removal_number(self) -> int:
+        """Number of the store's last removal."""
+        return self._cp.store.last_removal_number()
+
     def work(
-        self, method: Method, users: Users, versions: Mapping[str, int], options: dict[str, Any]
-    ) -> tuple[UsersReport | EnrolmentReport | EvaluationReport, list[str]]:
-        """Do users, except those that an actor stored before it died; names these."""
+        self,
+        method: Method,
+        users: Users,
+        versions: Mapping[str, int],
+        removal_number: int,
+        options: dict[str, Any],
+    ) -> tuple[UsersReport | EnrolmentReport | UserResultsReport, list[str]]:
+        """Do users, except those that an actor stored before it died; names these.
+
+        Args:
+            method: What to do.
+            users: Their texts, or their rows.
+            versions: Their versions before the first attempt.
+            removal_number: The store's last removal before any texts were read; users who were
+                forgotten since are not stored.
+            options: Arguments of the method.
+        """
         if method == "evaluate_users":  # which stores nothing
             if self._answers is None:
                 self._answers = plain_answers(self._cp, **options)
             results = results_of_users(self._cp, dict(users), self._answers)
             about = about_prefixes(self._cp, [row for _, own in users for row in own.rows])
-            return EvaluationReport(results, about=[about]), []
+            return UserResultsReport(results, about=[about]), []
         stored = [user for user, _ in users if self._version(user) != versions[user]]
         texts = [(user, own) for user, own in users if user not in stored]
-        report = getattr(self._cp, method)(texts, progress=False, **options)
-        return report, stored
+        trainer = self._cp._user_trainer
+        if method == "train_users":
+            control = RunControl(progress=False)
+            report = trainer.train_users(
+                texts, control=control, removal_number=removal_number, **options
+            )
+            return report, stored
+        enroll = partial(
+            trainer.enroll, options=EnrolmentOptions(**options), removal_number=removal_number
+        )
+        return enroll_each(texts, enroll, progress=False), stored
 
     def _version(self, user: str) -> int:
         try:
@@ -97,7 +130,7 @@ class Run:
         ray: Any,
         start: Any,
         chunks: Iterator[Chunk],
-        report: UsersReport | EnrolmentReport | EvaluationReport,
+        report: UsersReport | EnrolmentReport | UserResultsReport,
         method: Method,
         options: dict[str, Any],
     ) -> None:
@@ -110,9 +143,19 @@ class Run:
         self._skipped: list[str] = []
         self._num_dead = 0
         self._has_results = False
+        self._removal_number = 0
 
     def until_done(self, num_actors: int, progress: bool) -> list[str]:
-        """Do all users; returns those that were skipped. No actor is left behind."""
+        """Do all users; returns those that were skipped. No actor is left behind.
+
+        Args:
+            num_actors: Actors at most.
+            progress: Show a bar.
+
+        Raises:
+            EngineError: If the actors cannot start.
+            StoreError: If the store does not work.
+        """
         try:
             return self._until_done(num_actors, progress)
         finally:
@@ -120,7 +163,10 @@ class Run:
                 self._ray.kill(actor)
 
     def _until_done(self, num_actors: int, progress: bool) -> list[str]:
-        actors = [self._new_actor() for _ in range(num_actors)]
+        actors = [self._first_actor()]  # before users are read, which may take long
+        first = list(itertools.islice(self._chunks, num_actors))
+        self._chunks = itertools.chain(first, self._chunks)
+        actors += [self._new_actor() for _ in first[1:]]
         with progress_bar("users", None, visible=progress) as update:
             for actor in actors:
                 self._give(actor)
@@ -129,8 +175,10 @@ class Run:
                 actor, chunk = self._doing.pop(reference)
                 try:
                     report, stored = self._ray.get(reference)
-                except self._ray.exceptions.RayActorError as error:
-                    actor = self._replaced(chunk, error)
+                except self._ray.exceptions.RayActorError:
+                    reason = "actors died while they did this user or one beside it"
+                    self._put_back(chunk, f"{_MAX_ATTEMPTS} {reason}")
+                    actor = self._new_actor()
                 except StoreError as error:  # such as a database that is away for long
                     self._put_back_later(chunk, error)
                 else:
@@ -138,7 +186,7 @@ class Run:
                     self._report.users.update(report.users)
                     self._report.failed.update(report.failed)
                     self._skipped += [*report.skipped, *stored]
-                    if isinstance(report, EvaluationReport):
+                    if isinstance(report, UserResultsReport):
                         self._report.about += report.about
                 self._give(actor)
                 note = f"{len(self._report.failed)} failed" if self._report.failed else ""
@@ -146,48 +194,80 @@ class Run:
         return self._skipped
 
     def _give(self, actor: Any) -> None:
-        """Give an actor its next users; without any it ends."""
-        chunk = self._again.popleft() if self._again else next(self._chunks, None)
-        if chunk is None:
-            self._ray.kill(actor)
-            return
-        try:
-            if not chunk.num_attempts:
-                is_stored = self._method != "evaluate_users"
-                names = [user for user, _ in chunk.users] if is_stored else []
-                chunk.versions = self._versions(actor, names)
-                self._num_dead = 0  # this actor has started
-        except self._ray.exceptions.RayActorError as error:
-            self._give(self._replaced(chunk, error))
-            return
-        chunk.num_attempts += 1
-        reference = actor.work.remote(self._method, chunk.users, chunk.versions, self._options)
-        self._doing[reference] = (actor, chunk)
-
-    def _replaced(self, chunk: Chunk, error: Exception) -> Any:
-        """A new actor in place of one that died with some users.
+        """Give an actor its next users; without any it ends.
 
         Raises:
-            EngineError: If none could begin, as where the model cannot be loaded.
+            EngineError: If actors die before they begin, as where the model cannot be loaded.
         """
-        self._num_dead += 1
-        if not chunk.num_attempts and self._num_dead >= _MAX_ATTEMPTS:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise EngineError(f"the actors cannot start: {lines[-1]}") from error
-        self._put_back(
-            chunk, f"{_MAX_ATTEMPTS} actors died while they did this user or one beside it"
-        )
-        return self._new_actor()
+        while (chunk := self._next_chunk()) is not None:
+            try:
+                if not chunk.num_attempts:
+                    chunk.versions = self._versions(actor, chunk)
+                elif chunk.num_attempts >= _MAX_ATTEMPTS:
+                    self._give_up(actor, chunk)
+                    continue
+            except self._ray.exceptions.RayActorError as error:
+                self._num_dead += 1
+                if self._num_dead >= _MAX_ATTEMPTS:
+                    raise _cannot_start(error) from error
+                self._again.appendleft(chunk)
+                actor = self._new_actor()
+                continue
+            chunk.num_attempts += 1
+            reference = actor.work.remote(
+                self._method, chunk.users, chunk.versions, self._removal_number, self._options
+            )
+            self._doing[reference] = (actor, chunk)
+            return
+        self._ray.kill(actor)
 
-    def _versions(self, actor: Any, names: Sequence[str]) -> Any:
-        """The users' current versions; a store that is away is waited for."""
+    def _next_chunk(self) -> Chunk | None:
+        return self._again.popleft() if self._again else next(self._chunks, None)
+
+    def _give_up(self, actor: Any, chunk: Chunk) -> None:
+        """Report users that were tried often enough as failed, without those that are stored."""
+        now = self._versions(actor, chunk)
+        for user, _ in chunk.users:
+            if now.get(user) != chunk.versions.get(user):
+                self._skipped.append(user)
+            else:
+                self._report.failed[user] = chunk.reason
+
+    def _first_actor(self) -> Any:
+        """An actor that has started, and told the number of the store's last removal.
+
+        Raises:
+            EngineError: If none could begin.
+        """
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            actor = self._new_actor()
+            try:
+                self._removal_number = self._ask(actor.last_removal_number.remote)
+                break
+            except self._ray.exceptions.RayActorError as error:
+                if attempt == _MAX_ATTEMPTS:
+                    raise _cannot_start(error) from error
+        return actor
+
+    def _versions(self, actor: Any, chunk: Chunk) -> dict[str, int]:
+        """The current versions of a chunk's users, if the run stores any."""
+        if self._method == "evaluate_users":
+            return {}
+        versions: dict[str, int] = self._ask(
+            partial(actor.versions.remote, [user for user, _ in chunk.users])
+        )
+        self._num_dead = 0  # this actor has started
+        return versions
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        """What an actor answers from the store; one that is away is waited for."""
         retry = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_MAX_ATTEMPTS),
             wait=tenacity.wait_fixed(_STORE_PAUSE_S),
             retry=tenacity.retry_if_exception_type(StoreError),
             reraise=True,
         )
-        return retry(lambda: self._ray.get(actor.versions.remote(names)))
+        return retry(lambda: self._ray.get(call()))
 
     def _put_back_later(self, chunk: Chunk, error: StoreError) -> None:
         """Do users again after a pause, unless the store never worked.
@@ -201,12 +281,15 @@ class Run:
         time.sleep(_STORE_PAUSE_S)
 
     def _put_back(self, chunk: Chunk, reason: str) -> None:
-        """Do users again later, or report them if they were tried often enough."""
-        if chunk.num_attempts >= _MAX_ATTEMPTS:
-            self._report.failed.update((user, reason) for user, _ in chunk.users)
-        else:
-            self._again.append(chunk)
+        """Do users again later, or report them then if they were tried often enough."""
+        chunk.reason = reason
+        self._again.append(chunk)
 
     def _new_actor(self) -> Any:
         self._actors.append(self._start())
         return self._actors[-1]
+
+
+def _cannot_start(error: Exception) -> EngineError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return EngineError(f"the actors cannot start: {lines[-1]}")

@@ -4,17 +4,18 @@ The nodes need this package and the model; the store must be one that all of the
 PostgreSQL.
 """
 
+import contextlib
 import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Unpack
 
 from controlprefix._io import requires_extra
 from controlprefix.attributes import AttributeSpace
 from controlprefix.data import Columns, Rows, read_users
-from controlprefix.errors import EngineError, TrainingDataError
+from controlprefix.errors import ControlPrefixError, EngineError, TrainingDataError
 from controlprefix.evaluation.harness import describe_rows
 from controlprefix.evaluation.users import (
     IMPERSONAL_PROMPTS,
@@ -26,15 +27,17 @@ from controlprefix.evaluation.users import (
 from controlprefix.evaluation.users_report import UsersEvaluation
 from controlprefix.interop.ray_run import (
     Chunk,
-    EvaluationReport,
     Method,
     Report,
     Run,
     UserActor,
+    UserResultsReport,
 )
+from controlprefix.prefixes import PrefixKey
 from controlprefix.store import EncryptionKeys
 from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
 from controlprefix.users import EnrolmentReport, UsersReport
+from controlprefix.users.enrolment import EnrolmentOptions, comes_twice
 
 
 class RayCluster:
@@ -122,36 +125,57 @@ class RayCluster:
             )
         TrainingSettings.from_options(fields)  # fail before models are loaded
         settings = {
-            **fields,
+            "options": fields,
             "num_slots": num_slots,
             "decoder": decoder,
             "as_codes": as_codes,
             "concurrent_users": concurrent_users,
         }
-        chunks = _chunks(_users(texts), concurrent_users)
-        return self._run("train_users", UsersReport(), chunks, settings, control.progress)
+        report = UsersReport()
+        chunks = _chunks(_users(texts, report.failed), concurrent_users)
+        return self._run("train_users", report, chunks, settings, control.progress)
 
     def enroll_users(
-        self, texts: Any, *, chunk_size: int = 64, progress: bool = True, **options: Any
+        self,
+        texts: Any,
+        *,
+        decoder: str | None = None,
+        refine: bool = False,
+        num_slots: int = 64,
+        keep_texts: bool = False,
+        keep_profile: bool = False,
+        guard: bool = False,
+        chunk_size: int = 64,
+        progress: bool = True,
     ) -> EnrolmentReport:
         """Enroll each user: `ControlPrefix.enroll_users` by many actors.
 
         Args:
             texts: As in `train_users`.
+            decoder, refine, num_slots, keep_texts, keep_profile, guard: As in
+                `ControlPrefix.enroll`.
             chunk_size: Users that an actor is given at a time.
             progress: Show a bar.
-            **options: Options of `ControlPrefix.enroll_users`, such as `decoder`.
 
         Returns:
             The version of each user; why others failed; in `skipped`, users whose actor died
             after storing them.
 
         Raises:
-            TypeError: If there is no such option.
+            RequestError: If options do not go together.
             EngineError: If the actors cannot start, or die again and again.
         """
-        chunks = _chunks(_users(texts), chunk_size)
-        return self._run("enroll_users", EnrolmentReport(), chunks, options, progress)
+        options = EnrolmentOptions(
+            decoder=decoder,
+            refine=refine,
+            num_slots=num_slots,
+            keep_texts=keep_texts,
+            keep_profile=keep_profile,
+            guard=guard,
+        )
+        report = EnrolmentReport()
+        chunks = _chunks(_users(texts, report.failed), chunk_size)
+        return self._run("enroll_users", report, chunks, asdict(options), progress)
 
     def evaluate_users(
         self,
@@ -182,7 +206,7 @@ class RayCluster:
         users = rows_by_user(rows, columns=columns, seed=seed)
         chunks = _chunks(users.items(), chunk_size)
         options = {"prompts": tuple(prompts)}
-        report = self._run("evaluate_users", EvaluationReport(), chunks, options, progress)
+        report = self._run("evaluate_users", UserResultsReport(), chunks, options, progress)
         if report.failed:
             user, reason = next(iter(report.failed.items()))
             raise EngineError(f"{len(report.failed)} users, such as {user!r}: {reason}")
@@ -202,7 +226,6 @@ class RayCluster:
         progress: bool,
     ) -> Report:
         ray, started = self._ray, time.monotonic()
-        first = list(itertools.islice(chunks, self._num_actors))
         if not ray.is_initialized():
             ray.init(address=self._address, log_to_driver=False)
         threads = str(max(1, int(self._resources["num_cpus"])))
@@ -212,14 +235,18 @@ class RayCluster:
         def start() -> Any:
             return remote.remote(*self._arguments)
 
-        run = Run(ray, start, itertools.chain(first, chunks), report, method, options)
-        skipped = run.until_done(max(1, len(first)), progress)
+        run = Run(ray, start, chunks, report, method, options)
+        skipped = run.until_done(self._num_actors, progress)
         seconds = time.monotonic() - started
         return replace(report, skipped=tuple(skipped), seconds=seconds)
 
 
-def _users(texts: Any) -> Iterator[tuple[str, list[str] | str | None]]:
+def _users(texts: Any, failed: dict[str, str]) -> Iterator[tuple[str, list[str] | str | None]]:
     """Users and their texts; rows of a Ray Dataset are grouped by user first.
+
+    Args:
+        texts: As in `RayCluster.train_users`.
+        failed: Gets users that come twice; their first texts are used.
 
     Raises:
         TrainingDataError: If the rows cannot be read.
@@ -227,7 +254,14 @@ def _users(texts: Any) -> Iterator[tuple[str, list[str] | str | None]]:
     if hasattr(texts, "iter_rows") and hasattr(texts, "materialize"):
         texts = list(texts.iter_rows())
     users = read_users(texts)
+    earlier: set[PrefixKey] = set()
     for user, own in users.items() if isinstance(users, Mapping) else users:
+        with contextlib.suppress(ControlPrefixError):  # invalid names: reported where they are used
+            key = PrefixKey("user", user)
+            if key in earlier:
+                failed[user] = comes_twice(user)
+                continue
+            earlier.add(key)
         # One text and none are told apart where they are used; others may be read only once.
         yield user, own if own is None or isinstance(own, str) else list(own)
 

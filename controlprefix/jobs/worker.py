@@ -29,6 +29,7 @@ _MAY_SUCCEED_LATER = (StoreError, OverloadedError, OSError, MemoryError, torch.O
 _MAX_SERVED = 100
 _POLL_S = 2.0
 _RENEW_S = 5.0
+_CHECK_S = 0.5  # between two looks of the training loop at whether the job was cancelled
 
 
 class JobWorker:
@@ -119,7 +120,7 @@ class JobWorker:
         key = PrefixKey("user", job.user)
         renewal = _Renewal(store, claim, self._closing)
         try:
-            with stoppable(renewal.must_stop), renewal.in_background():
+            with stoppable(renewal.must_stop, renewal.after_step), renewal.in_background():
                 version = _train(ControlPrefix(self._frozen, store, self._attributes), job, options)
                 forgotten = store.last_removal_number(forgotten=job.user)
         except TrainingInterrupted:
@@ -161,7 +162,9 @@ def _train(cp: ControlPrefix, job: Job, options: dict[str, Any]) -> int:
     rows = cp.feedback(job.user)
     if not rows:
         raise TrainingDataError(f"no feedback of user {job.user!r} is kept")
-    return _only_version(cp.train_preferences(rows, learn="user", progress=False, **options))
+    return _only_version(
+        cp.train_preferences(rows, learn="user", too_long="skip", progress=False, **options)
+    )
 
 
 def _only_version(report: TrainingReport) -> int:
@@ -176,6 +179,7 @@ class _Renewal:
         self._store, self._claim, self._closing = store, claim, closing
         self._num_steps = 0
         self._is_ours = True
+        self._renewed_at = 0.0
         self._done = threading.Event()
 
     def finish(self, *, version: int | None = None, error: str = "", again: bool = False) -> bool:
@@ -188,9 +192,15 @@ class _Renewal:
             again=again,
         )
 
-    def must_stop(self) -> bool:
-        """Called after each training step."""
+    def after_step(self) -> bool:
+        """Count a training step; whether to stop."""
         self._num_steps += 1
+        return self.must_stop()
+
+    def must_stop(self) -> bool:
+        """Whether the worker ends, or the job is no longer to be done."""
+        if time.monotonic() - self._renewed_at > _CHECK_S:
+            self._renew()
         return self._closing.is_set() or not self._is_ours
 
     @contextlib.contextmanager
@@ -208,9 +218,13 @@ class _Renewal:
         last = time.monotonic()
         while not self._done.wait(max(0.0, last + _RENEW_S - time.monotonic())):
             last = time.monotonic()
-            try:
-                self._is_ours = self._store.renew_job(self._claim, self._num_steps)
-            except Exception as error:  # tried again; others take the job after a minute
-                _log.warning("job %s: %s", self._claim.job_id, error)
+            self._renew()
             if not self._is_ours:
                 return
+
+    def _renew(self) -> None:
+        self._renewed_at = time.monotonic()
+        try:
+            self._is_ours = self._store.renew_job(self._claim, self._num_steps)
+        except Exception as error:  # tried again; others take the job after a minute
+            _log.warning("job %s: %s", self._claim.job_id, error)

@@ -60,6 +60,12 @@ class AttentionCall:
     value: Tensor  # (batch, num_kv_heads, num_keys, value_dim)
     scaling: float | None  # factor of the logits; None is key_dim ** -0.5
 
+    @property
+    def layer(self) -> SteeredLayer | None:
+        """The layer; None outside the model's text attention."""
+        layer: SteeredLayer | None = self.module.__dict__.get(LAYER_ATTRIBUTE)
+        return layer
+
 
 # The arguments of transformers' attention functions that `_attend_in_graph` has.
 _GRAPH_ARGUMENTS = (
@@ -144,7 +150,12 @@ def recording() -> Iterator[list[AttentionCall]]:
 
 @contextlib.contextmanager
 def watching(callback: Callable[[SteeredLayer, Tensor], None]) -> Iterator[None]:
-    """Give this thread's attention weights on slots to a callback: see `Steering.watched`."""
+    """Give this thread's attention weights on slots to a callback, while inside.
+
+    Args:
+        callback: Called in each layer that has slots, with the layer and the weights
+            `(batch, num_queries, num_heads, num_slots)`; slots that rows share come first.
+    """
     thread = threading.get_ident()
     _watchers[thread] = callback
     try:

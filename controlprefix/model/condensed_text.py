@@ -80,15 +80,16 @@ def prefix_from_pieces(
     if len(pieces) == 1:
         (ids,) = pieces
         pieces = [ids[at : at + _PIECE_TOKENS] for at in range(0, len(ids), _PIECE_TOKENS)]
-    if sum(map(len, pieces)) <= num_slots:
-        return prefix_from_tokens(frozen, [token for piece in pieces for token in piece])
-    groups = _groups(
-        pieces, min(_MAX_PASS_TOKENS, frozen.request_tokenizer.context_length or _MAX_PASS_TOKENS)
-    )
+    num_tokens = sum(map(len, pieces))
+    context = frozen.request_tokenizer.context_length or num_tokens
+    max_tokens = context if num_tokens <= num_slots else min(_MAX_PASS_TOKENS, context)
+    groups = _groups(pieces, max_tokens)
     prefixes = [_match_group(frozen, group, num_slots) for group in groups]
     if len(prefixes) == 1:
         return prefixes[0]
     joined = Prefix.joined(prefixes)
+    if joined.num_slots <= num_slots:
+        return joined
     query_texts = _query_texts(frozen, pieces, [range(0)] * len(pieces))
     observed = observe(frozen, joined, query_texts, max_queries=_MAX_QUERIES)
     return matched(joined, observed, num_slots)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from controlprefix.errors import PrefixFormatError, RequestError
+from controlprefix.errors import RequestError
 from controlprefix.model.loading import LoadOptions, load
 from controlprefix.model.rope import Rope
 from controlprefix.model.row_independence import check_rows
@@ -103,7 +103,7 @@ class FrozenModel:
         def shift(prefix: Prefix, positions: int) -> Prefix:
             frozen = weak_self()
             if frozen is None:
-                raise PrefixFormatError(
+                raise RequestError(
                     "the model of this geometry is no longer loaded; load it, and give its geometry"
                 )
             return frozen.rope.shifted(prefix, positions)

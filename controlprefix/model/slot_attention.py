@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from controlprefix.cancellation import raise_if_stopped
-from controlprefix.model.attention import AttentionCall, SteeredLayer, recording
+from controlprefix.model.attention import AttentionCall, SteeredLayer, recording, watching
 from controlprefix.model.frozen import FrozenModel
 from controlprefix.model.log_probs import token_log_probs
 from controlprefix.prefixes import LayerSlots, Part, Prefix, Site
@@ -78,7 +78,7 @@ def observe(
         batch = frozen.assemble([[part, *query_text.others]])
         with recording() as calls:
             record = partial(_record, records, prefix, visible, calls, max_queries)
-            with torch.no_grad(), frozen.attached(batch), frozen.steering.watched(record):
+            with torch.no_grad(), frozen.attached(batch), watching(record):
                 token_log_probs(frozen, [query_text.prompt], [query_text.targets])
     return {
         site: [

@@ -6,7 +6,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -23,12 +23,10 @@ from controlprefix.model.attention import (
     HANDLE_ATTRIBUTE,
     LAYER_ATTRIBUTE,
     AttentionCall,
-    SteeredLayer,
     intercepted,
     new_handle,
     recording,
     require_supported,
-    watching,
 )
 from controlprefix.model.probing import LayerIndex, probe
 from controlprefix.prefixes import (
@@ -242,22 +240,6 @@ class Steering:
         """Record this thread's attention calls while inside, without any slots attached."""
         with self.attached(PrefixBatch(num_rows=1, blocks={})), recording() as calls:
             yield calls
-
-    @contextlib.contextmanager
-    def watched(self, callback: Callable[[SteeredLayer, Tensor], None]) -> Iterator[None]:
-        """Observe the attention weights on slots in this thread while inside.
-
-        Args:
-            callback: Called in each layer that has slots, with the layer and the weights
-                `(batch, num_queries, num_heads, num_slots)`; slots that rows share come first.
-        """
-        with watching(callback):
-            yield
-
-    def layer_of(self, call: AttentionCall) -> SteeredLayer | None:
-        """The layer of a recorded call; None outside the model's text attention."""
-        layer: SteeredLayer | None = call.module.__dict__.get(LAYER_ATTRIBUTE)
-        return layer
 
     @property
     def puts_copies_behind(self) -> bool:

@@ -91,8 +91,7 @@ def keys_and_values(
     with torch.no_grad(), frozen.exclusive(), frozen.steering.recorded() as calls:
         frozen.model(**inputs, use_cache=False)
         for call in calls:  # in the order of the layers
-            layer = frozen.steering.layer_of(call)
-            if layer is not None:
+            if (layer := call.layer) is not None:
                 # Some models have summaries of earlier tokens behind them.
                 own = slice(0, len(tokens))
                 slots = (call.key[0, :, own], call.value[0, :, own])

@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from controlprefix.errors import PrefixFormatError
+from controlprefix.errors import PrefixFormatError, RequestError
 from controlprefix.prefixes.schedule import MAX_STRENGTH
 
 Dial = tuple[tuple[float, float], ...]  # (position, strength) points from (0, 0) up
@@ -16,10 +16,10 @@ def strength_at(dial: Dial, position: float) -> float:
     A position below 0 is that negative strength.
 
     Raises:
-        ValueError: If the dial has no points.
+        RequestError: If the dial has no points.
     """
     if not dial:
-        raise ValueError("the prefix has no dial")
+        raise RequestError("the prefix has no dial")
     if position <= 0:
         return position
     for (left, low), (right, high) in pairwise(dial):

@@ -16,6 +16,7 @@ from controlprefix._io import atomic_path
 from controlprefix.errors import (
     GeometryMismatchError,
     PrefixFormatError,
+    RequestError,
     StoreError,
     UnsupportedModelError,
 )
@@ -134,10 +135,10 @@ class Prefix:
             seed: Seed of the draw; left out, another draw at each call.
 
         Raises:
-            ValueError: If `num_slots` is below 0.
+            RequestError: If `num_slots` is below 0.
         """
         if num_slots < 0:
-            raise ValueError(f"num_slots is {num_slots}; it must be 0 or more")
+            raise RequestError(f"num_slots is {num_slots}; it must be 0 or more")
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         return cls(
@@ -156,8 +157,13 @@ class Prefix:
         """The slots of several prefixes of one geometry as one prefix.
 
         Args:
-            prefixes: At least one, with joint slots.
+            prefixes: At least one.
+
+        Raises:
+            UnsupportedModelError: If one is decoupled.
         """
+        for prefix in prefixes:
+            prefix.require_joint("one prefix of several")
         geometry = prefixes[0].geometry
         return cls(
             geometry,
@@ -210,7 +216,7 @@ class Prefix:
             ValueError: If `num_slots` is below 1.
         """
         if num_slots < 1:
-            raise ValueError(f"num_slots is {num_slots}; it must be 1 or more")
+            raise RequestError(f"num_slots is {num_slots}; it must be 1 or more")
         slots = {site: rows[:num_slots] for site, rows in self.slots.items()}
         return replace(self, slots=slots, dial=(), is_exact=None)
 
@@ -347,7 +353,9 @@ class Prefix:
             )
         prefix = cls(geometry, {"decoder": checkpoint.slots(geometry)})
         if geometry.shift is None:
-            raise PrefixFormatError("a PEFT checkpoint needs a loaded model; give cp.geometry")
+            raise RequestError(
+                "a PEFT checkpoint needs the geometry of a loaded model; give cp.geometry"
+            )
         try:
             shifted = geometry.shift(prefix, -prefix.num_slots)
         except UnsupportedModelError as error:
@@ -363,7 +371,7 @@ class Prefix:
             geometry: Geometry of the loaded model, for a prefix that was read from a file.
 
         Raises:
-            PrefixFormatError: If no model is loaded.
+            RequestError: If the geometry is not that of a loaded model.
             UnsupportedModelError: If the model's positions are not rotations of keys, or the
                 prefix is decoupled.
             GeometryMismatchError: If the prefix is for another model, or layers differ in shape.
@@ -373,7 +381,9 @@ class Prefix:
         geometry = self.geometry if geometry is None else geometry
         geometry.require(self.geometry, "the prefix")
         if geometry.shift is None:
-            raise PrefixFormatError("a PEFT checkpoint needs a loaded model; give cp.geometry")
+            raise RequestError(
+                "a PEFT checkpoint needs the geometry of a loaded model; give cp.geometry"
+            )
         shifted = geometry.shift(self, self.num_slots)
         write_checkpoint(geometry, shifted.slots["decoder"], folder)
 

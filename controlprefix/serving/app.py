@@ -41,7 +41,8 @@ _ERRORS = {
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     421: "A server without API keys is not known by this host name.",
-    429: "The API key has sent too many requests.",
+    429: "A rate limit was reached: requests or tokens of an API key, wrong keys of an address, or "
+    "large bodies of a tenant.",
     500: "The server failed.",
     503: "The server is overloaded, is shutting down, or cannot reach its store or engine.",
     504: "The request took too long.",

@@ -11,8 +11,9 @@ from controlprefix.request import Request, SteeringFields
 from controlprefix.request_fields import with_sampling_defaults
 from controlprefix.serving.chat_message import MAX_ITEMS, ChatMessage
 
+_LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 # Fields of OpenAI's API that change nothing that is generated here.
-_WITHOUT_EFFECT = frozenset(
+_IGNORED_FIELDS = frozenset(
     {
         "background", "include", "metadata", "parallel_tool_calls", "prompt_cache_key",
         "prompt_cache_retention", "reasoning", "reasoning_effort", "safety_identifier",
@@ -28,7 +29,7 @@ _UNSUPPORTED = frozenset(
     }
 )  # fmt: skip
 # Values that ask for nothing, beside null, false, "none", and what is empty.
-_NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
+_IGNORED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "max_completion_tokens": (-1,),
     "max_tokens": (-1,),
@@ -130,8 +131,8 @@ class CompletionBody(SteeringFields):
         names = {field.alias or name for name, field in cls.model_fields.items()}
         result: dict[str, Any] = {}
         for name, value in data.items():
-            is_empty = value is None or value in _NO_EFFECT.get(name, ())
-            if is_empty or name in _WITHOUT_EFFECT - names:
+            is_empty = value is None or value in _IGNORED_VALUES.get(name, ())
+            if is_empty or name in _IGNORED_FIELDS - names:
                 continue
             if name in names:
                 result[name] = _MIN_TOP_P if name == "top_p" and value == 0 else value
@@ -170,7 +171,8 @@ class CompletionBody(SteeringFields):
             RequestError: If something is out of range.
         """
         if max_tokens is not None and max_tokens > limit:
-            raise RequestError(f"max_tokens is {max_tokens}; this server generates {limit} at most")
+            name = next((name for name in _LIMITS if getattr(self, name, None)), "max_tokens")
+            raise RequestError(f"{name} is {max_tokens}; this server generates {limit} at most")
         steering = self.model_dump(include=set(SteeringFields.model_fields) & self.model_fields_set)
         temperature = self.temperature and max(_MIN_TEMPERATURE, self.temperature)
         fields = {

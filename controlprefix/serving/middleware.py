@@ -99,7 +99,7 @@ class ServedHosts:
         if scope["type"] == "http" and not self._is_served(Headers(scope=scope).get("host", "")):
             error = ErrorBody(
                 message="this server without API keys is not known by that host name; allow it "
-                "with --allowed-host",
+                "with --allow-host",
                 type="invalid_request_error",
                 code="unknown_host",
             )

@@ -10,6 +10,7 @@ from controlprefix.serving.chat_message import MAX_ITEMS, ChatMessage
 
 _MAX_TEXTS = 10_000
 _MAX_STEPS = 2000
+_MAX_SLOTS = 256
 
 
 class LearningBody(BaseModel):
@@ -23,7 +24,7 @@ class LearningBody(BaseModel):
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     """Learning rate; left out, the library's default."""
 
-    num_slots: int | None = Field(default=None, ge=1, le=256)
+    num_slots: int | None = Field(default=None, ge=1, le=_MAX_SLOTS)
     """Slots of a new prefix without a decoder."""
 
 
@@ -42,12 +43,17 @@ class EnrolmentBody(BaseModel):
     texts: list[str] = Field(min_length=1, max_length=_MAX_TEXTS)
     decoder: str | None = None
     refine: bool = False
+    num_slots: int | None = Field(default=None, ge=1, le=_MAX_SLOTS)
+    """Without a decoder: slots at most; left out, 64."""
+
     keep_texts: bool = False
+    keep_profile: bool = False
     add: bool = False
-    """With a decoder: add the texts to those that the user was enrolled from before."""
+    """With the decoder of the earlier enrolment: update the code with these texts too."""
 
     guard: bool = False
-    """With a decoder: shrink the code towards the mean code as far as held-out texts profit."""
+    """With a decoder: shrink the predicted code towards the mean code, by the factor with the
+    lowest loss on held-out texts of the user."""
 
     train: TrainingBody | None = None
     """Train the prefix in a job, instead of making it at once."""
@@ -58,8 +64,11 @@ class EnrolmentBody(BaseModel):
         Raises:
             RequestError: If an option has no effect in a job.
         """
-        if self.refine or self.add or self.guard:
-            raise RequestError("refine, add and guard are done at once; leave them or train out")
+        for name in ("refine", "num_slots", "keep_profile", "add", "guard"):
+            if getattr(self, name):
+                raise RequestError(
+                    f"{name} has no effect in a job; leave it out, or leave train out"
+                )
         options = self.train.model_dump(exclude_none=True) if self.train else {}
         if self.decoder is not None:
             if "num_slots" in options:

@@ -105,12 +105,14 @@ class _TenantPool:
     def __init__(self, what: str, num_threads: int, max_per_tenant: int, timeout_s: float) -> None:
         self._what, self._max_per_tenant, self._timeout_s = what, max_per_tenant, timeout_s
         self._running: set[threading.Event] = set()  # each stops a piece of work
+        self._is_stopped = False
         self._threads = CapacityLimiter(num_threads)
         self._by_tenant: dict[str, CapacityLimiter] = {}
         self._counts: Counter[str] = Counter()
 
     def stop(self) -> None:
         """Stop all work at its next step."""
+        self._is_stopped = True
         for event in list(self._running):
             event.set()
 
@@ -126,7 +128,7 @@ class _TenantPool:
         next step, and keeps its thread until that.
 
         Raises:
-            OverloadedError: If the tenant has too much of it already.
+            OverloadedError: If the tenant has too much of it already, or the process shuts down.
             RequestTimeoutError, ClientDisconnectedError: If it was not waited for.
         """
         stop = threading.Event()
@@ -152,17 +154,22 @@ class _TenantPool:
                 with stoppable(stop.is_set):
                     return work()
             except TrainingInterrupted:  # an interrupt would end the event loop
-                raise RequestTimeoutError("stopped") from None
+                raise self._stopped() from None
 
         with self._counted(tenant):
             async with self._by_tenant.setdefault(tenant, CapacityLimiter(1)):
-                if stop.is_set():
-                    raise RequestTimeoutError("stopped")
+                if stop.is_set() or self._is_stopped:
+                    raise self._stopped()
                 self._running.add(stop)
                 try:
                     return await to_thread.run_sync(stopping_work, limiter=self._threads)
                 finally:
                     self._running.discard(stop)
+
+    def _stopped(self) -> OverloadedError | RequestTimeoutError:
+        if self._is_stopped:
+            return OverloadedError("this process is shutting down; send the request again")
+        return RequestTimeoutError(f"not finished within {self._timeout_s:.0f} s")
 
     @contextlib.contextmanager
     def _counted(self, tenant: str) -> Iterator[None]:

@@ -45,7 +45,7 @@ def fit_to_context(
             return FittedExamples(list(examples), tokenizer.ids_of_examples(examples))
         except ContextLengthError as error:
             raise ContextLengthError(
-                f"{error}\nto cut or skip such rows, give too_long='cut' or 'skip'"
+                f"{error}\nto cut or skip such rows, give too_long='cut' or 'skip' (--too-long)"
             ) from None
     fitted = FittedExamples([], [])
     num_cut = num_skipped = 0

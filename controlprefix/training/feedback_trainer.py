@@ -9,7 +9,7 @@ from controlprefix.prefixes import PrefixKey
 from controlprefix.request import Request
 from controlprefix.training.context_fit import cut_completion_ids, fit_to_context
 from controlprefix.training.control import RunControl
-from controlprefix.training.initialization import scale_of_all
+from controlprefix.training.initialization import scale_of
 from controlprefix.training.objectives import Objective, Rejected, TrainingRow
 from controlprefix.training.policy import PolicyObjective, Reward
 from controlprefix.training.preferences import with_margins
@@ -63,7 +63,7 @@ class FeedbackTrainer(Trainer):
             rows=prepared.rows,
             held_out=[],
             initial=prepared.initial,
-            scale=scale_of_all(prepared.initial.values()),
+            scale=scale_of(*prepared.initial.values()),
             left_out=(),
             num_cut=0,
             num_skipped=0,

@@ -1,7 +1,7 @@
 """Initialization: what a prefix starts from, and the scale of the model's keys and values."""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -162,16 +162,16 @@ def typical_scale(frozen: FrozenModel, ids: Sequence[int]) -> dict[Site, Tensor]
     return scale_of(prefix_from_tokens(frozen, ids[:_MAX_SCALE_TOKENS]))
 
 
-def scale_of_all(prefixes: Iterable[Prefix]) -> dict[Site, Tensor]:
-    """The scale of the slots of several prefixes of one geometry: see `scale_of`."""
-    return scale_of(Prefix.joined([prefix.to(dtype=torch.float32) for prefix in prefixes]))
+def scale_of(*prefixes: Prefix) -> dict[Site, Tensor]:
+    """The scale of the slots of prefixes of one geometry, `(slot_size,)` per site.
 
-
-def scale_of(prefix: Prefix) -> dict[Site, Tensor]:
-    """Per site `(slot_size,)`: the root mean square of each head's keys and values."""
+    It is the root mean square of each head's keys and values.
+    """
+    geometry = prefixes[0].geometry
     scales = {}
-    for site, rows in prefix.slots.items():
-        head_sizes = prefix.geometry.head_sizes(site)
+    for site in geometry.sites:
+        rows = torch.cat([prefix.slots[site].float() for prefix in prefixes])
+        head_sizes = geometry.head_sizes(site)
         squares = rows.float().square().mean(dim=0)
         minimum = _MIN_RELATIVE_SCALE * squares.mean().sqrt()
         scales[site] = torch.cat(

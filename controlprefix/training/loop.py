@@ -136,7 +136,7 @@ def _stopped(run: TrainingRun, folder: Path | None) -> str:
     message = f"stopped at step {run.progress.step} of {run.num_steps}; nothing was stored"
     if folder is None:
         return f"{message}, and there is no checkpoint, since the run has no folder"
-    return f"{message}; the checkpoint is in {folder}, resume continues from it"
+    return f"{message}; the checkpoint is in {folder}, resume=True (--resume) continues from it"
 
 
 class TrainingLoop:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from controlprefix.cancellation import raise_if_stopped
 from controlprefix.model import FrozenModel
 from controlprefix.model.log_probs import token_log_probs
 from controlprefix.prefixes import Prefix, PrefixKey
@@ -25,6 +26,7 @@ def with_margins(
     completed = list(rows)
     lengths = [row.num_tokens for row in rows]
     for batch in frozen.batches(lengths, _BATCH_SIZE):
+        raise_if_stopped()
         own = [rows[i] for i in batch]
         parts = [row.parts(prefixes) if prefixes else row.frozen_parts for row in own]
         prompts = [row.prompt for row in own]

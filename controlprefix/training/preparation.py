@@ -128,6 +128,7 @@ def prepare(
     if removal_number is None:
         removal_number = resolver.last_removal_number()
     kinds = kinds_to_learn(examples, learn)
+    check_trainable(validation, "validation, ")
     tokenizer = frozen.request_tokenizer
     fitted = fit_to_context(examples, tokenizer, settings.too_long)
     fitted_validation = fit_to_context(validation, tokenizer, settings.too_long)
@@ -135,11 +136,12 @@ def prepare(
         [part for part in example.named_parts if part.key.kind in kinds]
         for example in fitted.examples
     ]
-    keys = list(dict.fromkeys(part.key for parts in learned for part in parts))
+    keys = list(dict.fromkeys(part.key for parts in learned for part in parts if part.strength))
     spec = InitSpec.parse(init, keys)
 
     all_examples = [*fitted.examples, *fitted_validation.examples]
-    other_keys = {part.key for row in all_examples for part in row.named_parts} - set(keys)
+    named = {part.key for row in all_examples for part in row.named_parts if part.strength}
+    other_keys = named - set(keys)
     stored = resolver.current(other_keys)
     left_out = tuple(sorted(str(key) for key in other_keys - stored.keys()))
     if left_out:
@@ -197,7 +199,7 @@ def divide_parts(
     request: Request, keys: Collection[PrefixKey], stored: Mapping[PrefixKey, StoredVersion]
 ) -> tuple[list[Part], list[tuple[PrefixKey, float]]]:
     """A request's parts that are not trained, as far as they are stored, and the trained ones."""
-    others = [part for part in request.named_parts if part.key not in keys]
+    others = [part for part in request.named_parts if part.key not in keys and part.strength]
     frozen_parts = [
         part_at_strength(part.key, stored[part.key], part.strength).part
         for part in others
@@ -254,8 +256,12 @@ def _initial_prefixes(
     return initial
 
 
-def check_trainable(examples: Sequence[Request]) -> None:
+def check_trainable(examples: Sequence[Request], source: str = "") -> None:
     """Check that rows use no field that means something else in training.
+
+    Args:
+        examples: The rows.
+        source: Where they are from, for the error.
 
     Raises:
         TrainingDataError: With the row.
@@ -275,7 +281,7 @@ def check_trainable(examples: Sequence[Request]) -> None:
         elif any(part.strength < 0 for part in row.named_parts):
             problem = "a strength below 0, which steers away from a prefix and trains none"
         if problem:
-            raise TrainingDataError(f"{row.place(i)} has {problem}; leave it out")
+            raise TrainingDataError(f"{source}{row.place(i)} has {problem}; leave it out")
 
 
 def kinds_to_learn(
@@ -330,7 +336,15 @@ def _num_slots_for(
     if kind not in by_kind:
         (name,) = (name for name, own in _KINDS.items() if own == kind)
         raise TrainingDataError(f"num_slots has no entry for {name!r}; add one")
-    count = by_kind[kind]
+    return check_num_slots(by_kind[kind], context_length)
+
+
+def check_num_slots(count: object, context_length: int | None) -> int:
+    """A number of slots for prefixes that start from as many tokens.
+
+    Raises:
+        TrainingDataError: If it is no whole number, below 1, or above the model's context.
+    """
     if not isinstance(count, int):
         raise TrainingDataError(f"num_slots is {count!r}; it must be a whole number")
     if count < 1 or (context_length is not None and count > context_length):

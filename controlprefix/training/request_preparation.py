@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from controlprefix.errors import TrainingDataError
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
@@ -66,11 +65,7 @@ def prepare_requests(
     kinds = kinds_to_learn(requests, learn)
     check_trainable(demonstrations)
     for i, request in enumerate(requests, 1):
-        if request.num_beams > 1:
-            raise TrainingDataError(
-                f"{request.place(i)} has num_beams={request.num_beams}, but texts are sampled; "
-                "leave it out"
-            )
+        request.require_sampling(i)
     tokenizer = frozen.request_tokenizer
     all_rows = [*requests, *demonstrations]
     named = [part.key for row in all_rows for part in row.named_parts]

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from controlprefix.cancellation import raise_if_stopped
 from controlprefix.errors import ContextLengthError, TrainingDataError, shortened
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
@@ -100,6 +101,7 @@ class Trainer:
         settings: TrainingSettings,
         *,
         num_slots: int,
+        num_skipped: int,
         control: RunControl,
     ) -> TrainingReport:
         """Train on the predictions of the model with an instruction: see `ControlPrefix.distill`.
@@ -109,16 +111,11 @@ class Trainer:
             key: The prefix to train.
             examples: Prompts with the teacher's completions, which name that prefix.
             settings: Hyperparameters.
-            num_slots: As in `ControlPrefix.distill`.
+            num_slots: Slots of the prefix.
+            num_skipped: Prompts that were left out before.
             control: Run folder, progress, tracker and callbacks.
         """
         tokenizer = self._frozen.request_tokenizer
-
-        if settings.too_long == "cut":
-            raise TrainingDataError(
-                "too_long='cut' cannot be combined with an instruction that the same model reads "
-                "in front of each prompt; give 'skip', or shorter prompts"
-            )
         fitting, teacher_ids = [], dict[int, Sequence[int]]()
         for number, example in enumerate(examples, 1):
             prompt = with_instruction(instruction, example.prompt or "")
@@ -145,7 +142,7 @@ class Trainer:
             init={key: instruction},
             complete=lambda example, row: row._replace(teacher=teacher_ids[id(example)]),
         )
-        num_skipped = preparation.num_skipped + len(examples) - len(fitting)
+        num_skipped += preparation.num_skipped + len(examples) - len(fitting)
         preparation = replace(preparation, num_skipped=num_skipped)
         return self._train_and_publish(preparation, settings, control)
 
@@ -234,9 +231,15 @@ class Trainer:
         return SweepReport(tuple(points))
 
     def shorten(
-        self, key: PrefixKey, examples: Sequence[Example], *, keep: float
+        self, key: PrefixKey, examples: Sequence[Example], *, keep: float, removal_number: int
     ) -> ShorteningReport:
-        """Store a prefix with only the slots it needs: see `ControlPrefix.shorten`."""
+        """Store a prefix with only the slots it needs: see `ControlPrefix.shorten`.
+
+        Args:
+            key, examples, keep: As there.
+            removal_number: Number of the last entry of the store's audit log from before the rows
+                were read.
+        """
         stored = self._store.for_model(self._frozen.fingerprint)
         current = stored.version_info(key)
         prefix = self._resolver.get(key, version=current.version).to(device=self._frozen.device)
@@ -262,9 +265,10 @@ class Trainer:
             details,
             replaces=current.version,
             dtype=current.storage_dtype,
+            sources=() if key.kind == "user" else {r.user for r in examples if r.user is not None},
             derived_from=VersionRef(self._frozen.fingerprint, current.version),
         )
-        (version,) = self._store.put([new])
+        (version,) = self._store.put([new], removal_number=removal_number)
         return replace(report, version=version)
 
     def _train_and_publish(
@@ -333,6 +337,7 @@ class Trainer:
                 **settings.to_dict(),
             }
         }
+        raise_if_stopped()
         report = replace(report, saved=self._publish(trained, details, preparation))
         if control.folder is not None and process_state().is_main_process:
             report.save(control.folder)

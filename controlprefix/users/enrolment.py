@@ -90,10 +90,7 @@ def enroll_each(
             try:
                 key = PrefixKey("user", user)
                 if key in earlier:
-                    raise TrainingDataError(
-                        f"user {user!r} comes twice, and is enrolled from the first texts; give "
-                        "all texts of a user together"
-                    )
+                    raise TrainingDataError(comes_twice(user))
                 report.users[user] = enroll(user, own)
                 earlier.add(key)
             except ForgottenError as error:
@@ -106,6 +103,14 @@ def enroll_each(
             update(len(report.users) + len(report.failed), note)
     seconds = time.monotonic() - started
     return EnrolmentReport(report.users, report.failed, seconds=seconds)
+
+
+def comes_twice(user: str) -> str:
+    """Why a user's second texts are not used."""
+    return (
+        f"user {user!r} comes twice, and only the first texts are used; give all texts of a user "
+        "together"
+    )
 
 
 def prefix_from_texts(frozen: FrozenModel, texts: Sequence[str], num_slots: int) -> Prefix:

@@ -12,6 +12,7 @@ from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.processes import in_first_process, process_state
 from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser
 from controlprefix.training.control import RunControl, run_destination
+from controlprefix.training.preparation import check_num_slots
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
@@ -93,6 +94,9 @@ class UserTrainer:
         self._store.require_writable([key])
         removal_number = self._store.last_removal_number()
         _refuse(options, _NOT_FOR_DECODERS, "a decoder")
+        self._check_num_slots(num_slots)
+        if width < 1:
+            raise TrainingDataError(f"width is {width}; it must be 1 or more")
         settings = TrainingSettings.from_options({"batch_size": 16, **options})
         destination = run_destination(self._store, self._frozen)
         # Read before any process stores something.
@@ -145,6 +149,7 @@ class UserTrainer:
         concurrent_users: int,
         control: RunControl,
         options: Mapping[str, Any],
+        removal_number: int | None = None,
         extras: Callable[[str], dict[str, Any]] = lambda user: {},
     ) -> UsersReport:
         """Train and store users: see `ControlPrefix.train_users`.
@@ -155,6 +160,7 @@ class UserTrainer:
                 `ControlPrefix.train_users`.
             control: Where the run is recorded.
             options: Fields of `TrainingSettings`.
+            removal_number: As in `enroll`.
             extras: Per user, further fields of the `NewVersion`.
         """
         if process_state().num_processes > 1:
@@ -162,6 +168,7 @@ class UserTrainer:
                 "each process would train all users; run one, or share them among the actors of a "
                 "Ray cluster (`controlprefix users train --ray`)"
             )
+        self._check_num_slots(num_slots)
         _refuse(options, _NOT_FOR_USERS, "users")
         watchers = [name for name in _NOT_FOR_RUNS_OF_USERS if getattr(control, name) is not None]
         _refuse(watchers, _NOT_FOR_RUNS_OF_USERS, "users")
@@ -175,7 +182,8 @@ class UserTrainer:
             defaults["learning_rate"] = rate
         settings = TrainingSettings.from_options({**defaults, **options})
         self._store.require_writable(())
-        removal_number = self._store.last_removal_number()
+        if removal_number is None:
+            removal_number = self._store.last_removal_number()
         if texts is None:
             texts = {user: self._store.user_texts(user) for user in self._store.users_with_texts()}
             if not texts:
@@ -192,8 +200,8 @@ class UserTrainer:
                     **settings.to_dict(),
                 }
             }
-            own = {"removal_number": removal_number, **extras(user)}
-            return self._put(user, value, details, **own)
+            own = extras(user)
+            return self._put(user, value, details, removal_number=removal_number, **own)
 
         return train_users(
             self._frozen,
@@ -239,7 +247,6 @@ class UserTrainer:
         if options.keep_profile:
             extras["profile"] = profile_of(texts)
         if options.refine:
-            extras["removal_number"] = removal_number  # from before the texts were read
             report = self.train_users(
                 {user: texts},
                 num_slots=min(options.num_slots, _MAX_REFINED_SLOTS),
@@ -248,6 +255,7 @@ class UserTrainer:
                 concurrent_users=1,
                 control=RunControl(progress=False),
                 options={},
+                removal_number=removal_number,
                 extras=lambda user: extras,
             )
             if user in report.failed:
@@ -322,6 +330,9 @@ class UserTrainer:
         """
         profile = profile_of(usable_texts("", texts))
         return self._store.similar_users(profile.embedder, profile.values, limit=limit)
+
+    def _check_num_slots(self, num_slots: int) -> None:
+        check_num_slots(num_slots, self._frozen.request_tokenizer.context_length)
 
     def _put(
         self,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from controlprefix._io import progress_bar
-from controlprefix.cancellation import delayed_interrupt
+from controlprefix.cancellation import delayed_interrupt, raise_if_stopped
 from controlprefix.errors import (
     ControlPrefixError,
     ForgottenError,
@@ -36,6 +36,7 @@ from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.run import TrainingRun
 from controlprefix.training.settings import TrainingSettings
+from controlprefix.users.enrolment import comes_twice
 
 _MAX_ROW_TOKENS = 256  # length of the rows that longer texts are cut into
 _MAX_TEXTS = 1000  # per user; of more, a random sample is used
@@ -118,10 +119,7 @@ def train_users(
             try:
                 key = PrefixKey("user", user)
                 if key in admitted:
-                    raise TrainingDataError(
-                        f"user {user!r} comes twice, and is trained on the first texts; "
-                        "give all texts of a user together"
-                    )
+                    raise TrainingDataError(comes_twice(user))
                 usable, rows = user_rows(frozen, user, user_texts, settings.seed)
                 training, held_out = split_user_rows(rows, settings)
                 run = TrainingRun(
@@ -131,7 +129,7 @@ def train_users(
                 report.failed[user] = str(error)
                 return True
             admitted.add(key)
-            version = finished.get(run.identity)
+            version = finished.get(_identity(run, settings))
             if version is not None and is_stored(key, version):
                 skipped.append(user)
             else:
@@ -159,7 +157,8 @@ def train_users(
                     if reason is None:
                         report.users[user.name] = own = _publish(user, publish)
                         if folder is not None:
-                            _record_finished(folder, user, destination, own)
+                            identity = _identity(user.run, settings)
+                            _record_finished(folder, user.name, identity, destination, own)
                 except (PrefixFormatError, ForgottenError) as error:
                     # Values too large for the model's dtype, or nobody to store them for.
                     reason = str(error)
@@ -167,7 +166,7 @@ def train_users(
                     report.failed[user.name] = reason
                 note = f"{len(report.failed)} failed" if report.failed else ""
                 update(len(report.users) + len(report.failed) + len(skipped), note)
-            if is_interrupted() and active:
+            if is_interrupted() and (active or next(waiting, None) is not None):
                 raise TrainingInterrupted(_stopped(len(report.users), total, folder))
     return replace(report, skipped=tuple(skipped), seconds=time.monotonic() - started)
 
@@ -266,10 +265,11 @@ def _stopped(num_stored: int, total: int | None, folder: Path | None) -> str:
     message = f"stopped: {users} are stored"
     if folder is None:
         return message
-    return f"{message}; they are recorded in {folder}, resume continues with the others"
+    return f"{message} and recorded in {folder}; resume=True (--resume) continues with the others"
 
 
 def _publish(user: _ActiveUser, publish: Publish) -> TrainingReport:
+    raise_if_stopped()
     run = user.run
     run.progress.seconds = time.monotonic() - user.started
     report = run.report()
@@ -277,6 +277,11 @@ def _publish(user: _ActiveUser, publish: Publish) -> TrainingReport:
     ((key, value),) = run.prefixes.stored_values().items()
     version = publish(user.name, value, report)
     return replace(report, saved={str(key): version})
+
+
+def _identity(run: TrainingRun, settings: TrainingSettings) -> str:
+    """Texts and settings of a user's run, and how long it may be."""
+    return f"{run.identity} {settings.steps} {settings.epochs} {settings.patience}"
 
 
 def _read_finished(folder: Path, destination: str) -> dict[str, int]:
@@ -294,11 +299,11 @@ def _read_finished(folder: Path, destination: str) -> dict[str, int]:
 
 
 def _record_finished(
-    folder: Path, user: _ActiveUser, destination: str, report: TrainingReport
+    folder: Path, user: str, identity: str, destination: str, report: TrainingReport
 ) -> None:
     (version,) = report.saved.values()
-    record = {"identity": user.run.identity, "destination": destination, "version": version}
-    line = json.dumps({"user": user.name, **record})
+    record = {"identity": identity, "destination": destination, "version": version}
+    line = json.dumps({"user": user, **record})
     try:
         with (folder / _FINISHED_FILE).open("a", encoding="utf-8") as file:
             file.write(line + "\n")

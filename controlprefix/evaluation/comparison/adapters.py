@@ -29,7 +29,7 @@ _MEMORY = "controlprefix_prefix_memory"  # name of its attention function in tra
 class AdapterMethod(Method):
     """Adapters of one kind: one for all rows, or one per label.
 
-    A kind overrides `adapted`.
+    A kind overrides `add_adapter`.
     """
 
     is_mixed = False
@@ -38,8 +38,8 @@ class AdapterMethod(Method):
         super().__init__(problem)
         self.models: dict[str | None, nn.Module] = {}
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
-        """A copy of the model with an untrained adapter, whose parameters alone take gradients."""
+    def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
+        """Add an untrained adapter to a model, in place; only its parameters take gradients."""
         raise NotImplementedError
 
     @property
@@ -67,7 +67,7 @@ class AdapterMethod(Method):
                 if label in (None, problem.label(row))
             ]
             torch.manual_seed(seed)
-            model = self.adapted(copy.deepcopy(problem.frozen.model), rows)
+            model = self.add_adapter(copy.deepcopy(problem.frozen.model), rows)
             with self.costs.watched():
                 adapter_training.train(
                     model,
@@ -139,7 +139,7 @@ class BottleneckAdapter(SwitchedAdapter):
 
     rates: Sequence[float] = (3e-4, 1e-3, 3e-3)
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
+    def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         adapters = nn.ModuleList()
         size = self.problem.frozen.model.config.get_text_config().hidden_size
         for path in self.problem.frozen.steering.attention_paths:
@@ -191,7 +191,7 @@ class PrefixMemory(SwitchedAdapter):
             return "it is added to the attention of decoders with attn_implementation='sdpa'"
         return None
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
+    def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         shapes = self.problem.frozen.geometry.decoder
         paths = self.problem.frozen.steering.attention_paths
         for path, shape in zip(paths, shapes, strict=True):
@@ -229,7 +229,7 @@ class FullFineTuning(AdapterMethod):
 
     rates: Sequence[float] = (1e-5, 3e-5, 1e-4)
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
+    def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         return model.float().requires_grad_(True)
 
     def required_bytes(self) -> int:  # weights, gradients and AdamW's two averages
@@ -250,7 +250,7 @@ class BitFit(AdapterMethod):
         names = [name for name, _ in self.problem.frozen.model.named_parameters()]
         return None if any(n.endswith("bias") for n in names) else "the model has no biases"
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
+    def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         # In float32, as other adapters are trained: small steps round to nothing in bfloat16.
         model = model.float()
         for name, parameter in model.named_parameters():

@@ -50,7 +50,7 @@ class PeftKind:
     from_text: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def adapted(
+    def add_adapter(
         self,
         frozen: FrozenModel,
         model: nn.Module,
@@ -110,8 +110,8 @@ class PeftMethod(AdapterMethod):
         self.kind = kind
         self.rates = kind.rates
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
-        return self.kind.adapted(self.problem.frozen, model, rows, self.problem.num_slots)
+    def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
+        return self.kind.add_adapter(self.problem.frozen, model, rows, self.problem.num_slots)
 
     @contextlib.contextmanager
     def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
@@ -165,9 +165,9 @@ class PrefixThenLora(_HalfOfTheSteps):
         self.num_parameters += prefix.num_parameters
         self.num_stored += prefix.num_stored
 
-    def adapted(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
+    def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         frozen = FrozenModel(model, self.problem.frozen.tokenizer)  # type: ignore[arg-type]
-        return _Steered(super().adapted(model, rows), frozen, self.prefix)
+        return _Steered(super().add_adapter(model, rows), frozen, self.prefix)
 
     @contextlib.contextmanager
     def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:

@@ -72,7 +72,7 @@ async def enroll_user(
         texts = body.texts if body.keep_texts else []
         options = body.job_options()
         return await accepted("train_user", user, options, response, client, server, texts=texts)
-    fields = body.model_dump(exclude={"train"})
+    fields = body.model_dump(exclude={"train"}, exclude_none=True)
     disconnect_task = asyncio.create_task(disconnection(request))
     try:
         version = await server.enroll(client, user, fields, disconnect_task)
