@@ -14,10 +14,10 @@ from comparison import example, held_out
 
 from controlprefix.evaluation.comparison.measures import distinct_requests, texts_of
 from controlprefix.evaluation.comparison.methods import (
+    ComparisonSetup,
     ControlPrefixMethod,
     Instruction,
     Method,
-    Problem,
     prompt_text,
 )
 from controlprefix.model import FrozenModel
@@ -48,7 +48,7 @@ def texts_of_task(options: argparse.Namespace, frozen: FrozenModel, name: str) -
         test += [row for row in data.test if label in (None, row.label)][:per_label]
     instruction = data.instruction(Row("", label="{labels}")).strip()
     examples = [example(data, row) for row in data.train]
-    problem = Problem(
+    setup = ComparisonSetup(
         frozen,
         examples,
         held_out(data, data.dev, 1),
@@ -58,10 +58,10 @@ def texts_of_task(options: argparse.Namespace, frozen: FrozenModel, name: str) -
         num_slots=options.num_slots,
         max_new_tokens=options.new_tokens,
     )
-    requests = distinct_requests(problem.test)
+    requests = distinct_requests(setup.test)
     methods: dict[str, Method] = {
-        "instruction": Instruction(problem),
-        "prefix": ControlPrefixMethod(problem),
+        "instruction": Instruction(setup),
+        "prefix": ControlPrefixMethod(setup),
     }
     written = {}
     for method_name, method in methods.items():
@@ -71,7 +71,7 @@ def texts_of_task(options: argparse.Namespace, frozen: FrozenModel, name: str) -
     rows = [
         {
             "prompt": prompt_text(request),
-            "label": problem.label(request),
+            "label": setup.label(request),
             "person": request.completion if request.prompt else None,
             "texts": {method_name: own[i] for method_name, own in written.items()},
         }

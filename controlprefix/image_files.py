@@ -17,7 +17,7 @@ MAX_PIXELS = 100_000_000
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "PPM")
 
 
-def opened(contents: Sequence[bytes]) -> Iterator["Image"]:
+def open_images(contents: Sequence[bytes]) -> Iterator["Image"]:
     """The images in files, in RGB, one after another.
 
     Args:

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 
-def is_first_process() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the first one, which prints; needs no package."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
@@ -40,7 +40,7 @@ def process_state() -> "PartialState":
     return state
 
 
-def in_first_process(action: Callable[[], Result]) -> Result:
+def in_main_process(action: Callable[[], Result]) -> Result:
     """Run an action in the first of the processes that accelerate started.
 
     Args:

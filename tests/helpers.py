@@ -26,7 +26,7 @@ import models
 from models import build, byte_tokenizer
 
 if TYPE_CHECKING:  # not where vLLM is tested
-    from controlprefix.evaluation.comparison.methods import Problem
+    from controlprefix.evaluation.comparison.methods import ComparisonSetup
 
 # A random model responds less to its slots than a trained one, so the learning rate is high.
 QUICK: dict[str, Any] = {
@@ -81,11 +81,11 @@ def stocked(cp: ControlPrefix) -> ControlPrefix:
     return cp
 
 
-def problem(cp: ControlPrefix, rows: list[Example]) -> "Problem":
-    """A problem of a comparison, with two validation rows."""
-    from controlprefix.evaluation.comparison.methods import Problem
+def comparison_setup(cp: ControlPrefix, rows: list[Example]) -> "ComparisonSetup":
+    """The setup of a comparison, with two validation rows."""
+    from controlprefix.evaluation.comparison.methods import ComparisonSetup
 
-    return Problem(cp.frozen_model, rows[:12], rows[12:14], rows[14:], steps=2, num_slots=2)
+    return ComparisonSetup(cp.frozen_model, rows[:12], rows[12:14], rows[14:], steps=2, num_slots=2)
 
 
 def nats_per_token(cp: ControlPrefix, examples: Sequence[Example]) -> float:

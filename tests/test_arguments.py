@@ -16,7 +16,7 @@ from controlprefix import (
     RequestError,
     UnknownNameError,
 )
-from controlprefix.engine.arguments import checks_own_arguments
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.evaluation import evaluate_users
 from controlprefix.store import PrefixStore
 
@@ -127,7 +127,7 @@ def test_the_name_of_a_file_is_no_text_of_a_user(cp: ControlPrefix, tmp_path: Pa
 def test_arrays_and_sets_are_lists(cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
 
-    @checks_own_arguments
+    @checks_arguments
     def checked(prompts: Sequence[str], weights: Sequence[float] = ()) -> None:
         taken.append((prompts, weights))
 

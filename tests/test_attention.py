@@ -19,7 +19,7 @@ from transformers import (
 from controlprefix import Part, Prefix, assemble
 from controlprefix.model import attention as attention_module
 from controlprefix.model import prefill_kernel
-from controlprefix.model.decode_kernel import _MIN_SEGMENTED_VALUES
+from controlprefix.model.decode_kernel import _MIN_SEGMENTED_ELEMENTS
 from controlprefix.model.steering import Steering
 
 import models
@@ -33,7 +33,7 @@ LENGTHS = (9, 5, 7, 2)  # tokens of the rows of a mixed batch
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of decoding, whatever the size at which one takes over from the other."""
     monkeypatch.setitem(
-        _MIN_SEGMENTED_VALUES, models.DEVICE, {"joined": 1 << 62, "apart": 0}[request.param]
+        _MIN_SEGMENTED_ELEMENTS, models.DEVICE, {"joined": 1 << 62, "apart": 0}[request.param]
     )
     return request.param
 

@@ -29,12 +29,12 @@ from controlprefix.evaluation.comparison import (
     method_runner,
 )
 from controlprefix.evaluation.comparison.adapters import PrefixMemory
-from controlprefix.evaluation.comparison.methods import ControlPrefixMethod, Method, Problem
+from controlprefix.evaluation.comparison.methods import ComparisonSetup, ControlPrefixMethod, Method
 from controlprefix.inference import relevance, unseen_labels
 from controlprefix.inference.unseen_labels import NearestLabels
 from controlprefix.model.probing import probe
 
-from helpers import engine, greetings, nats_per_token, problem, tokens
+from helpers import comparison_setup, engine, greetings, nats_per_token, tokens
 
 SETTINGS: dict[str, Any] = {
     "steps": 2,
@@ -114,7 +114,7 @@ def test_losses_are_those_of_the_library(name: str) -> None:
     cp = engine(name)
     rows = greetings(8)
     plain = [row.model_copy(update={"task": None, "attributes": {}}) for row in rows]
-    split = problem(cp, rows)
+    split = comparison_setup(cp, rows)
     from controlprefix.evaluation.comparison.measures import nats_per_token as measured
 
     assert measured(Method(split), rows) == pytest.approx(nats_per_token(cp, plain), abs=1e-5)
@@ -127,7 +127,7 @@ def test_losses_are_those_of_the_library(name: str) -> None:
 
 def test_prefix_memory_adds_a_product_with_the_query() -> None:
     cp = engine("gpt2")  # whose queries have no rotation
-    method = PrefixMemory(problem(cp, greetings(8)))
+    method = PrefixMemory(comparison_setup(cp, greetings(8)))
     model: Any = method.add_adapter(copy.deepcopy(cp.model), [])
     layer, outputs = model.transformer.h[0].attn, []
     layer.c_attn.register_forward_hook(lambda _, inputs, output: outputs.append(output))
@@ -193,7 +193,9 @@ def test_rows_with_numbers_and_mixtures_as_labels_are_those_of_the_library(tmp_p
         Example(prompt=f"Write {n}", completion="word " * n, task="t", attributes={"words": str(n)})
         for n in range(1, 13)
     ]
-    own = Problem(engine().frozen_model, rows, rows, rows, steps=4, batch_size=6, num_slots=2)
+    own = ComparisonSetup(
+        engine().frozen_model, rows, rows, rows, steps=4, batch_size=6, num_slots=2
+    )
     method = ControlPrefixMethod(own)
     method.train(rate=0.01, seed=0)
     (expected,) = method.cp.score([rows[1]])  # between two numbers that were learned

@@ -16,7 +16,7 @@ from controlprefix.evaluation.comparison.measures import text_figures
 from controlprefix.evaluation.comparison.methods import Method
 from controlprefix.evaluation.simplification import sari
 
-from helpers import engine, greetings, problem
+from helpers import comparison_setup, engine, greetings
 
 
 def test_spectra_of_known_states(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +25,7 @@ def test_spectra_of_known_states(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [Example(prompt="", raw=True, completion="twelve letters")]
     for states, rank in ((torch.ones(10, 16), 0.1), (torch.eye(10, 16), 0.9)):
         monkeypatch.setattr(adapter_training, "completion_states", lambda *_, own=states: [own])
-        measured = measures.spectrum(Method(problem(cp, greetings(8))), texts)
+        measured = measures.spectrum(Method(comparison_setup(cp, greetings(8))), texts)
         assert measured is not None
         assert measured.rank == pytest.approx(rank)
         assert measured.gap(measured) == 0.0
@@ -102,8 +102,8 @@ def test_spectra_are_those_of_the_same_text_however_rows_are_batched() -> None:
         def group(self, row: Example) -> str | None:
             return str(len(row.completion) % 2)
 
-    together = measures.spectrum(Method(problem(cp, greetings(8))), texts)
-    apart = measures.spectrum(InTwoGroups(problem(cp, greetings(8))), texts)
+    together = measures.spectrum(Method(comparison_setup(cp, greetings(8))), texts)
+    apart = measures.spectrum(InTwoGroups(comparison_setup(cp, greetings(8))), texts)
     assert together is not None
     assert apart is not None
     assert len({len(own) for own in together.cumulated}) == 4

@@ -13,7 +13,7 @@ from PIL import Image
 
 from controlprefix import RequestError, TrainingDataError
 from controlprefix.data import as_examples
-from controlprefix.image_files import opened
+from controlprefix.image_files import open_images
 from controlprefix.message import read_image
 
 from image_models import picture
@@ -49,11 +49,11 @@ def test_images_are_read_as_they_look() -> None:
         "CMYK": (read_image(Image.new("CMYK", (4, 4))), Image.new("RGB", (4, 4), "white")),
     }
     for name, (content, expected) in cases.items():
-        (image,) = opened([content])
+        (image,) = open_images([content])
         assert image.size == expected.size, name
         assert image.tobytes() == expected.tobytes(), name
     for mode in ("CMYK", "YCbCr", "HSV", "LAB", "F", "I", "LA", "PA", "RGBA", "1"):
-        (image,) = opened([read_image(Image.new(mode, (3, 2)))])
+        (image,) = open_images([read_image(Image.new(mode, (3, 2)))])
         assert (image.mode, image.size) == ("RGB", (3, 2))
 
 
@@ -68,7 +68,7 @@ def test_damaged_images_are_clear_errors(at: int, value: int, form: str) -> None
     for damaged in (bytes(content), bytes(content[: at % len(content)])):
         problem = ""
         try:
-            assert [image.mode for image in opened([damaged])] == ["RGB"]
+            assert [image.mode for image in open_images([damaged])] == ["RGB"]
         except RequestError as error:
             problem = str(error)
         assert not problem or "image 1 cannot be read" in problem or "pixels" in problem
@@ -79,7 +79,7 @@ def test_no_image_runs_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program ran"))
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     with pytest.raises(RequestError, match="none of the formats PNG"):
-        list(opened([eps]))
+        list(open_images([eps]))
 
 
 def test_images_of_a_file_of_rows_are_beside_it(tmp_path: Path) -> None:

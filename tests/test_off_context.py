@@ -11,7 +11,7 @@ from controlprefix import (
 from controlprefix.evaluation.comparison.methods import ControlPrefixMethod
 from controlprefix.training import off_context
 
-from helpers import QUICK, engine, greetings, nats_per_token, problem
+from helpers import QUICK, comparison_setup, engine, greetings, nats_per_token
 
 
 def test_off_context_rows_leave_the_model_as_it_is_elsewhere() -> None:
@@ -20,7 +20,7 @@ def test_off_context_rows_leave_the_model_as_it_is_elsewhere() -> None:
 
     def measured(share: float) -> tuple[float, float]:
         cp = engine()
-        split = problem(cp, rows)
+        split = comparison_setup(cp, rows)
         method = ControlPrefixMethod(split, labels=False)
         settings = {**QUICK, "steps": 30, "validation": 0, "off_context": share}
         method.cp.train(split.training, **settings)

@@ -243,7 +243,7 @@ def test_a_label_is_distilled_at_its_first_use_and_stored(monkeypatch: pytest.Mo
         return distill(self, instruction, *args, **options)
 
     monkeypatch.setattr(ControlPrefix, "distill", noted)
-    cp.distill_seconds = 0.0
+    cp.distill_timeout_s = 0.0
     request = Request(prompt="hi", attributes={"tone": "stern"}, unseen="distill", max_new_tokens=4)
     with ThreadPoolExecutor(3) as pool:
         texts = {completion.text for completion in pool.map(cp.generate, [request] * 3)}
@@ -254,7 +254,7 @@ def test_a_label_is_distilled_at_its_first_use_and_stored(monkeypatch: pytest.Mo
     labels = {"warm": {}, "stern": {"description": "Be strict."}}
     changed = AttributeSpace.model_validate({"attributes": {"tone": {"labels": labels}}})
     other = ControlPrefix(cp.frozen_model, cp.store, changed)
-    other.distill_seconds = 0.0
+    other.distill_timeout_s = 0.0
     other.generate(request)
     assert instructions[1:] == ["Be strict. Write accordingly."]
     assert len(cp.names("attribute")) == 2

@@ -196,7 +196,7 @@ def test_a_request_of_more_rows_than_the_batch_has_is_refused() -> None:
 def test_a_tenant_has_fewer_rows_while_another_is_active(
     monkeypatch: pytest.MonkeyPatch, active_seconds: float
 ) -> None:
-    monkeypatch.setattr(batcher_module, "_ACTIVE_SECONDS", active_seconds)
+    monkeypatch.setattr(batcher_module, "_ACTIVE_S", active_seconds)
     cp = ControlPrefix.from_pretrained(
         build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
     )

@@ -8,7 +8,7 @@ import numpy
 import torch
 
 from controlprefix import Example
-from controlprefix.evaluation.comparison.methods import Problem
+from controlprefix.evaluation.comparison.methods import ComparisonSetup
 from controlprefix.evaluation.comparison.peft_methods import LORA, PEFT_KINDS, PeftMethod
 
 from lib.attribute_baselines import Method
@@ -17,10 +17,10 @@ from lib.attribute_studies import BATCH_SIZE, Combination, attributes_of, parts_
 PARTS = "part"  # the attribute whose labels are such as `topic=sports`
 
 
-class _OnePerPart(Problem):
+class _OnePerPart(ComparisonSetup):
     """The rows of a study, with an adapter for each label of each attribute."""
 
-    few_labels = PARTS  # however many
+    label_attribute = PARTS  # however many
 
 
 class AdapterPerLabel(Method):
@@ -39,7 +39,7 @@ class AdapterPerLabel(Method):
             )
             for row in self.study.rows
         ]
-        problem = _OnePerPart(
+        setup = _OnePerPart(
             self.study.frozen,
             rows,
             (),
@@ -49,7 +49,7 @@ class AdapterPerLabel(Method):
             num_slots=self.options.num_slots,
         )
         kind = {**PEFT_KINDS, "PEFT LoRA r8": LORA}[self.adapter]
-        self.method = PeftMethod(problem, kind=kind)
+        self.method = PeftMethod(setup, kind=kind)
         self.method.train(rate=self.learning_rate, seed=self.seed)
         self.adapters: dict[Any, Any] = dict(self.method.models)
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from controlprefix import __version__
 from controlprefix.prefixes.key import Kind
-from controlprefix.processes import is_first_process
+from controlprefix.processes import is_main_process
 
 app = typer.Typer(
     name="controlprefix",
@@ -45,7 +45,7 @@ out = Console(
     markup=False,
     emoji=False,
     width=None if sys.stdout.isatty() else 110,
-    quiet=not is_first_process(),  # the others have the same to say
+    quiet=not is_main_process(),  # the others have the same to say
 )
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 

@@ -11,7 +11,7 @@ import typer
 
 from controlprefix.cli.common import err, out
 from controlprefix.errors import RequestError, TrainingInterrupted, known_names
-from controlprefix.processes import is_first_process
+from controlprefix.processes import is_main_process
 
 if TYPE_CHECKING:
     from controlprefix.training import TrainingReport
@@ -59,7 +59,7 @@ class UsersRunArguments:
         Raises:
             RequestError: If there is no run to resume.
         """
-        from controlprefix.processes import in_first_process
+        from controlprefix.processes import in_main_process
 
         about = {"command": command, "data": str(data.resolve())}
 
@@ -71,14 +71,14 @@ class UsersRunArguments:
                 _record(folder, about)
             return folder, is_new
 
-        folder, is_new = in_first_process(begin)
+        folder, is_new = in_main_process(begin)
         try:
             with exit_when_interrupted():
                 yield {"folder": folder, **self.options()}
-            if not self.resume and is_first_process():
+            if not self.resume and is_main_process():
                 _record(folder, about)
         finally:
-            if is_first_process():  # without the others, which may have ended
+            if is_main_process():  # without the others, which may have ended
                 _clean_up(folder, is_new)
 
     def _default_folder(self, data: Path, about: dict[str, str]) -> Path:

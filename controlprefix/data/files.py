@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from controlprefix._io import requires_extra
-from controlprefix.data.messages import with_images_beside
+from controlprefix.data.messages import resolve_image_paths
 from controlprefix.errors import TrainingDataError
 
 STDIN = "-"
@@ -66,7 +66,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """
     folder = Path(path).parent
     for record in _records(path):
-        yield record._replace(fields=with_images_beside(record.fields, folder))
+        yield record._replace(fields=resolve_image_paths(record.fields, folder))
 
 
 def _records(path: str | Path) -> Iterator[Record]:

@@ -9,8 +9,8 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _IMAGE_FIELDS = ("images", "image_url", "url")
 
 
-def with_images_beside(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A row of a file with the paths of images that are relative to the file."""
+def resolve_image_paths(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A row whose relative image paths name files of a folder, where there is such a file."""
 
     def placed(value: Any) -> Any:
         if isinstance(value, str) and not value.startswith(("data:", "http:", "https:")):

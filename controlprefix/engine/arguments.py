@@ -19,7 +19,7 @@ _LISTS = {int: "a list of ints", float: "a list of numbers", str: "a list of tex
 _ITEMS = {Sequence[int]: int, Sequence[float]: float, Sequence[str]: str}  # of sequences
 
 
-def checks_arguments(cls: Class) -> Class:
+def checks_method_arguments(cls: Class) -> Class:
     """Let the public methods of a class check their plain arguments.
 
     Plain are those whose annotation has nothing but `int`, `float`, `str`, `bool`, `Path`, None,
@@ -27,12 +27,12 @@ def checks_arguments(cls: Class) -> Class:
     """
     for name, method in list(vars(cls).items()):
         if inspect.isfunction(method) and not name.startswith("_"):
-            setattr(cls, name, checks_own_arguments(method))
+            setattr(cls, name, checks_arguments(method))
     return cls
 
 
-def checks_own_arguments(method: Function) -> Function:
-    """Let a function check its plain arguments, as `checks_arguments` does methods."""
+def checks_arguments(method: Function) -> Function:
+    """Let a function check its plain arguments, as `checks_method_arguments` does methods."""
     signature = inspect.signature(method)
     choices = _plain_choices(signature)
 

@@ -26,7 +26,7 @@ class ControlPrefix(OnDemandMethods, UserMethods):
 
     Attributes:
         store: As given.
-        distill_seconds: Approximate time limit of `unseen="distill"` per label, in seconds (60).
+        distill_timeout_s: Approximate time limit of `unseen="distill"` per label, in seconds (60).
     """
 
     @classmethod

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 from controlprefix.data import Columns, Rows, as_preferences, as_requests
-from controlprefix.engine.arguments import checks_arguments
+from controlprefix.engine.arguments import checks_method_arguments
 from controlprefix.engine.training import TrainingMethods
 from controlprefix.errors import TrainingDataError
 from controlprefix.example import Example, Preference
@@ -24,7 +24,7 @@ from controlprefix.training import (
 from controlprefix.training.ordinal_labels import interpolated
 
 
-@checks_arguments
+@checks_method_arguments
 class FeedbackMethods(TrainingMethods):
     """Train prefixes on rewards and on preferences."""
 

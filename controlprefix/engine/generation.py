@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 from controlprefix._io import requires_extra
 from controlprefix.completion import Completion, Score
 from controlprefix.data import Columns, Rows, as_examples
-from controlprefix.engine.arguments import checks_arguments
+from controlprefix.engine.arguments import checks_method_arguments
 from controlprefix.engine.components import Components
 from controlprefix.errors import RequestError
 from controlprefix.inference.batcher import Batcher
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from controlprefix.vllm.runner import VllmRunner
 
 
-@checks_arguments
+@checks_method_arguments
 class GenerationMethods(Components):
     """Requests -> texts, scores, or a steered model."""
 

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from controlprefix.engine.arguments import checks_arguments
+from controlprefix.engine.arguments import checks_method_arguments
 from controlprefix.engine.feedback import FeedbackMethods
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
@@ -20,15 +20,15 @@ _PASSES_PER_STEP = 4.0  # duration of a training step, in passes without gradien
 _lock = threading.Lock()  # one label at a time in a process: training takes all of a machine
 
 
-@checks_arguments
+@checks_method_arguments
 class OnDemandMethods(FeedbackMethods):
     """What `unseen="distill"` does.
 
     Attributes:
-        distill_seconds: Approximate time limit per label, in seconds.
+        distill_timeout_s: Approximate time limit per label, in seconds.
     """
 
-    distill_seconds: float = 60.0
+    distill_timeout_s: float = 60.0
 
     def _use_resolver(self, resolver: Resolver) -> None:
         super()._use_resolver(resolver)
@@ -44,7 +44,7 @@ class OnDemandMethods(FeedbackMethods):
         with _lock:
             if self._model_store.exists(key):
                 return
-            deadline = time.monotonic() + self.distill_seconds
+            deadline = time.monotonic() + self.distill_timeout_s
             bare = type(self)(self._frozen, self.store)  # a space does not have such labels
             instruction = f"{description} Write accordingly."
             prompts = [_PROMPTS[i % len(_PROMPTS)] for i in range(_NUM_ROWS)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from controlprefix.engine.arguments import checks_arguments
+from controlprefix.engine.arguments import checks_method_arguments
 from controlprefix.engine.components import Components
 from controlprefix.errors import RequestError
 from controlprefix.inference.relevance import LearnedRelevance, learn_relevance
@@ -13,7 +13,7 @@ from controlprefix.prefixes import Kind, Prefix, PrefixKey, StorageDtype
 from controlprefix.store import NewVersion, VersionInfo, VersionRef
 
 
-@checks_arguments
+@checks_method_arguments
 class PrefixMethods(Components):
     """Names -> stored prefixes and their versions."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from controlprefix.engine.arguments import checks_arguments
+from controlprefix.engine.arguments import checks_method_arguments
 from controlprefix.engine.prefixes import PrefixMethods
 from controlprefix.errors import (
     GeometryMismatchError,
@@ -33,7 +33,7 @@ from controlprefix.store import NewVersion
 _log = logging.getLogger("controlprefix")
 
 
-@checks_arguments
+@checks_method_arguments
 class SharingMethods(PrefixMethods):
     """Folders, the Hub and checkpoints of other libraries <-> prefixes."""
 

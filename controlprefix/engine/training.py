@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, Unpack
 
 from controlprefix.data import Columns, Rows, as_examples
-from controlprefix.engine.arguments import checks_arguments
+from controlprefix.engine.arguments import checks_method_arguments
 from controlprefix.engine.generation import GenerationMethods
 from controlprefix.errors import ContextLengthError, TrainingDataError
 from controlprefix.example import Example, Preference
@@ -34,7 +34,7 @@ _NOT_FOR_SWEEPS = RunOptions.__annotations__.keys() - {"progress"}
 Row = TypeVar("Row", Example, Preference)
 
 
-@checks_arguments
+@checks_method_arguments
 class TrainingMethods(GenerationMethods):
     """Examples -> new versions of prefixes."""
 

@@ -6,7 +6,7 @@ from typing import Unpack
 
 from controlprefix.data import Columns, Rows, UserTexts, as_texts, read_texts_by_user, read_users
 from controlprefix.embeddings import DEFAULT_EMBEDDER
-from controlprefix.engine.arguments import checks_arguments
+from controlprefix.engine.arguments import checks_method_arguments
 from controlprefix.engine.sharing import SharingMethods
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.store import SimilarUser
@@ -22,7 +22,7 @@ from controlprefix.users import (
 from controlprefix.users.enrolment import EnrolmentOptions
 
 
-@checks_arguments
+@checks_method_arguments
 class UserMethods(SharingMethods):
     """Texts of users -> their prefixes."""
 

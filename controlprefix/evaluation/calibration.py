@@ -7,7 +7,7 @@ from typing import Any
 
 from controlprefix._io import progress_bar, requires_extra
 from controlprefix.engine import ControlPrefix
-from controlprefix.engine.arguments import checks_own_arguments
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.harness import base_model_nll
@@ -50,7 +50,7 @@ class Calibration:
     plain_deviation: float
 
 
-@checks_own_arguments
+@checks_arguments
 def strength_curve(
     cp: ControlPrefix,
     request: Request,
@@ -140,7 +140,7 @@ def strength_curve(
     return tuple(points)
 
 
-@checks_own_arguments
+@checks_arguments
 def calibrate(
     cp: ControlPrefix,
     request: Request,

@@ -15,7 +15,7 @@ from controlprefix._io import atomic_path, requires_extra
 from controlprefix.attributes.ordinal import is_ordinal
 from controlprefix.data import Rows, as_examples
 from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
-from controlprefix.engine.arguments import checks_own_arguments
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.errors import (
     ControlPrefixError,
     RequestError,
@@ -215,7 +215,7 @@ def check_labelled_texts(
     return names
 
 
-@checks_own_arguments
+@checks_arguments
 def pseudo_label(
     examples: Rows,
     *,

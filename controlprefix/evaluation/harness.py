@@ -11,7 +11,7 @@ from typing import Any
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.embeddings import embed
 from controlprefix.engine import ControlPrefix
-from controlprefix.engine.arguments import checks_own_arguments
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.errors import RequestError, TrainingDataError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.metrics import (
@@ -40,7 +40,7 @@ _MAX_NAMED_ROWS = 1000  # whose prefixes it names
 STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-@checks_own_arguments
+@checks_arguments
 def evaluate(
     cp: ControlPrefix,
     rows: Rows,

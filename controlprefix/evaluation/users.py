@@ -12,7 +12,7 @@ import torch
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.data.tables import is_missing
 from controlprefix.engine import ControlPrefix
-from controlprefix.engine.arguments import checks_own_arguments
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.errors import TrainingDataError
 from controlprefix.evaluation.harness import about_prefixes, describe_rows, resolvable
 from controlprefix.evaluation.metrics import Estimate, bootstrap_mean, wilson_proportion
@@ -54,7 +54,7 @@ class UserRows:
     others: Sequence[str]
 
 
-@checks_own_arguments
+@checks_arguments
 def evaluate_users(
     cp: ControlPrefix,
     rows: Rows,

@@ -32,7 +32,7 @@ _log = logging.getLogger("controlprefix")
 
 _GATHERING_S = 0.003  # without a further request, after which an idle batch begins
 _MAX_GATHERING_S = 0.05
-_ACTIVE_SECONDS = 60.0  # how long a tenant counts as active after a request
+_ACTIVE_S = 60.0  # how long a tenant counts as active after a request
 
 
 class BatchLimits(TypedDict, total=False):
@@ -343,7 +343,7 @@ class Batcher(ABC):
     def _free_rows(self, held: Mapping[str, int]) -> Mapping[str, int]:
         """Per tenant that waits, the rows that it may take beside those that tenants hold."""
         free = self._max_sequences - sum(held.values())
-        earliest = time.monotonic() - _ACTIVE_SECONDS
+        earliest = time.monotonic() - _ACTIVE_S
         self._submitted_at = {t: at for t, at in self._submitted_at.items() if at >= earliest}
         result = {}
         for tenant in self._waiting.tenants:

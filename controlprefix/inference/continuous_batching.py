@@ -106,8 +106,8 @@ class ContinuousBatcher(Batcher):
     def _prefill_chunk(self, prefill: Prefill, *, waits: bool) -> None:
         try:
             decodes = bool(self._first_rows) and not waits
-            decode_seconds = self._decode_seconds if decodes else None
-            with self._prefills.next_chunk(prefill, decode_seconds, waits=waits) as end:
+            decode_s = self._decode_seconds if decodes else None
+            with self._prefills.next_chunk(prefill, decode_s, waits=waits) as end:
                 if prefill.batch is None:
                     prefill.prepare(self._frozen)
                 assert prefill.batch is not None

@@ -19,10 +19,10 @@ from controlprefix.model.padding import pad_rows
 from controlprefix.prefixes import Part, PrefixBatch
 
 _MIN_TOKENS = 128  # minimum chunk size; a smaller one takes hardly less time
-_CHUNK_SECONDS = 0.1  # target duration of a chunk while others decode, at least a decode step's
+_CHUNK_S = 0.1  # target duration of a chunk while others decode, at least a decode step's
 _DECODE_STEPS = 4  # or that of so many, for prompts that fit one chunk of `max_tokens`
-_ALONE_SECONDS = 2.0  # the same while nothing is decoded, since others may come
-_WAITING_SECONDS = 1.0  # the same while what is decoded waits for more rows
+_ALONE_S = 2.0  # the same while nothing is decoded, since others may come
+_WAITING_S = 1.0  # the same while what is decoded waits for more rows
 _YIELD_INTERVAL = 4  # a tenant served more than all decoding tenants prefills every 4th step
 
 
@@ -267,23 +267,23 @@ class PrefillQueue:
 
     @contextlib.contextmanager
     def next_chunk(
-        self, prefill: Prefill, decode_seconds: float | None, *, waits: bool = False
+        self, prefill: Prefill, decode_s: float | None, *, waits: bool = False
     ) -> Iterator[int]:
         """Choose and measure the next chunk of a prefill: yields its end column.
 
         Args:
             prefill: The prefill.
-            decode_seconds: How long the last decode step took; None if nothing is decoded now.
+            decode_s: How long the last decode step took; None if nothing is decoded now.
             waits: Whether what is decoded waits for this.
         """
         tokens = self._max_tokens
         is_long = prefill.num_left > tokens  # others may come meanwhile
         if self._tokens_per_second is not None:
-            seconds = _WAITING_SECONDS if waits else _ALONE_SECONDS
-            if is_long or decode_seconds is not None:
+            seconds = _WAITING_S if waits else _ALONE_S
+            if is_long or decode_s is not None:
                 # Small chunks are slow on CPUs: what is soon done need not be cut into many.
                 steps = 1 if is_long else _DECODE_STEPS
-                seconds = max(_CHUNK_SECONDS, steps * (decode_seconds or 0.0))
+                seconds = max(_CHUNK_S, steps * (decode_s or 0.0))
             tokens = min(tokens, max(_MIN_TOKENS, int(self._tokens_per_second * seconds)))
         num_rows = prefill.num_distinct_rows
         end = min(prefill.length, prefill.num_done + max(1, tokens // num_rows))

@@ -37,7 +37,7 @@ from controlprefix.prefixes import PrefixKey
 from controlprefix.store import EncryptionKeys
 from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
 from controlprefix.users import EnrolmentReport, UsersReport
-from controlprefix.users.enrolment import EnrolmentOptions, comes_twice
+from controlprefix.users.enrolment import EnrolmentOptions, duplicate_user_message
 
 
 class RayCluster:
@@ -259,7 +259,7 @@ def _users(texts: Any, failed: dict[str, str]) -> Iterator[tuple[str, list[str] 
         with contextlib.suppress(ControlPrefixError):  # invalid names: reported where they are used
             key = PrefixKey("user", user)
             if key in earlier:
-                failed[user] = comes_twice(user)
+                failed[user] = duplicate_user_message(user)
                 continue
             earlier.add(key)
         # One text and none are told apart where they are used; others may be read only once.

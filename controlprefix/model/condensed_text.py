@@ -16,9 +16,9 @@ from controlprefix.model.text_prefix import prefix_from_tokens
 from controlprefix.prefixes import Part, Prefix, PrefixBatch
 from controlprefix.request import is_valid_unicode
 
-_MAX_REFERENCES = 16
+_MAX_QUERY_TEXTS = 16
 _CHAT_INTERVAL = 4  # every fourth query text is an answer in a chat
-_MIN_REFERENCE_TOKENS, _MAX_REFERENCE_TOKENS = 16, 96
+_MIN_QUERY_TEXT_TOKENS, _MAX_QUERY_TEXT_TOKENS = 16, 96
 _MAX_QUERIES = 24  # tokens per query text
 _PIECE_TOKENS = 64  # size of the pieces that a single text is cut into
 _MAX_PASS_TOKENS = 2048  # tokens that see each other
@@ -133,13 +133,13 @@ def _query_texts(
     if tokenizer.has_chat_template:
         with contextlib.suppress(RequestError):  # a template may want other messages
             prompts[-1] = tokenizer.prompt_ids(Example(prompt="Write a text.", completion="-"))
-    count = min(_MAX_REFERENCES, len(pieces))
+    count = min(_MAX_QUERY_TEXTS, len(pieces))
     query_texts = []
     for n in range(count):
         i, prompt = n * len(pieces) // count, prompts[n % len(prompts)]
-        room = _MAX_REFERENCE_TOKENS
+        room = _MAX_QUERY_TEXT_TOKENS
         if tokenizer.context_length is not None:
-            if len(prompt) + _MIN_REFERENCE_TOKENS > tokenizer.context_length:
+            if len(prompt) + _MIN_QUERY_TEXT_TOKENS > tokenizer.context_length:
                 prompt = start
             room = min(room, max(1, tokenizer.context_length - len(prompt)))
         query_texts.append(QueryText(prompt, pieces[i][:room], hidden=hidden[i]))

@@ -14,8 +14,8 @@ from controlprefix.prefixes import SlotBlock
 
 # From this many elements of keys in a one-token call, attending in segments is faster
 # than one call of torch's fused attention. Measured on CPUs and on an H200.
-_MIN_SEGMENTED_VALUES = {"cpu": 1 << 20}
-_MIN_SEGMENTED_VALUES_ELSEWHERE = 1 << 26
+_MIN_SEGMENTED_ELEMENTS = {"cpu": 1 << 20}
+_MIN_ELEMENTS_ELSEWHERE = 1 << 26
 # Without cuDNN's, which is compiled anew for each number of keys: 45 ms a token on an H200.
 _FUSED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -57,9 +57,9 @@ def decode(
     batch, num_heads, _, key_dim = query.shape
     _, num_kv_heads, num_keys, _ = key.shape
     num_slots = sum(block.keys[layer].shape[2] for block in blocks)
-    num_values = batch * num_kv_heads * (num_slots + num_keys) * key_dim
-    threshold = _MIN_SEGMENTED_VALUES.get(key.device.type, _MIN_SEGMENTED_VALUES_ELSEWHERE)
-    if num_values >= threshold:
+    num_key_elements = batch * num_kv_heads * (num_slots + num_keys) * key_dim
+    threshold = _MIN_SEGMENTED_ELEMENTS.get(key.device.type, _MIN_ELEMENTS_ELSEWHERE)
+    if num_key_elements >= threshold:
         bias = None if mask is None else token_bias(mask, blocks, batch, key)
         segments = [Segment(key, value, bias)]
         for block in blocks:

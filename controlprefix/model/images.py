@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from controlprefix.cancellation import raise_if_stopped
 from controlprefix.errors import RequestError
-from controlprefix.image_files import opened
+from controlprefix.image_files import open_images
 
 _TEXT_INPUTS = frozenset({"input_ids", "attention_mask"})
 # Inputs of models that attend to images in layers of their own, row by row.
@@ -98,7 +98,7 @@ class ImageReader:
         texts: list[str] = []
         marks: dict[str, frozenset[int]] = {}
         features: list[dict[str, Tensor]] = []
-        for image in opened(images):
+        for image in open_images(images):
             raise_if_stopped()
             inputs = self._processor(
                 text=self.placeholder,

@@ -25,7 +25,7 @@ from controlprefix.model.slot_attention import QueryText, observe
 from controlprefix.prefixes import Part, Prefix
 from controlprefix.request import Request
 
-_NUM_REFERENCES, _NUM_HELD_OUT = 12, 4
+_NUM_QUERY_TEXTS, _NUM_HELD_OUT = 12, 4
 _ANSWER_TOKENS = 24
 _CHECKED_MASS = 0.25
 _MAX_SHARE = 0.2  # accepted divergence, relative to that of leaving the strength at 1
@@ -69,7 +69,7 @@ class MassInKeys:
     def _query_texts(self) -> Sequence[QueryText]:
         """General prompts with the model's own answers."""
         tokenizer, model = self._frozen.request_tokenizer, self._frozen.model
-        texts = general_prompts(measuring=False)[: _NUM_REFERENCES + _NUM_HELD_OUT]
+        texts = general_prompts(measuring=False)[: _NUM_QUERY_TEXTS + _NUM_HELD_OUT]
         prompts = [tokenizer.prompt_ids(Request(prompt=text)) for text in texts]
         ids, mask = pad_rows(prompts, tokenizer.pad_id, left=True)
         with (
@@ -91,7 +91,7 @@ class MassInKeys:
     def _fitted(self, prefix: Prefix) -> list[Tensor]:
         """Per layer the changes of keys for a log-mass of 1, `(num_kv_heads, 1, key_dim)`."""
         placed = prefix.to(device=self._frozen.device, dtype=self._frozen.dtype)
-        observed = observe(self._frozen, placed, self._query_texts[:_NUM_REFERENCES])
+        observed = observe(self._frozen, placed, self._query_texts[:_NUM_QUERY_TEXTS])
         shifts = []
         for layer in observed["decoder"]:
             num_heads, num_queries, _ = layer.queries.shape
@@ -114,7 +114,7 @@ class MassInKeys:
         Returns:
             That of keys that hold the strength, and that of strength 1.
         """
-        rows = self._query_texts[_NUM_REFERENCES:]
+        rows = self._query_texts[_NUM_QUERY_TEXTS:]
         logits = []
         parts = (
             Part(prefix, _CHECKED_MASS),

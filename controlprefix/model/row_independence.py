@@ -24,7 +24,7 @@ _PROMPT, _NEIGHBOUR = (7, 11, 5, 9), (3, 8, 6, 4, 10, 5, 7, 12, 9, 6, 11)  # any
 _TOLERANCE = {torch.float32: 0.02, torch.float64: 0.02}  # of the largest logit; else for half
 _TOLERANCE_IN_HALF = 0.1
 _NUM_SLOTS = 4
-_CHECK = 1  # to be raised when the check changes, so that earlier results do not count
+_CHECK_VERSION = 1  # to be raised when the check changes, so that earlier results do not count
 # With these, some models of transformers take other paths.
 _KERNELS = ("causal_conv1d", "fla", "flash_attn", "kernels", "mamba_ssm")
 # Kinds of rotary scaling that depend on the longest row of a batch.
@@ -89,7 +89,7 @@ def check_rows(model: PreTrainedModel, *, use_cache: bool = False) -> RowIndepen
 def _padding_counts_once(model: PreTrainedModel) -> bool:
     """`_padding_counts`, with its result kept in the user's cache."""
     key = (
-        _CHECK,
+        _CHECK_VERSION,
         Steering.for_model(model).geometry.fingerprint,
         f"{type(model).__module__}.{type(model).__qualname__}",
         str(model.dtype),

@@ -68,7 +68,7 @@ class InitSpec:
         return cls("text", values)
 
 
-def make_slots(
+def initial_prefix(
     frozen: FrozenModel,
     key: PrefixKey,
     num_slots: int,
@@ -114,7 +114,7 @@ def make_slots(
         # The last rows choose the slots: a row attends above all to its own copy, which is at the
         # start of the text. A single row has no other to choose by.
         attending = rows[-_MAX_ATTENDING_ROWS:] if start or len(rows) > 1 else ()
-        prefix = slots_from_text(frozen, start or text, attending, num_slots)
+        prefix = prefix_from_training_text(frozen, start or text, attending, num_slots)
     return prefix if form == "joint" else as_decoupled(prefix)
 
 
@@ -129,7 +129,7 @@ def as_decoupled(prefix: Prefix) -> Prefix:
     return Prefix(prefix.geometry, slots, form="decoupled")
 
 
-def slots_from_text(
+def prefix_from_training_text(
     frozen: FrozenModel, text: str, rows: Sequence[TrainingRow], num_slots: int
 ) -> Prefix:
     """The keys and values of a text.

@@ -21,7 +21,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.images import followed_by
 from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
 from controlprefix.prefixes import Part, Prefix, PrefixKey
-from controlprefix.processes import in_first_process
+from controlprefix.processes import in_main_process
 from controlprefix.request import Request
 from controlprefix.training.objectives import (
     ContrastPair,
@@ -151,7 +151,7 @@ class PolicyObjective(Objective):
             return completions, rewards, rng.getstate()
 
         # Others might sample and score differently, and each trains on its share of the rows.
-        completions, rewards, state = in_first_process(sample)
+        completions, rewards, state = in_main_process(sample)
         rng.setstate(state)
         novelty = distinct_shares([tokens for tokens, _ in completions])
         totals = [

@@ -22,7 +22,7 @@ from controlprefix.training.initialization import (
     Initialization,
     Initializations,
     InitSpec,
-    make_slots,
+    initial_prefix,
     typical_scale,
 )
 from controlprefix.training.objectives import TrainingRow
@@ -240,7 +240,7 @@ def _initial_prefixes(
         row_ids = [i for i, row in enumerate(rows) if any(own == key for own, _ in row.learned)]
         random.Random(settings.seed).shuffle(row_ids)
         stored_prefix = initial_versions[key].value if key in initial_versions else None
-        initial[key] = make_slots(
+        initial[key] = initial_prefix(
             frozen,
             key,
             _num_slots_for(key.kind, num_slots_of(key), context_length),

@@ -14,7 +14,7 @@ from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.model.slot_attention import QueryText, observe
 from controlprefix.prefixes import Prefix, PrefixKey
-from controlprefix.processes import in_first_process, process_state
+from controlprefix.processes import in_main_process, process_state
 from controlprefix.store import NewVersion, PrefixStore, VersionRef
 from controlprefix.training.checkpoint import run_identity
 from controlprefix.training.control import RunControl, run_destination
@@ -307,7 +307,7 @@ class Trainer:
         if earlier is not None and earlier.is_same_run(done):
             keys = preparation.initial
             # By one process for all: it stores them if they are not there.
-            if in_first_process(lambda: stored.has_versions(earlier.saved, keys)):
+            if in_main_process(lambda: stored.has_versions(earlier.saved, keys)):
                 return earlier
         untrained = run.untrained() - objective.other_keys()
         if untrained:
@@ -384,7 +384,7 @@ class Trainer:
                 )
             )
         put = self._store.put_unless_forgotten
-        versions = in_first_process(lambda: put(new, preparation.removal_number))
+        versions = in_main_process(lambda: put(new, preparation.removal_number))
         return {str(key): version for key, version in versions.items()}
 
     def _rows_naming(self, key: PrefixKey, examples: Sequence[Example]) -> list[TrainingRow]:

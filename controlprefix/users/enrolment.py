@@ -90,7 +90,7 @@ def enroll_each(
             try:
                 key = PrefixKey("user", user)
                 if key in earlier:
-                    raise TrainingDataError(comes_twice(user))
+                    raise TrainingDataError(duplicate_user_message(user))
                 report.users[user] = enroll(user, own)
                 earlier.add(key)
             except ForgottenError as error:
@@ -105,7 +105,7 @@ def enroll_each(
     return EnrolmentReport(report.users, report.failed, seconds=seconds)
 
 
-def comes_twice(user: str) -> str:
+def duplicate_user_message(user: str) -> str:
     """Why a user's second texts are not used."""
     return (
         f"user {user!r} comes twice, and only the first texts are used; give all texts of a user "

@@ -9,7 +9,7 @@ from controlprefix.errors import ForgottenError, RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
-from controlprefix.processes import in_first_process, process_state
+from controlprefix.processes import in_main_process, process_state
 from controlprefix.store import ModelStore, NewVersion, PrefixStore, SimilarUser
 from controlprefix.training.control import RunControl, run_destination
 from controlprefix.training.preparation import check_num_slots
@@ -100,7 +100,7 @@ class UserTrainer:
         settings = TrainingSettings.from_options({"batch_size": 16, **options})
         destination = run_destination(self._store, self._frozen)
         # Read before any process stores something.
-        earlier = in_first_process(lambda: control.stored_report(destination))
+        earlier = in_main_process(lambda: control.stored_report(destination))
         decoder, codes, report = train_decoder(
             self._frozen,
             texts,
@@ -137,7 +137,7 @@ class UserTrainer:
                 done.save(control.folder)
             return version
 
-        return replace(report, version=in_first_process(publish))
+        return replace(report, version=in_main_process(publish))
 
     def train_users(
         self,

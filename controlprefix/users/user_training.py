@@ -36,7 +36,7 @@ from controlprefix.training.parameterization import TrainablePrefixes
 from controlprefix.training.report import TrainingReport
 from controlprefix.training.run import TrainingRun
 from controlprefix.training.settings import TrainingSettings
-from controlprefix.users.enrolment import comes_twice
+from controlprefix.users.enrolment import duplicate_user_message
 
 _MAX_ROW_TOKENS = 256  # length of the rows that longer texts are cut into
 _MAX_TEXTS = 1000  # per user; of more, a random sample is used
@@ -119,7 +119,7 @@ def train_users(
             try:
                 key = PrefixKey("user", user)
                 if key in admitted:
-                    raise TrainingDataError(comes_twice(user))
+                    raise TrainingDataError(duplicate_user_message(user))
                 usable, rows = user_rows(frozen, user, user_texts, settings.seed)
                 training, held_out = split_user_rows(rows, settings)
                 run = TrainingRun(

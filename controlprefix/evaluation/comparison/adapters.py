@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from controlprefix.evaluation.comparison import adapter_training
-from controlprefix.evaluation.comparison.methods import Method, Problem
+from controlprefix.evaluation.comparison.methods import ComparisonSetup, Method
 from controlprefix.example import Example
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import LayerShape
@@ -34,8 +34,8 @@ class AdapterMethod(Method):
 
     is_mixed = False
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, setup: ComparisonSetup) -> None:
+        super().__init__(setup)
         self.models: dict[str | None, nn.Module] = {}
 
     def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
@@ -45,35 +45,33 @@ class AdapterMethod(Method):
     @property
     def labels(self) -> list[str | None]:
         """Labels with an adapter each; only None: one for all rows."""
-        attribute = self.problem.few_labels
-        return [*self.problem.attributes[attribute]] if attribute else [None]
+        attribute = self.setup.label_attribute
+        return [*self.setup.attributes[attribute]] if attribute else [None]
 
     @property
     def num_steps(self) -> int:
         """Training steps of all adapters together."""
-        return self.problem.steps
+        return self.setup.steps
 
     def required_bytes(self) -> int:
-        model = self.problem.frozen.model
+        model = self.setup.frozen.model
         return 2 * len(self.labels) * sum(4 * p.numel() for p in model.parameters())
 
     def train(self, *, rate: float, seed: int) -> None:
-        problem, labels = self.problem, self.labels
+        setup, labels = self.setup, self.labels
         share = -(-self.num_steps // len(labels))
         for label in labels:
             rows = [
-                self.tokenized(row)
-                for row in problem.training
-                if label in (None, problem.label(row))
+                self.tokenized(row) for row in setup.training if label in (None, setup.label(row))
             ]
             torch.manual_seed(seed)
-            model = self.add_adapter(copy.deepcopy(problem.frozen.model), rows)
+            model = self.add_adapter(copy.deepcopy(setup.frozen.model), rows)
             with self.costs.watched():
                 adapter_training.train(
                     model,
                     rows,
-                    problem.frozen.request_tokenizer,
-                    batch_size=problem.batch_size,
+                    setup.frozen.request_tokenizer,
+                    batch_size=setup.batch_size,
                     learning_rate=rate,
                     steps=share,
                     seed=seed,
@@ -90,7 +88,7 @@ class AdapterMethod(Method):
         self.num_adaptations = len(labels)
 
     def group(self, row: Example) -> str | None:
-        return self.problem.label(row) if len(self.models) > 1 else None
+        return self.setup.label(row) if len(self.models) > 1 else None
 
     @contextlib.contextmanager
     def applied(self, rows: Sequence[Example]) -> Iterator[nn.Module]:
@@ -141,8 +139,8 @@ class BottleneckAdapter(SwitchedAdapter):
 
     def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
         adapters = nn.ModuleList()
-        size = self.problem.frozen.model.config.get_text_config().hidden_size
-        for path in self.problem.frozen.steering.attention_paths:
+        size = self.setup.frozen.model.config.get_text_config().hidden_size
+        for path in self.setup.frozen.steering.attention_paths:
             layer = model.get_submodule(path.rpartition(".")[0])
             adapter = _Bottleneck(size).to(next(layer.parameters()).device)
             adapters.append(adapter)
@@ -186,14 +184,14 @@ class PrefixMemory(SwitchedAdapter):
     rates: Sequence[float] = (3e-4, 1e-3, 3e-3)
 
     def unavailable(self) -> str | None:
-        name = self.problem.frozen.model.config._attn_implementation
-        if name != "sdpa" or self.problem.frozen.is_encoder_decoder:
+        name = self.setup.frozen.model.config._attn_implementation
+        if name != "sdpa" or self.setup.frozen.is_encoder_decoder:
             return "it is added to the attention of decoders with attn_implementation='sdpa'"
         return None
 
     def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
-        shapes = self.problem.frozen.geometry.decoder
-        paths = self.problem.frozen.steering.attention_paths
+        shapes = self.setup.frozen.geometry.decoder
+        paths = self.setup.frozen.steering.attention_paths
         for path, shape in zip(paths, shapes, strict=True):
             module: Any = model.get_submodule(path)
             module.prefix_memory = _Memory(shape).to(next(module.parameters()).device)
@@ -233,7 +231,7 @@ class FullFineTuning(AdapterMethod):
         return model.float().requires_grad_(True)
 
     def required_bytes(self) -> int:  # weights, gradients and AdamW's two averages
-        num_values = sum(p.numel() for p in self.problem.frozen.model.parameters())
+        num_values = sum(p.numel() for p in self.setup.frozen.model.parameters())
         return 4 * num_values * (2 * len(self.labels) + 3)
 
 
@@ -247,7 +245,7 @@ class BitFit(AdapterMethod):
     rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
 
     def unavailable(self) -> str | None:
-        names = [name for name, _ in self.problem.frozen.model.named_parameters()]
+        names = [name for name, _ in self.setup.frozen.model.named_parameters()]
         return None if any(n.endswith("bias") for n in names) else "the model has no biases"
 
     def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:

@@ -13,12 +13,12 @@ import torch
 from controlprefix._io import progress_bar, requires_extra
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.engine import ControlPrefix
-from controlprefix.engine.arguments import checks_own_arguments
+from controlprefix.engine.arguments import checks_arguments
 from controlprefix.errors import TrainingDataError, UnsupportedModelError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import measures
 from controlprefix.evaluation.comparison.method_runner import METHODS, MethodRunner, require_methods
-from controlprefix.evaluation.comparison.methods import Problem
+from controlprefix.evaluation.comparison.methods import ComparisonSetup
 from controlprefix.evaluation.comparison.peft_methods import peft_package
 from controlprefix.evaluation.comparison.report import ComparisonReport
 from controlprefix.evaluation.comparison.state import ComparisonState
@@ -32,7 +32,7 @@ _TASK = "comparison"
 _NUM_HASHED_TEXTS = 20
 
 
-@checks_own_arguments
+@checks_arguments
 def compare(
     cp: ControlPrefix,
     rows: Rows,
@@ -126,7 +126,7 @@ def compare(
         tokenizer.ids_of_examples(examples)
         return list(examples)
 
-    problem = Problem(
+    setup = ComparisonSetup(
         frozen,
         *_split(examples_of, rows, validation, test, columns, num_rows),
         instruction=instruction,
@@ -138,10 +138,10 @@ def compare(
     general_rows = [] if general is None else _examples(general, None)
     # Those that are not used need not fit.
     general_rows = fitting(general_rows[: None if too_long == "skip" else num_rows])[:num_rows]
-    for attribute, labels in problem.attributes.items():
+    for attribute, labels in setup.attributes.items():
         for label in labels:
             PrefixKey.for_label(attribute, label)  # so are names that nothing can have
-    warn_of_shared_prompts([*problem.validation, *problem.test], problem.training)
+    warn_of_shared_prompts([*setup.validation, *setup.test], setup.training)
     options: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,
@@ -149,23 +149,20 @@ def compare(
         "num_rates": num_rates,
         "max_new_tokens": max_new_tokens,
         "instruction": instruction,
-        "rows": {name: len(getattr(problem, name)) for name in ("training", "validation", "test")},
-        "data": _hash([problem.training, problem.validation, problem.test]),
+        "rows": {name: len(getattr(setup, name)) for name in ("training", "validation", "test")},
+        "data": _hash([setup.training, setup.validation, setup.test]),
         "model": f"{type(frozen.model).__name__}, {_size(frozen.model)}",
         "fingerprint": frozen.fingerprint,
         "dtype": str(frozen.dtype).removeprefix("torch."),
     }
     options["elsewhere"] = _hash([general_rows], *(other_prompts or ()))
     options["classifiers"] = {
-        classifier.attribute: _classifier_hash(classifier, problem.test)
-        for classifier in classifiers
+        classifier.attribute: _classifier_hash(classifier, setup.test) for classifier in classifiers
     }
     state = ComparisonState(None if folder is None else Path(folder) / _FILE, options)
-    elsewhere = measures.elsewhere(problem, general_rows, other_prompts)
-    runner = MethodRunner(
-        problem, state, elsewhere, {c.attribute: c for c in classifiers}, num_rates
-    )
-    counts = [len(seeds) + num_rates - 1 if METHODS[name](problem).rates else 1 for name in names]
+    elsewhere = measures.elsewhere(setup, general_rows, other_prompts)
+    runner = MethodRunner(setup, state, elsewhere, {c.attribute: c for c in classifiers}, num_rates)
+    counts = [len(seeds) + num_rates - 1 if METHODS[name](setup).rates else 1 for name in names]
     with progress_bar("compare", sum(counts), visible=progress) as update:
         for number, name in enumerate(names):
             with warnings.catch_warnings():  # PEFT's, of what it leaves out

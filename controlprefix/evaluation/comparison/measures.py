@@ -17,8 +17,8 @@ from controlprefix.evaluation.comparison import adapter_training
 from controlprefix.evaluation.comparison.costs import now
 from controlprefix.evaluation.comparison.methods import (
     NUM_ADAPTATIONS,
+    ComparisonSetup,
     Method,
-    Problem,
     prompt_text,
 )
 from controlprefix.evaluation.metrics import distinct_n, spaced, words_of
@@ -58,10 +58,10 @@ class Elsewhere(NamedTuple):
 
 
 def elsewhere(
-    problem: Problem, general: Sequence[Example], other_prompts: Sequence[str] | None
+    setup: ComparisonSetup, general: Sequence[Example], other_prompts: Sequence[str] | None
 ) -> Elsewhere:
     """Let the plain model write the texts that divergences are measured on."""
-    tokenizer = problem.frozen.request_tokenizer
+    tokenizer = setup.frozen.request_tokenizer
     starts = [Example(prompt="", raw=True, completion="-")] * _NUM_PLAIN_TEXTS
     prompts = [
         Example(prompt=prompt, completion="-")
@@ -70,8 +70,8 @@ def elsewhere(
 
     def completed(rows: Sequence[Example], temperature: float | None) -> list[Example]:
         texts = adapter_training.sample(
-            problem.frozen.model,
-            problem.frozen,
+            setup.frozen.model,
+            setup.frozen,
             [tokenizer.prompt_ids(row) for row in rows],
             max_new_tokens=_PLAIN_TOKENS,
             seed=0,
@@ -94,7 +94,7 @@ def nats_per_token(method: Method, rows: Sequence[Example]) -> float:
 
 def nats_of_rows(method: Method, rows: Sequence[Example]) -> list[tuple[float, int]]:
     """Per row, the negative log-likelihood of its completion and the number of its tokens."""
-    tokenizer = method.problem.frozen.request_tokenizer
+    tokenizer = method.setup.frozen.request_tokenizer
     places = {id(row): i for i, row in enumerate(rows)}
     scored = [(0.0, 0)] * len(rows)
     for batch in _batches(method, rows):
@@ -106,9 +106,9 @@ def nats_of_rows(method: Method, rows: Sequence[Example]) -> list[tuple[float, i
     return scored
 
 
-def in_context(problem: Problem, texts: Sequence[Example]) -> list[Example]:
+def in_context(setup: ComparisonSetup, texts: Sequence[Example]) -> list[Example]:
     """Texts with the task and labels of training rows, so that an adaptation is on."""
-    contexts = list(problem.training)
+    contexts = list(setup.training)
     random.Random(0).shuffle(contexts)  # rows may be sorted by label
     return [
         contexts[i % len(contexts)].model_copy(
@@ -139,13 +139,13 @@ def divergence(method: Method, texts: Sequence[Example], *, off: bool = False) -
     Reference:
         The measure R⁻ of "Cartridges++" (Apple, 2026).
     """
-    problem = method.problem
-    tokenizer = problem.frozen.request_tokenizer
-    rows = in_context(problem, texts)
+    setup = method.setup
+    tokenizer = setup.frozen.request_tokenizer
+    rows = in_context(setup, texts)
     divergences: list[float] = []
     for batch in _batches(method, rows):
         own: list[TokenizedExample] = [tokenizer.example_ids(row) for row in batch]
-        plain, _ = adapter_training.completion_logits(problem.frozen.model, own, tokenizer)
+        plain, _ = adapter_training.completion_logits(setup.frozen.model, own, tokenizer)
         block = method.switched_off(batch) if off else method.applied(batch)
         with block as model:
             if model is None:
@@ -191,9 +191,9 @@ def spectrum(method: Method, texts: Sequence[Example]) -> Spectrum | None:
     Reference:
         "PT-PEFT", 2024, https://arxiv.org/abs/2411.00029.
     """
-    tokenizer = method.problem.frozen.request_tokenizer
+    tokenizer = method.setup.frozen.request_tokenizer
     by_text: dict[int, Tensor] = {}
-    rows = in_context(method.problem, texts)
+    rows = in_context(method.setup, texts)
     for batch in _batches(method, rows):
         with method.applied(batch) as model:
             tokens = [method.tokenized(row) for row in batch]
@@ -232,7 +232,7 @@ def _request_identity(row: Example) -> Hashable:
 
 def texts_of(method: Method, rows: Sequence[Example], seed: int) -> list[str]:
     """A text per row: greedy after a prompt, else sampled."""
-    problem = method.problem
+    setup = method.setup
     texts: dict[int, str] = {}
     places = {id(row): i for i, row in enumerate(rows)}
     with_prompt = [row for row in rows if prompt_identity(row)]
@@ -242,15 +242,15 @@ def texts_of(method: Method, rows: Sequence[Example], seed: int) -> list[str]:
             with method.applied(batch) as model:
                 written = adapter_training.sample(
                     model,
-                    problem.frozen,
+                    setup.frozen,
                     [method.tokenized(row).prompt for row in batch],
-                    max_new_tokens=problem.max_new_tokens,
+                    max_new_tokens=setup.max_new_tokens,
                     seed=1000 * seed + number,
                     temperature=temperature,
                 )
             for row, text in zip(batch, written, strict=True):
                 text = text.strip().split(method.end_of_text)[0] if method.end_of_text else text
-                line = text.strip().split("\n")[0] if problem.is_single_line else text
+                line = text.strip().split("\n")[0] if setup.is_single_line else text
                 texts[places[id(row)]] = line.strip()
     return [texts[i] for i in range(len(rows))]
 
@@ -362,8 +362,8 @@ def tokens_per_second(method: Method) -> float:
 
     A method whose adaptations cannot share a batch writes one row after another.
     """
-    problem = method.problem
-    row = (problem.validation or problem.training)[0]
+    setup = method.setup
+    row = (setup.validation or setup.training)[0]
     prompt = method.tokenized(row).prompt
     prompts = [prompt] * NUM_ADAPTATIONS
     batches = [prompts] if method.is_mixed else [[prompt]] * NUM_ADAPTATIONS
@@ -374,7 +374,7 @@ def tokens_per_second(method: Method) -> float:
             for batch in batches:
                 adapter_training.sample(
                     model,
-                    problem.frozen,
+                    setup.frozen,
                     batch,
                     max_new_tokens=_NUM_SPEED_TOKENS,
                     min_new_tokens=_NUM_SPEED_TOKENS,

@@ -22,12 +22,12 @@ from controlprefix.evaluation.comparison.adapters import (
     PrefixMemory,
 )
 from controlprefix.evaluation.comparison.methods import (
+    ComparisonSetup,
     ControlPrefixMethod,
     FewShot,
     Instruction,
     Method,
     Plain,
-    Problem,
 )
 from controlprefix.evaluation.comparison.peft_methods import (
     LORA,
@@ -52,7 +52,7 @@ _CGROUP_FILES = (
 )
 _SPARE = 1.2  # memory that must be available, times what is needed
 
-MethodMaker = Callable[[Problem], Method]
+MethodMaker = Callable[[ComparisonSetup], Method]
 METHODS: Final[dict[str, MethodMaker]] = {
     "plain": Plain,
     "instruction": Instruction,
@@ -94,30 +94,30 @@ class MethodRunner:
 
     def __init__(
         self,
-        problem: Problem,
+        setup: ComparisonSetup,
         state: ComparisonState,
         elsewhere: measures.Elsewhere,
         classifiers: Mapping[str, AttributeClassifier],
         num_rates: int,
     ) -> None:
-        self.problem, self.state, self.elsewhere = problem, state, elsewhere
+        self.setup, self.state, self.elsewhere = setup, state, elsewhere
         self.classifiers = classifiers
         self.num_rates = num_rates
-        self.plain_cp = ControlPrefix(problem.frozen, PrefixStore("sqlite://"))
+        self.plain_cp = ControlPrefix(setup.frozen, PrefixStore("sqlite://"))
 
     @cached_property
     def _plain_nats_of_general(self) -> float:
-        return measures.nats_per_token(Plain(self.problem), self.elsewhere.general)
+        return measures.nats_per_token(Plain(self.setup), self.elsewhere.general)
 
     @cached_property
     def _plain_spectrum(self) -> measures.Spectrum | None:
-        return measures.spectrum(Plain(self.problem), self.elsewhere.answers)
+        return measures.spectrum(Plain(self.setup), self.elsewhere.answers)
 
     def measure(self, name: str, seeds: Sequence[int]) -> Iterator[str]:
         """Measure a method; yields what was done after each training."""
         result = self.state.method(name)
         result.pop("skipped", None)  # there may be more memory now
-        method = METHODS[name](self.problem)
+        method = METHODS[name](self.setup)
         reason = method.unavailable() or _too_large(method)
         if reason is not None:
             result["skipped"] = reason
@@ -134,7 +134,7 @@ class MethodRunner:
             yield f"skipped, {result['skipped']}"
 
     def _measure(self, name: str, result: dict[str, Any], seeds: Sequence[int]) -> Iterator[str]:
-        rates = _from_the_middle(METHODS[name](self.problem).rates)[: self.num_rates]
+        rates = _from_the_middle(METHODS[name](self.setup).rates)[: self.num_rates]
         losses: dict[str, float | None] = result.setdefault("validation", {})
         runs: dict[str, measures.Figures] = result.setdefault("runs", {})
         best: _Trained | None = None
@@ -177,19 +177,19 @@ class MethodRunner:
             if "the loss is" not in str(error):
                 raise
             return None, None
-        loss = measures.nats_per_token(trained.method, self.problem.validation)
+        loss = measures.nats_per_token(trained.method, self.setup.validation)
         return trained, round(loss, 5) if math.isfinite(loss) else None
 
     def _train(self, name: str, rate: float, seed: int) -> "_Trained":
         torch.manual_seed(seed)
-        method = METHODS[name](self.problem)
+        method = METHODS[name](self.setup)
         method.train(rate=rate, seed=seed)
         return _Trained(method, rate)
 
     def _record(self, result: dict[str, Any], method: Method, seed: int) -> None:
         """Measure a trained method."""
-        problem, elsewhere = self.problem, self.elsewhere
-        rows = problem.test
+        setup, elsewhere = self.setup, self.elsewhere
+        rows = setup.test
         scored = measures.nats_of_rows(method, rows)
         num_tokens = sum(count for _, count in scored)
         figures: measures.Figures = {"nats": sum(nats for nats, _ in scored) / max(1, num_tokens)}
@@ -200,17 +200,17 @@ class MethodRunner:
         result.setdefault("row nats", {})[str(seed)] = [
             round(nats / max(1, count), 5) for nats, count in scored
         ]
-        if problem.few_labels:
-            labels = problem.attributes[problem.few_labels]
+        if setup.label_attribute:
+            labels = setup.attributes[setup.label_attribute]
             following = dict(zip(labels, labels[1:] + labels[:1], strict=True))
             swapped = [
                 row.model_copy(
-                    update={"attributes": {problem.few_labels: following[str(problem.label(row))]}}
+                    update={"attributes": {setup.label_attribute: following[str(setup.label(row))]}}
                 )
                 for row in rows
             ]
             figures["nats, other label"] = measures.nats_per_token(method, swapped)
-        unseen = [row for row in rows if not problem.has_labels(row)]
+        unseen = [row for row in rows if not setup.has_labels(row)]
         if 0 < len(unseen) < len(rows):
             figures["nats, unseen"] = measures.nats_per_token(method, unseen)
         requests = measures.distinct_requests(rows)
@@ -234,7 +234,7 @@ class MethodRunner:
             figures["effective rank"] = spectrum.rank
             figures["spectrum gap"] = spectrum.gap(self._plain_spectrum)
         if elsewhere.general:
-            general = measures.in_context(problem, elsewhere.general)
+            general = measures.in_context(setup, elsewhere.general)
             nats = measures.nats_per_token(method, general)
             figures["forgetting"] = nats - self._plain_nats_of_general
         off = measures.divergence(method, elsewhere.written[:4], off=True)
@@ -246,7 +246,7 @@ class MethodRunner:
                 "parameters": method.num_parameters,
                 "stored": method.num_stored,
                 "bytes per adaptation": 2 * method.num_stored / method.num_adaptations,
-                "step seconds": method.costs.seconds / problem.steps,
+                "step seconds": method.costs.seconds / setup.steps,
                 "peak MiB": method.costs.peak_mib,
             }
         result.setdefault("runs", {})[str(seed)] = {k: round(v, 5) for k, v in figures.items()}
@@ -281,7 +281,7 @@ class _Trained(NamedTuple):
 
 def _too_large(method: Method) -> str | None:
     """Why a method's training would not fit the memory."""
-    device = method.problem.frozen.device
+    device = method.setup.frozen.device
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes()
     required = _SPARE * method.required_bytes()
     if required <= available:

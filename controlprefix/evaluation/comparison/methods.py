@@ -30,8 +30,8 @@ _MAX_LABELS = 4
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What all methods get.
+class ComparisonSetup:
+    """The rows, the model and the training settings that all methods get.
 
     Attributes:
         frozen: The model.
@@ -61,7 +61,7 @@ class Problem:
         return {attribute: sorted(names) for attribute, names in sorted(labels.items())}
 
     @cached_property
-    def few_labels(self) -> str | None:
+    def label_attribute(self) -> str | None:
         """The attribute of which methods without attributes train an adapter per label."""
         if len(self.attributes) != 1:
             return None
@@ -105,8 +105,8 @@ class Method:
     is_mixed = True
     end_of_text = ""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, setup: ComparisonSetup) -> None:
+        self.setup = setup
         self.num_parameters = self.num_stored = 0
         self.num_adaptations = 1
         self.costs = Costs()
@@ -128,7 +128,7 @@ class Method:
 
     def tokenized(self, row: Example) -> TokenizedExample:
         """Token ids of the row as the adapted model reads it."""
-        return self.problem.frozen.request_tokenizer.example_ids(self.reworded(row))
+        return self.setup.frozen.request_tokenizer.example_ids(self.reworded(row))
 
     def group(self, row: Example) -> str | None:
         """Rows of one group can share a batch."""
@@ -137,17 +137,17 @@ class Method:
     @contextlib.contextmanager
     def applied(self, rows: Sequence[Example]) -> Iterator[nn.Module]:
         """The adapted model, for a batch of rows of one group."""
-        yield self.problem.frozen.model
+        yield self.setup.frozen.model
 
     @contextlib.contextmanager
     def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
         """The adapted model without its adaptation; None if that needs another copy of it."""
-        yield self.problem.frozen.model
+        yield self.setup.frozen.model
 
     @contextlib.contextmanager
     def many_applied(self) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
         """The model with another adaptation per row of a batch, and options of `generate`."""
-        yield self.problem.frozen.model, {}
+        yield self.setup.frozen.model, {}
 
     def close(self) -> None:
         """Free the memory of what was trained."""
@@ -161,13 +161,13 @@ class Instruction(Method):
     """An instruction in the prompt."""
 
     def unavailable(self) -> str | None:
-        if self.problem.instruction is None and not self.problem.attributes:
+        if self.setup.instruction is None and not self.setup.attributes:
             return "there is no instruction"
         return None
 
     def reworded(self, row: Example) -> Example:
         labels = ", ".join(label for _, label, _ in weighted_labels(row.attributes))
-        text = self.problem.instruction or "Write a text that is {labels}. Write nothing else."
+        text = self.setup.instruction or "Write a text that is {labels}. Write nothing else."
         return _preceded(row, text.replace("{labels}", labels))
 
 
@@ -178,10 +178,10 @@ class FewShot(Method):
 
     def reworded(self, row: Example) -> Example:
         rng = random.Random(f"{row.prompt}{row.completion}")
-        pool = self.problem.training
-        if self.problem.few_labels:
-            label = self.problem.label(row)
-            pool = [other for other in pool if self.problem.label(other) == label]
+        pool = self.setup.training
+        if self.setup.label_attribute:
+            label = self.setup.label(row)
+            pool = [other for other in pool if self.setup.label(other) == label]
         shots = rng.sample(list(pool), min(NUM_SHOTS, len(pool)))
         end = self.end_of_text
         text = "".join(f"{_prompt_of(shot)}{_joined(shot.completion)}{end}" for shot in shots)
@@ -194,7 +194,7 @@ class ControlPrefixMethod(Method):
     """This library: a task prefix, and one per label if rows have labels.
 
     Args:
-        problem: As for every method.
+        setup: As for every method.
         labels: Whether labels have prefixes of their own, where rows have labels.
         nearest: Whether the nearest trained labels stand in for one that has no prefix, as in
             Control Prefixes; otherwise it is left out.
@@ -207,17 +207,17 @@ class ControlPrefixMethod(Method):
 
     def __init__(
         self,
-        problem: Problem,
+        setup: ComparisonSetup,
         *,
         labels: bool = True,
         nearest: bool = False,
         when: When = "always",
         **settings: Any,
     ) -> None:
-        super().__init__(problem)
+        super().__init__(setup)
         self.nearest = nearest
         self.when: When = when
-        self.labels = labels and bool(problem.attributes)
+        self.labels = labels and bool(setup.attributes)
         self.is_without_labels = not labels
         self.settings = settings
         is_direct = settings.get("parameterization") == "direct"
@@ -226,18 +226,18 @@ class ControlPrefixMethod(Method):
     @cached_property
     def cp(self) -> ControlPrefix:
         """The model, with a store of the method's own."""
-        return ControlPrefix(self.problem.frozen, PrefixStore("sqlite://"))
+        return ControlPrefix(self.setup.frozen, PrefixStore("sqlite://"))
 
     def unavailable(self) -> str | None:
-        if self.settings.get("contrast") and not self.problem.few_labels:
+        if self.settings.get("contrast") and not self.setup.label_attribute:
             return f"it compares labels, and the rows have not 2 to {_MAX_LABELS} of one attribute"
-        if self.is_without_labels and not self.problem.attributes:
+        if self.is_without_labels and not self.setup.attributes:
             return "the rows have no labels to leave out"
-        if self.nearest and all(map(self.problem.has_labels, self.problem.test)):
+        if self.nearest and all(map(self.setup.has_labels, self.setup.test)):
             return "the test rows have no label that was not trained"
-        if self.when == "relevant" and not all(map(prompt_text, self.problem.training)):
+        if self.when == "relevant" and not all(map(prompt_text, self.setup.training)):
             return "the rows have no prompts by which to tell when it is meant"
-        if self.when == "relevant" and len(set(map(prompt_text, self.problem.training))) < 8:
+        if self.when == "relevant" and len(set(map(prompt_text, self.setup.training))) < 8:
             return "the rows have too few different prompts by which to tell when it is meant"
         if self.nearest or self.when == "relevant":
             try:
@@ -248,14 +248,14 @@ class ControlPrefixMethod(Method):
 
     def train(self, *, rate: float, seed: int) -> None:
         learn: tuple[Learnable, ...] = ("task", "attributes") if self.labels else ("task",)
-        rows = list(map(self.reworded, self.problem.training))
+        rows = list(map(self.reworded, self.setup.training))
         with self.costs.watched():
             report = self.cp.train(
                 rows,
                 learn=learn,
-                num_slots=self.problem.num_slots,
-                steps=self.problem.steps,
-                batch_size=self.problem.batch_size,
+                num_slots=self.setup.num_slots,
+                steps=self.setup.steps,
+                batch_size=self.setup.batch_size,
                 learning_rate=rate,
                 validation=0,
                 seed=seed,
@@ -320,8 +320,8 @@ class ControlPrefixMethod(Method):
 
     @contextlib.contextmanager
     def many_applied(self) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-        frozen = self.problem.frozen
-        num_slots = self.problem.num_slots * (2 if self.labels else 1)
+        frozen = self.setup.frozen
+        num_slots = self.setup.num_slots * (2 if self.labels else 1)
         prefixes = [
             Prefix.random(frozen.geometry, num_slots=num_slots, seed=i)
             for i in range(NUM_ADAPTATIONS)

@@ -12,8 +12,8 @@ from controlprefix.engine import ControlPrefix
 from controlprefix.evaluation.comparison.adapters import AdapterMethod
 from controlprefix.evaluation.comparison.methods import (
     NUM_ADAPTATIONS,
+    ComparisonSetup,
     ControlPrefixMethod,
-    Problem,
 )
 from controlprefix.example import Example
 from controlprefix.model import FrozenModel
@@ -101,17 +101,17 @@ class PeftMethod(AdapterMethod):
     """An adapter of PEFT.
 
     Args:
-        problem: As for every method.
+        setup: As for every method.
         kind: Which.
     """
 
-    def __init__(self, problem: Problem, *, kind: PeftKind) -> None:
-        super().__init__(problem)
+    def __init__(self, setup: ComparisonSetup, *, kind: PeftKind) -> None:
+        super().__init__(setup)
         self.kind = kind
         self.rates = kind.rates
 
     def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
-        return self.kind.add_adapter(self.problem.frozen, model, rows, self.problem.num_slots)
+        return self.kind.add_adapter(self.setup.frozen, model, rows, self.setup.num_slots)
 
     @contextlib.contextmanager
     def switched_off(self, rows: Sequence[Example]) -> Iterator[nn.Module | None]:
@@ -143,7 +143,7 @@ class _HalfOfTheSteps(PeftMethod):
 
     @property
     def num_steps(self) -> int:
-        return max(1, self.problem.steps // 2)
+        return max(1, self.setup.steps // 2)
 
 
 class PrefixThenLora(_HalfOfTheSteps):
@@ -156,7 +156,7 @@ class PrefixThenLora(_HalfOfTheSteps):
     """
 
     def train(self, *, rate: float, seed: int) -> None:
-        halves = replace(self.problem, steps=self.num_steps)
+        halves = replace(self.setup, steps=self.num_steps)
         prefix = ControlPrefixMethod(halves, labels=False)
         prefix.train(rate=5e-4, seed=seed)
         self.costs = prefix.costs
@@ -166,7 +166,7 @@ class PrefixThenLora(_HalfOfTheSteps):
         self.num_stored += prefix.num_stored
 
     def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
-        frozen = FrozenModel(model, self.problem.frozen.tokenizer)  # type: ignore[arg-type]
+        frozen = FrozenModel(model, self.setup.frozen.tokenizer)  # type: ignore[arg-type]
         return _Steered(super().add_adapter(model, rows), frozen, self.prefix)
 
     @contextlib.contextmanager
@@ -181,25 +181,25 @@ class LoraThenPrefix(_HalfOfTheSteps):
 
     def train(self, *, rate: float, seed: int) -> None:
         super().train(rate=rate, seed=seed)
-        problem = self.problem
+        setup = self.setup
         for label, model in self.models.items():
             merged: Any = model.merge_and_unload()  # type: ignore[operator]
             merged.requires_grad_(False)
-            frozen = FrozenModel(merged, problem.frozen.tokenizer)
+            frozen = FrozenModel(merged, setup.frozen.tokenizer)
             cp = ControlPrefix(frozen, PrefixStore("sqlite://"))
             rows = [
                 row.model_copy(update={"attributes": {}})
-                for row in problem.training
-                if label in (None, problem.label(row))
+                for row in setup.training
+                if label in (None, setup.label(row))
             ]
-            steps = -(-problem.steps // (2 * len(self.models)))
+            steps = -(-setup.steps // (2 * len(self.models)))
             with self.costs.watched():
                 report = cp.train(
                     rows,
                     learn="task",
-                    num_slots=problem.num_slots,
+                    num_slots=setup.num_slots,
                     steps=steps,
-                    batch_size=problem.batch_size,
+                    batch_size=setup.batch_size,
                     validation=0,
                     seed=seed,
                     progress=False,

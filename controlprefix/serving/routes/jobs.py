@@ -28,7 +28,7 @@ class JobList(BaseModel):
     jobs: list[Job]
 
 
-async def accepted(
+async def queue_job(
     kind: JobKind,
     user: str,
     options: dict[str, Any],

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from controlprefix.errors import RequestError
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
-from controlprefix.serving.routes.jobs import accepted
+from controlprefix.serving.routes.jobs import queue_job
 from controlprefix.serving.routes.prefixes import (
     MAX_LISTED,
     After,
@@ -71,7 +71,7 @@ async def enroll_user(
             await server.work_pools.with_store(client.cp.version_info, "decoder", body.decoder)
         texts = body.texts if body.keep_texts else []
         options = body.job_options()
-        return await accepted("train_user", user, options, response, client, server, texts=texts)
+        return await queue_job("train_user", user, options, response, client, server, texts=texts)
     fields = body.model_dump(exclude={"train"}, exclude_none=True)
     disconnect_task = asyncio.create_task(disconnection(request))
     try:
@@ -93,7 +93,7 @@ async def learn_feedback(
     if not await server.work_pools.with_store(client.cp.store.feedback, user):
         raise RequestError(f"no feedback of user {user!r} is kept; send some to /v1/feedback")
     options = body.model_dump(exclude_none=True)
-    return await accepted("learn_feedback", user, options, response, client, server)
+    return await queue_job("learn_feedback", user, options, response, client, server)
 
 
 @router.post("/{user:path}/rollback")
