@@ -3,30 +3,59 @@
 The decoder and the authors are those of `authors.py` (DATA as there).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from statistics import mean
 from typing import Any
 
 from rich.console import Console
 
+from controlprefix import Preference
+
 from lib.authors import DECODER, NUM_SLOTS, Authors, add_author_options
 from lib.results import arguments, describe, save
 from lib.tables import Column, table
 
-WAYS: dict[str, dict[str, Any] | None] = {
-    "enrolled": None,
-    "code, 3 epochs": {"decoder": DECODER},
-    "all slots, 1 epoch": {"decoder": DECODER, "as_codes": False, "epochs": 1},
-    "all slots, 3 epochs": {"decoder": DECODER, "as_codes": False},
-    "all slots, early stopping": {
-        "decoder": DECODER,
-        "as_codes": False,
-        "epochs": 10,
-        "validation": 0.2,
-    },
-    "all slots, 10 epochs": {"decoder": DECODER, "as_codes": False, "epochs": 10},
-    "all slots, no decoder, 3 epochs": {},
+Way = Callable[[Authors, str, Sequence[str]], object]
+
+
+def enrolled(authors: Authors, author: str, posts: Sequence[str], **options: Any) -> None:
+    authors.cp.enroll(author, posts, **options)
+
+
+def trained(authors: Authors, author: str, posts: Sequence[str], **options: Any) -> None:
+    authors.trained({author: posts}, **options)
+
+
+def from_preferences(authors: Authors, author: str, posts: Sequence[str]) -> None:
+    """The author's posts preferred to those of another author."""
+    others = authors.posts[authors.swapped[author]]
+    pairs = [
+        Preference(prompt="", raw=True, chosen=own, rejected=other, user=author)
+        for own, other in zip(posts, others, strict=False)
+        if own != other
+    ]
+    authors.cp.train_preferences(
+        pairs, num_slots=NUM_SLOTS, steps=PREFERENCE_STEPS, validation=0, progress=False
+    )
+
+
+PREFERENCE_STEPS = 20
+WITHOUT_CANARIES = {"preferences"}  # such a prefix cannot be made again by an audit
+WAYS: dict[str, Way] = {
+    "enrolled": partial(enrolled, decoder=DECODER),
+    "matched, 16 slots": partial(enrolled, num_slots=NUM_SLOTS),
+    "matched, 64 slots": enrolled,
+    "code, 3 epochs": partial(trained, decoder=DECODER),
+    "all slots, 1 epoch": partial(trained, decoder=DECODER, as_codes=False, epochs=1),
+    "all slots, 3 epochs": partial(trained, decoder=DECODER, as_codes=False),
+    "all slots, early stopping": partial(
+        trained, decoder=DECODER, as_codes=False, epochs=10, validation=0.2
+    ),
+    "all slots, 10 epochs": partial(trained, decoder=DECODER, as_codes=False, epochs=10),
+    "all slots, no decoder, 3 epochs": trained,
+    "preferences": from_preferences,
 }
 COLUMNS: tuple[Column, ...] = (
     ("gain", "gain", 3),
@@ -48,7 +77,9 @@ def page(results: dict[str, Any]) -> str:
             "**membership**: AUC of membership inference by likelihood, training posts against "
             "newer ones (0.5: none; the older posts of an author are also slightly more alike). "
             "**extraction**: share of training posts continued exactly for 16 tokens. "
-            "**exposure**: of planted numbers, in bits, of 8; chance gives 1.4 on average.",
+            "**exposure**: of planted numbers, in bits, of 8; chance gives 1.4 on average. "
+            f"*preferences*: the author's posts preferred to another author's, {PREFERENCE_STEPS} "
+            "steps; it is not audited with planted numbers.",
             table("way", results["ways"], COLUMNS),
         ]
     )
@@ -68,16 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         authors.train_decoder()
     figures: dict[str, dict[str, float]] = {}
     for way in options.ways:
-        settings, audits = WAYS[way], []
+        audits = []
+        num_canaries = 0 if way in WITHOUT_CANARIES else options.num_canaries
         for author in authors.authors:
             posts = authors.posts[author][: options.texts]
-            if settings is None:
-                cp.enroll(author, posts, decoder=DECODER)
-            else:
-                authors.trained({author: posts}, **settings)
-            audit = cp.audit_user(
-                author, posts, authors.newest[author], num_canaries=options.num_canaries
-            )
+            WAYS[way](authors, author, posts)
+            audit = cp.audit_user(author, posts, authors.newest[author], num_canaries=num_canaries)
             audits.append(asdict(audit))
             cp.forget_user(author)
         figures[way] = {

@@ -6,6 +6,7 @@ import importlib
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ RUNS = {
     "user_training_speed": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 2 "
     "--rounds 1",
     "privacy": "DATA --users 4 --posts 2 --epochs 1 --rows 2 --authors 2 --texts 4 "
-    "--num-canaries 1 --ways enrolled",
+    "--num-canaries 1 --ways enrolled 'matched, 64 slots' preferences",
 }
 WITHOUT_MODEL = (
     "compatibility",
@@ -183,7 +184,7 @@ def test_a_benchmark_runs_for_one_round(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Histogram())
     monkeypatch.chdir(tmp_path)
-    arguments = RUNS[name].replace("DATA", str(data)).split()
+    arguments = shlex.split(RUNS[name].replace("DATA", str(data)))
     if name not in WITHOUT_MODEL:
         arguments += ["--model", "tiny"]
     results = tmp_path / "results"

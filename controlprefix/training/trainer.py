@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
-
 from controlprefix.cancellation import raise_if_stopped
 from controlprefix.errors import ContextLengthError, TrainingDataError, shortened
 from controlprefix.example import Example
@@ -21,7 +19,7 @@ from controlprefix.training.control import RunControl, run_destination
 from controlprefix.training.distillation import with_instruction
 from controlprefix.training.initialization import Initialization, Initializations
 from controlprefix.training.loop import train
-from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
+from controlprefix.training.objectives import Objective, TrainingRow
 from controlprefix.training.parameterization import parameterize
 from controlprefix.training.preparation import (
     Learnable,
@@ -30,7 +28,7 @@ from controlprefix.training.preparation import (
     prepare,
 )
 from controlprefix.training.report import TrainingReport
-from controlprefix.training.run import batches_by_length
+from controlprefix.training.row_losses import row_losses
 from controlprefix.training.settings import (
     ParameterizationName,
     TrainingSettings,
@@ -38,8 +36,6 @@ from controlprefix.training.settings import (
 from controlprefix.training.shortening import ShorteningReport, shorten
 from controlprefix.training.sweep import SweepPoint, SweepReport
 from controlprefix.training.trainable import PrefixModel
-
-_EVALUATION_BATCH_SIZE = 16
 
 _log = logging.getLogger("controlprefix")
 
@@ -249,7 +245,8 @@ class Trainer:
         attention = observe(self._frozen, prefix, query_texts)
 
         def loss_with(candidate: Prefix | None) -> float:
-            return self._loss(rows, {} if candidate is None else {key: candidate})
+            losses = row_losses(self._frozen, rows, {} if candidate is None else {key: candidate})
+            return sum(losses) / sum(len(row.targets) for row in rows)
 
         shorter, report = shorten(prefix, attention, loss_with, keep=keep)
         if shorter is not prefix:
@@ -410,19 +407,3 @@ class Trainer:
         if not rows:
             raise TrainingDataError(f"there are no examples of {key}")
         return rows
-
-    def _loss(self, rows: Sequence[TrainingRow], prefixes: Mapping[PrefixKey, Prefix]) -> float:
-        """Nats per target token of rows, with only those trained parts that are given."""
-        objective = Objective(self._frozen)
-        total = 0.0
-        for batch_rows in batches_by_length(self._frozen, rows, _EVALUATION_BATCH_SIZE):
-            pairs = [
-                ContrastPair(
-                    row._replace(learned=[item for item in row.learned if item[0] in prefixes])
-                )
-                for row in batch_rows
-            ]
-            batch = objective.assemble(pairs, prefixes)
-            with torch.no_grad(), self._frozen.attached(batch):
-                total += float(objective(pairs).sum())
-        return total / sum(len(row.targets) for row in rows)

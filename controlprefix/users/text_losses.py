@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Part, Prefix
-from controlprefix.training.objectives import ContrastPair, Objective, TrainingRow
-from controlprefix.training.run import batches_by_length
+from controlprefix.training.objectives import TrainingRow
+from controlprefix.training.row_losses import row_losses
 
-_BATCH_SIZE = 16
 _MAX_TOKENS = 256
 
 
@@ -29,15 +26,7 @@ def losses_of_texts(
         texts: Texts that are not empty.
         prefix: Attached to all of them; or None.
     """
-    objective = Objective(frozen)
     parts = () if prefix is None else (Part(prefix),)
     rows = [TrainingRow(*first_tokens(frozen, text), parts, ()) for text in texts]
-    losses: dict[int, float] = {}
-    for batch_rows in batches_by_length(frozen, rows, _BATCH_SIZE):
-        pairs = [ContrastPair(row) for row in batch_rows]
-        batch = objective.assemble(pairs, {})
-        with torch.no_grad(), frozen.attached(batch):
-            values = objective(pairs).tolist()
-        for row, value in zip(batch_rows, values, strict=True):
-            losses[id(row)] = value
-    return [(losses[id(row)], len(row.targets)) for row in rows]
+    losses = row_losses(frozen, rows)
+    return [(loss, len(row.targets)) for loss, row in zip(losses, rows, strict=True)]
