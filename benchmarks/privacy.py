@@ -42,6 +42,10 @@ def from_preferences(authors: Authors, author: str, posts: Sequence[str]) -> Non
 
 
 PREFERENCE_STEPS = 20
+PREFERENCES = (
+    f" *preferences*: the author's posts preferred to another author's, {PREFERENCE_STEPS} steps; "
+    "not audited with planted numbers."
+)
 WITHOUT_CANARIES = {"preferences"}  # such a prefix cannot be made again by an audit
 WAYS: dict[str, Way] = {
     "enrolled": partial(enrolled, decoder=DECODER),
@@ -77,9 +81,8 @@ def page(results: dict[str, Any]) -> str:
             "**membership**: AUC of membership inference by likelihood, training posts against "
             "newer ones (0.5: none; the older posts of an author are also slightly more alike). "
             "**extraction**: share of training posts continued exactly for 16 tokens. "
-            "**exposure**: of planted numbers, in bits, of 8; chance gives 1.4 on average. "
-            f"*preferences*: the author's posts preferred to another author's, {PREFERENCE_STEPS} "
-            "steps; it is not audited with planted numbers.",
+            "**exposure**: of planted numbers, in bits, of 8; chance gives 1.4 on average."
+            + (PREFERENCES if "preferences" in results["ways"] else ""),
             table("way", results["ways"], COLUMNS),
         ]
     )

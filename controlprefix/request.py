@@ -211,7 +211,7 @@ class Request(SteeringFields):
         """Refuse beams, for callers that sample several texts.
 
         Args:
-            number: Of the row, for the error.
+            number: Number of the row from 1, for the error.
 
         Raises:
             TrainingDataError: If it has them.

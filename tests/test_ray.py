@@ -254,7 +254,9 @@ def test_a_store_that_is_away_is_waited_for(
         return result
 
     actor = SimpleNamespace(
-        versions=SimpleNamespace(remote=lambda names: dict), work=SimpleNamespace(remote=work)
+        last_removal_number=SimpleNamespace(remote=lambda: int),
+        versions=SimpleNamespace(remote=lambda names: dict),
+        work=SimpleNamespace(remote=work),
     )
     chunks = iter([ray_run.Chunk([("ana", ["a"])]), ray_run.Chunk([("bo", ["b"])])])
     report = UsersReport()
@@ -266,6 +268,30 @@ def test_a_store_that_is_away_is_waited_for(
     run.until_done(1, progress=False)
     assert set(report.users) == {"ana", "bo"}
     assert not report.failed
+
+
+def test_users_that_were_stored_before_their_actors_died_have_not_failed() -> None:
+    num_asked = 0
+
+    def versions(names: list[str]) -> Any:
+        nonlocal num_asked
+        num_asked += 1
+        return lambda: {"ana": min(num_asked - 1, 1), "bo": 0}
+
+    def work(*_: Any) -> Any:
+        return lambda: 1 / 0  # the error of a dead actor
+
+    actor = SimpleNamespace(
+        last_removal_number=SimpleNamespace(remote=lambda: int),
+        versions=SimpleNamespace(remote=versions),
+        work=SimpleNamespace(remote=work),
+    )
+    chunks = iter([ray_run.Chunk([("ana", ["a"]), ("bo", ["b"])])])
+    report = UsersReport()
+    run = ray_run.Run(FakeRay(), lambda: actor, chunks, report, "train_users", {})
+    assert run.until_done(1, progress=False) == ["ana"]
+    assert list(report.failed) == ["bo"]
+    assert "actors died" in report.failed["bo"]
 
 
 def test_mistakes_are_clear_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,12 +146,12 @@ def test_a_version_to_be_replaced_must_still_be_current(store: PrefixStore) -> N
     assert put(0) == [1, 1]
     assert put(1) == [2, 2]
     for stale in (0, 1):
-        with pytest.raises(VersionConflictError, match="'ana' is at version 2, not at"):
+        with pytest.raises(VersionConflictError, match="'ana': replaces is ., but version 2 is"):
             put(stale)
     assert [len(store.for_model(F).versions(key)) for key in (ANA, BO)] == [2, 2]  # all or nothing
     assert [v.parent_version for v in store.for_model(F).versions(ANA)] == [None, 1]
     store.for_model(F).rollback(ANA, to=1)
-    with pytest.raises(VersionConflictError, match="'ana' is at version 1, not at 2"):
+    with pytest.raises(VersionConflictError, match="'ana': replaces is 2, but version 1 is"):
         put(2)
     assert put(1) == [3, 3]
 

@@ -1,11 +1,17 @@
 """Rebinding: prefixes that version 0.1.0 stored for this model, stored for it again."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from controlprefix.engine.control_prefix import ControlPrefix
-from controlprefix.errors import GeometryMismatchError, StoreError
+from controlprefix.errors import (
+    ForgottenError,
+    GeometryMismatchError,
+    StoreError,
+    UnknownNameError,
+)
 from controlprefix.model.fingerprint import first_fingerprint
 from controlprefix.prefixes import KINDS, Geometry, Kind, Prefix, PrefixDecoder, PrefixKey, UserCode
 from controlprefix.store import ModelStore, NewVersion, VersionRef
@@ -41,11 +47,12 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
         )
     earlier, own = cp.store.for_model(fingerprint), cp.store.for_model(cp.geometry.fingerprint)
     others: list[Kind] = [kind for kind in KINDS if kind != "decoder"]
-    values = {
-        (key := PrefixKey(kind, name)): earlier.get(key).value
+    keys = [
+        PrefixKey(kind, name)
         for kind in others
         for name in sorted(set(earlier.names(kind)) - set(own.names(kind)))
-    }
+    ]
+    values = {key: stored.value for key, stored in earlier.fetch(keys).items()}
     used = {value.decoder_hash for value in values.values() if isinstance(value, UserCode)}
     hashes: dict[str, str] = {}  # of decoders, which codes name by their content
     stored: list[PrefixKey] = []
@@ -73,7 +80,10 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
         hashes |= rebound
     new_versions = []
     for key, value in values.items():
-        current = earlier.version_info(key)
+        try:
+            current = earlier.version_info(key)
+        except UnknownNameError:  # forgotten meanwhile
+            continue
         details = {**current.details, "rebound": {"from": fingerprint}}
         rebound_value = _rebound(value, cp.geometry, hashes)
         new_versions.append(
@@ -87,7 +97,8 @@ def rebind(cp: ControlPrefix) -> list[PrefixKey]:
             )
         )
     if new_versions:
-        stored += cp.store.put_unless_forgotten(new_versions, removal_number)
+        with contextlib.suppress(ForgottenError):  # all of them were
+            stored += cp.store.put_unless_forgotten(new_versions, removal_number)
     return stored
 
 
