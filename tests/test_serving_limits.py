@@ -362,7 +362,7 @@ def test_a_user_who_is_forgotten_while_enrolled_stays_forgotten(
     assert "forgotten meanwhile" in answer.json()["error"]["message"]
     assert httpx.get(at, headers=keys["a"]).status_code == 404
     monkeypatch.undo()
-    enroll = WorkPools.enroll
+    enroll = WorkPools.run_enrolment
 
     async def later(self: WorkPools, *arguments: Any, **options: Any) -> Any:
         await anyio.to_thread.run_sync(partial(httpx.delete, at, headers=keys["a"]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from controlprefix import TrainingDataError
 from controlprefix.data import Columns, as_examples, linearize, parse_table
-from controlprefix.data.tables import TableForm
+from controlprefix.data.tables import TableStyle
 from controlprefix.evaluation import slot_errors
 
 # From the E2E test set and WebNLG 2017.
@@ -83,7 +83,7 @@ def test_facts_are_read_back_from_their_line() -> None:
         ["Eva", "born", "1970"],
     ]
     facts = {"subject": ["Aarhus", "Eva"], "leader": ["Jacob B", "Eva"], "born": "1970"}
-    forms: tuple[TableForm, ...] = ("bars", "tags")
+    forms: tuple[TableStyle, ...] = ("bars", "tags")
     for form in forms:
         assert parse_table(linearize(triples, form)) == facts
         assert parse_table(linearize({"name": "Loch", "food": ["Thai", "French"]}, form)) == {

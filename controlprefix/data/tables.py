@@ -1,4 +1,4 @@
-"""Tables and facts as prompts: dicts, triples and rows of cells, in the papers' forms."""
+"""Tables and facts as prompts: dicts, triples and rows of cells, in the papers' styles."""
 
 import math
 import re
@@ -8,20 +8,20 @@ from typing import Any, Literal
 
 from controlprefix.errors import TrainingDataError
 
-TableForm = Literal["brackets", "bars", "tags"]
+TableStyle = Literal["brackets", "bars", "tags"]
 
 _TAGS = re.compile(r"(?:<H> (.*?) )?<R> (.*?) <T> (.*?)(?: (?=<H> |<R> )|$)", re.DOTALL)
 _BRACKETS = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*(?:,|$)")
 
 
-def linearize(table: Any, form: TableForm | None = None) -> str:
+def linearize(table: Any, style: TableStyle | None = None) -> str:
     """A table, facts or a dict as one line of text.
 
     Args:
         table: A dict of names and values (a value may be a list; None is left out), a list of
             triples `[subject, relation, object]`, a list of pairs `[name, value]`, or a list of
             dicts with the same keys, which are the rows of a table.
-        form: `brackets`: `name[The Vaults], food[French]`, as E2E writes its inputs; `bars`:
+        style: `brackets`: `name[The Vaults], food[French]`, as E2E writes its inputs; `bars`:
             `| Aarhus : leader : Jacob`, as Prefix-Tuning linearizes WebNLG and DART; `tags`:
             `<H> Aarhus <R> leader <T> Jacob`, as Control Prefixes does. Left out, `brackets` for
             names and values, and `bars` for triples.
@@ -49,34 +49,34 @@ def linearize(table: Any, form: TableForm | None = None) -> str:
     facts = list(_facts(table))
     if not facts:
         raise TrainingDataError("a table is empty; give at least one value")
-    if form is None:
-        form = "bars" if any(subject for subject, _, _ in facts) else "brackets"
-    if form == "brackets":
+    if style is None:
+        style = "bars" if any(subject for subject, _, _ in facts) else "brackets"
+    if style == "brackets":
         round_ones = str.maketrans("[]", "()")
         return ", ".join(
             f"{name.translate(round_ones).replace(',', ';')}[{value.translate(round_ones)}]"
             for _, name, value in facts
         )
     plain = [tuple(text.replace("_", " ") for text in fact) for fact in facts]
-    if form == "bars":
+    if style == "bars":
         return " ".join(f"| {' : '.join(filter(None, fact))}" for fact in plain)
-    if form == "tags":
+    if style == "tags":
         return " ".join(
             f"<H> {subject} <R> {name} <T> {value}" if subject else f"<R> {name} <T> {value}"
             for subject, name, value in plain
         )
     raise TrainingDataError(
-        f"the form {form!r} of a table does not exist; give brackets, bars or tags"
+        f"style is {style!r}, which does not exist; give brackets, bars or tags"
     )
 
 
 def parse_table(text: str) -> dict[str, str | list[str]]:
-    """The names and values of a line that `linearize` made, in any form.
+    """The names and values of a line that `linearize` made, in any style.
 
     Several values of a name are a list. The subjects of facts are values of `subject`, once each.
 
     Raises:
-        TrainingDataError: If the line has another form.
+        TrainingDataError: If the line has another style.
 
     Example:
         >>> parse_table("name[The Vaults], food[French], food[Thai]")
@@ -96,7 +96,7 @@ def parse_table(text: str) -> dict[str, str | list[str]]:
 
 
 def _parsed_bars(text: str) -> list[tuple[str, str, str]]:
-    """The facts of a line in the form `bars`; none if it has another one."""
+    """The facts of a line in the style `bars`; none if it has another one."""
     if not text.startswith("| "):
         return []
     facts = [fact.split(" : ") for fact in text[2:].split(" | ")]
@@ -106,7 +106,7 @@ def _parsed_bars(text: str) -> list[tuple[str, str, str]]:
 
 
 def _parsed_tags(text: str) -> list[tuple[str, str, str]]:
-    """The facts of a line in the form `tags`; none if it has another one."""
+    """The facts of a line in the style `tags`; none if it has another one."""
     facts = [(m[1] or "", m[2], m[3]) for m in _TAGS.finditer(text)]
     return facts if _TAGS.sub("", text) == "" else []
 
@@ -121,7 +121,7 @@ def _parsed_brackets(text: str) -> dict[str, str | list[str]]:
         end = match.end()
     if end != len(text) or not values:
         raise TrainingDataError(
-            f"{text[:60]!r} has another form than name[value], name[value], or triples in a form "
+            f"{text[:60]!r} has another style than name[value], name[value], or triples in a style "
             "of linearize"
         )
     return _single_values(values)

@@ -18,7 +18,7 @@ from controlprefix.prefixes.dial import Dial, strength_at
 from controlprefix.request import Request
 from controlprefix.store import NewVersion, VersionRef
 
-STRENGTHS = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+CALIBRATION_STRENGTHS = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 _NUM_DIAL_POINTS = 10  # from 0 to 1
 _MAX_FIRST_STEP = 0.15  # share of the effect; if the smallest strength has more, try smaller ones
 _MIN_STRENGTH = 1e-5
@@ -59,7 +59,7 @@ def strength_curve(
     classifier: AttributeClassifier,
     *,
     prompts: Sequence[str] = (),
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] = CALIBRATION_STRENGTHS,
     num_samples: int = 64,
     calibrated: bool = False,
     seed: int = 0,
@@ -149,7 +149,7 @@ def calibrate(
     classifier: AttributeClassifier,
     *,
     prompts: Sequence[str] = (),
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] = CALIBRATION_STRENGTHS,
     num_samples: int = 64,
     seed: int = 0,
     progress: bool = True,

@@ -37,7 +37,7 @@ from controlprefix.training.held_out import prompt_identity
 _NO_TEXT = Estimate(math.nan, math.nan, math.nan)
 _NUM_SAMPLES = 3  # texts that a report shows of each label
 _MAX_NAMED_ROWS = 1000  # whose prefixes it names
-STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+CURVE_STRENGTHS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 @checks_arguments
@@ -47,7 +47,7 @@ def evaluate(
     classifiers: Sequence[AttributeClassifier],
     *,
     columns: Columns | None = None,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] = CURVE_STRENGTHS,
     curve_rows: int = 32,
     max_new_tokens: int = 48,
     temperature: float | None = 0.8,

@@ -30,11 +30,11 @@ class Estimate(NamedTuple):
         """Whether there were enough values for one."""
         return math.isfinite(self.high - self.low)
 
-    def text(self, form: str = ".2f") -> str:
+    def text(self, number_format: str = ".2f") -> str:
         """The mean and the interval.
 
         Args:
-            form: How a number is formatted.
+            number_format: A format of Python, such as `.0%`.
 
         Example:
             >>> Estimate(0.5, 0.25, 0.75).text()
@@ -42,9 +42,12 @@ class Estimate(NamedTuple):
             >>> Estimate(0.5, -math.inf, math.inf).text()
             '0.50 (too few for an interval)'
         """
-        if not self.has_interval:
-            return f"{self.mean:{form}} (too few for an interval)"
-        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
+        mean, low, high = (format(value, number_format) for value in self)
+        return (
+            f"{mean} ({low} to {high})"
+            if self.has_interval
+            else f"{mean} (too few for an interval)"
+        )
 
 
 def bootstrap_mean(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Estimate:

@@ -98,7 +98,7 @@ async def _drop_forgotten(server: Server) -> None:
     while True:
         await asyncio.sleep(_FORGET_INTERVAL_S)
         try:
-            await server.work_pools.with_store(server.drop_forgotten)
+            await server.work_pools.run_with_store(server.drop_forgotten)
         except StoreError as error:
             _log.warning("forgotten users could not be dropped, trying again: %s", error)
 

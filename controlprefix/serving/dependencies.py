@@ -35,7 +35,7 @@ class TenantRoute(APIRoute):
             credentials = await _bearer(request)
             api_key = credentials.credentials if credentials else None
             address = request.client.host if request.client else ""
-            client = await server.work_pools.with_store(server.authenticate, api_key, address)
+            client = await server.work_pools.run_with_store(server.authenticate, api_key, address)
             request.state.client = client
             request.state.report = {"tenant": client.tenant, "api_key": client.key_name}
             if unknown := sorted(request.query_params.keys() - parameters):

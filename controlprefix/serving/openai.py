@@ -153,7 +153,7 @@ def _distinct(items: Sequence[Item]) -> list[Item]:
     return [item for i, item in enumerate(items) if item not in items[:i]]
 
 
-class Format(Protocol):
+class ResponseFormatter(Protocol):
     """The form of a response.
 
     Attributes:
@@ -197,7 +197,7 @@ class Format(Protocol):
         """What a stream ends with."""
 
 
-class ChatFormat:
+class ChatFormatter:
     """The form of `/v1/chat/completions`.
 
     Args:
@@ -212,7 +212,7 @@ class ChatFormat:
         self._names = names
 
     def whole(self, common: CommonFields, choices: Sequence[Finished], usage: Usage) -> BaseModel:
-        """The body of a response: see `Format.whole`."""
+        """The body of a response: see `ResponseFormatter.whole`."""
         completions = [choice.completion for choice in choices]
         reports = own_reports(completions)
         return ChatCompletionResponse(
@@ -244,14 +244,14 @@ class ChatFormat:
         *,
         is_first: bool,
     ) -> Iterator[Payload]:
-        """New text of a choice: see `Format.delta`."""
+        """New text of a choice: see `ResponseFormatter.delta`."""
         delta = {"role": "assistant", "content": text} if is_first else {"content": text}
         yield self._chunk(common, index, delta, tokens, None)
 
     def end(
         self, common: CommonFields, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
     ) -> Iterator[Payload]:
-        """The end of a choice: see `Format.end`."""
+        """The end of a choice: see `ResponseFormatter.end`."""
         name, body = self._chunk(common, index, {}, tokens, finished.completion.finish_reason)
         yield name, {**body, **_dumped_report(finished)}
 
@@ -284,7 +284,7 @@ class ChatFormat:
         return chat_log_probs(tokens, self._names)
 
 
-class TextFormat:
+class TextFormatter:
     """The form of `/v1/completions`.
 
     Args:
@@ -300,7 +300,7 @@ class TextFormat:
         self._before: dict[int, bytes] = {}  # per choice the bytes that were streamed
 
     def whole(self, common: CommonFields, choices: Sequence[Finished], usage: Usage) -> BaseModel:
-        """The body of a response: see `Format.whole`."""
+        """The body of a response: see `ResponseFormatter.whole`."""
         completions = [choice.completion for choice in choices]
         reports = own_reports(completions)
         return TextCompletionResponse(
@@ -338,13 +338,13 @@ class TextFormat:
         *,
         is_first: bool,
     ) -> Iterator[Payload]:
-        """New text of a choice: see `Format.delta`."""
+        """New text of a choice: see `ResponseFormatter.delta`."""
         yield self._chunk(common, index, text, self._next_log_probs(index, tokens), None)
 
     def end(
         self, common: CommonFields, index: int, finished: Finished, tokens: Sequence[TokenLogProbs]
     ) -> Iterator[Payload]:
-        """The end of a choice: see `Format.end`."""
+        """The end of a choice: see `ResponseFormatter.end`."""
         log_probs = self._next_log_probs(index, tokens)
         name, body = self._chunk(common, index, "", log_probs, finished.completion.finish_reason)
         yield name, {**body, **_dumped_report(finished)}

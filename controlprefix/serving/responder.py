@@ -28,7 +28,7 @@ from controlprefix.model.log_probs import TokenLogProbs
 from controlprefix.request import Request
 from controlprefix.serving.bodies import CompletionBody
 from controlprefix.serving.errors import error_body
-from controlprefix.serving.openai import Echo, Finished, Format, Usage
+from controlprefix.serving.openai import Echo, Finished, ResponseFormatter, Usage
 from controlprefix.serving.server import Server
 from controlprefix.serving.tenants import Client
 from controlprefix.serving.work_pools import disconnection
@@ -54,7 +54,7 @@ class CompletionResponder:
         server: Server,
         client: Client,
         http_request: HttpRequest,
-        formatter: Format,
+        formatter: ResponseFormatter,
         body: CompletionBody,
     ) -> None:
         self._server, self._client = server, client

@@ -149,7 +149,7 @@ class ResponseObject(SteeringReport, ResponseHead):
     store: bool = False
 
 
-class ResponsesFormat:
+class ResponsesFormatter:
     """The form of `/v1/responses`, which has one choice.
 
     Args:
@@ -169,7 +169,7 @@ class ResponsesFormat:
         self._number = 0
 
     def whole(self, common: CommonFields, choices: Sequence[Finished], usage: Usage) -> BaseModel:
-        """The body of a response: see `Format.whole`."""
+        """The body of a response: see `ResponseFormatter.whole`."""
         (choice,) = choices
         completion = choice.completion
         is_whole = completion.finish_reason == "stop"
@@ -212,7 +212,7 @@ class ResponsesFormat:
         *,
         is_first: bool,
     ) -> Iterator[Payload]:
-        """New text: see `Format.delta`."""
+        """New text: see `ResponseFormatter.delta`."""
         if text:
             self._text += text
             log_probs = chat_log_probs(tokens, self._names).model_dump()["content"]

@@ -195,10 +195,10 @@ class Server:
         self, client: Client, request: Request, disconnect_task: "asyncio.Task[None] | None"
     ) -> ResolvedRequest[Request]:
         if request.unseen == "refuse" and request.when == "always":
-            return await self.work_pools.with_store(client.cp.resolve, request)
+            return await self.work_pools.run_with_store(client.cp.resolve, request)
         # Labels without a prefix, and prompts, are looked up by embeddings.
         resolve = partial(client.cp.resolve, request)
-        return await self.work_pools.with_model(
+        return await self.work_pools.run_with_model(
             client.tenant, resolve, disconnect_task=disconnect_task
         )
 
@@ -266,7 +266,7 @@ class Server:
                 raise
             return ticket
 
-        return await self.work_pools.tokenize(client.tenant, work)
+        return await self.work_pools.run_tokenizing(client.tenant, work)
 
     async def echoes(
         self,
@@ -288,7 +288,7 @@ class Server:
         """
 
         read = partial(self._prompt_echo.read, resolved, top)
-        return await self.work_pools.with_model(
+        return await self.work_pools.run_with_model(
             client.tenant, read, disconnect_task=disconnect_task
         )
 
@@ -301,7 +301,7 @@ class Server:
             RequestError: If its prompt cannot be tokenized.
         """
         read = partial(self._tokenizer.prompt_ids, resolved.request)
-        prompt = await self.work_pools.tokenize(client.tenant, read)
+        prompt = await self.work_pools.run_tokenizing(client.tenant, read)
         empty = Completion(
             text="", finish_reason="length", num_prompt_tokens=len(prompt), num_tokens=0
         )
@@ -353,7 +353,7 @@ class Server:
             ControlPrefixError: If the user cannot be enrolled.
         """
         store = client.cp.store
-        before = await self.work_pools.with_store(
+        before = await self.work_pools.run_with_store(
             partial(store.last_removal_number, forgotten=user)
         )
 
@@ -362,7 +362,7 @@ class Server:
                 raise ForgottenError(user)
             return client.cp.enroll(user, **options)
 
-        return await self.work_pools.enroll(client.tenant, work, disconnect_task=disconnect_task)
+        return await self.work_pools.run_enrolment(client.tenant, work, disconnect_task=disconnect_task)
 
     async def forget(self, client: Client, kind: Kind, name: str) -> int:
         """Remove a name from the store, and from this process; returns its versions.
@@ -370,8 +370,8 @@ class Server:
         Raises:
             UnknownNameError: If there is nothing of that name.
         """
-        num_versions = await self.work_pools.with_store(client.cp.remove, kind, name)
-        await self.work_pools.with_store(self._runner.forget, client.tenant, PrefixKey(kind, name))
+        num_versions = await self.work_pools.run_with_store(client.cp.remove, kind, name)
+        await self.work_pools.run_with_store(self._runner.forget, client.tenant, PrefixKey(kind, name))
         return num_versions
 
     def check_health(self) -> None:

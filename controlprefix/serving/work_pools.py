@@ -53,11 +53,11 @@ class WorkPools:
         for pool in (self._enrolments, self._model, self._tokenizing):
             pool.stop()
 
-    async def with_store(self, work: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    async def run_with_store(self, work: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Run work that queries the store, and does not compute with the model."""
         return await to_thread.run_sync(partial(work, *args, **kwargs), limiter=self._store)
 
-    async def tokenize(self, tenant: str, work: Callable[[], Result]) -> Result:
+    async def run_tokenizing(self, tenant: str, work: Callable[[], Result]) -> Result:
         """Run work that tokenizes a prompt, or compiles a JSON schema.
 
         Raises:
@@ -65,7 +65,7 @@ class WorkPools:
         """
         return await self._tokenizing.run(tenant, work)
 
-    async def enroll(
+    async def run_enrolment(
         self, tenant: str, work: Callable[[], Result], *, disconnect_task: "asyncio.Task[None]"
     ) -> Result:
         """Run an enrolment, which may train.
@@ -81,14 +81,14 @@ class WorkPools:
         """
         return await self._enrolments.run(tenant, work, disconnect_task)
 
-    async def with_model(
+    async def run_with_model(
         self,
         tenant: str,
         work: Callable[[], Result],
         *,
         disconnect_task: "asyncio.Task[None] | None" = None,
     ) -> Result:
-        """Run other work that computes with the model: see `enroll`."""
+        """Run other work that computes with the model: see `run_enrolment`."""
         return await self._model.run(tenant, work, disconnect_task)
 
 

@@ -8,12 +8,12 @@ from controlprefix.serving.dependencies import ClientDependency, ServerDependenc
 from controlprefix.serving.image_downloads import download_images
 from controlprefix.serving.openai import (
     ChatCompletionResponse,
-    ChatFormat,
+    ChatFormatter,
     TextCompletionResponse,
-    TextFormat,
+    TextFormatter,
 )
 from controlprefix.serving.responder import CompletionResponder
-from controlprefix.serving.responses_api import ResponseObject, ResponsesBody, ResponsesFormat
+from controlprefix.serving.responses_api import ResponseObject, ResponsesBody, ResponsesFormatter
 from controlprefix.serving.server import Server
 
 router = APIRouter(prefix="/v1", tags=["completions"], route_class=TenantRoute)
@@ -37,7 +37,7 @@ async def create_chat_completion(
         default_limit=_DEFAULT_CHAT_TOKENS,
         max_tokens=body.max_completion_tokens or body.max_tokens,
     )
-    formatter = ChatFormat(body.top_logprobs if body.logprobs else None, server.token_bytes)
+    formatter = ChatFormatter(body.top_logprobs if body.logprobs else None, server.token_bytes)
     return await CompletionResponder(server, client, request, formatter, body).respond(requests)
 
 
@@ -60,7 +60,7 @@ async def create_completion(
         default_limit=_DEFAULT_TEXT_TOKENS,
         max_tokens=body.max_tokens,
     )
-    formatter = TextFormat(body.logprobs, server.token_bytes)
+    formatter = TextFormatter(body.logprobs, server.token_bytes)
     responder = CompletionResponder(server, client, request, formatter, body)
     return await responder.respond(requests, echoes=body.echo, generates=body.max_tokens != 0)
 
@@ -78,7 +78,7 @@ async def create_response(
         server.sampling_defaults,
         default_limit=_DEFAULT_CHAT_TOKENS,
     )
-    formatter = ResponsesFormat(body, body.top_logprobs or None, server.token_bytes)
+    formatter = ResponsesFormatter(body, body.top_logprobs or None, server.token_bytes)
     return await CompletionResponder(server, client, request, formatter, body).respond([own])
 
 

@@ -25,6 +25,6 @@ async def keep_feedback(
     await download_images(body.messages or (), client, server)
     preference = body.preference()
     (num_kept,) = (
-        await server.work_pools.with_store(client.cp.keep_feedback, [preference])
+        await server.work_pools.run_with_store(client.cp.keep_feedback, [preference])
     ).values()
     return KeptFeedback(user=str(preference.user), num_kept=num_kept)

@@ -39,7 +39,7 @@ async def queue_job(
     texts: Sequence[str] = (),
 ) -> Job:
     """Queue a job, and answer with where to look for it; texts are kept with it."""
-    job = await server.work_pools.with_store(
+    job = await server.work_pools.run_with_store(
         client.cp.store.add_job, kind, user, options, server.fingerprint, texts
     )
     server.wake_worker()
@@ -56,14 +56,14 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> JobList:
     """The tenant's jobs, the newest first, of one user if it is named."""
-    jobs = await server.work_pools.with_store(client.cp.store.jobs, user=user, limit=limit)
+    jobs = await server.work_pools.run_with_store(client.cp.store.jobs, user=user, limit=limit)
     return JobList(jobs=jobs)
 
 
 @router.get("/{job_id}")
 async def get_job(job_id: str, client: ClientDependency, server: ServerDependency) -> Job:
     """A job; 404 if there is none, as after its user was forgotten."""
-    return await server.work_pools.with_store(client.cp.store.job, job_id)
+    return await server.work_pools.run_with_store(client.cp.store.job, job_id)
 
 
 @router.get("/{job_id}/events")
@@ -95,4 +95,4 @@ async def watch_job(
 @router.delete("/{job_id}")
 async def cancel_job(job_id: str, client: ClientDependency, server: ServerDependency) -> Job:
     """Cancel a job; one that runs ends after its current training step."""
-    return await server.work_pools.with_store(client.cp.store.cancel_job, job_id)
+    return await server.work_pools.run_with_store(client.cp.store.cancel_job, job_id)

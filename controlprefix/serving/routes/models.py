@@ -63,7 +63,7 @@ class Classification(BaseModel):
 @router.get("/models")
 async def list_models(client: ClientDependency, server: ServerDependency) -> ModelList:
     """The model, and the model with each task of the tenant."""
-    return await server.work_pools.with_store(_models, client, server)
+    return await server.work_pools.run_with_store(_models, client, server)
 
 
 @router.get("/models/{name:path}")
@@ -71,7 +71,7 @@ async def get_model(name: str, client: ClientDependency, server: ServerDependenc
     """The model, or the model with a task, by name."""
     task = name.removeprefix(f"{server.name}/")  # the model's name may contain slashes
     is_here = name == server.name or (
-        task != name and await server.work_pools.with_store(client.cp.exists, "task", task)
+        task != name and await server.work_pools.run_with_store(client.cp.exists, "task", task)
     )
     if not is_here:
         raise ModelNotFoundError(
@@ -84,7 +84,7 @@ async def get_model(name: str, client: ClientDependency, server: ServerDependenc
 @router.get("/attributes")
 async def list_attributes(client: ClientDependency, server: ServerDependency) -> AttributeList:
     """The attributes and labels that have a prefix, with their descriptions."""
-    stored = await server.work_pools.with_store(client.cp.store.prefixes, "attribute")
+    stored = await server.work_pools.run_with_store(client.cp.store.prefixes, "attribute")
     attributes: dict[str, AttributeEntry] = {}
     space = client.cp.attributes
     described = space.keys() if space else set()
@@ -117,7 +117,7 @@ async def classify(
                 row[classifier.attribute] = dict(zip(classifier.labels, values, strict=True))
         return rows
 
-    return Classification(results=await server.work_pools.with_model(client.tenant, results))
+    return Classification(results=await server.work_pools.run_with_model(client.tenant, results))
 
 
 def _models(client: Client, server: Server) -> ModelList:

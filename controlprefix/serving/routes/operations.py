@@ -48,7 +48,7 @@ async def health() -> Status:
 @router.get("/ready")
 async def ready(server: ServerDependency) -> Status:
     """Whether requests can be served: engine and store answer; otherwise 503."""
-    await server.work_pools.with_store(server.check_health)
+    await server.work_pools.run_with_store(server.check_health)
     return Status(status="ready")
 
 

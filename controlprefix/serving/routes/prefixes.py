@@ -104,7 +104,7 @@ async def roll_back_prefix(
     server: ServerDependency,
 ) -> Versions:
     """Make another version current; none is removed."""
-    await server.work_pools.with_store(client.cp.rollback, kind, name, to=body.to)
+    await server.work_pools.run_with_store(client.cp.rollback, kind, name, to=body.to)
     return await versions_of(kind, name, client, server)
 
 
@@ -118,7 +118,7 @@ async def set_alias(
     server: ServerDependency,
 ) -> Versions:
     """Give a version an alias such as `canary`, move it, or remove it."""
-    await server.work_pools.with_store(client.cp.alias, kind, name, alias, to=body.to)
+    await server.work_pools.run_with_store(client.cp.alias, kind, name, alias, to=body.to)
     return await versions_of(kind, name, client, server)
 
 
@@ -153,7 +153,7 @@ async def names_after(
         client, server: Whose they are, and where.
         after, limit: See the routes.
     """
-    return await server.work_pools.with_store(client.cp.names, kind, after=after, limit=limit + 1)
+    return await server.work_pools.run_with_store(client.cp.names, kind, after=after, limit=limit + 1)
 
 
 async def versions_of(
@@ -164,7 +164,7 @@ async def versions_of(
     Raises:
         UnknownNameError: If there is no such name.
     """
-    infos = await server.work_pools.with_store(client.cp.versions, kind, name)
+    infos = await server.work_pools.run_with_store(client.cp.versions, kind, name)
     return Versions(
         name=name,
         versions=[

@@ -68,7 +68,7 @@ async def enroll_user(
     if body.train is not None:
         usable_texts(user, body.texts)  # fail before a job does
         if body.decoder is not None:
-            await server.work_pools.with_store(client.cp.version_info, "decoder", body.decoder)
+            await server.work_pools.run_with_store(client.cp.version_info, "decoder", body.decoder)
         texts = body.texts if body.keep_texts else []
         options = body.job_options()
         return await queue_job("train_user", user, options, response, client, server, texts=texts)
@@ -90,7 +90,7 @@ async def learn_feedback(
     server: ServerDependency,
 ) -> Job:
     """Train a user's prefix on the feedback that is kept of them, in a job."""
-    if not await server.work_pools.with_store(client.cp.store.feedback, user):
+    if not await server.work_pools.run_with_store(client.cp.store.feedback, user):
         raise RequestError(f"no feedback of user {user!r} is kept; send some to /v1/feedback")
     options = body.model_dump(exclude_none=True)
     return await queue_job("learn_feedback", user, options, response, client, server)
@@ -101,7 +101,7 @@ async def roll_back_user(
     user: str, body: VersionBody, client: ClientDependency, server: ServerDependency
 ) -> Versions:
     """Make another version of a user's prefix current; none is removed."""
-    await server.work_pools.with_store(client.cp.rollback, "user", user, to=body.to)
+    await server.work_pools.run_with_store(client.cp.rollback, "user", user, to=body.to)
     return await versions_of("user", user, client, server)
 
 
