@@ -46,7 +46,11 @@ def test_an_even_response_has_an_even_dial() -> None:
 @given(st.floats(0.5, 20), st.floats(0.5, 1.2), st.integers(0, 1000))
 def test_a_dial_finds_the_response_behind_noise(pull: float, bend: float, seed: int) -> None:
     draw = random.Random(seed)
-    strengths = [0.0, *(CALIBRATION_STRENGTHS[1] / 4**i for i in (5, 4, 3, 2, 1)), *CALIBRATION_STRENGTHS[1:]]
+    strengths = [
+        0.0,
+        *(CALIBRATION_STRENGTHS[1] / 4**i for i in (5, 4, 3, 2, 1)),
+        *CALIBRATION_STRENGTHS[1:],
+    ]
 
     def effect(w: float) -> float:
         return 0.3 + 0.5 * (1 + pull) * w**bend / (1 + pull * w**bend)

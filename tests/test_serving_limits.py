@@ -369,7 +369,7 @@ def test_a_user_who_is_forgotten_while_enrolled_stays_forgotten(
         return await enroll(self, *arguments, **options)
 
     assert httpx.put(at, json=body, headers=keys["a"]).is_success
-    monkeypatch.setattr(WorkPools, "enroll", later)  # as if it had waited for its turn
+    monkeypatch.setattr(WorkPools, "run_enrolment", later)  # as if it had waited for its turn
     assert httpx.put(at, json=body, headers=keys["a"], timeout=60).status_code == 409
     assert httpx.get(at, headers=keys["a"]).status_code == 404
 

@@ -69,7 +69,7 @@ def learn_relevance(
 ) -> None:
     """Learn which prompts a prefix is for: `generate --when relevant` leaves it out of others."""
     from controlprefix.data import as_requests
-    from controlprefix.inference.relevance import prompt_text
+    from controlprefix.inference.relevance import last_user_text
     from controlprefix.request import Request
 
     def requests_of(path: Path | None) -> list[Request]:
@@ -82,7 +82,7 @@ def learn_relevance(
     requests = requests_of(rows), requests_of(others)
     cp = engine.open()
     decode = cp.frozen_model.request_tokenizer.decode
-    own, other = ([prompt_text(row, decode) for row in part] for part in requests)
+    own, other = ([last_user_text(row, decode) for row in part] for part in requests)
     learned = cp.learn_relevance(kind, name, own, others=other)
     out.print(
         f"stored {kind} {name!r} version {learned.version}: accepts {learned.accepted:.0%} of "

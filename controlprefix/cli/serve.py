@@ -155,6 +155,9 @@ def _serve(
     vllm_prefixes: Annotated[
         Path | None, typer.Option(help="Folder from which vLLM's workers read prefixes.")
     ] = None,
+    vllm_max_folder_bytes: Annotated[
+        int, typer.Option(min=1, help="Limit of the files in that folder.")
+    ] = 10 << 30,
     vllm_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -187,7 +190,7 @@ def _serve(
         context,
         ("max_sequences_per_tenant",)
         if backend == "vllm"
-        else ("vllm_url", "vllm_model", "vllm_key_file", "vllm_api_key"),
+        else ("vllm_url", "vllm_model", "vllm_max_folder_bytes", "vllm_key_file", "vllm_api_key"),
         f"--engine {backend}",
     )
     tenant = engine.tenant
@@ -215,7 +218,9 @@ def _serve(
         runner = VllmRunner(
             frozen,
             url=vllm_url,
-            folder=PrefixFolder(vllm_prefixes, key_file=vllm_key_file),
+            folder=PrefixFolder(
+                vllm_prefixes, max_bytes=vllm_max_folder_bytes, key_file=vllm_key_file
+            ),
             api_key=vllm_api_key,
             model_name=vllm_model,
             max_requests=max_sequences + max_waiting,

@@ -134,7 +134,7 @@ def relevance_of(
                 f"when='relevant', but no prefix of the request ({names}) has learned which "
                 "prompts it is for; see cp.learn_relevance, or leave when out"
             )
-    texts = {i: prompt_text(requests[i], decode) for i in gated}
+    texts = {i: last_user_text(requests[i], decode) for i in gated}
     for embedder in {r.embedder for own in gated.values() for r in own.values()}:
         require_trusted(embedder, "a prefix")
         ids = [i for i, own in gated.items() if any(r.embedder == embedder for r in own.values())]
@@ -152,7 +152,7 @@ def relevance_of(
     return results
 
 
-def prompt_text(request: Request, decode: Callable[[Sequence[int]], str]) -> str:
+def last_user_text(request: Request, decode: Callable[[Sequence[int]], str]) -> str:
     """The prompt, or the last message of the user."""
     if request.prompt_ids is not None:
         return decode(request.prompt_ids)

@@ -362,7 +362,9 @@ class Server:
                 raise ForgottenError(user)
             return client.cp.enroll(user, **options)
 
-        return await self.work_pools.run_enrolment(client.tenant, work, disconnect_task=disconnect_task)
+        return await self.work_pools.run_enrolment(
+            client.tenant, work, disconnect_task=disconnect_task
+        )
 
     async def forget(self, client: Client, kind: Kind, name: str) -> int:
         """Remove a name from the store, and from this process; returns its versions.
@@ -371,7 +373,9 @@ class Server:
             UnknownNameError: If there is nothing of that name.
         """
         num_versions = await self.work_pools.run_with_store(client.cp.remove, kind, name)
-        await self.work_pools.run_with_store(self._runner.forget, client.tenant, PrefixKey(kind, name))
+        await self.work_pools.run_with_store(
+            self._runner.forget, client.tenant, PrefixKey(kind, name)
+        )
         return num_versions
 
     def check_health(self) -> None:

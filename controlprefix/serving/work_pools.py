@@ -53,7 +53,9 @@ class WorkPools:
         for pool in (self._enrolments, self._model, self._tokenizing):
             pool.stop()
 
-    async def run_with_store(self, work: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    async def run_with_store(
+        self, work: Callable[..., Result], *args: Any, **kwargs: Any
+    ) -> Result:
         """Run work that queries the store, and does not compute with the model."""
         return await to_thread.run_sync(partial(work, *args, **kwargs), limiter=self._store)
 

@@ -153,7 +153,9 @@ async def names_after(
         client, server: Whose they are, and where.
         after, limit: See the routes.
     """
-    return await server.work_pools.run_with_store(client.cp.names, kind, after=after, limit=limit + 1)
+    return await server.work_pools.run_with_store(
+        client.cp.names, kind, after=after, limit=limit + 1
+    )
 
 
 async def versions_of(
