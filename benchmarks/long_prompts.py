@@ -13,7 +13,7 @@ from lib.results import arguments, save_comparisons
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, rounds=3)
     add_model_options(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 4000, 16000])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 4000, 8000])
     parser.add_argument("--num-slots", type=int, default=16)
     options = parser.parse_args(argv)
 
