@@ -378,6 +378,8 @@ def _remove(session: Session, ids: Sequence[str]) -> None:
 
 
 def _row(session: Session, tenant: int, job_id: str) -> JobRow | None:
+    if not job_id.isprintable():  # PostgreSQL takes no NUL
+        return None
     query = select(JobRow).where(JobRow.tenant_id == tenant, JobRow.id == job_id)
     return session.scalar(query.with_for_update())
 

@@ -163,6 +163,7 @@ class ModelStore:
             limit: Maximum number of names.
         """
         check_kind(kind)
+        after = after.partition("\0")[0]  # which PostgreSQL does not take
 
         def read(session: Session, tenant: int) -> list[str]:
             query = select_prefixes(tenant, self._fingerprint).where(PrefixRow.kind == kind)
@@ -174,7 +175,12 @@ class ModelStore:
         return self._database.run(read)
 
     def exists(self, key: PrefixKey) -> bool:
-        """Whether a name has a prefix for this model."""
+        """Whether a name has a prefix for this model.
+
+        Raises:
+            UnknownNameError: If the name is not valid.
+        """
+        check_key(key)
 
         def read(session: Session, tenant: int) -> bool:
             query = select_prefixes(tenant, self._fingerprint, [key])

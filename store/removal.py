@@ -152,16 +152,19 @@ class RemovalMethods:
             raise RequestError(f"keep is {keep}; it must be 1 or more")
         return self._database.run(lambda session, tenant: prune(session, tenant, keep), write=True)
 
-    def audit_log(self, *, after: int = 0) -> list[AuditEntry]:
+    def audit_log(self, *, after: int = 0, action: str | None = None) -> list[AuditEntry]:
         """What was removed on request, oldest first.
 
         Args:
             after: Only entries with a larger number.
+            action: Only entries of this action, such as `forget`.
         """
 
         def read(session: Session, tenant: int) -> list[AuditEntry]:
             number = min(max(0, after), (1 << 63) - 1)
             query = select(AuditRow).where(AuditRow.tenant_id == tenant, AuditRow.id > number)
+            if action is not None:
+                query = query.where(AuditRow.action == action)
             query = query.order_by(AuditRow.id)
             return [
                 AuditEntry(row.id, row.at, row.action, key_of(row), row.num_versions)

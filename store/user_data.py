@@ -61,6 +61,13 @@ class UserData:
         """
         return self._kept_of(user, "feedback")
 
+    def has_feedback(self, user: str) -> bool:
+        """Whether feedback of a user is kept."""
+        name = PrefixKey("user", user).name
+        return self._database.run(
+            lambda session, tenant: user_texts.exists(session, tenant, name, "feedback")
+        )
+
     def users_with_feedback(self) -> list[str]:
         """The users with kept feedback, sorted."""
         return self._users("feedback")

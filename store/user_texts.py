@@ -41,6 +41,12 @@ def rows_of(session: Session, tenant: int, user: str, kind: UserTextKind) -> lis
     return list(session.scalars(select(UserTextRow).where(is_kind).order_by(UserTextRow.id)))
 
 
+def exists(session: Session, tenant: int, user: str, kind: UserTextKind) -> bool:
+    """Whether there is a text of a user."""
+    query = select(UserTextRow.id).where(_of_user(tenant, user), UserTextRow.kind == kind)
+    return session.scalar(query.limit(1)) is not None
+
+
 def trim_feedback(session: Session, tenant: int, user: str) -> int:
     """Remove all but a user's newest feedback; returns how many entries are left."""
     is_kind = and_(_of_user(tenant, user), UserTextRow.kind == "feedback")

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
+from controlprefix import RequestError
 from controlprefix.cli import app
 from controlprefix.evaluation.comparison import (
     METHODS,
@@ -62,3 +64,21 @@ def test_the_command_reads_an_experiment(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["compare", "--experiment", str(experiment)])
     assert "unknown entry 'step'" in str(failed.exception)
     assert "steps" in str(failed.exception)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('validation = ["a"]', "there is no such file"),
+        ("methods = 5", "methods are 5"),
+        ('[columns]\nattributes = "tone"', "attributes, a table"),
+    ],
+)
+def test_wrong_types_in_an_experiment_are_named(tmp_path: Path, line: str, words: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Hi", "completion": "Hello"}\n')
+    experiment = tmp_path / "experiment.toml"
+    experiment.write_text(f"rows = {json.dumps(str(rows))}\n{line}\n")
+    result = CliRunner().invoke(app, ["compare", "--experiment", str(experiment)])
+    assert isinstance(result.exception, RequestError)
+    assert words in str(result.exception)

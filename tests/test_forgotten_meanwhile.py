@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from controlprefix import ControlPrefix, Example, ForgottenError, Prefix
+from controlprefix import ControlPrefix, Example, ForgottenError, Prefix, UnknownNameError
 from controlprefix.engine import rebinding
 from controlprefix.interop.ray_run import Method, UserActor
 from controlprefix.model.fingerprint import first_fingerprint
@@ -252,7 +252,7 @@ def test_publishing_waits_for_a_removal_that_is_under_way(url: str) -> None:
                 "options": {"steps": 1},
             },
         ),
-        ("enroll_users", {"num_slots": 2}),
+        ("enroll_users", {"decoder": None, "num_slots": 2}),
     ],
 )
 def test_users_forgotten_before_an_actor_gets_them_stay_forgotten(
@@ -291,3 +291,10 @@ def test_users_forgotten_while_a_store_is_rebound_stay_forgotten(
     assert rebinding.rebind(cp) == [ANA]
     assert cp.names("user") == ["ana"]
     assert cp.version_info("user", "ana").dtype == "int8"  # as it was stored
+
+
+def test_an_actor_names_a_decoder_that_does_not_exist(model_folder: Path, tmp_path: Path) -> None:
+    actor = UserActor(str(model_folder), {"store": f"sqlite:///{tmp_path}/s.db"}, {})
+    with pytest.raises(UnknownNameError, match="usrs"):
+        actor.work("enroll_users", [("ana", ["x"])], {"ana": 0}, 0, {"decoder": "usrs"})
+    actor._cp.store.close()

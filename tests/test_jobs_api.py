@@ -1,5 +1,7 @@
 """Jobs over HTTP: accepted, watched, cancelled, and forgotten with their user."""
 
+import contextlib
+import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -74,3 +76,20 @@ def test_jobs_that_cannot_do_anything_are_refused_at_once(served: "Served") -> N
     assert accepted.status_code == 202
     finished(served, accepted.headers["Location"])
     assert served.gateway._tenants._store.for_tenant("mine").user_texts("kept") == ["mine"]
+
+
+def test_a_tenant_watches_a_few_jobs_at_a_time(served: "Served") -> None:
+    body = {"texts": TEXTS, "train": {"steps": 200, "num_slots": 2}}
+    job = httpx.put(f"{served.base}/v1/users/zoe", json=body).json()["id"]
+    address = f"{served.base}/v1/jobs/{job}/events"
+    with httpx.Client(timeout=60) as client, contextlib.ExitStack() as streams:
+        for _ in range(16):
+            stream = streams.enter_context(client.stream("GET", address))
+            assert stream.status_code == 200
+        assert client.get(address).status_code == 503
+    httpx.delete(f"{served.base}/v1/jobs/{job}")
+    deadline = time.monotonic() + 30
+    while httpx.get(address).status_code == 503:  # until the server has seen them end
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    httpx.delete(f"{served.base}/v1/users/zoe")

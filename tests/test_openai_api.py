@@ -139,6 +139,15 @@ def test_sampling_defaults_are_those_of_the_generation_config(store: str) -> Non
         frozen_model, "sqlite://", name="tiny", open_tenant="x", sampling_defaults={"top_p": 0.9}
     )
     assert gateway.sampling_defaults == {"temperature": 0.5, "top_k": 7, "top_p": 0.9}
+    cold = Server(
+        frozen_model,
+        "sqlite://",
+        name="tiny",
+        open_tenant="x",
+        sampling_defaults={"temperature": 1e-5},
+    )
+    assert cold.sampling_defaults["temperature"] == 1e-3  # as of requests
+    cold.close()
     gateway.close()
     served = Served(store, open_tenant="mine", sampling_defaults={"temperature": 0.7})
     try:

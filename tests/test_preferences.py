@@ -306,7 +306,14 @@ def test_another_reference_is_another_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"task": ""}, {"attributes": {"tone": "loud"}}, {"attributes": {"pitch": "high"}}]
+    "wrong",
+    [
+        {"task": ""},
+        {"attributes": {"tone": "loud"}},
+        {"attributes": {"pitch": "high"}},
+        {"attributes": {"tone": {"warm": -0.5}}},
+        {"prompt": None, "messages": [{"role": "user", "content": "Hi"}]},  # without a template
+    ],
 )
 def test_feedback_that_could_not_be_learned_is_refused(wrong: dict[str, Any]) -> None:
     space = AttributeSpace.parse("attributes: {tone: {labels: [warm, cool]}}")

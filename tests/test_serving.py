@@ -227,6 +227,8 @@ def test_texts_are_classified(store: str) -> None:
         assert [sum(item["tone"].values()) for item in result["results"]] == pytest.approx([1, 1])
         assert result["results"][0]["tone"]["warm"] > 0.7
         assert httpx.post(f"{classifying.base}/v1/classify", json={"texts": []}).status_code == 400
+        lone = b'{"texts": ["\\ud800"]}'
+        assert httpx.post(f"{classifying.base}/v1/classify", content=lone).status_code == 400
     finally:
         classifying.close()
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from controlprefix.errors import RateLimitError, UnauthorizedError
-from controlprefix.serving.rate_limit import RateLimiter
+from controlprefix.serving.rate_limit import RateLimiter, TokenLimiter
 from controlprefix.serving.tenants import Tenants
 
 from helpers import frozen
@@ -49,3 +49,16 @@ def test_each_key_of_a_tenant_has_its_own_rate() -> None:
         limiter.hit(tenant, key)
         with pytest.raises(RateLimitError):
             limiter.hit(tenant, key)
+
+
+def test_limits_of_tenants_are_apart_whatever_their_names() -> None:
+    limiter = RateLimiter(1)
+    limiter.hit("a", "b/c")
+    limiter.hit("a/b", "c")
+    with pytest.raises(RateLimitError):
+        limiter.hit("a", "b/c")
+    tokens = TokenLimiter(5)
+    tokens.add("a", "b/c", 9)
+    tokens.require("a/b", "c")
+    with pytest.raises(RateLimitError):
+        tokens.require("a", "b/c")

@@ -405,3 +405,9 @@ def test_limits_are_above_zero() -> None:
     for options in ({"max_sequences": 0}, {"max_waiting": -1}, {"timeout_s": -1.0}):
         with pytest.raises(RequestError, match="must be above 0"):
             ServerLimits(**options)
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), 0.0, -1.0])
+def test_limits_are_numbers_above_0(timeout_s: float) -> None:
+    with pytest.raises(RequestError, match="timeout_s is .*; it must be a number above 0"):
+        ServerLimits(timeout_s=timeout_s)

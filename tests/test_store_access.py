@@ -232,3 +232,15 @@ def test_times_are_utc_wherever_the_server_is(url: str) -> None:
 def test_a_quoted_password_is_shown_in_neither_form() -> None:
     url = "postgresql://me:s%40crets@host/name"
     assert redacted("no s%40crets, no s@crets for me", url) == "no ***, no *** for me"
+
+
+def test_a_nul_is_in_no_name(url: str) -> None:
+    with PrefixStore(url) as store:
+        store.put([new()])
+        models = store.for_model(F)
+        with pytest.raises(UnknownNameError):
+            models.exists(PrefixKey("user", "a\0"))
+        assert models.names("user", after="a\0") == ["ana"]
+        for look in (store.job, store.cancel_job):
+            with pytest.raises(UnknownNameError):
+                look("a\0")

@@ -12,10 +12,12 @@ import torch
 from controlprefix import (
     ControlPrefix,
     Example,
+    RequestError,
     StoreError,
     TrainingDataError,
     UnknownNameError,
 )
+from controlprefix.cancellation import stoppable
 from controlprefix.errors import TrainingInterrupted
 from controlprefix.training.objectives import Objective, TrainingRow
 from controlprefix.users import user_training
@@ -327,3 +329,15 @@ def test_ctrl_c_ends_a_run_of_users_who_train_for_one_step(monkeypatch: pytest.M
             progress=False,
         )
     assert cp.names("user") == ["ana"]
+
+
+def test_nothing_is_stored_after_an_enrolment_was_stopped() -> None:
+    cp = engine()
+    with stoppable(lambda: True), pytest.raises(TrainingInterrupted):
+        cp.enroll("ana", ["a text"])
+    assert not cp.exists("user", "ana")
+
+
+def test_slots_are_for_enrolments_without_a_decoder() -> None:
+    with pytest.raises(RequestError, match="num_slots is for a prefix without a decoder"):
+        engine().enroll("ana", ["a text"], decoder="users", num_slots=4)

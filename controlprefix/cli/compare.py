@@ -1,6 +1,7 @@
 """The command that compares ways to adapt a model: compare."""
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,7 +129,10 @@ def compare(
             options[name] = _rows_or_share(name, options[name])
     if isinstance(options.get("methods"), str):
         options["methods"] = [name.strip() for name in options["methods"].split(";")]
-    comparison.require_methods(options.get("methods", ()))
+    methods = options.get("methods", ())
+    if not isinstance(methods, (list, tuple)) or not all(isinstance(m, str) for m in methods):
+        raise RequestError(f"methods are {methods!r}; give a text with semicolons, or a list")
+    comparison.require_methods(methods)
     if isinstance(options.get("seeds"), str):
         numbers = [parse_number("--seeds", item) for item in parse_list(options["seeds"])]
         options["seeds"] = [int(n) if n.is_integer() else n for n in numbers]
@@ -214,7 +218,10 @@ def _columns(entries: Any) -> "Columns":
     from controlprefix.data import Columns
 
     try:
-        return Columns(**entries)
+        columns = Columns(**entries)
+        if not isinstance(columns.attributes, Mapping):
+            raise TypeError
+        return columns
     except TypeError:
         raise RequestError(
             f"columns of the experiment are {entries!r}; they have text, prompt, completion, user "
@@ -228,8 +235,8 @@ def _rows_or_share(name: str, value: str | float) -> float | Path:
         return float(value)
     try:
         return float(value)
-    except ValueError:
-        path = Path(value)
+    except (TypeError, ValueError):
+        path = Path(str(value))
     if not path.is_file():
         raise RequestError(f"--{name} {value}: there is no such file; give rows, or a share")
     return path

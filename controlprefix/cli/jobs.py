@@ -23,7 +23,7 @@ def worker(
     """Run the training jobs that servers have queued, of all tenants, until it is stopped."""
     from controlprefix.jobs import JobWorker
 
-    cp = engine.open()
+    cp = engine.open(create=True)
     jobs = JobWorker(cp.frozen_model, cp.store, cp.attributes)
 
     def stop(*_: Any) -> None:

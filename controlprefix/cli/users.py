@@ -35,7 +35,9 @@ RefineOption = Annotated[
         "from the first tokens.",
     ),
 ]
-EnrolledSlotsOption = Annotated[int, typer.Option(min=1, help="Without a decoder: slots at most.")]
+EnrolledSlotsOption = Annotated[
+    int | None, typer.Option(min=1, help="Without a decoder: slots at most; left out, 64.")
+]
 KeepTextsOption = Annotated[
     bool, typer.Option("--keep-texts", help="Store the texts too, for `users train`.")
 ]
@@ -72,7 +74,7 @@ def enroll(
     split: SplitOption = "line",
     decoder: DecoderOption = None,
     refine: RefineOption = False,
-    num_slots: EnrolledSlotsOption = 64,
+    num_slots: EnrolledSlotsOption = None,
     keep_texts: KeepTextsOption = False,
     keep_profile: KeepProfileOption = False,
     add: Annotated[
@@ -172,7 +174,7 @@ def enroll_users(
     data: Annotated[Path, typer.Argument(help=_DATA_HELP)],
     decoder: DecoderOption = None,
     refine: RefineOption = False,
-    num_slots: EnrolledSlotsOption = 64,
+    num_slots: EnrolledSlotsOption = None,
     keep_texts: KeepTextsOption = False,
     keep_profile: KeepProfileOption = False,
     guard: GuardOption = False,

@@ -1,5 +1,6 @@
 """The methods of `ControlPrefix` that train on rewards and on preferences."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Unpack
@@ -7,7 +8,7 @@ from typing import Unpack
 from controlprefix.data import Columns, Rows, as_preferences, as_requests
 from controlprefix.engine.arguments import checks_method_arguments
 from controlprefix.engine.training import TrainingMethods
-from controlprefix.errors import TrainingDataError
+from controlprefix.errors import ContextLengthError, TrainingDataError
 from controlprefix.example import Example, Preference
 from controlprefix.store.records import check_key, user_name
 from controlprefix.training import (
@@ -22,6 +23,7 @@ from controlprefix.training import (
     TrainingSettings,
 )
 from controlprefix.training.ordinal_labels import interpolated
+from controlprefix.training.preparation import check_trainable
 
 
 @checks_method_arguments
@@ -118,14 +120,12 @@ class FeedbackMethods(TrainingMethods):
 
         Raises:
             TrainingDataError: If a row is no preference, or names no user.
-            UnknownNameError, RequestError: If a name is invalid, or the attribute space does not
-                allow a label.
+            UnknownNameError, RequestError: If a name is invalid, the attribute space does not
+                allow a label, or a prompt cannot be tokenized.
             StoreError: If the store cannot be written.
         """
         rows = as_preferences(preferences)
-        for row in self.with_default_labels(rows):  # fail before anything is kept
-            for part in row.named_parts:
-                check_key(part.key)
+        self._check_feedback(self.with_default_labels(rows))  # fail before anything is kept
         by_user: dict[str, list[str]] = {}
         for number, row in enumerate(rows, 1):
             if row.user is None:
@@ -135,6 +135,15 @@ class FeedbackMethods(TrainingMethods):
             text = row.model_dump_json(exclude_unset=True)
             by_user.setdefault(user_name(row.user), []).append(text)
         return {user: self.store.keep_feedback(user, texts) for user, texts in by_user.items()}
+
+    def _check_feedback(self, rows: Sequence[Preference]) -> None:
+        """Check that rows can be learned from, if they fit the context."""
+        check_trainable(rows)
+        for row in interpolated(rows, self._ordinal_labels(rows, "user")):
+            for part in row.named_parts:
+                check_key(part.key)
+            with contextlib.suppress(ContextLengthError):
+                self._frozen.request_tokenizer.prompt_ids(row)
 
     def feedback(self, user: str) -> list[Preference]:
         """The kept preferences of a user, oldest first.

@@ -144,7 +144,7 @@ class UserMethods(SharingMethods):
         vector: Sequence[float] | None = None,
         decoder: str | None = None,
         refine: bool = False,
-        num_slots: int = 64,
+        num_slots: int | None = None,
         keep_texts: bool = False,
         keep_profile: bool = False,
         add: bool = False,
@@ -166,7 +166,7 @@ class UserMethods(SharingMethods):
             decoder: A stored decoder, by name (see `learn_decoder`).
             refine: With a decoder: train the predicted code further, for some seconds. Without:
                 train 16 slots at most from the texts' first tokens, instead of matching them.
-            num_slots: Slots at most, without a decoder.
+            num_slots: Without a decoder: slots at most; left out, 64.
             keep_texts: Store the texts too, so that `train_users()` can train on them later.
             keep_profile: Store their mean sentence embedding, to find `similar_users`.
             add: Update the user's code with these texts too. It needs the decoder of the earlier
@@ -218,7 +218,7 @@ class UserMethods(SharingMethods):
         columns: Columns | None = None,
         decoder: str | None = None,
         refine: bool = False,
-        num_slots: int = 64,
+        num_slots: int | None = None,
         keep_texts: bool = False,
         keep_profile: bool = False,
         guard: bool = False,

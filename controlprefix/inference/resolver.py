@@ -11,6 +11,7 @@ from cachetools import LRUCache
 
 from controlprefix.attributes import AttributeSpace, require_known
 from controlprefix.attributes.ordinal import as_number, by_attribute, interpolate
+from controlprefix.cancellation import raise_if_stopped
 from controlprefix.completion import PartUsed, StandIn
 from controlprefix.errors import PrefixFormatError, RequestError, UnknownNameError
 from controlprefix.inference.relevance import relevance_of
@@ -24,6 +25,7 @@ from controlprefix.request import AnyRequest, NamedPart, Request
 from controlprefix.store import CachedPrefix, PrefixCache, PrefixStore, SingleFlight, StoredVersion
 
 _MAX_CURRENT = 10_000  # names whose current version is remembered
+_MAX_TEXT_SLOTS = 1024  # of a request, made from the texts of unseen labels
 _MAX_DECODERS = 4  # decoders of user codes kept in memory
 
 
@@ -153,6 +155,14 @@ class Resolver:
             by_text: dict[str, Prefix] = {}
 
             def make_prefix(own: dict[PrefixKey, Prefix], key: PrefixKey, text: str) -> None:
+                raise_if_stopped()
+                num_tokens = len(self._frozen.request_tokenizer.text_ids(text))
+                if num_tokens + sum(p.num_slots for p in own.values()) > _MAX_TEXT_SLOTS:
+                    raise RequestError(
+                        f"the texts of this request's unseen labels have more than "
+                        f"{_MAX_TEXT_SLOTS:,} tokens, each of which becomes a slot; name fewer, or "
+                        "store their prefixes"
+                    )
                 if text not in by_text:
                     by_text[text] = self._placed(prefix_from_text(self._frozen, text))
                 own[key] = by_text[text]

@@ -110,6 +110,8 @@ class UserActor:
                 texts, control=control, removal_number=removal_number, **options
             )
             return report, stored
+        if options["decoder"] is not None:
+            self._cp.version_info("decoder", options["decoder"])  # fail before any user is read
         enroll = partial(
             trainer.enroll, options=EnrolmentOptions(**options), removal_number=removal_number
         )

@@ -141,7 +141,7 @@ class RayCluster:
         *,
         decoder: str | None = None,
         refine: bool = False,
-        num_slots: int = 64,
+        num_slots: int | None = None,
         keep_texts: bool = False,
         keep_profile: bool = False,
         guard: bool = False,

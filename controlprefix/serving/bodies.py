@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from controlprefix.errors import ModelNotFoundError, RequestError
-from controlprefix.request import Request, SteeringFields
+from controlprefix.request import Request, SteeringFields, is_valid_unicode
 from controlprefix.request_fields import with_sampling_defaults
 from controlprefix.serving.chat_message import MAX_ITEMS, ChatMessage
 
@@ -39,7 +39,7 @@ _IGNORED_VALUES: Mapping[str, tuple[Any, ...]] = {
 }
 MAX_TOKENS = 1 << 31
 _MAX_PROMPT_IDS = 1 << 20
-_MIN_TEMPERATURE = 1e-3
+MIN_TEMPERATURE = 1e-3
 _MIN_TOP_P = 1e-6  # keeps the most likely token alone
 
 
@@ -174,7 +174,7 @@ class CompletionBody(SteeringFields):
             name = next((name for name in _LIMITS if getattr(self, name, None)), "max_tokens")
             raise RequestError(f"{name} is {max_tokens}; this server generates {limit} at most")
         steering = self.model_dump(include=set(SteeringFields.model_fields) & self.model_fields_set)
-        temperature = self.temperature and max(_MIN_TEMPERATURE, self.temperature)
+        temperature = self.temperature and max(MIN_TEMPERATURE, self.temperature)
         fields = {
             **steering,
             "task": self.task(model_name),
@@ -323,6 +323,13 @@ class ClassifyBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     texts: list[str] = Field(min_length=1, max_length=64)
+
+    @field_validator("texts")
+    @classmethod
+    def _check_texts(cls, texts: list[str]) -> list[str]:
+        if not all(map(is_valid_unicode, texts)):
+            raise ValueError("a text contains half a surrogate pair, which is not a character")
+        return texts
 
 
 # Where fields of the library are in this API.

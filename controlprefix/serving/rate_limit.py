@@ -1,5 +1,6 @@
 """Limits per minute and API key: of requests, and of tokens."""
 
+import json
 import time
 
 from limits import RateLimitItemPerMinute
@@ -27,9 +28,11 @@ class RateLimiter:
         Raises:
             RateLimitError: If the key has sent too many.
         """
-        if not self._limit or self._limiter.hit(self._item, tenant, key_name):
+        if not self._limit or self._limiter.hit(self._item, _identifier(tenant, key_name)):
             return
-        reset_at = self._limiter.get_window_stats(self._item, tenant, key_name).reset_time
+        reset_at = self._limiter.get_window_stats(
+            self._item, _identifier(tenant, key_name)
+        ).reset_time
         wait_s = max(0.0, reset_at - time.time())
         raise RateLimitError(
             f"too many requests: {self._limit} per minute are accepted; the next in {wait_s:.1f} s",
@@ -59,9 +62,11 @@ class TokenLimiter:
         Raises:
             RateLimitError: If it has not.
         """
-        if not self._limit or self._limiter.test(self._item, tenant, key_name):
+        if not self._limit or self._limiter.test(self._item, _identifier(tenant, key_name)):
             return
-        reset_at = self._limiter.get_window_stats(self._item, tenant, key_name).reset_time
+        reset_at = self._limiter.get_window_stats(
+            self._item, _identifier(tenant, key_name)
+        ).reset_time
         wait_s = max(0.0, reset_at - time.time())
         raise RateLimitError(
             f"too many tokens: {self._limit} per minute are given; more in {wait_s:.1f} s", wait_s
@@ -70,5 +75,9 @@ class TokenLimiter:
     def add(self, tenant: str, key_name: str, num_tokens: int) -> None:
         """Count tokens of a key."""
         if self._limit and num_tokens:
-            key = self._item.key_for(tenant, key_name)
+            key = self._item.key_for(_identifier(tenant, key_name))
             self._storage.incr(key, self._item.get_expiry(), amount=num_tokens)
+
+
+def _identifier(tenant: str, key_name: str) -> str:
+    return json.dumps([tenant, key_name])  # names may contain what the limiter joins them with

@@ -65,6 +65,15 @@ class ResponsesBody(CompletionBody):
     text: TextBodyOptions = Field(default_factory=TextBodyOptions)
     top_logprobs: int = Field(default=0, ge=0, le=20)
     """Log-probabilities of the most likely tokens at each position, beside the token's own."""
+    include: list[str] = Field(default_factory=list, max_length=MAX_ITEMS)
+    """`message.output_text.logprobs` adds the log-probability of each token; others have no
+    effect."""
+
+    @property
+    def num_log_probs(self) -> int | None:
+        """Log-probabilities per token beside its own; None for none at all."""
+        is_included = "message.output_text.logprobs" in self.include
+        return self.top_logprobs if self.top_logprobs or is_included else None
 
     def to_request(
         self, model_name: str, limit: int, defaults: Mapping[str, Any], *, default_limit: int

@@ -1,6 +1,7 @@
 """Server: the state that all routes share."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from controlprefix.model import FrozenModel
 from controlprefix.model.token_bytes import TokenBytes
 from controlprefix.prefixes import Kind, PrefixKey
 from controlprefix.request import Request
+from controlprefix.serving.bodies import MIN_TEMPERATURE
 from controlprefix.serving.image_downloads import ImageDownloads
 from controlprefix.serving.large_bodies import LargeBodies
 from controlprefix.serving.metrics import Metrics
@@ -98,6 +100,8 @@ class Server:
     ) -> None:
         self.name = name
         self.sampling_defaults = {**frozen.sampling_defaults, **(sampling_defaults or {})}
+        if temperature := self.sampling_defaults.get("temperature"):
+            self.sampling_defaults["temperature"] = max(MIN_TEMPERATURE, temperature)
         self.token_bytes = TokenBytes(frozen.tokenizer)
         self.fingerprint = frozen.fingerprint
         self._unknown_users = unknown_users
@@ -111,6 +115,7 @@ class Server:
         self.allowed_hosts = tuple(allowed_hosts)
         self.image_downloads = ImageDownloads(image_origins, self.limits.max_body_bytes)
         self.large_bodies = LargeBodies()
+        self.num_watchers = Counter[str]()  # by tenant, of jobs
         self.work_pools = WorkPools(self.limits.max_enrolments, self.limits.timeout_s)
         self._to_forget: list[tuple[str, AuditEntry]] = []
         self._under_way: dict[object, tuple[str, int]] = {}  # tenant, and number of choices

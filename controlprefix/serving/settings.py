@@ -1,5 +1,6 @@
 """ServerLimits: what a server accepts."""
 
+import math
 from dataclasses import dataclass
 
 from controlprefix.errors import RequestError
@@ -52,8 +53,8 @@ class ServerLimits:
             value = getattr(self, name)
             if value is None:
                 continue
-            if value < 0 or (value == 0 and name not in may_be_zero):
-                raise RequestError(f"{name} is {value}; it must be above 0")
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in may_be_zero):
+                raise RequestError(f"{name} is {value}; it must be a number above 0")
 
     @property
     def sequences_per_tenant(self) -> int:

@@ -147,10 +147,10 @@ class Tenants:
             read = self._read_entries.setdefault(tenant, set())
             # An entry may be committed after one with a higher number.
             after = max(read, default=0) - _AUDIT_WINDOW
-            for entry in self._store.for_tenant(tenant).audit_log(after=after):
+            for entry in self._store.for_tenant(tenant).audit_log(after=after, action="forget"):
                 is_new = entry.number not in read
                 read.add(entry.number)
-                if is_new and entry.action == "forget":
+                if is_new:
                     self._caches.forget(tenant, entry.key)
                     yield tenant, entry
             newest = max(read, default=0)

@@ -76,7 +76,7 @@ class EnrolmentBody(BaseModel):
                     "train.num_slots is for a prefix without a decoder; leave it out"
                 )
             options["decoder"] = self.decoder
-        elif options.get("as_codes"):
+        elif "as_codes" in options:
             raise RequestError("train.as_codes is for a decoder; name one, or leave it out")
         return {"texts": self.texts, **options}
 

@@ -39,6 +39,9 @@ class EnrolmentReport:
     seconds: float = 0.0
 
 
+DEFAULT_NUM_SLOTS = 64
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnrolmentOptions:
     """How a user is enrolled: see `ControlPrefix.enroll`.
@@ -49,15 +52,17 @@ class EnrolmentOptions:
 
     decoder: str | None = None
     refine: bool = False
-    num_slots: int = 64
+    num_slots: int | None = None
     keep_texts: bool = False
     keep_profile: bool = False
     add: bool = False
     guard: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_slots < 1:
+        if self.num_slots is not None and self.num_slots < 1:
             raise RequestError(f"num_slots is {self.num_slots}; it must be 1 or more")
+        if self.num_slots is not None and self.decoder is not None:
+            raise RequestError("num_slots is for a prefix without a decoder; leave one of them out")
         if self.add and (self.decoder is None or self.refine or self.keep_profile):
             raise RequestError(
                 "add requires decoder, and cannot be combined with refine or keep_profile"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from controlprefix.cancellation import raise_if_stopped
 from controlprefix.embeddings import MAX_CHARACTERS
 from controlprefix.errors import ForgottenError, RequestError, TrainingDataError
 from controlprefix.inference.resolver import Resolver
@@ -17,6 +18,7 @@ from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.decoder_training import CODE_LEARNING_RATE, DecoderReport, train_decoder
 from controlprefix.users.enrolment import (
+    DEFAULT_NUM_SLOTS,
     EnrolmentOptions,
     added_code,
     profile_of,
@@ -249,7 +251,7 @@ class UserTrainer:
         if options.refine:
             report = self.train_users(
                 {user: texts},
-                num_slots=min(options.num_slots, _MAX_REFINED_SLOTS),
+                num_slots=min(options.num_slots or _MAX_REFINED_SLOTS, _MAX_REFINED_SLOTS),
                 decoder=decoder,
                 as_codes=True,
                 concurrent_users=1,
@@ -291,7 +293,7 @@ class UserTrainer:
             self._frozen,
             texts,
             self.optional_decoder(decoder),
-            num_slots=options.num_slots,
+            num_slots=options.num_slots or DEFAULT_NUM_SLOTS,
             guard=options.guard,
         )
         if options.guard:
@@ -343,6 +345,7 @@ class UserTrainer:
         removal_number: int,
         **extras: Any,
     ) -> int:
+        raise_if_stopped()
         if isinstance(value, Prefix):
             value = value.to(dtype=self._frozen.dtype)
         new = NewVersion(PrefixKey("user", user), value, details, **extras)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from controlprefix._io import progress_bar
-from controlprefix.cancellation import delayed_interrupt, raise_if_stopped
+from controlprefix.cancellation import delayed_interrupt
 from controlprefix.errors import (
     ControlPrefixError,
     ForgottenError,
@@ -269,7 +269,6 @@ def _stopped(num_stored: int, total: int | None, folder: Path | None) -> str:
 
 
 def _publish(user: _ActiveUser, publish: Publish) -> TrainingReport:
-    raise_if_stopped()
     run = user.run
     run.progress.seconds = time.monotonic() - user.started
     report = run.report()

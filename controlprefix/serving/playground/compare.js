@@ -251,12 +251,13 @@ function asked(side) {
   const user = side.querySelector(".user").value;
   if (user) strengths.user = Number(side.querySelector(".much").value);
   const task = at("task").value;
+  const seed = at("seed").value.trim() ? Number(at("seed").value) : undefined;
   return {
     model: task ? `${model}/${task}` : model,
     ...(chats ? { messages: [{ role: "user", content: at("prompt").value }] } : { prompt: at("prompt").value }),
     max_tokens: tokens,
     temperature: at("temperature").value === "" ? null : Number(at("temperature").value),
-    ...(at("seed").value.trim() ? { seed: Number(at("seed").value) } : {}),
+    ...(Number.isSafeInteger(seed) ? { seed } : {}),
     stream: true, attributes: chosen, strengths,
     ...(Object.keys(schedules).length ? { schedules } : {}), ...(user ? { user } : {}),
     ...(side.querySelector(".calibrated input").checked ? { calibrated: true } : {}),

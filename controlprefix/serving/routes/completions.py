@@ -78,7 +78,7 @@ async def create_response(
         server.sampling_defaults,
         default_limit=_DEFAULT_CHAT_TOKENS,
     )
-    formatter = ResponsesFormatter(body, body.top_logprobs or None, server.token_bytes)
+    formatter = ResponsesFormatter(body, body.num_log_probs, server.token_bytes)
     return await CompletionResponder(server, client, request, formatter, body).respond([own])
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, TypeAdapter
 from sse_starlette import EventSourceResponse
 
-from controlprefix.errors import ControlPrefixError, InternalServerError
+from controlprefix.errors import ControlPrefixError, InternalServerError, OverloadedError
 from controlprefix.serving.dependencies import ClientDependency, ServerDependency, TenantRoute
 from controlprefix.serving.errors import error_body
 from controlprefix.serving.server import Server
@@ -19,6 +20,7 @@ from controlprefix.store import Job, JobKind
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=TenantRoute)
 
 _POLL_S = 0.5
+_MAX_WATCHERS = 16  # streams of a tenant
 _JSON = TypeAdapter(Job)
 
 
@@ -70,24 +72,36 @@ async def get_job(job_id: str, client: ClientDependency, server: ServerDependenc
 async def watch_job(
     job_id: str, client: ClientDependency, server: ServerDependency
 ) -> EventSourceResponse:
-    """The job as server-sent events: as it is, at each change, and last as it ended."""
+    """The job as server-sent events: as it is, at each change, and last as it ended.
+
+    A stream ends after the time that the server gives a request; watch again then.
+    """
     first = await get_job(job_id, client, server)
+    watchers = server.num_watchers
+    if watchers[client.tenant] >= _MAX_WATCHERS:
+        raise OverloadedError(
+            f"{_MAX_WATCHERS} jobs of this tenant are watched; end a stream, or ask for the job"
+        )
+    watchers[client.tenant] += 1
 
     async def events() -> AsyncIterator[str]:
-        latest = first
-        yield _JSON.dump_json(latest).decode()
-        while not latest.is_finished and server.is_ready:
-            await asyncio.sleep(_POLL_S)
-            try:
-                job = await get_job(job_id, client, server)
-            except Exception as error:  # the status line is sent, so the stream says it
-                if not isinstance(error, ControlPrefixError):
-                    error = InternalServerError(str(error))
-                yield json.dumps({"id": job_id, "error": error_body(error)[1].message})
-                return
-            if job != latest:
-                latest = job
-                yield _JSON.dump_json(latest).decode()
+        latest, end = first, time.monotonic() + server.limits.timeout_s
+        try:
+            yield _JSON.dump_json(latest).decode()
+            while not latest.is_finished and server.is_ready and time.monotonic() < end:
+                await asyncio.sleep(_POLL_S)
+                try:
+                    job = await get_job(job_id, client, server)
+                except Exception as error:  # the status line is sent, so the stream says it
+                    if not isinstance(error, ControlPrefixError):
+                        error = InternalServerError(str(error))
+                    yield json.dumps({"id": job_id, "error": error_body(error)[1].message})
+                    return
+                if job != latest:
+                    latest = job
+                    yield _JSON.dump_json(latest).decode()
+        finally:
+            watchers[client.tenant] -= 1
 
     return EventSourceResponse(events())
 

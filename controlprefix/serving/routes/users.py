@@ -90,7 +90,7 @@ async def learn_feedback(
     server: ServerDependency,
 ) -> Job:
     """Train a user's prefix on the feedback that is kept of them, in a job."""
-    if not await server.work_pools.run_with_store(client.cp.store.feedback, user):
+    if not await server.work_pools.run_with_store(client.cp.store.has_feedback, user):
         raise RequestError(f"no feedback of user {user!r} is kept; send some to /v1/feedback")
     options = body.model_dump(exclude_none=True)
     return await queue_job("learn_feedback", user, options, response, client, server)
