@@ -14,6 +14,7 @@ A YAML file defines it once, for training and for requests:
           neutral: {}
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +30,7 @@ from controlprefix.attributes.ordinal import as_number, is_ordinal
 from controlprefix.errors import AttributeSpaceError, RequestError, known_names
 from controlprefix.labels import Attributes, check_attribute_name, weighted_labels
 from controlprefix.prefixes import PrefixKey
+from controlprefix.prefixes.key import composed
 
 
 def _error_at(message: str, *path: str | int) -> PydanticCustomError:
@@ -160,7 +162,7 @@ class AttributeSpace(BaseModel):
             AttributeSpaceError: With each line that is wrong.
         """
         try:
-            data = YAML().load(text)
+            data = YAML().load(composed(text))
         except (YAMLError, ValueError, TypeError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             where = name if mark is None else f"{name} line {mark.line + 1}"
@@ -271,13 +273,15 @@ def _line_of(data: Any, path: tuple[str | int, ...]) -> int:
         key: Any = step
         if isinstance(data, CommentedSeq) and isinstance(step, int):
             row, _ = data.lc.item(key)
+            line = row + 1
         elif isinstance(data, CommentedMap):
             # pydantic reports a name that is no text as a text.
             key = next((key for key in data if str(key) == str(step)), None)
             if key is None:
                 break
-            row, _ = data.lc.key(key)
+            with contextlib.suppress(KeyError, TypeError):  # a merged key has no line of its own
+                line = data.lc.key(key)[0] + 1
         else:
             break
-        line, data = row + 1, data[key]
+        data = data[key]
     return line

@@ -6,7 +6,7 @@ given.
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
 from controlprefix.errors import RequestError
 
@@ -135,6 +135,11 @@ def capacity(workload: Workload) -> Capacity:
         workload.price_per_hour,
         workload.price_per_gb,
     )
+    if workload.storage_format not in get_args(StorageFormat):
+        known = ", ".join(get_args(StorageFormat))
+        raise RequestError(f"storage_format is {workload.storage_format!r}; give one of: {known}")
+    if not all(map(math.isfinite, (*sizes, *numbers, workload.tokens_per_second))):
+        raise RequestError("all numbers must be finite")
     if min(sizes) < 1 or min(numbers) < 0 or workload.tokens_per_second <= 0:
         values_by_name = {
             name: value for name, value in asdict(workload).items() if name != "storage_format"

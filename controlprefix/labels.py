@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from controlprefix.prefixes.key import PrefixKey
+from controlprefix.prefixes.key import PrefixKey, composed
 
 Attributes = Mapping[str, str | Mapping[str, float]]
 
@@ -47,13 +47,23 @@ def check_labels(attributes: Any) -> Any:
                     f"a label of {attribute!r} must be a text or a number, got "
                     f"{type(name).__name__} {name!r}"
                 )
+        own_name = composed(attribute) if isinstance(attribute, str) else attribute
+        if own_name in result:
+            raise ValueError(f"the attribute {own_name!r} is named twice")
         if not isinstance(labels, Mapping):
-            result[attribute] = label_text(labels)
+            result[own_name] = composed(label_text(labels))
             continue
-        result[attribute] = {label_text(name): weight for name, weight in labels.items()}
-        if len(result[attribute]) < len(labels):
+        result[own_name] = {composed(label_text(name)): w for name, w in labels.items()}
+        if len(result[own_name]) < len(labels):
             raise ValueError(f"the mixture of {attribute!r} names a label twice")
     return result
+
+
+def with_composed_names(values: Any) -> Any:
+    """A mapping with its names in Unicode's composed form, as keys have them."""
+    if not isinstance(values, Mapping):
+        return values
+    return {composed(k) if isinstance(k, str) else k: value for k, value in values.items()}
 
 
 class WeightedLabel(NamedTuple):

@@ -24,6 +24,7 @@ from controlprefix.labels import (
     check_attribute_name,
     check_labels,
     weighted_labels,
+    with_composed_names,
 )
 from controlprefix.message import MAX_IMAGES, Images, Message
 from controlprefix.prefixes.key import PrefixKey
@@ -63,7 +64,9 @@ class SteeringFields(BaseModel):
     """Per attribute its label, or a mixture as a dict of labels and weights. A label may be a
     number: between two trained numbers, it is a mixture of both."""
 
-    strengths: dict[str, float] = Field(default_factory=dict, max_length=_MAX_ENTRIES)
+    strengths: Annotated[dict[str, float], BeforeValidator(with_composed_names)] = Field(
+        default_factory=dict, max_length=_MAX_ENTRIES
+    )
     """Strength per part, by `task`, `user` or the attribute. 0 is absent, 1 as trained, below 0
     steers away from the part: in an extra row of the batch, or, for a decoupled prefix, by
     subtracting its output."""
@@ -88,9 +91,10 @@ class SteeringFields(BaseModel):
     """With `relevant`, prefixes that have learned which prompts they are for (see
     `cp.learn_relevance`) have strength 0 on others; those that have not are attached."""
 
-    schedules: dict[str, Annotated[tuple[tuple[int, float], ...], Field(max_length=1000)]] = Field(
-        default_factory=dict, max_length=_MAX_ENTRIES
-    )
+    schedules: Annotated[
+        dict[str, Annotated[tuple[tuple[int, float], ...], Field(max_length=1000)]],
+        BeforeValidator(with_composed_names),
+    ] = Field(default_factory=dict, max_length=_MAX_ENTRIES)
     """Strength schedule per part, as `(token, multiplier)` points joined by straight lines.
     `{"tone": [(0, 1), (40, 0)]}` fades the tone out over the first 40 new tokens."""
 
@@ -206,6 +210,17 @@ class Request(SteeringFields):
     def place(self, number: int) -> str:
         """Where it is, for errors: where it was read from, or its number from 1."""
         return self._source or f"row {number}"
+
+    def require_no_gate(self) -> None:
+        """Refuse `when="relevant"`, for callers that ignore prompts.
+
+        Raises:
+            RequestError: If it is requested.
+        """
+        if self.when == "relevant":
+            raise RequestError(
+                "when='relevant' decides by the prompt, which is ignored here; leave it out"
+            )
 
     def require_sampling(self, number: int) -> None:
         """Refuse beams, for callers that sample several texts.

@@ -149,6 +149,8 @@ class GenerationMethods(Components):
                 these need logits and new tokens, which only the caller has.
         """
         rows = [_as_request(request, {}) for request in _as_rows(requests)]
+        for row in rows:
+            row.require_no_gate()
         with self._generator.assembled(self._resolver.resolve(rows)) as batch:
             yield batch
 

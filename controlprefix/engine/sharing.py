@@ -180,6 +180,7 @@ class SharingMethods(PrefixMethods):
         """
         if not isinstance(request, Request):
             raise RequestError(f"expected a Request, got {type(request).__name__}")
+        request.require_no_gate()
         (resolved,) = self._resolver.resolve([request])
         copies: list[Prefix] = []
         for item in resolved.parts:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from controlprefix.model import FrozenModel
 from controlprefix.model.cache_rows import CacheRow, arrange_rows, overwrite_row, rows_can_move
 from controlprefix.model.kv_cache import cache_argument, new_cache
+from controlprefix.model.text_prefix import is_rotary
 
 
 def can_share_running_batch(frozen: FrozenModel) -> bool:
@@ -106,8 +107,12 @@ class BatchCache:
                 cache_argument(self._frozen.model): self._cache,
             }
             return
+        own: dict[str, Any] = {}
+        if _takes_positions(self._frozen):
+            own["decoder_position_ids"] = position_ids
         with _decoder_positions(self._frozen, position_ids):
             yield {
+                **own,
                 "decoder_input_ids": tokens,
                 "decoder_attention_mask": self.mask,
                 "attention_mask": self._cross_mask,
@@ -143,10 +148,17 @@ def _position_module(frozen: FrozenModel) -> Any:
     return getattr(decoder, "embed_positions", None)
 
 
+def _takes_positions(frozen: FrozenModel) -> bool:
+    """Whether an encoder-decoder is given its decoder's positions, as T5Gemma is."""
+    return "decoder_position_ids" in inspect.signature(frozen.model.forward).parameters
+
+
 def _positions_can_be_set(frozen: FrozenModel) -> bool:
     """Whether a decoder's positions are relative, or can be given to it per row."""
     module = _position_module(frozen)
-    return module is None or "position_ids" in inspect.signature(module.forward).parameters
+    if module is None:
+        return _takes_positions(frozen) or not is_rotary(frozen.model)
+    return "position_ids" in inspect.signature(module.forward).parameters
 
 
 @contextlib.contextmanager

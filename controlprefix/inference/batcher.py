@@ -125,7 +125,9 @@ class BatchedRequest:
         return len(self.start) + max(0, len(self.new) - 1)
 
     def finish(self, completion: Completion) -> None:
-        """Give the ticket the completion."""
+        """Give the ticket the completion, and of its text what was held back."""
+        if rest := self.text.rest(completion.text):
+            self.ticket.put(rest)
         self.ticket.put(self.resolved.report_in(completion))
 
 

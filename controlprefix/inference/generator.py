@@ -89,14 +89,15 @@ class Generator:
         thread = threading.Thread(target=run, name="controlprefix-stream", daemon=True)
         thread.start()
         texts, new = IncrementalDetokenizer(self._frozen.request_tokenizer, request), list[int]()
+        finished = False
         try:
             while not isinstance(item := streamer.tokens.get(), (Completion, BaseException)):
+                if finished:  # what follows may still be an error
+                    continue
                 new.append(item)
                 text, finished = texts.update(new)
                 if text:
                     yield text
-                if finished:
-                    return
             if isinstance(item, BaseException):
                 raise item
         finally:
@@ -131,7 +132,9 @@ class Generator:
                     [examples[i].completion for i in indices],
                 )
             for i, row in zip(indices, log_probs, strict=True):
-                scores[i] = Score(log_likelihood=float(row.double().sum()), num_tokens=len(row))
+                scores[i] = Score(
+                    log_likelihood=float(row.cpu().double().sum()), num_tokens=len(row)
+                )
         return [scores[i] for i in range(len(resolved))]
 
     def prompt_log_probs(

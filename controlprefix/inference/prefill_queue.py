@@ -286,7 +286,8 @@ class PrefillQueue:
                 seconds = max(_CHUNK_S, steps * (decode_s or 0.0))
             tokens = min(tokens, max(_MIN_TOKENS, int(self._tokens_per_second * seconds)))
         num_rows = prefill.num_distinct_rows
-        end = min(prefill.length, prefill.num_done + max(1, tokens // num_rows))
+        # Recurrent layers ignore the mask of a single column, in which some rows may have padding.
+        end = min(prefill.length, prefill.num_done + max(2, tokens // num_rows))
         end = prefill.length if prefill.is_one_pass else end
         start = time.perf_counter()
         yield end

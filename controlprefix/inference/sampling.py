@@ -187,7 +187,9 @@ class BatchSampler:
                 assert row is not None
                 for token in row.new:
                     self._counts[i, token] += 1
-                self._occurred[i, list(row.prompt)] = True
+                # Some models read tokens, such as those of images, that they cannot write.
+                known = [token for token in row.prompt if token < logits.shape[1]]
+                self._occurred[i, known] = True
         values, counts = logits[self._penalized], self._counts
         repetition, presence, frequency = self._penalties
         scaled = torch.where(values < 0, values * repetition, values / repetition)

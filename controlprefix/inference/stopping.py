@@ -73,6 +73,12 @@ class IncrementalDetokenizer:
         self._given = text
         return added, finished
 
+    def rest(self, text: str) -> str:
+        """What of the whole text was not given out, as of a request that was cancelled."""
+        rest = text.removeprefix(self._given) if text.startswith(self._given) else ""
+        self._given += rest
+        return rest
+
     def _certain_text(self, new: Sequence[int]) -> tuple[str, bool]:
         is_end = new[-1] in self._tokenizer.end_ids
         finished = is_end or len(new) >= self._request.max_new_tokens

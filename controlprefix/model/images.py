@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from controlprefix.cancellation import raise_if_stopped
-from controlprefix.errors import RequestError
+from controlprefix.errors import RequestError, short_reason
 from controlprefix.image_files import open_images
 
 _TEXT_INPUTS = frozenset({"input_ids", "attention_mask"})
@@ -98,14 +98,19 @@ class ImageReader:
         texts: list[str] = []
         marks: dict[str, frozenset[int]] = {}
         features: list[dict[str, Tensor]] = []
-        for image in open_images(images):
+        for number, image in enumerate(open_images(images), 1):
             raise_if_stopped()
-            inputs = self._processor(
-                text=self.placeholder,
-                images=[image],
-                return_tensors="pt",
-                add_special_tokens=False,
-            )
+            try:
+                inputs = self._processor(
+                    text=self.placeholder,
+                    images=[image],
+                    return_tensors="pt",
+                    add_special_tokens=False,
+                )
+            except Exception as error:  # such as of an image that is too narrow for it
+                raise RequestError(
+                    f"image {number} cannot be read by this model: {short_reason(error)}"
+                ) from error
             ids = inputs["input_ids"]
             by_token = {
                 name: value.bool()

@@ -136,6 +136,6 @@ def _shifted(prefix: Prefix, shifts: Sequence[Tensor], log_mass: float) -> Prefi
     layers = []
     for i, shift in enumerate(shifts):
         keys, values = prefix.layer("decoder", i)
-        changed = keys.double().cpu() + log_mass * shift
+        changed = keys.cpu().double() + log_mass * shift
         layers.append((changed.to(keys), values))
     return Prefix.from_layers(prefix.geometry, decoder=layers)

@@ -78,6 +78,8 @@ def check_rows(model: PreTrainedModel, *, use_cache: bool = False) -> RowIndepen
         or text.max_position_embeddings
         for r in scalings
     ]
+    if getattr(text, "attn_temperature_tuning", False):
+        lengths.append(text.floor_scale - 1)  # Llama 4 scales queries by columns from there on
     use_cache = use_cache and type(model).__module__.startswith("transformers.")
     return RowIndependence(
         padding_counts=_padding_counts_once(model) if use_cache else _padding_counts(model),

@@ -106,11 +106,11 @@ def _record(
     num_kv_heads = prefix.geometry.layers(layer.site)[layer.index].num_kv_heads
     tokens = _evenly_spaced(weights.shape[1], max_queries)
     # The row's first part is the prefix.
-    on_slots = weights[0, tokens, :, : len(own)].double().cpu()
+    on_slots = weights[0, tokens, :, : len(own)].cpu().double()
     whole = on_slots.new_zeros(*on_slots.shape[:2], len(prefix.slots[layer.site]))
     whole[..., own] = on_slots
     scaling = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    query = call.query[0, :, tokens].double().cpu() * scaling
+    query = call.query[0, :, tokens].cpu().double() * scaling
     records[layer.site][layer.index].append(
         LayerAttention(
             query.unflatten(0, (num_kv_heads, -1)).flatten(1, 2),

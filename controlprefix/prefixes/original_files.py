@@ -21,7 +21,7 @@ from torch import Tensor
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError
 from controlprefix.prefixes.file_format import reading
 from controlprefix.prefixes.geometry import Geometry, Site
-from controlprefix.prefixes.key import PrefixKey
+from controlprefix.prefixes.key import PrefixKey, composed
 from controlprefix.prefixes.prefix import Prefix
 from controlprefix.prefixes.torch_files import load_torch_file
 
@@ -73,6 +73,8 @@ def _prefixes_of(
         }
     }
     for attribute, names in _labels(tensors, labels, num_slots).items():
+        if len({composed(name) for name in names}) < len(names):
+            raise PrefixFormatError(f"labels of {attribute!r} name one twice: {', '.join(names)}")
         for index, label in enumerate(names):
             embeddings[PrefixKey.for_label(attribute, label)] = {
                 site: tensors[f"M_Prefixes.{prefix}_{attribute}.weight"].chunk(len(names))[index]

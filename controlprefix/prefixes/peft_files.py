@@ -19,6 +19,7 @@ from torch import Tensor
 
 from controlprefix._io import atomic_path
 from controlprefix.errors import GeometryMismatchError, PrefixFormatError, StoreError
+from controlprefix.prefixes.file_format import reading
 from controlprefix.prefixes.geometry import Geometry
 from controlprefix.prefixes.torch_files import load_torch_file
 
@@ -89,6 +90,11 @@ def read_checkpoint(folder: str | Path, *, task: int | None = None) -> PeftCheck
             tensors = load_torch_file(folder / OLD_TENSORS_FILE)
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise PrefixFormatError(f"{folder} is no PEFT checkpoint: {error}") from error
+    with reading(str(folder)):
+        return _checkpoint(folder, config, tensors, task)
+
+
+def _checkpoint(folder: Path, config: Any, tensors: Any, task: int | None) -> PeftCheckpoint:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in (*_KEYS_AND_VALUES, *_EMBEDDINGS):
         raise PrefixFormatError(
