@@ -226,3 +226,21 @@ def test_the_command_line_writes_shows_and_checks(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("exclusive", "exklusive"))
     with pytest.raises(AttributeSpaceError, match=r"line \d+: .*there is no 'exklusive'"):
         run("check", str(file))
+
+
+def test_names_in_a_file_are_composed_as_in_requests() -> None:
+    space = AttributeSpace.parse("attributes: {t: {labels: [cafe\u0301]}}")
+    request = Request(prompt="Hi", attributes={"t": "cafe\u0301"})
+    assert space.with_default_labels(request.attributes) == {"t": "caf\u00e9"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base: &b {exclusive: 7x}\nattributes:\n  tone: {<<: *b, labels: [a, b]}",
+        "attributes:\n  a: &b {exclusive: 7x, labels: [x]}\n  tone: {<<: *b}",
+    ],
+)
+def test_mistakes_in_merged_keys_have_a_line(text: str) -> None:
+    with pytest.raises(AttributeSpaceError, match=r"line \d+: "):
+        AttributeSpace.parse(text)

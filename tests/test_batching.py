@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from batches import CHANGES, engine, requests
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from controlprefix import (
     ControlPrefix,
+    Prefix,
     Request,
     RequestError,
 )
@@ -25,7 +27,7 @@ from controlprefix.inference.prefill_queue import PrefillQueue
 from controlprefix.inference.static_batching import StaticBatcher
 from controlprefix.model.log_probs import token_log_probs
 
-from models import ENCODER_DECODER, RECURRENT, STATIC, build, byte_tokenizer
+from models import ENCODER_DECODER, RECURRENT, STATIC, VOCAB, build, byte_tokenizer
 
 NO_END = {1: -100.0}
 
@@ -367,3 +369,35 @@ def test_requests_that_come_one_after_another_are_prefilled_together(
         assert [ticket.result() for ticket in tickets]
         tickets.append(batcher.submit(resolved[0]))
     assert tickets[-1].result()
+
+
+def test_a_late_request_has_its_own_positions_in_a_rotary_decoder_behind_an_encoder() -> None:
+    size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": VOCAB}
+    module = {**size, **heads, **ids, "query_pre_attn_scalar": 8}
+    config = transformers.T5GemmaConfig(
+        encoder=transformers.T5GemmaModuleConfig(**module),
+        decoder=transformers.T5GemmaModuleConfig(**module, is_decoder=True),
+        vocab_size=VOCAB,
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.T5GemmaForConditionalGeneration(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data *= 4 if parameter.ndim > 1 else 1
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=3, scale=1.0, seed=1))
+    early = Request(prompt="defg" * 4, raw=True, max_new_tokens=40, logit_bias=NO_END)
+    late = Request(prompt="abc", raw=True, max_new_tokens=6, user="ana", logit_bias=NO_END)
+    with contextlib.closing(cp.batcher()) as batcher:
+        texts = iter(batcher.submit(cp.resolve(early)))
+        for _ in range(20):
+            next(texts)
+        ticket = batcher.submit(cp.resolve(late), top_log_probs=0)
+        ticket.result()
+    prompt = cp.frozen_model.request_tokenizer.prompt_ids(late)
+    with cp.assembled(late):
+        new = [item.token for item in ticket.tokens]
+        expected, _ = token_log_probs(cp.frozen_model, [prompt], [new])
+    assert [t.log_prob for t in ticket.tokens] == pytest.approx(expected[0].tolist(), abs=1e-4)

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from controlprefix import Prefix
+from controlprefix import Prefix, RequestError
 from controlprefix.capacity import CODE_WIDTH, StorageFormat, Workload, capacity
 from controlprefix.cli import app
 from controlprefix.prefixes import Geometry, PrefixKey, UserCode
@@ -90,3 +91,12 @@ def test_the_command(model_folder: Path) -> None:
     invalid = CliRunner().invoke(app, [*arguments, "--storage-format", "int4"])
     assert invalid.exit_code != 0
     assert "bfloat16" in invalid.output
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("storage_format", "float32"), ("tokens_per_second", float("nan"))]
+)
+def test_what_cannot_be_computed_is_refused(field: str, value: object) -> None:
+    fields: dict[str, Any] = {field: value}
+    with pytest.raises(RequestError, match="storage_format is|must be finite"):
+        capacity(replace(LOAD, **fields))

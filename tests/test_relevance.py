@@ -316,3 +316,11 @@ def test_texts_without_users_are_written_where_only_their_prefixes_are_gated(
     groups = {"club": {name: "xy"[i % 2] for i, name in enumerate(names)}}
     revealed = revealed_groups(cp, rows, groups, num_texts=1, min_group_size=1, seed=0)
     assert revealed["club"].num_users == 4
+
+
+def test_a_gate_needs_a_prompt(cp: ControlPrefix, tmp_path: Path) -> None:
+    request = Request(prompt="-", task="boats", when="relevant")
+    with pytest.raises(RequestError, match="which is ignored here"), cp.assembled(request):
+        pass
+    with pytest.raises(RequestError, match="which is ignored here"):
+        cp.save_peft(request, tmp_path)

@@ -132,3 +132,17 @@ def test_a_temperature_of_zero_is_greedy_whatever_else_is_set() -> None:
     request = Request(prompt="x", temperature=0, top_p=0.9, top_k=5, num_beams=2)
     assert not request.do_sample
     assert request == Request(prompt="x", num_beams=2)
+
+
+def test_names_are_composed_as_keys_are() -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    request = Request(
+        prompt="Hi",
+        attributes={decomposed: {decomposed: 1.0}},
+        strengths={decomposed: 0.5},
+        schedules={decomposed: ((0, 1.0),)},
+    )
+    assert request.attributes == {composed: {composed: 1.0}}
+    assert list(request.strengths) == list(request.schedules) == [composed]
+    with pytest.raises(RequestError, match="named twice"):
+        Request(prompt="Hi", attributes={composed: "x", decomposed: "y"})

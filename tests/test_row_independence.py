@@ -300,3 +300,9 @@ def test_a_cache_that_cannot_be_written_is_none(
     monkeypatch.setattr(row_independence, "_cache_folder", lambda: tmp_path / "file" / "folder")
     assert loaded(tmp_path / "a") == loaded(tmp_path / "a")
     assert len(passes) == 2
+
+
+def test_rows_share_a_batch_as_long_as_queries_are_not_scaled_by_columns() -> None:
+    model = build("llama")
+    model.config.attn_temperature_tuning, model.config.floor_scale = True, 64  # as of Llama 4
+    assert check_rows(model, use_cache=False).max_shared_tokens == 63

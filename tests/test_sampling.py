@@ -23,7 +23,7 @@ from controlprefix import ControlPrefix, Request, RequestError
 from controlprefix.inference.generation_config import batch_config, own_prompt_processors
 from controlprefix.inference.sampling import BatchSampler, RowSampling, SampledRow
 
-from models import build, byte_tokenizer
+from models import VOCAB, build, byte_tokenizer
 
 CPU = torch.device("cpu")
 SETTINGS: list[dict[str, Any]] = [
@@ -238,3 +238,17 @@ def test_beams_refuse_what_they_cannot_apply() -> None:
         request(presence_penalty=3.0)
     with pytest.raises(RequestError, match="logit_bias"):
         request(logit_bias={-1: 3.0})
+
+
+def test_tokens_of_the_prompt_that_cannot_be_written_are_not_penalized() -> None:
+    model = build("llama", vocab_size=VOCAB + 8, tie_word_embeddings=False)
+    head: Any = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight[:VOCAB].clone(), requires_grad=False)
+    cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
+    texts = cp.generate(
+        [
+            Request(prompt_ids=ids, repetition_penalty=1.2, max_new_tokens=4)
+            for ids in ((70, 80, VOCAB + 4), (70, 80))
+        ]
+    )
+    assert all(text.num_tokens for text in texts)

@@ -139,8 +139,9 @@ def test_logits_that_are_no_numbers_are_an_error_of_their_row(name: str) -> None
     for request in (bad, [good, bad]):
         with pytest.raises(ModelOutputError, match="no numbers"):
             cp.generate(request)
-    with pytest.raises(ModelOutputError):
-        list(cp.stream(bad))
+    for limit in (1, 3):  # also where the token before the error would have been the last
+        with pytest.raises(ModelOutputError):
+            list(cp.stream(bad.model_copy(update={"max_new_tokens": limit})))
     with closing(cp.batcher()) as batcher:
         tickets = [batcher.submit(cp.resolve(request)) for request in (good, bad, good)]
         assert tickets[0].result().text == tickets[2].result().text == expected
@@ -175,3 +176,17 @@ def test_the_work_of_a_stream_does_not_grow_with_the_text() -> None:
     assert joined == expected
     assert len(numbers) <= 1.1 * len(ids)
     assert max(numbers[:-1]) < 50
+
+
+def test_what_was_held_back_is_given_out_at_the_end() -> None:
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
+    )
+    tokenizer = cp.frozen_model.request_tokenizer
+    request = Request(prompt="Hi", stop=("end",), max_new_tokens=40)
+    text = IncrementalDetokenizer(tokenizer, request)
+    ids = list(cp.tokenizer("the en")["input_ids"])
+    given, finished = text.update(ids)
+    assert (given, finished) == ("the ", False)  # a stop text may have begun
+    assert text.rest("the en") == "en"
+    assert text.rest("the en") == ""
