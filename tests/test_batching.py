@@ -388,12 +388,12 @@ def test_a_late_request_has_its_own_positions_in_a_rotary_decoder_behind_an_enco
         parameter.data *= 4 if parameter.ndim > 1 else 1
     cp = ControlPrefix.from_pretrained(model, tokenizer=byte_tokenizer(), store="sqlite://")
     cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=3, scale=1.0, seed=1))
-    early = Request(prompt="defg" * 4, raw=True, max_new_tokens=40, logit_bias=NO_END)
+    early = Request(prompt="defg" * 4, raw=True, max_new_tokens=100, logit_bias=NO_END)
     late = Request(prompt="abc", raw=True, max_new_tokens=6, user="ana", logit_bias=NO_END)
     with contextlib.closing(cp.batcher()) as batcher:
-        texts = iter(batcher.submit(cp.resolve(early)))
-        for _ in range(20):
-            next(texts)
+        first = batcher.submit(cp.resolve(early), top_log_probs=0)
+        while len(first.tokens) < 20:
+            time.sleep(0.001)
         ticket = batcher.submit(cp.resolve(late), top_log_probs=0)
         ticket.result()
     prompt = cp.frozen_model.request_tokenizer.prompt_ids(late)

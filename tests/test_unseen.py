@@ -302,11 +302,11 @@ def test_shares_are_added_to_labels_that_are_named_too(cp: ControlPrefix) -> Non
 
 
 def test_texts_of_labels_become_a_bounded_number_of_slots(cp: ControlPrefix) -> None:
-    labels = {f"{i} " + "very long " * 60: 1.0 for i in range(3)}
+    labels = {f"{i} " + "very long " * 20: 1.0 for i in range(6)}
     requests = [
         Request(prompt="Hi", attributes={"tone": dict([item])}, unseen="text")
         for item in labels.items()
     ]
-    assert cp.resolve(requests[0]).parts[0].part.prefix.num_slots > 400
+    assert cp.resolve(requests[0]).parts[0].part.prefix.num_slots > 200
     with pytest.raises(RequestError, match="more than 1,024 tokens"):
         cp.resolve(Request(prompt="Hi", attributes={"tone": labels}, unseen="text"))
