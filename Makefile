@@ -7,7 +7,7 @@
 # make bench-vllm  set up that environment, and measure servers through vLLM
 # make lock        write the hashes of the packages of the gateway's image, deploy/requirements.txt
 # make audit       look for known vulnerabilities, and write a bill of materials to dist/; needs pypi.org
-# make bench       set up, then measure speed against the plain model and against others: one to three hours
+# make bench       set up, then measure speed against the plain model and against others: about two hours on two cores
 
 PYTHON ?= python3
 VENV := .venv
