@@ -17,9 +17,16 @@ A YAML file defines it once, for training and for requests:
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -28,7 +35,12 @@ from ruamel.yaml.error import YAMLError
 from controlprefix.attributes.labels import require_known
 from controlprefix.attributes.ordinal import as_number, is_ordinal
 from controlprefix.errors import AttributeSpaceError, RequestError, known_names
-from controlprefix.labels import Attributes, check_attribute_name, weighted_labels
+from controlprefix.labels import (
+    Attributes,
+    check_attribute_name,
+    weighted_labels,
+    with_composed_names,
+)
 from controlprefix.prefixes import PrefixKey
 from controlprefix.prefixes.key import composed
 
@@ -83,6 +95,7 @@ class Attribute(BaseModel):
     @classmethod
     def _expand_short_labels(cls, data: Any) -> Any:
         """Accept `labels: [formal, casual]`, and a label with nothing behind it."""
+        data = _composed(data)
         labels = data.get("labels") if isinstance(data, dict) else None
         if not isinstance(labels, (list, dict)):
             return data
@@ -126,7 +139,7 @@ class AttributeSpace(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    attributes: dict[str, Attribute]
+    attributes: Annotated[dict[str, Attribute], BeforeValidator(with_composed_names)]
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -162,7 +175,7 @@ class AttributeSpace(BaseModel):
             AttributeSpaceError: With each line that is wrong.
         """
         try:
-            data = YAML().load(composed(text))
+            data = YAML().load(text)
         except (YAMLError, ValueError, TypeError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             where = name if mark is None else f"{name} line {mark.line + 1}"
@@ -241,6 +254,15 @@ class AttributeSpace(BaseModel):
                 f"{name} is {value}; give a number from -1 ({poles[1]}) to 1 ({poles[0]})"
             )
         return {poles[0]: position} if position >= 0 else {poles[1]: -position}
+
+
+def _composed(value: Any) -> Any:
+    """A value with all texts in it in Unicode's composed form, as keys have them."""
+    if isinstance(value, str):
+        return composed(value)
+    if isinstance(value, dict):
+        return {_composed(name): _composed(own) for name, own in value.items()}
+    return [_composed(own) for own in value] if isinstance(value, list) else value
 
 
 def _not_a_name(label: object) -> str:

@@ -136,8 +136,8 @@ def capacity(workload: Workload) -> Capacity:
         workload.price_per_gb,
     )
     if workload.storage_format not in get_args(StorageFormat):
-        known = ", ".join(get_args(StorageFormat))
-        raise RequestError(f"storage_format is {workload.storage_format!r}; give one of: {known}")
+        formats = ", ".join(get_args(StorageFormat))
+        raise RequestError(f"storage_format is {workload.storage_format!r}; give one of: {formats}")
     if not all(map(math.isfinite, (*sizes, *numbers, workload.tokens_per_second))):
         raise RequestError("all numbers must be finite")
     if min(sizes) < 1 or min(numbers) < 0 or workload.tokens_per_second <= 0:

@@ -211,17 +211,6 @@ class Request(SteeringFields):
         """Where it is, for errors: where it was read from, or its number from 1."""
         return self._source or f"row {number}"
 
-    def require_no_gate(self) -> None:
-        """Refuse `when="relevant"`, for callers that ignore prompts.
-
-        Raises:
-            RequestError: If it is requested.
-        """
-        if self.when == "relevant":
-            raise RequestError(
-                "when='relevant' decides by the prompt, which is ignored here; leave it out"
-            )
-
     def require_sampling(self, number: int) -> None:
         """Refuse beams, for callers that sample several texts.
 

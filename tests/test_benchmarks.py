@@ -155,7 +155,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write("webnlg", split, triples)
         posts: list[dict[str, object]] = [
             {"author": f"author{a}", "text": text(a % 2, 12)}
-            for a in range(8)
+            for a in range(14)
             for _ in range(24 if split == "train" else 4)
         ]
         write("authors_blogs", split, posts)

@@ -164,7 +164,7 @@ def test_users_are_learned_enrolled_and_audited(
     assert "stored 12 of 12 users" in trained
     assert "version 1" in run(tmp_path, "enroll", "ana", texts, "--decoder", "users", *model)
     guarded = run(tmp_path, "enroll", "cy", texts, "--decoder", "users", "--guard", *model)
-    assert "of what is personal helps on texts left out" in guarded
+    assert "guard kept 100% of the code's distance from the mean code" in guarded
     refined = run(tmp_path, "enroll", "ana", texts, "--decoder", "users", "--refine", *model)
     assert "stored user 'ana' version 2, from 2 texts" in refined
     held_out = ("--held-out", str(tmp_path / "others.txt"), "--num-canaries", "1")

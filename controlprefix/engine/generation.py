@@ -142,15 +142,14 @@ class GenerationMethods(Components):
         rows. Threads started inside, such as a streamer's, are steered too.
 
         Args:
-            requests: One per row, or one for all rows; prompts are ignored.
+            requests: One per row, or one for all rows. Their prompts are ignored, except that
+                they decide where `when="relevant"`.
 
         Raises:
             RequestError: If a strength is below 0 or has a schedule, or `mixing` is `logits`:
                 these need logits and new tokens, which only the caller has.
         """
         rows = [_as_request(request, {}) for request in _as_rows(requests)]
-        for row in rows:
-            row.require_no_gate()
         with self._generator.assembled(self._resolver.resolve(rows)) as batch:
             yield batch
 

@@ -174,13 +174,18 @@ class SharingMethods(PrefixMethods):
             folder: Created if it does not exist.
 
         Raises:
-            RequestError: If a strength is not a whole number from 0 up, which PEFT cannot express.
+            RequestError: If a strength is not a whole number from 0 up, or `when` is `relevant`,
+                which PEFT cannot express.
             UnsupportedModelError: If the model's positions are not rotations of keys.
             StoreError: If the folder cannot be written.
         """
         if not isinstance(request, Request):
             raise RequestError(f"expected a Request, got {type(request).__name__}")
-        request.require_no_gate()
+        if request.when == "relevant":
+            raise RequestError(
+                "when='relevant' decides by the prompt, which a checkpoint does not see; leave it "
+                "out"
+            )
         (resolved,) = self._resolver.resolve([request])
         copies: list[Prefix] = []
         for item in resolved.parts:

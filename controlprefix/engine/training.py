@@ -245,7 +245,7 @@ class TrainingMethods(GenerationMethods):
         fitting = []
         for number, prompt in enumerate(prompts, 1):
             ids = tokenizer.prompt_ids(Request(prompt=with_instruction(instruction, prompt)))
-            if tokenizer.has_room(ids, max_new_tokens):
+            if tokenizer.has_room(ids, max_new_tokens - 1):  # which counts an end token too
                 fitting.append(prompt)
             elif too_long == "refuse":
                 raise ContextLengthError(

@@ -15,6 +15,7 @@ from controlprefix.evaluation.metrics import bootstrap_mean
 from controlprefix.evaluation.report import CurvePoint
 from controlprefix.prefixes import PrefixKey
 from controlprefix.prefixes.dial import Dial, strength_at
+from controlprefix.prefixes.key import composed
 from controlprefix.request import Request
 from controlprefix.store import NewVersion, VersionRef
 
@@ -84,6 +85,7 @@ def strength_curve(
         TrainingDataError: If `num_samples` is below 1, or the classifier does not know the label.
         RequestError: If the request has a strength or schedule of the attribute.
     """
+    attribute, label = composed(attribute), composed(label)
     if num_samples < 1:
         raise TrainingDataError(f"num_samples is {num_samples}; it must be 1 or more")
     if classifier.attribute != attribute:

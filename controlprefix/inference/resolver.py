@@ -160,8 +160,8 @@ class Resolver:
                 if num_tokens + sum(p.num_slots for p in own.values()) > _MAX_TEXT_SLOTS:
                     raise RequestError(
                         f"the texts of this request's unseen labels have more than "
-                        f"{_MAX_TEXT_SLOTS:,} tokens, each of which becomes a slot; name fewer, or "
-                        "store their prefixes"
+                        f"{_MAX_TEXT_SLOTS:,} tokens, each of which becomes a slot; name fewer "
+                        "labels, shorten their descriptions, or store their prefixes"
                     )
                 if text not in by_text:
                     by_text[text] = self._placed(prefix_from_text(self._frozen, text))

@@ -188,8 +188,8 @@ class BatchSampler:
                 for token in row.new:
                     self._counts[i, token] += 1
                 # Some models read tokens, such as those of images, that they cannot write.
-                known = [token for token in row.prompt if token < logits.shape[1]]
-                self._occurred[i, known] = True
+                tokens = [token for token in row.prompt if token < logits.shape[1]]
+                self._occurred[i, tokens] = True
         values, counts = logits[self._penalized], self._counts
         repetition, presence, frequency = self._penalties
         scaled = torch.where(values < 0, values * repetition, values / repetition)

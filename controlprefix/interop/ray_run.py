@@ -252,12 +252,10 @@ class Run:
         return actor
 
     def _versions(self, actor: Any, chunk: Chunk) -> dict[str, int]:
-        """The current versions of a chunk's users, if the run stores any."""
-        if self._method == "evaluate_users":
-            return {}
-        versions: dict[str, int] = self._ask(
-            partial(actor.versions.remote, [user for user, _ in chunk.users])
-        )
+        """The current versions of a chunk's users, if the run stores any; also shows a start."""
+        is_stored = self._method != "evaluate_users"
+        names = [user for user, _ in chunk.users] if is_stored else []
+        versions: dict[str, int] = self._ask(partial(actor.versions.remote, names))
         self._num_dead = 0  # this actor has started
         return versions
 

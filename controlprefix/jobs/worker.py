@@ -28,8 +28,7 @@ _log = logging.getLogger(__name__)
 _MAY_SUCCEED_LATER = (StoreError, OverloadedError, OSError, MemoryError, torch.OutOfMemoryError)
 _MAX_SERVED = 100
 _POLL_S = 2.0
-_RENEW_S = 5.0
-_CHECK_S = 0.5  # between two looks of the training loop at whether the job was cancelled
+_RENEW_S = 1.0  # also how late a cancellation may be noticed
 
 
 class JobWorker:
@@ -179,7 +178,6 @@ class _Renewal:
         self._store, self._claim, self._closing = store, claim, closing
         self._num_steps = 0
         self._is_ours = True
-        self._renewed_at = 0.0
         self._done = threading.Event()
 
     def finish(self, *, version: int | None = None, error: str = "", again: bool = False) -> bool:
@@ -199,8 +197,6 @@ class _Renewal:
 
     def must_stop(self) -> bool:
         """Whether the worker ends, or the job is no longer to be done."""
-        if time.monotonic() - self._renewed_at > _CHECK_S:
-            self._renew()
         return self._closing.is_set() or not self._is_ours
 
     @contextlib.contextmanager
@@ -218,13 +214,9 @@ class _Renewal:
         last = time.monotonic()
         while not self._done.wait(max(0.0, last + _RENEW_S - time.monotonic())):
             last = time.monotonic()
-            self._renew()
+            try:
+                self._is_ours = self._store.renew_job(self._claim, self._num_steps)
+            except Exception as error:  # tried again; others take the job after a minute
+                _log.warning("job %s: %s", self._claim.job_id, error)
             if not self._is_ours:
                 return
-
-    def _renew(self) -> None:
-        self._renewed_at = time.monotonic()
-        try:
-            self._is_ours = self._store.renew_job(self._claim, self._num_steps)
-        except Exception as error:  # tried again; others take the job after a minute
-            _log.warning("job %s: %s", self._claim.job_id, error)

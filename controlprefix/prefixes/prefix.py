@@ -213,7 +213,7 @@ class Prefix:
         """At most this many of the first slots of a prefix that was trained with `nested`.
 
         Raises:
-            ValueError: If `num_slots` is below 1.
+            RequestError: If `num_slots` is below 1.
         """
         if num_slots < 1:
             raise RequestError(f"num_slots is {num_slots}; it must be 1 or more")
@@ -226,7 +226,7 @@ class Prefix:
         A position below 0 is that negative strength.
 
         Raises:
-            ValueError: If the prefix has no dial.
+            RequestError: If the prefix has no dial.
         """
         return strength_at(self.dial, position)
 
@@ -340,9 +340,9 @@ class Prefix:
             geometry: Geometry of the loaded model: `cp.geometry`.
 
         Raises:
-            PrefixFormatError: If the folder holds another kind of checkpoint, or `geometry` is
-                not that of a loaded model. For prompt tuning, which needs the model, see
-                `ControlPrefix.prefix_from_peft`.
+            PrefixFormatError: If the folder holds another kind of checkpoint. For prompt tuning,
+                which needs the model, see `ControlPrefix.prefix_from_peft`.
+            RequestError: If `geometry` is not that of a loaded model.
             GeometryMismatchError: If it was made for a model with other shapes.
         """
         checkpoint = read_checkpoint(folder)

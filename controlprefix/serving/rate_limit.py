@@ -62,11 +62,10 @@ class TokenLimiter:
         Raises:
             RateLimitError: If it has not.
         """
-        if not self._limit or self._limiter.test(self._item, _identifier(tenant, key_name)):
+        name = _identifier(tenant, key_name)
+        if not self._limit or self._limiter.test(self._item, name):
             return
-        reset_at = self._limiter.get_window_stats(
-            self._item, _identifier(tenant, key_name)
-        ).reset_time
+        reset_at = self._limiter.get_window_stats(self._item, name).reset_time
         wait_s = max(0.0, reset_at - time.time())
         raise RateLimitError(
             f"too many tokens: {self._limit} per minute are given; more in {wait_s:.1f} s", wait_s

@@ -82,10 +82,10 @@ async def watch_job(
         raise OverloadedError(
             f"{_MAX_WATCHERS} jobs of this tenant are watched; end a stream, or ask for the job"
         )
-    watchers[client.tenant] += 1
 
     async def events() -> AsyncIterator[str]:
         latest, end = first, time.monotonic() + server.limits.timeout_s
+        watchers[client.tenant] += 1  # here, since a stream may never begin
         try:
             yield _JSON.dump_json(latest).decode()
             while not latest.is_finished and server.is_ready and time.monotonic() < end:
