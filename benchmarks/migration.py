@@ -87,15 +87,14 @@ def put_codes(authors: Authors, num_posts: int) -> None:
 
 def page(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    options, migration, ways = results["options"], results["migration"], dict(results["ways"])
-    plain = ways["no prefix"]["nll"]
+    options, migration, ways = results["options"], results["migration"], results.get("ways", {})
     for figures in ways.values():
         if "nll, another's" in figures:
-            figures["gain"] = plain - figures["nll"]
+            figures["gain"] = ways["no prefix"]["nll"] - figures["nll"]
             figures["gap"] = figures["nll, another's"] - figures["nll"]
     for migrated, again in zip(MIGRATED, ("enrolled again", "trained again"), strict=True):
         for name in ("gain", "gap"):
-            if ways[again][name]:
+            if migrated in ways and ways[again][name]:
                 ways[migrated][f"of {name}"] = ways[migrated][name] / ways[again][name]
     return "\n\n".join(
         [

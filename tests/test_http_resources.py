@@ -98,7 +98,7 @@ def test_tokens_of_a_key_are_limited_and_those_of_others_are_not(tmp_path: Path)
         stream = ask(clients[3], "abc" * 20, stream=True)
         next(iter(stream))
         stream.close()  # 30 tokens and those of the prompt
-        wait_for(lambda: not limiter._limiter.test(limiter._item, "mine", "c"))
+        wait_for(lambda: has_none_left("c"))
         assert ask(clients[2]).usage.total_tokens == 33
     finally:
         served.close()
