@@ -175,7 +175,7 @@ class AttributeSpace(BaseModel):
             AttributeSpaceError: With each line that is wrong.
         """
         try:
-            data = YAML().load(text)
+            data = YAML().load(composed(text))  # errors look names up in it
         except (YAMLError, ValueError, TypeError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             where = name if mark is None else f"{name} line {mark.line + 1}"

@@ -228,6 +228,12 @@ def test_the_command_line_writes_shows_and_checks(tmp_path: Path) -> None:
         run("check", str(file))
 
 
+def test_mistakes_below_a_name_in_another_form_have_their_own_line() -> None:
+    text = "attributes:\n  cafe\u0301:\n    labels: [x]\n    exclusive: 7x\n"
+    with pytest.raises(AttributeSpaceError, match="line 4: "):
+        AttributeSpace.parse(text)
+
+
 def test_names_in_a_file_are_composed_as_in_requests() -> None:
     space = AttributeSpace.parse("attributes: {t: {labels: [cafe\u0301]}}")
     request = Request(prompt="Hi", attributes={"t": "cafe\u0301"})

@@ -33,6 +33,7 @@ from controlprefix.evaluation import (
     text_cache,
 )
 from controlprefix.evaluation.harness import _quality, _user_similarity, base_model_nll
+from controlprefix.evaluation.word_classifier import WordClassifier
 
 from helpers import Histogram
 from models import build, byte_tokenizer
@@ -359,6 +360,17 @@ def test_empty_texts_have_no_nll_and_stop_nothing(cp: ControlPrefix) -> None:
     alone = [base_model_nll(cp, [text]) for text in ("abc", "def ghi")]
     assert quality.base_model_nll.mean == pytest.approx(sum(alone) / 2, abs=1e-5)
     assert math.isnan(_quality(cp, ["", " "], ["a", "b"]).base_model_nll.mean)
+
+
+def test_classifiers_name_attributes_and_labels_as_requests_do() -> None:
+    decomposed, texts = "cafe\u0301", ["quite calm"] * 5 + ["very loud"] * 5
+    classifier = AttributeClassifier(
+        decomposed, (decomposed, "x"), torch.ones(3, 2), torch.zeros(2), 1.0, 0.0
+    )
+    words = WordClassifier.train(decomposed, texts, [decomposed] * 5 + ["x"] * 5)
+    for own in (classifier, words):
+        assert own.attribute == "caf\u00e9"
+        assert sorted(own.labels) == ["caf\u00e9", "x"]
 
 
 def test_strengths_are_measured_on_samples_not_beams(

@@ -23,6 +23,7 @@ from controlprefix.errors import (
     TrainingDataError,
 )
 from controlprefix.example import Example
+from controlprefix.prefixes.key import composed
 from controlprefix.training.held_out import normalized
 
 _HELD_OUT_FRACTION = 0.2
@@ -54,6 +55,9 @@ class AttributeClassifier:
     embedder: str = DEFAULT_EMBEDDER
 
     def __post_init__(self) -> None:
+        # In the form in which requests have them.
+        object.__setattr__(self, "attribute", composed(self.attribute))
+        object.__setattr__(self, "labels", tuple(map(composed, self.labels)))
         num_labels = len(self.labels)
         fits = self.weights.ndim == 2 and self.weights.shape[1] == num_labels > 1
         if not fits or self.bias.shape != (num_labels,):

@@ -10,6 +10,7 @@ from torch import Tensor
 from controlprefix._io import requires_extra
 from controlprefix.evaluation.classifier import check_labelled_texts
 from controlprefix.evaluation.metrics import spaced
+from controlprefix.prefixes.key import composed
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -57,7 +58,7 @@ class WordClassifier:
             ),
             LogisticRegression(C=10, max_iter=2000, class_weight="balanced"),
         )
-        return cls(attribute, pipeline.fit(list(texts), list(labels)))
+        return cls(composed(attribute), pipeline.fit(list(texts), list(map(composed, labels))))
 
     @property
     def labels(self) -> Sequence[str]:

@@ -57,7 +57,7 @@ class ContinuousBatcher(Batcher):
         self._batch: PrefixBatch | None = None  # None: rows have changed
         self._sampler: BatchSampler | None = None
         self._prefills = PrefillQueue(max_prefill_tokens, encoded=frozen.is_encoder_decoder)
-        self._decode_seconds = 0.0  # of the last step
+        self._decode_s = 0.0  # of the last step
         self._num_skipped = 0  # decode steps in a row that were left out
         request = Request(prompt="", raw=True)
         self._has_processors = bool(
@@ -96,7 +96,7 @@ class ContinuousBatcher(Batcher):
         if self._first_rows and not waits:
             start = time.perf_counter()
             self._decode_step()
-            self._decode_seconds = time.perf_counter() - start
+            self._decode_s = time.perf_counter() - start
 
     def _decoding(self) -> list[BatchedRequest]:
         return [self._rows[first] for first in self._first_rows.values()]  # type: ignore[misc]
@@ -106,7 +106,7 @@ class ContinuousBatcher(Batcher):
     def _prefill_chunk(self, prefill: Prefill, *, waits: bool) -> None:
         try:
             decodes = bool(self._first_rows) and not waits
-            decode_s = self._decode_seconds if decodes else None
+            decode_s = self._decode_s if decodes else None
             with self._prefills.next_chunk(prefill, decode_s, waits=waits) as end:
                 if prefill.batch is None:
                     prefill.prepare(self._frozen)

@@ -28,11 +28,10 @@ class RateLimiter:
         Raises:
             RateLimitError: If the key has sent too many.
         """
-        if not self._limit or self._limiter.hit(self._item, _identifier(tenant, key_name)):
+        name = _identifier(tenant, key_name)
+        if not self._limit or self._limiter.hit(self._item, name):
             return
-        reset_at = self._limiter.get_window_stats(
-            self._item, _identifier(tenant, key_name)
-        ).reset_time
+        reset_at = self._limiter.get_window_stats(self._item, name).reset_time
         wait_s = max(0.0, reset_at - time.time())
         raise RateLimitError(
             f"too many requests: {self._limit} per minute are accepted; the next in {wait_s:.1f} s",
