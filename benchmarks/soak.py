@@ -32,7 +32,7 @@ from controlprefix.store import PrefixStore
 from lib.models import add_model_options, folder_of, load_from
 from lib.results import arguments, describe, save
 from lib.servers import Process, free_port
-from lib.stores import postgresql, restart_postgresql
+from lib.stores import control_postgresql, postgresql
 from lib.tables import header, line
 
 TENANTS = ("a", "b")
@@ -206,7 +206,7 @@ def resources(process: Process) -> dict[str, float]:
 def cause(fault: str, database: Any, server: Process, worker: Process) -> float:
     """Let a fault happen and end; returns the seconds that a server took to stop."""
     if fault == "database restarts":
-        restart_postgresql(database)
+        control_postgresql(database, "restart")
     elif fault == "database refuses writes":
         for value in ("on", "off"):
             database.psql(f"ALTER SYSTEM SET default_transaction_read_only = {value}")

