@@ -17,11 +17,13 @@ from controlprefix.store.versions import key_of, select_prefixes, unknown_name, 
 _log = logging.getLogger(__name__)
 
 
-def forget(session: Session, tenant: int, key: PrefixKey) -> int:
+def forget(session: Session, tenant: int, key: PrefixKey) -> int | None:
     """Remove a name for all models, and all else of a user; returns the versions removed.
 
+    None if there is nothing of that name. For a user, that too is recorded: what is being
+    learned from their texts at this moment is then not stored.
+
     Raises:
-        UnknownNameError: If there is nothing of that name.
         StoreError: If it is a decoder that stored codes need.
     """
     rows = list(session.scalars(select_prefixes(tenant, None, [key]).with_for_update()))
@@ -33,7 +35,9 @@ def forget(session: Session, tenant: int, key: PrefixKey) -> int:
         num_marked = version_links.mark_forgotten(session, tenant, key.name)
         exists = exists or had_profile or had_texts or had_jobs or num_marked > 0
     if not exists:
-        raise unknown_name(session, tenant, key, None)
+        if key.kind == "user":
+            _add_to_audit_log(session, tenant, "forget", key, 0)
+        return None
     num_removed = sum(len(version_numbers(session, row)) for row in rows)
     ids = [row.id for row in rows]
     version_links.require_unused(session, ids, str(key))
@@ -107,7 +111,9 @@ class RemovalMethods:
     def forget(self, key: PrefixKey) -> int:
         """Remove all of a name, for all models: versions, aliases, a user's texts and profile.
 
-        The removal is recorded in the audit log. Versions trained on the user are marked.
+        The removal is recorded in the audit log, for a user also if nothing is stored: a run
+        under way that reads their texts does not store them. Versions trained on the user are
+        marked.
 
         Returns:
             How many versions were removed.
@@ -118,11 +124,15 @@ class RemovalMethods:
         """
         check_key(key)
 
-        def work(session: Session, tenant: int) -> int:
+        def work(session: Session, tenant: int) -> int | None:
             self._database.lock_users(session, tenant, shared=False)
             return forget(session, tenant, key)
 
         num_removed = self._database.run(work, write=True)
+        if num_removed is None:
+            raise self._database.run(
+                lambda session, tenant: unknown_name(session, tenant, key, None)
+            )
         _log.info("tenant %s: forgot %s, %d versions", self.tenant, key, num_removed)
         return num_removed
 

@@ -55,6 +55,20 @@ def test_only_a_user_who_was_forgotten_since_is_not_stored() -> None:
     assert cp.store.put(both, removal_number=cp.store.last_removal_number()) == [5, 1]
 
 
+def test_a_user_with_nothing_stored_yet_is_not_stored_by_a_run_under_way() -> None:
+    cp = engine()
+    prefix = cp.prefix_from_text("a text")
+    removal_number = cp.store.last_removal_number()
+    for key in (ANA, PrefixKey("task", "email")):
+        with pytest.raises(UnknownNameError, match=key.name):
+            cp.store.forget(key)
+    assert [(entry.key, entry.num_versions) for entry in cp.store.audit_log()] == [(ANA, 0)]
+    with pytest.raises(ForgottenError, match="'ana' was forgotten"):
+        cp.store.put([NewVersion(ANA, prefix)], removal_number=removal_number)
+    cp.put("user", "ana", prefix)  # enrolled again later
+    assert cp.exists("user", "ana")
+
+
 def test_what_is_learned_from_a_forgotten_user_is_marked_and_does_not_name_them() -> None:
     cp = engine()
     cp.put("user", "bo", cp.prefix_from_text("a text"))

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from controlprefix import ControlPrefix, Request, RequestError
+from controlprefix.inference.drawing import device_for
 from controlprefix.inference.generation_config import batch_config, own_prompt_processors
 from controlprefix.inference.sampling import BatchSampler, RowSampling, SampledRow
 
@@ -101,6 +102,11 @@ def test_a_row_draws_the_same_in_any_batch(data: st.DataObject) -> None:
     for i, own in enumerate(fields):
         alone = BatchSampler(rows_of(own), CPU)
         assert tokens[i].tolist() == [int(alone(step[i : i + 1].clone())) for step in steps]
+
+
+def test_apple_gpus_which_have_no_float64_draw_on_the_cpu() -> None:
+    assert device_for(torch.device("mps")) == CPU
+    assert device_for(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_few_tokens_kept_or_all_of_them_draw_alike() -> None:

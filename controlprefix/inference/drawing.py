@@ -32,7 +32,7 @@ class DrawSettings:
 
     @staticmethod
     def of(requests: Sequence[Request], device: torch.device) -> "DrawSettings":
-        """The settings of requests, a row each."""
+        """The settings of requests, a row each, on the device where tokens are drawn."""
         largest = torch.iinfo(torch.int64).max
         top_p = [r.top_p if r.top_p is not None and r.top_p < 1 else math.inf for r in requests]
         return DrawSettings(
@@ -61,6 +61,11 @@ class DrawSettings:
             truncated=[],
             num_without_top_k=self.num_without_top_k,
         )
+
+
+def device_for(device: torch.device) -> torch.device:
+    """Where to draw from logits on a device: itself, or the CPU if it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def draw(logits: Tensor, top: Tensor, settings: DrawSettings, uniform: Tensor) -> Tensor:

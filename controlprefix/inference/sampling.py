@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from controlprefix.inference.drawing import DrawSettings, column, draw
+from controlprefix.inference.drawing import DrawSettings, column, device_for, draw
 from controlprefix.inference.guidance import GuidanceTerm, combined_logits, without_implausible
 from controlprefix.request import Request
 
@@ -103,7 +103,8 @@ class BatchSampler:
         self._occurred: Tensor | None = None  # and whether a token occurred, also in the prompt
         self._sampled = [i for i, request in requests.items() if request.do_sample]
         sampled = [requests[i] for i in self._sampled]
-        self._settings = DrawSettings.of(sampled, device)
+        self._draw_device = device_for(device)
+        self._settings = DrawSettings.of(sampled, self._draw_device)
         self.errors: dict[int, Exception] = {}
         self.is_impossible: Tensor | None = None
 
@@ -130,11 +131,11 @@ class BatchSampler:
             is_whole = len(self._sampled) == len(logits)
             of_rows: Any = slice(None) if is_whole else self._sampled
             sampled_tokens = draw(
-                logits[of_rows],
-                top[of_rows],
+                logits[of_rows].to(self._draw_device),
+                top[of_rows].to(self._draw_device),
                 self._settings,
-                torch.tensor(uniform, dtype=torch.float64, device=logits.device),
-            )
+                torch.tensor(uniform, dtype=torch.float64, device=self._draw_device),
+            ).to(tokens.device)
             tokens[of_rows] = torch.where(top[of_rows].isfinite(), sampled_tokens, tokens[of_rows])
         for i, row in self._forced:
             if row.forced_end is not None and len(row.new) == row.request.max_new_tokens - 1:

@@ -36,7 +36,8 @@ def with_margins(
                 [row.targets for row in own],
                 [row.rejected.targets if row.rejected else () for row in own],
             ):
-                sums.append(token_log_probs(frozen, prompts, targets)[0].double().sum(1).tolist())
+                log_probs = token_log_probs(frozen, prompts, targets)[0].cpu()
+                sums.append(log_probs.double().sum(1).tolist())
         for i, row, chosen, rejected in zip(batch, own, *sums, strict=True):
             assert row.rejected is not None
             completed[i] = row._replace(
