@@ -7,6 +7,7 @@
 # make bench-vllm  set up that environment, and measure servers through vLLM
 # make lock        write the hashes of the packages of the gateway's image, deploy/requirements.txt
 # make audit       look for known vulnerabilities, and write a bill of materials to dist/; needs pypi.org
+# make results     set up, then repeat all recorded results with the data in DATA=folder; days on two cores
 # make bench       set up, then measure speed against the plain model and against others: about two hours on two cores
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ BENCHMARKS := demo compatibility decoding sampling peers training_speed long_pro
 	storage_dtypes store serving
 READY := $(VENV)/ready
 
-.PHONY: demo test test-vllm test-oldest check docs lock audit bench bench-vllm clean
+.PHONY: demo test test-vllm test-oldest check docs lock audit results bench bench-vllm clean
 
 demo: $(READY)
 	$(BIN)/controlprefix demo
@@ -38,6 +39,9 @@ bench-vllm: .venv-vllm/ready
 	cd benchmarks && ../.venv-vllm/bin/python serving.py --engine vllm
 	cd benchmarks && ../.venv-vllm/bin/python vllm_strengths.py
 	cd benchmarks && ../$(BIN)/python tables.py
+
+results: $(READY)
+	$(BIN)/python benchmarks/repeat.py "$(DATA)"
 
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build

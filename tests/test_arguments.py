@@ -66,6 +66,7 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_are_clear_errors(name: str, cp: ControlPrefix) -> None:
     call, message = WRONG[name]

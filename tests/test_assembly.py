@@ -44,6 +44,7 @@ def test_no_slots_give_no_blocks() -> None:
     assert assemble([], GEOMETRY).num_rows == 0
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0.0, 0.25, 1.0, 3.0])), max_size=4),

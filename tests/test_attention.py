@@ -209,6 +209,7 @@ def test_encoder_decoder_matches_attention_written_out(name: str) -> None:
     assert len(where) == len(order)
 
 
+@pytest.mark.slow
 @given(
     strengths=st.lists(
         st.floats(min_value=0, max_value=8, allow_subnormal=False), min_size=3, max_size=3

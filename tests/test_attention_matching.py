@@ -113,6 +113,7 @@ def test_logits_of_queries_are_products(name: str) -> None:
         assert torch.allclose(ratios, ratios[..., :1].expand_as(ratios), rtol=1e-4)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10_000), slots=st.integers(1, 12), queries=st.integers(1, 40))
 @settings(max_examples=30)
 def test_nonnegative_least_squares_agrees_with_scipy(seed: int, slots: int, queries: int) -> None:
@@ -132,6 +133,7 @@ def distance(left: Prefix, right: Prefix) -> float:
     return max(float((left.slots[s] - right.slots[s]).abs().max()) for s in left.slots)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_every_text_counts(name: str) -> None:
     model: FrozenModel = frozen(name)
@@ -147,6 +149,7 @@ def test_every_text_counts(name: str) -> None:
     assert exact.num_slots == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_texts_longer_than_the_context_are_read_in_several_passes(name: str) -> None:
     changes: Any = {"n_positions" if name == "gpt2" else "max_position_embeddings": 64}
@@ -162,6 +165,7 @@ def test_texts_longer_than_the_context_are_read_in_several_passes(name: str) -> 
     assert distance(prefix, other) > 1e-5
 
 
+@pytest.mark.slow
 def test_enrolment_reads_all_texts() -> None:
     cp = engine()
     texts = [f"I like number {i} best of all." for i in range(12)]

@@ -203,6 +203,7 @@ def test_requests_and_training_follow_the_space(tmp_path: Path) -> None:
         cp.train([Example(prompt="Hi", completion="x", attributes={"tone": "brif"})])
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_shows_and_checks(tmp_path: Path) -> None:
     url, file = f"sqlite:///{tmp_path}/prefixes.db", tmp_path / "space.yaml"
 

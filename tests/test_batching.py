@@ -190,6 +190,7 @@ def test_a_static_batch_streams_and_cancels(name: str) -> None:
     assert not first.is_cancelled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -255,6 +256,7 @@ class Operations(TorchDispatchMode):
         return sum(self.launched[name] for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "max_waits"),
     [({}, 1), ({"repetition_penalty": 1.2}, 1), ({"temperature": 0.8, "top_p": 0.9, "seed": 1}, 3)],
@@ -295,6 +297,7 @@ def test_a_decode_step_launches_and_waits_as_often_for_many_rows_as_for_few(
     assert many.num_waits <= max_waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3_next", "bart"])
 def test_choices_of_a_prompt_are_prefilled_once(name: str) -> None:
     """And each is what it is alone; the same prompt under other slots is another row."""
@@ -342,6 +345,7 @@ def test_choices_with_other_schedules_are_read_apart(cp: ControlPrefix) -> None:
         assert [ticket.result().text for ticket in tickets] == expected
 
 
+@pytest.mark.slow
 def test_requests_that_come_one_after_another_are_prefilled_together(
     cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,6 +375,7 @@ def test_requests_that_come_one_after_another_are_prefilled_together(
     assert tickets[-1].result()
 
 
+@pytest.mark.slow
 def test_a_late_request_has_its_own_positions_in_a_rotary_decoder_behind_an_encoder() -> None:
     size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

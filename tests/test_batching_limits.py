@@ -31,6 +31,7 @@ def cp() -> Iterator[ControlPrefix]:
     built.store.close()
 
 
+@pytest.mark.slow
 def test_a_request_that_cannot_be_carried_out_fails_alone(
     cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +59,7 @@ def test_a_request_that_cannot_be_carried_out_fails_alone(
     batcher.close()
 
 
+@pytest.mark.slow
 def test_a_full_queue_refuses_and_closing_finishes_what_there_is(cp: ControlPrefix) -> None:
     batcher = cp.batcher(max_sequences=1, max_waiting=2)
     long = Request(prompt="x", raw=True, max_new_tokens=60, repetition_penalty=1.5)
@@ -76,6 +78,7 @@ def test_a_full_queue_refuses_and_closing_finishes_what_there_is(cp: ControlPref
     assert tickets[2].result().num_tokens < 60
 
 
+@pytest.mark.slow
 def test_a_deliver_function_that_fails_cancels_only_its_own_request(cp: ControlPrefix) -> None:
     batcher = cp.batcher(max_sequences=2)
 
@@ -152,6 +155,7 @@ def test_numbers_that_no_tensor_holds_are_refused(field: dict[str, Any]) -> None
         Request(**{"prompt": "a", "raw": True, **field})
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_running_request_are_all_counted(cp: ControlPrefix) -> None:
     fields: dict[str, Any] = {"raw": True, "max_new_tokens": 60, "logit_bias": NO_END}
     away = Request(prompt="x", user="ana", strengths={"user": -1}, **fields)

@@ -91,6 +91,7 @@ WITHOUT_MODEL = (
 SKIPPED = {
     "demo": "tested in test_cli.py, with a tiny model in the place of SmolLM2",
     "adapters_batch_split": "needs an environment with an older transformers",
+    "repeat": "tested below",
     "serving": "tested with real servers, below",
     "tables": "tested in test_docs.py",
     "vllm_strengths": "tested in test_vllm.py, with a vLLM server",
@@ -207,6 +208,34 @@ def test_the_benchmark_of_servers_runs_for_one_round(tmp_path: Path) -> None:
     recorded = json.loads((tmp_path / "serving-transformers.json").read_text())
     assert all(figures["failed"] == 0 for figures in recorded["contenders"].values())
     assert len(recorded["contenders"]) == 3
+
+
+def test_recorded_results_are_repeated_by_the_commands_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    repeat = importlib.import_module("repeat")
+    run = "python benchmarks/relevance.py ../shared/data --prompts 16 --results old"
+    commands = {"a": run, "b": run, "c": "python benchmarks/gone.py", "d": None}
+    for name, command in commands.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"command": command}))
+    calls = []
+
+    def record(command: list[str]) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, returncode=1)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    folders = ["--recorded", str(tmp_path), "--results", str(tmp_path / "new")]
+    with pytest.raises(SystemExit, match="these failed: a"):
+        repeat.main([str(tmp_path), *folders])
+    script = str(BENCHMARKS / "relevance.py")
+    options = [str(tmp_path), "--prompts", "16", "--results", str(tmp_path / "new")]
+    assert calls == [[sys.executable, script, *options]]
+    assert capsys.readouterr().out.count("its command is not of this checkout") == 2
+    with pytest.raises(SystemExit):
+        repeat.main([str(tmp_path), *folders, "--names", "e"])
+    assert "no result e; there are: a, b, c, d" in capsys.readouterr().err
 
 
 def test_results_of_another_model_or_other_settings_are_not_mixed(

@@ -18,6 +18,7 @@ GEOMETRY = Geometry.uniform(num_layers=12, num_kv_heads=3, head_dim=64, fingerpr
 LOAD = Workload(slot_values=12 * 3 * 64 * 2, slot_heads=12 * 3 * 2, weight_bytes=2 * 10**6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage_format", ["int8", "bfloat16"])
 def test_a_store_is_as_large_as_computed(tmp_path: Path, storage_format: StorageFormat) -> None:
     path = tmp_path / "prefixes.db"
@@ -79,6 +80,7 @@ def test_a_price_is_that_of_processes_and_of_the_store() -> None:
     assert priced.cost_per_million == pytest.approx(storing + 1000 * 2.0)
 
 
+@pytest.mark.slow
 def test_the_command(model_folder: Path) -> None:
     arguments = ["capacity", "--model", str(model_folder), "--device", "cpu"]
     result = CliRunner().invoke(app, [*arguments, "--users", "1000", "--seconds-per-user", "3.6"])

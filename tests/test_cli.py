@@ -99,7 +99,7 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
         (("generate", "Hi", "--model", "no/model"), "cannot load a model from 'no/model'"),
         (("train", "missing.jsonl"), "cannot read missing.jsonl"),
         (("prefixes", "show", "user", "ana"), "no user 'ana' in the store"),
-        (("users", "forget", "ana", "--yes"), "no user 'ana' in the store"),
+        (("users", "forget", "ana", "--yes"), "there is no store to write to"),
         (("prefixes", "show", "tone", "warm"), "'tone' is not one of 'task'"),
         (
             ("api-keys", "create", "a", "--tenant", "b", "--store", "/no/such/folder/p.db"),
@@ -133,6 +133,7 @@ def test_a_mistake_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_names_are_printed_as_they_are(model_folder: Path, tmp_path: Path) -> None:
     """Square brackets are markup to the table's printer, and must not be."""
     (tmp_path / "texts.txt").write_text("one text\n")
@@ -217,6 +218,7 @@ def test_prefixes_are_evaluated_and_calibrated(
         run(tmp_path, "eval", str(tmp_path / "rows.jsonl"), *texts, *model)
 
 
+@pytest.mark.slow
 def test_api_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     key = run(tmp_path, "api-keys", "create", "web", "--tenant", "acme").strip()
     assert key.startswith("cp.")
@@ -237,6 +239,7 @@ def test_a_label_may_hold_a_colon() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_store_is_encrypted_and_its_keys_rotated(model_folder: Path, tmp_path: Path) -> None:
     model = ("--model", str(model_folder))
     (tmp_path / "texts.txt").write_text("one text\n")
@@ -256,6 +259,7 @@ def test_a_store_is_encrypted_and_its_keys_rotated(model_folder: Path, tmp_path:
     assert run(tmp_path, *request, *encrypted).strip()
 
 
+@pytest.mark.slow
 def test_kept_texts_are_printed_and_trained_on(model_folder: Path, tmp_path: Path) -> None:
     model = ("--model", str(model_folder))
     # Nothing of it is an emoji, markup or a table; a wide text is one line.
@@ -293,6 +297,7 @@ def test_the_demo_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert figures["users"].keys() == {"ana", "bo", "cleo"}
 
 
+@pytest.mark.slow
 def test_someones_table_is_shown_and_trained_on(model_folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "export.csv"
     rows = [f"{i};ana;mail number {i};{'formal' if i % 2 else 'casual'}" for i in range(12)]
@@ -318,6 +323,7 @@ def test_someones_table_is_shown_and_trained_on(model_folder: Path, tmp_path: Pa
     assert scored.startswith("13 examples")
 
 
+@pytest.mark.slow
 def test_one_prefix_is_exported_imported_named_and_removed(
     model_folder: Path, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_distill_sweep_shorten_and_resume(model_folder: Path, tmp_path: Path) ->
             run(tmp_path, *invalid)
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "x", "completion": "y", "task": "t"}\n')
@@ -103,6 +104,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
         run(tmp_path, "attributes", "show", "no.yaml")
 
 
+@pytest.mark.slow
 def test_runs_have_folders_of_their_own(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +197,7 @@ def test_a_device_that_is_none_is_told_before_anything_is_loaded(device: str) ->
         ControlPrefix.from_pretrained("no-such-model", device=device, store="sqlite://")
 
 
+@pytest.mark.slow
 def test_an_option_that_is_left_out_is_shorter_where_there_is_less_room(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +217,7 @@ def test_an_option_that_is_left_out_is_shorter_where_there_is_less_room(
         run(tmp_path, "generate", prompt, "--max-new-tokens", "128", *model)
 
 
+@pytest.mark.slow
 def test_options_of_an_experiment_and_the_command_line_are_joined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

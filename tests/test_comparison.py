@@ -109,6 +109,7 @@ def test_what_is_switched_off_is_the_plain_model_exactly(
         assert not result.figures(name, "divergence, off")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_losses_are_those_of_the_library(name: str) -> None:
     cp = engine(name)
@@ -144,6 +145,7 @@ def test_prefix_memory_adds_a_product_with_the_query() -> None:
     assert torch.allclose(after - before, products.flatten(2), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +172,7 @@ def test_an_interrupted_comparison_continues(
         compare(cp, rows, **{**settings, "steps": 3})
 
 
+@pytest.mark.slow
 def test_another_classifier_is_another_comparison(tmp_path: Path) -> None:
     class Fixed:
         attribute, labels = "formality", ("formal", "informal")
@@ -188,6 +191,7 @@ def test_another_classifier_is_another_comparison(tmp_path: Path) -> None:
         compare(engine(), greetings(8), classifiers=[Fixed(0.1)], **settings)  # type: ignore[list-item]
 
 
+@pytest.mark.slow
 def test_rows_with_numbers_and_mixtures_as_labels_are_those_of_the_library(tmp_path: Path) -> None:
     rows = [
         Example(prompt=f"Write {n}", completion="word " * n, task="t", attributes={"words": str(n)})
@@ -209,6 +213,7 @@ def test_rows_with_numbers_and_mixtures_as_labels_are_those_of_the_library(tmp_p
     assert "0.5 formal + 0.5 informal" in report.save(tmp_path).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_ends_no_other_and_runs_are_those_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +238,7 @@ def test_a_method_that_fails_ends_no_other_and_runs_are_those_asked_for(
     ].keys() == {"1"}
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_that_of_the_lowest_validation_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -252,6 +258,7 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss(
     assert list(method["runs"]) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_loses_and_ends_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -276,6 +283,7 @@ def test_a_learning_rate_that_diverges_loses_and_ends_nothing(
     assert result.skipped == {"controlprefix": "it diverges at every learning rate"}
 
 
+@pytest.mark.slow
 def test_rows_of_a_label_that_was_not_trained_are_measured_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -300,6 +308,7 @@ def test_rows_of_a_label_that_was_not_trained_are_measured_apart(
     assert "no label that was not trained" in result.skipped["controlprefix, nearest label"]
 
 
+@pytest.mark.slow
 def test_a_prefix_that_knows_its_prompts_does_nothing_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -323,6 +332,7 @@ def test_a_prefix_that_knows_its_prompts_does_nothing_elsewhere(
     assert result.skipped == {gated: "the rows have no prompts by which to tell when it is meant"}
 
 
+@pytest.mark.slow
 def test_references_of_one_prompt_stay_together() -> None:
     rows = [
         Example(prompt=prompt, completion=completion, attributes={"tone": tone})
@@ -339,6 +349,7 @@ def test_references_of_one_prompt_stay_together() -> None:
     assert measures.text_figures(rows, requests, others)["chrF"] < 100
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_memory_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +412,7 @@ def test_mistakes_are_clear_errors() -> None:
         compare(engine("bart"), rows, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_context_are_refused_or_left_out() -> None:
     rows = [*greetings(6), Example(prompt="Write", completion="word " * 5000, task="t")]
     rows = [row.model_copy(update={"task": "t"}) for row in rows]

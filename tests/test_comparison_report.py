@@ -34,6 +34,7 @@ def test_differences_between_methods_are_paired_over_rows() -> None:
     assert cells["b"][1] == "0.100 (0.100 to 0.100)"  # rows differ by more than methods
 
 
+@pytest.mark.slow
 def test_a_report_marks_the_best_and_escapes_texts(tmp_path: Path) -> None:
     def method(nats: float, text: str) -> dict[str, Any]:
         run = {"nats": nats, "divergence, answers": nats / 10, "accuracy, tone": 0.5}

@@ -17,6 +17,7 @@ from helpers import engine, inputs, random_prefix, tokens
 from models import build
 
 NUM_USERS = 12
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

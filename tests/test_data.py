@@ -196,6 +196,7 @@ def test_a_plain_text_is_no_table(tmp_path: Path) -> None:
         as_examples(tmp_path / "x.parquet")
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(alphabet='ab,;\t\n" ü', min_size=1).filter(str.strip), min_size=1))
 def test_any_text_survives_csv(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.mktemp("csv") / "rows.csv"
@@ -238,6 +239,7 @@ def test_users_and_labels_come_from_any_rows(tmp_path: Path) -> None:
         read_labelled([{"text": "hey"}])
 
 
+@pytest.mark.slow
 def test_someones_table_is_trained_on_enrolled_and_scored(tmp_path: Path) -> None:
     """From a file to stored prefixes, without another line of code."""
     path = tmp_path / "export.csv"

@@ -43,6 +43,7 @@ def test_fine_tuning_chats_teach_the_last_answer() -> None:
             as_examples([{"messages": wrong}])
 
 
+@pytest.mark.slow
 def test_rows_that_are_too_long_are_refused_cut_or_skipped(tmp_path: Path) -> None:
     cp = engine()  # its context is 256
     path = tmp_path / "rows.jsonl"

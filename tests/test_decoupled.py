@@ -167,6 +167,7 @@ def test_gradients_reach_every_slot() -> None:
     assert bool((slots.grad.abs().sum(dim=1) > 0).all())
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([-1.5, -0.5, 0.0, 0.3, 1.0, 2.0]), min_size=2, max_size=4))
 @settings(max_examples=20, deadline=None)
 def test_parts_add_up(strengths: list[float]) -> None:
@@ -229,6 +230,7 @@ def test_a_run_starts_at_the_plain_model_and_learns() -> None:
     assert abs(nats_per_token(cp, greetings()) - before) < 1e-3
 
 
+@pytest.mark.slow
 def test_requests_use_any_strength_in_one_row_and_all_engines_agree() -> None:
     cp = engine()
     for i, label in enumerate(("warm", "cold")):

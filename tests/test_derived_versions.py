@@ -56,6 +56,7 @@ def put_again(cp: ControlPrefix) -> None:
     cp.put("task", "greet", cp.get("task", "greet"))
 
 
+@pytest.mark.slow
 def test_a_shortened_prefix_is_not_called_calibrated(cp: ControlPrefix) -> None:
     dialed = replace(cp.get("task", "greet"), dial=((0.0, 0.0), (1.0, 0.5)))
     cp.put("task", "greet", dialed, details={"calibrated": {"seed": 0}, "note": "x"})
@@ -64,6 +65,7 @@ def test_a_shortened_prefix_is_not_called_calibrated(cp: ControlPrefix) -> None:
     assert details.keys() == {"note", "shortened"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [trained_further, shortened, reinforced, put_again])
 def test_what_a_version_is_made_from_is_remembered(
     cp: ControlPrefix, change: Callable[[ControlPrefix], None]
@@ -106,6 +108,7 @@ def test_shortening_keeps_details_and_storage_and_replaces_what_it_read(cp: Cont
     assert current.dtype == "int8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -124,6 +127,7 @@ def test_what_nobody_could_read_is_not_made(cp: ControlPrefix, change: dict[str,
         replace(cp.get("task", "greet"), **change)
 
 
+@pytest.mark.slow
 def test_forgetting_a_user_marks_what_was_shortened_on_their_texts(cp: ControlPrefix) -> None:
     cp.put("user", "bo", cp.prefix_from_text("a text"))
     rows = [row.model_copy(update={"user": "bo"}) for row in OWN]

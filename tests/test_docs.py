@@ -60,6 +60,7 @@ def test_every_example_is_run() -> None:
     assert names == {*EXAMPLES, "clients"}  # which needs a server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
@@ -124,6 +125,7 @@ def test_every_page_with_code_is_executed() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GUIDES)
 def test_the_code_of_a_guide_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,7 @@ def test_settings_beside_a_prompt_are_those_of_a_request(cp: ControlPrefix) -> N
     assert cp.generate([]) == []
 
 
+@pytest.mark.slow
 def test_a_completion_says_what_it_was_made_with(cp: ControlPrefix) -> None:
     stocked(cp)
     completion = cp.generate(
@@ -260,6 +261,7 @@ def test_unknown_names_say_what_exists(cp: ControlPrefix) -> None:
         assert str(caught.value) == message
 
 
+@pytest.mark.slow
 def test_prefixes_of_other_models_are_refused(tmp_path: Path) -> None:
     url, tokenizer = f"sqlite:///{tmp_path}/prefixes.db", byte_tokenizer()
     item = ControlPrefix.from_pretrained(build("llama"), tokenizer=tokenizer, store=url)
@@ -357,6 +359,7 @@ def test_what_is_no_language_model_is_refused() -> None:
         ControlPrefix.from_pretrained(build("llama"), store="sqlite://")
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_to_the_stop_text_in_any_batch(cp: ControlPrefix) -> None:
     long = Request(prompt="abc", raw=True, max_new_tokens=40, repetition_penalty=1.5)
     text = cp.generate(long).text

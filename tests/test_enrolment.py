@@ -97,6 +97,7 @@ def nats(cp: ControlPrefix, text: str, user: str) -> float:
     return -score.log_likelihood / score.num_tokens
 
 
+@pytest.mark.slow
 def test_an_enrolled_user_gets_the_style_of_similar_users(cp: ControlPrefix) -> None:
     for style in ("hello", "AHOY!"):
         assert cp.enroll(style, written_by(style, 3), decoder="users") == 1
@@ -108,6 +109,7 @@ def test_an_enrolled_user_gets_the_style_of_similar_users(cp: ControlPrefix) -> 
         cp.enroll("cy", vector=[1.0], decoder="users")
 
 
+@pytest.mark.slow
 def test_more_texts_move_the_predicted_code_further(cp: ControlPrefix) -> None:
     decoder = stored_decoder(cp)
     text = written_by("AHOY!", 1)
@@ -121,6 +123,7 @@ def test_more_texts_move_the_predicted_code_further(cp: ControlPrefix) -> None:
     assert far[0] < far[1] < far[2]
 
 
+@pytest.mark.slow
 def test_texts_are_added_to_a_code_without_the_earlier_ones(cp: ControlPrefix) -> None:
     texts = written_by("AHOY!", 6)
     cp.enroll("whole", texts, decoder="users")
@@ -185,6 +188,7 @@ def test_a_guarded_code_is_no_more_personal_than_helps(
         cp.enroll("one", texts, decoder="users", guard=True, add=True)
 
 
+@pytest.mark.slow
 def test_codes_trained_together_equal_codes_trained_alone(cp: ControlPrefix) -> None:
     users = {"ana": written_by("hello", 9), "bo": written_by("Yes, no", 5), "cy": ["just one"]}
     report = cp.train_users(users, decoder="users", concurrent_users=2, epochs=3, **QUIET)
@@ -199,6 +203,7 @@ def test_codes_trained_together_equal_codes_trained_alone(cp: ControlPrefix) -> 
         assert torch.allclose(code.values, names.values, atol=0.02)
 
 
+@pytest.mark.slow
 def test_training_a_code_or_all_slots_improves_on_the_predicted_code(
     cp: ControlPrefix,
 ) -> None:
@@ -417,6 +422,7 @@ def test_a_guard_tries_each_half_on_the_other(
     assert tried == [texts[1::2]] * len(guard.SHARES) + [texts[::2]] * len(guard.SHARES)
 
 
+@pytest.mark.slow
 def test_a_finished_decoder_is_stored_once_and_under_each_name(tmp_path: Path) -> None:
     short = {**LEARN, "steps": 2, "save_steps": 1}
     cp = engine(store=f"sqlite:///{tmp_path}/p.db")

@@ -63,6 +63,7 @@ def nats(cp: ControlPrefix, row: Example, user: str | None) -> float:
     return -score.log_likelihood / score.num_tokens
 
 
+@pytest.mark.slow
 def test_gains_are_over_other_users_and_over_none(cp: ControlPrefix) -> None:
     examples = rows(["ana", "bo", "cleo"])
     result = evaluate_users(cp, examples)
@@ -83,6 +84,7 @@ def test_gains_are_over_other_users_and_over_none(cp: ControlPrefix) -> None:
     assert result.worst_decile == pytest.approx(min(means))
 
 
+@pytest.mark.slow
 def test_users_who_do_not_fit_together_are_scored_in_turn(
     cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_small_groups_are_only_named(cp: ControlPrefix) -> None:
         evaluate_users(cp, rows(["ana"]))
 
 
+@pytest.mark.slow
 def test_the_command_reports_and_writes(
     cp: ControlPrefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +188,7 @@ def test_the_command_reports_and_writes(
     assert CliRunner().invoke(app, arguments).exit_code != 0
 
 
+@pytest.mark.slow
 def test_groups_are_columns_of_the_rows(
     cp: ControlPrefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +241,7 @@ def test_divergence_is_that_of_the_plain_model_from_the_steered_one(cp: ControlP
     assert result.users["ana"].off_context == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_groups_that_prefixes_reveal_are_told_and_others_are_not(cp: ControlPrefix) -> None:
     ana, bo = cp.get("user", "ana"), cp.get("user", "bo")
     names = [f"user{i}" for i in range(10)]
@@ -277,6 +282,7 @@ def test_groups_that_prefixes_reveal_are_told_and_others_are_not(cp: ControlPref
         cp.forget_user(name)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_texts_reveal(cp: ControlPrefix, tmp_path: Path) -> None:
     examples = rows(["ana", "bo"])
     groups = {"club": {"ana": "x", "bo": "y"}}

@@ -162,6 +162,7 @@ def test_the_harness_finds_control_where_there_is_some(
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_where_it_was_broken_off(
     cp: ControlPrefix,
     classifier: AttributeClassifier,
@@ -200,6 +201,7 @@ def test_an_evaluation_goes_on_where_it_was_broken_off(
     assert sum(request) == before  # another version, but the same prefix
 
 
+@pytest.mark.slow
 def test_texts_of_another_store_are_not_taken_for_ones_own(
     classifier: AttributeClassifier, tmp_path: Path
 ) -> None:
@@ -218,6 +220,7 @@ def test_texts_of_another_store_are_not_taken_for_ones_own(
     assert reports[2] == reports[0] != reports[1]
 
 
+@pytest.mark.slow
 def test_plain_is_without_the_defaults_of_the_attribute_space(
     classifier: AttributeClassifier,
 ) -> None:
@@ -270,6 +273,7 @@ def test_a_user_is_nearer_to_their_other_texts_only_if_the_prefix_does_it() -> N
     ).keys() == {"ana"}  # one row tells nothing
 
 
+@pytest.mark.slow
 def test_rows_that_have_no_attributes_are_refused(
     cp: ControlPrefix, classifier: AttributeClassifier
 ) -> None:
@@ -373,6 +377,7 @@ def test_classifiers_name_attributes_and_labels_as_requests_do() -> None:
         assert sorted(own.labels) == ["caf\u00e9", "x"]
 
 
+@pytest.mark.slow
 def test_strengths_are_measured_on_samples_not_beams(
     cp: ControlPrefix, classifier: AttributeClassifier
 ) -> None:
@@ -381,6 +386,7 @@ def test_strengths_are_measured_on_samples_not_beams(
         calibrate(cp, beams, classifier.attribute, classifier.labels[0], classifier)
 
 
+@pytest.mark.slow
 def test_one_prompt_calibrates_nothing(cp: ControlPrefix, classifier: AttributeClassifier) -> None:
     label = classifier.labels[0]
     name = f"{classifier.attribute}={label}"

@@ -49,6 +49,7 @@ def test_it_depends_on_values_and_neither_on_names_nor_on_the_dtype(name: str) -
     assert fingerprint(model) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ALL, *PARTICULAR])
 def test_each_weight_counts_and_so_does_its_place(name: str) -> None:
     model = build(name, attention="eager" if name in EAGER_ONLY else "sdpa")

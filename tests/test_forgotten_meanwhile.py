@@ -127,6 +127,7 @@ def test_users_forgotten_before_their_turn_or_while_feedback_is_read_stay_forgot
     assert not cp.exists("user", "bo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"add": True, "decoder": "users"}, {"refine": True}])
 def test_the_error_of_an_enrolment_says_that_the_user_was_forgotten(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -206,6 +207,7 @@ def _forget_once(cp: ControlPrefix, user: str) -> None:
         cp.remove("user", user)
 
 
+@pytest.mark.slow
 def test_a_user_of_two_runs_is_forgotten_once() -> None:
     cp = engine()
     cp.put("user", "bo", cp.prefix_from_text("a text"))
@@ -223,6 +225,7 @@ def test_the_error_can_be_sent_to_other_processes() -> None:
     assert (error.user, str(error)) == ("bo", str(ForgottenError("bo")))
 
 
+@pytest.mark.slow
 def test_publishing_waits_for_a_removal_that_is_under_way(url: str) -> None:
     """Else both would end, and the user would be named as a source."""
     with PrefixStore(url) as store:

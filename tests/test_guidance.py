@@ -101,6 +101,7 @@ def reference(cp: ControlPrefix, prompt: str, new: list[int], parts: dict[str, A
     return base + sum(w * (logits_after(cp, prompt, new, **p) - base) for p, w in others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS)
 def test_greedy_tokens_are_those_of_the_formula(
     steered: ControlPrefix, parts: dict[str, Any]
@@ -252,6 +253,7 @@ def test_guided_json_is_json(guided: dict[str, Any]) -> None:
     assert isinstance(json.loads(text), list)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", GUIDED, ids=str)
 def test_a_bias_chooses_and_bans_tokens_with_guidance_too(guided: dict[str, Any]) -> None:
     cp = confident()
@@ -263,6 +265,7 @@ def test_a_bias_chooses_and_bans_tokens_with_guidance_too(guided: dict[str, Any]
     assert not set(usual) & set(tokenizer.encode(without))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [{}, *GUIDED], ids=str)
 @pytest.mark.parametrize(
     ("config", "fields"),
@@ -306,6 +309,7 @@ def test_guided_requests_without_allowed_tokens_are_errors_of_their_own(
         assert tickets[1].result().text == cp.generate(plain).text
 
 
+@pytest.mark.slow
 def test_a_finished_row_is_not_an_error_while_others_go_on() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token

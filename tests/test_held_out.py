@@ -35,6 +35,7 @@ def rows_of(triples: Sequence[tuple[int, int, str]]) -> list[Example]:
     ]
 
 
+@pytest.mark.slow
 @given(ROWS, st.sampled_from([0.0, 0.05, 0.1, 0.3]), st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
 def test_no_prompt_is_on_both_sides_and_no_label_loses_its_last_row(
@@ -123,6 +124,7 @@ def test_a_runs_validation_prompts_are_not_trained_on() -> None:
     assert (report.num_examples, report.num_held_out) == (12, 4)
 
 
+@pytest.mark.slow
 def test_rows_of_ones_own_choose_the_best_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

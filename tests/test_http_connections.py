@@ -47,6 +47,7 @@ def test_streams_pass_proxies(served: Served) -> None:
     assert headers["content-type"].startswith("text/event-stream")
 
 
+@pytest.mark.slow
 def test_pages_need_no_other_server(served: Served) -> None:
     for path in ("/", "/docs", "/redoc"):
         page = httpx.get(served.base + path)
@@ -59,6 +60,7 @@ def test_pages_need_no_other_server(served: Served) -> None:
     assert version["fingerprint"] == frozen(MODEL, TOKENIZER).fingerprint
 
 
+@pytest.mark.slow
 def test_the_schema_says_which_errors_there_are(served: Served) -> None:
     schema = httpx.get(f"{served.base}/openapi.json").json()
     operation = schema["paths"]["/v1/chat/completions"]["post"]
@@ -91,6 +93,7 @@ def test_requests_are_logged_without_texts_or_users(
     assert "ana" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_departure_is_noticed_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 100}
     forward = served.batcher._forward

@@ -26,6 +26,7 @@ from servers import (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_bytes_of_tokens_joined_are_the_text(served: Served, seed: int) -> None:
@@ -60,6 +61,7 @@ def test_streamed_log_probabilities_come_with_their_text(served: Served) -> None
     assert num_chunks_with_both > 5
 
 
+@pytest.mark.slow
 def test_text_log_probabilities_have_offsets_and_no_collisions(served: Served) -> None:
     fields = {"logprobs": 5, "max_tokens": 24, "temperature": 1.0, "seed": 3}
     (choice,) = complete(served, **fields).json()["choices"]
@@ -91,6 +93,7 @@ def test_token_bytes_of_each_kind_of_tokenizer(tokenizer: Any, text: str) -> Non
     assert names(tokenizer.vocab_size + 1000) == b""
 
 
+@pytest.mark.slow
 def test_token_ids_and_echo_give_the_scores_of_the_library(served: Served, store: str) -> None:
     cp = ControlPrefix(frozen(MODEL, TOKENIZER), PrefixStore(store, tenant="mine"))
     text = "abc defg"
@@ -129,6 +132,7 @@ def test_log_probabilities_of_prompts_are_bounded_in_memory(
     assert "4 tokens in each of 2 rows" in refused.text
 
 
+@pytest.mark.slow
 def test_echo_in_streams_and_without_new_tokens(served: Served) -> None:
     nothing = complete(served, prompt=["abc", "de"], echo=True, logprobs=0, max_tokens=0).json()
     assert [choice["text"] for choice in nothing["choices"]] == ["abc", "de"]

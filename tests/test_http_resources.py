@@ -25,6 +25,7 @@ from servers import (
 )
 
 
+@pytest.mark.slow
 def test_a_thousand_tenants_hold_no_more_than_ten(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/prefixes.db"
     first = PrefixStore(url, tenant="t0")
@@ -56,6 +57,7 @@ def test_a_thousand_tenants_hold_no_more_than_ten(tmp_path: Path) -> None:
     first.close()
 
 
+@pytest.mark.slow
 def test_tokens_of_a_key_are_limited_and_those_of_others_are_not(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/prefixes.db"
     first, other = (PrefixStore(url, tenant=name) for name in ("mine", "theirs"))
@@ -106,6 +108,7 @@ def test_tokens_of_a_key_are_limited_and_those_of_others_are_not(tmp_path: Path)
         other.close()
 
 
+@pytest.mark.slow
 def test_pages_versions_and_rollback_over_http(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/prefixes.db"
     fill(url, "mine", 2.0)
@@ -149,6 +152,7 @@ def test_pages_versions_and_rollback_over_http(tmp_path: Path) -> None:
         cp.store.close()
 
 
+@pytest.mark.slow
 def test_feedback_is_kept_for_training(served: Served) -> None:
     def send(**body: Any) -> httpx.Response:
         return httpx.post(f"{served.base}/v1/feedback", json=body, timeout=60)

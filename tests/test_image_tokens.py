@@ -122,6 +122,7 @@ def test_a_style_changes_the_image_tokens_of_its_row_alone() -> None:
     assert len({tuple(row) for row in (ink, plain, oil)}) == 3
 
 
+@pytest.mark.slow
 def test_unconditional_rows_of_janus_have_requests_of_their_own() -> None:
     """It calls the model with twice the rows, of which the unconditional ones come last."""
     cp = engine(_janus)
@@ -144,6 +145,7 @@ def test_unconditional_rows_of_janus_have_requests_of_their_own() -> None:
     assert not torch.equal(plain, together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [_chameleon, _emu3, _janus], ids=["chameleon", "emu3", "janus"])
 def test_text_and_training_are_those_of_any_model(make: Callable[[], PreTrainedModel]) -> None:
     cp = engine(make)

@@ -93,6 +93,7 @@ def test_prompts_are_those_of_the_processor(name: str) -> None:
     assert completion.text == cp.frozen_model.request_tokenizer.decode(new)
 
 
+@pytest.mark.slow
 def test_rows_with_and_without_images_are_alone_in_a_batch(cp: ControlPrefix) -> None:
     requests, examples = mixed(), scored()
     together = [completion.text for completion in cp.generate(requests)]
@@ -105,11 +106,13 @@ def test_rows_with_and_without_images_are_alone_in_a_batch(cp: ControlPrefix) ->
     assert differs == [True, False, True, True]
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_text_of_generate(cp: ControlPrefix) -> None:
     for request in mixed():
         assert "".join(cp.stream(request)) == cp.generate(request).text
 
 
+@pytest.mark.slow
 def test_a_running_batch_takes_images(cp: ControlPrefix) -> None:
     requests = mixed()
     expected = [cp.generate(request).text for request in requests]
@@ -156,6 +159,7 @@ def test_the_prefix_of_a_text_is_the_text_before_the_image(name: str) -> None:
     torch.testing.assert_close(steered, expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_prefixes_are_trained_on_images(cp: ControlPrefix) -> None:
     before = {name: value.clone() for name, value in cp.model.state_dict().items()}
     rows = [
@@ -170,6 +174,7 @@ def test_prefixes_are_trained_on_images(cp: ControlPrefix) -> None:
     assert -likelihood / num_tokens < report.losses[0]
 
 
+@pytest.mark.slow
 def test_other_images_are_other_training_data(llava: ControlPrefix) -> None:
     hashes = set()
     for seed in (0, 0, 1):
@@ -231,6 +236,7 @@ def test_feedback_on_images_is_kept(llava: ControlPrefix) -> None:
     assert preference.images == (png(picture(0)),)
 
 
+@pytest.mark.slow
 def test_mistakes_are_clear_errors(llava: ControlPrefix, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="reads no images"):
         engine("llama").generate(Request(prompt="What?", images=[picture(0)]))
@@ -353,6 +359,7 @@ def test_a_server_of_texts_refuses_images(served: "Served") -> None:
     assert "reads no images" in response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_no_client_makes_a_server_read_a_file(served: "Served", tmp_path: Path) -> None:
     path = tmp_path / "secret.png"
     path.write_bytes(png(picture(0)))

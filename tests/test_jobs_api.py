@@ -5,6 +5,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import pytest
 
 if TYPE_CHECKING:
     from servers import Served
@@ -22,6 +23,7 @@ def finished(served: "Served", location: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_training_is_accepted_and_done(served: "Served") -> None:
     users = f"{served.base}/v1/users"
     body = {"texts": TEXTS, "train": {"steps": 3, "num_slots": 2}, "keep_texts": True}
@@ -57,6 +59,7 @@ def test_mistakes_of_clients_are_answered(served: "Served") -> None:
     assert httpx.delete(f"{served.base}/v1/jobs/none").status_code == 404
 
 
+@pytest.mark.slow
 def test_jobs_that_cannot_do_anything_are_refused_at_once(served: "Served") -> None:
     answer = httpx.post(f"{served.base}/v1/users/nobody/learn", json={})
     assert answer.status_code == 400
@@ -78,6 +81,7 @@ def test_jobs_that_cannot_do_anything_are_refused_at_once(served: "Served") -> N
     assert served.gateway._tenants._store.for_tenant("mine").user_texts("kept") == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_tenant_watches_a_few_jobs_at_a_time(served: "Served") -> None:
     body = {"texts": TEXTS, "train": {"steps": 200, "num_slots": 2}}
     job = httpx.put(f"{served.base}/v1/users/zoe", json=body).json()["id"]

@@ -50,6 +50,7 @@ def require_valid(text: str) -> None:
     assert 0 <= value["age"] <= 99
 
 
+@pytest.mark.slow
 def test_each_engine_writes_the_same_json(cp: ControlPrefix) -> None:
     free = Request(prompt="xy", raw=True, max_new_tokens=30)
     requests = [request(0), free, request(1, user="ana"), request(2, attributes={"tone": "warm"})]
@@ -65,6 +66,7 @@ def test_each_engine_writes_the_same_json(cp: ControlPrefix) -> None:
         assert [ticket.result().text for ticket in tickets] == [c.text for c in alone]
 
 
+@pytest.mark.slow
 def test_guidance_and_encoder_decoders_keep_to_the_schema(cp: ControlPrefix) -> None:
     against = request(3, attributes={"tone": {"warm": -0.5}}, user="ana")
     require_valid(cp.generate(against).text)
@@ -75,6 +77,7 @@ def test_guidance_and_encoder_decoders_keep_to_the_schema(cp: ControlPrefix) -> 
         require_valid(completion.text)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 1000), limit=st.integers(1, 40))
 def test_a_limit_cuts_json_and_nothing_else(cp: ControlPrefix, seed: int, limit: int) -> None:

@@ -122,6 +122,7 @@ def test_scores_follow_the_start_of_each_rows_decoder(name: str) -> None:
         assert score.log_likelihood == pytest.approx(float(own.sum()), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_training_takes_rows_of_several_languages() -> None:
     cp = multilingual("bart")
     examples = [
@@ -167,6 +168,7 @@ def test_source_tokens_are_those_of_a_tokenizer_set_to_that_language() -> None:
         )
 
 
+@pytest.mark.slow
 def test_languages_that_there_are_not() -> None:
     cp = multilingual("bart")
     with pytest.raises(RequestError, match="no language 'french'.*ace_Arab"):

@@ -119,6 +119,7 @@ def code_of(cp: ControlPrefix, user: str) -> torch.Tensor:
     return value.values.flatten()
 
 
+@pytest.mark.slow
 def test_users_are_migrated_and_nobody_is_overwritten(
     both: tuple[ControlPrefix, ControlPrefix],
 ) -> None:
@@ -146,6 +147,7 @@ def test_users_are_migrated_and_nobody_is_overwritten(
         new_cp.migrate_users(old_cp)
 
 
+@pytest.mark.slow
 def test_a_damaged_code_keeps_nobody_else_from_theirs(
     both: tuple[ControlPrefix, ControlPrefix],
 ) -> None:
@@ -166,6 +168,7 @@ def test_a_damaged_code_keeps_nobody_else_from_theirs(
     assert "is damaged" in report.skipped["user20"]
 
 
+@pytest.mark.slow
 def test_too_few_shared_users_store_nothing(both: tuple[ControlPrefix, ControlPrefix]) -> None:
     old_cp, new_cp = both
     for i in range(6):
@@ -178,6 +181,7 @@ def test_too_few_shared_users_store_nothing(both: tuple[ControlPrefix, ControlPr
         new_cp.migrate_users(old_cp, decoder="people")
 
 
+@pytest.mark.slow
 def test_the_command_migrates(
     both: tuple[ControlPrefix, ControlPrefix], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +196,7 @@ def test_the_command_migrates(
     assert "stored 18 users; learned from 12" in result.output
 
 
+@pytest.mark.slow
 def test_codes_of_another_decoder_teach_nothing(both: tuple[ControlPrefix, ControlPrefix]) -> None:
     old_cp, new_cp = both
     stored = new_cp.store.for_model(new_cp.geometry.fingerprint).get(PrefixKey("decoder", "users"))
@@ -206,6 +211,7 @@ def test_codes_of_another_decoder_teach_nothing(both: tuple[ControlPrefix, Contr
     assert "user20" not in report.saved
 
 
+@pytest.mark.slow
 def test_users_cannot_be_migrated_to_where_they_are(
     both: tuple[ControlPrefix, ControlPrefix],
 ) -> None:

@@ -14,6 +14,7 @@ from controlprefix.training import off_context
 from helpers import QUICK, comparison_setup, engine, greetings, nats_per_token
 
 
+@pytest.mark.slow
 def test_off_context_rows_leave_the_model_as_it_is_elsewhere() -> None:
     rows = [row.model_copy(update={"attributes": {}}) for row in greetings(12)]
     from controlprefix.evaluation.comparison.measures import divergence, elsewhere
@@ -35,6 +36,7 @@ def test_off_context_rows_leave_the_model_as_it_is_elsewhere() -> None:
     assert own_with_rows < own + 0.2
 
 
+@pytest.mark.slow
 def test_off_context_rows_have_their_share_of_the_tokens() -> None:
     cp = engine()
     rows = [row.model_copy(update={"attributes": {}}) for row in greetings(40)]
@@ -64,6 +66,7 @@ def test_off_context_rows_have_their_share_of_the_tokens() -> None:
         off_context.off_context_rows(engine("bart").frozen_model, plain, 0.1, 0)
 
 
+@pytest.mark.slow
 def test_a_model_in_training_elsewhere_draws_the_same_numbers() -> None:
     """The answers are sampled without touching the caller's random numbers."""
     cp = engine()

@@ -25,6 +25,7 @@ from servers import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "field",
     [
@@ -37,6 +38,7 @@ def test_null_counts_as_left_out(served: Served, field: str) -> None:
     assert chat(served, **{field: None}).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -80,6 +82,7 @@ def test_a_literal_extra_body_is_unwrapped(served: Served) -> None:
     assert chat(served, **fields, extra_body=wrapped).json()["choices"] == steered["choices"]
 
 
+@pytest.mark.slow
 def test_a_limit_that_was_left_out_fits_the_context(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/prefixes.db"
     model, tokenizer = build("llama", max_position_embeddings=64), byte_tokenizer(chat=True)
@@ -106,6 +109,7 @@ def test_a_limit_that_was_left_out_fits_the_context(tmp_path: Path) -> None:
         cp.store.close()
 
 
+@pytest.mark.slow
 def test_unknown_users_are_refused_without_naming_others_or_served_plainly(store: str) -> None:
     for mode in ("refuse", "plain"):
         served = Served(store, open_tenant="mine", unknown_users=mode)
@@ -130,6 +134,7 @@ def test_unknown_users_are_refused_without_naming_others_or_served_plainly(store
             served.close()
 
 
+@pytest.mark.slow
 def test_sampling_defaults_are_those_of_the_generation_config(store: str) -> None:
     model = build("llama")
     model.generation_config.update(do_sample=True, temperature=0.5, top_k=7)
@@ -192,6 +197,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 def test_json_output_in_each_form(served: Served) -> None:
     client = served.client()
     schema_format: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
@@ -208,6 +214,7 @@ def test_json_output_in_each_form(served: Served) -> None:
     assert "JSON schema" in refused.text
 
 
+@pytest.mark.slow
 def test_the_responses_api_writes_what_chat_writes(served: Served) -> None:
     client = served.client()
     fields: Any = {"model": "tiny/email", "user": "ana", "temperature": 0}
@@ -248,6 +255,7 @@ def test_the_responses_api_writes_what_chat_writes(served: Served) -> None:
 # --- browsers, proxies, and operators -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_clients_of_the_example_that_are_installed_get_texts(served: Served) -> None:
     script = Path(__file__).parent.parent / "examples" / "clients.py"
     command = [sys.executable, str(script), f"{served.base}/v1", "tiny", "--user", "ana"]

@@ -53,6 +53,7 @@ def test_anchors_cover_the_range_and_are_few() -> None:
     assert values == sorted(values)
 
 
+@pytest.mark.slow
 def test_a_request_for_a_number_is_the_mixture_of_its_neighbours() -> None:
     cp = engine()
     rows = [
@@ -81,6 +82,7 @@ def test_a_request_for_a_number_is_the_mixture_of_its_neighbours() -> None:
             cp.generate("Say it", attributes={"length": outside})
 
 
+@pytest.mark.slow
 def test_many_numbers_are_learned_as_few_labels() -> None:
     cp = engine()
     rows = [
@@ -93,6 +95,7 @@ def test_many_numbers_are_learned_as_few_labels() -> None:
     cp.generate("Say it", attributes={"length": 0.33}, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_a_label_that_is_no_number_stands_beside_numbers() -> None:
     cp = engine()
     rows = [
@@ -107,6 +110,7 @@ def test_a_label_that_is_no_number_stands_beside_numbers() -> None:
     assert again.saved.keys() == report.saved.keys()
 
 
+@pytest.mark.slow
 def test_the_attribute_space_fixes_the_labels_of_numbers() -> None:
     space = AttributeSpace.model_validate({"attributes": {"length": {"labels": ["0.5", "1.5"]}}})
     plain = engine()
@@ -138,6 +142,7 @@ def rows_of(numbers: list[float]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_an_attribute_that_is_trained_again_keeps_its_labels() -> None:
     cp = engine()
     settings = {**QUICK, "steps": 12, "batch_size": 8, "validation": 0}
@@ -150,6 +155,7 @@ def test_an_attribute_that_is_trained_again_keeps_its_labels() -> None:
     assert {part.version for part in used} == {2}
 
 
+@pytest.mark.slow
 def test_rows_over_stored_labels_attend_to_their_mixtures() -> None:
     cp = engine()
     cp.train(rows_of([1.0, 3.0] * 4), **{**QUICK, "validation": 0})
@@ -161,6 +167,7 @@ def test_rows_over_stored_labels_attend_to_their_mixtures() -> None:
         cp.train(rows_of([1.0, 3.0] * 4), **{**QUICK, "validation": rows_of([99.0])})
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_the_same_labels_as_a_training_run() -> None:
     cp = engine()
     rows = rows_of([float(i) for i in range(40)])
@@ -168,6 +175,7 @@ def test_a_sweep_trains_the_same_labels_as_a_training_run() -> None:
     assert len(report.points) == 1
 
 
+@pytest.mark.slow
 def test_codes_with_zeros_in_front_are_names() -> None:
     cp = engine()
     rows = [
@@ -177,6 +185,7 @@ def test_codes_with_zeros_in_front_are_names() -> None:
     assert len(report.saved) == 13
 
 
+@pytest.mark.slow
 def test_numbers_are_interpolated_however_labels_are_combined() -> None:
     cp = engine()
     cp.train(rows_of([1.0, 3.0] * 4), **{**QUICK, "validation": 0})

@@ -93,6 +93,7 @@ print(controlprefix.__file__)
     }
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy(tmp_path: Path) -> None:
     code = """
 import sys, controlprefix, controlprefix.cli

@@ -174,6 +174,7 @@ def test_a_prefix_goes_out_and_comes_back(tmp_path: Path) -> None:
     cp.get("user", "ana").to_peft(tmp_path / "from the store")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exact_is_a_start_or_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,6 +194,7 @@ def test_what_cannot_be_exact_is_a_start_or_refused(
         Prefix.from_peft(tmp_path, t5.geometry)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_gone_is_an_error_not_a_start(tmp_path: Path) -> None:
     prefix_tuning("llama", tmp_path)
     geometry = engine().geometry  # nothing else holds the model

@@ -18,6 +18,8 @@ from helpers import frozen
 from models import byte_tokenizer
 from servers import MODEL, TOKENIZER, Served, expected, fill
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_playground_needs_nothing_from_elsewhere(served: Served) -> None:
     page = httpx.get(f"{served.base}/playground")

@@ -56,6 +56,7 @@ def margin(cp: ControlPrefix, prompt: str, **steering: Any) -> float:
     return scores[0].log_likelihood - scores[1].log_likelihood
 
 
+@pytest.mark.slow
 def test_each_user_learns_their_own_preference() -> None:
     cp = engine()
     before = {n: p.clone() for n, p in cp.model.state_dict().items()}
@@ -70,6 +71,7 @@ def test_each_user_learns_their_own_preference() -> None:
     assert last["margin"] > report.metrics[0]["margin"]
 
 
+@pytest.mark.slow
 def test_a_stored_prefix_is_trained_further_and_others_are_not_touched() -> None:
     cp = engine()
     cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=3, scale=0.5, seed=1))
@@ -177,6 +179,7 @@ def test_a_preference_needs_two_different_texts(fields: dict[str, Any]) -> None:
         Preference(prompt="x", **fields)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     def run(steps: int, **options: Any) -> torch.Tensor:
         cp = engine()
@@ -197,6 +200,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
         run(4, folder=tmp_path, resume=True, beta=0.9)
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_does_nothing(tmp_path: Path) -> None:
     """Though the prefix that it would start from is now its own result."""
     cp, options = engine(store=f"sqlite:///{tmp_path}/p.db"), {**OPTIONS, "steps": 2}
@@ -210,6 +214,7 @@ def test_a_finished_run_that_is_resumed_does_nothing(tmp_path: Path) -> None:
         cp.train_preferences(preferences(2), folder=folder, resume=True, **options)
 
 
+@pytest.mark.slow
 def test_long_rejected_texts_are_refused_cut_or_skipped() -> None:
     rows = preferences(3)
     rows[1] = rows[1].model_copy(update={"rejected": "n" * 500})
@@ -231,6 +236,7 @@ def test_held_out_preferences_of_ones_own() -> None:
     assert report.validation
 
 
+@pytest.mark.slow
 def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
@@ -284,6 +290,7 @@ def test_feedback_that_cannot_be_kept_is_a_clear_error() -> None:
         cp.train_preferences()
 
 
+@pytest.mark.slow
 def test_a_users_newest_thousand_preferences_stay() -> None:
     cp = engine()
     rows = [
@@ -295,6 +302,7 @@ def test_a_users_newest_thousand_preferences_stay() -> None:
     assert len(cp.feedback("ana")) == 1000
 
 
+@pytest.mark.slow
 def test_another_reference_is_another_run(tmp_path: Path) -> None:
     cp, options = engine(), {**OPTIONS, "steps": 2}
     cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=4, seed=1))

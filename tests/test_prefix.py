@@ -88,6 +88,7 @@ def test_a_site_left_out_has_no_slots() -> None:
     assert same(Prefix.from_bytes(prefix.to_bytes()), prefix)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=200)
 def test_any_damaged_byte_is_detected(data: st.DataObject) -> None:

@@ -63,6 +63,7 @@ def test_decoders_and_codes_go_together(monkeypatch: pytest.MonkeyPatch) -> None
     assert other.get("user", "ana").slots["decoder"].equal(expected.slots["decoder"])
 
 
+@pytest.mark.slow
 def test_codes_keep_to_their_version_of_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "load_embedder", lambda embedder: Letters())
     cp, key = engine(), PrefixKey("decoder", "users")

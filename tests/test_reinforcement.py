@@ -52,6 +52,7 @@ def letter_probability(cp: ControlPrefix) -> float:
     return total / len(prompts)
 
 
+@pytest.mark.slow
 def test_the_reward_rises_and_the_model_stays() -> None:
     cp = engine()
     cp.train(greetings(), **{**QUICK, "steps": 40, "learning_rate": 0.2})
@@ -75,6 +76,7 @@ def test_the_reward_rises_and_the_model_stays() -> None:
     assert all({"reward", "length", "diversity"} <= m.keys() for m in report.metrics)
 
 
+@pytest.mark.slow
 def test_only_what_is_learned_changes() -> None:
     cp = trained()
     task, label = slots(cp, "task", "greet"), slots(cp, "attribute", "formality=formal")
@@ -86,6 +88,7 @@ def test_only_what_is_learned_changes() -> None:
     assert not any("greet" in name for name in report.saved)
 
 
+@pytest.mark.slow
 def test_a_reward_that_gives_nothing_is_a_clear_error() -> None:
     rewards: list[Any] = [lambda _, texts: None, lambda _, texts: ["good"] * len(texts)]
     for reward in rewards:
@@ -93,6 +96,7 @@ def test_a_reward_that_gives_nothing_is_a_clear_error() -> None:
             trained().reinforce(requests(), reward=reward, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_constant_reward_and_no_divergence_have_no_gradient() -> None:
     """Leave-one-out advantages of equal rewards are 0, and the start is its own reference."""
     cp = trained()
@@ -108,12 +112,14 @@ def test_a_constant_reward_and_no_divergence_have_no_gradient() -> None:
     assert report.metrics[0]["kl"] == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_divergence_from_the_plain_model_is_measured() -> None:
     cp = trained()
     report = cp.reinforce(requests(), reward=share_of_vowels, reference="plain", **OPTIONS)
     assert report.metrics[0]["kl"] > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["start", "plain"])
 def test_the_loss_is_that_of_the_formula(reference: Any) -> None:
     """Against the definition, computed with transformers' own forward pass per row."""
@@ -152,6 +158,7 @@ def test_the_loss_is_that_of_the_formula(reference: Any) -> None:
         assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_advantages_leave_the_own_sample_out() -> None:
     cp = trained()
     values = iter([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
@@ -178,6 +185,7 @@ def test_advantages_leave_the_own_sample_out() -> None:
     assert all(0 < len(pair.row.targets) <= 6 for pair in pairs)
 
 
+@pytest.mark.slow
 def test_requests_are_sampled_with_all_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `generate` writes with the same seed at temperature 1 is what the reward gets."""
     cp = trained()
@@ -211,6 +219,7 @@ def test_requests_are_sampled_with_all_their_parts(monkeypatch: pytest.MonkeyPat
     raise AssertionError(rewarded)
 
 
+@pytest.mark.slow
 def test_demonstrations_are_learned_beside_the_reward() -> None:
     examples = greetings(4)
     losses = []
@@ -230,6 +239,7 @@ def test_demonstrations_are_learned_beside_the_reward() -> None:
     assert losses[1] < losses[0] - 1
 
 
+@pytest.mark.slow
 def test_a_label_of_demonstrations_alone_is_stored_if_they_are_learned_from() -> None:
     formal = [row for row in requests() if row.attributes == {"formality": "formal"}]
     for weight, label_is_stored in ((0.0, False), (1.0, True)):
@@ -244,6 +254,7 @@ def test_a_label_of_demonstrations_alone_is_stored_if_they_are_learned_from() ->
         assert ("attribute 'formality=informal'" in report.untrained) != label_is_stored
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     def run(steps: int, **options: Any) -> ControlPrefix:
         cp = trained()
@@ -275,6 +286,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
         run(4, folder=tmp_path, resume=True, kl=0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -298,6 +310,7 @@ def test_mistakes_are_told_and_store_nothing(change: dict[str, Any], match: str)
     assert [v.version for v in cp.versions("task", "greet")] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
@@ -314,6 +327,7 @@ def test_requests_that_cannot_be_sampled_are_refused(fields: dict[str, Any], mat
         cp.reinforce(sampled, reward=share_of_vowels, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_prefix_must_be_stored() -> None:
     cp = trained()
     sampled = [request.model_copy(update={"task": "grete"}) for request in requests()]
@@ -345,6 +359,7 @@ def test_rows_are_read_as_requests(tmp_path: Path) -> None:
         engine().train([first], **QUICK)
 
 
+@pytest.mark.slow
 def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from controlprefix.cli import app
     from controlprefix.cli.groups import EngineArguments

@@ -181,6 +181,7 @@ def test_general_prompts_differ_between_training_and_measuring() -> None:
     assert len(set(training) | set(measuring)) == len(training) + len(measuring) == 64
 
 
+@pytest.mark.slow
 def test_each_prompt_of_one_call_to_a_server_decides_for_itself(served: Served) -> None:
     with PrefixStore(served.url, tenant="mine") as store:
         cp = ControlPrefix(frozen(MODEL, TOKENIZER), store)
@@ -208,6 +209,7 @@ def test_each_prompt_of_one_call_to_a_server_decides_for_itself(served: Served) 
     assert not any("parts" in choice for choice in same["choices"])
 
 
+@pytest.mark.slow
 def test_texts_of_an_evaluation_are_those_of_the_gate_as_it_is(
     cp: ControlPrefix, tmp_path: Path
 ) -> None:
@@ -302,6 +304,7 @@ def test_what_no_file_can_hold_is_refused_before_it_is_written(cp: ControlPrefix
         long.to_bytes()
 
 
+@pytest.mark.slow
 def test_texts_without_users_are_written_where_only_their_prefixes_are_gated(
     cp: ControlPrefix,
 ) -> None:

@@ -60,6 +60,7 @@ def at_revision(url: str, revision: str) -> None:
     engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revision", revisions.REVISIONS[:-1])
 def test_a_store_of_an_earlier_revision_is_upgraded_on_request(url: str, revision: str) -> None:
     at_revision(url, revision)

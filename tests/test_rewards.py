@@ -128,6 +128,7 @@ def test_the_command_line_names_rewards(tmp_path: Path) -> None:
         parse_rewards(["-1*json"])
 
 
+@pytest.mark.slow
 def test_a_demonstrated_part_is_continued_and_shortens(monkeypatch: pytest.MonkeyPatch) -> None:
     cp = trained()
     rewarded: list[str] = []
@@ -179,6 +180,7 @@ def test_only_uncertain_tokens_of_a_demonstrated_part_count() -> None:
     assert weights == [0, 1, 0, 0, 0, 1, 1, 1, 1, 1]  # 2 of 6: the flattest ones
 
 
+@pytest.mark.slow
 def test_demonstrated_needs_demonstrations() -> None:
     with pytest.raises(TrainingDataError, match="demonstrations="):
         trained().reinforce(requests(), reward=share_of_vowels, demonstrated=0.5, **OPTIONS)
@@ -193,6 +195,7 @@ def test_demonstrated_needs_demonstrations() -> None:
     assert report.saved
 
 
+@pytest.mark.slow
 def test_the_best_texts_of_requests_are_examples_without_their_mixing() -> None:
     cp = trained()
     slow = [
@@ -231,6 +234,7 @@ def test_the_best_texts_of_requests_are_examples_without_their_mixing() -> None:
         best_texts(cp, slow, reward, diversity=-1)
 
 
+@pytest.mark.slow
 def test_the_best_texts_that_begin_unlike_others(monkeypatch: pytest.MonkeyPatch) -> None:
     cp = trained()
     texts = ["a b c d", "a b c e", "f g", "a b c d", "", "a b c f", "k l", "f g"]

@@ -140,6 +140,7 @@ def mllama() -> PreTrainedModel:
 MODELS = [longrope, recurrent_gemma, whisper_decoder, qwen_vl, mllama]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MODELS)
 def test_a_row_in_company_is_the_row_alone(make: Any) -> None:
     cp = engine(make())
@@ -168,6 +169,7 @@ def test_short_rows_of_a_longrope_model_share_batches() -> None:
     assert isinstance(cp.batcher(), StaticBatcher)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [qwen_vl, longrope])
 def test_models_that_keep_state_between_passes_do_one_at_a_time(make: Any) -> None:
     cp = engine(make())
@@ -268,6 +270,7 @@ def loaded(folder: Path, seed: int = 0, **options: Any) -> RowIndependence:
     return FrozenModel.from_pretrained(folder, **options).rows
 
 
+@pytest.mark.slow
 def test_files_are_checked_once_as_long_as_they_are_the_same(
     tmp_path: Path, passes: list[type]
 ) -> None:

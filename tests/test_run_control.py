@@ -30,6 +30,7 @@ def press_ctrl_c_at(step: int) -> Callback:
     return on_step
 
 
+@pytest.mark.slow
 def test_a_report_ties_a_run_to_what_it_made(tmp_path: Path) -> None:
     cp = engine()
     report = cp.train(greetings(), folder=tmp_path, **{**QUICK, "steps": 4})
@@ -48,6 +49,7 @@ def test_a_report_ties_a_run_to_what_it_made(tmp_path: Path) -> None:
     assert TrainingReport.load(tmp_path) == report
 
 
+@pytest.mark.slow
 def test_a_history_has_a_row_per_step(tmp_path: Path) -> None:
     report = engine().train(greetings(), folder=tmp_path, **{**QUICK, "steps": 4})
     rows = list(csv.DictReader((tmp_path / "history.csv").open()))
@@ -58,6 +60,7 @@ def test_a_history_has_a_row_per_step(tmp_path: Path) -> None:
     assert float(rows[-1]["validation_loss"]) == report.validation[-1][1]
 
 
+@pytest.mark.slow
 def test_callbacks_see_every_step_and_every_validation_pass() -> None:
     steps: list[StepInfo] = []
     validations: list[StepInfo] = []
@@ -75,6 +78,7 @@ def test_callbacks_see_every_step_and_every_validation_pass() -> None:
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_is_the_same(tmp_path: Path) -> None:
     settings = {**QUICK, "steps": 8}
     whole = engine().train(greetings(), **settings)
@@ -92,6 +96,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_is_the_same(tmp_path: Pat
         cp.train(greetings(), on_step=press_ctrl_c_at(1), **settings)
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_stores_nothing(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/prefixes.db"
     cp = engine(store=url)
@@ -108,6 +113,7 @@ def test_a_finished_run_that_is_resumed_stores_nothing(tmp_path: Path) -> None:
     assert len(elsewhere.versions("task", "greet")) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_users_are_trained_keeps_those_who_are_finished(tmp_path: Path) -> None:
     cp = engine(store=f"sqlite:///{tmp_path}/prefixes.db")
     texts = {f"u{i}": [f"text of {i}"] * 4 for i in range(6)}
@@ -129,6 +135,7 @@ def test_ctrl_c_while_users_are_trained_keeps_those_who_are_finished(tmp_path: P
     assert all(len(cp.versions("user", name)) == 1 for name in texts)
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_not_installed_is_an_error_at_once() -> None:
     cp = engine()
     steps: list[StepInfo] = []
@@ -139,6 +146,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_at_once() -> None:
     assert cp.store.prefixes() == []
 
 
+@pytest.mark.slow
 def test_progress_is_written_to_logs_too(capfd: pytest.CaptureFixture[str]) -> None:
     engine().train(greetings(), **{**QUICK, "steps": 2, "progress": True})
     lines = capfd.readouterr().err.splitlines()
@@ -158,6 +166,7 @@ def test_a_wrong_folder_or_callback_is_told() -> None:
             cp.train(greetings(), **{**QUICK, **options})
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_is_not_written_over(tmp_path: Path) -> None:
     options = {**QUICK, "steps": 4, "save_steps": 1}
     stopped = press_ctrl_c_at(2)
@@ -173,6 +182,7 @@ def test_a_run_that_is_not_finished_is_not_written_over(tmp_path: Path) -> None:
     cp.train(greetings(), folder=tmp_path, **options)  # another run, after one that is finished
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_was_continued_and_stopped_is_not_finished(tmp_path: Path) -> None:
     options = {**QUICK, "steps": 4, "save_steps": 1}
     cp = engine()
@@ -184,6 +194,7 @@ def test_a_finished_run_that_was_continued_and_stopped_is_not_finished(tmp_path:
         cp.train(greetings(), folder=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_another_number_of_slots_is_not_called_other_examples(tmp_path: Path) -> None:
     cp = engine()
     cp.train(greetings(), folder=tmp_path, **QUICK)
@@ -196,6 +207,7 @@ def test_another_number_of_slots_is_not_called_other_examples(tmp_path: Path) ->
         cp.train(greetings()[2:], folder=tmp_path, resume=True, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_whose_versions_are_gone_stores_them_again(tmp_path: Path) -> None:
     cp = engine(store=f"sqlite:///{tmp_path}/prefixes.db")
     settings = {**QUICK, "steps": 2}

@@ -63,6 +63,7 @@ def expected_probabilities(logits: Tensor, fields: dict[str, Any]) -> Tensor:
     return warpers(ids, scores)[0].softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", SETTINGS, ids=str)
 @pytest.mark.parametrize("size", [40, 1000])
 def test_draws_have_the_distribution_of_transformers(fields: dict[str, Any], size: int) -> None:
@@ -84,6 +85,7 @@ def test_draws_have_the_distribution_of_transformers(fields: dict[str, Any], siz
     assert chisquare(observed, number, sum_check=False).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_a_row_draws_the_same_in_any_batch(data: st.DataObject) -> None:
@@ -195,6 +197,7 @@ def test_inside_generate_the_choice_is_the_only_possible_token() -> None:
     assert result[1:].tolist() == torch.zeros(2, 4).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -50,6 +50,7 @@ def asked(prompt: str, **more: Any) -> Request:
     return Request(prompt=prompt, raw=True, max_new_tokens=12, **{**fields, **more})
 
 
+@pytest.mark.slow
 def test_each_token_is_that_of_its_own_strength(steered: ControlPrefix) -> None:
     for prompt in ("ab", "hello there"):
         expected = by_hand(steered, prompt, FADING, 12)
@@ -60,6 +61,7 @@ def test_each_token_is_that_of_its_own_strength(steered: ControlPrefix) -> None:
         assert steady != expected
 
 
+@pytest.mark.slow
 def test_a_row_with_a_schedule_is_the_same_in_any_batch(steered: ControlPrefix) -> None:
     rows = [
         asked("ab"),

@@ -44,6 +44,7 @@ def test_score_is_the_sum_of_token_log_probabilities(name: str) -> None:
         assert score.num_tokens == len(completion)
 
 
+@pytest.mark.slow
 def test_scores_are_the_same_while_other_threads_use_the_model(cp: ControlPrefix) -> None:
     """Each pass chooses the positions whose logits it needs; another's choice must not meet it."""
     stocked(cp)

@@ -16,6 +16,7 @@ from controlprefix.evaluation import AttributeClassifier
 from servers import MESSAGES, TOKENIZER, Served, expected
 
 
+@pytest.mark.slow
 def test_template_variables_and_continued_messages_reach_the_prompt(served: Served) -> None:
     answer = {"role": "assistant", "content": "Dear"}
     bodies: list[dict[str, Any]] = [
@@ -40,6 +41,7 @@ def test_template_variables_and_continued_messages_reach_the_prompt(served: Serv
     assert refused.status_code == 400
 
 
+@pytest.mark.slow
 def test_the_openai_client_gets_what_generate_gives(served: Served, store: str) -> None:
     client = served.client()
     outcome = client.chat.completions.create(
@@ -131,6 +133,7 @@ def test_log_probabilities_stop_texts_and_limits(served: Served) -> None:
     assert cut.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [
@@ -163,6 +166,7 @@ def test_mistakes_are_told_in_openais_form(
         assert message in str(caught.value.body["message"])  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_malformed_and_oversized_bodies_are_refused(served: Served) -> None:
     post = f"{served.base}/v1/chat/completions"
     for body in (b"{", b"[]", b"null", b"\xff\xfe", b'{"model": 1}'):
@@ -183,6 +187,7 @@ def test_malformed_and_oversized_bodies_are_refused(served: Served) -> None:
     assert httpx.get(f"{served.base}/health").json() == {"status": "ok"}
 
 
+@pytest.mark.slow
 def test_users_are_enrolled_seen_and_forgotten(served: Served) -> None:
     at = f"{served.base}/v1/users/zoe"
     assert httpx.put(at, json={"texts": ["hi, zoe here", "zoe again"]}).json() == {
@@ -202,6 +207,7 @@ def test_users_are_enrolled_seen_and_forgotten(served: Served) -> None:
     assert "tone" in httpx.get(f"{served.base}/v1/attributes").json()["attributes"]
 
 
+@pytest.mark.slow
 def test_models_metrics_and_the_openapi_page(served: Served) -> None:
     assert {item.id for item in served.client().models.list()} == {"tiny", "tiny/email"}
     assert served.client().models.retrieve("tiny/email").id == "tiny/email"
@@ -215,6 +221,7 @@ def test_models_metrics_and_the_openapi_page(served: Served) -> None:
     assert httpx.get(f"{served.base}/nowhere").status_code == 404
 
 
+@pytest.mark.slow
 def test_texts_are_classified(store: str) -> None:
     classifier = AttributeClassifier(
         "tone", ("cold", "warm"), torch.zeros(384, 2), torch.tensor([0.0, 1.0]), 1.0, 0.0

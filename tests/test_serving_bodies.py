@@ -19,6 +19,7 @@ from controlprefix.serving.large_bodies import _may_be_large
 from servers import CHAT, Keys, Served, ask, wait_for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -45,6 +46,7 @@ def test_a_megabyte_of_mistakes_has_a_short_answer(
     assert response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_large_bodies_of_a_tenant_take_turns(
     limited: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +134,7 @@ def test_messages_about_bodies_name_the_place(
     assert len(answer.text) < 500
 
 
+@pytest.mark.slow
 def test_what_json_cannot_say_is_400(limited: Served, keys: Keys) -> None:
     headers = {**keys["a"], "Content-Type": "application/json"}
     deep = b'{"type": "object", "properties": {"a": ' * 900 + b"{}" + b"}}" * 900

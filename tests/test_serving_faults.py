@@ -32,6 +32,7 @@ from helpers import frozen
 from servers import MESSAGES, MODEL, TOKENIZER, Keys, Served, ask, expected, fill, wait_for
 
 
+@pytest.mark.slow
 def test_a_key_opens_its_own_tenant_and_no_other(store: str) -> None:
     with (
         PrefixStore(store, tenant="mine") as own_store,
@@ -116,6 +117,7 @@ def test_rates_queues_and_times_are_limited(store: str) -> None:
         served.close()
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_inside_is_told_to_the_log_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +158,7 @@ def test_what_goes_wrong_inside_is_told_to_the_log_alone(
     assert ask(model="tiny", prompt="x", max_tokens=2).choices[0].text is not None
 
 
+@pytest.mark.slow
 def test_a_closed_connection_leaves_the_batch(served: Served) -> None:
     async def hang_up(*, stream: bool) -> None:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 220, "temperature": 1, "n": 4,
@@ -315,6 +318,7 @@ def soak(server: Any, url: str) -> None:
     served.close()
 
 
+@pytest.mark.slow
 def test_jobs_versions_and_users_of_one_tenant_are_hidden_from_others(
     limited: Served, keys: Keys
 ) -> None:
@@ -347,6 +351,7 @@ def test_jobs_versions_and_users_of_one_tenant_are_hidden_from_others(
     assert httpx.get(user, headers=keys["a"]).status_code == 200
 
 
+@pytest.mark.slow
 def test_tenants_with_the_same_names_share_a_batch_and_no_prefix(
     limited: Served, keys: Keys, two_tenants: str
 ) -> None:
@@ -361,6 +366,7 @@ def test_tenants_with_the_same_names_share_a_batch_and_no_prefix(
     assert together == [alone[tenant] for tenant in "ab" * 8]
 
 
+@pytest.mark.slow
 def test_a_revoked_key_opens_nothing(two_tenants: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("controlprefix.serving.tenants._KEY_CACHE_S", 0.2)
     with PrefixStore(two_tenants, tenant="a") as store:

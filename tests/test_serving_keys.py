@@ -13,6 +13,7 @@ from helpers import frozen
 from servers import Keys, Served
 
 
+@pytest.mark.slow
 def test_wrong_keys_are_limited_and_right_ones_are_not(two_tenants: str, keys: Keys) -> None:
     served = Served(two_tenants)
     try:

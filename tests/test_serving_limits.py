@@ -25,6 +25,7 @@ from controlprefix.users import user_trainer, user_training
 from servers import CHAT, Keys, Served, ask, fill, wait_for
 
 
+@pytest.mark.slow
 def test_what_another_process_forgets_leaves_this_ones_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +63,7 @@ def test_what_another_process_forgets_leaves_this_ones_memory(
         served.close()
 
 
+@pytest.mark.slow
 def test_work_with_the_model_of_one_tenant_keeps_no_other_waiting(
     limited: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +95,7 @@ def test_work_with_the_model_of_one_tenant_keeps_no_other_waiting(
         assert sorted(future.result() for future in slow) == [200] * 4 + [503] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "most"), [(3, 3), (None, 7)])
 def test_a_tenant_has_no_more_rows_than_allowed(
     two_tenants: str, keys: Keys, limit: int | None, most: int
@@ -116,6 +119,7 @@ def test_a_tenant_has_no_more_rows_than_allowed(
         served.close()
 
 
+@pytest.mark.slow
 def test_choices_are_accepted_all_or_none(two_tenants: str, keys: Keys) -> None:
     limits = ServerLimits(max_sequences=4, max_waiting=8, max_sequences_per_tenant=3)
     served = Served(two_tenants, limits=limits)
@@ -185,6 +189,7 @@ def test_several_choices_are_resolved_once(
     assert whole["choices"][0]["text"] != whole["choices"][1]["text"]
 
 
+@pytest.mark.slow
 def test_idle_and_slow_connections_end_and_keep_nobody_out(limited: Served, keys: Keys) -> None:
     address = ("127.0.0.1", int(limited.base.rpartition(":")[2]))
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n"
@@ -209,6 +214,7 @@ def test_idle_and_slow_connections_end_and_keep_nobody_out(limited: Served, keys
             connection.close()
 
 
+@pytest.mark.slow
 def test_a_half_sent_body_does_not_keep_the_server_from_ending(two_tenants: str) -> None:
     limits = ServerLimits(body_timeout_s=1.0, header_timeout_s=1.0, timeout_s=5.0)
     served = Served(two_tenants, open_tenant="a", limits=limits)
@@ -223,6 +229,7 @@ def test_a_half_sent_body_does_not_keep_the_server_from_ending(two_tenants: str)
         assert time.monotonic() - start < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "status"),
     [
@@ -246,6 +253,7 @@ def test_a_server_without_keys_knows_its_names(two_tenants: str, host: str, stat
         served.close()
 
 
+@pytest.mark.slow
 def test_an_abandoned_prompt_is_not_prefilled_to_its_end(limited: Served, keys: Keys) -> None:
     """Requests of one tenant that are given up, and a short one of another behind them."""
     forward = limited.batcher._forward
@@ -282,6 +290,7 @@ def raw_connection(limited: Served) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=30)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_cut(two_tenants: str) -> None:
     limits = ServerLimits(body_timeout_s=0.5, header_timeout_s=60.0, max_connections=20)
     served = Served(two_tenants, limits=limits)
@@ -312,6 +321,7 @@ def test_new_connections_close_the_oldest_idle_ones(limited: Served, keys: Keys)
         assert most <= limited.gateway.limits.max_connections + 1
 
 
+@pytest.mark.slow
 def test_an_active_connection_is_not_closed_between_requests(two_tenants: str) -> None:
     served = Served(two_tenants, limits=ServerLimits(header_timeout_s=1.0))
     try:
@@ -326,6 +336,7 @@ def test_an_active_connection_is_not_closed_between_requests(two_tenants: str) -
         served.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine", [True, False])
 def test_an_enrolment_that_takes_too_long_is_stopped(two_tenants: str, refine: bool) -> None:
     served = Served(two_tenants, open_tenant="a", limits=ServerLimits(timeout_s=1.0))
@@ -344,6 +355,7 @@ def test_an_enrolment_that_takes_too_long_is_stopped(two_tenants: str, refine: b
         served.close()
 
 
+@pytest.mark.slow
 def test_a_user_who_is_forgotten_while_enrolled_stays_forgotten(
     limited: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +386,7 @@ def test_a_user_who_is_forgotten_while_enrolled_stays_forgotten(
     assert httpx.get(at, headers=keys["a"]).status_code == 404
 
 
+@pytest.mark.slow
 def test_maintenance_while_a_user_is_enrolled_removes_nothing(
     limited: Served, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from controlprefix.prefixes.folder import load_folder
 from helpers import QUICK, engine, greetings
 
 
+@pytest.mark.slow
 def test_a_folder_holds_the_prefix_its_name_and_a_card(tmp_path: Path) -> None:
     cp = engine()
     cp.train(greetings(), **QUICK)
@@ -151,6 +152,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, b
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_prefix_goes_to_the_hub_and_comes_back(hub: dict[str, bytes]) -> None:
     cp = engine()
     prefix = Prefix.random(cp.geometry, num_slots=3, seed=1)
@@ -167,6 +169,7 @@ def test_a_prefix_goes_to_the_hub_and_comes_back(hub: dict[str, bytes]) -> None:
     assert info.details == {"hub": "me/formal", "made": {"by": "me"}}
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_is_one_clear_error(hub: dict[str, bytes]) -> None:
     cp = engine()
     with pytest.raises(StoreError, match="cannot download 'you/missing'"):

@@ -90,6 +90,7 @@ def test_an_end_id_beyond_the_embeddings_is_not_used() -> None:
     assert cp.generate("a", task="t", max_new_tokens=2).num_tokens <= 2
 
 
+@pytest.mark.slow
 def test_what_is_forced_first_takes_its_position() -> None:
     model = build("bart")
     model.generation_config.forced_bos_token_id = 77

@@ -30,6 +30,7 @@ def test_sari_is_that_of_the_published_example() -> None:
     assert sari([source], ["About 95 you now get in."], [references]) == pytest.approx(26.9536016)
 
 
+@pytest.mark.slow
 @given(source=WORDS, text=WORDS, references=st.lists(WORDS, min_size=1, max_size=3))
 def test_sari_is_a_mean_that_does_not_reward_a_copy(
     source: str, text: str, references: list[str]
@@ -52,6 +53,7 @@ def test_grade_levels() -> None:
         grade_level(["..."])
 
 
+@pytest.mark.slow
 def test_ratios_move_with_what_they_name() -> None:
     source = "The physician administered the medication to the patient."
     same = control_ratios(source, source)
@@ -93,6 +95,7 @@ def test_trees_are_compared_where_there_is_a_parser() -> None:
         with_ratios([row], ["a", "b"])
 
 
+@pytest.mark.slow
 def test_the_command_adds_ratios_to_rows(tmp_path: Path) -> None:
     rows: Sequence[dict[str, Any]] = [
         {"prompt": "Cut: a big house", "source": "a big house", "completion": ["a house", "a"]},

@@ -39,6 +39,7 @@ def engine(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", TOKENIZERS)
 @given(
     words=st.lists(
@@ -93,6 +94,7 @@ PIECES = [*"ab \n'\"{}%#<|>/:[]\\", "<s>", "</s>", "{{ 1 }}", "日", "😀", "[/
 CONTENTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join).filter(str.strip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(contents=st.lists(CONTENTS, min_size=1, max_size=5), has_system=st.booleans())
 @settings(max_examples=40, deadline=None)

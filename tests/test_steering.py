@@ -261,6 +261,7 @@ def two_voices() -> tuple[Any, Steering, list[PrefixBatch], list[Tensor]]:
 Voices = tuple[Any, Steering, list[PrefixBatch], list[Tensor]]
 
 
+@pytest.mark.slow
 @given(order=st.permutations([0, 1, 0, 1, 2, 2, 0, 1]))
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_asyncio_tasks_never_see_anothers_prefix(two_voices: Voices, order: list[int]) -> None:
@@ -326,6 +327,7 @@ def test_a_thread_of_another_task_gets_an_error_not_a_prefix(two_voices: Voices)
     asyncio.run(main())
 
 
+@pytest.mark.slow
 @given(order=st.permutations([0, 1, 0, 1, 0, 1]))
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_generators_in_one_thread_stay_apart(two_voices: Voices, order: list[int]) -> None:
@@ -389,6 +391,7 @@ class _Interruption:
         return self._trace
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_leaves_nothing_attached(two_voices: Voices) -> None:
     model, steering, batches, expected = two_voices
     registered = dict(AttentionInterface._global_mapping)

@@ -109,6 +109,7 @@ def test_stores_that_cannot_be_opened_say_why(tmp_path: Path) -> None:
         PrefixStore("nosuch://x")
 
 
+@pytest.mark.slow
 def test_a_store_is_a_path_or_a_url_in_any_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

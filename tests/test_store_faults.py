@@ -103,6 +103,7 @@ def test_many_readers_and_writers_at_once_see_whole_versions_that_only_grow(url:
                 assert torch.equal(stored.slots["decoder"], expected.slots["decoder"])
 
 
+@pytest.mark.slow
 def test_writers_of_the_same_names_in_other_orders_do_not_block_each_other(url: str) -> None:
     stores = [PrefixStore(url) for _ in range(2)]
 
@@ -215,6 +216,7 @@ def test_a_server_that_restarts_under_load_is_waited_for(tmp_path: Path) -> None
         assert reads[0] > before
 
 
+@pytest.mark.slow
 def test_writers_that_meet_a_removal_store_or_say_so(url: str) -> None:
     """`put`, `get`, `forget`, `prune` and profiles of the same names, all at once."""
     keys = [PrefixKey("user", f"u{i}") for i in range(3)]

@@ -65,6 +65,7 @@ def streamed(reader: RequestTokenizer, request: Request, ids: list[int]) -> tupl
     return text, completion_from_tokens(reader, request, [0], ids).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", TOKENIZERS)
 @given(text=TEXTS, draws=st.lists(st.integers(3, 290), max_size=30))
 @settings(max_examples=60)
@@ -100,6 +101,7 @@ def test_a_stop_text_is_found_at_the_step_it_appears(stop: str) -> None:
     assert steps.index(True) + 1 == len(ids) - 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_one_seed_gives_one_text_in_every_engine_in_bfloat16(name: str) -> None:
     model = build(name, dtype=torch.bfloat16)
@@ -150,6 +152,7 @@ def test_logits_that_are_no_numbers_are_an_error_of_their_row(name: str) -> None
         assert batcher.submit(cp.resolve(good)).result().text == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", TOKENIZERS)
 @given(texts=st.lists(TEXTS, min_size=8, max_size=30), stop=st.sampled_from(["", "ab", "日本"]))
 @settings(max_examples=20)

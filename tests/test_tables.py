@@ -28,6 +28,7 @@ def test_e2es_own_line_is_the_line_of_its_values() -> None:
     assert linearize(values) == linearize(list(values.items())) == E2E
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(plain, st.one_of(plain, st.lists(plain, min_size=2, max_size=3)), min_size=1)
 )

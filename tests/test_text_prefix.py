@@ -48,6 +48,7 @@ def test_a_text_is_read_from_zero_where_negative_positions_are_nonsense() -> Non
         assert torch.allclose(prefix.layer("decoder", 2)[1], calls[2].value[0], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_enrolling_makes_a_usable_prefix_at_once(name: str) -> None:
     cp = ControlPrefix.from_pretrained(build(name), tokenizer=byte_tokenizer(), store="sqlite://")

@@ -176,6 +176,7 @@ def test_a_template_that_renders_nothing_is_told() -> None:
         cp.score([Example(prompt="a", completion="b")])
 
 
+@pytest.mark.slow
 def test_tokenizers_that_ship_truncation_and_padding_read_everything_in_threads() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(8)

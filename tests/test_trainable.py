@@ -68,6 +68,7 @@ def test_a_row_attends_to_its_own_prefixes_only() -> None:
     assert sorted(gradients) == [False, True, True]  # the task's and one label's
 
 
+@pytest.mark.slow
 def test_a_bare_loop_learns_and_freezes_the_model() -> None:
     cp = engine()
     rows = greetings()
@@ -91,6 +92,7 @@ def rows_without_prefixes(rows: list[Example]) -> list[Example]:
     return [row.model_copy(update={"task": None, "attributes": {}}) for row in rows]
 
 
+@pytest.mark.slow
 def test_transformers_trainer_trains_it(tmp_path: Path) -> None:
     cp = engine()
     rows = greetings()
@@ -122,6 +124,7 @@ def test_transformers_trainer_trains_it(tmp_path: Path) -> None:
     assert saved < 2 * sum(p.numel() * 4 for p in model.parameters())  # without the frozen model
 
 
+@pytest.mark.slow
 def test_trl_trains_it_on_texts_and_on_preferences(tmp_path: Path) -> None:
     import datasets
     import trl
@@ -178,6 +181,7 @@ def test_it_generates_as_it_stands() -> None:
         assert torch.equal(texts, cp.model.generate(ids, max_new_tokens=4, do_sample=False))  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_rows_that_name_nothing_and_unknown_prefixes_are_refused() -> None:
     cp = engine()
     model = cp.trainable(greetings(), num_slots=2)
@@ -197,6 +201,7 @@ def test_rows_that_name_nothing_and_unknown_prefixes_are_refused() -> None:
             model(ids, prefix_ids=torch.tensor(wrong))
 
 
+@pytest.mark.slow
 def test_rows_have_their_strengths_and_mixtures() -> None:
     cp = engine()
     rows = [

@@ -117,6 +117,7 @@ def test_learning_users_changes_no_other_prefix(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_users_prefix_moves_only_with_rows_of_that_user() -> None:
     """With one row a step, a step on ana's row must leave bo's slots where they are."""
     cp = engine()
@@ -169,6 +170,7 @@ def test_gradient_checkpointing_learns_the_same(name: str) -> None:
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_learns_the_same_prefixes() -> None:
     runs = [engine() for _ in range(3)]
     for cp, seed in zip(runs, (1, 1, 2), strict=True):
@@ -178,6 +180,7 @@ def test_the_same_seed_learns_the_same_prefixes() -> None:
     assert first != other
 
 
+@pytest.mark.slow
 def test_the_best_step_is_kept() -> None:
     """Completions without a pattern: learning them by heart helps at first, then ruins others."""
     cp = engine()
@@ -217,6 +220,7 @@ def test_a_random_start_and_a_stored_start_are_what_they_say() -> None:
     assert len(cp.versions("task", "greet")) == 2
 
 
+@pytest.mark.slow
 def test_text_starts_hold_the_keys_and_values_of_the_training_text() -> None:
     cp = engine()
     barely = {**SETTINGS, "steps": 1, "learning_rate": 1e-9, "validation": 0}
@@ -269,6 +273,7 @@ def test_held_out_rows_have_no_part_in_the_start() -> None:
         assert starts[0] == starts[1]
 
 
+@pytest.mark.slow
 def test_training_ends_each_completion_with_the_end_token() -> None:
     cp = engine()
     item = Example(prompt="Hi", task="greet", completion="Good day.")
@@ -298,6 +303,7 @@ def test_what_is_neither_learned_nor_stored_is_left_out_and_said() -> None:
     assert second.left_out == ()
 
 
+@pytest.mark.slow
 def test_strengths_of_examples_count_as_in_a_request() -> None:
     cp = engine()
     mixed = [
@@ -353,6 +359,7 @@ def test_examples_that_cannot_be_learned_from_are_refused_and_nothing_is_stored(
     assert cp.store.prefixes() == []
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cp = engine()
     cp.train(greetings(2), **{**SETTINGS, "steps": 1})
@@ -388,6 +395,7 @@ def test_an_interrupted_run_stores_nothing_and_leaves_nothing_attached() -> None
     assert not cp.model.training
 
 
+@pytest.mark.slow
 def test_what_cannot_be_stored_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     cp = engine()
     steps = 0
@@ -413,6 +421,7 @@ def test_what_cannot_be_stored_is_refused_before_training(monkeypatch: pytest.Mo
     assert steps > 0
 
 
+@pytest.mark.slow
 def test_two_runs_with_checkpointing_leave_the_model_as_it_was() -> None:
     cp = engine("gpt2", resid_pdrop=0.3)
     settings = {**SETTINGS, "steps": 3, "gradient_checkpointing": True, "validation": 0}

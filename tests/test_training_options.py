@@ -37,6 +37,7 @@ from helpers import QUICK, engine, frozen, greetings, nats_per_token
 from models import build, byte_tokenizer
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_no_longer_gets_better() -> None:
     settings = {**QUICK, "steps": 40, "learning_rate": 1e-12, "num_evaluations": 20, "patience": 2}
     report = engine().train(greetings(), **settings)
@@ -61,6 +62,7 @@ def test_weight_decay_pulls_to_the_start_and_slot_dropout_is_for_training_only()
     assert distance(slot_dropout=0.5) != free
 
 
+@pytest.mark.slow
 def test_prefixes_start_from_a_text_a_prefix_or_tokens(tmp_path: Path) -> None:
     cp = engine()
     cp.train(greetings(), **{**QUICK, "steps": 1, "learning_rate": 1e-9})
@@ -247,6 +249,7 @@ def test_slot_masses_are_the_models_own_attention_weights() -> None:
     assert torch.allclose(mean_masses(result).float(), expected.mean(dim=(0, 1)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_shortening_keeps_the_slots_that_matter_and_most_of_the_gain() -> None:
     cp = engine()
     examples = [e.model_copy(update={"attributes": {}}) for e in greetings()]
@@ -271,6 +274,7 @@ def test_shortening_keeps_the_slots_that_matter_and_most_of_the_gain() -> None:
         cp.shorten("task", "greet", [examples[0].model_copy(update={"task": None})])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("losses", "keep", "chosen"),
     [
@@ -393,6 +397,7 @@ def test_rows_given_for_validation_are_checked(wrong: dict[str, Any]) -> None:
     assert cp.names("task") == []
 
 
+@pytest.mark.slow
 def test_a_label_at_strength_0_is_not_learned() -> None:
     cp, rows = engine(), greetings(4)
     rows[0] = rows[0].model_copy(update={"attributes": {"formality": {"formal": 1.0, "odd": 0.0}}})

@@ -35,6 +35,7 @@ from models import build, byte_tokenizer
 PARAMETERIZATIONS: tuple[ParameterizationName, ...] = get_args(ParameterizationName)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_every_parameterization_learns(name: str) -> None:
     cp = engine()
@@ -160,6 +161,7 @@ def test_a_run_that_is_to_end_sooner_keeps_what_it_has_learned(
     assert [step for step, _ in ended.validation] == ([0, 3] if validation else [])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_refused_not_left_out(caplog: pytest.LogCaptureFixture) -> None:
     cp = engine()
     with pytest.raises(TrainingDataError, match="resume continues from a checkpoint"):
@@ -363,6 +365,7 @@ class _Noted(GeneralTracker):  # type: ignore[misc]  # accelerate is untyped
         self.values.append((step, values))
 
 
+@pytest.mark.slow
 def test_a_precision_and_a_tracker_of_the_callers_own() -> None:
     tracker = _Noted()
     from accelerate.state import AcceleratorState
@@ -381,6 +384,7 @@ def test_a_precision_and_a_tracker_of_the_callers_own() -> None:
     assert report.losses != exact.losses
 
 
+@pytest.mark.slow
 def test_learning_curves_are_written_as_numbers_and_as_a_picture(tmp_path: Path) -> None:
     report = engine().train(greetings(), folder=tmp_path, **QUICK)
     output = json.loads((tmp_path / "report.json").read_text())

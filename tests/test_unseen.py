@@ -157,6 +157,7 @@ def test_what_nothing_is_near_to_is_left_out(cp: ControlPrefix) -> None:
     assert cp.generate(mood).stand_ins[0].how == "left out"
 
 
+@pytest.mark.slow
 def test_a_label_can_be_made_of_its_text(cp: ControlPrefix) -> None:
     outcome = cp.generate(asked("banana", "text"))
     assert outcome.stand_ins[0].used == {"The tone is banana.": 1.0}
@@ -226,6 +227,7 @@ def test_texts_of_many_at_once_do_not_displace_each_other(cp: ControlPrefix) -> 
     assert result == [tuple(f"tone=l{i}-{j}" for j in range(12)) for i in range(16)]
 
 
+@pytest.mark.slow
 def test_a_label_is_distilled_at_its_first_use_and_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     space = AttributeSpace.model_validate(
         {"attributes": {"tone": {"labels": {"warm": {}, "stern": {"description": "Be stern."}}}}}

@@ -105,6 +105,7 @@ def test_a_decoder_that_declares_more_than_it_holds(network: Any) -> None:
         assert peak_growth(read) < 100 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "header",
     [
@@ -140,6 +141,7 @@ def test_a_prefix_that_is_none(header: dict[str, Any], tensor: torch.Tensor) -> 
     assert peak_growth(read) < 100 << 20
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.data())
 def test_damaged_bytes_are_a_typed_error_or_read(data: st.DataObject) -> None:
@@ -192,6 +194,7 @@ def nothing_is_imported(path: Path) -> None:
     assert not list(store.verify())
 
 
+@pytest.mark.slow
 def test_an_export_that_claims_more_than_it_holds(exported: Path, tmp_path: Path) -> None:
     def fill(manifest: Any) -> None:
         manifest["filler"] = "x" * (60 << 20)
@@ -224,6 +227,7 @@ def test_a_payload_is_read_before_anything_is_written(exported: Path, tmp_path: 
     nothing_is_imported(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_damaged_exports_are_typed_errors(
@@ -291,6 +295,7 @@ def test_a_bad_file_in_vllms_folder_is_an_error_of_its_request(tmp_path: Path) -
             folder.read("abc")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "values"),
     [

@@ -36,6 +36,7 @@ def nats(cp: ControlPrefix, text: str, user: str) -> float:
     return -score.log_likelihood / score.num_tokens
 
 
+@pytest.mark.slow
 def test_a_user_is_enrolled_from_a_vector_without_texts(cp: ControlPrefix) -> None:
     vectors = {"hello": numpy.array(STYLES["hello"]), "AHOY!": torch.tensor(STYLES["AHOY!"])}
     for user, vector in vectors.items():
@@ -45,6 +46,7 @@ def test_a_user_is_enrolled_from_a_vector_without_texts(cp: ControlPrefix) -> No
         assert nats(cp, f"{own} {own}", own) < nats(cp, f"{own} {own}", other) - 0.1
 
 
+@pytest.mark.slow
 def test_training_starts_from_what_all_have_in_common(cp: ControlPrefix) -> None:
     report = cp.train_users({"cy": ["hello", "hello hello"]}, decoder="users", steps=1)
     assert not report.failed
@@ -87,6 +89,7 @@ def test_vectors_that_do_not_fit_are_refused(change: dict[str, Any], message: st
     assert not built.exists("decoder", "users")
 
 
+@pytest.mark.slow
 def test_names_may_be_typed_in_two_ways_and_other_vectors_are_another_decoder(
     tmp_path: Path,
 ) -> None:

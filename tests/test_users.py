@@ -78,6 +78,7 @@ def test_each_user_learns_their_own_texts() -> None:
     assert likely["ana"] > max(likely[user] for user in ("bo", "di")) + 5
 
 
+@pytest.mark.slow
 def test_untrainable_users_are_reported_and_affect_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_user_with_a_million_texts_is_trained_on_a_sample() -> None:
     assert report.users["long"].num_tokens < 10_000
 
 
+@pytest.mark.slow
 def test_memory_depends_on_the_number_of_concurrent_users() -> None:
     """Users are consumed as there is room, and stored as they are finished."""
     cp = engine()
@@ -141,6 +143,7 @@ def test_memory_depends_on_the_number_of_concurrent_users() -> None:
     assert most <= 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_with_the_users_who_are_left(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/prefixes.db"
     cp = engine(store=url)
@@ -204,6 +207,7 @@ def test_options_without_effect_are_refused() -> None:
         cp.learn_decoder({"ana": ["hello"], "bo": ["ho"]}, slot_dropout=0.1)
 
 
+@pytest.mark.slow
 def test_a_user_who_comes_twice_is_trained_once_at_a_time() -> None:
     """Else the second run would attend to the first one's slots."""
     pairs = [("ana", ["first of ana"] * 2), ("ana", ["second, entirely"] * 2), ("bo", ["ho"] * 2)]
@@ -244,6 +248,7 @@ def test_one_text_of_a_user_is_a_text_and_nothing_else_ends_the_run() -> None:
     assert set(trained.failed) == {"bo", "cy"}
 
 
+@pytest.mark.slow
 def test_users_finished_in_another_store_are_trained_in_this_one(tmp_path: Path) -> None:
     options: dict[str, Any] = {"folder": tmp_path / "run", **QUICK}
     texts = {"ana": TEXTS["ana"]}
@@ -256,6 +261,7 @@ def test_users_finished_in_another_store_are_trained_in_this_one(tmp_path: Path)
     assert (again.skipped, again.users["ana"].saved) == ((), {"user 'ana'": 1})
 
 
+@pytest.mark.slow
 def test_many_users_are_enrolled_as_each_alone() -> None:
     texts = {f"u{i}": [f"a text {i}", "another"] for i in range(3)}
     cp, alone = engine(), engine()
@@ -273,6 +279,7 @@ def test_many_users_are_enrolled_as_each_alone() -> None:
         cp.enroll_users(texts, decoder="people")
 
 
+@pytest.mark.slow
 def test_the_models_weights_stay_as_they_are_whatever_is_made_of_users() -> None:
     cp = engine()
     before = {name: value.clone() for name, value in cp.model.state_dict().items()}

@@ -70,6 +70,7 @@ def slots(count: int, seed: int = 0) -> Prefix:
     return Prefix.random(GEOMETRY, num_slots=count, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ROTARY, "gemma2", "gpt_oss", "ministral3"])
 def test_a_moved_prefix_in_the_cache_says_what_slots_say(name: str) -> None:
     model = build(name, attention="eager")
@@ -202,6 +203,7 @@ def test_a_fractional_strength_on_a_real_model(smollm2: PreTrainedModel, strengt
     assert approximate < 0.15 * unchanged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 def test_keys_that_cannot_hold_a_strength_are_refused(num_kv_heads: int) -> None:
     model = frozen(
@@ -262,6 +264,7 @@ PARTS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(
     one=PARTS,
     other=PARTS,

@@ -156,6 +156,7 @@ def test_what_was_begun_together_is_removed_together() -> None:
     assert not queue.sequences
 
 
+@pytest.mark.slow
 def test_a_tenant_cannot_fill_the_line_of_a_shared_batch() -> None:
     cp = ControlPrefix.from_pretrained(
         build("llama"), tokenizer=byte_tokenizer(), store="sqlite://"
@@ -192,6 +193,7 @@ def test_a_request_of_more_rows_than_the_batch_has_is_refused() -> None:
         batcher.submit(cp.resolve(request))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("active_seconds", [60.0, 0.0])
 def test_a_tenant_has_fewer_rows_while_another_is_active(
     monkeypatch: pytest.MonkeyPatch, active_seconds: float
