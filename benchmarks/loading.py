@@ -1,6 +1,7 @@
 """Start-up: `import controlprefix`, and `from_pretrained` against transformers' own loading.
 
-Each measurement is a new process; contenders take turns.
+Each measurement is a new process; contenders take turns. Both load the model in the dtype that
+`from_pretrained` chooses here.
 """
 
 import subprocess
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from controlprefix.model.loading import packaged_model
+from controlprefix.model.loading import load, packaged_model
 
 from lib.interleaved import Measures, compare
 from lib.results import arguments, save_comparisons
@@ -17,7 +18,7 @@ TRANSFORMERS = """
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoTokenizer.from_pretrained({folder!r})
-AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto").eval()
+AutoModelForCausalLM.from_pretrained({folder!r}, dtype={dtype!r}).eval()
 """
 CONTROLPREFIX = """
 from controlprefix import ControlPrefix
@@ -43,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds=options.rounds,
     )
     folder = str(packaged_model("smollm2"))
+    dtype = str(load("smollm2")[0].dtype).removeprefix("torch.")
     comparisons += compare(
         "load smollm2, imports included",
         {
-            "transformers": partial(process, TRANSFORMERS.format(folder=folder)),
+            "transformers": partial(process, TRANSFORMERS.format(folder=folder, dtype=dtype)),
             "controlprefix": partial(process, CONTROLPREFIX),
         },
         rounds=options.rounds,

@@ -6,16 +6,28 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import run
 from typer.main import get_command
+from typer.testing import CliRunner
 
-from controlprefix import ControlPrefix, Prefix, __version__, embeddings
+from controlprefix import (
+    ControlPrefix,
+    Geometry,
+    Prefix,
+    TrainingDataError,
+    __version__,
+    embeddings,
+)
 from controlprefix.cli import app
 from controlprefix.errors import ControlPrefixError
+from controlprefix.prefixes import PrefixKey
+from controlprefix.store import NewVersion, PrefixStore
+from controlprefix.users.enrolment import EnrolmentReport
 
 from helpers import Histogram, Letters, commands
 from models import build, byte_tokenizer
@@ -229,14 +241,75 @@ def test_api_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
         run(tmp_path, "api-keys", "revoke", "web", "--tenant", "acme", "--yes")
 
 
+def test_the_model_of_a_name_is_chosen_by_its_fingerprint(tmp_path: Path) -> None:
+    fingerprints = ("a" * 64, "ab" * 32)
+    with PrefixStore(f"sqlite:///{tmp_path}/prefixes.db") as store:
+        for fingerprint in (*fingerprints, fingerprints[0]):
+            geometry = Geometry.uniform(
+                num_layers=1, num_kv_heads=1, head_dim=2, fingerprint=fingerprint
+            )
+            prefix = Prefix.random(geometry, num_slots=1, seed=0)
+            store.put([NewVersion(PrefixKey("user", "ana"), prefix)])
+    rollback = ("prefixes", "rollback", "user", "ana", "--to", "1")
+    with pytest.raises(ControlPrefixError, match="aaaaaaaaaaaa, .*abababababab.*--fingerprint"):
+        run(tmp_path, *rollback)
+    with pytest.raises(ControlPrefixError, match="--fingerprint"):
+        run(tmp_path, *rollback, "--fingerprint", "a")
+    run(tmp_path, *rollback, "--fingerprint", "aa")
+    alias = ("prefixes", "alias", "user", "ana", "canary", "--to", "2", "--fingerprint", "aa")
+    run(tmp_path, *alias)
+    lines = run(tmp_path, "prefixes", "show", "user", "ana").splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    cells = [row[1:5] for row in rows]
+    assert cells == [
+        ["aaaaaaaaaaaa", "1", "yes", ""],
+        ["aaaaaaaaaaaa", "2", "", "canary"],
+        ["abababababab", "1", "yes", ""],
+    ]
+
+
+def test_tables_in_a_pipe_are_not_cut(tmp_path: Path) -> None:
+    geometry = Geometry.uniform(num_layers=1, num_kv_heads=1, head_dim=2, fingerprint="a" * 64)
+    name = "a-user-with-a-long-name" * 5
+    with PrefixStore(f"sqlite:///{tmp_path}/prefixes.db") as store:
+        prefix = Prefix.random(replace(geometry, model_name="m" * 60), num_slots=1, seed=0)
+        store.put([NewVersion(PrefixKey("user", name), prefix)])
+    (line,) = [row for row in run(tmp_path, "prefixes", "list").splitlines() if "a-user" in row]
+    assert name in line
+    assert "m" * 60 in line
+
+
+@pytest.mark.slow
+def test_a_run_in_which_a_user_failed_ends_with_an_error(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = EnrolmentReport(users={"ana": 1}, failed={"bo": "the database is full"})
+    monkeypatch.setattr(ControlPrefix, "enroll_users", lambda *_, **__: report)
+    (tmp_path / "rows.jsonl").write_text('{"user": "ana", "text": "one text"}\n')
+    command = ["users", "enroll", str(tmp_path / "rows.jsonl"), "--model", str(model_folder)]
+    environment = {"CONTROLPREFIX_STORE": f"sqlite:///{tmp_path}/prefixes.db"}
+    result = CliRunner(env=environment).invoke(app, command)
+    assert result.exit_code == 1
+    assert "not stored: user 'bo': the database is full" in result.output
+    assert "stored 1 of 2 users" in result.output
+
+
+def test_options_that_have_no_effect_are_refused_for_users(cp: ControlPrefix) -> None:
+    with pytest.raises(TrainingDataError, match="as_codes is for a decoder"):
+        cp.train_users({"ana": ["a text"]}, as_codes=False, progress=False)
+    with pytest.raises(TrainingDataError, match="num_slots is for users without a decoder"):
+        cp.train_users({"ana": ["a text"]}, decoder="users", num_slots=2, progress=False)
+
+
 def test_a_label_may_hold_a_colon() -> None:
     from controlprefix.cli.options import parse_attributes
 
     assert parse_attributes(["a=x:y", "a=x:y:0.5", "b=z:2", "c=w"]) == {
         "a": {"x:y": 0.5},
         "b": {"z": 2.0},
-        "c": {"w": 1.0},
+        "c": "w",
     }
+    assert parse_attributes(["a=x", "a=y", "b=-0.5"]) == {"a": {"x": 1.0, "y": 1.0}, "b": "-0.5"}
 
 
 @pytest.mark.slow
@@ -359,7 +432,9 @@ def test_one_prefix_is_exported_imported_named_and_removed(
     run(tmp_path, "prefixes", "alias", "user", "bo", "canary")
     with pytest.raises(ControlPrefixError, match="has no version canary"):
         run(tmp_path, *export, "bo", file, "--version", "canary", "-y", *model)
-    with pytest.raises(ControlPrefixError, match="for good"):
+    with pytest.raises(
+        ControlPrefixError, match="kept texts, feedback, jobs and profile.*for good"
+    ):
         run(tmp_path, "prefixes", "remove", "user", "bo")
     assert "2 versions" in run(tmp_path, "prefixes", "remove", "user", "bo", "--yes")
     assert "bo" not in run(tmp_path, "prefixes", "list", "--kind", "user")

@@ -264,7 +264,7 @@ def test_publishing_waits_for_a_removal_that_is_under_way(url: str) -> None:
             {
                 "num_slots": 2,
                 "decoder": None,
-                "as_codes": True,
+                "as_codes": None,
                 "concurrent_users": 2,
                 "options": {"steps": 1},
             },

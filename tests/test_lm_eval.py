@@ -28,6 +28,12 @@ def cp() -> ControlPrefix:
     return cp
 
 
+def test_names_that_look_like_numbers_are_names(cp: ControlPrefix) -> None:
+    cp.put("user", "42", cp.get("user", "ana"))
+    steered = ControlPrefixLM(cp, user=42).loglikelihood(pairs())
+    assert steered == ControlPrefixLM(cp, user="ana").loglikelihood(pairs())
+
+
 def scores(cp: ControlPrefix, **fields: Any) -> list[float]:
     examples = [
         Example(prompt=context, completion=text, raw=True, **fields)

@@ -161,8 +161,10 @@ def test_results_of_users_are_those_of_one_process(model_folder: Path, tmp_path:
     printed = CliRunner().invoke(app, command)
     assert printed.exit_code == 0, printed.output
     assert (folder / "users.html").exists()
-    with pytest.raises(UnknownNameError, match="nobody"):
+    with pytest.raises(UnknownNameError, match="nobody") as raised:
         cluster.evaluate_users([*held_out(), {"user": "nobody", "text": "x"}], progress=False)
+    assert "Traceback" not in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
     with pytest.raises(TrainingDataError, match="two or more"):
         cluster.evaluate_users(held_out()[:1], progress=False)
     cp.store.close()

@@ -17,6 +17,7 @@ from controlprefix import (
     ControlPrefix,
     ControlPrefixError,
     Example,
+    ForgottenError,
     Prefix,
     PrefixFormatError,
     Request,
@@ -26,6 +27,7 @@ from controlprefix import (
 from controlprefix.cli import app
 from controlprefix.cli.groups import EngineArguments
 from controlprefix.data.general import general_prompts
+from controlprefix.engine import prefixes
 from controlprefix.evaluation import evaluate_users
 from controlprefix.evaluation.revealed_groups import revealed_groups
 from controlprefix.evaluation.text_cache import TextCache
@@ -106,6 +108,25 @@ def test_a_user_code_has_no_room_for_it(cp: ControlPrefix) -> None:
     cp.store.put([NewVersion(PrefixKey("user", "bo"), coded(decoder))])
     with pytest.raises(RequestError, match="user 'bo' is a code"):
         cp.learn_relevance("user", "bo", BOATS)
+
+
+def test_a_user_who_is_forgotten_meanwhile_does_not_come_back(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = Prefix.random(cp.geometry, num_slots=2, seed=5)
+    cp.put("user", "ana", prefix)
+    learn = prefixes.learn_relevance
+
+    def forget_and_learn(*arguments: Any) -> Any:
+        cp.forget_user("ana")
+        cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=2, seed=6))
+        return learn(*arguments)
+
+    monkeypatch.setattr(prefixes, "learn_relevance", forget_and_learn)
+    with pytest.raises(ForgottenError, match="'ana' was forgotten"):
+        cp.learn_relevance("user", "ana", BOATS)
+    assert cp.version_info("user", "ana").version == 1
+    assert cp.get("user", "ana").digest != prefix.digest
 
 
 def test_training_refuses_it(cp: ControlPrefix) -> None:

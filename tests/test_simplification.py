@@ -115,6 +115,11 @@ def test_the_command_adds_ratios_to_rows(tmp_path: Path) -> None:
     named.write_text("prompt,completion,style\na big house,a house,formal\nit is so,yes,\n")
     options = [str(out), "--ratio", "length", "--attribute", "formality=style"]
     result = CliRunner().invoke(app, ["data", "ratios", str(named), *options])
+    assert "out.jsonl exists; overwrite it?" in str(result.exception)
+    onto_itself = ["data", "ratios", str(named), str(named), "--yes", *options[1:]]
+    assert "is the file that is read" in str(CliRunner().invoke(app, onto_itself).exception)
+    assert named.read_text().startswith("prompt,")
+    result = CliRunner().invoke(app, ["data", "ratios", str(named), *options, "--yes"])
     assert "2 rows written" in result.output
     written = [json.loads(line)["attributes"] for line in out.read_text().splitlines()]
     assert [row.get("formality") for row in written] == ["formal", None]

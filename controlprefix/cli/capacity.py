@@ -7,7 +7,7 @@ from rich.table import Table
 
 from controlprefix.capacity import StorageFormat, Workload
 from controlprefix.capacity import capacity as compute
-from controlprefix.cli.common import app, out
+from controlprefix.cli.common import app, out, print_table
 from controlprefix.cli.groups import ModelArguments, grouped
 from controlprefix.errors import RequestError
 
@@ -70,5 +70,5 @@ def capacity(
         table.add_row("cost of serving and storing, per month", f"{result.monthly_cost:,.2f}")
         what = "storing a million users for a month, and training them once"
         table.add_row(what, f"{result.cost_per_million:,.2f}")
-    out.print(table)
+    print_table(table)
     out.print(f"run {result.advice}: see the guide on capacity")

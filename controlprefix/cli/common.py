@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from controlprefix import __version__
 from controlprefix.prefixes.key import Kind
@@ -47,7 +49,26 @@ out = Console(
     width=None if sys.stdout.isatty() else 110,
     quiet=not is_main_process(),  # the others have the same to say
 )
+_WIDE = out.options.update(max_width=10_000)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_table(table: Table, *, empty: str = "") -> None:
+    """Print a table, or what to say in place of one without rows; names are never cut.
+
+    In a pipe or a file it is as wide as its cells, a line per row.
+    """
+    if not table.row_count and empty:
+        out.print(empty)
+        return
+    for column in table.columns:
+        column.overflow = "fold"
+    width = out.width
+    if not out.is_terminal:
+        out.width = max(width, Measurement.get(out, _WIDE, table).maximum)
+    out.print(table)
+    if not out.is_terminal:
+        out.width = width
 
 
 def print_text(text: str, *, end: str = "\n") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import app, out
+from controlprefix.cli.common import app, out, print_table
 from controlprefix.cli.evaluate import train_classifiers
 from controlprefix.cli.groups import ColumnArguments, ModelArguments, grouped
 from controlprefix.cli.options import is_on_command_line, parse_list, parse_number
@@ -171,7 +171,7 @@ def compare(
         table = Table("method", *(column.heading for column in header), title=title)
         for name, cells in lines:
             table.add_row(name, *(cell for cell, _ in cells))
-        out.print(table)
+        print_table(table)
     for name, reason in report.skipped.items():
         out.print(f"skipped {name}: {reason}")
     out.print(f"the report is in {report.save(folder)}")

@@ -8,7 +8,13 @@ import typer
 from rich.table import Table
 
 from controlprefix.cli.common import data_app, out
-from controlprefix.cli.groups import ColumnArguments, ModelArguments, grouped
+from controlprefix.cli.groups import (
+    ColumnArguments,
+    ModelArguments,
+    YesOption,
+    grouped,
+    require_yes,
+)
 from controlprefix.errors import RequestError, TrainingDataError, shortened
 
 _MAX_NAMES = 20
@@ -83,6 +89,7 @@ def add_ratios(
         typer.Option(help="length, similarity or word_rank; left out, all three. Repeatable."),
     ] = None,
     language: Annotated[str, typer.Option(help="Language of the texts.")] = "en",
+    yes: YesOption = False,
     *,
     columns: ColumnArguments,
 ) -> None:
@@ -117,6 +124,10 @@ def add_ratios(
         raise TrainingDataError(
             f"there is no source text in {shortened(without)}; name its column with --source"
         )
+    if output.exists():
+        if output.samefile(data):
+            raise RequestError(f"{output} is the file that is read; write to another one")
+        require_yes(yes, f"{output} exists; overwrite it?")
     labelled = with_ratios(examples, sources, ratio or RATIOS[:3], language=language)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import TaskOption, app, out
+from controlprefix.cli.common import TaskOption, app, out, print_table
 from controlprefix.cli.groups import (
     ClusterArguments,
     ColumnArguments,
@@ -79,7 +79,7 @@ def evaluate(
             f"{report.attribute_accuracy_without[name].mean:.2f}",
             f"{report.monotonicity[name]:.2f}",
         )
-    out.print(table)
+    print_table(table)
     if report.not_classified:
         out.print(f"not classified: {', '.join(report.not_classified)}")
     out.print(f"base-model NLL {report.quality.base_model_nll.mean:.2f} nats per token")
@@ -150,7 +150,7 @@ def evaluate_users(
         gains += [(f"{grouping}={group}", gain) for group, gain in by_group.items()]
     for name, gain in gains:
         table.add_row(name, gain.text(".3f"))
-    out.print(table)
+    print_table(table)
     out.print(
         f"{len(result.users)} users, {result.num_too_few} with too few rows to tell; harmed: "
         f"{harmed_text(result)}; worst tenth: {result.worst_decile:.3f} nats per token"
@@ -247,7 +247,7 @@ def calibrate(
             f"{mean:.2f} ({low:.2f} to {high:.2f})",
             f"{point.base_model_nll:.2f}",
         )
-    out.print(table)
+    print_table(table)
     points = ", ".join(f"{position:g} → {strength:.3g}" for position, strength in calibration.dial)
     out.print(f"dial of {label} (version {calibration.version}): {points}")
 

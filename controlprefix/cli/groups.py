@@ -233,6 +233,12 @@ class ClusterArguments:
         ),
     ] = None
     actors: Annotated[int, typer.Option(help="With --ray: processes, each with a model.")] = 2
+    gpus_per_actor: Annotated[
+        float,
+        typer.Option(
+            min=0, help="With --ray: GPUs of each process, such as 0.5; 0: it works on CPUs."
+        ),
+    ] = 0
 
     def connect(self, engine: EngineArguments) -> "RayCluster":
         """The cluster, whose actors have this model and this store.
@@ -243,6 +249,7 @@ class ClusterArguments:
         """
         from controlprefix.interop.ray_users import RayCluster
 
+        device = "cuda" if engine.device is None and self.gpus_per_actor else engine.device
         return RayCluster(
             model=engine.model,
             store=engine.store,
@@ -251,7 +258,8 @@ class ClusterArguments:
             attributes=engine.attribute_space(),
             address=None if self.ray == "local" else self.ray,
             num_actors=self.actors,
-            loading={**engine.loading_options(), "device": engine.device},
+            gpus_per_actor=self.gpus_per_actor,
+            loading={**engine.loading_options(), "device": device},
         )
 
 
@@ -320,6 +328,9 @@ def with_options(
 
 def _builder(group: type) -> Callable[[dict[str, Any]], Any]:
     return lambda values: group(**values)
+
+
+ALL_OF_A_USER = "every version, kept texts, feedback, jobs and profile"
 
 
 def require_yes(yes: bool, question: str) -> None:

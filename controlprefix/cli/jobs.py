@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from controlprefix.cli.common import app, err, jobs_app, out
+from controlprefix.cli.common import app, err, jobs_app, out, print_table
 from controlprefix.cli.groups import EngineArguments, StoreArguments, grouped
 
 
@@ -47,23 +47,15 @@ def list_jobs(
     store: StoreArguments,
 ) -> None:
     """List a tenant's jobs, the newest first."""
-    table = Table(
-        Column("job", no_wrap=True, min_width=32),
-        "kind",
-        "user",
-        "status",
-        "created",
-        "steps",
-        "version",
-        "error",
-    )
+    names = ("kind", "user", "status", "created", "steps", "version", "error")
+    table = Table(Column("job", no_wrap=True, min_width=32), *names)
     with store.open_store() as opened:
         for job in opened.jobs(user=user):
             version = "" if job.version is None else str(job.version)
             created = f"{job.created_at:%Y-%m-%d %H:%M}"
             status, steps = job.status, str(job.num_steps)
             table.add_row(job.id, job.kind, job.user, status, created, steps, version, job.error)
-    out.print(table if table.row_count else "there are no jobs")
+    print_table(table, empty="there are no jobs")
 
 
 @jobs_app.command("cancel")

@@ -192,15 +192,19 @@ def _parse_request_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 def parse_attributes(texts: Iterable[str]) -> dict[str, str | dict[str, float]]:
     """`["formality=formal", "tone=warm:0.6", "tone=brief:0.4"]` as a request has it."""
-    attributes: dict[str, dict[str, float]] = {}
+    attributes: dict[str, str | dict[str, float]] = {}
     for text in texts:
         attribute, label = parse_pair("--attribute", text)
         name, _, weight = label.rpartition(":")
-        if name and _is_number(weight):
-            attributes.setdefault(attribute, {})[name] = float(weight)
-        else:  # a label may contain a colon
-            attributes.setdefault(attribute, {})[label] = 1.0
-    return {**attributes}
+        has_weight = bool(name) and _is_number(weight)  # a label may contain a colon
+        earlier = attributes.get(attribute)
+        if earlier is None and not has_weight:
+            attributes[attribute] = label  # also a number between opposite labels
+            continue
+        weights = {earlier: 1.0} if isinstance(earlier, str) else earlier or {}
+        weights[name if has_weight else label] = float(weight) if has_weight else 1.0
+        attributes[attribute] = weights
+    return attributes
 
 
 def parse_pair(option: str, text: str) -> tuple[str, str]:

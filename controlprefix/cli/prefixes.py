@@ -12,8 +12,10 @@ from controlprefix.cli.common import (
     err,
     out,
     prefixes_app,
+    print_table,
 )
 from controlprefix.cli.groups import (
+    ALL_OF_A_USER,
     ColumnArguments,
     EngineArguments,
     StoreArguments,
@@ -28,6 +30,15 @@ from controlprefix.prefixes.key import Kind
 if TYPE_CHECKING:
     from controlprefix.prefixes import PrefixKey
     from controlprefix.store import PrefixStore
+
+
+FingerprintOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the model's weights, or its beginning (see `prefixes show`), where the name is "
+        "stored for several models."
+    ),
+]
 
 
 @prefixes_app.command("list")
@@ -51,7 +62,7 @@ def list_prefixes(
                 f"{current.size_bytes:,}",
                 f"{current.created_at:%Y-%m-%d %H:%M}",
             )
-    out.print(table if table.row_count else f"nothing is stored yet in {opened.display_name}")
+    print_table(table, empty=f"nothing is stored yet in {opened.display_name}")
 
 
 @prefixes_app.command("relevance")
@@ -98,28 +109,32 @@ def show_prefix(
     *,
     store: StoreArguments,
 ) -> None:
-    """Show the versions of one prefix."""
+    """Show the versions of one prefix, and how many users it was trained on are forgotten."""
     from controlprefix.prefixes import PrefixKey
 
     key = PrefixKey(kind, name)
-    table = Table("model", "version", "current", "slots", "dtype", "bytes", "created", "content")
+    names = ("model", "fingerprint", "version", "current", "aliases", "slots", "dtype", "bytes")
+    table = Table(*names, "created", "content", "forgotten users")
     with store.open_store() as opened:
-        models = [info for info in opened.prefixes(kind) if info.key == key]
+        models = opened.prefixes(kind, key.name)
         if not models:
             raise opened.unknown_name(key)
         for model in models:
             for info in opened.for_model(model.fingerprint).versions(key):
                 table.add_row(
                     model.model_name,
+                    model.fingerprint[:12],
                     str(info.version),
                     "yes" if info.current else "",
+                    ", ".join(info.aliases),
                     str(info.num_slots),
                     info.dtype,
                     f"{info.size_bytes:,}",
                     f"{info.created_at:%Y-%m-%d %H:%M}",
                     info.content_hash[:19],
+                    str(info.num_forgotten or ""),
                 )
-    out.print(table)
+    print_table(table)
 
 
 @prefixes_app.command("rollback")
@@ -128,6 +143,7 @@ def rollback_prefix(
     kind: KindArgument,
     name: NameArgument,
     to: Annotated[str, typer.Option(help="Version to make current: its number or an alias.")],
+    fingerprint: FingerprintOption = None,
     *,
     store: StoreArguments,
 ) -> None:
@@ -136,7 +152,7 @@ def rollback_prefix(
 
     key = PrefixKey(kind, name)
     with store.open_store() as opened:
-        opened.for_model(_only_model(opened, key)).rollback(key, to=_version(to))
+        opened.for_model(_one_model(opened, key, fingerprint)).rollback(key, to=_version(to))
     out.print(f"{kind} {name!r} is at version {to}")
 
 
@@ -149,10 +165,11 @@ def remove_prefix(
     *,
     store: StoreArguments,
 ) -> None:
-    """Remove every version of a prefix, for all models."""
+    """Remove every version of a prefix, for all models; of a user, all that is stored."""
     from controlprefix.prefixes import PrefixKey
 
-    require_yes(yes, f"Remove every version of {kind} {name!r}, for good?")
+    what = ALL_OF_A_USER if kind == "user" else "every version"
+    require_yes(yes, f"Remove {what} of {kind} {name!r}, for good?")
     with store.open_store() as opened:
         num_removed = opened.forget(PrefixKey(kind, name))
     out.print(f"removed {kind} {name!r}: {num_removed} versions")
@@ -167,6 +184,7 @@ def alias_prefix(
     to: Annotated[
         str | None, typer.Option(help="Version that it names; left out, the alias is removed.")
     ] = None,
+    fingerprint: FingerprintOption = None,
     *,
     store: StoreArguments,
 ) -> None:
@@ -176,7 +194,7 @@ def alias_prefix(
     key = PrefixKey(kind, name)
     with store.open_store() as opened:
         version = None if to is None else _version(to)
-        opened.for_model(_only_model(opened, key)).alias(key, alias, to=version)
+        opened.for_model(_one_model(opened, key, fingerprint)).alias(key, alias, to=version)
     out.print(f"removed alias {alias!r}" if to is None else f"{alias!r} is version {to} of {key}")
 
 
@@ -284,23 +302,23 @@ def _label_names(text: str) -> tuple[str, str]:
     return parse_pair("--labels", text)
 
 
-def _only_model(store: "PrefixStore", key: "PrefixKey") -> str:
+def _one_model(store: "PrefixStore", key: "PrefixKey", fingerprint: str | None) -> str:
     """The fingerprint of the one model that a name is stored for.
 
     Raises:
         UnknownNameError: If there is none.
-        RequestError: If there are several.
+        RequestError: If there are several, or none with that fingerprint.
     """
     models = store.prefixes(key.kind, key.name)
     if not models:
         raise store.unknown_name(key)
-    if len(models) > 1:
-        names = ", ".join(info.model_name for info in models)
+    chosen = [info for info in models if info.fingerprint.startswith(fingerprint or "")]
+    if len(chosen) != 1:
+        names = ", ".join(f"{info.model_name}: {info.fingerprint[:12]}" for info in models)
         raise RequestError(
-            f"{key} is stored for several models ({names}); use cp.alias "
-            "or cp.rollback in Python, which have a model"
+            f"{key} is stored for {names}; give the beginning of one of these as --fingerprint"
         )
-    return models[0].fingerprint
+    return chosen[0].fingerprint
 
 
 def _version(text: str) -> int | str:

@@ -17,7 +17,7 @@ import typer
 from rich.table import Table
 
 from controlprefix._io import requires_extra
-from controlprefix.cli.common import api_keys_app, app, err, out
+from controlprefix.cli.common import api_keys_app, app, err, out, print_table
 from controlprefix.cli.evaluate import train_classifiers
 from controlprefix.cli.groups import (
     EngineArguments,
@@ -373,7 +373,7 @@ def list_api_keys(*, store: TenantArguments) -> None:
     with store.open_store() as opened:
         for info in opened.api_keys():
             table.add_row(info.name, f"{info.created_at:%Y-%m-%d %H:%M}")
-    out.print(table if table.row_count else "there are no API keys yet")
+    print_table(table, empty="there are no API keys yet")
 
 
 @api_keys_app.command("revoke")

@@ -9,6 +9,7 @@ from rich.table import Table
 from controlprefix.cli.common import (
     attributes_app,
     out,
+    print_table,
     store_app,
 )
 from controlprefix.cli.groups import (
@@ -97,7 +98,7 @@ def show_audit_log(*, store: StoreArguments) -> None:
         for entry in opened.audit_log():
             at = f"{entry.at:%Y-%m-%d %H:%M}"
             table.add_row(at, entry.action, entry.key.kind, entry.key.name, str(entry.num_versions))
-    out.print(table if table.row_count else "nothing has been removed yet")
+    print_table(table, empty="nothing has been removed yet")
 
 
 @store_app.command("export")
@@ -228,7 +229,7 @@ def show_attributes(
                 "yes" if PrefixKey.for_label(name, label) in stored else "none yet",
                 entry.description,
             )
-    out.print(table)
+    print_table(table)
 
 
 @attributes_app.command("check")

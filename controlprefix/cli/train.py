@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import NameArgument, app, out
+from controlprefix.cli.common import NameArgument, app, out, print_table
 from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import (
     parse_list,
@@ -160,7 +160,7 @@ def sweep(
             f"{point.loss:.4f}",
             f"{point.seconds:.0f}",
         )
-    out.print(table)
+    print_table(table)
     best = report.best
     out.print(f"fewest slots within 0.01 of the lowest: {best.num_slots}, {best.parameterization}")
     if folder is not None:
@@ -191,7 +191,7 @@ def shorten(
     table = Table("slots", "nats per token")
     for count, loss in report.curve:
         table.add_row(str(count), f"{loss:.4f}")
-    out.print(table)
+    print_table(table)
     out.print(f"stored {kind} {name!r} version {report.version}: {report.num_slots} slots")
 
 

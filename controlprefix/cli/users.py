@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import app, audit_app, out, print_text, users_app
+from controlprefix.cli.common import app, audit_app, out, print_table, print_text, users_app
 from controlprefix.cli.groups import (
+    ALL_OF_A_USER,
     ClusterArguments,
     ColumnArguments,
     EngineArguments,
@@ -131,11 +132,15 @@ def train_users(
     ] = None,
     decoder: DecoderOption = None,
     as_codes: Annotated[
-        bool, typer.Option(help="With a decoder: train and store codes only, or else all slots.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="With a decoder: train and store codes only (the default), or all slots."
+        ),
+    ] = None,
     num_slots: Annotated[
-        int, typer.Option(min=1, help="Slots per prefix, without a decoder.")
-    ] = 16,
+        int | None,
+        typer.Option(min=1, help="Slots per prefix, without a decoder; left out, 16."),
+    ] = None,
     concurrent_users: Annotated[int, typer.Option(help="Users at a time.")] = 16,
     *,
     columns: ColumnArguments,
@@ -209,6 +214,8 @@ def _print_stored(report: "UsersReport | EnrolmentReport") -> None:
     num_users = len(report.users) + len(report.failed) + len(report.skipped)
     skipped = f", {len(report.skipped)} were finished before" if report.skipped else ""
     out.print(f"stored {len(report.users)} of {num_users} users in {report.seconds:.0f} s{skipped}")
+    if report.failed:
+        raise typer.Exit(1)
 
 
 @users_app.command("migrate")
@@ -307,7 +314,7 @@ def forget_user(user: UserArgument, yes: YesOption = False, *, store: StoreArgum
     """Remove every version of a user's prefix, kept texts, feedback, jobs and profile."""
     from controlprefix.prefixes import PrefixKey
 
-    require_yes(yes, f"Remove all that is stored of user {user!r}, for good?")
+    require_yes(yes, f"Remove {ALL_OF_A_USER} of user {user!r}, for good?")
     with store.open_store() as opened:
         num_removed = opened.forget(PrefixKey("user", user))
     out.print(f"forgot user {user!r}: {num_removed} versions removed")
@@ -353,4 +360,4 @@ def audit_user(
     if report.exposure_bits is not None:
         chance = f"about 1.4 (at most {report.max_exposure_bits:.0f})"
         table.add_row("exposure of planted numbers, bits", f"{report.exposure_bits:.1f}", chance)
-    out.print(table)
+    print_table(table)

@@ -96,8 +96,10 @@ class PrefixMethods(Components):
             RequestError: If it is stored as a code.
             MissingDependencyError: If sentence-transformers is not installed.
             VersionConflictError: If another version was published meanwhile.
+            ForgottenError: If the user was forgotten meanwhile.
         """
         key = PrefixKey(kind, name)
+        removal_number = self.store.last_removal_number()
         current = self.version_info(kind, name)
         if not isinstance(self._model_store.get(key, version=current.version).value, Prefix):
             raise RequestError(f"{key} is a code, which has no room for prompts; give a prefix")
@@ -112,7 +114,7 @@ class PrefixMethods(Components):
             current.storage_dtype,
             derived_from=VersionRef(self._frozen.fingerprint, current.version),
         )
-        (version,) = self.store.put([new])
+        (version,) = self.store.put([new], removal_number=removal_number)
         return LearnedRelevance(accepted, version)
 
     def get(self, kind: Kind, name: str, *, version: int | str | None = None) -> Prefix:
@@ -188,6 +190,8 @@ class PrefixMethods(Components):
 
     def remove(self, kind: Kind, name: str) -> int:
         """Remove every version of a name for all models, also from memory.
+
+        Of a user it removes all that is stored: kept texts, feedback, jobs and profile too.
 
         Args:
             kind, name: What to remove.

@@ -31,9 +31,9 @@ class UserMethods(SharingMethods):
         texts: UserTexts | None = None,
         *,
         columns: Columns | None = None,
-        num_slots: int = 16,
+        num_slots: int | None = None,
         decoder: str | None = None,
-        as_codes: bool = True,
+        as_codes: bool | None = None,
         concurrent_users: int = 16,
         **options: Unpack[TrainingOptions],
     ) -> UsersReport:
@@ -49,10 +49,11 @@ class UserMethods(SharingMethods):
                 as there is room, so there may be any number of users. Left out: the texts that
                 `enroll` kept in the store.
             columns: Which columns of rows hold what, if they have other names.
-            num_slots: Slots of each prefix, without a decoder.
+            num_slots: Slots of each prefix, without a decoder; left out, 16.
             decoder: Start from what this decoder (see `learn_decoder`) predicts for the user:
                 better, the fewer texts there are. Left out, from the user's own text.
-            as_codes: With a decoder, train and store a user's code only; else all slots.
+            as_codes: With a decoder: train and store a user's code only, as when left out, or
+                all slots (False).
             concurrent_users: Users at a time.
             **options: Fields of `TrainingSettings`, for each user, and of `RunControl`. Defaults
                 differ: `parameterization` is `direct`, `batch_size` 4, `patience` 2. In `folder`,

@@ -24,6 +24,7 @@ from torch import Tensor
 from controlprefix._io import requires_extra
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import RequestError, known_names, shortened
+from controlprefix.labels import label_text
 from controlprefix.request import Request
 
 with requires_extra("lm-eval", "lm-evaluation-harness"):
@@ -170,7 +171,10 @@ class ControlPrefixLM(HFLM):  # type: ignore[misc]  # the harness has no types
 def _request(fields: Mapping[str, Any]) -> Request:
     if "prompt" in fields:
         raise RequestError("the harness has the prompts; leave prompt out of the steering")
-    request = Request(prompt="-", **{name: value for name, value in fields.items() if value})
+    # The harness reads numbers, which may be names here: `user=42`.
+    named = {name: label_text(fields[name]) for name in ("task", "user") if name in fields}
+    options = {name: value for name, value in {**fields, **named}.items() if value}
+    request = Request(prompt="-", **options)
     if request.when == "relevant":
         raise RequestError(
             "when='relevant' needs the prompts, which only the harness has; leave it out"

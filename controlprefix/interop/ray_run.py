@@ -12,7 +12,7 @@ import tenacity
 
 from controlprefix._io import progress_bar
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import EngineError, StoreError, UnknownNameError
+from controlprefix.errors import ControlPrefixError, EngineError, StoreError, UnknownNameError
 from controlprefix.evaluation.harness import about_prefixes
 from controlprefix.evaluation.users import (
     PlainAnswers,
@@ -176,7 +176,7 @@ class Run:
                 (reference,), _ = self._ray.wait(list(self._doing), num_returns=1)
                 actor, chunk = self._doing.pop(reference)
                 try:
-                    report, stored = self._ray.get(reference)
+                    report, stored = self._result(reference)
                 except self._ray.exceptions.RayActorError:
                     reason = "actors died while they did this user or one beside it"
                     self._put_back(chunk, f"{_MAX_ATTEMPTS} {reason}")
@@ -267,7 +267,14 @@ class Run:
             retry=tenacity.retry_if_exception_type(StoreError),
             reraise=True,
         )
-        return retry(lambda: self._ray.get(call()))
+        return retry(lambda: self._result(call()))
+
+    def _result(self, reference: Any) -> Any:
+        """What an actor returns, or its own error in place of ray's, whose text is a traceback."""
+        try:
+            return self._ray.get(reference)
+        except ControlPrefixError as error:
+            raise getattr(error, "cause", error) from None
 
     def _put_back_later(self, chunk: Chunk, error: StoreError) -> None:
         """Do users again after a pause, unless the store never worked.

@@ -94,9 +94,9 @@ class RayCluster:
         self,
         texts: Any,
         *,
-        num_slots: int = 16,
+        num_slots: int | None = None,
         decoder: str | None = None,
-        as_codes: bool = True,
+        as_codes: bool | None = None,
         concurrent_users: int = 16,
         **options: Unpack[TrainingOptions],
     ) -> UsersReport:

@@ -37,6 +37,7 @@ _MAX_REFINED_SLOTS = 16
 # Training options that have no effect here.
 _NOT_FOR_USERS = ("contrast", "off_context", "gradient_checkpointing", "save_steps", "too_long")
 _NOT_FOR_RUNS_OF_USERS = ("accelerator", "tracker", "on_step", "on_validation")
+_NUM_SLOTS = 16  # of a user's prefix without a decoder
 _NOT_FOR_CODES = ("form", "hidden_size", "nested", "parameterization", "slot_dropout")
 _NOT_FOR_PREFIXES_FROM_CODES = ("form",)
 _NOT_FOR_DECODERS = (
@@ -145,9 +146,9 @@ class UserTrainer:
         self,
         texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]] | None,
         *,
-        num_slots: int,
+        num_slots: int | None,
         decoder: str | None,
-        as_codes: bool,
+        as_codes: bool | None,
         concurrent_users: int,
         control: RunControl,
         options: Mapping[str, Any],
@@ -170,11 +171,20 @@ class UserTrainer:
                 "each process would train all users; run one, or share them among the actors of a "
                 "Ray cluster (`controlprefix users train --ray`)"
             )
+        if decoder is None and as_codes is not None:
+            raise TrainingDataError("as_codes is for a decoder; name one, or leave it out")
+        if decoder is not None and num_slots is not None:
+            raise TrainingDataError(
+                f"num_slots is for users without a decoder, and {decoder!r} has a number of its "
+                "own; leave one of them out"
+            )
+        num_slots = _NUM_SLOTS if num_slots is None else num_slots
+        as_codes = decoder is not None if as_codes is None else as_codes
         self._check_num_slots(num_slots)
         _refuse(options, _NOT_FOR_USERS, "users")
         watchers = [name for name in _NOT_FOR_RUNS_OF_USERS if getattr(control, name) is not None]
         _refuse(watchers, _NOT_FOR_RUNS_OF_USERS, "users")
-        if decoder is not None and as_codes:
+        if as_codes:
             _refuse(options, _NOT_FOR_CODES, "user codes")
         elif decoder is not None:
             _refuse(options, _NOT_FOR_PREFIXES_FROM_CODES, "prefixes that start from codes")
@@ -251,9 +261,9 @@ class UserTrainer:
         if options.refine:
             report = self.train_users(
                 {user: texts},
-                num_slots=min(options.num_slots or _MAX_REFINED_SLOTS, _MAX_REFINED_SLOTS),
+                num_slots=_refined_slots(options),
                 decoder=decoder,
-                as_codes=True,
+                as_codes=None,
                 concurrent_users=1,
                 control=RunControl(progress=False),
                 options={},
@@ -356,3 +366,10 @@ def _refuse(options: Collection[str], names: Sequence[str], what: str) -> None:
     for name in names:
         if name in options:
             raise TrainingDataError(f"{name} has no effect when training {what}; leave it out")
+
+
+def _refined_slots(options: EnrolmentOptions) -> int | None:
+    """Slots of a prefix that is trained at once; a decoder has a number of its own."""
+    if options.decoder is not None:
+        return None
+    return min(options.num_slots or _MAX_REFINED_SLOTS, _MAX_REFINED_SLOTS)
