@@ -380,9 +380,11 @@ class Request(SteeringFields):
         if num_images > MAX_IMAGES:
             raise ValueError(f"{num_images} images; a request may have {MAX_IMAGES}")
         starts_any_text = self.raw and self.prompt == ""
-        if self.prompt is not None and not self.prompt.strip() and not starts_any_text:
+        is_blank = self.prompt is not None and not self.prompt.strip() and not self.images
+        if is_blank and not starts_any_text:
             raise ValueError("the prompt is empty; write what to answer, or give raw=True for any")
-        if self.messages is not None and not any(m.content.strip() for m in self.messages):
+        contents = [message.content.strip() or message.images for message in self.messages or ()]
+        if self.messages is not None and not (self.images or any(contents)):
             raise ValueError("messages have no text; write what to answer")
 
 

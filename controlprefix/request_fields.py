@@ -39,6 +39,9 @@ class RequestFields(TypedDict, total=False):
     seed: int | None
 
 
+ALL_TOKENS = 1 << 30  # as `top_k`: more than any vocabulary has
+
+
 def with_sampling_defaults(
     fields: Mapping[str, Any], defaults: Mapping[str, float], *, num_choices: int = 1
 ) -> dict[str, Any]:
@@ -47,11 +50,14 @@ def with_sampling_defaults(
     Without any setting, a request with a seed, or for several choices, samples at temperature 1.
 
     Args:
-        fields: Fields of `Request`.
+        fields: Fields of `Request`; `top_k` of `ALL_TOKENS` is no limit, also beside a default.
         defaults: Values of `temperature`, `top_k`, `top_p` and `min_p`.
         num_choices: How many completions are asked for.
     """
     result = dict(fields)
+    if result.get("top_k") == ALL_TOKENS:
+        result["top_k"] = None
+        defaults = {name: value for name, value in defaults.items() if name != "top_k"}
     if (result.get("num_beams") or 1) > 1 or result.get("temperature") == 0:
         return result
     for name in SAMPLING_SETTINGS:

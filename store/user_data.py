@@ -63,7 +63,7 @@ class UserData:
 
     def has_feedback(self, user: str) -> bool:
         """Whether feedback of a user is kept."""
-        name = PrefixKey("user", user).name
+        name = user_name(user)
         return self._database.run(
             lambda session, tenant: user_texts.exists(session, tenant, name, "feedback")
         )

@@ -16,6 +16,7 @@ from controlprefix import (
     ContextLengthError,
     ControlPrefix,
     Example,
+    Request,
     RequestError,
     StoreError,
     TrainingDataError,
@@ -28,11 +29,13 @@ from controlprefix.evaluation.comparison import (
     measures,
     method_runner,
 )
+from controlprefix.evaluation.comparison.adapter_training import sample
 from controlprefix.evaluation.comparison.adapters import PrefixMemory
 from controlprefix.evaluation.comparison.methods import ComparisonSetup, ControlPrefixMethod, Method
 from controlprefix.inference import relevance, unseen_labels
 from controlprefix.inference.unseen_labels import NearestLabels
 from controlprefix.model.probing import probe
+from controlprefix.users.privacy_audit import PrivacyAuditor
 
 from helpers import comparison_setup, engine, greetings, nats_per_token, tokens
 
@@ -256,6 +259,33 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss(
     assert len(set(losses.values())) == len(rates[0]) == 3
     assert rates[1] == [float(min(losses, key=losses.__getitem__))]
     assert list(method["runs"]) == ["0", "1"]
+
+
+@pytest.mark.slow
+def test_other_first_seeds_choose_their_own_rates(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "methods": ["controlprefix"], "num_rates": 2, "folder": tmp_path}
+    first = compare(engine(), greetings(8), **{**settings, "seeds": (0,)}).methods
+    other = compare(engine(), greetings(8), **{**settings, "seeds": (1,)}).methods
+    alone = compare(engine(), greetings(8), **{**settings, "seeds": (1,), "folder": None}).methods
+    losses = [methods["controlprefix"]["validation"] for methods in (first, other, alone)]
+    assert losses[1] == losses[2] != losses[0]
+
+
+@pytest.mark.slow
+def test_texts_of_all_methods_are_greedy_whatever_the_generation_config_says() -> None:
+    cp = engine()
+    frozen = cp.frozen_model
+    prompts = [frozen.request_tokenizer.prompt_ids(Request(prompt="abcabcabcabc"))] * 2
+    options: dict[str, Any] = {"max_new_tokens": 8, "seed": 0}
+    written = [sample(cp.model, frozen, prompts, temperature=t, **options) for t in (None, 0.8)]
+    text = cp.prefix_from_text("abc abc abc abc abc")
+    own = PrivacyAuditor(frozen).extraction_rate(["abc " * 40], text)
+    cp.model.generation_config.update(
+        repetition_penalty=9.0, no_repeat_ngram_size=1, top_k=1, stop_strings=["a"]
+    )
+    again = [sample(cp.model, frozen, prompts, temperature=t, **options) for t in (None, 0.8)]
+    assert again == written
+    assert PrivacyAuditor(frozen).extraction_rate(["abc " * 40], text) == own
 
 
 @pytest.mark.slow

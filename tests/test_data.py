@@ -290,6 +290,34 @@ def test_values_that_are_missing_are_no_labels(tmp_path: Path) -> None:
         as_examples([{"text": "a", "attributes": {"x": {1: 0.5, "1": 0.5}}}])
 
 
+def test_mixtures_and_strengths_of_a_dataset_have_no_missing_labels() -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "text": "a",
+            "attributes": {"tone": {"warm": 0.6, "brief": 0.4}},
+            "strengths": {"tone": 2},
+        },
+        {"text": "b", "attributes": {"tone": {"stern": 1.0}}, "strengths": {"user": 0.5}},
+        {"text": "c", "attributes": {"style": {"plain": 1.0}}},
+    ]
+    for source in (rows, datasets.Dataset.from_list(rows)):
+        examples = as_examples(source)
+        assert [example.attributes for example in examples] == [row["attributes"] for row in rows]
+        assert [example.strengths for example in examples] == [{"tone": 2}, {"user": 0.5}, {}]
+
+
+def test_a_completion_may_be_a_message_as_trl_has_it() -> None:
+    question = [{"role": "user", "content": "Hi."}]
+    answer = {"role": "assistant", "content": "Hello!"}
+    (example,) = as_examples([{"prompt": question, "completion": [answer]}])
+    assert example.completion == "Hello!"
+    assert [message.content for message in example.messages or ()] == ["Hi."]
+    assert as_examples([{"prompt": "Hi.", "completion": [answer]}])[0].completion == "Hello!"
+    for completion in ([answer, answer], question):
+        with pytest.raises(TrainingDataError, match="must be one message, the assistant's"):
+            as_examples([{"prompt": question, "completion": completion}])
+
+
 def test_damaged_files_are_no_raw_errors(tmp_path: Path) -> None:
     content = bytearray(gzip.compress(b'{"text": "a"}' * 50))
     content[20:30] = b"\xff" * 10

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from controlprefix.training.held_out import (
     warn_of_shared_prompts,
 )
 from controlprefix.training.settings import TrainingSettings
+from controlprefix.users import initialization, user_trainer
 from controlprefix.users.user_training import split_user_rows, user_rows
 
 from helpers import QUICK, engine, greetings
@@ -240,4 +242,32 @@ def test_a_text_of_several_users_is_held_out_for_all() -> None:
     settings = TrainingSettings(validation=0.25)
     training, held_out = split_user_rows(rows, settings)
     assert held_out
-    assert not {row.targets for row in held_out} & {row.targets for row in training}
+    assert not {row.row.targets for row in held_out} & {row.row.targets for row in training}
+
+
+def test_users_start_from_texts_that_are_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[list[str]] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        initialize = initialization.initializer(*arguments, **options)
+
+        def start(key: PrefixKey, texts: list[str]) -> Any:
+            starts.append(texts)
+            return initialize(key, texts)
+
+        return start
+
+    monkeypatch.setattr(user_trainer, "initializer", recorded)
+    cp = engine()
+    texts = [f"A text of ana's, number {i}" for i in range(10)]
+    options: dict[str, Any] = {"validation": 0.3, "steps": 1, "num_slots": 2, "progress": False}
+    cp.train_users({"ana": texts, "bo": ["one long text, in parts " * 60]}, **options)
+    rows = user_rows(cp.frozen_model, "ana", texts, 0)[1]
+    training, held_out = split_user_rows(rows, TrainingSettings(validation=0.3))
+    assert len(held_out) == 3
+    assert sorted(starts[0]) == sorted(row.text for row in training)
+    rows = user_rows(cp.frozen_model, "bo", ["one long text, in parts " * 60], 0)[1]
+    training, held_out = split_user_rows(rows, TrainingSettings(validation=0.3))
+    assert held_out
+    decode = cp.frozen_model.request_tokenizer.decode
+    assert starts[1] == [decode(row.row.targets) for row in training]

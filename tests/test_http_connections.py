@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from controlprefix.serving import Server, create_app
+from controlprefix.serving import Server, create_app, responder
 
 from helpers import frozen
 from servers import (
@@ -91,6 +91,31 @@ def test_requests_are_logged_without_texts_or_users(
         assert line["first_text_s"] <= line["seconds"]
     assert "SECRET" not in caplog.text
     assert "ana" not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_stream_begins_before_a_late_first_text(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4, "stream": True}
+    at = f"{served.base}/v1/chat/completions"
+    expected = httpx.post(at, json={**body, "stream": False}, timeout=60).json()
+    may_begin = threading.Event()
+    forward = served.batcher._forward
+
+    def late(*args: Any, **inputs: Any) -> Any:
+        may_begin.wait(60)
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(served.batcher, "_forward", late)
+    monkeypatch.setattr(responder, "_KEEP_ALIVE_S", 0.1)
+    with httpx.stream("POST", at, json=body, timeout=10) as response:
+        assert response.status_code == 200  # the head came without a text
+        may_begin.set()
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if "{" in line]
+    deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
+    text = "".join(delta.get("content") or "" for delta in deltas)
+    assert text == expected["choices"][0]["message"]["content"]
 
 
 @pytest.mark.slow

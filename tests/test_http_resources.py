@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +60,13 @@ def test_a_thousand_tenants_hold_no_more_than_ten(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tokens_of_a_key_are_limited_and_those_of_others_are_not(tmp_path: Path) -> None:
+def test_tokens_of_a_key_are_limited_and_those_of_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"sqlite:///{tmp_path}/prefixes.db"
     first, other = (PrefixStore(url, tenant=name) for name in ("mine", "theirs"))
     keys = [first.create_api_key("a"), first.create_api_key("b"), other.create_api_key("a")]
-    keys.append(first.create_api_key("c"))
+    keys += [first.create_api_key("c"), first.create_api_key("d")]
     served = Served(url, limits=ServerLimits(tokens_per_minute=60))
     clients = [served.client(key) for key in keys]
 
@@ -102,6 +106,22 @@ def test_tokens_of_a_key_are_limited_and_those_of_others_are_not(tmp_path: Path)
         stream.close()  # 30 tokens and those of the prompt
         wait_for(lambda: has_none_left("c"))
         assert ask(clients[2]).usage.total_tokens == 33
+        read = served.gateway._prompt_echo.read
+        reading = threading.Event()
+
+        def slowly(*arguments: Any) -> Any:
+            reading.set()
+            time.sleep(1)
+            return read(*arguments)
+
+        monkeypatch.setattr(served.gateway._prompt_echo, "read", slowly)
+        impatient = clients[4].with_options(timeout=0.5, max_retries=0)
+        with pytest.raises(openai.APITimeoutError):
+            impatient.completions.create(
+                model="tiny", prompt="abc" * 30, max_tokens=0, echo=True, logprobs=1
+            )
+        assert reading.is_set()
+        wait_for(lambda: has_none_left("d"))  # the 90 tokens that were read
     finally:
         served.close()
         first.close()

@@ -30,7 +30,8 @@ def cp() -> ControlPrefix:
 
 def test_names_that_look_like_numbers_are_names(cp: ControlPrefix) -> None:
     cp.put("user", "42", cp.get("user", "ana"))
-    steered = ControlPrefixLM(cp, user=42).loglikelihood(pairs())
+    number: Any = 42  # as the harness reads it
+    steered = ControlPrefixLM(cp, user=number).loglikelihood(pairs())
     assert steered == ControlPrefixLM(cp, user="ana").loglikelihood(pairs())
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from controlprefix import ControlPrefix
 from controlprefix.serving import Server, create_app
+from controlprefix.serving.bodies import TextBody
 from controlprefix.store import PrefixStore
 
 from helpers import frozen
@@ -36,6 +37,16 @@ from servers import (
 )  # fmt: skip
 def test_null_counts_as_left_out(served: Served, field: str) -> None:
     assert chat(served, **{field: None}).status_code == 200
+
+
+@pytest.mark.parametrize("top_k", [-1, 0])
+def test_all_tokens_are_no_limit_also_beside_a_default(top_k: int) -> None:
+    body = TextBody.model_validate({"model": "m", "prompt": "x", "top_k": top_k})
+    defaults = {"temperature": 0.5, "top_k": 20}
+    (request,) = body.to_requests(
+        "m", [{"prompt": "x"}], 8, defaults, default_limit=8, max_tokens=None
+    )
+    assert (request.temperature, request.top_k) == (0.5, None)
 
 
 @pytest.mark.slow

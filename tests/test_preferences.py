@@ -307,7 +307,7 @@ def test_another_reference_is_another_run(tmp_path: Path) -> None:
     cp, options = engine(), {**OPTIONS, "steps": 2}
     cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=4, seed=1))
     cp.train_preferences(preferences(2), folder=tmp_path, reference="start", **options)
-    with pytest.raises(TrainingDataError, match="another run"):
+    with pytest.raises(TrainingDataError, match="is finished, and training starts"):
         cp.train_preferences(
             preferences(2), folder=tmp_path, reference="plain", resume=True, **options
         )

@@ -27,6 +27,7 @@ from controlprefix.training.objectives import ContrastPair, Rollout, TrainingRow
 from controlprefix.training.parameterization import parameterize
 from controlprefix.training.policy import (
     PolicyObjective,
+    Reward,
 )
 from controlprefix.training.settings import PolicySettings, TrainingSettings
 
@@ -37,6 +38,16 @@ TRAINED = ("greet", "formal", "informal")
 
 def slots(cp: ControlPrefix, kind: Any, name: str) -> torch.Tensor:
     return cp.get(kind, name).slots["decoder"]
+
+
+def noting(noted: list[str]) -> Reward:
+    """A reward that notes what it is given."""
+
+    def reward(requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
+        noted.extend(texts)
+        return share_of_vowels(requests, texts)
+
+    return reward
 
 
 def letter_probability(cp: ControlPrefix) -> float:
@@ -284,6 +295,11 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     assert len(lines) == 4
     with pytest.raises(TrainingDataError, match="another run"):
         run(4, folder=tmp_path, resume=True, kl=0.9)
+    done = tmp_path / "done"
+    resumed.reinforce(requests(), reward=share_of_vowels, folder=done, **OPTIONS)
+    longer = {**OPTIONS, "steps": 5}
+    with pytest.raises(TrainingDataError, match="is finished, and training starts from what it"):
+        resumed.reinforce(requests(), reward=share_of_vowels, folder=done, resume=True, **longer)
 
 
 @pytest.mark.slow
@@ -308,6 +324,29 @@ def test_mistakes_are_told_and_store_nothing(change: dict[str, Any], match: str)
     with pytest.raises(TrainingDataError, match=match):
         cp.reinforce(requests(), **options)
     assert [v.version for v in cp.versions("task", "greet")] == [1]
+
+
+@pytest.mark.slow
+def test_activation_checkpoints_change_no_sample() -> None:
+    texts: list[list[str]] = [[], []]
+    losses = []
+    for checkpointing, own in zip((False, True), texts, strict=True):
+        report = trained().reinforce(
+            requests(), reward=noting(own), gradient_checkpointing=checkpointing, **OPTIONS
+        )
+        losses.append(report.losses)
+    assert texts[0] == texts[1]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_samples_are_those_of_the_model_without_penalties() -> None:
+    texts: list[list[str]] = [[], []]
+    penalties = {"repetition_penalty": 1.8, "presence_penalty": 2.0, "logit_bias": {101: 50.0}}
+    for fields, own in zip(({}, penalties), texts, strict=True):
+        sampled = [request.model_copy(update=fields) for request in requests()]
+        trained().reinforce(sampled, reward=noting(own), **{**OPTIONS, "steps": 1})
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+import controlprefix.engine.prefixes as prefixes_module
 from controlprefix import (
     ControlPrefix,
     ControlPrefixError,
@@ -27,7 +28,6 @@ from controlprefix import (
 from controlprefix.cli import app
 from controlprefix.cli.groups import EngineArguments
 from controlprefix.data.general import general_prompts
-from controlprefix.engine import prefixes
 from controlprefix.evaluation import evaluate_users
 from controlprefix.evaluation.revealed_groups import revealed_groups
 from controlprefix.evaluation.text_cache import TextCache
@@ -115,14 +115,14 @@ def test_a_user_who_is_forgotten_meanwhile_does_not_come_back(
 ) -> None:
     prefix = Prefix.random(cp.geometry, num_slots=2, seed=5)
     cp.put("user", "ana", prefix)
-    learn = prefixes.learn_relevance
+    learn = relevance_module.learn_relevance
 
     def forget_and_learn(*arguments: Any) -> Any:
         cp.forget_user("ana")
         cp.put("user", "ana", Prefix.random(cp.geometry, num_slots=2, seed=6))
         return learn(*arguments)
 
-    monkeypatch.setattr(prefixes, "learn_relevance", forget_and_learn)
+    monkeypatch.setattr(prefixes_module, "learn_relevance", forget_and_learn)
     with pytest.raises(ForgottenError, match="'ana' was forgotten"):
         cp.learn_relevance("user", "ana", BOATS)
     assert cp.version_info("user", "ana").version == 1

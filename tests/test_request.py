@@ -146,3 +146,12 @@ def test_names_are_composed_as_keys_are() -> None:
     assert list(request.strengths) == list(request.schedules) == [composed]
     with pytest.raises(RequestError, match="named twice"):
         Request(prompt="Hi", attributes={composed: "x", decomposed: "y"})
+
+
+def test_a_request_may_be_an_image_alone() -> None:
+    image = b"not read before it is used"
+    request = Request(prompt="", images=[image])
+    assert request.images == (image,)
+    message = {"role": "user", "content": "", "images": [image]}
+    assert Request(messages=[message]).messages
+    assert Request(messages=[{"role": "user", "content": ""}], images=[image]).messages

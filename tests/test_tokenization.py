@@ -108,6 +108,22 @@ def test_learned_text_never_lands_in_open_thoughts(tag: str) -> None:
     assert prompt_text(tokenizer, with_thoughts).rstrip().endswith(tag)
 
 
+def test_a_teacher_writes_no_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = chat_tokenizer(lambda t: t.replace("<s>assistant: ", THINKING))
+    cp = engine(tokenizer)
+    prompts: list[str] = []
+    generate = ControlPrefix.generate
+
+    def noting(self: ControlPrefix, requests: Any, **options: Any) -> Any:
+        prompts.extend(str(tokenizer.decode(list(row.prompt_ids))) for row in requests)
+        return generate(self, requests, **options)
+
+    monkeypatch.setattr(ControlPrefix, "generate", noting)
+    options: dict[str, Any] = {"steps": 1, "num_slots": 2, "validation": 0, "progress": False}
+    cp.distill("Be brief.", ["q"], task="t", max_new_tokens=4, **options)
+    assert [prompt.endswith("<think>\n\n</think>\n\n") for prompt in prompts] == [True]
+
+
 # --- special tokens --------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ import pytest
 from controlprefix import EngineError
 from controlprefix.vllm.client import VllmClient
 
-CHUNKS = [{"choices": [{"text": text}]} for text in "ab"]
+# Line ends in a text are no line ends of the stream.
+CHUNKS = [{"choices": [{"text": text}]} for text in ("a\u2028b\x85", "b")]
 
 
 def answers(num_broken: int, num_chunks: int = 2) -> list[Any]:
@@ -22,13 +23,13 @@ def answers(num_broken: int, num_chunks: int = 2) -> list[Any]:
         connections += 1
         await reader.readuntil(b"\r\n\r\n")
         is_broken = connections <= num_broken
-        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in CHUNKS]
+        lines = [f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in CHUNKS]
         if not is_broken or num_chunks < len(CHUNKS):
             head = (
                 "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\n"
             )
             body = "".join(lines[:num_chunks] if is_broken else [*lines, "data: [DONE]"])
-            length = 999 if is_broken else len(body)
+            length = 999 if is_broken else len(body.encode())
             writer.write(head.replace("999", str(length)).encode() + body.encode())
             await writer.drain()
         writer.close()

@@ -30,7 +30,7 @@ def line_of(*items: Item) -> WaitingQueue[Item]:
 
 def take_all(line: WaitingQueue[Item], rows: int = 100) -> list[Item]:
     taken = []
-    while (item := line.take(dict.fromkeys(line.tenants, rows))) is not None:
+    while (item := line.take(rows, dict.fromkeys(line.tenants, rows))) is not None:
         taken.append(item)
     return taken
 
@@ -45,7 +45,7 @@ def test_a_tenant_keeps_its_order_and_tenants_take_turns_by_tokens() -> None:
 def test_a_newcomer_is_next_and_has_saved_nothing_up() -> None:
     line = line_of(*(("old", i, 1, 10) for i in range(40)))
     for _ in range(20):
-        line.take({"old": 1})
+        line.take(1, {"old": 1})
     for i in range(40):
         line.add("new", ("new", i, 1, 10))
     taken = take_all(line)
@@ -57,20 +57,32 @@ def test_small_requests_pass_a_large_one_but_not_forever() -> None:
     large: Item = ("a", 0, 32, 10)
     line = line_of(large, *(("a", i, 1, 1) for i in range(1, 200)))
     passed = 0
-    while (item := line.take({"a": 4})) is not None:
+    while (item := line.take(4, {"a": 32})) is not None:
         assert item != large
         passed += 1
     assert 0 < passed < 199
-    assert line.take({"a": 32}) == large
+    assert line.take(32, {"a": 32}) == large
 
 
 def test_a_tenant_without_free_rows_holds_nobody_up() -> None:
     line = line_of(*(("a", i, 1, 1) for i in range(300)), *(("b", i, 1, 1) for i in range(300)))
     taken = 0
-    while (item := line.take({"a": 0, "b": 4})) is not None:
+    while (item := line.take(4, {"a": 0, "b": 4})) is not None:
         assert item[0] == "b"
         taken += 1
     assert taken == 300
+
+
+def test_rows_are_not_kept_for_what_its_tenants_quota_does_not_let_in() -> None:
+    large: Item = ("a", 0, 4, 1)
+    line = line_of(large, *(("b", i, 1, 1) for i in range(300)))
+    for i in range(300):
+        item = line.take(16, {"a": 3, "b": 16})
+        assert item is not None, i
+        assert item[0] == "b"
+    line.add("a", ("a", 1, 1, 1))  # must not pass it for ever
+    assert line.take(16, {"a": 3}) is None
+    assert line.take(16, {"a": 4}) == large
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4), st.integers(1, 50))))
@@ -236,5 +248,5 @@ def test_a_tenant_has_fewer_rows_while_another_is_active(
     # A request that needs more rows begins when its tenant has no others.
     batcher._waiting.add("wide", Mock())
     batcher._submitted_at = dict.fromkeys(("wide", "other"), time.monotonic())
-    assert batcher._free_rows({}) == {"wide": 7}
-    assert batcher._free_rows({"wide": 1}) == {"wide": 1 if active_seconds else 6}
+    assert batcher._quotas({}) == {"wide": 7}
+    assert batcher._quotas({"wide": 1}) == {"wide": 1 if active_seconds else 6}

@@ -50,7 +50,7 @@ class Columns:
         prompt: Column of prompts.
         completion: Column of completions.
         user: Column of the names of users.
-        task: Column of tasks, or the task of rows without one.
+        task: Column of tasks.
         attributes: Per attribute, the column of its labels.
     """
 
@@ -269,10 +269,25 @@ def _class_names(rows: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 def _without_gaps(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A row without cells that have no value, also among its attributes."""
     plain = {name: _plain(value) for name, value in fields.items() if not is_missing(value)}
-    if isinstance(plain.get("attributes"), Mapping):
-        labels = plain["attributes"].items()
-        plain["attributes"] = {name: label for name, label in labels if not is_missing(label)}
+    for name in ("attributes", "strengths", "schedules"):
+        if isinstance(plain.get(name), Mapping):
+            plain[name] = _without_missing(plain[name])
     return plain
+
+
+def _without_missing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping without keys that have no value, as Arrow gives all keys to each row."""
+    own: dict[str, Any] = {}
+    for name, value in values.items():
+        if is_missing(value):
+            continue
+        if isinstance(value, Mapping):  # a mixture of labels
+            inner = {key: weight for key, weight in value.items() if not is_missing(weight)}
+            if value and not inner:
+                continue
+            value = inner
+        own[name] = value
+    return own
 
 
 def _plain(value: Any) -> Any:
@@ -298,6 +313,8 @@ def _rows_of(
         own["images"] = listed(own["images"])
     if row_type is Preference:
         own = _preference_fields(own)
+    if row_type is not Preference and is_conversation(own.get("completion")):
+        own["completion"] = _answer(own["completion"])
     if "text" in own:
         if "completion" in own or "prompt" in own or "messages" in own:
             raise ValueError("has a text and a prompt or completion; leave the text out")
@@ -336,6 +353,18 @@ def _rows_of(
     if row_type is Preference or ("completion" not in own and row_type is not Example):
         return [row_type(**{**defaults, **own})]
     return [cast(_Row, Example(**{**defaults, **own}))]
+
+
+def _answer(messages: Any) -> Any:
+    """The text of a completion that is a message, as TRL has it.
+
+    Raises:
+        ValueError: If it is not one message of the assistant.
+    """
+    answer, *others = plain_messages(messages)
+    if others or answer["role"] != "assistant":
+        raise ValueError("a completion of messages must be one message, the assistant's")
+    return answer["content"]
 
 
 def _preference_fields(own: dict[str, Any]) -> dict[str, Any]:

@@ -244,7 +244,7 @@ class TrainingMethods(GenerationMethods):
         tokenizer = self._frozen.request_tokenizer
         fitting = []
         for number, prompt in enumerate(prompts, 1):
-            ids = tokenizer.prompt_ids(Request(prompt=with_instruction(instruction, prompt)))
+            ids = self._answered_prompt(instruction, prompt)
             if tokenizer.has_room(ids, max_new_tokens - 1):  # which counts an end token too
                 fitting.append(prompt)
             elif too_long == "refuse":
@@ -257,13 +257,18 @@ class TrainingMethods(GenerationMethods):
             raise TrainingDataError("no prompt fits the model's context with the instruction")
         return fitting
 
+    def _answered_prompt(self, instruction: str, prompt: str) -> tuple[int, ...]:
+        """The ids of a prompt behind an instruction, whose answer follows without thoughts."""
+        row = Example(prompt=with_instruction(instruction, prompt), completion="-")
+        return tuple(self._frozen.request_tokenizer.prompt_ids(row))
+
     def _write_as_teacher(
         self, instruction: str, prompts: Sequence[str], max_new_tokens: int, seed: int
     ) -> tuple[list[str], list[str]]:
         """The prompts that the model answers with an instruction, and its completions."""
         requests = [
             Request(
-                prompt=with_instruction(instruction, prompt),
+                prompt_ids=self._answered_prompt(instruction, prompt),
                 max_new_tokens=max_new_tokens,
                 temperature=1.0,
                 seed=seed + i,

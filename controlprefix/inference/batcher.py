@@ -337,14 +337,16 @@ class Batcher(ABC):
         for running in self._running():
             held[running.resolved.tenant] += len(running.rows)
         with self._wake:
-            while (sequence := self._waiting.take(self._free_rows(held))) is not None:
+            while True:
+                free = self._max_sequences - sum(held.values())
+                sequence = self._waiting.take(free, self._quotas(held))
+                if sequence is None:
+                    return taken
                 taken.append(sequence)
                 held[sequence.resolved.tenant] += len(sequence.rows)
-        return taken
 
-    def _free_rows(self, held: Mapping[str, int]) -> Mapping[str, int]:
-        """Per tenant that waits, the rows that it may take beside those that tenants hold."""
-        free = self._max_sequences - sum(held.values())
+    def _quotas(self, held: Mapping[str, int]) -> Mapping[str, int]:
+        """Per tenant that waits, the rows that it may take beside those that it holds."""
         earliest = time.monotonic() - _ACTIVE_S
         self._submitted_at = {t: at for t, at in self._submitted_at.items() if at >= earliest}
         result = {}
@@ -352,7 +354,7 @@ class Batcher(ABC):
             own = held.get(tenant, 0)
             has_others = bool(self._submitted_at.keys() - {tenant})
             limit = self._max_beside_others if has_others and own else self._max_per_tenant
-            result[tenant] = min(free, limit - own)
+            result[tenant] = limit - own
         return result
 
     def _drop_cancelled_waiting(self) -> None:

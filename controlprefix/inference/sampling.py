@@ -186,8 +186,8 @@ class BatchSampler:
             self._occurred = torch.zeros_like(self._counts, dtype=torch.bool)
             for i, row in enumerate(rows):
                 assert row is not None
-                for token in row.new:
-                    self._counts[i, token] += 1
+                new = torch.tensor(row.new, dtype=torch.int64)
+                self._counts[i] = new.bincount(minlength=logits.shape[1])
                 # Some models read tokens, such as those of images, that they cannot write.
                 tokens = [token for token in row.prompt if token < logits.shape[1]]
                 self._occurred[i, tokens] = True

@@ -147,15 +147,14 @@ def partial_stop_length(text: str, stops: Sequence[str]) -> int:
         >>> partial_stop_length("one EN", ["END"])
         2
     """
-    return max(
-        (
-            n
-            for stop in stops
-            for n in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:n])
-        ),
-        default=0,
-    )
+    longest = 0
+    for stop in stops:
+        at = stop.find(text[-1:], longest) if text else -1
+        while 0 <= at < min(len(stop) - 1, len(text)):
+            if text.endswith(stop[: at + 1]):
+                longest = max(longest, at + 1)
+            at = stop.find(text[-1:], at + 1)
+    return longest
 
 
 def _num_tokens_to_stop(tokenizer: RequestTokenizer, request: Request, new: Sequence[int]) -> int:

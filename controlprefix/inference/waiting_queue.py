@@ -65,29 +65,32 @@ class WaitingQueue(Generic[Item]):
         queue.items.append(item)
         self._num_items += 1
 
-    def take(self, free_rows: Mapping[str, int]) -> Item | None:
+    def take(self, free_rows: int, quotas: Mapping[str, int]) -> Item | None:
         """Remove the next item that fits.
 
         Args:
-            free_rows: Per tenant, the rows that it may take.
+            free_rows: Rows that are free.
+            quotas: Per tenant, the rows that it may take beside those that it has.
 
         Returns:
             None if nothing fits, or if an item that does not fit was passed by many others.
         """
         passed: list[_Queue[Item]] = []
         for tenant in sorted(self.tenants, key=self.served):
-            queue, free = self._queues[tenant], free_rows[tenant]
+            queue, quota = self._queues[tenant], quotas[tenant]
             fitting = next(
                 (
                     i
                     for i, item in enumerate(itertools.islice(queue.items, _MAX_LOOKED_AT))
-                    if self._num_rows(item) <= free
+                    if self._num_rows(item) <= min(free_rows, quota)
                 ),
                 None,
             )
             if fitting != 0:
-                if queue.num_passed >= _MAX_PASSED and free > 0:
-                    return None  # the rows that become free are kept for it
+                if queue.num_passed >= _MAX_PASSED:
+                    if self._num_rows(queue.items[0]) <= quota:
+                        return None  # the rows that become free are kept for it
+                    fitting = None  # it waits for rows of its own tenant, which get no more
                 passed.append(queue)
             if fitting is not None:
                 return self._taken(queue, fitting, passed)

@@ -41,7 +41,7 @@ def matched(prefix: Prefix, attention: SlotAttention, num_slots: int) -> Prefix:
             keys, values = prefix.layer(site, i)
             if keys.shape[1] > num_slots:
                 fitted = _match_layer(
-                    keys.double().cpu(), values.double().cpu(), observed, num_slots
+                    keys.cpu().double(), values.cpu().double(), observed, num_slots
                 )
                 keys, values = (part.to(keys) for part in fitted)
             layers[site].append((keys, values))

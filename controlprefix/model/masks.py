@@ -1,6 +1,7 @@
 """Slots in front of tokens: joined keys and values, and log strengths in front of masks."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +124,14 @@ def _memoized(
     state = (*(tensor._version for tensor in written), shape)
     memo = owner.__dict__.setdefault("controlprefix_memo", {})
     entry = memo.get(name)
-    if entry is None or entry[0] is not blocks or entry[1] != state:
-        entry = memo[name] = (blocks, state, make())
+    if entry is None or not _are(entry[0], written) or entry[1] != state:
+        # Referred to weakly: the owner may be among them, and a cycle would keep it in memory.
+        entry = memo[name] = ([weakref.ref(tensor) for tensor in written], state, make())
     return entry[2]
+
+
+def _are(references: Sequence[weakref.ref[Tensor]], tensors: Sequence[Tensor]) -> bool:
+    """Whether these are the tensors that are referred to."""
+    return len(references) == len(tensors) and all(
+        reference() is tensor for reference, tensor in zip(references, tensors, strict=True)
+    )

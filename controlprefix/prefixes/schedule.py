@@ -23,7 +23,7 @@ def multiplier_at(schedule: Sequence[tuple[int, float]], token: int) -> float:
     """
     if not schedule:
         return 1.0
-    after = bisect_right([point[0] for point in schedule], token)
+    after = bisect_right(schedule, token, key=lambda point: point[0])
     if after in (0, len(schedule)):
         return schedule[max(0, after - 1)][1]
     (left, low), (right, high) = schedule[after - 1], schedule[after]

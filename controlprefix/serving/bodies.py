@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from controlprefix.errors import ModelNotFoundError, RequestError
 from controlprefix.request import Request, SteeringFields, is_valid_unicode
-from controlprefix.request_fields import with_sampling_defaults
+from controlprefix.request_fields import ALL_TOKENS, with_sampling_defaults
 from controlprefix.serving.chat_message import MAX_ITEMS, ChatMessage
 
 _LIMITS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
@@ -35,12 +35,16 @@ _IGNORED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "max_tokens": (-1,),
     "modalities": (["text"],),
     "tool_choice": ("auto",),
-    "top_k": (-1, 0),
 }
 MAX_TOKENS = 1 << 31
 _MAX_PROMPT_IDS = 1 << 20
 MIN_TEMPERATURE = 1e-3
-_MIN_TOP_P = 1e-6  # keeps the most likely token alone
+# Values that mean something to other servers: the most likely token alone, and all tokens.
+_OTHER_VALUES: Mapping[tuple[str, float], float] = {
+    ("top_p", 0): 1e-6,
+    ("top_k", 0): ALL_TOKENS,
+    ("top_k", -1): ALL_TOKENS,
+}
 
 
 class NestedBody(BaseModel):
@@ -135,7 +139,8 @@ class CompletionBody(SteeringFields):
             if is_empty or name in _IGNORED_FIELDS - names:
                 continue
             if name in names:
-                result[name] = _MIN_TOP_P if name == "top_p" and value == 0 else value
+                is_number = isinstance(value, (int, float))
+                result[name] = _OTHER_VALUES.get((name, value), value) if is_number else value
             elif name not in _UNSUPPORTED or not _is_default(value):
                 raise ValueError(_refusal(str(name), names))
         return result

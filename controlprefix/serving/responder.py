@@ -67,6 +67,7 @@ class CompletionResponder:
         self._unfinished: dict[int, int] = {}  # choice -> its limit of new tokens
         self._num_finished_tokens = 0
         self._is_counted = False
+        self._num_echo_tokens = 0  # of prompts, while only these are computed
         self._echoes: list[Echo | None] = []
         self._common: dict[str, Any] = {
             "id": formatter.id_prefix + uuid.uuid4().hex,
@@ -103,6 +104,9 @@ class CompletionResponder:
                 own.append(resolved[key].for_prompt(request))
             self._echoes = [None] * len(own)
             if echoes:
+                for steered in own[:: self._body.num_choices]:
+                    prompt_only = await self._server.without_tokens(self._client, steered)
+                    self._num_echo_tokens += prompt_only.num_prompt_tokens
                 self._echoes = list(
                     await self._server.echoes(self._client, own, self._formatter.top, watch)
                 )
@@ -116,9 +120,12 @@ class CompletionResponder:
                     self._events.put_nowait((i, empty))
                 self._require_client(watch)
             if self._body.stream:
-                # An error before the first text still gets a status of its own.
-                first = await self._next_event()
-                if isinstance(first[1], BaseException):
+                # An error before the first text still gets a status of its own, unless it takes
+                # so long that a proxy would close a connection without an answer.
+                first = None
+                with contextlib.suppress(TimeoutError):
+                    first = await asyncio.wait_for(self._next_event(), _KEEP_ALIVE_S)
+                if first is not None and isinstance(first[1], BaseException):
                     raise first[1]
                 return EventSourceResponse(
                     self._stream(first, len(own)),
@@ -161,11 +168,11 @@ class CompletionResponder:
         return [finished[i] for i in range(num_choices)]
 
     async def _stream(
-        self, first: tuple[int, Event], num_choices: int
+        self, first: tuple[int, Event] | None, num_choices: int
     ) -> AsyncIterator[dict[str, str]]:
         finished: dict[int, Finished] = {}
         reports = [_TokenReport(self._server) for _ in range(num_choices)]
-        pending: tuple[int, Event] | None = first
+        pending = first
         try:
             for payload in self._formatter.opening(self._common, self._echoes):
                 yield _event(payload)
@@ -241,6 +248,7 @@ class CompletionResponder:
             num_new = self._num_finished_tokens + sum(self._unfinished.values())
             prompts = self._tickets[:: self._body.num_choices]
             num_prompt = sum(ticket.num_prompt_tokens for ticket in prompts)
+            num_prompt = num_prompt or self._num_echo_tokens
             self._server.count_tokens(self._client, num_prompt + num_new)
         for ticket in self._tickets:
             ticket.cancel()

@@ -141,14 +141,21 @@ class RunControl:
         """The accelerator, logging to the tracker if there is one.
 
         Raises:
-            TrainingDataError: If accelerate has no such tracker, or both are given.
+            TrainingDataError: If accelerate has no such tracker, both are given, or the accelerator
+                accumulates gradients.
             MissingDependencyError: If the tracker's package is not installed.
         """
         from accelerate import Accelerator
 
         process_state()  # chosen before accelerate chooses it
+        own = self.accelerator
+        if own is not None and own.gradient_accumulation_steps != 1:
+            raise TrainingDataError(
+                f"accelerator has gradient_accumulation_steps {own.gradient_accumulation_steps}; "
+                "leave it at 1: a step is batch_size rows, in passes of micro_batch_size"
+            )
         if self.tracker is None:
-            return self.accelerator or Accelerator()
+            return own or Accelerator()
         if self.accelerator is not None:
             raise TrainingDataError(
                 "tracker and accelerator are both given; set log_with on your Accelerator, or "

@@ -83,11 +83,11 @@ def train(
     visible = control.progress and is_main
     with (
         contextlib.ExitStack() as at_the_end,
-        activation_checkpointing(frozen.model, settings.gradient_checkpointing),
         progress_bar("training", run.num_steps, visible=visible) as update,
         delayed_interrupt() as is_interrupted,
     ):
         at_the_end.callback(_finish_trackers, accelerator)
+        at_the_end.callback(loop.release)
         # A checkpoint may lie beyond the end, if the run resumes with fewer steps than before.
         while not run.is_finished or run.validation_due:
             failures = loop.step([run])
@@ -160,7 +160,15 @@ class TrainingLoop:
         self._accelerator = accelerator
         self._objective = objective or Objective(frozen, contrast=settings.contrast)
         self._max_rows = settings.micro_batch_size or _MAX_ROWS_PER_PASS
+        self._checkpoints_activations = settings.gradient_checkpointing
         self._prepared_optimizers: dict[TrainingRun, Any] = {}
+
+    def release(self) -> None:
+        """Let an accelerator that outlives the loop forget its optimizers."""
+        for prepared in self._prepared_optimizers.values():
+            if self._accelerator is not None and prepared in self._accelerator._optimizers:
+                self._accelerator._optimizers.remove(prepared)
+        self._prepared_optimizers.clear()
 
     def step(self, runs: Sequence[TrainingRun]) -> dict[TrainingRun, str]:
         """Take one step of each run that is not finished, with validation passes that are due.
@@ -248,7 +256,11 @@ class TrainingLoop:
             prefixes.update(run.prefixes.prefixes(keys, seeds.get(run)))
         batch = self._objective.assemble(pairs, prefixes)
         autocast = self._accelerator.autocast() if self._accelerator else contextlib.nullcontext()
-        with autocast, self._frozen.attached(batch, everywhere=True):
+        # Here alone: an objective that samples texts needs the KV cache, which it switches off.
+        checkpointing = activation_checkpointing(
+            self._frozen.model, self._checkpoints_activations and torch.is_grad_enabled()
+        )
+        with checkpointing, autocast, self._frozen.attached(batch, everywhere=True):
             losses = self._objective(pairs)
             per_step = torch.tensor([run.targets_per_step for run, _ in chunk])
             normalized = losses / per_step.to(losses.device)

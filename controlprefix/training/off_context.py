@@ -8,6 +8,7 @@ from accelerate.utils import broadcast_object_list
 
 from controlprefix.data.general import general_prompts
 from controlprefix.errors import TrainingDataError
+from controlprefix.inference.generation_config import neutral_config
 from controlprefix.model import FrozenModel
 from controlprefix.model.padding import pad_rows
 from controlprefix.request import Request
@@ -73,13 +74,9 @@ def _answers(
             output = frozen.model.generate(  # type: ignore[operator]
                 input_ids=ids.to(frozen.device),
                 attention_mask=mask.to(frozen.device),
-                max_new_tokens=_MAX_TOKENS,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                pad_token_id=frozen.pad_id,
-                eos_token_id=list(frozen.request_tokenizer.end_ids) or None,
+                generation_config=neutral_config(
+                    frozen, max_new_tokens=_MAX_TOKENS, do_sample=True, temperature=1.0, top_k=0
+                ),
             )
     ends = set(frozen.request_tokenizer.end_ids)
     answers = []

@@ -95,7 +95,8 @@ class TrainingSettings:
     """Early stopping after this many validation passes without improvement."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, the same gradients."""
+    """Recompute activations in the backward pass: less memory, the same gradients. Other threads
+    must not generate with the same model meanwhile: transformers switches its KV cache off."""
 
     save_steps: _PositiveInt = 50
     """Steps between checkpoints."""

@@ -291,6 +291,10 @@ class Trainer:
             identity = run_identity(settings, rows, held_out, prefixes, objective.identity())
             if (earlier.rows_hash, earlier.settings) == (identity["rows"], settings.to_dict()):
                 return earlier
+            raise TrainingDataError(
+                f"the run in {control.folder} is finished, and training starts from what it "
+                "stored; give another folder to train further"
+            )
         run = train(
             self._frozen,
             preparation.rows,

@@ -78,8 +78,14 @@ def train_decoder(
         rows += own_rows
     if len(texts) < 2:
         raise TrainingDataError(f"a decoder is trained on many users; {len(texts)} are given")
+    training, held_out = split_user_rows(rows, settings)
+    trained_texts = {row.text for row in training}
     rng = random.Random(settings.seed)
-    first_texts = [text for own in texts.values() for text in own[:_NUM_INITIAL_TEXTS]]
+    first_texts = [
+        text
+        for own in texts.values()
+        for text in [text for text in own if text in trained_texts][:_NUM_INITIAL_TEXTS]
+    ]
     initial_texts = rng.sample(first_texts, min(_NUM_INITIAL_TEXTS, len(first_texts)))
     ids = frozen.request_tokenizer.text_ids("\n".join(initial_texts))
     feature_rows = features.of_users(
@@ -102,13 +108,12 @@ def train_decoder(
         train_decoder=True,
         dropout=_CODE_DROPOUT,
     )
-    training, held_out = split_user_rows(rows, settings)
     run = train(
         frozen,
-        training,
+        [row.row for row in training],
         codes,
         settings=settings,
-        held_out=held_out,
+        held_out=[row.row for row in held_out],
         control=control,
     )
     values = {user: codes.code_values(key) for user, key in keys.items()}

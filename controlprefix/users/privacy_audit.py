@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from controlprefix.errors import TrainingDataError
+from controlprefix.inference.generation_config import neutral_config
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Part, Prefix
 from controlprefix.users.text_losses import first_tokens, losses_of_texts
@@ -143,10 +144,11 @@ class PrivacyAuditor:
                 generated = self._frozen.model.generate(  # type: ignore[operator]
                     input_ids=context,
                     attention_mask=torch.ones_like(context),
-                    max_new_tokens=_EXTRACTED_TOKENS,
-                    min_new_tokens=_EXTRACTED_TOKENS,
-                    do_sample=False,
-                    pad_token_id=self._frozen.pad_id,
+                    generation_config=neutral_config(
+                        self._frozen,
+                        max_new_tokens=_EXTRACTED_TOKENS,
+                        min_new_tokens=_EXTRACTED_TOKENS,
+                    ),
                 )
             num_extracted += int((generated == ids).all(dim=1).sum())
         return num_extracted / len(rows)

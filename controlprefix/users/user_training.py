@@ -120,10 +120,15 @@ def train_users(
                 key = PrefixKey("user", user)
                 if key in admitted:
                     raise TrainingDataError(duplicate_user_message(user))
-                usable, rows = user_rows(frozen, user, user_texts, settings.seed)
+                _, rows = user_rows(frozen, user, user_texts, settings.seed)
                 training, held_out = split_user_rows(rows, settings)
+                start = initialize(key, _texts_of(frozen, training, held_out))
                 run = TrainingRun(
-                    training, held_out, initialize(key, usable), settings, frozen.device
+                    [row.row for row in training],
+                    [row.row for row in held_out],
+                    start,
+                    settings,
+                    frozen.device,
                 )
             except ControlPrefixError as error:
                 report.failed[user] = str(error)
@@ -215,7 +220,7 @@ def user_rows(
 
 def split_user_rows(
     rows: Sequence[UserRow], settings: TrainingSettings
-) -> tuple[list[TrainingRow], list[TrainingRow]]:
+) -> tuple[list[UserRow], list[UserRow]]:
     """Rows to train on and held-out rows: whole texts, or parts of one if there is only one.
 
     Each user keeps rows to train on. A text of several users is held out for all or none, where
@@ -232,7 +237,17 @@ def split_user_rows(
         settings.seed,
         learned,
     )
-    return [rows[i].row for i in training], [rows[i].row for i in held_out]
+    return [rows[i] for i in training], [rows[i] for i in held_out]
+
+
+def _texts_of(
+    frozen: FrozenModel, training: Sequence[UserRow], held_out: Sequence[UserRow]
+) -> list[str]:
+    """The texts that are trained on; of a text that is held out in part, the other parts."""
+    texts_held_out = {row.text for row in held_out}
+    if texts_held_out.isdisjoint(row.text for row in training):
+        return list(dict.fromkeys(row.text for row in training))
+    return [frozen.request_tokenizer.decode(row.row.targets) for row in training]
 
 
 def usable_texts(user: str, texts: Sequence[str]) -> list[str]:

@@ -105,7 +105,7 @@ class VllmClient:
                 if response.status_code == 400:
                     raise RequestError(f"this server's engine (vLLM) refuses it: {message}")
                 raise EngineError(f"vLLM answers {response.status_code}: {message}")
-            async for line in response.aiter_lines():
+            async for line in _lines(response):
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
@@ -116,6 +116,17 @@ class VllmClient:
     async def close(self) -> None:
         """Close all connections."""
         await self._http.aclose()
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a body. httpx's own also end at U+2028 and others, which texts may have."""
+    rest = ""
+    async for text in response.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
+    if rest:
+        yield rest
 
 
 def parse_log_probs(log_probs: dict[str, Any] | None, top: int | None) -> list[TokenLogProbs]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controlprefix.inference.generation_config import neutral_config
 from controlprefix.model import FrozenModel
 from controlprefix.model.log_probs import target_losses
 from controlprefix.model.padding import pad_rows
@@ -185,10 +186,7 @@ def sample(
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_id,
-        eos_token_id=list(tokenizer.end_ids) or None,
-        **sampling,
+        generation_config=neutral_config(frozen, max_new_tokens=max_new_tokens, **sampling),
         **options,
     )
     # PEFT's prompt methods return the new tokens alone.
