@@ -41,7 +41,7 @@ bench-vllm: .venv-vllm/ready
 	cd benchmarks && ../$(BIN)/python tables.py
 
 results: $(READY)
-	$(BIN)/python benchmarks/repeat.py "$(DATA)"
+	$(BIN)/python benchmarks/repeat.py $(if $(DATA),"$(DATA)",$(error give DATA=folder of the data sets))
 
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build

@@ -2,8 +2,8 @@
 
 The new files go to another folder, to be compared with the recorded ones. A benchmark that was
 interrupted goes on where it stopped. Files without a command of this checkout (those that
-`controlprefix compare` wrote elsewhere, or of scripts that have another name now) are listed and
-left out; those measured on a GPU need one.
+`controlprefix compare` wrote elsewhere, or of scripts that have another name now), and files
+measured on a GPU that are not named, are listed and left out.
 """
 
 import argparse
@@ -11,8 +11,9 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -21,9 +22,9 @@ from lib.results import RESULTS, ROOT
 console = Console()
 
 
-def command_of(file: Path, data: str) -> list[str] | None:
+def command_of(recorded: Mapping[str, Any], data: str) -> list[str] | None:
     """The script and arguments that wrote a file, with the data where they are here."""
-    command = shlex.split(json.loads(file.read_text()).get("command") or "")
+    command = shlex.split(recorded.get("command") or "")
     if len(command) < 2 or not (script := ROOT / "benchmarks" / Path(command[1]).name).exists():
         return None
     arguments = [
@@ -48,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     failed: list[str] = []
     repeated: set[tuple[str, ...]] = set()
     for name in options.names or files:
-        command = command_of(files[name], str(Path(options.data).resolve()))
+        recorded = json.loads(files[name].read_text())
+        if recorded.get("machine", {}).get("gpu") and not options.names:
+            console.print(f"{name}: measured on a GPU", style="yellow")
+            continue
+        command = command_of(recorded, str(Path(options.data).resolve()))
         if command is None:
             console.print(f"{name}: its command is not of this checkout", style="yellow")
             continue

@@ -43,9 +43,10 @@ def speed(files: Mapping[str, Any]) -> list[tuple[str, str, Comparison]]:
         what, peer = row.case.split(", against ")
         rows.append((what, peer, row))
     titles = {"step seconds": "a training step", "peak MiB": "peak memory of training"}
+    forms = {"controlprefix": "`direct`", "controlprefix, shared network": "`shared`, the default"}
     for row in comparisons(files, "training-smollm2-cpu"):
-        if row.contender == "controlprefix":
-            rows.append((titles[row.measure], "PEFT prefix tuning", row))
+        if form := forms.get(row.contender):
+            rows.append((f"{titles[row.measure]} ({form})", "PEFT prefix tuning", row))
     nll = {row.contender: row for row in comparisons(files, "user-training-speed", "nll")}
     for row in comparisons(files, "user-training-speed", "user seconds"):
         name = row.contender

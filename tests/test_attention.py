@@ -1,5 +1,7 @@
 """Attention over slots, compared with independent reference implementations."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +18,14 @@ from transformers import (
     StaticCache,
 )
 
-from controlprefix import Part, Prefix, assemble
+from controlprefix import Part, Prefix, Request, assemble
 from controlprefix.model import attention as attention_module
 from controlprefix.model import prefill_kernel
 from controlprefix.model.decode_kernel import _MIN_SEGMENTED_ELEMENTS
 from controlprefix.model.steering import Steering
 
 import models
-from helpers import inputs, random_prefix, run, tokens
+from helpers import engine, inputs, random_prefix, run, tokens
 from models import ALL, ENCODER_DECODER, PARTICULAR, ROTARY, build
 
 LENGTHS = (9, 5, 7, 2)  # tokens of the rows of a mixed batch
@@ -430,3 +432,23 @@ def test_slots_and_tokens_of_long_prompts_apart_give_the_same_outputs(
     if models.DEVICE == "cpu":  # rows without slots are those of the plain model
         assert torch.equal(outputs[3][2], plain[2])
         assert torch.equal(outputs[5][:3], plain[:3])
+
+
+def test_slots_of_a_finished_pass_need_no_garbage_collection() -> None:
+    cp = engine()
+    cp.put("user", "ana", random_prefix(cp.model, num_slots=3))
+    request = Request(prompt="abc", user="ana", max_new_tokens=2, strengths={"user": 0.5})
+    gc.disable()
+    try:
+        for rows in ([request], [request] * 2):
+            parts = [[part.part for part in cp.resolve(row).parts] for row in rows]
+            batch = cp.frozen_model.assemble(parts)
+            ids = torch.tensor([cp.frozen_model.request_tokenizer.prompt_ids(request)] * len(rows))
+            with torch.no_grad(), cp.frozen_model.attached(batch):
+                cp.model(input_ids=ids)
+                cp.model(input_ids=ids[:, :1])
+            strengths = weakref.ref(batch.blocks["decoder"][0].log_strengths)
+            del batch
+            assert strengths() is None
+    finally:
+        gc.enable()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlprefix import Geometry, Prefix
-from controlprefix.model import FrozenModel
+from controlprefix.model import FrozenModel, condensed_text
 from controlprefix.model.attention_matching import matched, nonnegative_least_squares
 from controlprefix.model.condensed_text import prefix_from_pieces
 from controlprefix.model.slot_attention import (
@@ -38,8 +38,8 @@ def output_error(
     error = size = 0.0
     for site, layers in attention.items():
         for i, (layer, own) in enumerate(zip(layers, short_attention[site], strict=True)):
-            output = layer.weights @ whole.layer(site, i)[1].double()
-            short_output = own.weights @ short.layer(site, i)[1].double()
+            output = layer.weights.double() @ whole.layer(site, i)[1].double()
+            short_output = own.weights.double() @ short.layer(site, i)[1].double()
             error += float((output - short_output).square().sum())
             size += float(output.square().sum())
     return error / size
@@ -176,3 +176,19 @@ def test_enrolment_reads_all_texts() -> None:
     assert all(prefix.num_slots == 16 for prefix in stored)
     assert distance(stored[0], stored[1]) > 1e-4
     assert distance(stored[1], stored[2]) > 1e-4
+
+
+def test_the_memory_of_long_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    observed: list[int] = []
+
+    def noting(frozen: Any, prefix: Prefix, *arguments: Any, **options: Any) -> SlotAttention:
+        observed.append(prefix.num_slots)
+        return observe(frozen, prefix, *arguments, **options)
+
+    monkeypatch.setattr(condensed_text, "observe", noting)
+    monkeypatch.setattr(condensed_text, "_MAX_PASS_TOKENS", 32)
+    for num_slots in (8, 20):
+        observed.clear()
+        prefix = engine().prefix_from_text("all of it counts, " * 40, max_slots=num_slots)
+        assert prefix.num_slots == num_slots
+        assert max(observed) <= max(32, 2 * num_slots)

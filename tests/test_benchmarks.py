@@ -216,9 +216,11 @@ def test_recorded_results_are_repeated_by_the_commands_in_them(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     repeat = importlib.import_module("repeat")
     run = "python benchmarks/relevance.py ../shared/data --prompts 16 --results old"
-    commands = {"a": run, "b": run, "c": "python benchmarks/gone.py", "d": None}
+    commands = {"a": run, "b": run, "c": "python benchmarks/gone.py", "d": None, "gpu": run}
     for name, command in commands.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({"command": command}))
+        machine = {"gpu": "H200" if name == "gpu" else None}
+        recorded = {"command": command, "machine": machine}
+        (tmp_path / f"{name}.json").write_text(json.dumps(recorded))
     calls = []
 
     def record(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -232,10 +234,12 @@ def test_recorded_results_are_repeated_by_the_commands_in_them(
     script = str(BENCHMARKS / "relevance.py")
     options = [str(tmp_path), "--prompts", "16", "--results", str(tmp_path / "new")]
     assert calls == [[sys.executable, script, *options]]
-    assert capsys.readouterr().out.count("its command is not of this checkout") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("its command is not of this checkout") == 2
+    assert "gpu: measured on a GPU" in printed
     with pytest.raises(SystemExit):
         repeat.main([str(tmp_path), *folders, "--names", "e"])
-    assert "no result e; there are: a, b, c, d" in capsys.readouterr().err
+    assert "no result e; there are: a, b, c, d, gpu" in capsys.readouterr().err
 
 
 def test_results_of_another_model_or_other_settings_are_not_mixed(

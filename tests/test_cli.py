@@ -301,6 +301,14 @@ def test_options_that_have_no_effect_are_refused_for_users(cp: ControlPrefix) ->
         cp.train_users({"ana": ["a text"]}, decoder="users", num_slots=2, progress=False)
 
 
+def test_options_of_a_cluster_need_one(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"user": "ana", "text": "one text"}\n')
+    for option in (("--actors", "3"), ("--gpus-per-actor", "0.5")):
+        with pytest.raises(ControlPrefixError, match="are for --ray; leave them out"):
+            run(tmp_path, "users", "enroll", str(rows), *option)
+
+
 def test_a_label_may_hold_a_colon() -> None:
     from controlprefix.cli.options import parse_attributes
 

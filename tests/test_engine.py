@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from controlprefix import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from controlprefix.model.loading import _is_slow_on_cpu
 from controlprefix.request_fields import RequestFields
 
 from helpers import stocked
@@ -366,6 +368,16 @@ def test_tokens_are_counted_to_the_stop_text_in_any_batch(cp: ControlPrefix) -> 
     short = long.model_copy(update={"stop": (text[4:6],)})
     assert cp.generate([short, long])[0] == cp.generate(short)
     assert cp.generate(short).num_tokens < 40
+
+
+def test_processors_without_torchs_operations_for_a_dtype_load_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())  # as on Apple's
+    assert _is_slow_on_cpu(torch.bfloat16)
+    assert _is_slow_on_cpu(torch.float16)
+    assert not _is_slow_on_cpu(torch.float32)
 
 
 @pytest.mark.parametrize(

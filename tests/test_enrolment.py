@@ -19,7 +19,7 @@ from controlprefix import (
 from controlprefix.prefixes.user_code import PrefixDecoder, UserCode
 from controlprefix.store import NewVersion, PrefixKey
 from controlprefix.training import run
-from controlprefix.users import guard
+from controlprefix.users import guard, user_auditor
 from controlprefix.users.enrolment import predict_code
 from controlprefix.users.text_features import TextFeatures, character_features, style_features
 from controlprefix.users.text_losses import losses_of_texts
@@ -373,7 +373,7 @@ def test_character_features_tell_writers_of_any_alphabet_apart() -> None:
 
 
 @pytest.mark.slow
-def test_the_privacy_audit_finds_memorized_texts_only() -> None:
+def test_the_privacy_audit_finds_memorized_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     cp = engine()
     texts = ["Zebras quarrel with my vexed uncle 42 times a week"]
     held_out = ["some other words, entirely", "nothing of the kind was said 9"]
@@ -389,6 +389,17 @@ def test_the_privacy_audit_finds_memorized_texts_only() -> None:
         1
     ]  # what was trained with canaries is not stored
 
+    cp.enroll("cy", texts)  # fewer tokens than slots: a copy of them
+    assert cp.version_info("user", "cy").details["enrolled"]["num_slots"] == 64
+    made: list[int] = []
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        made.append(options["num_slots"])
+        return guard.enrolled_value(*arguments, **options)
+
+    monkeypatch.setattr(user_auditor, "enrolled_value", noting)
+    cp.audit_user("cy", texts, held_out, num_canaries=1)
+    assert set(made) == {64}  # as many as the texts with planted ones may take
     cp.enroll("bo", ["unrelated"], num_slots=2)
     quiet = cp.audit_user("bo", texts, held_out, num_canaries=4)
     assert quiet.extraction_rate == 0

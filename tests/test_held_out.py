@@ -19,7 +19,7 @@ from controlprefix.training.held_out import (
 )
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users import initialization, user_trainer
-from controlprefix.users.user_training import split_user_rows, user_rows
+from controlprefix.users.user_training import split_user_rows, trained_texts, user_rows
 
 from helpers import QUICK, engine, greetings
 
@@ -270,4 +270,5 @@ def test_users_start_from_texts_that_are_trained_on(monkeypatch: pytest.MonkeyPa
     training, held_out = split_user_rows(rows, TrainingSettings(validation=0.3))
     assert held_out
     decode = cp.frozen_model.request_tokenizer.decode
+    assert trained_texts(cp.frozen_model, training, held_out) == starts[1]
     assert starts[1] == [decode(row.row.targets) for row in training]

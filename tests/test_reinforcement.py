@@ -204,9 +204,9 @@ def test_requests_are_sampled_with_all_their_parts(monkeypatch: pytest.MonkeyPat
     seeds: list[int] = []
     rewarded: list[str] = []
 
-    def spying(frozen: Any, resolved: Any, prompts: Any) -> Any:
+    def spying(frozen: Any, resolved: Any, prompts: Any, **options: Any) -> Any:
         seeds.extend(request.request.seed for request in resolved)
-        return static_generation.generate_tokens(frozen, resolved, prompts)
+        return static_generation.generate_tokens(frozen, resolved, prompts, **options)
 
     def reward(requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
         rewarded.extend(texts)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.errors import RequestError
 from controlprefix.message import Message
-from controlprefix.model.special_tokens import TextTokenizer
+from controlprefix.model.special_tokens import PartialTokens, TextTokenizer
 from controlprefix.model.tokenization import RequestTokenizer
 
 from helpers import says
@@ -325,3 +325,11 @@ def test_text_with_special_tokens_is_read_by_one_thread_at_a_time() -> None:
     assert reader.literal_ids("a</s>b")
     assert all(locked)
     assert locked
+
+
+def test_rests_of_many_long_tokens_are_found_quickly() -> None:
+    """Each beginning of a rest may be a line: without a memory the time doubles per character."""
+    name = "reserved_special_token_"
+    tokens = PartialTokens([f"<|{name}{number}|>" for number in range(250)])
+    lines = {name[i:j] for i in range(len(name)) for j in range(i + 1, len(name) + 1)}
+    assert tokens.beginnings(["\n".join(["<|", *sorted(lines)])]) == []

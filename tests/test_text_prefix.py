@@ -11,7 +11,7 @@ from controlprefix import (
 from controlprefix.model.steering import Steering
 from controlprefix.model.text_prefix import prefix_from_tokens
 
-from helpers import frozen
+from helpers import engine, frozen
 from models import ALL, build, byte_tokenizer
 
 
@@ -62,3 +62,16 @@ def test_enrolling_makes_a_usable_prefix_at_once(name: str) -> None:
     assert cp.generate("Hello", user="ana", max_new_tokens=12).text != plain.text
     with pytest.raises(ControlPrefixError, match="there is no text of user 'bo'"):
         cp.enroll("bo", ["  "])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_text_may_fill_the_context(name: str) -> None:
+    cp = engine(name)
+    context = cp.frozen_model.request_tokenizer.context_length
+    assert context is not None
+    text = "abcdefgh" * context
+    ids = cp.frozen_model.request_tokenizer.text_ids(text)
+    text = text[: context - (len(ids) - len(text))]
+    prefix = cp.prefix_from_text(text)
+    assert prefix.num_slots == context
+    assert prefix.is_exact is (name == "llama")

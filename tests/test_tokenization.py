@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from controlprefix import ControlPrefix, Example, Request
-from controlprefix.errors import RequestError
+from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.message import Message
 from controlprefix.model.tokenization import RequestTokenizer
 
@@ -106,6 +106,16 @@ def test_learned_text_never_lands_in_open_thoughts(tag: str) -> None:
     assert prompt_text(tokenizer, answer).endswith(f"{tag}\n\n{closing}\n\n")
     with_thoughts = Example(prompt="q", completion=f"Hm. {closing} Dear Sam")
     assert prompt_text(tokenizer, with_thoughts).rstrip().endswith(tag)
+
+
+def test_thoughts_that_a_template_leaves_out_do_not_count() -> None:
+    """A conversation is refused before all of it is tokenized, but not for what is not read."""
+    reader = RequestTokenizer(build("llama"), chat_tokenizer())
+    thoughts = f"<think>{'hm ' * 2000}</think>"
+    request = says("q", f"{thoughts}answer", "next")
+    reader._require_short(request, 64)
+    with pytest.raises(ContextLengthError, match="the first 512 characters"):
+        reader._require_short(says("q", "hm " * 2000, "next"), 64)
 
 
 def test_a_teacher_writes_no_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -404,3 +404,15 @@ def test_a_label_at_strength_0_is_not_learned() -> None:
     for seed in range(3):  # whether the row is held out or not
         cp.train(rows, **{**QUICK, "seed": seed})
     assert "formality=odd" not in cp.names("attribute")
+
+
+@pytest.mark.slow
+def test_an_own_accelerator_keeps_no_optimizer_and_accumulates_nothing() -> None:
+    cp = engine()
+    accelerator = Accelerator()
+    for _ in range(2):
+        cp.train(greetings(1), accelerator=accelerator, **QUICK)
+    assert accelerator._optimizers == []
+    accumulating = Accelerator(gradient_accumulation_steps=2)
+    with pytest.raises(TrainingDataError, match="gradient_accumulation_steps 2; leave it at 1"):
+        cp.train(greetings(1), accelerator=accumulating, **QUICK)

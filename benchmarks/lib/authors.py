@@ -169,7 +169,9 @@ class Authors:
 
     def trained(self, posts: Posts, **options: Any) -> dict[str, str]:
         """`train_users` on the posts."""
-        defaults = {"num_slots": NUM_SLOTS, "epochs": EPOCHS, "validation": 0, "progress": False}
+        defaults = {"epochs": EPOCHS, "validation": 0, "progress": False}
+        if "decoder" not in options:
+            defaults["num_slots"] = NUM_SLOTS
         report = self.cp.train_users(posts, **{**defaults, **options})
         if report.failed:
             raise SystemExit(f"users that could not be trained: {report.failed}")

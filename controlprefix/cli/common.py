@@ -63,11 +63,11 @@ def print_table(table: Table, *, empty: str = "") -> None:
         return
     for column in table.columns:
         column.overflow = "fold"
-    width = out.width
-    if not out.is_terminal:
+    width, is_cut = out.width, sys.stdout.isatty()
+    if not is_cut:
         out.width = max(width, Measurement.get(out, _WIDE, table).maximum)
     out.print(table)
-    if not out.is_terminal:
+    if not is_cut:
         out.width = width
 
 

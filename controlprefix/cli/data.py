@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from controlprefix.cli.common import data_app, out
+from controlprefix.cli.common import data_app, out, print_table
 from controlprefix.cli.groups import (
     ColumnArguments,
     ModelArguments,
@@ -56,7 +56,7 @@ def show_data(
         ("completion", summary.completion_lengths),
     ):
         lengths.add_row(name, str(values.shortest), str(values.median), str(values.longest))
-    out.print(lengths)
+    print_table(lengths)
     names = Table("field", "name", "rows")
     groups = {"task": summary.tasks, **summary.labels, "user": summary.users}
     for group, counts in groups.items():
@@ -65,7 +65,7 @@ def show_data(
         if len(counts) > _MAX_NAMES:
             names.add_row(group, f"… {len(counts)} in all", "")
     if names.row_count:
-        out.print(names)
+        print_table(names)
     if summary.too_long:
         out.print(
             f"{len(summary.too_long)} rows do not fit the model's context: "

@@ -138,7 +138,7 @@ def evaluate_users(
         "min_group_size": min_group_size,
         "seed": seed,
     }
-    if cluster.ray is None:
+    if not cluster.is_used():
         result = evaluation.evaluate_users(engine.open(), examples, num_texts=num_texts, **options)
     elif num_texts:
         raise RequestError("--num-texts has no effect with --ray; leave one of them out")

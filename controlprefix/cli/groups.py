@@ -5,7 +5,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -239,6 +239,16 @@ class ClusterArguments:
             min=0, help="With --ray: GPUs of each process, such as 0.5; 0: it works on CPUs."
         ),
     ] = 0
+
+    def is_used(self) -> bool:
+        """Whether to work on a cluster.
+
+        Raises:
+            RequestError: If there are options for one and there is none.
+        """
+        if self.ray is None and replace(self, ray="") != ClusterArguments(ray=""):
+            raise RequestError("--actors and --gpus-per-actor are for --ray; leave them out")
+        return self.ray is not None
 
     def connect(self, engine: EngineArguments) -> "RayCluster":
         """The cluster, whose actors have this model and this store.

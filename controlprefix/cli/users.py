@@ -159,7 +159,7 @@ def train_users(
         "concurrent_users": concurrent_users,
         **training_fields,
     }
-    if cluster.ray is None:
+    if not cluster.is_used():
         cp = engine.open(create=True)
         with run.recorded("users train", data or Path("users")) as recorded:
             report = cp.train_users(texts, **recorded, **options)
@@ -201,7 +201,7 @@ def enroll_users(
         "guard": guard,
     }
     with exit_when_interrupted():
-        if cluster.ray is None:
+        if not cluster.is_used():
             report = engine.open(create=True).enroll_users(texts, **options)
         else:
             report = cluster.connect(engine).enroll_users(texts, **options)

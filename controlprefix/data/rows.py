@@ -269,7 +269,7 @@ def _class_names(rows: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 def _without_gaps(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A row without cells that have no value, also among its attributes."""
     plain = {name: _plain(value) for name, value in fields.items() if not is_missing(value)}
-    for name in ("attributes", "strengths", "schedules"):
+    for name in ("attributes", "strengths", "schedules", "chat_template_kwargs", "logit_bias"):
         if isinstance(plain.get(name), Mapping):
             plain[name] = _without_missing(plain[name])
     return plain

@@ -54,12 +54,12 @@ class OnDemandMethods(FeedbackMethods):
                 for completion in bare.generate(
                     [
                         Request(
-                            prompt=prompt,
+                            prompt_ids=bare._answered_prompt(instruction, prompt),
                             temperature=1.0,
                             max_new_tokens=_NEW_TOKENS,
                             seed=i,
                         )
-                        for i, prompt in enumerate(instructed)
+                        for i, prompt in enumerate(prompts)
                     ]
                 )
             ]

@@ -148,19 +148,6 @@ def batch_config(frozen: FrozenModel, requests: Sequence[Request]) -> Generation
     return config
 
 
-def neutral_config(frozen: FrozenModel, **settings: Any) -> GenerationConfig:
-    """A config of `generate` that leaves out the penalties and stop texts of the model's own.
-
-    Args:
-        frozen: The model.
-        **settings: Further settings; left out, it is greedy.
-    """
-    config = batch_config(frozen, [Request(prompt="-")])
-    config.update(**{name: None for name in _OF_PROMPTS if hasattr(config, name)})
-    config.update(**settings)
-    return config
-
-
 class _OwnPrompt(LogitsProcessor):
     """What looks at a row's prompt, for each row with its own, without padding."""
 

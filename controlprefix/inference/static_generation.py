@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -76,6 +77,7 @@ def generate_tokens(
     streamer: Any = None,
     cancelled: threading.Event | None = None,
     on_step: OnStep | None = None,
+    config: GenerationConfig | None = None,
 ) -> list[list[int] | None]:
     """Generate token ids for requests that can share a batch (see `batches_of`).
 
@@ -87,6 +89,7 @@ def generate_tokens(
         cancelled: Generation ends at the next token when it is set.
         on_step: Called with each request's tokens after each step, and tells which requests to
             end; not for beams.
+        config: The config of `generate`; left out, the model's, as the requests mean it.
 
     Returns:
         The new token ids of each request, with what follows its end; None if no token can be
@@ -113,7 +116,7 @@ def generate_tokens(
     check = _NanCheck(len(row_prompts), limits)
     processors = LogitsProcessorList([check])
     criteria.append(check.ends_rows)
-    config = batch_config(frozen, requests)
+    config = config or batch_config(frozen, requests)
     paddings = [ids.shape[1] - length if left else 0 for length in lengths]
     processors.extend(own_prompt_processors(frozen, config, row_prompts, paddings, num_before))
     has_beams = requests[0].num_beams > 1

@@ -79,7 +79,7 @@ _GRAPH_ARGUMENTS = (
 )
 # A CUDA graph would replay the slots that it was captured with. torch before 2.10 has no tag.
 _HAS_TAG = hasattr(torch.Tag, "cudagraph_unsafe")
-_TAGS = (torch.Tag.cudagraph_unsafe,) if _HAS_TAG else ()
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if _HAS_TAG else {}
 _handles = itertools.count()
 _modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # by handle
 _lock = threading.Lock()
@@ -299,7 +299,7 @@ def _attend_compiled(
     return _attend_in_graph(query, key, value, mask, handle, **arguments), None
 
 
-@torch.library.custom_op("controlprefix::attend", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("controlprefix::attend", mutates_args=(), **_TAGS)
 def _attend_in_graph(
     query: Tensor,
     key: Tensor,

@@ -52,7 +52,7 @@ def _match_layer(
     keys: Tensor, values: Tensor, observed: LayerAttention, num_slots: int
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of fewer slots, `(num_kv_heads, num_slots, head_dim)` each."""
-    weights, queries = observed.weights, observed.queries
+    weights, queries = observed.weights.double(), observed.queries
     total = weights.sum(dim=2)  # (heads, queries): what all slots receive
     output = weights @ values
     selected = weights.square().sum(dim=1).topk(num_slots).indices.sort().values

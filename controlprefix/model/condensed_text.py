@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from controlprefix.errors import ContextLengthError, RequestError
+from controlprefix.errors import ContextLengthError, RequestError, UnsupportedModelError
 from controlprefix.example import Example
 from controlprefix.model.attention_matching import matched
 from controlprefix.model.frozen import FrozenModel
@@ -87,12 +87,26 @@ def prefix_from_pieces(
     prefixes = [_match_group(frozen, group, num_slots) for group in groups]
     if len(prefixes) == 1:
         return prefixes[0]
-    joined = Prefix.joined(prefixes)
-    if joined.num_slots <= num_slots:
-        return joined
     query_texts = _query_texts(frozen, pieces, [range(0)] * len(pieces))
-    observed = observe(frozen, joined, query_texts, max_queries=_MAX_QUERIES)
-    return matched(joined, observed, num_slots)
+    per_round = max(2, _MAX_PASS_TOKENS // num_slots)  # what is recorded of them grows with slots
+    while len(prefixes) > 1:
+        joined = [
+            Prefix.joined(prefixes[at : at + per_round])
+            for at in range(0, len(prefixes), per_round)
+        ]
+        prefixes = [_matched(frozen, prefix, query_texts, num_slots) for prefix in joined]
+    return prefixes[0]
+
+
+def _matched(
+    frozen: FrozenModel, prefix: Prefix, query_texts: Sequence[QueryText], num_slots: int
+) -> Prefix:
+    """A prefix with no more slots than this."""
+    if prefix.num_slots <= num_slots:
+        return prefix
+    return matched(
+        prefix, observe(frozen, prefix, query_texts, max_queries=_MAX_QUERIES), num_slots
+    )
 
 
 def _match_group(frozen: FrozenModel, pieces: Sequence[Sequence[int]], num_slots: int) -> Prefix:
@@ -104,8 +118,7 @@ def _match_group(frozen: FrozenModel, pieces: Sequence[Sequence[int]], num_slots
     spans = [range(end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)]
     if len(pieces) == 1:  # nothing else to attend to
         spans = [range(0)]
-    query_texts = _query_texts(frozen, pieces, spans)
-    return matched(whole, observe(frozen, whole, query_texts, max_queries=_MAX_QUERIES), num_slots)
+    return _matched(frozen, whole, _query_texts(frozen, pieces, spans), num_slots)
 
 
 def _groups(pieces: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:
@@ -150,6 +163,12 @@ def _equals_prompting(frozen: FrozenModel, ids: Sequence[int], prefix: Prefix) -
     """Whether a few tokens have the same logits after the prefix as after its text."""
     if frozen.is_encoder_decoder:
         return False
+    context = frozen.request_tokenizer.context_length
+    if context is not None and len(ids) + _NUM_PROBED > context:
+        try:
+            _ = frozen.rope
+        except UnsupportedModelError:  # it has no positions for further tokens
+            return False
     probe = [ids[i % len(ids)] for i in range(_NUM_PROBED)]
     with torch.no_grad(), frozen.exclusive():
         with frozen.attached(PrefixBatch(num_rows=1, blocks={})):

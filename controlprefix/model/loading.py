@@ -185,6 +185,8 @@ def _is_slow_on_cpu(dtype: torch.dtype) -> bool:
 
     A backward product in bfloat16 then takes some 90 times as long as in float32.
     """
+    if dtype in (torch.bfloat16, torch.float16) and not torch.backends.mkldnn.is_available():
+        return True  # as on Apple's processors, where torch has no such operations
     if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.float16:

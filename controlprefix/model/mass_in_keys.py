@@ -20,6 +20,7 @@ from controlprefix.errors import RequestError
 from controlprefix.model.attention_matching import key_shift
 from controlprefix.model.frozen import FrozenModel
 from controlprefix.model.log_probs import kl_divergences, target_logits
+from controlprefix.model.neutral_generation import neutral_config
 from controlprefix.model.padding import pad_rows
 from controlprefix.model.slot_attention import QueryText, observe
 from controlprefix.prefixes import Part, Prefix
@@ -80,10 +81,9 @@ class MassInKeys:
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=_ANSWER_TOKENS,
-                min_new_tokens=_ANSWER_TOKENS,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_id,
+                generation_config=neutral_config(
+                    self._frozen, max_new_tokens=_ANSWER_TOKENS, min_new_tokens=_ANSWER_TOKENS
+                ),
             )
         answers = output[:, ids.shape[1] :].tolist()
         return [QueryText(p, tuple(answer)) for p, answer in zip(prompts, answers, strict=True)]

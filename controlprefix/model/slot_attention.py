@@ -30,13 +30,13 @@ class QueryText(NamedTuple):
 
 
 class LayerAttention(NamedTuple):
-    """The attention of one layer to the slots of a prefix, in float64 on the CPU.
+    """The attention of one layer to the slots of a prefix, on the CPU.
 
     Attributes:
-        queries: Queries of all heads of a kv head, `(num_kv_heads, num_queries, key_dim)`; their
-            products with keys are attention logits.
-        weights: Attention weights on the slots, `(num_kv_heads, num_queries, num_slots)`; the
-            rest of each sum of 1 is on tokens and other parts.
+        queries: Queries of all heads of a kv head, `(num_kv_heads, num_queries, key_dim)`,
+            float64; their products with keys are attention logits.
+        weights: Attention weights on the slots, `(num_kv_heads, num_queries, num_slots)`, float32;
+            the rest of each sum of 1 is on tokens and other parts.
     """
 
     queries: Tensor
@@ -80,16 +80,15 @@ def observe(
             record = partial(_record, records, prefix, visible, calls, max_queries)
             with torch.no_grad(), frozen.attached(batch), watching(record):
                 token_log_probs(frozen, [query_text.prompt], [query_text.targets])
-    return {
-        site: [
-            LayerAttention(
-                torch.cat([record.queries for record in layer], dim=1),
-                torch.cat([record.weights for record in layer], dim=1),
-            )
-            for layer in layers
-        ]
-        for site, layers in records.items()
-    }
+    return {site: [_joined(layer) for layer in layers] for site, layers in records.items()}
+
+
+def _joined(records: list[LayerAttention]) -> LayerAttention:
+    """A layer's attention to all query texts; the list is emptied, to keep it once in memory."""
+    queries = torch.cat([record.queries for record in records], dim=1)
+    weights = torch.cat([record.weights for record in records], dim=1)
+    records.clear()
+    return LayerAttention(queries, weights)
 
 
 def _record(
@@ -106,7 +105,7 @@ def _record(
     num_kv_heads = prefix.geometry.layers(layer.site)[layer.index].num_kv_heads
     tokens = _evenly_spaced(weights.shape[1], max_queries)
     # The row's first part is the prefix.
-    on_slots = weights[0, tokens, :, : len(own)].cpu().double()
+    on_slots = weights[0, tokens, :, : len(own)].cpu().float()
     whole = on_slots.new_zeros(*on_slots.shape[:2], len(prefix.slots[layer.site]))
     whole[..., own] = on_slots
     scaling = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling

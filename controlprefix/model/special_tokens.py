@@ -1,6 +1,7 @@
 """Special tokens (such as `</s>`), and texts in which they are typed as plain text."""
 
 import copy
+import functools
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -58,6 +59,7 @@ class PartialTokens:
             rests |= {start[:n] for n in range(1, len(start) + 1)} & self._ends
         whole = {line.strip() for line in lines}
 
+        @functools.cache  # some of many rests are the same
         def follows(rest: str) -> bool:
             """Whether a line starts with this, or is a part of it that others continue."""
             return rest in rests or any(

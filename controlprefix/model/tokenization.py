@@ -27,6 +27,7 @@ from controlprefix.request import AnyRequest, Request
 _ANY_TEXT = "a"
 _CHARACTERS_PER_TOKEN = 8  # more than in most texts
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+_THOUGHTS = re.compile(r"(?s)<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\]")
 _END_OF_THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
 
 
@@ -202,7 +203,8 @@ class RequestTokenizer:
 
     def _require_short(self, request: Request, limit: int) -> None:
         """Refuse a prompt that is far too long for the context before all of it is tokenized."""
-        texts = request.texts
+        # Templates leave thoughts of earlier answers out.
+        texts = [_THOUGHTS.sub("", text) for text in request.texts]
         num_characters = _CHARACTERS_PER_TOKEN * limit
         if sum(map(len, texts)) <= num_characters:
             return

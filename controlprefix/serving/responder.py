@@ -20,6 +20,8 @@ from controlprefix.errors import (
     ClientDisconnectedError,
     ControlPrefixError,
     InternalServerError,
+    OverloadedError,
+    RequestError,
     RequestTimeoutError,
 )
 from controlprefix.inference.resolved_request import ResolvedRequest
@@ -107,9 +109,13 @@ class CompletionResponder:
                 for steered in own[:: self._body.num_choices]:
                     prompt_only = await self._server.without_tokens(self._client, steered)
                     self._num_echo_tokens += prompt_only.num_prompt_tokens
-                self._echoes = list(
-                    await self._server.echoes(self._client, own, self._formatter.top, watch)
-                )
+                try:
+                    self._echoes = list(
+                        await self._server.echoes(self._client, own, self._formatter.top, watch)
+                    )
+                except (OverloadedError, RequestError):  # not computed
+                    self._num_echo_tokens = 0
+                    raise
             for i, steered in enumerate(own):
                 if generates:
                     await self._submit(i, steered)
@@ -248,7 +254,7 @@ class CompletionResponder:
             num_new = self._num_finished_tokens + sum(self._unfinished.values())
             prompts = self._tickets[:: self._body.num_choices]
             num_prompt = sum(ticket.num_prompt_tokens for ticket in prompts)
-            num_prompt = num_prompt or self._num_echo_tokens
+            num_prompt = max(num_prompt, self._num_echo_tokens)
             self._server.count_tokens(self._client, num_prompt + num_new)
         for ticket in self._tickets:
             ticket.cancel()

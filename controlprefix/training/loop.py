@@ -325,12 +325,13 @@ def activation_checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[
         return
     with _checkpointing_lock, contextlib.ExitStack() as undo:
         for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
             for name, value in list(vars(module).items()):
                 is_rate = "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
                 if is_rate and isinstance(value, float) and value:
                     setattr(module, name, 0.0)
                     undo.callback(setattr, module, name, value)
+        for module in model.modules():  # set back before the rates
+            undo.callback(setattr, module, "training", module.training)
         model.train()
         if not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             # Slots reach a layer from outside its arguments, which only this kind supports.

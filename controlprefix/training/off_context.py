@@ -8,8 +8,8 @@ from accelerate.utils import broadcast_object_list
 
 from controlprefix.data.general import general_prompts
 from controlprefix.errors import TrainingDataError
-from controlprefix.inference.generation_config import neutral_config
 from controlprefix.model import FrozenModel
+from controlprefix.model.neutral_generation import neutral_config
 from controlprefix.model.padding import pad_rows
 from controlprefix.request import Request
 from controlprefix.training.objectives import TrainingRow

@@ -20,6 +20,7 @@ from controlprefix.inference.stopping import completion_from_tokens
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import followed_by
 from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
+from controlprefix.model.neutral_generation import neutral_config
 from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.processes import in_main_process
 from controlprefix.request import Request
@@ -263,7 +264,10 @@ class PolicyObjective(Objective):
         row_prompts = [row.prompt for row in rows]
         for batch in batches_of(self._frozen, requests, row_prompts, _MAX_ROWS_PER_BATCH):
             prompts = [followed_by(row_prompts[i], demonstrated_ids[i]) for i in batch]
-            results = generate_tokens(self._frozen, [resolved[i] for i in batch], prompts)
+            own = [resolved[i] for i in batch]
+            longest = max(request.request.max_new_tokens for request in own)
+            config = neutral_config(self._frozen, max_new_tokens=longest)
+            results = generate_tokens(self._frozen, own, prompts, config=config)
             for i, prompt, new in zip(batch, prompts, results, strict=True):
                 if new is None:
                     raise TrainingDataError(

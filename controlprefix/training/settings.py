@@ -96,7 +96,7 @@ class TrainingSettings:
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, the same gradients. Other threads
-    must not generate with the same model meanwhile: transformers switches its KV cache off."""
+    must not use the same model meanwhile: transformers switches its KV cache off."""
 
     save_steps: _PositiveInt = 50
     """Steps between checkpoints."""

@@ -17,7 +17,12 @@ from controlprefix.training.report import TrainingReport
 from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.text_features import TextFeatures
 from controlprefix.users.user_codes import TrainableCodes, fit_code_predictor
-from controlprefix.users.user_training import UserRow, split_user_rows, user_rows
+from controlprefix.users.user_training import (
+    UserRow,
+    split_user_rows,
+    trained_texts,
+    user_rows,
+)
 from controlprefix.users.user_vectors import VectorFeatures
 
 CODE_LEARNING_RATE = 5e-2  # code values are about as large as those of an embedding: 1
@@ -79,12 +84,14 @@ def train_decoder(
     if len(texts) < 2:
         raise TrainingDataError(f"a decoder is trained on many users; {len(texts)} are given")
     training, held_out = split_user_rows(rows, settings)
-    trained_texts = {row.text for row in training}
     rng = random.Random(settings.seed)
+    by_user: dict[PrefixKey, list[UserRow]] = {}
+    for row in training:
+        by_user.setdefault(row.row.learned[0][0], []).append(row)
     first_texts = [
         text
-        for own in texts.values()
-        for text in [text for text in own if text in trained_texts][:_NUM_INITIAL_TEXTS]
+        for own in by_user.values()
+        for text in trained_texts(frozen, own, held_out)[:_NUM_INITIAL_TEXTS]
     ]
     initial_texts = rng.sample(first_texts, min(_NUM_INITIAL_TEXTS, len(first_texts)))
     ids = frozen.request_tokenizer.text_ids("\n".join(initial_texts))

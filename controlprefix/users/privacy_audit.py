@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from controlprefix.errors import TrainingDataError
-from controlprefix.inference.generation_config import neutral_config
 from controlprefix.model import FrozenModel
+from controlprefix.model.neutral_generation import neutral_config
 from controlprefix.prefixes import Part, Prefix
 from controlprefix.users.text_losses import first_tokens, losses_of_texts
 

@@ -102,7 +102,8 @@ class UserAuditor:
                 self._frozen,
                 texts,
                 self._decoder(enrolled["decoder"]),
-                num_slots=num_slots,
+                # Not those it has: of texts with fewer tokens, more would have had a slot each.
+                num_slots=enrolled.get("num_slots", num_slots),
                 guard="share" in enrolled,
             )[0]
         options = dict(details["training"])

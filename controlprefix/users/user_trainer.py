@@ -299,11 +299,14 @@ class UserTrainer:
             return self._put(
                 user, code, {"enrolled": enrolled}, removal_number=removal_number, **extras
             )
+        num_slots = options.num_slots or DEFAULT_NUM_SLOTS
+        if decoder is None:
+            enrolled["num_slots"] = num_slots  # at most
         value, share = enrolled_value(
             self._frozen,
             texts,
             self.optional_decoder(decoder),
-            num_slots=options.num_slots or DEFAULT_NUM_SLOTS,
+            num_slots=num_slots,
             guard=options.guard,
         )
         if options.guard:

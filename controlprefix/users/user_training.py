@@ -122,7 +122,7 @@ def train_users(
                     raise TrainingDataError(duplicate_user_message(user))
                 _, rows = user_rows(frozen, user, user_texts, settings.seed)
                 training, held_out = split_user_rows(rows, settings)
-                start = initialize(key, _texts_of(frozen, training, held_out))
+                start = initialize(key, trained_texts(frozen, training, held_out))
                 run = TrainingRun(
                     [row.row for row in training],
                     [row.row for row in held_out],
@@ -182,10 +182,12 @@ class UserRow(NamedTuple):
     Attributes:
         row: The row.
         text: The text it is from.
+        source: Whose text, and which of theirs: the same text may come twice.
     """
 
     row: TrainingRow
     text: str
+    source: tuple[str, int]
 
 
 def user_rows(
@@ -211,8 +213,12 @@ def user_rows(
     usable = [text[:_MAX_TEXT_CHARACTERS] for text in usable]
     tokenizer = frozen.request_tokenizer
     rows = [
-        UserRow(TrainingRow.from_example(chunk, tokenizer.end_id, (), ((key, 1.0),)), text)
-        for text in usable
+        UserRow(
+            TrainingRow.from_example(chunk, tokenizer.end_id, (), ((key, 1.0),)),
+            text,
+            (key.name, number),
+        )
+        for number, text in enumerate(usable)
         for chunk in tokenizer.chunks(text, _MAX_ROW_TOKENS)
     ]
     return usable, rows
@@ -226,7 +232,7 @@ def split_user_rows(
     Each user keeps rows to train on. A text of several users is held out for all or none, where
     that leaves rows to hold out.
     """
-    learned = [[key for key, _ in row.learned] for row, _ in rows]
+    learned = [[key for key, _ in row.row.learned] for row in rows]
     texts = [normalized(row.text) for row in rows]
     by_text = [[text] for text in texts]
     by_own_text = [[(*keys, text)] for text, keys in zip(texts, learned, strict=True)]
@@ -240,13 +246,12 @@ def split_user_rows(
     return [rows[i] for i in training], [rows[i] for i in held_out]
 
 
-def _texts_of(
+def trained_texts(
     frozen: FrozenModel, training: Sequence[UserRow], held_out: Sequence[UserRow]
 ) -> list[str]:
     """The texts that are trained on; of a text that is held out in part, the other parts."""
-    texts_held_out = {row.text for row in held_out}
-    if texts_held_out.isdisjoint(row.text for row in training):
-        return list(dict.fromkeys(row.text for row in training))
+    if {row.source for row in held_out}.isdisjoint(row.source for row in training):
+        return list({row.source: row.text for row in training}.values())
     return [frozen.request_tokenizer.decode(row.row.targets) for row in training]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controlprefix.inference.generation_config import neutral_config
 from controlprefix.model import FrozenModel
 from controlprefix.model.log_probs import target_losses
+from controlprefix.model.neutral_generation import neutral_config
 from controlprefix.model.padding import pad_rows
 from controlprefix.model.tokenization import RequestTokenizer, TokenizedExample
 

@@ -135,8 +135,12 @@ class MethodRunner:
 
     def _measure(self, name: str, result: dict[str, Any], seeds: Sequence[int]) -> Iterator[str]:
         rates = _from_the_middle(METHODS[name](self.setup).rates)[: self.num_rates]
-        if result.setdefault("validation_seed", seeds[0]) != seeds[0]:  # its rates are another's
-            result.update(validation_seed=seeds[0], validation={}, runs={})
+        first = result.setdefault("first_seed", seeds[0])
+        if rates and first != seeds[0] and not {map(str, seeds)} <= result.get("runs", {}).keys():
+            raise StoreError(
+                f"the learning rates in {self.state.path} were chosen with seed {first}; begin "
+                "seeds with it, or give another folder"
+            )
         losses: dict[str, float | None] = result.setdefault("validation", {})
         runs: dict[str, measures.Figures] = result.setdefault("runs", {})
         best: _Trained | None = None

@@ -63,12 +63,24 @@ function note(side, text, wrong = false) {
   place.classList.toggle("error", wrong);
 }
 
-// What is set is in the address, so that it can be sent to someone.
+// What is set is in the address, so that it can be sent to someone. Safari refuses more than a
+// hundred changes of it in half a minute.
+let saving, savedAt = 0;
 function changed() {
+  clearTimeout(saving);
+  const rest = savedAt + 350 - Date.now();
+  if (rest > 0) saving = setTimeout(save, rest);
+  else save();
+  sides().forEach(showCode);
+}
+
+function save() {
+  savedAt = Date.now();
   const state = { prompt: at("prompt").value, task: at("task").value, seed: at("seed").value,
     tokens: at("tokens").value, temperature: at("temperature").value, sides: sides().map(settings) };
-  history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(state))}`);
-  sides().forEach(showCode);
+  try {
+    history.replaceState(null, "", `#${encodeURIComponent(JSON.stringify(state))}`);
+  } catch { /* the address stays as it was */ }
 }
 
 function settings(side) {
@@ -142,10 +154,12 @@ async function prefer(side) {
 
 const BETWEEN = "\u2194";  // no label: a position between two opposites, or between numbers
 
+const NUMBER = /^-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?$/;  // as the server has it: 007 is a name
+
 // The labels at the ends of an attribute with opposites, or with numbers, and the values there.
 function endsOf(name) {
   const labels = attributes[name].labels;
-  const numbers = Object.keys(labels).filter((label) => label.trim() && !isNaN(label)).sort((a, b) => a - b);
+  const numbers = Object.keys(labels).filter((label) => NUMBER.test(label)).sort((a, b) => a - b);
   if (numbers.length > 1) return { labels: [numbers[0], numbers.at(-1)], values: [numbers[0], numbers.at(-1)] };
   const { opposites } = attributes[name];
   return opposites && { labels: opposites, values: [-1, 1] };
@@ -211,13 +225,21 @@ function showDials(side) {
   side.querySelector(".calibrated").hidden = !labels.some((label) => label.has_dial);
 }
 
-async function showUsers() {
+const chosenUsers = () => [...document.querySelectorAll("select.user")].map((select) => select.value);
+
+// The first thousand users, and others that may come after them.
+async function showUsers(...others) {
   const users = (await (await ask("/v1/users")).json()).users;
+  for (const name of others) if (name && !users.includes(name)) users.push(name);
   for (const select of document.querySelectorAll("select.user")) fill(select, ["", ...users], select.value);
 }
 
 async function begin() {
   try {
+    if (model) {  // another key: what is set stays
+      for (const side of sides()) side.state = settings(side);
+      saved.task = at("task").value;
+    }
     const entries = (await (await ask("/v1/models")).json()).data, models = entries.map((one) => one.id);
     chats = entries[0].has_chat_template;
     model = models[0];
@@ -323,7 +345,7 @@ at("stop").onclick = () => running.abort();
 at("add").onclick = () => {
   const side = addSide(sides().length ? settings(sides().at(-1)) : {});
   showDials(side);
-  showUsers().then(() => { restore(side); changed(); });
+  showUsers(...chosenUsers(), side.state.user).then(() => { restore(side); changed(); });
 };
 for (const id of ["prompt", "task", "seed", "tokens", "temperature"])
   at(id).addEventListener("input", () => {

@@ -17,7 +17,7 @@ async function follow(job) {
     tell(`${job.user} ${STATES[job.status]}${job.num_steps ? `: ${job.num_steps} steps` : ""}`);
     await new Promise((done) => setTimeout(done, 700));
   }
-  await showUsers();
+  await showUsers(...chosenUsers(), job.user);
   at("chosen").value = job.user;
   await showVersions();
   tell(job.error ? `${job.user}: ${job.error}` : `${job.user} ${STATES[job.status]}, version ${job.version}`);
@@ -55,7 +55,7 @@ at("forget").onclick = (event) => doing(event.target, async () => {
   const user = chosenUser();
   if (!confirm(`Forget ${user}: every version, text and preference?`)) return;
   await ask(pathOf(user), { method: "DELETE" });
-  await showUsers();
+  await showUsers(...chosenUsers().filter((name) => name !== user));
   at("chosen").value = "";
   await showVersions();
   tell(`${user} is forgotten`);
@@ -69,7 +69,7 @@ at("enroll").onclick = (event) => doing(event.target, async () => {
   const train = at("train").checked ? { train: {} } : {};
   const answer = await ask(pathOf(name), { method: "PUT", body: JSON.stringify({ texts, ...train }) });
   if (answer.status === 202) return follow(await answer.json());
-  await showUsers();
+  await showUsers(...chosenUsers(), name);
   document.querySelector(".side .user").value = at("chosen").value = name;
   await showVersions();
   tell(`${name} is enrolled from ${texts.length} texts of ${texts.join(" ").split(/\s+/).length} words`);
