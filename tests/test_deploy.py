@@ -51,6 +51,10 @@ def test_the_gateways_command_is_one_that_serve_takes(name: str) -> None:
     assert command == "serve"
     context = serve.make_context("serve", [o.replace("${MODEL:-smollm2}", "m") for o in options])
     if name == "compose":
+        assert not context.params["jobs"]
+        worker = get_command(app).commands["worker"]  # type: ignore[attr-defined]
+        verb, *rest = compose()["services"]["worker"]["command"]
+        assert worker.make_context(verb, rest).params["model"] == "/model"
         assert context.params["backend"] == "vllm"
         assert context.params["vllm_url"] == "http://vllm:8001"
         assert str(context.params["vllm_prefixes"]) == "/prefixes"

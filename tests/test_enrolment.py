@@ -391,15 +391,15 @@ def test_the_privacy_audit_finds_memorized_texts_only(monkeypatch: pytest.Monkey
 
     cp.enroll("cy", texts)  # fewer tokens than slots: a copy of them
     assert cp.version_info("user", "cy").details["enrolled"]["num_slots"] == 64
-    made: list[int] = []
+    slot_counts: list[int] = []
 
     def noting(*arguments: Any, **options: Any) -> Any:
-        made.append(options["num_slots"])
+        slot_counts.append(options["num_slots"])
         return guard.enrolled_value(*arguments, **options)
 
     monkeypatch.setattr(user_auditor, "enrolled_value", noting)
     cp.audit_user("cy", texts, held_out, num_canaries=1)
-    assert set(made) == {64}  # as many as the texts with planted ones may take
+    assert set(slot_counts) == {64}  # as many as the texts with planted ones may take
     cp.enroll("bo", ["unrelated"], num_slots=2)
     quiet = cp.audit_user("bo", texts, held_out, num_canaries=4)
     assert quiet.extraction_rate == 0

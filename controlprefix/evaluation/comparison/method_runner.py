@@ -136,7 +136,11 @@ class MethodRunner:
     def _measure(self, name: str, result: dict[str, Any], seeds: Sequence[int]) -> Iterator[str]:
         rates = _from_the_middle(METHODS[name](self.setup).rates)[: self.num_rates]
         first = result.setdefault("first_seed", seeds[0])
-        if rates and first != seeds[0] and not {map(str, seeds)} <= result.get("runs", {}).keys():
+        if (
+            rates
+            and first != seeds[0]
+            and not set(map(str, seeds)) <= result.get("runs", {}).keys()
+        ):
             raise StoreError(
                 f"the learning rates in {self.state.path} were chosen with seed {first}; begin "
                 "seeds with it, or give another folder"
