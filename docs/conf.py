@@ -11,6 +11,7 @@ import typer.cli
 import typer.main
 
 import controlprefix
+import controlprefix.serving  # autodoc imports with TYPE_CHECKING, which FastAPI does not survive
 from controlprefix.cli import app
 
 HERE = Path(__file__).parent
