@@ -200,6 +200,7 @@ def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -
         "authors",
         "num_slots",
         "privacy",
+        "privacy-matched",
         "strengths",
         "unseen_labels",
     ],
