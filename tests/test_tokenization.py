@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from controlprefix import ControlPrefix, Example, Request
 from controlprefix.errors import ContextLengthError, RequestError
 from controlprefix.message import Message
+from controlprefix.model.chat_template import without_thoughts
 from controlprefix.model.tokenization import RequestTokenizer
 
 from helpers import says
@@ -114,8 +115,11 @@ def test_thoughts_that_a_template_leaves_out_do_not_count() -> None:
     thoughts = f"<think>{'hm ' * 2000}</think>"
     request = says("q", f"{thoughts}answer", "next")
     reader._require_short(request, 64)
-    with pytest.raises(ContextLengthError, match="the first 512 characters"):
-        reader._require_short(says("q", "hm " * 2000, "next"), 64)
+    for texts in (("q", "hm " * 2000, "next"), ("q", "answer", thoughts)):  # users' are read
+        with pytest.raises(ContextLengthError, match="the first 512 characters"):
+            reader._require_short(says(*texts), 64)
+    assert without_thoughts("<think>" * 200_000) == "<think>" * 200_000  # in linear time
+    assert without_thoughts("a[THINK]b</think>c[/THINK]d<think>e</think>") == "ad"
 
 
 def test_a_teacher_writes_no_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:

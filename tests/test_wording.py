@@ -27,11 +27,14 @@ WORDS = {
 
 
 def texts(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of each comment and docstring."""
+    """Line and text of each comment, docstring and help text."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string.lstrip("# ")
     for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.keyword(arg="help", value=ast.Constant(value=str(help_text), lineno=line)):
+                yield line, help_text
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             continue
         if text := ast.get_docstring(node):
@@ -43,7 +46,7 @@ def test_definitions_and_names_are_plain(file: Path) -> None:
     source = file.read_text()
     problems = []
     for line, text in texts(source):
-        if re.search(r"(^|: |\. )Of (the|a|an|each|what|its|all)\b", text):
+        if re.search(r"(^\s*|: |\. )Of (the|a|an|each|what|its|all)\b", text, re.M):
             problems.append(f"{line}: a definition starts with 'Of': {text[:60]!r}")
         problems += [
             f"{line}: {match.group()!r}; the glossary says {word!r}"

@@ -63,12 +63,13 @@ def print_table(table: Table, *, empty: str = "") -> None:
         return
     for column in table.columns:
         column.overflow = "fold"
-    width, is_cut = out.width, sys.stdout.isatty()
-    if not is_cut:
-        out.width = max(width, Measurement.get(out, _WIDE, table).maximum)
+    if sys.stdout.isatty():
+        out.print(table)
+        return
+    width = out.width
+    out.width = max(width, Measurement.get(out, _WIDE, table).maximum)
     out.print(table)
-    if not is_cut:
-        out.width = width
+    out.width = width
 
 
 def print_text(text: str, *, end: str = "\n") -> None:

@@ -125,7 +125,7 @@ def add_ratios(
             f"there is no source text in {shortened(without)}; name its column with --source"
         )
     if output.exists():
-        if output.samefile(data):
+        if data.exists() and output.samefile(data):  # `-` is standard input
             raise RequestError(f"{output} is the file that is read; write to another one")
         require_yes(yes, f"{output} exists; overwrite it?")
     labelled = with_ratios(examples, sources, ratio or RATIOS[:3], language=language)

@@ -246,7 +246,8 @@ class ClusterArguments:
         Raises:
             RequestError: If there are options for one and there is none.
         """
-        if self.ray is None and replace(self, ray="") != ClusterArguments(ray=""):
+        has_others = replace(self, ray=None) != ClusterArguments()  # than their defaults
+        if self.ray is None and has_others:
             raise RequestError("--actors and --gpus-per-actor are for --ray; leave them out")
         return self.ray is not None
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 FingerprintOption = Annotated[
     str | None,
     typer.Option(
-        help="Of the model's weights, or its beginning (see `prefixes show`), where the name is "
-        "stored for several models."
+        help="Fingerprint of the model's weights, or its beginning (see `prefixes show`), where "
+        "the name is stored for several models."
     ),
 ]
 
@@ -109,7 +109,7 @@ def show_prefix(
     *,
     store: StoreArguments,
 ) -> None:
-    """Show the versions of one prefix, and how many users it was trained on are forgotten."""
+    """Show the versions of one prefix, with aliases and users forgotten since they were trained."""
     from controlprefix.prefixes import PrefixKey
 
     key = PrefixKey(kind, name)
@@ -165,7 +165,7 @@ def remove_prefix(
     *,
     store: StoreArguments,
 ) -> None:
-    """Remove every version of a prefix, for all models; of a user, all that is stored."""
+    """Remove every version of a prefix, for all models; for a user, all that is stored."""
     from controlprefix.prefixes import PrefixKey
 
     what = ALL_OF_A_USER if kind == "user" else "every version"

@@ -8,7 +8,6 @@ from controlprefix.engine.feedback import FeedbackMethods
 from controlprefix.example import Example
 from controlprefix.inference.resolver import Resolver
 from controlprefix.prefixes import PrefixKey
-from controlprefix.request import Request
 from controlprefix.training.distillation import with_instruction
 
 _PROMPTS = ("Write a sentence.", "Write something.", "Say something.", "What is new?")
@@ -48,24 +47,14 @@ class OnDemandMethods(FeedbackMethods):
             bare = type(self)(self._frozen, self.store)  # a space does not have such labels
             instruction = f"{description} Write accordingly."
             prompts = [_PROMPTS[i % len(_PROMPTS)] for i in range(_NUM_ROWS)]
-            instructed = [with_instruction(instruction, prompt) for prompt in prompts]
+            requests = bare._teacher_requests(instruction, prompts, _NEW_TOKENS, seed=0)
             texts = [
                 completion.text if completion.text.strip() else "."
-                for completion in bare.generate(
-                    [
-                        Request(
-                            prompt_ids=bare._answered_prompt(instruction, prompt),
-                            temperature=1.0,
-                            max_new_tokens=_NEW_TOKENS,
-                            seed=i,
-                        )
-                        for i, prompt in enumerate(prompts)
-                    ]
-                )
+                for completion in bare.generate(requests)
             ]
             rows = [
-                Example(prompt=prompt, completion=text)
-                for prompt, text in zip(instructed[:_BATCH_SIZE], texts, strict=False)
+                Example(prompt=with_instruction(instruction, prompt), completion=text)
+                for prompt, text in zip(prompts[:_BATCH_SIZE], texts, strict=False)
             ]
             start = time.monotonic()
             bare.score(rows, batch_size=_BATCH_SIZE)

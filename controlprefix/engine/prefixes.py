@@ -191,7 +191,7 @@ class PrefixMethods(Components):
     def remove(self, kind: Kind, name: str) -> int:
         """Remove every version of a name for all models, also from memory.
 
-        Of a user it removes all that is stored: kept texts, feedback, jobs and profile too.
+        For a user, all that is stored is removed: kept texts, feedback, jobs and profile too.
 
         Args:
             kind, name: What to remove.

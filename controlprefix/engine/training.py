@@ -257,6 +257,20 @@ class TrainingMethods(GenerationMethods):
             raise TrainingDataError("no prompt fits the model's context with the instruction")
         return fitting
 
+    def _teacher_requests(
+        self, instruction: str, prompts: Sequence[str], max_new_tokens: int, seed: int
+    ) -> list[Request]:
+        """Requests for the model's own answers to prompts behind an instruction."""
+        return [
+            Request(
+                prompt_ids=self._answered_prompt(instruction, prompt),
+                max_new_tokens=max_new_tokens,
+                temperature=1.0,
+                seed=seed + i,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
     def _answered_prompt(self, instruction: str, prompt: str) -> tuple[int, ...]:
         """The ids of a prompt behind an instruction, whose answer follows without thoughts."""
         row = Example(prompt=with_instruction(instruction, prompt), completion="-")
@@ -266,15 +280,7 @@ class TrainingMethods(GenerationMethods):
         self, instruction: str, prompts: Sequence[str], max_new_tokens: int, seed: int
     ) -> tuple[list[str], list[str]]:
         """The prompts that the model answers with an instruction, and its completions."""
-        requests = [
-            Request(
-                prompt_ids=self._answered_prompt(instruction, prompt),
-                max_new_tokens=max_new_tokens,
-                temperature=1.0,
-                seed=seed + i,
-            )
-            for i, prompt in enumerate(prompts)
-        ]
+        requests = self._teacher_requests(instruction, prompts, max_new_tokens, seed)
         generated = self.without_defaults().generate(requests, batch_size=_DISTILL_BATCH_SIZE)
         # The teacher may write nothing, from which there is nothing to learn.
         written = [i for i, completion in enumerate(generated) if completion.text.strip()]

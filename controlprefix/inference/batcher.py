@@ -338,8 +338,8 @@ class Batcher(ABC):
             held[running.resolved.tenant] += len(running.rows)
         with self._wake:
             while True:
-                free = self._max_sequences - sum(held.values())
-                sequence = self._waiting.take(free, self._quotas(held))
+                free_rows = self._max_sequences - held.total()
+                sequence = self._waiting.take(free_rows, self._quotas(held))
                 if sequence is None:
                     return taken
                 taken.append(sequence)

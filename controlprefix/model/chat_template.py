@@ -29,12 +29,33 @@ _PROBE = "a message of a user"
 _VARIABLES_OF_REQUESTS = frozenset(
     {"add_generation_prompt", "continue_final_message", "documents", "tools"}
 )
+_TAGS = "think|thinking|thought|reasoning"
 # In answers: templates look for them to leave thoughts out.
-_THINKING = re.compile(r"</?(think|thinking|thought|reasoning)>|\[/?THINK\]")
+_THINKING = re.compile(rf"</?({_TAGS})>|\[/?THINK\]")
+END_OF_THINKING = re.compile(rf"</(?:{_TAGS})>|\[/THINK\]")
 _ANYTHING = re.compile(r"(?s).+")
 _NOT_THINKING = re.compile(rf"(?s)(?:(?!{_THINKING.pattern}).)+")
 # What a template may leave open at the end of a prompt, and how it is closed.
-_OPEN_THINKING = re.compile(r"(?:<(think|thinking|thought|reasoning)>|(\[THINK\]))\s*\Z")
+_OPEN_THINKING = re.compile(rf"(?:<({_TAGS})>|(\[THINK\]))\s*\Z")
+
+
+def without_thoughts(answer: str) -> str:
+    """An answer without the thoughts in it, as templates have earlier ones; in linear time.
+
+    Example:
+        >>> without_thoughts("<think>hm</think>Yes. <think>not closed")
+        'Yes. <think>not closed'
+    """
+    rest, at = [], 0
+    start: re.Match[str] | None = None
+    for tag in _THINKING.finditer(answer):
+        is_end = tag[0][1] == "/"
+        if start is None:
+            start = None if is_end else tag
+        elif is_end and tag[1] == start[1]:
+            rest.append(answer[at : start.start()])
+            at, start = tag.end(), None
+    return "".join([*rest, answer[at:]])
 
 
 class Piece(NamedTuple):

@@ -74,6 +74,7 @@ def token_bias(mask: Tensor, blocks: tuple[SlotBlock, ...], batch: int, key: Ten
         "tokens",
         blocks,
         (batch, num_keys, key.dtype),
+        # A copy: kept on the mask, a view of it would keep it in memory.
         lambda: to_additive(mask, key.dtype)[:, 0, 0, :num_keys].expand(batch, -1).clone(),
     )
 

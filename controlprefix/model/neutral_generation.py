@@ -29,6 +29,9 @@ def neutral_config(frozen: FrozenModel, **settings: Any) -> GenerationConfig:
         frozen: The model.
         **settings: Further settings; left out, it is greedy.
     """
+    if frozen.is_encoder_decoder:  # as the rows' decoders start, or `generate` puts it before them
+        start = frozen.request_tokenizer.decoder_start_ids[0]
+        settings = {"decoder_start_token_id": start, **settings}
     return _NeutralConfig(
         pad_token_id=frozen.pad_id,
         eos_token_id=list(frozen.request_tokenizer.end_ids) or None,

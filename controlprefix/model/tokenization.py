@@ -11,7 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from controlprefix.errors import ContextLengthError, RequestError, shortened
 from controlprefix.example import Example
-from controlprefix.model.chat_template import ChatTemplate, with_images
+from controlprefix.model.chat_template import (
+    END_OF_THINKING,
+    ChatTemplate,
+    with_images,
+    without_thoughts,
+)
 from controlprefix.model.images import ImagePrompt, ImageReader, PromptImages
 from controlprefix.model.languages import (
     Languages,
@@ -27,8 +32,6 @@ from controlprefix.request import AnyRequest, Request
 _ANY_TEXT = "a"
 _CHARACTERS_PER_TOKEN = 8  # more than in most texts
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-_THOUGHTS = re.compile(r"(?s)<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\]")
-_END_OF_THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +206,10 @@ class RequestTokenizer:
 
     def _require_short(self, request: Request, limit: int) -> None:
         """Refuse a prompt that is far too long for the context before all of it is tokenized."""
-        # Templates leave thoughts of earlier answers out.
-        texts = [_THOUGHTS.sub("", text) for text in request.texts]
+        texts = [
+            without_thoughts(message.content) if message.role == "assistant" else message.content
+            for message in request.messages or ()
+        ] or request.texts
         num_characters = _CHARACTERS_PER_TOKEN * limit
         if sum(map(len, texts)) <= num_characters:
             return
@@ -346,7 +351,7 @@ class RequestTokenizer:
             continue_final_message=request.continue_final_message,
             # A completion is the answer, unless it has the thoughts before it too.
             close_thinking=isinstance(request, Example)
-            and not _END_OF_THINKING.search(request.completion),
+            and not END_OF_THINKING.search(request.completion),
         )
         if images is not None:
             pieces = with_images(pieces, self._image_reader.placeholder, images.texts)

@@ -231,11 +231,16 @@ class TrainingLoop:
                 self._accelerator.process_index :: self._accelerator.num_processes
             ]
         lengths = [pair.row.num_tokens for _, pair in by_length]
-        for batch in self._frozen.batches(lengths, self._max_rows):
-            chunk = [by_length[i] for i in batch]
-            values = self._backward(chunk, seeds)
-            for (run, _), value in zip(chunk, values, strict=True):
-                losses[run] += value / num_targets[run]
+        # Not around all of training: it switches the KV cache off, which sampled texts need.
+        checkpointing = activation_checkpointing(
+            self._frozen.model, self._checkpoints_activations and torch.is_grad_enabled()
+        )
+        with checkpointing:
+            for batch in self._frozen.batches(lengths, self._max_rows):
+                chunk = [by_length[i] for i in batch]
+                values = self._backward(chunk, seeds)
+                for (run, _), value in zip(chunk, values, strict=True):
+                    losses[run] += value / num_targets[run]
         if self._accelerator is not None and self._accelerator.num_processes > 1:
             for run, loss in losses.items():
                 total = torch.tensor(loss, dtype=torch.float64, device=self._frozen.device)
@@ -256,11 +261,7 @@ class TrainingLoop:
             prefixes.update(run.prefixes.prefixes(keys, seeds.get(run)))
         batch = self._objective.assemble(pairs, prefixes)
         autocast = self._accelerator.autocast() if self._accelerator else contextlib.nullcontext()
-        # Here alone: an objective that samples texts needs the KV cache, which it switches off.
-        checkpointing = activation_checkpointing(
-            self._frozen.model, self._checkpoints_activations and torch.is_grad_enabled()
-        )
-        with checkpointing, autocast, self._frozen.attached(batch, everywhere=True):
+        with autocast, self._frozen.attached(batch, everywhere=True):
             losses = self._objective(pairs)
             per_step = torch.tensor([run.targets_per_step for run, _ in chunk])
             normalized = losses / per_step.to(losses.device)

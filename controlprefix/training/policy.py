@@ -247,7 +247,7 @@ class PolicyObjective(Objective):
                     # What is learned from is the model's own distribution.
                     "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None,
                     "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-                    "logit_bias": {}, "json_schema": None, "num_beams": 1,
+                    "logit_bias": {}, "json_schema": None,
                     "seed": rng.randrange(1 << 62),
                     "max_new_tokens": max(1, row.request.max_new_tokens - len(begun)),
                 }

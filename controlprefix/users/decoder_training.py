@@ -1,7 +1,7 @@
 """Training a decoder of user codes, with the codes of many users, and the code predictor."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,13 +85,11 @@ def train_decoder(
         raise TrainingDataError(f"a decoder is trained on many users; {len(texts)} are given")
     training, held_out = split_user_rows(rows, settings)
     rng = random.Random(settings.seed)
-    by_user: dict[PrefixKey, list[UserRow]] = {}
-    for row in training:
-        by_user.setdefault(row.row.learned[0][0], []).append(row)
+    own_training, own_held_out = _by_user(training), _by_user(held_out)
     first_texts = [
         text
-        for own in by_user.values()
-        for text in trained_texts(frozen, own, held_out)[:_NUM_INITIAL_TEXTS]
+        for user, own in own_training.items()
+        for text in trained_texts(frozen, own, own_held_out.get(user, ()))[:_NUM_INITIAL_TEXTS]
     ]
     initial_texts = rng.sample(first_texts, min(_NUM_INITIAL_TEXTS, len(first_texts)))
     ids = frozen.request_tokenizer.text_ids("\n".join(initial_texts))
@@ -132,3 +130,10 @@ def train_decoder(
         seed=settings.seed,
     )
     return decoder.rounded(), values, DecoderReport(run.report(), len(values), r2)
+
+
+def _by_user(rows: Iterable[UserRow]) -> dict[str, list[UserRow]]:
+    users: dict[str, list[UserRow]] = {}
+    for row in rows:
+        users.setdefault(row.source[0], []).append(row)
+    return users
