@@ -120,7 +120,7 @@ def test_the_command_adds_ratios_to_rows(tmp_path: Path) -> None:
     assert "is the file that is read" in str(CliRunner().invoke(app, onto_itself).exception)
     assert named.read_text().startswith("prompt,")
     from_input = CliRunner().invoke(
-        app, ["data", "ratios", "-", str(out), "--yes", *options[1:3]], input=named.read_text()
+        app, ["data", "ratios", "-", str(out), "--yes", *options[1:]], input=named.read_text()
     )
     assert "2 rows written" in from_input.output
     result = CliRunner().invoke(app, ["data", "ratios", str(named), *options, "--yes"])
