@@ -166,6 +166,27 @@ def test_penalties_count_what_was_generated() -> None:
     assert int(BatchSampler([again], CPU)(logits.clone())) == tokens[3]
 
 
+@pytest.mark.parametrize("prompt", [[], [9, 8], [1, 0, 9], [2, 2, 2]])
+def test_penalties_beside_rows_of_other_lengths_are_those_of_a_plain_sum(prompt: list[int]) -> None:
+    """Also where a row has no token yet that it could write."""
+    fields = {"repetition_penalty": 1.5, "presence_penalty": 0.4, "frequency_penalty": 0.3}
+    row, other = (
+        SampledRow(request(**fields), own) for own in (prompt, [2, 1, 2, 1, 0, 2, 1, 1, 0])
+    )
+    sampler = BatchSampler([other, row], CPU)
+    new: list[int] = []
+    for _ in range(12):
+        logits = torch.tensor([2.0, 1.7, -0.5])
+        expected = logits.clone()
+        for token in range(3):
+            if token in (*prompt, *new):
+                expected[token] *= 1.5 if logits[token] < 0 else 1 / 1.5
+            expected[token] -= 0.4 * (token in new) + 0.3 * new.count(token)
+        new.append(int(sampler(logits.repeat(2, 1))[1]))
+        assert new[-1] == int(expected.argmax())
+    assert set(new) == {0, 1, 2}
+
+
 def test_a_bias_is_added_and_ids_beyond_the_vocabulary_are_ignored() -> None:
     sampler = BatchSampler(rows_of({"logit_bias": {1: 5.0, 2: 100.0, 99: 100.0}}, {}), CPU)
     assert sampler(torch.tensor([[2.0, 0.0], [2.0, 0.0]])).tolist() == [1, 0]

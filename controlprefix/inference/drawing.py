@@ -8,13 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
 from controlprefix.request import Request
 
-# `top_k`, `top_p` and `min_p` are applied to this many most likely tokens of a row; rows
-# that keep more are sorted completely.
+# `top_k`, `top_p` and `min_p` are applied to this many most likely tokens of a row; the logits of
+# rows that keep more are sorted completely.
 _NUM_CANDIDATES = 128
 _BLOCK_SIZE = 256  # tokens whose probabilities are summed before a block is searched
 
@@ -96,8 +97,11 @@ def draw(logits: Tensor, top: Tensor, settings: DrawSettings, uniform: Tensor) -
 
 
 def _draw_from_all(logits: Tensor, top: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
-    """Draw from all tokens: first a block of them, then a token of the block."""
-    weights = _weights(logits, top, temperature)
+    return _draw_by_blocks(_weights(logits, top, temperature), uniform)
+
+
+def _draw_by_blocks(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draw by weights of all tokens: first a block of them, then a token of the block."""
     num_rows, vocab_size = weights.shape
     whole = vocab_size // _BLOCK_SIZE * _BLOCK_SIZE
     sums = weights[:, :whole].view(num_rows, -1, _BLOCK_SIZE).sum(2)
@@ -107,7 +111,7 @@ def _draw_from_all(logits: Tensor, top: Tensor, temperature: Tensor, uniform: Te
     target = uniform[:, None] * cumulative[:, -1:]
     block = _first_above(cumulative, target)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    tokens = block * _BLOCK_SIZE + torch.arange(_BLOCK_SIZE, device=logits.device)
+    tokens = block * _BLOCK_SIZE + torch.arange(_BLOCK_SIZE, device=weights.device)
     inside = weights.gather(1, tokens.clamp(max=vocab_size - 1)).double()
     inside = torch.where(tokens < vocab_size, inside, 0.0).cumsum(1)
     result = tokens.gather(1, _first_above(inside, target - before))[:, 0]
@@ -126,14 +130,12 @@ def _draw_truncated(logits: Tensor, top: Tensor, settings: DrawSettings, uniform
     )
     if num_candidates < vocab_size and not is_complete.all():
         rest = (~is_complete).nonzero()[:, 0]
-        tokens[rest], _ = _draw_from_most_likely(
-            logits[rest],
-            top[rest],
-            settings.rows(rest),
-            uniform[rest],
-            None if totals is None else totals[rest],
-            vocab_size,
+        logits, top, settings = logits[rest], top[rest], settings.rows(rest)
+        smallest, _ = _smallest_kept(
+            _sorted(logits), top, settings, None if totals is None else totals[rest]
         )
+        weights = _weights(logits, top, settings.temperature)
+        tokens[rest] = _draw_by_blocks(weights.masked_fill_(logits < smallest, 0.0), uniform[rest])
     return tokens
 
 
@@ -155,6 +157,28 @@ def _draw_from_most_likely(
         A token per row, and whether all tokens that its settings keep were candidates.
     """
     logits, tokens = logits.topk(num_candidates, dim=1)  # the most likely first
+    smallest, is_complete = _smallest_kept(logits, top, settings, totals)
+    tokens, order = tokens.sort(1)  # ties may come in any order
+    weights = _weights(logits, top, settings.temperature).double()
+    weights = torch.where(logits >= smallest, weights, 0.0).gather(1, order)
+    cumulative = weights.cumsum(1)
+    index = _first_above(cumulative, uniform[:, None] * cumulative[:, -1:])
+    return tokens.gather(1, index)[:, 0], is_complete
+
+
+def _smallest_kept(
+    logits: Tensor, top: Tensor, settings: DrawSettings, totals: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The smallest logit that the settings keep.
+
+    Args:
+        logits: The largest of each row, in descending order, `(num_rows, num_candidates)`.
+        top, settings, totals: As of `_draw_from_most_likely`.
+
+    Returns:
+        A logit per row, `(num_rows, 1)`, and whether no smaller one than those can be kept.
+    """
+    num_candidates = logits.shape[1]
     weights = _weights(logits, top, settings.temperature).double()
     kth = logits.gather(1, settings.top_k.clamp(max=num_candidates) - 1)
     weights = torch.where(logits >= kth, weights, 0.0)
@@ -170,11 +194,15 @@ def _draw_from_most_likely(
     smallest = torch.maximum(smallest, least)
     is_complete = logits[:, -1] < smallest[:, 0]
     is_complete &= ~has_top_k[:, 0] | (settings.top_k[:, 0] <= num_candidates)
-    tokens, order = tokens.sort(1)  # ties may come in any order
-    weights = torch.where(logits >= smallest, weights, 0.0).gather(1, order)
-    cumulative = weights.cumsum(1)
-    index = _first_above(cumulative, uniform[:, None] * cumulative[:, -1:])
-    return tokens.gather(1, index)[:, 0], is_complete
+    return smallest, is_complete
+
+
+def _sorted(logits: Tensor) -> Tensor:
+    """The logits of each row in descending order."""
+    if logits.device.type != "cpu":
+        return logits.sort(1, descending=True).values
+    # numpy sorts with vector instructions: on a CPU, in a tenth of torch's time.
+    return torch.from_numpy(numpy.sort(logits.numpy(), axis=1)).flip(1)
 
 
 def _weights(logits: Tensor, top: Tensor, temperature: Tensor) -> Tensor:

@@ -99,8 +99,7 @@ class BatchSampler:
             lambda r: r.presence_penalty,
             lambda r: r.frequency_penalty,
         )
-        self._counts: Tensor | None = None  # (penalized rows, vocab_size), of generated tokens
-        self._occurred: Tensor | None = None  # and whether a token occurred, also in the prompt
+        self._penalized_tokens: _PenalizedTokens | None = None
         self._sampled = [i for i, request in requests.items() if request.do_sample]
         sampled = [requests[i] for i in self._sampled]
         self._draw_device = device_for(device)
@@ -140,9 +139,8 @@ class BatchSampler:
         for i, row in self._forced:
             if row.forced_end is not None and len(row.new) == row.request.max_new_tokens - 1:
                 tokens[i] = row.forced_end
-        if self._counts is not None:
-            new = tokens[self._penalized][:, None]
-            self._counts.scatter_add_(1, new, torch.ones_like(new, dtype=torch.float32))
+        if self._penalized_tokens is not None:
+            self._penalized_tokens.append(tokens[self._penalized])
         return tokens
 
     def _process(self, logits: Tensor) -> dict[int, Tensor]:
@@ -180,28 +178,58 @@ class BatchSampler:
             guided.index_put_((tokens[rows == i],), values[rows == i], accumulate=True)
 
     def _penalize(self, logits: Tensor) -> None:
-        rows = [self._rows[i] for i in self._penalized]
-        if self._counts is None or self._occurred is None:
-            self._counts = torch.zeros(len(rows), logits.shape[1], device=logits.device)
-            self._occurred = torch.zeros_like(self._counts, dtype=torch.bool)
-            for i, row in enumerate(rows):
-                assert row is not None
-                new = torch.tensor(row.new, dtype=torch.int64)
-                self._counts[i] = new.bincount(minlength=logits.shape[1])
-                # Some models read tokens, such as those of images, that they cannot write.
-                tokens = [token for token in row.prompt if token < logits.shape[1]]
-                self._occurred[i, tokens] = True
-        values, counts = logits[self._penalized], self._counts
+        if self._penalized_tokens is None:
+            rows = [row for i in self._penalized if (row := self._rows[i]) is not None]
+            self._penalized_tokens = _PenalizedTokens(rows, logits.shape[1], logits.device)
+        tokens, counts = self._penalized_tokens.tokens, self._penalized_tokens.counts()
+        row_ids = torch.tensor(self._penalized, device=logits.device)[:, None]
+        values = logits[row_ids, tokens]
         repetition, presence, frequency = self._penalties
-        scaled = torch.where(values < 0, values * repetition, values / repetition)
-        values = torch.where(self._occurred | (counts > 0), scaled, values)
-        values -= presence * (counts > 0) + frequency * counts
-        logits[self._penalized] = values
+        penalized = torch.where(values < 0, values * repetition, values / repetition)
+        penalized -= presence * (counts > 0) + frequency * counts
+        logits[row_ids, tokens] = torch.where(self._penalized_tokens.is_empty, values, penalized)
 
     def _columns(
         self, requests: Sequence[Request], *settings: Callable[[Request], float]
     ) -> list[Tensor]:
         return [column([setting(r) for r in requests], self._device) for setting in settings]
+
+
+class _PenalizedTokens:
+    """The tokens of penalized rows: penalties change the logits of these alone.
+
+    Args:
+        rows: Their prompts and what they have generated.
+        vocab_size: Number of logits. Some models read tokens, such as those of images, that they
+            cannot write.
+        device: Device of the logits.
+
+    Attributes:
+        tokens: Of prompts and texts, `(num_rows, num_tokens)`; they may repeat.
+        is_empty: Rows that have none: theirs are not tokens, `(num_rows, 1)`.
+    """
+
+    def __init__(self, rows: Sequence[SampledRow], vocab_size: int, device: torch.device) -> None:
+        own = [sorted({t for t in (*row.prompt, *row.new) if t < vocab_size}) for row in rows]
+        longest = max(1, *map(len, own))
+        padded = [[*tokens, *(tokens or [0])[:1] * (longest - len(tokens))] for tokens in own]
+        self.tokens = torch.tensor(padded, device=device)
+        self.is_empty = torch.tensor([[not tokens] for tokens in own], device=device)
+        self._counts = torch.zeros(len(rows), vocab_size, device=device)
+        for i, row in enumerate(rows):
+            new = torch.tensor(row.new, dtype=torch.int64, device=device)
+            self._counts[i].scatter_add_(0, new, torch.ones_like(new, dtype=torch.float32))
+
+    def counts(self) -> Tensor:
+        """How often each of `tokens` was generated, `(num_rows, num_tokens)`."""
+        return self._counts.gather(1, self.tokens)
+
+    def append(self, new: Tensor) -> None:
+        """Add a generated token per row, `(num_rows,)`."""
+        new = new[:, None]
+        self._counts.scatter_add_(1, new, torch.ones_like(new, dtype=torch.float32))
+        self.tokens = torch.cat([torch.where(self.is_empty, new, self.tokens), new], 1)
+        self.is_empty = torch.zeros_like(self.is_empty)
 
 
 def _biased_logits(
