@@ -85,7 +85,7 @@ class Attribute(BaseModel):
 
     @property
     def poles(self) -> tuple[str, str] | None:
-        """The ends of the attribute's dial, at 1 and -1: its first label with an opposite."""
+        """The labels at 1 and at -1: the first label that has an opposite, and that one."""
         for name, label in self.labels.items():
             if label.opposite is not None:
                 return name, label.opposite

@@ -16,6 +16,10 @@ class Example(Request):
     completion: str
     """The text that answers the prompt."""
 
+    is_whole: bool = True
+    """Whether the completion ends there. Where it was cut, as at a limit of tokens, no end token is
+    learned."""
+
     def __init__(self, **fields: Any) -> None:
         try:
             super().__init__(**fields)

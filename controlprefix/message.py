@@ -71,7 +71,11 @@ Images = Annotated[tuple[Image, ...], Field(max_length=MAX_IMAGES)]
 
 
 class Message(BaseModel):
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    Raises:
+        RequestError: If its role is unknown, a field is missing, or an image cannot be read.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

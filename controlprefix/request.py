@@ -85,7 +85,7 @@ class SteeringFields(BaseModel):
     its opposite, if the attribute file names one that is trained, or else mixes the trained labels
     nearest by sentence embedding, `text` makes a prefix from a text (the description in
     the attribute file, or a sentence that names the label). `distill` trains a prefix to do what
-    that text says, at its first use, for a minute at most, and stores it; not over HTTP."""
+    that text says, at its first use, in about a minute, and stores it; not over HTTP."""
 
     when: When = "always"
     """With `relevant`, prefixes that have learned which prompts they are for (see

@@ -194,6 +194,15 @@ class JobMethods:
 
         return self._database.run(count)
 
+    def num_queued_jobs(self, fingerprint: str) -> int:
+        """How many jobs of all tenants, for a model, are waiting or running."""
+
+        def count(session: Session, _: int) -> int:
+            own = select(func.count()).where(QueueRow.fingerprint == fingerprint)
+            return session.scalar(own) or 0
+
+        return self._database.run(count)
+
     def claim_job(self, fingerprint: str, *, served: Sequence[str] = ()) -> Claim | None:
         """Take a job of any tenant that is due, of the tenant with the fewest that run; or None.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -31,6 +31,7 @@ from controlprefix.evaluation.comparison import (
 )
 from controlprefix.evaluation.comparison.adapter_training import sample
 from controlprefix.evaluation.comparison.adapters import PrefixMemory
+from controlprefix.evaluation.comparison.compare import _split
 from controlprefix.evaluation.comparison.methods import ComparisonSetup, ControlPrefixMethod, Method
 from controlprefix.inference import relevance, unseen_labels
 from controlprefix.inference.unseen_labels import NearestLabels
@@ -405,6 +406,33 @@ def test_what_does_not_fit_the_memory_is_skipped(
         files[0].write_text("max")
         assert method_runner._available_bytes() > 10**6
     assert not compare(engine(), greetings(8), **settings).skipped  # there is more memory now
+    monkeypatch.setattr(psutil, "virtual_memory", Full)
+    assert not compare(engine(), greetings(8), **settings).skipped  # it was measured
+
+
+def test_no_label_is_held_out_as_a_whole() -> None:
+    """Where each label has a prompt of its own, too."""
+    labels = [f"topic {i}" for i in range(5)]
+    rows = [
+        Example(
+            prompt=f"Write about {label}.", completion=f"It is {i}", attributes={"topic": label}
+        )
+        for label in labels
+        for i in range(20)
+    ]
+    training, validation, test = _split(
+        lambda own, _: cast(list[Example], own), rows, 0.2, 0.2, None, 96
+    )
+    assert {row.attributes["topic"] for row in training} == set(labels)
+    assert len(training) + len(validation) + len(test) == len(rows)
+    assert len({row.attributes["topic"] for row in test}) > 1
+
+
+def test_other_prompts_leave_room_for_an_answer() -> None:
+    settings = {**SETTINGS, "methods": ["plain"], "other_prompts": ["Hi", "x" * 9999]}
+    with pytest.raises(ContextLengthError, match="one of other_prompts, leaves no room"):
+        compare(engine(), greetings(8), **settings)
+    assert compare(engine(), greetings(8), too_long="skip", **settings).figures("plain", "nats")
 
 
 def test_mistakes_are_clear_errors() -> None:

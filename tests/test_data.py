@@ -114,6 +114,11 @@ def test_columns_by_any_name() -> None:
     columns = Columns(prompt="prompt", completion="chosen")
     (chosen,) = as_examples([{**preference, "table": "T1"}], columns=columns)
     assert (chosen.prompt, chosen.completion) == ("Hi", "hey")
+    alpaca = {"instruction": "Say hi", "input": "", "output": "Hi.", "text": "Say hi: Hi."}
+    columns = Columns(prompt="instruction", completion="output")
+    for extra in ({}, {"messages": [{"role": "user", "content": "x"}]}, {"prompt_ids": [1]}):
+        (example,) = as_examples([{**alpaca, **extra}], columns=columns)
+        assert (example.prompt, example.completion, example.messages) == ("Say hi", "Hi.", None)
     with pytest.raises(TrainingDataError, match="no column 'boddy'; .* did you mean 'body'"):
         as_examples(rows, columns=Columns(text="boddy"))
     with pytest.raises(TrainingDataError, match="row 1: .*unknown field 'id'"):

@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from controlprefix import ContextLengthError, ControlPrefix, Example, TrainingDataError
+from controlprefix import (
+    ContextLengthError,
+    ControlPrefix,
+    Example,
+    RequestError,
+    TrainingDataError,
+)
 from controlprefix.data import (
     as_examples,
     as_requests,
     summarize,
 )
-from controlprefix.training.context_fit import cut_example_ids
+from controlprefix.training.context_fit import cut_example_ids, fit_to_context
 
 from helpers import QUICK, engine
 from models import byte_tokenizer
@@ -117,6 +123,17 @@ def test_a_conversation_that_cannot_be_cut_is_skipped() -> None:
     settings = {**QUICK, "steps": 1, "validation": 0, "too_long": "cut"}
     report = cp.train(rows, task="t", **settings)
     assert (report.num_examples, report.num_skipped) == (1, 1)
+
+
+def test_a_row_that_cannot_be_read_is_named_where_long_ones_are_skipped() -> None:
+    tokenizer = engine().frozen_model.request_tokenizer
+    rows = [
+        Example(prompt="x", completion="y"),
+        Example(prompt="x", completion="y", target_language="fra_Latn"),
+    ]
+    for too_long in ("refuse", "skip", "cut"):
+        with pytest.raises(RequestError, match="row 2: source_language"):
+            fit_to_context(rows, tokenizer, too_long)
 
 
 def test_token_ids_are_a_prompt() -> None:

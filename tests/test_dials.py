@@ -1,6 +1,7 @@
 """Dials: positions that are even in what is measured, whatever the response."""
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,14 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlprefix import (
+    AttributeSpace,
     ControlPrefix,
     Prefix,
     PrefixFormatError,
+    TrainingDataError,
 )
 from controlprefix.evaluation.calibration import CALIBRATION_STRENGTHS, even_dial
-from controlprefix.prefixes import StorageDtype
+from controlprefix.prefixes import PrefixKey, StorageDtype
 from controlprefix.prefixes.dial import read_dial
 
+from helpers import engine, random_prefix
 from models import build, byte_tokenizer
 
 
@@ -79,3 +83,32 @@ def test_a_dial_survives_its_bytes_and_a_wrong_one_is_refused() -> None:
         Prefix(cp.geometry, prefix.slots, dial=wrong)
     with pytest.raises(PrefixFormatError, match="the file has a dial that does not rise"):
         read_dial(wrong, "the file")
+
+
+def test_a_version_says_whether_its_prefix_has_a_dial() -> None:
+    cp = engine()
+    prefix = random_prefix(cp.model, 2)
+    with_dial = replace(prefix, dial=((0.0, 0.0), (1.0, 1.0)))
+    key = PrefixKey.for_label("tone", "warm")
+
+    def says() -> bool:
+        (info,) = cp.store.prefixes("attribute")
+        assert info.key == key
+        return "calibrated" in info.current.details
+
+    cp.put("attribute", "tone=warm", with_dial, details={"note": "imported"})
+    assert says()
+    details = {"calibrated": {"accuracy": 1.0}}
+    cp.put("attribute", "tone=warm", prefix, details=details)  # of the version before
+    assert not says()
+
+
+def test_a_position_between_labels_is_not_distilled() -> None:
+    space = AttributeSpace.parse(
+        "attributes: {tone: {labels: {warm: {opposite: stern}, stern: {}}}}"
+    )
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://", attributes=space
+    )
+    with pytest.raises(TrainingDataError, match="is a position between labels"):
+        cp.distill("Be kind.", ["a", "b"], attribute="tone", label=0.5, steps=1, progress=False)

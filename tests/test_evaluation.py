@@ -319,7 +319,9 @@ def test_a_dial_moves_what_is_measured_more_evenly(
         cp.get("attribute", "pitch=high").strength_at(0.5)
     )
     with pytest.raises(RequestError, match="'pitch=low' version . has no dial; calibrate it"):
-        cp.generate("x", raw=True, attributes={"pitch": "low"}, calibrated=True)
+        cp.generate("x", raw=True, attributes={"pitch": {"low": 0.5}}, calibrated=True)
+    for same in (0.0, 1.0):  # in positions as in strengths
+        cp.generate("x", raw=True, attributes={"pitch": {"low": same}}, calibrated=True)
     louder = request.model_copy(update={"strengths": {"pitch": 2.0}})
     with pytest.raises(RequestError, match="strengths name 'pitch', whose strength is measured"):
         strength_curve(cp, louder, "pitch", "high", classifier)

@@ -93,6 +93,25 @@ def test_prompts_are_those_of_the_processor(name: str) -> None:
     assert completion.text == cp.frozen_model.request_tokenizer.decode(new)
 
 
+def test_tokens_of_images_that_are_not_there_are_refused(llava: ControlPrefix) -> None:
+    """One row's would be counted as another's image."""
+    images = [picture(1)]
+    tokenizer = llava.frozen_model.request_tokenizer
+    own = tokenizer.prompt_ids(Request(prompt="x", raw=True, images=images))
+    image = max(own, key=list(own).count)
+    with pytest.raises(RequestError, match="tokens of images, and its images take"):
+        llava.generate(Request(prompt="<image>\nDescribe it.", raw=True, images=images))
+    for wrong in (
+        Request(prompt="the <image> tag", raw=True),
+        Request(prompt_ids=own),
+        Request(prompt_ids=(5, image)),
+    ):
+        with pytest.raises(RequestError, match="has no image; give images"):
+            llava.generate(wrong)
+    # In a message it is text.
+    assert llava.generate(Request(prompt="the <image> tag", **LIMIT)).num_tokens
+
+
 @pytest.mark.slow
 def test_rows_with_and_without_images_are_alone_in_a_batch(cp: ControlPrefix) -> None:
     requests, examples = mixed(), scored()

@@ -1,12 +1,14 @@
 """Languages of multilingual encoder-decoders: per request, the same in every engine."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import NllbTokenizer
+from transformers import MBartTokenizer, NllbTokenizer
 
-from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError
+from controlprefix import ControlPrefix, Example, Prefix, Request, RequestError, TrainingDataError
+from controlprefix.model.languages import Languages
 from controlprefix.training.context_fit import cut_example_ids
 
 from helpers import QUICK, engine, letters_reward
@@ -181,3 +183,25 @@ def test_languages_that_there_are_not() -> None:
         engine("bart").generate(Request(prompt="sea", target_language="fra_Latn"))
     with pytest.raises(RequestError, match="for encoder-decoders"):
         engine().generate(Request(prompt="sea", target_language="fra_Latn"))
+
+
+def test_the_first_mbart_starts_with_the_language_itself() -> None:
+    control = ("<s>", "<pad>", "</s>", "<unk>", "▁", *_CHARACTERS)
+    tokenizer = MBartTokenizer(vocab=[(token, -1.0) for token in control])
+    languages = Languages(tokenizer)
+    romanian, german = languages.id_of("ro_RO"), languages.id_of("de_DE")
+    assert languages.start_ids(0, "de_DE") == (german,)
+    assert languages.start_ids(romanian, "ro_RO") == (romanian,)
+    others = Languages(nllb_tokenizer())
+    french = others.id_of("fra_Latn")
+    assert others.start_ids(2, "fra_Latn") == (2, french)
+    assert others.start_ids(others.id_of("deu_Latn"), "fra_Latn") == (french,)
+
+
+def test_another_target_language_is_another_run(tmp_path: Path) -> None:
+    cp = multilingual("m2m_100")
+    rows = [Example(prompt="the sea", completion=text, task="t") for text in ("ab", "cd", "ef")]
+    cp.train(rows, folder=tmp_path, **QUICK)
+    targeted = [row.model_copy(update={"target_language": "fra_Latn"}) for row in rows]
+    with pytest.raises(TrainingDataError, match="other examples"):
+        cp.train(targeted, folder=tmp_path, resume=True, **QUICK)

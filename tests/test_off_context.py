@@ -25,7 +25,7 @@ def test_off_context_rows_leave_the_model_as_it_is_elsewhere() -> None:
         method = ControlPrefixMethod(split, labels=False)
         settings = {**QUICK, "steps": 30, "validation": 0, "off_context": share}
         method.cp.train(split.training, **settings)
-        others = elsewhere(split, [], None)
+        others = elsewhere(split, [], None, "refuse")
         value = divergence(method, others.answers)
         assert value is not None
         return value, nats_per_token(method.cp, rows[14:])

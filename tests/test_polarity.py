@@ -26,6 +26,10 @@ from controlprefix.prefixes import PrefixKey
         ("not kind", ("kind", "cruel"), "kind"),
         ("not kind", ("friendly", "cruel"), "friendly"),
         ("careless", ("careful",), "careful"),
+        ("polite", ("formal", "casual"), "casual"),
+        ("courteous", ("formal", "casual"), "casual"),
+        ("passive", ("active",), "active"),
+        ("calm", ("excited",), "excited"),
     ],
 )
 def test_no_label_stands_in_for_its_opposite(

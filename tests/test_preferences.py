@@ -138,6 +138,12 @@ def test_rows_of_trl_and_of_files_are_read(tmp_path: Path) -> None:
     assert [(row.chosen, row.rejected) for row in read] == [TEXTS] * 3
     assert read[0].prompt == "Greet me"
     assert all(row.messages and row.messages[-1].content == "Greet me" for row in read[1:])
+    # As ultrafeedback has it: the user's message and the whole conversation once more.
+    repeated = {**rows[2], "prompt": "Greet me", "messages": rows[2]["chosen"]}
+    (read_again,) = as_preferences([repeated])
+    assert read_again.model_dump() == read[2].model_dump()
+    with pytest.raises(TrainingDataError, match="give one of prompt, messages"):
+        as_preferences([{**rows[2], "prompt": "Say something else"}])
     path.write_text(json.dumps({**rows[2], "rejected": [assistant[0], assistant[1]]}))
     with pytest.raises(TrainingDataError, match="differ before"):
         as_preferences(path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from controlprefix.training.policy import (
 from controlprefix.training.settings import PolicySettings, TrainingSettings
 
 from helpers import QUICK, engine, greetings
+from models import byte_tokenizer
 
 TRAINED = ("greet", "formal", "informal")
 
@@ -417,3 +419,37 @@ def test_the_command_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 0, result.output
     assert "stored task 'greet' version 2" in result.output
     assert "reward" in result.output
+
+
+def test_an_end_is_learned_where_it_was_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that have ended are padded, here with the end token itself."""
+    own_tokenizer = byte_tokenizer()
+    own_tokenizer.pad_token = own_tokenizer.eos_token
+    cp = engine(tokenizer=own_tokenizer)
+    assert cp.frozen_model.request_tokenizer.pad_id == 1
+    tokenizer = cp.frozen_model.request_tokenizer
+    a, b = tokenizer.inner_ids("a")[0], tokenizer.inner_ids("b")[0]
+    end = tokenizer.end_ids[0]
+    rows: list[tuple[dict[str, Any], list[int], list[int]]] = [
+        ({"max_new_tokens": 2}, [a, b, end, end], [a, b]),  # cut at its limit
+        ({"max_new_tokens": 4}, [a, end, end, end], [a, end]),
+        ({"max_new_tokens": 4, "stop": ("b",)}, [a, b, end, end], [a, b]),
+    ]
+    objective = PolicyObjective(cp.frozen_model, PolicySettings(), share_of_vowels, {})
+    for fields, new, expected in rows:
+        monkeypatch.setattr(
+            "controlprefix.training.policy.generate_tokens", lambda *_, new=new, **__: [new]
+        )
+        request = Request(prompt="-", raw=True, **fields)
+        row = TrainingRow((a,), (), (), (), request=request)
+        ((tokens, _),) = objective._sample([row], [()], {}, random.Random(0))
+        assert list(tokens) == expected
+    ((tokens, text),) = objective._sample([row], [(a,)], {}, random.Random(0))
+    assert (list(tokens), text) == ([a, a, b], "aa")  # without the stop text, as all others
+
+
+def test_epochs_are_in_place_of_steps() -> None:
+    cp = trained()
+    options = {name: value for name, value in OPTIONS.items() if name != "steps"}
+    report = cp.reinforce(requests(), reward=share_of_vowels, epochs=1, **options)
+    assert len(report.losses) == -(-len(requests()) // int(options["batch_size"]))

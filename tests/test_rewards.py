@@ -1,5 +1,6 @@
 """Rewards, demonstrated parts and the best of sampled texts."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from rewarded import OPTIONS, requests, share_of_vowels, trained
 
 from controlprefix import (
+    AttributeSpace,
     Completion,
+    ControlPrefix,
     ControlPrefixError,
     Example,
     Request,
@@ -40,7 +43,8 @@ from controlprefix.training.policy import (
 )
 from controlprefix.training.settings import PolicySettings, TrainingSettings
 
-from helpers import QUICK, Histogram, engine, greetings, says
+from helpers import QUICK, Histogram, engine, greetings, random_prefix, says
+from models import build, byte_tokenizer
 
 
 def test_checks_of_texts() -> None:
@@ -241,7 +245,7 @@ def test_the_best_texts_that_begin_unlike_others(monkeypatch: pytest.MonkeyPatch
     values = [1.0, 0.9, 0.5, 1.0, 2.0, 0.8, 0.3, 0.7]
 
     def written(requests: Any, **_: Any) -> Any:
-        return [SimpleNamespace(text=text) for text in texts]
+        return [SimpleNamespace(text=text, finish_reason="stop") for text in texts]
 
     def reward(requests: Any, texts: Any) -> list[float]:
         return values
@@ -268,7 +272,14 @@ def test_the_best_texts_stay_in_the_requested_language(monkeypatch: pytest.Monke
         Completion(text=text, finish_reason="stop", num_prompt_tokens=1, num_tokens=1)
         for text in ("aa", "bb")
     ]
+    completions[1] = completions[1].model_copy(update={"finish_reason": "length"})
     monkeypatch.setattr(cp, "generate", lambda requests, **_: completions[: len(requests)])
+    cut, whole = best_texts(cp, [request], lambda _, texts: [0.0, 1.0], num_samples=2, keep=2)
+    tokens = cp.frozen_model.request_tokenizer.example_ids
+    for example, is_whole in ((cut, False), (whole, True)):
+        assert example.is_whole is is_whole
+        plain = example.model_copy(update={"source_language": None, "target_language": None})
+        assert tokens(plain).is_whole is is_whole
     (example,) = best_texts(cp, [request], share_of_vowels, num_samples=2, keep=1)
     assert (example.source_language, example.target_language) == ("ita_Latn", "deu_Latn")
 
@@ -292,3 +303,52 @@ def test_several_texts_are_sampled_without_beams() -> None:
     cp, beams = engine(), Request(prompt="Greet", num_beams=2)
     with pytest.raises(TrainingDataError, match="row 1 has num_beams=2, but texts are sampled"):
         best_texts(cp, [beams], lambda _, texts: [0.0] * len(texts), num_samples=2, keep=1)
+
+
+def test_the_best_texts_are_labelled_as_prefixes_are_named() -> None:
+    space = AttributeSpace.parse(
+        "attributes: {tone: {default: warm, labels: {warm: {opposite: stern}, stern: {}}}}"
+    )
+    cp = ControlPrefix.from_pretrained(
+        build("llama"), tokenizer=byte_tokenizer(), store="sqlite://", attributes=space
+    )
+    for name in ("tone=warm", "tone=stern"):
+        cp.put("attribute", name, random_prefix(cp.model, 3))
+    rewarded: list[dict[str, str]] = []
+
+    def reward(requests: Any, texts: Any) -> list[float]:
+        rewarded.extend(dict(requested_labels(request)) for request in requests)
+        return [0.0] * len(texts)
+
+    rows = [{"prompt": "a", "attributes": {"tone": -0.5}}, {"prompt": "b"}]
+    examples = best_texts(cp, rows, reward, num_samples=2, keep=1)
+    assert [example.attributes for example in examples] == [{"tone": "stern"}, {"tone": "warm"}]
+    assert rewarded == [{"tone": "stern"}] * 2 + [{"tone": "warm"}] * 2
+
+
+def test_a_reward_among_several_is_checked_alike() -> None:
+    wrong: Any
+    for wrong in (lambda _, texts: [1.0], lambda _, texts: [None] * len(texts)):
+        both = WeightedReward([(LengthReward(1, 9), 1.0), (wrong, 0.5)])
+        with pytest.raises(TrainingDataError, match="give one each|a number for each"):
+            both([says("a")] * 2, ["a", "b"])
+
+
+def test_the_weight_of_a_single_reward_counts(tmp_path: Path, monkeypatch: Any) -> None:
+    (value,) = parse_rewards(["0.1*length=2..3"])([says("a")], ["one"])
+    assert value == pytest.approx(-0.05)
+    (tmp_path / "broken_reward.py").write_text("def f(:\n")
+    (tmp_path / "raising_reward.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    for path in ("broken_reward:f", "raising_reward:f", ".broken_reward:f"):
+        with pytest.raises(RequestError, match=f"--reward python={path}: "):
+            parse_rewards([f"python={path}"])
+
+
+def test_a_classifier_file_names_no_embedding_model_of_strangers(tmp_path: Path) -> None:
+    file = tmp_path / "classifier.json"
+    fields = {"attribute": "a", "labels": ["x", "y"], "embedder": "someone/model", "accuracy": 1.0}
+    numbers = {"weights": [[0.0, 0.0]], "bias": [0.0, 0.0], "calibration_error": 0.0}
+    file.write_text(json.dumps({**fields, **numbers}))
+    with pytest.raises(ControlPrefixError, match="wants the embedding model 'someone/model'"):
+        AttributeClassifier.load(file)

@@ -43,6 +43,8 @@ def test_sari_is_a_mean_that_does_not_reward_a_copy(
 
 
 def test_grade_levels() -> None:
+    whole, cut = "He left. She stayed.", "He left. She stayed"
+    assert grade_level([whole]) == grade_level([cut]) == grade_level(["He left", "She stayed... "])
     # 6 words of 6 syllables in 1 sentence; 2 sentences of 2 words with 14 syllables.
     assert grade_level(["The cat sat on the mat."]) == pytest.approx(0.39 * 6 + 11.8 - 15.59)
     both = grade_level(["Simplification mattered.", "Examination mattered."])
@@ -109,6 +111,19 @@ def test_the_command_adds_ratios_to_rows(tmp_path: Path) -> None:
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["attributes"]["length"] for row in written] == ["0.64", "0.09", "0.38"]
     assert [row["task"] for row in written] == ["simplify", "simplify", "s"]
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text(json.dumps({"prompt": "a big house", "completion": "a house"}))
+    result = CliRunner().invoke(
+        app, ["data", "ratios", str(plain), str(out), "--source", "prompt", "--yes"]
+    )
+    assert "1 rows written" in result.output
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(data.read_text() + "\nno JSON\n{")
+    arguments[2] = str(broken)
+    result = CliRunner().invoke(app, [*arguments, "--source", "source", "--yes"])
+    assert "line 3" in str(result.exception)
+    assert "line 4" in str(result.exception)
+    arguments[2] = str(data)
     result = CliRunner().invoke(app, [*arguments, "--source", "original"])
     assert "original" in str(result.exception)
     named = tmp_path / "rows.csv"

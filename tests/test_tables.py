@@ -129,7 +129,25 @@ def test_a_bad_table_is_told_with_its_row() -> None:
         as_examples([{"table": {"a": "b"}, "prompt": "x", "completion": "x"}])
 
 
+@pytest.mark.parametrize(
+    ("facts", "read"),
+    [
+        ({"time": "10 : 30"}, {"time": "10: 30"}),
+        ([["Aarhus", "leader", ""]], {"subject": "Aarhus", "leader": ""}),
+        (
+            [["Terminator 2 : Judgment Day", "year", "1991 | 1992"]],
+            {"subject": "Terminator 2: Judgment Day", "year": "1991 / 1992"},
+        ),
+        ([[": x", "a :", "| b"]], {"subject": "x", "a:": "/ b"}),
+    ],
+)
+def test_what_separates_facts_is_no_part_of_them(facts: Any, read: dict[str, str]) -> None:
+    assert parse_table(linearize(facts, "bars")) == read
+
+
 def test_slot_errors_are_missing_and_invented_values() -> None:
+    within = [{"country": "Romania", "seats": 25}, {"country": "Oman", "seats": 5, "b": None}]
+    assert slot_errors(["Romania, 25: not Oman, 5.", "Oman: 5."], within) == (0.0, 0.5, 4)
     tables = [
         {"name": "The Vaults", "food": "French", "kids": "yes"},
         {"name": "Loch Fyne", "food": "Thai"},

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from controlprefix import Example, Request, TrainingDataError
+from controlprefix import ControlPrefix, Example, Request, TrainingDataError
 from controlprefix.data import as_examples
 from controlprefix.prefixes import PrefixKey
 
 from helpers import engine, greetings, nats_per_token
+from image_models import image_model, picture
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -199,6 +200,28 @@ def test_rows_that_name_nothing_and_unknown_prefixes_are_refused() -> None:
     ):
         with pytest.raises(TrainingDataError, match=message):
             model(ids, prefix_ids=torch.tensor(wrong))
+
+
+def test_a_decoder_starts_as_the_library_starts_it() -> None:
+    cp = engine("bart")
+    cp.model.generation_config.forced_bos_token_id = 7
+    rows = [Example(prompt="x", completion="ab", task="t")]
+    model = cp.trainable(rows, num_slots=2)
+    (inputs,) = (model.features(row) for row in rows)
+    tokenizer = cp.frozen_model.request_tokenizer
+    assert tokenizer.decoder_start_ids[1:] == (7,)
+    assert inputs["labels"] == [7, *tokenizer.inner_ids("ab"), tokenizer.end_id]
+
+
+def test_rows_with_images_are_refused() -> None:
+    model, tokenizer, processor = image_model("llava")
+    cp = ControlPrefix.from_pretrained(
+        model, tokenizer=tokenizer, processor=processor, store="sqlite://"
+    )
+    row = Example(prompt="What?", images=[picture(1)], completion="one", task="t")
+    trainable = cp.trainable([row], num_slots=2)
+    with pytest.raises(TrainingDataError, match="rows with images"):
+        trainable.features(row)
 
 
 @pytest.mark.slow

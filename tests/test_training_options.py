@@ -33,7 +33,7 @@ from controlprefix.training.preparation import prepare
 from controlprefix.training.run import TrainingRun
 from controlprefix.training.shortening import shorten
 
-from helpers import QUICK, engine, frozen, greetings, nats_per_token
+from helpers import QUICK, engine, frozen, greetings, nats_per_token, random_prefix
 from models import build, byte_tokenizer
 
 
@@ -331,6 +331,14 @@ def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
     for rows, validation in ((greetings(), 0.0), (greetings()[:4], 0.1)):
         with pytest.raises(TrainingDataError, match=f"validation {validation} of .* is none"):
             cp.sweep(rows, validation=validation, progress=False)
+
+
+def test_a_sweep_starts_from_no_prefix_of_its_own_number_of_slots() -> None:
+    cp = engine()
+    given = {("task", "greet"): random_prefix(cp.model, 4)}
+    for init in ("stored", given):
+        with pytest.raises(TrainingDataError, match="keeps its own; give another init"):
+            cp.sweep(greetings(), init=init, progress=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

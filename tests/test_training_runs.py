@@ -385,6 +385,24 @@ def test_a_precision_and_a_tracker_of_the_callers_own() -> None:
 
 
 @pytest.mark.slow
+def test_trackers_that_the_caller_did_not_start_are_started_in_each_run() -> None:
+    finished: list[int] = []
+
+    class Ending(_Noted):
+        def finish(self) -> None:
+            finished.append(len(self.values))
+
+    tracker = Ending()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    for i in (1, 2):
+        engine().train(greetings(), accelerator=accelerator, **QUICK)
+        assert finished == [12, 24][:i]
+    accelerator.init_trackers("test")
+    engine().train(greetings(), accelerator=accelerator, **QUICK)
+    assert len(finished) == 2  # the caller ends it
+
+
+@pytest.mark.slow
 def test_learning_curves_are_written_as_numbers_and_as_a_picture(tmp_path: Path) -> None:
     report = engine().train(greetings(), folder=tmp_path, **QUICK)
     output = json.loads((tmp_path / "report.json").read_text())

@@ -106,10 +106,12 @@ def add_ratios(
     records = list(read_records(data))
     names, defaults = columns.columns(), columns.defaults()
     for record in records:
+        if record.problem:
+            continue  # reported with all others
         if source is not None and not isinstance(record.fields.get(source), str):
             raise TrainingDataError(f"{record.place}: there is no text in the column {source!r}")
-    # The source is a field of an example only where it is named as one.
-    unused = ({source} if source else set()) - (names.named if names else set())
+    # Most sources are no field of an example.
+    unused = ({source} if source else set()) - (names.named if names else set()) - {"prompt"}
     rows = [record.without(unused) for record in records]
     examples = as_examples(rows, columns=names, defaults=defaults)
     by_place = {record.place: record for record in records}

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from controlprefix.data import as_examples
 from controlprefix.engine import ControlPrefix
+from controlprefix.errors import RequestError
 from controlprefix.example import Example
 from controlprefix.prefixes import Kind
 from controlprefix.request import Request
@@ -32,6 +33,8 @@ def run(store: str, out: Console, json_file: Path | None) -> None:
         json_file: Where to write the results, if anywhere.
     """
     started = time.monotonic()
+    if json_file is not None and json_file.is_dir():
+        raise RequestError(f"{json_file} is a folder; name a file for --json")
     messages, users = demo_examples("messages.train"), demo_examples("users.train")
     times: dict[str, float] = {}
 
@@ -116,8 +119,12 @@ def run(store: str, out: Console, json_file: Path | None) -> None:
                 for r, c in zip(requests, completions, strict=True)
             ],
         }
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            json_file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RequestError(f"cannot write {json_file}: {error}") from error
         out.print(f"results written to {json_file}")
 
 

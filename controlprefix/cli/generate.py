@@ -33,8 +33,8 @@ def generate(
         if part.used.relevance is not None and part.used.strength == 0:
             name = f"{part.used.kind} {part.used.name}"
             err.print(
-                f"{name} left out: the prompt's similarity to its own prompts, "
-                f"{part.used.relevance:.2f}, is below its threshold"
+                f"{name} left out: the prompt is not one that it is for (similarity "
+                f"{part.used.relevance:.2f})"
             )
     for stand_in in resolved.stand_ins:
         used = ", ".join(f"{name} ({share:.2f})" for name, share in stand_in.used.items())

@@ -146,7 +146,8 @@ class EngineArguments(StoreArguments, ModelArguments):
         typer.Option(
             "--attributes",
             envvar="CONTROLPREFIX_ATTRIBUTES",
-            help="File that defines the attributes: see `controlprefix attributes`.",
+            help="YAML file that defines attributes and labels: see `controlprefix attributes`. "
+            "A request's labels are --attribute.",
         ),
     ] = None
 
@@ -166,11 +167,18 @@ class EngineArguments(StoreArguments, ModelArguments):
         """The attribute space, if a file is given.
 
         Raises:
+            RequestError: If a label is given in place of a file.
             AttributeSpaceError: If the file cannot be read, or is not an attribute file.
         """
         from controlprefix.attributes import AttributeSpace
 
-        return AttributeSpace.read(self.attribute_file) if self.attribute_file else None
+        file = self.attribute_file
+        if file is not None and "=" in file.name and not file.exists():
+            raise RequestError(
+                f"--attributes is a file, and there is none called {file}; give a label as "
+                f"--attribute {file}"
+            )
+        return AttributeSpace.read(file) if file else None
 
 
 @dataclass(frozen=True)
@@ -178,23 +186,35 @@ class ColumnArguments:
     """Which columns of a file hold what, where they are not named like an example's fields."""
 
     text_column: Annotated[
-        _Text, typer.Option("--text", help="Column of texts to learn as a whole, without a prompt.")
+        _Text,
+        typer.Option(
+            "--text", help="Name of the column with texts to learn as a whole, without a prompt."
+        ),
     ] = None
-    prompt_column: Annotated[_Text, typer.Option("--prompt", help="Column of prompts.")] = None
+    prompt_column: Annotated[
+        _Text, typer.Option("--prompt", help="Name of the column with prompts.")
+    ] = None
     completion_column: Annotated[
-        _Text, typer.Option("--completion", help="Column of completions.")
+        _Text, typer.Option("--completion", help="Name of the column with completions.")
     ] = None
-    user_column: Annotated[_Text, typer.Option("--user", help="Column of users.")] = None
+    user_column: Annotated[
+        _Text, typer.Option("--user", help="Name of the column with users, not a user.")
+    ] = None
     task: Annotated[
-        _Text, typer.Option("--task", help="Column of tasks, or the task of rows without one.")
+        _Text,
+        typer.Option(
+            "--task",
+            help="Name of the column with tasks; if there is no such column, the task of all rows "
+            "without one.",
+        ),
     ] = None
     attribute_columns: Annotated[
         list[str] | None,
         typer.Option(
             "--attribute",
             "-a",
-            help="Column of an attribute's labels, such as formality, or formality=style if the "
-            "column is named style. Repeatable.",
+            help="Name of the column with an attribute's labels, such as formality, or "
+            "formality=style if the column is named style. Repeatable.",
         ),
     ] = None
 

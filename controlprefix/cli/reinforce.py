@@ -13,7 +13,7 @@ from controlprefix.cli.groups import ColumnArguments, EngineArguments, grouped
 from controlprefix.cli.options import objective_options, parse_list, training_options
 from controlprefix.cli.runs import RunArguments, print_saved
 from controlprefix.cli.train import LearnOption
-from controlprefix.errors import RequestError
+from controlprefix.errors import RequestError, short_reason
 
 if TYPE_CHECKING:
     from controlprefix.training import Reward
@@ -109,7 +109,7 @@ def parse_rewards(specs: list[str]) -> "Reward":
             raise RequestError(f"--reward {spec!r} has another form than {_FORMS}")
         weight = float(match["weight"] or 1.0)
         rewards.append((_reward(match["kind"], match["value"] or "", spec), weight))
-    return rewards[0][0] if len(rewards) == 1 else WeightedReward(rewards)
+    return rewards[0][0] if [weight for _, weight in rewards] == [1.0] else WeightedReward(rewards)
 
 
 def _reward(kind: str, value: str, spec: str) -> "Reward":
@@ -138,8 +138,8 @@ def _python_reward(path: str) -> "Reward":
         sys.path.insert(0, "")  # also a file of the current folder
     try:
         reward: Reward = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RequestError(f"--reward python={path}: {error}") from error
+    except Exception as error:  # whatever the module raises
+        raise RequestError(f"--reward python={path}: {short_reason(error)}") from error
     if not callable(reward):
         raise RequestError(f"--reward python={path} is not a function")
     return reward

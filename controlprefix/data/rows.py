@@ -28,7 +28,11 @@ _OWN_FIELDS = {
     Request: {*Example.model_fields, *_TABLES, "text"},
 }
 _RENAMED = ("text", "prompt", "completion", "user", "task")
-_INSTEAD_OF_TEXT = ("prompt", "messages", "completion")
+_INSTEAD_OF = {  # what may be in place of a column that is named
+    "text": {"prompt", "messages", "prompt_ids", "completion", *_TABLES},
+    "prompt": {"text", "messages", "prompt_ids", *_TABLES},
+    "completion": {"text"},
+}
 _PREFERENCE_FORM = (
     '{"prompt": "…", "chosen": "…", "rejected": "…"}, each with "task", "attributes" and "user" '
     "as needed"
@@ -43,7 +47,8 @@ _FORMS = (
 class Columns:
     """Which columns of rows hold what, where they are not named like the fields of an example.
 
-    Other columns are ignored, unless only `task` is named here.
+    Columns that are no fields of an example are ignored, unless only `task` is named here; so are
+    those that would be in place of what is named, such as `messages` beside a named prompt.
 
     Attributes:
         text: A text without a prompt, to be learned as a whole.
@@ -75,10 +80,8 @@ class Columns:
         result = {name: value for name, value in fields.items() if name not in taken}
         if self.attributes or set(names) - {"task"}:
             result = {k: v for k, v in result.items() if k in _OWN_FIELDS[row_type]}
-        if self.text is not None:
-            result = {k: v for k, v in result.items() if k not in _INSTEAD_OF_TEXT}
-        if self.text is not None or self.prompt is not None:
-            result = {k: v for k, v in result.items() if k not in _TABLES}
+        for name in names:
+            result = {k: v for k, v in result.items() if k not in _INSTEAD_OF.get(name, ())}
         result |= {name: fields[column] for name, column in columns.items() if column in fields}
         labels = {
             attribute: fields[column]
@@ -378,6 +381,7 @@ def _preference_fields(own: dict[str, Any]) -> dict[str, Any]:
     if isinstance(own.get("prompt"), (list, tuple)):
         own = {**own, "messages": plain_messages(own["prompt"])}
         del own["prompt"]
+    own, answers = dict(own), dict[str, Any]()
     for name in ("chosen", "rejected"):
         if not isinstance(own.get(name), (list, tuple)):
             continue
@@ -386,7 +390,15 @@ def _preference_fields(own: dict[str, Any]) -> dict[str, Any]:
         *before, last = plain_messages(own[name])
         if last["role"] != "assistant":
             raise ValueError(f"{name} must end with the assistant's message")
-        if before and own.setdefault("messages", before) != before:
-            raise ValueError("chosen and rejected differ before their last messages")
-        own[name] = last["content"]
-    return own
+        if before:
+            # Some data sets repeat the user's message as the prompt, or the whole conversation.
+            if own.get("prompt") in [message["content"] for message in before]:
+                del own["prompt"]
+            if own.get("messages") == plain_messages(own["chosen"]) != before:
+                own["messages"] = before
+            if own.setdefault("messages", before) != before:
+                raise ValueError(
+                    "chosen, rejected and the prompt differ before their last messages"
+                )
+        answers[name] = last["content"]
+    return own | answers

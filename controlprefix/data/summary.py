@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from controlprefix.errors import RequestError, TrainingDataError, shortened
 from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 
@@ -61,9 +62,21 @@ def summarize(
         examples: At least one.
         num_tokens: Tokens of an example's prompt and completion; left out, words are counted.
         fits: Whether an example fits the model's context.
+
+    Raises:
+        TrainingDataError: With the examples whose tokens cannot be counted.
     """
-    lengths = [(num_tokens or _num_words)(example) for example in examples]
-    prompts = [_prompt(example) for example in examples]
+    lengths: list[tuple[int, int]] = []
+    problems: list[str] = []
+    for i, example in enumerate(examples, 1):
+        try:
+            lengths.append((num_tokens or _num_words)(example))
+        except RequestError as error:
+            problems.append(f"{example.place(i)}: {error}")
+    if problems:
+        many = f"{len(problems)} rows cannot be used:\n" if len(problems) > 1 else ""
+        raise TrainingDataError(f"{many}{shortened(problems, chr(10))}")
+    prompts = [(_prompt(example), _images(example)) for example in examples]
     contents = Counter(example.model_dump_json() for example in examples)
     labels: dict[str, Counter[str]] = {}
     for example in examples:
@@ -71,8 +84,8 @@ def summarize(
             labels.setdefault(label.attribute, Counter())[label.label] += 1
     return DataSummary(
         num_rows=len(examples),
-        num_prompts=len({prompt for prompt in prompts if prompt}),
-        num_without_prompt=sum(not prompt for prompt in prompts),
+        num_prompts=len({prompt for prompt in prompts if any(prompt)}),
+        num_without_prompt=sum(not any(prompt) for prompt in prompts),
         num_duplicates=len(examples) - len(contents),
         prompt_lengths=_lengths([prompt for prompt, _ in lengths]),
         completion_lengths=_lengths([completion for _, completion in lengths]),
@@ -90,6 +103,10 @@ def _prompt(example: Example) -> str:
     if example.messages is None:
         return example.prompt or ""
     return "\n".join(f"{message.role}: {message.content}" for message in example.messages)
+
+
+def _images(example: Example) -> tuple[bytes, ...]:
+    return tuple(image for message in example.conversation for image in message.images)
 
 
 def _num_words(example: Example) -> tuple[int, int]:

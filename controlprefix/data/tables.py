@@ -28,8 +28,8 @@ def linearize(table: Any, style: TableStyle | None = None) -> str:
 
     Returns:
         The line; underscores in the names of WebNLG become spaces in `bars` and `tags`. What
-        separates facts in `brackets` is replaced inside them: square brackets by round ones, and
-        commas in names by semicolons.
+        separates facts is replaced inside them: in `brackets`, square brackets by round ones and
+        commas in names by semicolons; in `bars`, `a : b` by `a: b`, and a bar by a slash.
 
     Raises:
         TrainingDataError: If it is none of these, or empty.
@@ -59,7 +59,8 @@ def linearize(table: Any, style: TableStyle | None = None) -> str:
         )
     plain = [tuple(text.replace("_", " ") for text in fact) for fact in facts]
     if style == "bars":
-        return " ".join(f"| {' : '.join(filter(None, fact))}" for fact in plain)
+        within = [tuple(map(_without_bars, fact)) for fact in plain]
+        return " ".join(f"| {' : '.join(fact if fact[0] else fact[1:])}" for fact in within)
     if style == "tags":
         return " ".join(
             f"<H> {subject} <R> {name} <T> {value}" if subject else f"<R> {name} <T> {value}"
@@ -173,6 +174,17 @@ def _facts(table: Any) -> Iterator[tuple[str, str, str]]:
                 f"a table has {row!r}, which is no dict, [name, value] or [subject, relation, "
                 "object]"
             )
+
+
+def _without_bars(text: str) -> str:
+    """A text without colons and bars between spaces, which separate facts."""
+    words: list[str] = []
+    for word in text.split(" "):
+        if word != ":":
+            words.append("/" if word == "|" else word)
+        elif words:
+            words[-1] += ":"
+    return " ".join(words)
 
 
 def _cell(value: Any) -> str:

@@ -60,8 +60,8 @@ class FeedbackMethods(TrainingMethods):
             task: Task of rows that name none.
             learn: As in `train`; what it leaves out is attached and not changed.
             **options: Fields of `PolicySettings`, of `TrainingSettings` and of `RunControl`.
-                `steps` is 40, `learning_rate` .01 and `parameterization` `direct` by default;
-                the last step is kept.
+                By default `steps` is 40 unless `epochs` are given, `learning_rate` .01 and
+                `parameterization` `direct`; the last step is kept.
 
         Returns:
             As `train`; its `metrics` have each step's mean `reward`, the divergence `kl` from
@@ -83,7 +83,9 @@ class FeedbackMethods(TrainingMethods):
             examples = self._rows(demonstrations, columns, task)
         control, fields = RunControl.split_off(options)
         policy, fields = PolicySettings.split_off(fields)
-        by_default = {"steps": 40, "learning_rate": 0.01, "parameterization": "direct"}
+        by_default = {"learning_rate": 0.01, "parameterization": "direct"}
+        if fields.get("epochs") is None:
+            by_default["steps"] = 40
         settings = TrainingSettings.from_options({**by_default, "validation": 0.0, **fields})
         if settings.validation or settings.patience:
             raise TrainingDataError("nothing is held out here; leave validation and patience out")

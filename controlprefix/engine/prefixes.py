@@ -71,7 +71,12 @@ class PrefixMethods(Components):
             )
         self.geometry.require(prefix.geometry, f"the prefix for {key}")
         prefix.to(dtype=self._frozen.dtype).require_finite(f"the prefix for {key}")
-        return self.store.put([NewVersion(key, prefix, details or {}, replaces, dtype)])[0]
+        details = {**(details or {})}
+        if prefix.dial:
+            details.setdefault("calibrated", {})
+        else:  # the dial of another prefix
+            details.pop("calibrated", None)
+        return self.store.put([NewVersion(key, prefix, details, replaces, dtype)])[0]
 
     def learn_relevance(
         self, kind: Kind, name: str, prompts: Sequence[str], *, others: Sequence[str] = ()

@@ -202,7 +202,11 @@ class TrainingMethods(GenerationMethods):
         control, settings_fields = RunControl.split_off(options)
         settings = TrainingSettings.from_options(settings_fields)
         key, fields = distillation_target(task=task, attribute=attribute, label=label, user=user)
-        self.with_default_labels([Request(prompt="-", **fields)])  # labels that the space allows
+        (request,) = self.with_default_labels([Request(prompt="-", **fields)])
+        if key.kind == "attribute" and key not in {part.key for part in request.named_parts}:
+            raise TrainingDataError(
+                f"{key} is a position between labels, and would never be asked for; name a label"
+            )
         if not prompts:
             raise TrainingDataError("there are no prompts to distill on; give a list of texts")
         if settings.too_long == "cut":

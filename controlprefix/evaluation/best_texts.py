@@ -1,15 +1,15 @@
 """Best-of-n: the generated texts that a reward prefers, as examples to train on."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 
+from controlprefix.data import Rows, as_requests
 from controlprefix.engine import ControlPrefix
 from controlprefix.errors import RequestError
 from controlprefix.evaluation.metrics import words_of
 from controlprefix.evaluation.rewards import requested_labels
 from controlprefix.example import Example
-from controlprefix.request import Request
 from controlprefix.training import Reward
 from controlprefix.training.policy import rewards_of
 
@@ -21,7 +21,7 @@ _SHARED_FIELDS = (
 
 def best_texts(
     cp: ControlPrefix,
-    requests: Sequence[Request],
+    requests: Rows,
     reward: Reward,
     *,
     num_samples: int = 16,
@@ -38,20 +38,21 @@ def best_texts(
 
     Args:
         cp: With the prefixes that the requests name.
-        requests: Such as one per combination of labels, with `mixing="logits"`. Those that are
-            greedy are sampled at temperature 1.
+        requests: Such as one per combination of labels, with `mixing="logits"`, in any form (see
+            `controlprefix.data.as_requests`). Those that are greedy are sampled at temperature 1.
         reward: Scores texts, higher is better.
         num_samples: Texts per request.
         keep: How many of them to keep, at most.
         diversity: Weight of the share of a text's pairs of neighbouring words that no text kept
             before has, in units of the reward; texts are then kept one by one (maximal marginal
             relevance). 0 keeps those with the highest reward, which often begin alike.
-        batch_size: Rows of a batch.
+        batch_size: Requests of a batch.
         seed: Seed of the samples.
 
     Returns:
         The best texts of each request that are neither empty nor the same, in the order in which
-        they were kept: without `diversity`, the best one first.
+        they were kept: without `diversity`, the best one first. Those that were cut at
+        `max_new_tokens` teach no end.
 
     Raises:
         RequestError: If `keep` is below 1, or above `num_samples`, or `diversity` below 0.
@@ -66,6 +67,7 @@ def best_texts(
         raise RequestError(f"keep is {keep}; it must be between 1 and {num_samples}, the samples")
     if not 0 <= diversity < math.inf:
         raise RequestError(f"diversity is {diversity}; it must be a number from 0")
+    requests = cp.with_default_labels(as_requests(requests))
     rows = []
     for i, request in enumerate(requests):
         request.require_sampling(i + 1)
@@ -74,18 +76,21 @@ def best_texts(
             request.model_copy(update={**changes, "seed": seed + i * num_samples + k})
             for k in range(num_samples)
         ]
-    texts = [completion.text.strip() for completion in cp.generate(rows, batch_size=batch_size)]
+    completions = cp.generate(rows, batch_size=batch_size)
+    texts = [completion.text.strip() for completion in completions]
     rewards = rewards_of(reward, rows, texts)
     examples, kept_pairs = [], set[tuple[str, str]]()
     for i, request in enumerate(requests):
         own = slice(i * num_samples, (i + 1) * num_samples)
+        pairs = zip(texts[own], completions[own], strict=True)
+        whole = {text for text, completion in pairs if completion.finish_reason == "stop"}
         by_text = dict(zip(texts[own], rewards[own], strict=True))
         by_text.pop("", None)
         fields = {name: getattr(request, name) for name in _SHARED_FIELDS}
         named = {name: value for name, value in fields.items() if name in request.model_fields_set}
         labels = dict(requested_labels(request))
         examples += [
-            Example(**named, attributes=labels, completion=text)
+            Example(**named, attributes=labels, completion=text, is_whole=text in whole)
             for text in _select(by_text, keep, diversity, kept_pairs)
         ]
     return examples

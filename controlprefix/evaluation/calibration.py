@@ -159,9 +159,8 @@ def calibrate(
     """Measure a label's strength curve, and store its prefix with a dial that makes it even.
 
     At position d of the dial, the label's probability has moved the share d of the way from
-    where it is without the label to where it is at strength 1; positions beyond 1 have
-    strengths in proportion to the last one measured. Requests with `calibrated=True` then give
-    positions.
+    where it is without the label to where it is at strength 1; positions 0 and 1 and those beyond
+    1 are strengths. Requests with `calibrated=True` then give positions.
 
     Args:
         cp, request, attribute, label, classifier, prompts, num_samples, seed, progress: As in

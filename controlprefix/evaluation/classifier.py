@@ -14,7 +14,7 @@ from torch import Tensor
 from controlprefix._io import atomic_path, requires_extra
 from controlprefix.attributes.ordinal import is_ordinal
 from controlprefix.data import Rows, as_examples
-from controlprefix.embeddings import DEFAULT_EMBEDDER, embed
+from controlprefix.embeddings import DEFAULT_EMBEDDER, embed, require_trusted
 from controlprefix.engine.arguments import checks_arguments
 from controlprefix.errors import (
     ControlPrefixError,
@@ -176,6 +176,7 @@ class AttributeClassifier:
         try:
             fields = json.loads(Path(path).read_text())
             fields["labels"] = tuple(fields["labels"])
+            require_trusted(fields["embedder"], f"the classifier in {path}")
             weights, bias = torch.tensor(fields.pop("weights")), torch.tensor(fields.pop("bias"))
             return cls(**fields, weights=weights, bias=bias)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

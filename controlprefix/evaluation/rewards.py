@@ -21,6 +21,7 @@ from controlprefix.example import Example
 from controlprefix.labels import weighted_labels
 from controlprefix.request import Request
 from controlprefix.training import Reward
+from controlprefix.training.policy import rewards_of
 
 _MIN_LOG_PROBABILITY = math.log(0.01)  # so that no single text outweighs the others
 
@@ -186,9 +187,14 @@ class WeightedReward:
     rewards: Sequence[tuple[Reward, float]]
 
     def __call__(self, requests: Sequence[Request], texts: Sequence[str]) -> list[float]:
-        """The reward of each text."""
+        """The reward of each text.
+
+        Raises:
+            TrainingDataError: If a reward gives anything but a finite number for each.
+        """
         columns = [
-            [weight * value for value in reward(requests, texts)] for reward, weight in self.rewards
+            [weight * value for value in rewards_of(reward, requests, texts)]
+            for reward, weight in self.rewards
         ]
         return [sum(values) for values in zip(*columns, strict=True)]
 

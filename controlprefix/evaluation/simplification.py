@@ -54,6 +54,8 @@ def sari(
         )
     if not all(references):
         raise TrainingDataError("a source has no reference; give at least one for each")
+    if any(isinstance(own, str) for own in references):
+        raise TrainingDataError("references are a list for each source, also where there is one")
     scores = [
         _sari_of(_words(source), _words(text), [_words(reference) for reference in own])
         for source, text, own in zip(sources, texts, references, strict=True)
@@ -88,7 +90,8 @@ def grade_level(texts: Sequence[str], *, language: str = "en_US") -> float:
     for text in texts:
         words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)
         num_words += len(words)
-        num_sentences += max(len(_END_OF_SENTENCE.findall(text.strip())), bool(words))
+        sentences = _END_OF_SENTENCE.split(text)  # the last one may have no end
+        num_sentences += sum(bool(re.search(r"[^\W_]", sentence)) for sentence in sentences)
         num_syllables += sum(len(hyphenation.positions(word)) + 1 for word in words)
     if not num_words:
         raise TrainingDataError("the texts have no words")

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from controlprefix.data.tables import is_missing
 from controlprefix.errors import TrainingDataError
 from controlprefix.evaluation.metrics import spaced
 
@@ -30,9 +31,7 @@ class SlotErrors(NamedTuple):
         return self.missing + self.invented
 
 
-def slot_errors(
-    texts: Sequence[str], tables: Sequence[Mapping[str, str | Sequence[str]]]
-) -> SlotErrors:
+def slot_errors(texts: Sequence[str], tables: Sequence[Mapping[str, Any]]) -> SlotErrors:
     """Count missing and invented values by looking for them as they are written.
 
     Values that are yes or no are not looked for. A text that says a value in other words counts as
@@ -41,7 +40,7 @@ def slot_errors(
     Args:
         texts: A text per table.
         tables: Names and values, such as `controlprefix.data.parse_table` reads; a name may have
-            several values.
+            several values. None is no value.
 
     Returns:
         The shares.
@@ -75,7 +74,7 @@ def slot_errors(
                 missing += f" {plain} " not in words
         counted: set[str] = set()  # a value may be one of several names
         for all_values in values.values():
-            others = {v for v in all_values if not any(v in value for value in own)}
+            others = {v for v in all_values if not any(f" {v} " in f" {o} " for o in own)}
             written = {other for other in others if f" {other} " in words}
             new = written - counted
             # A value within another, such as "french" in "french food", is said once.
@@ -86,11 +85,12 @@ def slot_errors(
     return SlotErrors(missing / num_values, invented / num_values, num_values)
 
 
-def _facts(table: Mapping[str, str | Sequence[str]]) -> Iterator[tuple[str, str]]:
+def _facts(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Each name with each of its values."""
     for name, values in table.items():
-        for value in [values] if isinstance(values, str) else values:
-            yield name, value
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            if not is_missing(value):
+                yield name, str(value)
 
 
 def _plain(text: str) -> str:

@@ -369,12 +369,12 @@ def _resolve_part(
     if request.calibrated and is_label:
         prefix = stored.value
         assert isinstance(prefix, Prefix)
-        if not prefix.dial:
+        if not prefix.dial and strength not in (0.0, 1.0):  # of which each dial makes the same
             raise RequestError(
                 f"{key} version {stored.version} has no dial; calibrate it "
                 "(controlprefix.evaluation.calibrate), or leave calibrated out"
             )
-        strength = prefix.strength_at(strength)
+        strength = prefix.strength_at(strength) if prefix.dial else strength
     resolved = part_at_strength(key, stored, strength, schedule)
     if request.mixing == "logits" and is_label and strength != 0:  # 0 is absent in either way
         part = Part(resolved.part.prefix, 1.0, schedule)

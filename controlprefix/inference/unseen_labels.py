@@ -7,6 +7,7 @@ Reference:
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,8 @@ def nearest_labels(
 
     Embeddings know topics, not polarity: opposites are as near to each other as synonyms. So a
     label that words say is the opposite is left out, and so is one that has an opposite (or is
-    one of two labels at most), unless words say that it has the same polarity.
+    one of two labels at most), unless words say that it has the same polarity, and its opposite
+    the other one. A single label counts only if the space describes both.
 
     Args:
         label: A label without a prefix.
@@ -65,12 +67,21 @@ def nearest_labels(
     paired = set().union(*opposites)
     if len(existing) <= _MAX_POLES:  # most likely the poles of a dial
         paired |= existing
+    entry = space.attributes.get(label.attribute) if space else None
+    described = {name for name, own in entry.labels.items() if own.description} if entry else set()
+    opposed = partial(_are_opposed, label.attribute, label.label, space=space)
     candidates = []
     for name in sorted(existing):
-        is_opposite = _are_opposed(label.attribute, label.label, name, space)
+        is_opposite = opposed(name)
         if {name, label.label} in opposites or is_opposite:
             continue
-        if name in paired and is_opposite is None:  # it may be the opposite
+        partners = set().union(*(pair for pair in opposites if name in pair)) - {name}
+        if len(existing) == _MAX_POLES:
+            partners |= existing - {name}
+        # Words alone do not say that there is no opposite: "active" and "passive" sound good.
+        is_certain = all(map(opposed, partners)) if partners else {name, label.label} <= described
+        on_its_side = is_opposite is False and is_certain
+        if name in paired and not on_its_side:  # it may be the opposite
             continue
         candidates.append(name)
     if not candidates:
@@ -78,8 +89,7 @@ def nearest_labels(
     texts = [describe(label.attribute, name, space) for name in (label.label, *candidates)]
     embeddings = embed(texts)
     cosines = embeddings[1:] @ embeddings[0]
-    attribute = space.attributes.get(label.attribute) if space else None
-    max_labels = 1 if attribute is not None and attribute.exclusive else _MAX_LABELS
+    max_labels = 1 if entry is not None and entry.exclusive else _MAX_LABELS
     best = cosines.argsort(descending=True)[:max_labels]
     near = [int(i) for i in best if cosines[i] >= MIN_SIMILARITY]
     if not near:

@@ -76,14 +76,14 @@ class JobWorker:
         """Do jobs until `close`.
 
         Args:
-            until_empty: Return when none is due.
+            until_empty: Return when none is left, also none that is to be tried again.
 
         Returns:
             How many were done, failed ones included.
         """
         num_done = 0
         while not self._closing.is_set():
-            claim = None
+            claim, is_empty = None, False
             try:
                 claim = self._store.claim_job(self._frozen.fingerprint, served=tuple(self._served))
                 if claim is not None:
@@ -92,12 +92,14 @@ class JobWorker:
                     while len(self._served) > _MAX_SERVED:
                         del self._served[next(iter(self._served))]
                     num_done += self._do(claim)
+                elif until_empty:
+                    is_empty = not self._store.num_queued_jobs(self._frozen.fingerprint)
             except StoreError as error:  # such as a database that restarts
                 _log.warning("jobs: %s", error)
             except Exception:  # other jobs go on
                 _log.exception("jobs: looking for a job, or ending one, failed")
             if claim is None:
-                if until_empty:
+                if is_empty:
                     break
                 self._wake.wait(_POLL_S)
                 self._wake.clear()

@@ -67,6 +67,7 @@ class FrozenModel:
             raise RequestError(f"tokenizer is {tokenizer!r:.60}; give the model's tokenizer")
         self.model = model
         self.tokenizer = tokenizer
+        self.chat_template_kwargs = chat_template_kwargs
         self._pass_lock = _pass_locks.setdefault(model, threading.RLock())
         self.request_tokenizer = RequestTokenizer(
             model, tokenizer, chat_template_kwargs, processor, load_processor=load_processor

@@ -60,10 +60,13 @@ class PromptImages(NamedTuple):
 
     Attributes:
         texts: Per image, the text whose tokens stand for it.
+        token, num_tokens: The id of an image's tokens, and how many the images take.
         features, marks: As in `ImagePrompt`.
     """
 
     texts: list[str]
+    token: int
+    num_tokens: int
     features: dict[str, Tensor]
     marks: dict[str, frozenset[int]]
 
@@ -96,6 +99,7 @@ class ImageReader:
         """
         token = int(self._processor.image_token_id)
         texts: list[str] = []
+        num_tokens = 0
         marks: dict[str, frozenset[int]] = {}
         features: list[dict[str, Tensor]] = []
         for number, image in enumerate(open_images(images), 1):
@@ -131,6 +135,7 @@ class ImageReader:
             features.append(
                 {n: v for n, v in inputs.items() if n not in _TEXT_INPUTS and n not in by_token}
             )
+            num_tokens += int((ids == token).sum())
             texts.append(
                 self._processor.tokenizer.decode(
                     ids[0].tolist(),
@@ -138,7 +143,7 @@ class ImageReader:
                     clean_up_tokenization_spaces=False,
                 )
             )
-        return PromptImages(texts, _joined(features), marks)
+        return PromptImages(texts, token, num_tokens, _joined(features), marks)
 
 
 def image_inputs(

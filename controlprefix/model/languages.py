@@ -1,7 +1,8 @@
 """What an encoder-decoder's decoder starts from, and the languages of multilingual ones.
 
 In mBART, NLLB and M2M100 the source's language is a special token beside its text; the target's
-is the first token of the decoder, behind its start token.
+is the first token of the decoder, behind its start token or, in the first mBART and in PLBart, in
+place of it.
 """
 
 from collections.abc import Sequence
@@ -66,6 +67,24 @@ class Languages:
             languages = shortened(sorted(self._ids))
             raise RequestError(f"there is no language {language!r}; the tokenizer has: {languages}")
         return self._ids[language]
+
+    def start_ids(self, start_id: int, language: str) -> tuple[int, ...]:
+        """The ids that a decoder starts from to write a language.
+
+        Args:
+            start_id: The model's own start token.
+            language: The target's language.
+
+        Raises:
+            RequestError: As `id_of`.
+        """
+        target = self.id_of(language)
+        # The first mBART names a start token only where it was trained on one language.
+        name = type(self._tokenizer).__name__
+        starts_with_language = name.removesuffix("Fast") in {"MBartTokenizer", "PLBartTokenizer"}
+        if starts_with_language or start_id in self._ids.values():
+            return (target,)
+        return (start_id, target)
 
     def with_source(self, ids: Sequence[int], language: str) -> list[int]:
         """The ids of a source as if the tokenizer were set to another language.

@@ -84,6 +84,9 @@ class RequestTokenizer:
         self._template = ChatTemplate(tokenizer, chat_template_kwargs)
         self._vocabulary = Vocabulary(model, tokenizer)
         self.end_ids, self.pad_id = self._vocabulary.end_ids, self._vocabulary.pad_id
+        tokens = ("image_token_id", "image_token_index")
+        image_ids = (getattr(model.config, name, None) for name in tokens)
+        self._image_ids = {token for token in image_ids if isinstance(token, int)}
         self._has_byte_tokens = "<0x0A>" in tokenizer.get_vocab()
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         generation = model.generation_config
@@ -126,8 +129,8 @@ class RequestTokenizer:
         Raises:
             RequestError: If the tokenizer has no chat template and messages need one, or the
                 template refuses them; the model has no embedding of an id; the request has
-                images, and the model reads none; or it names a language that the tokenizer does
-                not have.
+                images, and the model reads none, or other tokens of images than they take; or it
+                names a language that the tokenizer does not have.
         """
         contents = [image for message in request.conversation for image in message.images]
         if not contents:
@@ -136,11 +139,23 @@ class RequestTokenizer:
                 raise RequestError(
                     "the chat template of this model renders nothing for these messages"
                 )
+            if not self._image_ids.isdisjoint(ids):
+                raise RequestError(
+                    "the prompt has the token of an image, but the request has no image; give "
+                    "images, or leave the token out"
+                )
             return self._in_languages(tuple(ids), request)
         if self.is_encoder_decoder:
             raise RequestError("images are supported by decoder-only models; leave them out")
         images = self._image_reader.read(contents)
-        return ImagePrompt.of(self._vocabulary.require(self._prompt_ids(request, images)), images)
+        ids = self._vocabulary.require(self._prompt_ids(request, images))
+        if (count := list(ids).count(images.token)) != images.num_tokens:
+            raise RequestError(
+                f"the prompt has {count} tokens of images, and its images take "
+                f"{images.num_tokens}, which are put in front of it; leave "
+                f"{self._image_reader.placeholder!r} out"
+            )
+        return ImagePrompt.of(ids, images)
 
     def _in_languages(self, ids: tuple[int, ...], request: Request) -> tuple[int, ...]:
         """A prompt in the languages that a request names."""
@@ -156,7 +171,7 @@ class RequestTokenizer:
             ids = tuple(self._languages.with_source(ids, source))
         if target is None:
             return ids
-        start = (self.decoder_start_ids[0], self._languages.id_of(target))
+        start = self._languages.start_ids(self.decoder_start_ids[0], target)
         return TargetedPrompt.of(self._vocabulary.require(ids), self._vocabulary.require(start))
 
     def fitted(
@@ -235,7 +250,7 @@ class RequestTokenizer:
                 f"an example has {len(prompt)} + {len(completion)} tokens, but the context of this "
                 f"model is {self.context_length}; shorten it"
             )
-        return TokenizedExample(prompt, tuple(completion))
+        return TokenizedExample(prompt, tuple(completion), example.is_whole)
 
     def num_tokens(self, example: Example) -> tuple[int, int]:
         """Tokens of an example's prompt and completion."""

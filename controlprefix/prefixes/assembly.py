@@ -161,9 +161,11 @@ def assemble(
         device, dtype: Device and dtype of the result; left out, those of the prefixes.
 
     Returns:
-        Per site and layer, keys and values of shape
-        `(num_rows, num_kv_heads, num_slots, head_dim)`, padded to the longest row,
-        and log strengths of shape `(num_rows, num_slots)`; padding is -inf.
+        Per site up to two blocks: slots that all rows share, with `num_rows` 1, and each row's
+        own, padded to the longest row. A block has per layer keys of shape
+        `(num_rows, num_kv_heads, num_slots, key_dim)` and values of shape
+        `(num_rows, num_kv_heads, num_slots, value_dim)` in `dtype`, and log strengths of shape
+        `(num_rows, num_slots)`, float32; padding is -inf.
 
     Raises:
         GeometryMismatchError: If a part was made for another base model.

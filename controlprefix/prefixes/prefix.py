@@ -171,7 +171,11 @@ class Prefix:
         )
 
     def layer(self, site: Site, index: int) -> LayerSlots:
-        """Keys and values of one layer, `(num_kv_heads, num_slots, key_dim or value_dim)`."""
+        """Keys and values of one layer, `(num_kv_heads, num_slots, key_dim or value_dim)`.
+
+        Raises:
+            IndexError: If the site has no such layer.
+        """
         shape = self.geometry.layers(site)[index]
         columns = self.slots[site].split(self.geometry.split_sizes(site), dim=1)
         return (

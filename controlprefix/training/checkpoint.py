@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from controlprefix._io import atomic_path
 from controlprefix.errors import StoreError, TrainingDataError
-from controlprefix.model.images import ImagePrompt
 from controlprefix.prefixes.file_format import digest
 from controlprefix.training.objectives import TrainingRow
 from controlprefix.training.parameterization import TrainablePrefixes
@@ -167,9 +166,7 @@ def run_identity(
             parts = [(part.prefix.digest, part.strength) for part in row.frozen_parts]
             learned = [(tuple(key), strength) for key, strength in row.learned]
             request = None if row.request is None else row.request.model_dump_json()
-            content: list[Any] = [list(row.prompt), list(row.targets), parts, learned]
-            if isinstance(row.prompt, ImagePrompt):
-                content.append(row.prompt.digest)
+            content: list[Any] = [*row.prompt_identity, list(row.targets), parts, learned]
             content += [row.teacher, request, row.rejected and list(row.rejected.targets)]
             sha.update(repr(content).encode())
         sha.update(b"held out")
@@ -189,7 +186,10 @@ def _require_same_run(folder: Path, saved: Mapping[str, Any], expected: Mapping[
     if saved["rows"] != expected["rows"]:
         differences.append("other examples, or other prefixes that are attached and not trained")
     elif saved["data"] != expected["data"]:
-        differences.append("another num_slots or init, or other stored prefixes")
+        differences.append(
+            "another num_slots or init, other stored prefixes, or another machine, number of "
+            "threads or torch, whose initialization differs in rounding"
+        )
     if differences:
         raise TrainingDataError(
             f"{folder} holds another run ({'; '.join(differences)}); give another folder, or the "

@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from controlprefix.errors import ContextLengthError, TrainingDataError
+from controlprefix.errors import ContextLengthError, RequestError, TrainingDataError
 from controlprefix.example import Example
 from controlprefix.model.tokenization import RequestTokenizer, TokenizedExample
 from controlprefix.training.settings import TooLong
@@ -49,9 +49,9 @@ def fit_to_context(
             ) from None
     fitted = FittedExamples([], [])
     num_cut = num_skipped = 0
-    for example in examples:
+    for number, example in enumerate(examples, 1):
         try:
-            (ids,) = tokenizer.ids_of_examples([example])
+            ids = tokenizer.example_ids(example)
         except ContextLengthError:
             try:
                 cut = cut_example_ids(example, tokenizer) if too_long == "cut" else None
@@ -62,6 +62,8 @@ def fit_to_context(
                 continue
             ids = cut
             num_cut += 1
+        except RequestError as error:
+            raise type(error)(f"{example.place(number)}: {error}") from None
         fitted.examples.append(example)
         fitted.tokenized.append(ids)
     if examples and not fitted.examples:
@@ -87,7 +89,8 @@ def cut_completion_ids(
     whole = tokenizer.inner_ids(example.completion)
     room = tokenizer.context_length - 1 - tokenizer.num_before(prompt)
     completion = tuple(whole[: max(1, room)])
-    return TokenizedExample(tuple(prompt), completion, len(completion) == len(whole))
+    is_whole = example.is_whole and len(completion) == len(whole)
+    return TokenizedExample(tuple(prompt), completion, is_whole)
 
 
 def cut_example_ids(example: Example, tokenizer: RequestTokenizer) -> TokenizedExample:
@@ -131,4 +134,5 @@ def cut_example_ids(example: Example, tokenizer: RequestTokenizer) -> TokenizedE
                 f"the chat template leaves no room for a prompt in the context of {context}"
             )
         prompt = shortened(num_fitting)
-    return TokenizedExample(prompt, completion, len(completion) == len(whole))
+    is_whole = example.is_whole and len(completion) == len(whole)
+    return TokenizedExample(prompt, completion, is_whole)

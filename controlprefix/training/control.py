@@ -155,6 +155,8 @@ class RunControl:
                 "leave it at 1: a step is batch_size rows, in passes of micro_batch_size"
             )
         if self.tracker is None:
+            if own is not None and own.log_with and not own.trackers:
+                own.init_trackers("controlprefix")
             return own or Accelerator()
         if self.accelerator is not None:
             raise TrainingDataError(

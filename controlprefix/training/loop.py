@@ -67,6 +67,7 @@ def train(
         training of task and attribute prefixes as in Clive et al., 2021,
         https://arxiv.org/abs/2110.08329.
     """
+    own_trackers = [] if control.accelerator is None else list(control.accelerator.trackers)
     accelerator = control.make_accelerator()
     objective = objective or Objective(frozen, contrast=settings.contrast)
     folder = control.folder
@@ -75,7 +76,8 @@ def train(
         if folder is not None and control.resume:
             run.resume_from(folder)
     except BaseException:
-        _finish_trackers(accelerator)
+        if not own_trackers:
+            _finish_trackers(accelerator)
         raise
     loop = TrainingLoop(frozen, settings, accelerator, objective)
     is_main = accelerator.is_main_process
@@ -86,7 +88,8 @@ def train(
         progress_bar("training", run.num_steps, visible=visible) as update,
         delayed_interrupt() as is_interrupted,
     ):
-        at_the_end.callback(_finish_trackers, accelerator)
+        if not own_trackers:  # or the caller ends them
+            at_the_end.callback(_finish_trackers, accelerator)
         at_the_end.callback(loop.release)
         # A checkpoint may lie beyond the end, if the run resumes with fewer steps than before.
         while not run.is_finished or run.validation_due:
@@ -122,6 +125,7 @@ def _finish_trackers(accelerator: Accelerator) -> None:
     """End what is tracked. `end_training` would end the connection of the processes too."""
     for tracker in accelerator.trackers:
         tracker.finish()
+    accelerator.trackers = []
 
 
 def _in_any(accelerator: Accelerator, is_interrupted: bool) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from controlprefix.model import FrozenModel
+from controlprefix.model.images import ImagePrompt
+from controlprefix.model.languages import TargetedPrompt
 from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.prefixes import Part, Prefix, PrefixBatch, PrefixKey
@@ -70,6 +72,16 @@ class TrainingRow(NamedTuple):
     rejected: Rejected | None = None
     request: Request | None = None
     rollout: Rollout | None = None
+
+    @property
+    def prompt_identity(self) -> list[Any]:
+        """The prompt as JSON: its ids, a hash of its images, and what its decoder starts from."""
+        identity: list[Any] = [list(self.prompt)]
+        if isinstance(self.prompt, ImagePrompt):
+            identity.append(self.prompt.digest)
+        if isinstance(self.prompt, TargetedPrompt):
+            identity.append(list(self.prompt.start_ids))
+        return identity
 
     @classmethod
     def from_example(

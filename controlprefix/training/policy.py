@@ -16,7 +16,7 @@ from controlprefix.completion import PartUsed
 from controlprefix.errors import TrainingDataError
 from controlprefix.inference.resolved_request import ResolvedPart, ResolvedRequest
 from controlprefix.inference.static_generation import batches_of, generate_tokens
-from controlprefix.inference.stopping import completion_from_tokens
+from controlprefix.inference.stopping import completion_from_tokens, first_stop
 from controlprefix.model import FrozenModel
 from controlprefix.model.images import followed_by
 from controlprefix.model.log_probs import chunked_losses, kl_divergences, target_logits
@@ -106,7 +106,7 @@ class PolicyObjective(Objective):
     def identity(self) -> Any:
         """The settings and the demonstrations."""
         rows = [
-            (list(row.prompt), list(row.targets), [(tuple(k), s) for k, s in row.learned])
+            (row.prompt_identity, list(row.targets), [(tuple(k), s) for k, s in row.learned])
             for row in self._demonstrations
         ]
         return {**asdict(self._settings), "demonstrations": rows}
@@ -277,19 +277,24 @@ class PolicyObjective(Objective):
                 completion = completion_from_tokens(
                     tokenizer, resolved[i].request, prompt, list(new)
                 )
-                # The end token is learned as well, where the completion has come to its end.
-                ended = completion.num_tokens < len(new) and new[completion.num_tokens] in (
-                    tokenizer.end_ids
+                own_new = new[: completion.num_tokens]
+                stop = resolved[i].request.stop
+                # The end token is learned as well where it was sampled: what is behind a stop text
+                # or a row's limit is padding.
+                ended = (
+                    completion.finish_reason == "stop"
+                    and first_stop(tokenizer.decode(own_new), stop) is None
                 )
                 tokens = new[: completion.num_tokens + ended] or new[:1]
                 text = completion.text
                 if demonstrated_ids[i]:
-                    text = tokenizer.decode([*demonstrated_ids[i], *new[: completion.num_tokens]])
+                    text = tokenizer.decode([*demonstrated_ids[i], *own_new])
+                    text = text[: first_stop(text, stop)]
                 completions[i] = (*demonstrated_ids[i], *tokens), text
         return [completions[i] for i in range(len(rows))]
 
     def _reference_logits(self, rows: Sequence[TrainingRow]) -> Tensor:
-        parts: list[list[Part]] = [[] for _ in rows]
+        parts: list[Sequence[Part]] = [row.frozen_parts for row in rows]
         if self._settings.reference == "start":
             parts = [row.parts(self._initial) for row in rows]
         with torch.no_grad(), self._frozen.attached(self._frozen.assemble(parts)):

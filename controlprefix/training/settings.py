@@ -20,7 +20,6 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-# Measured to be good per parameterization: see docs/decisions.md.
 _DEFAULT_LEARNING_RATES = {"direct": 2e-2, "mlp": 5e-4, "shared": 5e-4, "shared-kv": 5e-4}
 
 
@@ -169,7 +168,8 @@ class PolicySettings:
     """Weight of the KL divergence (nats per token) from the reference."""
 
     reference: Literal["start", "plain"] = "start"
-    """What the divergence is from: the prefixes at the run's start, or the model without any."""
+    """What the divergence is from: the same request under the prefixes at the run's start, or
+    without those that are trained."""
 
     diversity: _NonNegative = 1.0
     """Weight of a further reward: the share of a sample's token pairs (bigrams) that no other

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from controlprefix.errors import TrainingDataError, known_names
 from controlprefix.example import Example
 from controlprefix.model import FrozenModel
+from controlprefix.model.images import ImagePrompt
+from controlprefix.model.languages import start_ids_of
 from controlprefix.model.padding import pad_rows
 from controlprefix.prefixes import Part, Prefix, PrefixKey
 from controlprefix.training.objectives import TrainingRow
@@ -144,10 +146,12 @@ class PrefixModel(nn.Module):
 
         Returns:
             `input_ids`, `labels` (-100 at the prompt), `prefix_ids` and `prefix_strengths`; for an
-            encoder-decoder the labels are the completion alone.
+            encoder-decoder the labels are the completion alone, behind its language if the decoder
+            starts from one.
 
         Raises:
-            TrainingDataError: If it names none of the prefixes, or has a strength below 0.
+            TrainingDataError: If it names none of the prefixes, or has images or a strength below
+                0.
             ContextLengthError: If it does not fit the model's context.
         """
         example = self._prepared(example)
@@ -158,9 +162,15 @@ class PrefixModel(nn.Module):
         check_trainable([example])
         tokenizer = self._frozen.request_tokenizer
         row = TrainingRow.from_example(tokenizer.example_ids(example), tokenizer.end_id, (), ())
+        if isinstance(row.prompt, ImagePrompt):
+            raise TrainingDataError("rows with images cannot be trained on by one's own loop")
         prompt, targets = list(row.prompt), list(row.targets)
         inputs: dict[str, list[Any]] = {"input_ids": prompt, "labels": targets}
-        if not self._frozen.is_encoder_decoder:
+        if self._frozen.is_encoder_decoder:
+            # The model puts its start token in front, not the others that a decoder starts from.
+            start = start_ids_of(row.prompt, tokenizer.decoder_start_ids)
+            inputs["labels"] = [*start[1:], *targets]
+        else:
             inputs["labels"] = [_IGNORED] * len(prompt) + targets
             inputs["input_ids"] = prompt + targets
         inputs["prefix_ids"] = [self.keys.index(part.key) for part in named]

@@ -195,10 +195,17 @@ class Trainer:
             options: Fields of `TrainingSettings`.
 
         Raises:
-            TrainingDataError: If there is nothing to try, or nothing is held out.
+            TrainingDataError: If there is nothing to try, nothing is held out, or `init` has
+                prefixes.
         """
         if not num_slots or not parameterizations:
             raise TrainingDataError("nothing to try; give num_slots and parameterizations")
+        by_prefix = init.values() if isinstance(init, Mapping) else ()
+        if str(init).startswith("stored") or any(isinstance(p, Prefix) for p in by_prefix):
+            raise TrainingDataError(
+                "a sweep tries numbers of slots, and a stored or given prefix keeps its own; give "
+                "another init"
+            )
         points = []
         for name in parameterizations:
             for count in num_slots:

@@ -23,6 +23,8 @@ from controlprefix.evaluation.comparison.peft_methods import peft_package
 from controlprefix.evaluation.comparison.report import ComparisonReport
 from controlprefix.evaluation.comparison.state import ComparisonState
 from controlprefix.example import Example
+from controlprefix.labels import weighted_labels
+from controlprefix.model.tokenization import RequestTokenizer
 from controlprefix.prefixes import PrefixKey
 from controlprefix.training.context_fit import fit_to_context
 from controlprefix.training.held_out import split_examples, warn_of_shared_prompts
@@ -151,6 +153,7 @@ def compare(
         "instruction": instruction,
         "rows": {name: len(getattr(setup, name)) for name in ("training", "validation", "test")},
         "data": _hash([setup.training, setup.validation, setup.test]),
+        "prompts": _hash_of_ids(tokenizer, setup.test),
         "model": f"{type(frozen.model).__name__}, {_size(frozen.model)}",
         "fingerprint": frozen.fingerprint,
         "dtype": str(frozen.dtype).removeprefix("torch."),
@@ -160,7 +163,7 @@ def compare(
         classifier.attribute: _classifier_hash(classifier, setup.test) for classifier in classifiers
     }
     state = ComparisonState(None if folder is None else Path(folder) / _FILE, options)
-    elsewhere = measures.elsewhere(setup, general_rows, other_prompts)
+    elsewhere = measures.elsewhere(setup, general_rows, other_prompts, too_long)
     runner = MethodRunner(setup, state, elsewhere, {c.attribute: c for c in classifiers}, num_rates)
     counts = [len(seeds) + num_rates - 1 if METHODS[name](setup).rates else 1 for name in names]
     with progress_bar("compare", sum(counts), visible=progress) as update:
@@ -212,7 +215,8 @@ def _split(
         if isinstance(share, float | int):
             if not 0 < share < 1:
                 raise TrainingDataError(f"{name} is {share}; give rows, or a share between 0 and 1")
-            split = split_examples(rows, [()] * len(rows), float(share), seed=0)
+            labels = [[part.key for part in weighted_labels(row.attributes)] for row in rows]
+            split = split_examples(rows, labels, float(share), seed=0)
             part = [rows[i] for i in split.held_out]
             rows = [rows[i] for i in split.training]
         else:
@@ -237,6 +241,12 @@ def _hash(parts: Sequence[Sequence[Example]], *texts: str) -> str:
     rows = [[row.model_dump_json(exclude_unset=True) for row in part] for part in parts]
     text = json.dumps([rows, texts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _hash_of_ids(tokenizer: RequestTokenizer, rows: Sequence[Example]) -> str:
+    """A hash of how prompts are rendered."""
+    ids = [list(tokenizer.prompt_ids(row)) for row in rows[:_NUM_HASHED_TEXTS]]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 def _size(model: torch.nn.Module) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from controlprefix._io import requires_extra
 from controlprefix.data import parse_table
 from controlprefix.data.general import general_prompts
+from controlprefix.errors import ContextLengthError
 from controlprefix.evaluation.classifier import AttributeClassifier
 from controlprefix.evaluation.comparison import adapter_training
 from controlprefix.evaluation.comparison.costs import now
@@ -29,6 +30,7 @@ from controlprefix.labels import weighted_labels
 from controlprefix.model.log_probs import kl_divergences
 from controlprefix.model.tokenization import TokenizedExample
 from controlprefix.training.held_out import prompt_identity
+from controlprefix.training.settings import TooLong
 
 TEMPERATURE = 0.8
 _BATCH_SIZE = 16
@@ -58,15 +60,31 @@ class Elsewhere(NamedTuple):
 
 
 def elsewhere(
-    setup: ComparisonSetup, general: Sequence[Example], other_prompts: Sequence[str] | None
+    setup: ComparisonSetup,
+    general: Sequence[Example],
+    other_prompts: Sequence[str] | None,
+    too_long: TooLong,
 ) -> Elsewhere:
-    """Let the plain model write the texts that divergences are measured on."""
+    """Let the plain model write the texts that divergences are measured on.
+
+    Raises:
+        ContextLengthError: If one of the other prompts has no room for an answer, and is refused.
+    """
     tokenizer = setup.frozen.request_tokenizer
     starts = [Example(prompt="", raw=True, completion="-")] * _NUM_PLAIN_TEXTS
     prompts = [
         Example(prompt=prompt, completion="-")
         for prompt in (other_prompts or general_prompts(measuring=True))[:_NUM_PLAIN_TEXTS]
     ]
+    long = [
+        row for row in prompts if not tokenizer.has_room(tokenizer.prompt_ids(row), _PLAIN_TOKENS)
+    ]
+    if long and too_long == "refuse":
+        raise ContextLengthError(
+            f"{long[0].prompt!r:.80}, one of other_prompts, leaves no room for an answer of "
+            f"{_PLAIN_TOKENS} tokens; shorten it, or give too_long='skip'"
+        )
+    prompts = [row for row in prompts if row not in long]
 
     def completed(rows: Sequence[Example], temperature: float | None) -> list[Example]:
         texts = adapter_training.sample(

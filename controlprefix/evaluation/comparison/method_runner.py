@@ -118,7 +118,9 @@ class MethodRunner:
         result = self.state.method(name)
         result.pop("skipped", None)  # there may be more memory now
         method = METHODS[name](self.setup)
-        reason = method.unavailable() or _too_large(method)
+        needed = set(map(str, seeds if method.rates else seeds[:1]))
+        is_measured = needed <= result.get("runs", {}).keys()
+        reason = None if is_measured else method.unavailable() or _too_large(method)
         if reason is not None:
             result["skipped"] = reason
             self.state.save()
@@ -232,9 +234,9 @@ class MethodRunner:
             apart = measures.text_figures(unseen, others, [own[id(row)] for row in others])
             figures |= {f"{k}, unseen": apart[k] for k in ("BLEU", "chrF") if k in apart}
         figures |= measures.accuracy_figures(requests, texts, self.classifiers)
-        plainness = base_model_nll(self.plain_cp, texts)
-        if math.isfinite(plainness):  # not if all texts are empty
-            figures["base-model nats"] = plainness
+        nll = base_model_nll(self.plain_cp, texts)
+        if math.isfinite(nll):  # not if all texts are empty
+            figures["base-model nats"] = nll
         for key, completed in (("written", elsewhere.written), ("answers", elsewhere.answers)):
             value = measures.divergence(method, completed)
             if value is not None:

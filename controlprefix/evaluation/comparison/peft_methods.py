@@ -166,7 +166,8 @@ class PrefixThenLora(_HalfOfTheSteps):
         self.num_stored += prefix.num_stored
 
     def add_adapter(self, model: nn.Module, rows: Sequence[TokenizedExample]) -> nn.Module:
-        frozen = FrozenModel(model, self.setup.frozen.tokenizer)  # type: ignore[arg-type]
+        base = self.setup.frozen
+        frozen = FrozenModel(model, base.tokenizer, base.chat_template_kwargs)  # type: ignore[arg-type]
         return _Steered(super().add_adapter(model, rows), frozen, self.prefix)
 
     @contextlib.contextmanager
@@ -185,7 +186,8 @@ class LoraThenPrefix(_HalfOfTheSteps):
         for label, model in self.models.items():
             merged: Any = model.merge_and_unload()  # type: ignore[operator]
             merged.requires_grad_(False)
-            frozen = FrozenModel(merged, setup.frozen.tokenizer)
+            base = setup.frozen
+            frozen = FrozenModel(merged, base.tokenizer, base.chat_template_kwargs)
             cp = ControlPrefix(frozen, PrefixStore("sqlite://"))
             rows = [
                 row.model_copy(update={"attributes": {}})

@@ -54,7 +54,7 @@ QUALITY = (
     Column("BLEU, unseen", "BLEU, unseen", 1, "high", "of rows with labels that were not trained"),
     Column("chrF, unseen", "chrF, unseen", 1, "high", "of rows with labels that were not trained"),
     Column("slot errors", "slot errors", 2, "low", "values of tables missing or invented, share"),
-    Column("base-model nats", "plainness", 2, "", "nats per token of its texts, plain model"),
+    Column("base-model nats", "base-model NLL", 2, "", "nats per token of its texts, plain model"),
     Column("distinct-2", "distinct-2", 2, "", "share of word pairs of its texts that differ"),
     Column("words", "words", 1, "", "words per text"),
 )
