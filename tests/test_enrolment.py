@@ -135,6 +135,7 @@ def test_texts_are_added_to_a_code_without_the_earlier_ones(cp: ControlPrefix) -
     assert isinstance(parts, UserCode)
     assert torch.allclose(whole.values, parts.values, atol=0.02)  # codes are rounded when stored
     assert cp.versions("user", "bit")[-1].details["enrolled"]["texts"] == 6
+    assert cp.versions("user", "bit")[-1].storage_dtype == "float32"  # it moves by little
     cp.train_users({"trained": texts}, decoder="users", steps=2, **QUIET)
     cp.enroll("slots", texts)
     for user in ("trained", "slots"):
@@ -443,3 +444,27 @@ def test_a_finished_decoder_is_stored_once_and_under_each_name(tmp_path: Path) -
     assert (first.version, again.version, len(cp.versions("decoder", "a"))) == (1, 1, 1)
     other = cp.learn_decoder(USERS, name="b", folder=folder, resume=True, **short)
     assert (other.version, len(cp.versions("decoder", "b"))) == (1, 1)
+
+
+def test_no_half_of_a_guard_has_a_text_of_the_other(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves: list[tuple[set[str], set[str]]] = []
+    own: list[str] = []
+
+    def predicting(decoder: Any, texts: Any) -> Any:
+        own[:] = texts
+        return predict_code(decoder, texts)
+
+    def scoring(frozen: Any, texts: Any, prefix: Any) -> Any:
+        halves.append((set(own), set(texts)))
+        return losses_of_texts(frozen, texts, prefix)
+
+    monkeypatch.setattr(guard, "predict_code", predicting)
+    monkeypatch.setattr(guard, "losses_of_texts", scoring)
+    decoder = stored_decoder(cp)
+    texts = ["Hi there", "hi  there", "Bye", "Bye"]
+    guard.guarded_code(cp.frozen_model, decoder, texts)
+    assert halves
+    assert all(not ({t[:2].lower() for t in a} & {t[:2].lower() for t in b}) for a, b in halves)
+    assert guard.guarded_code(cp.frozen_model, decoder, ["Hi", "hi"])[1] == 1.0

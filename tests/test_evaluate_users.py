@@ -22,11 +22,13 @@ from controlprefix import (
     RequestError,
     TrainingDataError,
 )
+from controlprefix.cli.evaluate import _groups_of_column
+from controlprefix.data.files import Record
 from controlprefix.evaluation import evaluate_users
 from controlprefix.evaluation import revealed_groups as revealed_groups_module
 from controlprefix.evaluation.metrics import bootstrap_mean
 from controlprefix.evaluation.revealed_groups import revealed_groups
-from controlprefix.evaluation.users import summarize
+from controlprefix.evaluation.users import checked_groups, summarize
 from controlprefix.evaluation.users_report import UserResult, harmed_text
 
 from helpers import engine, run
@@ -313,3 +315,10 @@ def test_groups_of_any_size_have_intervals_within_0_and_1() -> None:
     noise = revealed_groups_module._balanced_accuracy(texts, labels, 0)
     assert 0 <= noise.low <= noise.mean <= noise.high <= 1
     assert noise.low <= 0.5
+
+
+def test_users_whose_names_are_numbers_have_groups() -> None:
+    """As a column of numbers with gaps is read from Parquet."""
+    assert checked_groups({"age": {1.0: 20, 2: 30}}, 1) == {"age": {"1": "20", "2": "30"}}  # type: ignore[dict-item]
+    records = [Record("row", {"user": user, "age": 20.0}) for user in (1.0, 2, "3")]
+    assert _groups_of_column(records, "age", "user") == {"1": "20", "2": "20", "3": "20"}

@@ -134,3 +134,45 @@ def test_schemas_that_take_a_state_per_remainder_are_refused(schema: dict[str, A
     JsonConstraint(
         frozen(build("llama"), byte_tokenizer()), {"type": "number", "multipleOf": 0.01}, 0
     )
+
+
+def test_remainders_are_those_of_one_number() -> None:
+    """Of several numbers none is too large; nor is a value that looks like a schema."""
+    apart = {
+        name: {"type": "integer", "multipleOf": divisor, "default": {"multipleOf": 99_991}}
+        for name, divisor in (("pieces", 144), ("grams", 250), ("days", 7))
+    }
+    model = frozen(build("llama"), byte_tokenizer())
+    JsonConstraint(model, {"type": "object", "properties": apart}, 0)
+    number = {"type": "integer", "multipleOf": 250}
+    together = {"properties": {"a": {**number, "allOf": [{"multipleOf": 7}, {"multipleOf": 144}]}}}
+    referred = {"properties": {"a": {**number, "$ref": "#/$defs/b"}}, "$defs": {"b": apart["days"]}}
+    referred["$defs"]["c"] = apart["pieces"]
+    for schema in (together, referred):
+        with pytest.raises(RequestError, match="least common multiple"):
+            JsonConstraint(model, {"type": "object", **schema}, 0)
+
+
+def test_an_error_of_the_matcher_is_no_end_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    constraint = JsonConstraint(frozen(build("llama"), byte_tokenizer()), {"type": "integer"}, 1)
+
+    class Failing:
+        """As llguidance where it meets a limit: then it is stopped too."""
+
+        has_failed = False
+
+        def is_stopped(self) -> bool:
+            return self.has_failed
+
+        def consume_token(self, token: int) -> None:
+            self.has_failed = True
+
+        def is_error(self) -> bool:
+            return self.has_failed
+
+        def get_error(self) -> str:
+            return "Too many items (limit 50000)\nmore"
+
+    monkeypatch.setattr(constraint, "_matcher", Failing())
+    with pytest.raises(RequestError, match=r"cannot be used: Too many items \(limit 50000\)$"):
+        constraint(torch.tensor([[5, 6]]), torch.zeros(1, 300))

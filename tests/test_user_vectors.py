@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from controlprefix import ControlPrefix, Example, RequestError, TrainingDataError
+from controlprefix.users.user_vectors import VectorFeatures
 
 from helpers import engine
 
@@ -105,3 +106,8 @@ def test_names_may_be_typed_in_two_ways_and_other_vectors_are_another_decoder(
     built.enroll("cy", vector=[1.5], decoder="users")
     with pytest.raises(RequestError, match="was enrolled from a vector"):
         built.audit_user("cy", ["a text"], ["another"], num_canaries=1)
+
+
+def test_users_may_be_numbers() -> None:
+    features = VectorFeatures({1: [1.0, 2.0], 2.0: [3.0, 4.0]})  # type: ignore[dict-item]
+    assert features.of_users(["1", "2"])["2"].tolist() == [[3.0, 4.0]]

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pandas
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from controlprefix import (
     UnknownNameError,
 )
 from controlprefix.cancellation import stoppable
-from controlprefix.errors import TrainingInterrupted
+from controlprefix.errors import StoreKeyError, TrainingInterrupted
 from controlprefix.training.objectives import Objective, TrainingRow
 from controlprefix.users import user_training
 
@@ -348,3 +350,45 @@ def test_nothing_is_stored_after_an_enrolment_was_stopped() -> None:
 def test_slots_are_for_enrolments_without_a_decoder() -> None:
     with pytest.raises(RequestError, match="num_slots is for a prefix without a decoder"):
         engine().enroll("ana", ["a text"], decoder="users", num_slots=4)
+
+
+@pytest.mark.slow
+def test_a_version_of_another_kind_is_no_finished_user(tmp_path: Path) -> None:
+    cp = engine()
+    texts = {"ana": ["hello there", "hello you", "hello all"]}
+    options: dict[str, Any] = {"steps": 2, "progress": False, "folder": tmp_path}
+    assert set(cp.train_users(texts, **options).users) == {"ana"}
+    assert cp.train_users(texts, resume=True, **options).skipped == ("ana",)
+    cp.forget_user("ana")
+    cp.enroll("ana", texts["ana"])  # version 1 again
+    assert set(cp.train_users(texts, resume=True, **options).users) == {"ana"}
+    cp.rollback("user", "ana", to=1)
+    assert cp.train_users(texts, resume=True, **options).skipped == ("ana",)
+
+
+@pytest.mark.slow
+def test_texts_that_are_kept_are_read_when_it_is_the_users_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cp = engine()
+    for user in ("ana", "bo", "cy"):
+        cp.enroll(user, [f"hello {user}", "again"], keep_texts=True)
+    read, texts_of = [], cp.store.user_texts
+
+    def user_texts(user: str) -> Any:
+        read.append(user)
+        if user == "bo":
+            raise StoreKeyError("the key of bo is gone")
+        return texts_of(user)
+
+    monkeypatch.setattr(cp.store, "user_texts", user_texts)
+    report = cp.train_users(None, steps=1, concurrent_users=1, progress=False)
+    assert (set(report.users), set(report.failed)) == ({"ana", "cy"}, {"bo"})
+    assert read == ["ana", "bo", "cy"]
+
+
+def test_texts_may_be_an_array() -> None:
+    cp = engine()
+    texts = {"ana": numpy.array(["hello", "there"]), "bo": pandas.Series(["hi", "you"])}
+    report = cp.train_users(texts, steps=1, progress=False)
+    assert set(report.users) == {"ana", "bo"}

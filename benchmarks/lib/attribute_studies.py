@@ -38,9 +38,8 @@ IN_WORDS = {
     "toxic": "rude and insulting",
 }
 BATCH_SIZE = 8
-MAX_CLASSIFIER_ROWS = 4000
+MAX_CLASSIFIER_ROWS = 4000  # of an attribute, and as many of the reward
 NUM_TEST_ROWS = 128
-MIN_REWARD_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,10 @@ class Study:
 
 @cache
 def load_study(folder: Path, name: str, num_rows: int, frozen: FrozenModel) -> Study:
-    """A study with `num_rows` training rows in all; other rows train its classifiers."""
+    """A study with `num_rows` training rows in all.
+
+    Of the rows that are left, one half trains the classifiers, and the other those of the reward.
+    """
     labels: dict[str, list[str]] = {}
     rows: list[Row] = []
     test_rows: list[Row] = []
@@ -106,11 +108,13 @@ def load_study(folder: Path, name: str, num_rows: int, frozen: FrozenModel) -> S
         labels[attribute] = sorted({str(row.label) for row in train})
         rows += [replace(row, label=f"{attribute}={row.label}") for row in train[:share]]
         test_rows += [replace(row, label=f"{attribute}={row.label}") for row in test]
-        others = train[share : share + MAX_CLASSIFIER_ROWS]
-        rest = train[share + MAX_CLASSIFIER_ROWS :][:MAX_CLASSIFIER_ROWS]
-        if len(rest) < MIN_REWARD_ROWS:
-            rest = shuffled(labelled(folder, file, attribute, "dev"), 0)
-        reward_rows += [replace(row, label=f"{attribute}={row.label}") for row in rest]
+        rest = train[share:]
+        num_classifier_rows = min(MAX_CLASSIFIER_ROWS, len(rest) // 2)
+        others = rest[:num_classifier_rows]
+        rest = rest[num_classifier_rows:] + shuffled(labelled(folder, file, attribute, "dev"), 0)
+        reward_rows += [
+            replace(row, label=f"{attribute}={row.label}") for row in rest[:MAX_CLASSIFIER_ROWS]
+        ]
         word_classifiers[attribute] = word_classifier(others)
         character_classifiers[attribute] = character_classifier(others)
         classifiers[attribute] = AttributeClassifier.train(

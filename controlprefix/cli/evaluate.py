@@ -17,6 +17,7 @@ from controlprefix.cli.groups import (
 )
 from controlprefix.cli.options import parse_list, parse_number, parse_pair
 from controlprefix.errors import RequestError
+from controlprefix.labels import label_text
 
 if TYPE_CHECKING:
     from controlprefix.data.files import Record
@@ -177,10 +178,11 @@ def _groups_of_column(records: Sequence["Record"], column: str, user_column: str
         user, group = (record.fields.get(name) for name in (user_column, column))
         if user in (None, "") or group in (None, ""):
             continue
-        if groups.setdefault(str(user), str(group)) != str(group):
+        name, group = str(label_text(user)), str(label_text(group))
+        if groups.setdefault(name, group) != group:
             raise RequestError(
-                f"{record.place}: user {user!r} is {group!r} in the column {column!r}, and "
-                f"{groups[str(user)]!r} in an earlier row; give a user one group"
+                f"{record.place}: user {name!r} is {group!r} in the column {column!r}, and "
+                f"{groups[name]!r} in an earlier row; give a user one group"
             )
     if not groups:
         raise RequestError(

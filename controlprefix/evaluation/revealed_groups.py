@@ -16,6 +16,7 @@ from controlprefix.request import Request
 _TEMPERATURE = 0.8
 _MAX_NEW_TOKENS = 48
 _MAX_FOLDS = 5
+_REQUESTS_AT_ONCE = 64
 _NUM_RESAMPLES = 2000
 
 
@@ -84,7 +85,11 @@ def revealed_groups(
     plain = resolvable(cp, without_user)
     texts = []
     for batch in (requests, plain):
-        completions = iter(cp.generate(batch) if batch else [])
+        completions = (
+            completion
+            for first in range(0, len(batch), _REQUESTS_AT_ONCE)  # with their users' prefixes
+            for completion in cp.generate(batch[first : first + _REQUESTS_AT_ONCE])
+        )
         texts.append({user: [next(completions).text for _ in own] for user, own in rows.items()})
     texts.append({user: [row.completion for row in own] for user, own in rows.items()})
     results = {}

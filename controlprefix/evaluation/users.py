@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from controlprefix._io import requires_extra
 from controlprefix.data import Columns, Rows, as_examples
 from controlprefix.data.tables import is_missing
 from controlprefix.engine import ControlPrefix
@@ -93,6 +94,9 @@ def evaluate_users(
         raise TrainingDataError(f"num_texts is {num_texts}; it must be 0 or more")
     if num_texts and not groups:
         raise TrainingDataError("num_texts shows what texts reveal of groups; give groups")
+    if num_texts:  # before everything is scored
+        with requires_extra("eval", "what texts reveal"):
+            import sklearn  # noqa: F401
     groups = checked_groups(groups or {}, min_group_size)
     users = rows_by_user(rows, columns=columns, seed=seed)
     results: dict[str, UserResult] = {}
@@ -231,7 +235,9 @@ def checked_groups(
         )
     return {
         str(grouping): {
-            composed(str(user)): label_text(g) for user, g in of_users.items() if not is_missing(g)
+            composed(str(label_text(user))): label_text(g)
+            for user, g in of_users.items()
+            if not is_missing(g)
         }
         for grouping, of_users in groups.items()
     }

@@ -39,6 +39,7 @@ class BatchCache:
 
     Attributes:
         mask: Which columns are tokens of a row, `(num_rows, num_columns)`.
+        num_slots: Slots of a row for which there is room in front of its tokens.
     """
 
     def __init__(self, frozen: FrozenModel) -> None:
@@ -51,6 +52,7 @@ class BatchCache:
         if self._frozen.is_encoder_decoder:
             self._cross = new_cache(self._frozen.model)
         self.mask = self._cross_mask = torch.zeros(0, 0, dtype=torch.long)
+        self.num_slots = 0
 
     def row(self, index: int, num_tokens: int, num_read: int) -> CacheRow:
         """A row of this cache.
@@ -72,6 +74,7 @@ class BatchCache:
             rows: At least one.
             num_slots: Slots for which there is room in front of the tokens.
         """
+        self.num_slots = num_slots
         self.mask = self._arranged(self._cache, rows, num_slots)
         read = [row.cross for row in rows if row.cross is not None]
         if read:

@@ -68,7 +68,9 @@ class ContinuousBatcher(Batcher):
 
     @property
     def _num_rows(self) -> int:
-        return sum(len(sequence.rows) for sequence in self._running())
+        # Also read by other threads, while rows come and go.
+        prefilled = sum(len(sequence.rows) for sequence in list(self._prefills.sequences))
+        return sum(row is not None for row in list(self._rows)) + prefilled
 
     def _running(self) -> list[BatchedRequest]:
         return [*self._decoding(), *self._prefills.sequences]
@@ -139,6 +141,7 @@ class ContinuousBatcher(Batcher):
             sources[id(sequence)] = prefilled[row : row + len(sequence.rows)]
             row += len(sequence.rows)
         fits = self._first_rows and all(map(self._cache.fits, prefilled))
+        fits = fits and _most_slots(prefill.sequences) <= self._cache.num_slots
         vacant = [i for i, sequence in enumerate(self._rows) if sequence is None]
         if fits and len(vacant) == row and all(len(s.rows) == 1 for s in prefill.sequences):
             for target, sequence in zip(vacant, prefill.sequences, strict=True):
@@ -271,10 +274,7 @@ class ContinuousBatcher(Batcher):
         if not sources:
             self._cache.clear()
             return
-        num_slots = max(
-            sum(part.prefix.num_slots for part in parts) for s in sequences for parts in s.rows
-        )
-        self._cache.arrange(sources, num_slots)
+        self._cache.arrange(sources, _most_slots(sequences))
 
     def _parts_of(self, row: int) -> list[Part]:
         sequence = self._rows[row]
@@ -306,3 +306,9 @@ def _sampler_of(rows: Sequence[BatchedRequest | None], device: torch.device) -> 
         if sequence is not None and sampled[i] is not None
     }
     return BatchSampler(sampled, device, guidance)
+
+
+def _most_slots(sequences: Sequence[BatchedRequest]) -> int:
+    """Slots of the row with the most."""
+    rows = (parts for sequence in sequences for parts in sequence.rows)
+    return max(sum(part.prefix.num_slots for part in parts) for parts in rows)

@@ -3,7 +3,7 @@
 import json
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -18,6 +18,11 @@ from controlprefix.model.special_tokens import special_token_ids
 
 _MAX_SCHEMA_BYTES = 64 << 10
 _MAX_DIVISOR = 10_000
+_LISTS_OF_SCHEMAS = ("properties", "patternProperties", "prefixItems")
+_SCHEMAS_OF_PARTS = (
+    "items", "additionalProperties", "unevaluatedProperties", "additionalItems", "contains",
+)  # fmt: skip
+_VALUES = ("enum", "const", "default", "examples")
 # One line, as `json.dumps` writes it: models that may write blanks can do so without end.
 _FORMAT: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _tokenizers: "weakref.WeakKeyDictionary[FrozenModel, Any]" = weakref.WeakKeyDictionary()
@@ -49,6 +54,7 @@ class JsonConstraint:
         # The text of a special token may be part of a value; the token may not.
         self._special_ids = sorted(special_token_ids(frozen.tokenizer) - set(self._end_ids))
         self._num_consumed = num_before
+        self._allowed: numpy.ndarray[Any, Any] | None = None  # by the last mask
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask one row's logits; it must be called at each token.
@@ -59,23 +65,36 @@ class JsonConstraint:
 
         Returns:
             Logits with -inf for tokens that are ruled out, `(1, vocab_size)`.
+
+        Raises:
+            RequestError: If llguidance meets a limit of its own.
         """
         for token in input_ids[0, self._num_consumed :].tolist():
             if not self._matcher.is_stopped():
                 self._matcher.consume_token(token)
+                if self._allowed is None or self._allowed[token]:  # not where none was possible
+                    self._require_no_error()
         self._num_consumed = input_ids.shape[1]
         allowed = numpy.zeros(scores.shape[1], dtype=bool)
         if self._matcher.is_stopped():
-            allowed[self._end_ids] = True
+            allowed[[i for i in self._end_ids if i < len(allowed)]] = True
         else:
             packed = numpy.frombuffer(self._matcher.compute_bitmask(), dtype=numpy.uint8)
+            self._require_no_error()
             bits = numpy.unpackbits(packed, bitorder="little").astype(bool)
             allowed[: len(bits)] = bits[: len(allowed)]
             allowed[[i for i in self._special_ids if i < len(allowed)]] = False
             if not self._matcher.is_accepting():
-                allowed[self._end_ids] = False
+                allowed[[i for i in self._end_ids if i < len(allowed)]] = False
+        self._allowed = allowed
         mask = torch.from_numpy(~allowed).to(scores.device)
         return scores.masked_fill(mask, -torch.inf)
+
+    def _require_no_error(self) -> None:
+        if self._matcher.is_error():
+            raise RequestError(
+                f"the JSON schema cannot be used: {self._matcher.get_error().splitlines()[0]}"
+            )
 
 
 def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
@@ -91,13 +110,15 @@ def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
             f"the JSON schema has {len(text):,} bytes; up to {_MAX_SCHEMA_BYTES:,} are accepted"
         )
     try:
-        divisors = _divisors(schema)
+        # A reference may be to any part of the schema.
+        divisors = [_divisors(schema)] if "$ref" in text else _divisors_by_value(schema)
+        largest = max(math.lcm(*own) for own in divisors)
     except ArithmeticError as error:
         reason = short_reason(error)
         raise RequestError(f"a multipleOf of the JSON schema is too large: {reason}") from None
     except RecursionError:
         raise RequestError("the JSON schema is nested too deeply") from None
-    if math.lcm(*divisors) > _MAX_DIVISOR:
+    if largest > _MAX_DIVISOR:
         raise RequestError(
             "the JSON schema has multipleOf values whose least common multiple is above "
             f"{_MAX_DIVISOR:,}; leave multipleOf out"
@@ -113,14 +134,29 @@ def _matcher(frozen: FrozenModel, schema: Mapping[str, Any]) -> Any:
     return matcher
 
 
-def _divisors(schema: Any) -> set[int]:
-    """The values of `multipleOf` anywhere in a schema, without their decimal points.
+def _divisors_by_value(schema: Any) -> Iterator[set[int]]:
+    """The values of `multipleOf` that may be those of one number, for each number of a schema.
 
     Numbers are recognized by a state machine with a state for each remainder.
     """
+    parts: list[Any] = []
+    if isinstance(schema, Mapping):
+        for name in _LISTS_OF_SCHEMAS:
+            own = schema.get(name)
+            parts += own.values() if isinstance(own, Mapping) else own or ()
+        parts += [schema[name] for name in _SCHEMAS_OF_PARTS if name in schema]
+        names = {*_LISTS_OF_SCHEMAS, *_SCHEMAS_OF_PARTS}
+        schema = {name: value for name, value in schema.items() if name not in names}
+    yield _divisors(schema)
+    for part in parts:
+        yield from _divisors_by_value(part)
+
+
+def _divisors(schema: Any) -> set[int]:
+    """The values of `multipleOf` anywhere in a schema, without their decimal points."""
     if isinstance(schema, Mapping):
         own = schema.get("multipleOf")
-        divisors = set().union(*(_divisors(value) for value in schema.values()))
+        divisors = set().union(*(_divisors(v) for k, v in schema.items() if k not in _VALUES))
         is_number = not isinstance(own, bool) and isinstance(own, (int, float))
         if is_number and own > 0 and math.isfinite(own):  # type: ignore[arg-type, operator]
             _, digits, exponent = Decimal(str(own)).as_tuple()

@@ -12,7 +12,13 @@ import tenacity
 
 from controlprefix._io import progress_bar
 from controlprefix.engine import ControlPrefix
-from controlprefix.errors import ControlPrefixError, EngineError, StoreError, UnknownNameError
+from controlprefix.errors import (
+    ControlPrefixError,
+    EngineError,
+    StoreError,
+    UnknownNameError,
+    short_reason,
+)
 from controlprefix.evaluation.harness import about_prefixes
 from controlprefix.evaluation.users import (
     PlainAnswers,
@@ -177,12 +183,14 @@ class Run:
                 actor, chunk = self._doing.pop(reference)
                 try:
                     report, stored = self._result(reference)
-                except self._ray.exceptions.RayActorError:
+                except (self._ray.exceptions.RayActorError, self._ray.exceptions.OutOfMemoryError):
                     reason = "actors died while they did this user or one beside it"
                     self._put_back(chunk, f"{_MAX_ATTEMPTS} {reason}")
                     actor = self._new_actor()
                 except StoreError as error:  # such as a database that is away for long
                     self._put_back_later(chunk, error)
+                except self._ray.exceptions.RayTaskError as error:  # such as of a full GPU
+                    self._put_back(chunk, short_reason(error))
                 else:
                     self._has_results = True
                     self._report.users.update(report.users)

@@ -35,6 +35,8 @@ from controlprefix.interop.ray_run import (
 )
 from controlprefix.prefixes import PrefixKey
 from controlprefix.store import EncryptionKeys
+from controlprefix.store.connections import is_in_memory
+from controlprefix.store.urls import full_url, sqlite_path
 from controlprefix.training import RunControl, TrainingOptions, TrainingSettings
 from controlprefix.users import EnrolmentReport, UsersReport
 from controlprefix.users.enrolment import EnrolmentOptions, duplicate_user_message
@@ -58,7 +60,7 @@ class RayCluster:
         loading: Options of `controlprefix.model.loading.load`, such as `{"device": "cuda"}`.
 
     Raises:
-        TrainingDataError: If `num_actors` is below 1.
+        TrainingDataError: If `num_actors` is below 1, or the store is in memory.
         MissingDependencyError: If ray is not installed.
     """
 
@@ -82,8 +84,12 @@ class RayCluster:
             raise TrainingDataError(f"num_actors is {num_actors}; it must be 1 or more")
         self._ray, self._address, self._num_actors = ray, address, num_actors
         self._resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
+        url = full_url(store)
+        if is_in_memory(url):
+            raise TrainingDataError("each actor would have a database of its own; give a file")
+        path = sqlite_path(url)  # actors have other current folders
         opened = {
-            "store": store,
+            "store": store if path is None else str(path.absolute()),
             "tenant": tenant,
             "encryption_keys": encryption_keys,
             "attributes": attributes,

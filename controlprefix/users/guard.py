@@ -7,6 +7,7 @@ import torch
 from controlprefix.cancellation import raise_if_stopped
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixDecoder, UserCode
+from controlprefix.training.held_out import normalized
 from controlprefix.users.enrolment import predict_code, prefix_from_texts
 from controlprefix.users.text_losses import losses_of_texts
 
@@ -60,7 +61,11 @@ def guarded_code(
         MissingDependencyError: If sentence-transformers is not installed.
     """
     whole = predict_code(decoder, texts)
-    halves = texts[::2], texts[1::2]
+    copies: dict[str, list[str]] = {}
+    for text in texts:
+        copies.setdefault(normalized(text), []).append(text)
+    groups = list(copies.values())  # no half has a text of the other one
+    halves = [text for own in groups[::2] for text in own], [t for own in groups[1::2] for t in own]
     if not halves[1]:
         return whole, 1.0
     totals = dict.fromkeys(SHARES, 0.0)

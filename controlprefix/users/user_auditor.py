@@ -15,7 +15,12 @@ from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.guard import enrolled_value
 from controlprefix.users.initialization import initializer
 from controlprefix.users.privacy_audit import PrivacyAuditor, PrivacyReport
-from controlprefix.users.user_training import train_users, usable_texts
+from controlprefix.users.user_training import (
+    MAX_TEXTS,
+    sampled_texts,
+    train_users,
+    usable_texts,
+)
 
 
 class UserAuditor:
@@ -74,13 +79,18 @@ class UserAuditor:
 
         prefix = decoded(stored)
 
+        own_texts = usable_texts(user, texts)
+        if trained_alone:  # those that it was trained on
+            own_texts = sampled_texts(own_texts, int(training.get("seed", 0)))
+            own_texts = own_texts[: MAX_TEXTS - num_canaries] if num_canaries else own_texts
+
         def retrain(planted: list[str]) -> Prefix:
             value = self._make_again(key, planted, details, is_code, prefix.num_slots)
             return decoded(stored._replace(value=value))
 
         return PrivacyAuditor(self._frozen).audit(
             prefix,
-            usable_texts(user, texts),
+            own_texts,
             usable_texts(user, held_out),
             num_canaries=num_canaries,
             retrain=retrain,
@@ -109,7 +119,9 @@ class UserAuditor:
         options = dict(details["training"])
         decoder = options.pop("decoder", None)
         names = {field.name for field in fields(TrainingSettings)}
-        settings = TrainingSettings.from_options({k: v for k, v in options.items() if k in names})
+        # Nothing is held out, so that all that was planted is learned.
+        learned = {k: v for k, v in options.items() if k in names - {"patience"}}
+        settings = TrainingSettings.from_options({**learned, "validation": 0.0})
         values: dict[str, Prefix | UserCode] = {}
 
         def collect(user: str, value: Prefix | UserCode, _: TrainingReport) -> int:

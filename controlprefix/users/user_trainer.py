@@ -2,11 +2,17 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from controlprefix.cancellation import raise_if_stopped
 from controlprefix.embeddings import MAX_CHARACTERS
-from controlprefix.errors import ForgottenError, RequestError, TrainingDataError
+from controlprefix.errors import (
+    ForgottenError,
+    RequestError,
+    TrainingDataError,
+    UnknownNameError,
+)
 from controlprefix.inference.resolver import Resolver
 from controlprefix.model import FrozenModel
 from controlprefix.prefixes import Prefix, PrefixDecoder, PrefixKey, UserCode
@@ -27,7 +33,7 @@ from controlprefix.users.guard import enrolled_value
 from controlprefix.users.initialization import initializer
 from controlprefix.users.migration import MigrationReport, migrate
 from controlprefix.users.text_features import TextFeatures
-from controlprefix.users.user_training import UsersReport, train_users, usable_texts
+from controlprefix.users.user_training import UsersReport, UserTexts, train_users, usable_texts
 from controlprefix.users.user_vectors import VectorFeatures, code_of_vector
 
 _DEFAULT_OPTIONS = {"parameterization": "direct", "batch_size": 4, "patience": 2}
@@ -144,7 +150,7 @@ class UserTrainer:
 
     def train_users(
         self,
-        texts: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]] | None,
+        texts: Mapping[str, UserTexts] | Iterable[tuple[str, UserTexts]] | None,
         *,
         num_slots: int | None,
         decoder: str | None,
@@ -197,7 +203,8 @@ class UserTrainer:
         if removal_number is None:
             removal_number = self._store.last_removal_number()
         if texts is None:
-            texts = {user: self._store.user_texts(user) for user in self._store.users_with_texts()}
+            users = self._store.users_with_texts()
+            texts = {user: partial(self._store.user_texts, user) for user in users}
             if not texts:
                 raise TrainingDataError(
                     "no texts are kept in the store; give texts, or enroll users with keep_texts"
@@ -232,7 +239,7 @@ class UserTrainer:
             destination=" ".join(
                 (self._store.display_name, self._store.tenant, self._frozen.fingerprint)
             ),
-            is_stored=lambda key, version: self._model_store.current_version(key) >= version,
+            is_stored=self._was_trained,
         )
 
     def enroll(
@@ -296,8 +303,14 @@ class UserTrainer:
             enrolled["tokens"] += current.details.get("enrolled", {}).get("tokens", 0)
             # Nothing is lost where two add at once: the second is refused.
             extras["replaces"] = current.version
+            # Rounded to int8, a code would not move by a single text any more.
             return self._put(
-                user, code, {"enrolled": enrolled}, removal_number=removal_number, **extras
+                user,
+                code,
+                {"enrolled": enrolled},
+                removal_number=removal_number,
+                dtype="float32",
+                **extras,
             )
         num_slots = options.num_slots or DEFAULT_NUM_SLOTS
         if decoder is None:
@@ -345,6 +358,16 @@ class UserTrainer:
         """
         profile = profile_of(usable_texts("", texts))
         return self._store.similar_users(profile.embedder, profile.values, limit=limit)
+
+    def _was_trained(self, key: PrefixKey, version: int) -> bool:
+        """Whether a version that `train_users` stored, or a later one, is still there.
+
+        Where a user was forgotten, numbers begin again: then it may be an enrolment.
+        """
+        try:
+            return "training" in self._model_store.version_info(key, version=version).details
+        except UnknownNameError:
+            return self._model_store.current_version(key) > version
 
     def _check_num_slots(self, num_slots: int) -> None:
         check_num_slots(num_slots, self._frozen.request_tokenizer.context_length)

@@ -39,7 +39,10 @@ from controlprefix.training.settings import TrainingSettings
 from controlprefix.users.enrolment import duplicate_user_message
 
 _MAX_ROW_TOKENS = 256  # length of the rows that longer texts are cut into
-_MAX_TEXTS = 1000  # per user; of more, a random sample is used
+MAX_TEXTS = 1000  # per user; of more, a random sample is used
+
+# A user's texts, or what reads them when it is their turn.
+UserTexts = Sequence[str] | Callable[[], Sequence[str]]
 _MAX_TEXT_CHARACTERS = 100_000
 _FINISHED_FILE = "finished.jsonl"
 
@@ -73,7 +76,7 @@ class _ActiveUser:
 
 def train_users(
     frozen: FrozenModel,
-    texts: Iterable[tuple[str, Sequence[str]]],
+    texts: Iterable[tuple[str, UserTexts]],
     publish: Publish,
     settings: TrainingSettings,
     *,
@@ -120,7 +123,8 @@ def train_users(
                 key = PrefixKey("user", user)
                 if key in admitted:
                     raise TrainingDataError(duplicate_user_message(user))
-                _, rows = user_rows(frozen, user, user_texts, settings.seed)
+                own_texts = user_texts() if callable(user_texts) else user_texts
+                _, rows = user_rows(frozen, user, own_texts, settings.seed)
                 training, held_out = split_user_rows(rows, settings)
                 start = initialize(key, trained_texts(frozen, training, held_out))
                 run = TrainingRun(
@@ -208,8 +212,7 @@ def user_rows(
     key = PrefixKey("user", user)
     check_key(key)
     usable = usable_texts(user, texts)
-    if len(usable) > _MAX_TEXTS:
-        usable = random.Random(seed).sample(usable, _MAX_TEXTS)
+    usable = sampled_texts(usable, seed)
     usable = [text[:_MAX_TEXT_CHARACTERS] for text in usable]
     tokenizer = frozen.request_tokenizer
     rows = [
@@ -222,6 +225,11 @@ def user_rows(
         for chunk in tokenizer.chunks(text, _MAX_ROW_TOKENS)
     ]
     return usable, rows
+
+
+def sampled_texts(texts: list[str], seed: int) -> list[str]:
+    """The texts of a user that training takes: all, or a sample of a thousand."""
+    return random.Random(seed).sample(texts, MAX_TEXTS) if len(texts) > MAX_TEXTS else texts
 
 
 def split_user_rows(
@@ -265,7 +273,7 @@ def usable_texts(user: str, texts: Sequence[str]) -> list[str]:
         raise TrainingDataError(
             f"the texts of user {user!r} must be a list, got {type(texts).__name__}"
         )
-    texts = [texts] if isinstance(texts, str) else list(texts or ())
+    texts = [texts] if isinstance(texts, str) else [] if texts is None else list(texts)
     for text in texts:
         if not isinstance(text, str):
             raise TrainingDataError(

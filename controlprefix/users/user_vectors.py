@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from controlprefix.errors import RequestError, TrainingDataError, shortened
+from controlprefix.labels import label_text
 from controlprefix.prefixes import PrefixDecoder, UserCode
 from controlprefix.prefixes.key import composed
 
@@ -16,7 +17,8 @@ class VectorFeatures:
     """Vectors of users as the features from which codes are predicted, as `TextFeatures`.
 
     Args:
-        vectors: A vector per user, all of one size; accents of names may be typed in either way.
+        vectors: A vector per user, all of one size; numbers name users too, and
+            accents of names may be typed in either way.
 
     Attributes:
         name: Says that codes are predicted from vectors.
@@ -28,7 +30,9 @@ class VectorFeatures:
     name = _FEATURE_SET
 
     def __init__(self, vectors: Mapping[str, Sequence[float]]) -> None:
-        self._rows = {composed(user): _row(user, vector) for user, vector in vectors.items()}
+        self._rows = {
+            composed(label_text(user)): _row(user, vector) for user, vector in vectors.items()
+        }
 
     def of_users(self, users: Collection[str]) -> dict[str, Tensor]:
         """The vectors of some users, `(1, vector_size)` each, float32.
