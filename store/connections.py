@@ -12,6 +12,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
+_LIBPQ_TIMEOUTS = {"connect_timeout": 10, "tcp_user_timeout": 30_000}  # seconds, milliseconds
 _all_connections: WeakSet["Connections"] = WeakSet()
 
 
@@ -88,9 +89,18 @@ def is_in_memory(url: str) -> bool:
 
 
 def _create_engine(url: str, pool_size: int) -> Engine:
-    if make_url(url).get_backend_name() != "sqlite":
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        # A server that is gone without a word is not waited for without end.
+        is_libpq = parsed.get_driver_name().startswith("psycopg")
+        timeouts = _LIBPQ_TIMEOUTS if is_libpq else {}
         # No ping before each use: work on a connection that turns out dead is repeated.
-        return create_engine(url, pool_size=pool_size, pool_timeout=30.0)
+        return create_engine(
+            url,
+            pool_size=pool_size,
+            pool_timeout=30.0,
+            connect_args={k: v for k, v in timeouts.items() if k not in parsed.query},
+        )
     # An in-memory database exists only in one connection, which all threads share.
     one_connection = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
     engine = create_engine(
