@@ -6,8 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 
+from controlprefix.errors import RequestError, validation_message
 from controlprefix.image_files import png_of
 
 MAX_IMAGES = 64  # of a request
@@ -87,3 +95,10 @@ class Message(BaseModel):
 
     images: Images = ()
     """Images that its text is about, which come before the text."""
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            message = validation_message(error, type(self).model_fields, "a message")
+            raise RequestError(message) from None

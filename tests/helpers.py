@@ -255,5 +255,5 @@ class Keys(JsonEncryptionKeys):
 
 def says(*texts: str, **fields: Any) -> Request:
     roles = ("user", "assistant")
-    messages = [Message(role=roles[i % 2], content=text) for i, text in enumerate(texts)]  # type: ignore[arg-type]
+    messages = [Message(role=roles[i % 2], content=text) for i, text in enumerate(texts)]
     return Request(messages=messages, **fields)

@@ -468,3 +468,26 @@ def test_no_half_of_a_guard_has_a_text_of_the_other(
     assert halves
     assert all(not ({t[:2].lower() for t in a} & {t[:2].lower() for t in b}) for a, b in halves)
     assert guard.guarded_code(cp.frozen_model, decoder, ["Hi", "hi"])[1] == 1.0
+
+
+def test_an_audit_makes_a_code_again_with_its_own_decoder(
+    cp: ControlPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stored_decoder(cp)
+    texts = [f"AHOY {i} AHOY" for i in range(4)]
+    cp.enroll("ana", texts, decoder="users")
+    changed = PrefixDecoder.from_bytes(first.to_bytes("float32"))
+    with torch.no_grad():
+        changed.mean_code.values.add_(0.1)
+    assert changed.content_hash != first.content_hash
+    cp.store.put([NewVersion(PrefixKey("decoder", "users"), changed)])
+    used: list[str] = []
+
+    def noting(frozen: Any, texts: Any, decoder: Any, **options: Any) -> Any:
+        used.append(decoder.content_hash)
+        return guard.enrolled_value(frozen, texts, decoder, **options)
+
+    monkeypatch.setattr(user_auditor, "enrolled_value", noting)
+    cp.audit_user("ana", texts, ["Bye", "So long"], num_canaries=1)
+    assert used == [first.content_hash]
+    cp.rollback("decoder", "users", to=1)

@@ -111,7 +111,7 @@ def test_any_template_keeps_texts_whole_and_special_tokens_its_own(
 
     def read(texts: list[str]) -> tuple[str, list[int]]:
         pairs = zip(roles, texts, strict=False)
-        messages = [Message(role=role, content=text) for role, text in pairs]  # type: ignore[arg-type]
+        messages = [Message(role=role, content=text) for role, text in pairs]
         ids = reader.prompt_ids(Request(messages=messages))
         return reader.decode([i for i in ids if i not in special]), [i for i in ids if i in special]
 
@@ -130,7 +130,7 @@ def test_messages_that_a_template_joins_make_no_special_token(typed: tuple[str, 
     tokenizer.chat_template = "<s>{% for m in messages %}{{ m.content | trim }}{% endfor %}"
     reader = RequestTokenizer(MODEL, tokenizer)
     roles = ["user", "assistant", "user"]
-    messages = [Message(role=r, content=c) for r, c in zip(roles, typed, strict=False)]  # type: ignore[arg-type]
+    messages = [Message(role=r, content=c) for r, c in zip(roles, typed, strict=False)]
     ids = list(reader.prompt_ids(Request(messages=messages)))
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids) == "<s>" + "".join(typed)
@@ -178,7 +178,7 @@ def test_texts_that_a_template_puts_together_make_no_special_token(
     tokenizer = byte_tokenizer(chat=True)
     tokenizer.chat_template = template
     reader = RequestTokenizer(MODEL, tokenizer)
-    messages = [Message(role=role, content=content) for role, content in conversation]  # type: ignore[arg-type]
+    messages = [Message(role=role, content=content) for role, content in conversation]
     ids = list(reader.prompt_ids(Request(messages=messages, chat_template_kwargs=variables)))
     assert "</s>" in tokenizer.decode(ids)
     assert tokenizer.eos_token_id not in ids

@@ -71,7 +71,6 @@ class UserAuditor:
                 f"{key} version {current.version} was not made by train_users or enroll, so it "
                 "cannot be made again with canaries among its texts; leave them out"
             )
-        is_code = isinstance(stored.value, UserCode)
 
         def decoded(version: StoredVersion) -> Prefix:
             prefix = self._resolver.decoded(key, version)
@@ -85,7 +84,7 @@ class UserAuditor:
             own_texts = own_texts[: MAX_TEXTS - num_canaries] if num_canaries else own_texts
 
         def retrain(planted: list[str]) -> Prefix:
-            value = self._make_again(key, planted, details, is_code, prefix.num_slots)
+            value = self._make_again(key, planted, details, stored.value, prefix.num_slots)
             return decoded(stored._replace(value=value))
 
         return PrivacyAuditor(self._frozen).audit(
@@ -102,7 +101,7 @@ class UserAuditor:
         key: PrefixKey,
         texts: list[str],
         details: Mapping[str, Any],
-        is_code: bool,
+        stored: Any,
         num_slots: int,
     ) -> Prefix | UserCode:
         """A prefix or code of texts, made as a stored one was, and not stored."""
@@ -111,7 +110,7 @@ class UserAuditor:
             return enrolled_value(
                 self._frozen,
                 texts,
-                self._decoder(enrolled["decoder"]),
+                self._decoder_of(stored, enrolled["decoder"]),
                 # Not those it has: of texts with fewer tokens, more would have had a slot each.
                 num_slots=enrolled.get("num_slots", num_slots),
                 guard="share" in enrolled,
@@ -136,8 +135,8 @@ class UserAuditor:
             initialize=initializer(
                 self._frozen,
                 settings,
-                decoder=self._decoder(decoder),
-                as_codes=is_code,
+                decoder=self._decoder_of(stored, decoder),
+                as_codes=isinstance(stored, UserCode),
                 num_slots=num_slots,
             ),
             concurrent_users=1,
@@ -146,3 +145,11 @@ class UserAuditor:
         for reason in report.failed.values():
             raise TrainingDataError(reason)
         return values[key.name]
+
+    def _decoder_of(self, stored: Any, name: str | None) -> PrefixDecoder | None:
+        """The decoder that made a code, which may have a newer version; else the current one."""
+        if isinstance(stored, UserCode):
+            own = self._model_store.decoder_by_hash(stored.decoder_hash)
+            if own is not None:
+                return own.to(device=self._frozen.device)
+        return self._decoder(name)
