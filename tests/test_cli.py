@@ -80,7 +80,7 @@ def test_train_enroll_generate_show_and_forget(model_folder: Path, tmp_path: Pat
     assert "for tone=odd, text: The tone is odd. (1.00)" in text
     for invalid, message in (
         (request, "no label 'odd'"),
-        ((*request[:2], "-a", "tone=warm", "--calibrated", *model), "has no dial; calibrate it"),
+        ((*request[:2], "-a", "tone=warm:0.5", "--calibrated", *model), "has no dial; calibrate"),
         ((*request, "--schedule", "tone=0.5:1"), "needs the number of a token, got '0.5'"),
         ((*request, "--schedule", "tone=0"), "needs a number, got ''"),
     ):

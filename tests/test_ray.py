@@ -227,7 +227,9 @@ def test_what_a_killed_actor_had_is_done_once(model_folder: Path, tmp_path: Path
 class FakeRay:
     """Calls of actors are functions that `get` calls; none of them dies."""
 
-    exceptions = SimpleNamespace(RayActorError=ZeroDivisionError)
+    exceptions = SimpleNamespace(
+        RayActorError=ZeroDivisionError, OutOfMemoryError=MemoryError, RayTaskError=KeyError
+    )
 
     def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
         return references[:num_returns], references[num_returns:]
@@ -294,6 +296,29 @@ def test_users_that_were_stored_before_their_actors_died_have_not_failed() -> No
     assert run.until_done(1, progress=False) == ["ana"]
     assert list(report.failed) == ["bo"]
     assert "actors died" in report.failed["bo"]
+
+
+@pytest.mark.parametrize("error", [MemoryError("killed"), KeyError("CUDA out of memory")])
+def test_a_chunk_that_does_not_fit_loses_no_other(error: Exception) -> None:
+    def work(_: str, users: Any, *__: Any) -> Any:
+        def result() -> Any:
+            names = [name for name, _ in users]
+            if "ana" in names:
+                raise error
+            return UsersReport(users=dict.fromkeys(names)), []  # type: ignore[arg-type]
+
+        return result
+
+    actor = SimpleNamespace(
+        last_removal_number=SimpleNamespace(remote=lambda: int),
+        versions=SimpleNamespace(remote=lambda names: dict),
+        work=SimpleNamespace(remote=work),
+    )
+    chunks = iter([ray_run.Chunk([("ana", ["a"])]), ray_run.Chunk([("bo", ["b"])])])
+    report = UsersReport()
+    run = ray_run.Run(FakeRay(), lambda: actor, chunks, report, "train_users", {})
+    run.until_done(1, progress=False)
+    assert (set(report.users), set(report.failed)) == ({"bo"}, {"ana"})
 
 
 def test_mistakes_are_clear_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

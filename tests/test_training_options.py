@@ -335,8 +335,8 @@ def test_a_sweep_compares_and_stores_nothing(tmp_path: Path) -> None:
 
 def test_a_sweep_starts_from_no_prefix_of_its_own_number_of_slots() -> None:
     cp = engine()
-    given = {("task", "greet"): random_prefix(cp.model, 4)}
-    for init in ("stored", given):
+    prefixes = {("task", "greet"): random_prefix(cp.model, 4)}
+    for init in ("stored", prefixes):
         with pytest.raises(TrainingDataError, match="keeps its own; give another init"):
             cp.sweep(greetings(), init=init, progress=False)  # type: ignore[arg-type]
 

@@ -94,7 +94,7 @@ class Study:
 def load_study(folder: Path, name: str, num_rows: int, frozen: FrozenModel) -> Study:
     """A study with `num_rows` training rows in all.
 
-    Of the rows that are left, one half trains the classifiers, and the other those of the reward.
+    One half of the other rows trains the classifiers, and the rest those of the reward.
     """
     labels: dict[str, list[str]] = {}
     rows: list[Row] = []
