@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from cachetools import LRUCache, TTLCache
 
@@ -23,6 +24,7 @@ _log = logging.getLogger(__name__)
 _ANY_TENANT = "default"  # the store is opened as one tenant; requests have views of their own
 _MAX_ENGINES = 256
 _AUDIT_WINDOW = 100  # numbers before the newest that is known, which are read again
+_OLDEST_REMOVAL = timedelta(hours=2)
 _MAX_KNOWN_KEYS = 10_000
 _MAX_WRONG_KEYS_PER_MINUTE = 60  # from one address
 _KEY_CACHE_S = 10.0  # after which a key is looked up again, so that revoking it takes effect
@@ -144,13 +146,16 @@ class Tenants:
                 *(tenant for tenant, _ in self._caches.prefixes.cached_keys()),
             }
         for tenant in sorted(tenants):
+            is_first = tenant not in self._read_entries
             read = self._read_entries.setdefault(tenant, set())
+            oldest = datetime.now(UTC) - _OLDEST_REMOVAL
             # An entry may be committed after one with a higher number.
             after = max(read, default=0) - _AUDIT_WINDOW
             for entry in self._store.for_tenant(tenant).audit_log(after=after, action="forget"):
                 is_new = entry.number not in read
                 read.add(entry.number)
-                if is_new:
+                # At the first look, what is older is in no memory, and its files have expired.
+                if is_new and not (is_first and entry.at < oldest):
                     self._caches.forget(tenant, entry.key)
                     yield tenant, entry
             newest = max(read, default=0)
