@@ -81,6 +81,18 @@ def stocked(cp: ControlPrefix) -> ControlPrefix:
     return cp
 
 
+COMPARISON: dict[str, Any] = {
+    "steps": 2,
+    "batch_size": 2,
+    "num_slots": 2,
+    "seeds": (0,),
+    "num_rates": 1,
+    "num_rows": 6,
+    "max_new_tokens": 4,
+    "progress": False,
+}
+
+
 def comparison_setup(cp: ControlPrefix, rows: list[Example]) -> "ComparisonSetup":
     """The setup of a comparison, with two validation rows."""
     from controlprefix.evaluation.comparison.methods import ComparisonSetup

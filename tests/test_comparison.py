@@ -6,21 +6,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from controlprefix import (
-    ContextLengthError,
     ControlPrefix,
     Example,
     Request,
-    RequestError,
     StoreError,
     TrainingDataError,
-    UnsupportedModelError,
 )
 from controlprefix.evaluation.comparison import (
     METHODS,
@@ -31,25 +28,13 @@ from controlprefix.evaluation.comparison import (
 )
 from controlprefix.evaluation.comparison.adapter_training import sample
 from controlprefix.evaluation.comparison.adapters import PrefixMemory
-from controlprefix.evaluation.comparison.compare import _split
 from controlprefix.evaluation.comparison.methods import ComparisonSetup, ControlPrefixMethod, Method
 from controlprefix.inference import relevance, unseen_labels
 from controlprefix.inference.unseen_labels import NearestLabels
 from controlprefix.model.probing import probe
 from controlprefix.users.privacy_audit import PrivacyAuditor
 
-from helpers import comparison_setup, engine, greetings, nats_per_token, tokens
-
-SETTINGS: dict[str, Any] = {
-    "steps": 2,
-    "batch_size": 2,
-    "num_slots": 2,
-    "seeds": (0,),
-    "num_rates": 1,
-    "num_rows": 6,
-    "max_new_tokens": 4,
-    "progress": False,
-}
+from helpers import COMPARISON, comparison_setup, engine, greetings, nats_per_token, tokens
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[ControlPrefix, Com
     cp = engine("gpt2")  # it has biases
     general = [{"text": "The sea is wide."}]
     folder = tmp_path_factory.mktemp("comparison")
-    result = compare(cp, greetings(12), general=general, folder=folder, **SETTINGS)
+    result = compare(cp, greetings(12), general=general, folder=folder, **COMPARISON)
     assert json.loads((folder / "comparison.json").read_text())["methods"] == result.methods
     return cp, result
 
@@ -164,7 +149,7 @@ def test_an_interrupted_comparison_continues(
 
     monkeypatch.setattr(ControlPrefixMethod, "train", counted)
     names = ["controlprefix, task only", "controlprefix"]
-    settings = {**SETTINGS, "methods": names, "folder": tmp_path}
+    settings = {**COMPARISON, "methods": names, "folder": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         compare(cp, rows, **settings)
     first = json.loads((tmp_path / "comparison.json").read_text())["methods"][names[0]]
@@ -187,7 +172,7 @@ def test_another_classifier_is_another_comparison(tmp_path: Path) -> None:
         def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
             return torch.tensor([[self.probability, 1 - self.probability]] * len(texts))
 
-    settings = {**SETTINGS, "methods": ["plain"], "folder": tmp_path}
+    settings = {**COMPARISON, "methods": ["plain"], "folder": tmp_path}
     first: Any = Fixed(0.9)
     compare(engine(), greetings(8), classifiers=[first], **settings)
     compare(engine(), greetings(8), classifiers=[first], **settings)
@@ -213,7 +198,7 @@ def test_rows_with_numbers_and_mixtures_as_labels_are_those_of_the_library(tmp_p
         row.model_copy(update={"attributes": {"formality": {"formal": 0.5, "informal": 0.5}}})
         for row in greetings(8)
     ]
-    report = compare(engine(), mixed, methods=["plain"], **SETTINGS)
+    report = compare(engine(), mixed, methods=["plain"], **COMPARISON)
     assert "0.5 formal + 0.5 informal" in report.save(tmp_path).read_text(encoding="utf-8")
 
 
@@ -225,7 +210,7 @@ def test_a_method_that_fails_ends_no_other_and_runs_are_those_asked_for(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(ControlPrefixMethod, "train", fails)
-    settings = {**SETTINGS, "folder": tmp_path, "methods": ["controlprefix", "plain"]}
+    settings = {**COMPARISON, "folder": tmp_path, "methods": ["controlprefix", "plain"]}
     report = compare(engine(), greetings(8), **settings)
     assert report.skipped == {"controlprefix": "DefaultCPUAllocator: can't allocate memory"}
     assert report.methods["plain"]["runs"]
@@ -246,7 +231,7 @@ def test_a_method_that_fails_ends_no_other_and_runs_are_those_asked_for(
 def test_the_learning_rate_is_that_of_the_lowest_validation_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = {**SETTINGS, "methods": ["controlprefix"], "num_rates": 3, "seeds": (0, 1)}
+    settings = {**COMPARISON, "methods": ["controlprefix"], "num_rates": 3, "seeds": (0, 1)}
     rates: dict[int, list[float]] = {}
     train = ControlPrefixMethod.train
 
@@ -264,7 +249,7 @@ def test_the_learning_rate_is_that_of_the_lowest_validation_loss(
 
 @pytest.mark.slow
 def test_rates_are_those_of_the_first_seed(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "methods": ["controlprefix"], "num_rates": 2, "folder": tmp_path}
+    settings = {**COMPARISON, "methods": ["controlprefix"], "num_rates": 2, "folder": tmp_path}
     compare(engine(), greetings(8), **{**settings, "seeds": (0, 1)})
     with pytest.raises(StoreError, match="chosen with seed 0; begin seeds with it"):
         compare(engine(), greetings(8), **{**settings, "seeds": (1, 2)})
@@ -301,7 +286,7 @@ def test_a_learning_rate_that_diverges_loses_and_ends_nothing(
         train(self, rate=rate, seed=seed)
 
     monkeypatch.setattr(ControlPrefixMethod, "train", diverges)
-    settings = {**SETTINGS, "methods": ["controlprefix"], "num_rates": 3}
+    settings = {**COMPARISON, "methods": ["controlprefix"], "num_rates": 3}
     diverging: set[float] = {5e-4, 1e-3}
     method = compare(engine(), greetings(8), **settings).methods["controlprefix"]
     assert [rate for rate, loss in method["validation"].items() if loss is None] == [
@@ -328,14 +313,14 @@ def test_rows_of_a_label_that_was_not_trained_are_measured_apart(
         return NearestLabels({"informal": 1.0}, 0.9)
 
     monkeypatch.setattr(unseen_labels, "nearest_labels", nearest)
-    result = compare(engine(), rows, test=unseen, **{**SETTINGS, "methods": names})
+    result = compare(engine(), rows, test=unseen, **{**COMPARISON, "methods": names})
     for name in names:
         assert result.figures(name, "nats, unseen")
     assert not result.skipped
     assert set(stand_ins) == {"rude"}
     left_out, replaced, _ = (result.figures(name, "nats, unseen")[0] for name in names)
     assert left_out != pytest.approx(replaced, abs=1e-4)
-    result = compare(engine(), rows, **{**SETTINGS, "methods": names[:2]})
+    result = compare(engine(), rows, **{**COMPARISON, "methods": names[:2]})
     assert "no label that was not trained" in result.skipped["controlprefix, nearest label"]
 
 
@@ -351,7 +336,7 @@ def test_a_prefix_that_knows_its_prompts_does_nothing_elsewhere(
     monkeypatch.setattr(relevance, "embed", embed)
     rows = [Example(prompt=f"The boat {c}", completion=f" {c} sails") for c in ascii_lowercase]
     names = ["controlprefix", "controlprefix, when relevant"]
-    result = compare(engine(), rows, **{**SETTINGS, "methods": names})
+    result = compare(engine(), rows, **{**COMPARISON, "methods": names})
     assert not result.skipped
     always, gated = names
     assert result.figures(always, "nats") == pytest.approx(result.figures(gated, "nats"), abs=1e-4)
@@ -359,25 +344,8 @@ def test_a_prefix_that_knows_its_prompts_does_nothing_elsewhere(
         assert result.figures(always, key)[0] > 1e-4
         assert result.figures(gated, key) == [0.0]
     without = [row.model_copy(update={"prompt": "", "raw": True}) for row in rows]
-    result = compare(engine(), without, **{**SETTINGS, "methods": names})
+    result = compare(engine(), without, **{**COMPARISON, "methods": names})
     assert result.skipped == {gated: "the rows have no prompts by which to tell when it is meant"}
-
-
-@pytest.mark.slow
-def test_references_of_one_prompt_stay_together() -> None:
-    rows = [
-        Example(prompt=prompt, completion=completion, attributes={"tone": tone})
-        for prompt in "abc"
-        for tone in ("warm", "cold")
-        for completion in (f"{prompt} {tone} 1", f"{prompt} {tone} 2")
-    ]
-    requests = measures.distinct_requests(rows)
-    assert [row.completion for row in requests] == [row.completion for row in rows[::2]]
-    assert measures.rows_of_requests(rows, requests[1:2]) == rows[2:4]
-    second = [row.completion for row in rows[1::2]]
-    assert math.isclose(measures.text_figures(rows, requests, second)["chrF"], 100)
-    others = [row.completion for row in rows[3::2]] + [rows[1].completion]  # of other labels
-    assert measures.text_figures(rows, requests, others)["chrF"] < 100
 
 
 @pytest.mark.slow
@@ -389,11 +357,11 @@ def test_what_does_not_fit_the_memory_is_skipped(
 
     monkeypatch.setattr(psutil, "virtual_memory", Full)
     names = ["plain", "full fine-tuning"]
-    result = compare(engine(), greetings(8), **{**SETTINGS, "methods": names})
+    result = compare(engine(), greetings(8), **{**COMPARISON, "methods": names})
     assert "GB of memory" in result.skipped["full fine-tuning"]
     assert result.figures("plain", "nats")
     assert "GB of memory" in result.markdown()
-    settings = {**SETTINGS, "methods": names, "folder": tmp_path}
+    settings = {**COMPARISON, "methods": names, "folder": tmp_path}
     assert compare(engine(), greetings(8), **settings).skipped
     monkeypatch.undo()
     files = tmp_path / "memory.max", tmp_path / "memory.current"
@@ -408,79 +376,3 @@ def test_what_does_not_fit_the_memory_is_skipped(
     assert not compare(engine(), greetings(8), **settings).skipped  # there is more memory now
     monkeypatch.setattr(psutil, "virtual_memory", Full)
     assert not compare(engine(), greetings(8), **settings).skipped  # it was measured
-
-
-def test_no_label_is_held_out_as_a_whole() -> None:
-    """Where each label has a prompt of its own, too."""
-    labels = [f"topic {i}" for i in range(5)]
-    rows = [
-        Example(
-            prompt=f"Write about {label}.", completion=f"It is {i}", attributes={"topic": label}
-        )
-        for label in labels
-        for i in range(20)
-    ]
-    training, validation, test = _split(
-        lambda own, _: cast(list[Example], own), rows, 0.2, 0.2, None, 96
-    )
-    assert {row.attributes["topic"] for row in training} == set(labels)
-    assert len(training) + len(validation) + len(test) == len(rows)
-    assert len({row.attributes["topic"] for row in test}) > 1
-
-
-def test_other_prompts_leave_room_for_an_answer() -> None:
-    settings = {**SETTINGS, "methods": ["plain"], "other_prompts": ["Hi", "x" * 9999]}
-    with pytest.raises(ContextLengthError, match="one of other_prompts, leaves no room"):
-        compare(engine(), greetings(8), **settings)
-    assert compare(engine(), greetings(8), too_long="skip", **settings).figures("plain", "nats")
-
-
-def test_mistakes_are_clear_errors() -> None:
-    cp, rows = engine(), greetings(8)
-    with pytest.raises(TrainingDataError, match="no method 'lora'"):
-        compare(cp, rows, **{**SETTINGS, "methods": ["lora"]})
-    with pytest.raises(TrainingDataError, match="num_rates is 4"):
-        compare(cp, rows, **{**SETTINGS, "num_rates": 4})
-    two = [rows[0], rows[1].model_copy(update={"task": "other"})]
-    with pytest.raises(TrainingDataError, match="2 tasks .*one task at a time"):
-        compare(cp, two, **SETTINGS)
-    with pytest.raises(TrainingDataError, match="test is 2"):
-        compare(cp, rows, **SETTINGS, test=2)
-    wrong: list[tuple[dict[str, Any], str]] = [
-        ({"seeds": 1}, "seeds is 1; compare takes a list"),
-        ({"seeds": [0.5]}, "compare takes a list of ints"),
-        ({"methods": 3}, "methods is 3"),
-        ({"other_prompts": "Hello"}, "other_prompts is 'Hello'; compare takes a list"),
-    ]
-    for change, message in wrong:
-        with pytest.raises(RequestError, match=message):
-            compare(cp, rows, **{**SETTINGS, **change})
-    for change, message in (
-        ({"seeds": [-1]}, "seeds must be 0 or more"),
-        ({"max_new_tokens": 0}, "max_new_tokens 1 or more"),
-    ):
-        with pytest.raises(TrainingDataError, match=message):
-            compare(cp, rows, **{**SETTINGS, **change})
-    ids = [row.model_copy(update={"prompt": None, "prompt_ids": (5, 6)}) for row in rows]
-    with pytest.raises(TrainingDataError, match="has token ids or images"):
-        compare(cp, ids, **SETTINGS)
-    with pytest.raises(ContextLengthError, match="shorten it"):
-        compare(cp, [*rows, rows[0].model_copy(update={"prompt": "x" * 9999})], **SETTINGS)
-    with pytest.raises(UnsupportedModelError, match="decoder-only"):
-        compare(engine("bart"), rows, **SETTINGS)
-
-
-@pytest.mark.slow
-def test_rows_beyond_the_context_are_refused_or_left_out() -> None:
-    rows = [*greetings(6), Example(prompt="Write", completion="word " * 5000, task="t")]
-    rows = [row.model_copy(update={"task": "t"}) for row in rows]
-    settings = {**SETTINGS, "methods": ["plain"]}
-    with pytest.raises(ContextLengthError, match="row 13:"):
-        compare(engine(), rows, **settings)
-    with pytest.raises(TrainingDataError, match="none of the 1 rows fits"):
-        compare(engine(), rows[:12], test=rows[12:], too_long="skip", **settings)
-    with pytest.raises(RequestError, match="'refuse' or 'skip'"):
-        compare(engine(), rows, too_long="cut", **settings)  # type: ignore[arg-type]
-    report = compare(engine(), rows, too_long="skip", **settings)
-    fitting = compare(engine(), rows[:12], **settings)
-    assert report.options["data"] == fitting.options["data"]
