@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from controlprefix import ControlPrefix, Request, RequestError
-from controlprefix.inference.drawing import device_for
+from controlprefix.inference import drawing
+from controlprefix.inference.drawing import DrawSettings, device_for, draw
 from controlprefix.inference.generation_config import batch_config, own_prompt_processors
 from controlprefix.inference.sampling import BatchSampler, RowSampling, SampledRow
 
@@ -120,6 +121,31 @@ def test_few_tokens_kept_or_all_of_them_draw_alike() -> None:
         ranks = (logits > logits.gather(1, tokens[:, None])).sum(1)
         assert int(ranks.max()) < fields["top_k"]
         assert int(ranks.max()) > fields["top_k"] / 4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_p": 0.9},
+        {"top_p": 0.999, "temperature": 2.0},
+        {"top_k": 3000, "top_p": 0.95},
+        {"top_k": 5999},
+        {"min_p": 1e-4, "temperature": 1.5},
+    ],
+)
+def test_draws_are_those_of_a_complete_sort(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether 128 tokens are enough, or 2,048, or none but all."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.cat([torch.randn(16, 6000, generator=generator) * s for s in (0.2, 1.5, 6.0)])
+    uniform = torch.rand(len(logits), generator=generator, dtype=torch.float64)
+    settings = DrawSettings.of([request(**fields)] * len(logits), CPU)
+    tokens = draw(logits, logits.amax(1), settings, uniform)
+    monkeypatch.setattr(drawing, "_NUM_CANDIDATES", 6000)
+    assert torch.equal(tokens, draw(logits, logits.amax(1), settings, uniform))
+    ranks = (logits > logits.gather(1, tokens[:, None])).sum(1)
+    assert int(ranks.max()) > 2048
 
 
 @pytest.mark.parametrize(

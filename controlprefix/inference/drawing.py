@@ -14,9 +14,10 @@ from torch import Tensor
 
 from controlprefix.request import Request
 
-# `top_k`, `top_p` and `min_p` are applied to this many most likely tokens of a row; the logits of
-# rows that keep more are sorted completely.
+# `top_k`, `top_p` and `min_p` are applied to this many most likely tokens of a row; rows that
+# keep more are cut at the smallest logit that is kept, sought among more and then among all.
 _NUM_CANDIDATES = 128
+_MORE_CANDIDATES = 2048
 _BLOCK_SIZE = 256  # tokens whose probabilities are summed before a block is searched
 
 
@@ -131,9 +132,19 @@ def _draw_truncated(logits: Tensor, top: Tensor, settings: DrawSettings, uniform
     if num_candidates < vocab_size and not is_complete.all():
         rest = (~is_complete).nonzero()[:, 0]
         logits, top, settings = logits[rest], top[rest], settings.rows(rest)
-        smallest, _ = _smallest_kept(
-            _sorted(logits), top, settings, None if totals is None else totals[rest]
-        )
+        totals = None if totals is None else totals[rest]
+        # A GPU sorts in less time than it is waited for.
+        is_cpu = logits.device.type == "cpu"
+        count = min(_MORE_CANDIDATES, vocab_size) if is_cpu else vocab_size
+        smallest, is_complete = _smallest_kept(_largest(logits, count), top, settings, totals)
+        if count < vocab_size and not is_complete.all():
+            own = (~is_complete).nonzero()[:, 0]
+            smallest[own], _ = _smallest_kept(
+                _largest(logits[own], vocab_size),
+                top[own],
+                settings.rows(own),
+                None if totals is None else totals[own],
+            )
         weights = _weights(logits, top, settings.temperature)
         tokens[rest] = _draw_by_blocks(weights.masked_fill_(logits < smallest, 0.0), uniform[rest])
     return tokens
@@ -179,17 +190,17 @@ def _smallest_kept(
         A logit per row, `(num_rows, 1)`, and whether no smaller one than those can be kept.
     """
     num_candidates = logits.shape[1]
-    weights = _weights(logits, top, settings.temperature).double()
+    cumulative = _weights(logits, top, settings.temperature).double().cumsum(1)
     kth = logits.gather(1, settings.top_k.clamp(max=num_candidates) - 1)
-    weights = torch.where(logits >= kth, weights, 0.0)
+    num_kept = (logits >= kth).sum(1, keepdim=True).clamp(min=1)  # by top_k; 0 if all are NaN
+    last = num_kept - 1
     has_top_k = settings.top_k < torch.iinfo(torch.int64).max
-    total = weights.sum(1, keepdim=True)
+    total = cumulative.gather(1, last)
     if totals is not None:
         total = torch.where(has_top_k, total, totals[:, None])
-    before = weights.cumsum(1) - weights
-    is_kept = (logits >= kth) & (before < settings.top_p * total)
-    is_kept[:, 0] = True
-    smallest = logits.masked_fill(~is_kept, math.inf).amin(1, keepdim=True)
+    # The first one with which the others have the share top_p.
+    last = torch.minimum(last, torch.searchsorted(cumulative, settings.top_p * total))
+    smallest = logits.gather(1, last)
     least = top[:, None] + settings.temperature * settings.min_p.log()
     smallest = torch.maximum(smallest, least)
     is_complete = logits[:, -1] < smallest[:, 0]
@@ -197,12 +208,15 @@ def _smallest_kept(
     return smallest, is_complete
 
 
-def _sorted(logits: Tensor) -> Tensor:
-    """The logits of each row in descending order."""
+def _largest(logits: Tensor, count: int) -> Tensor:
+    """The largest logits of each row in descending order, `(num_rows, count)`."""
     if logits.device.type != "cpu":
-        return logits.sort(1, descending=True).values
+        return logits.topk(count, dim=1).values
     # numpy sorts with vector instructions: on a CPU, in a tenth of torch's time.
-    return torch.from_numpy(numpy.sort(logits.numpy(), axis=1)).flip(1)
+    values = logits.numpy()
+    if count < values.shape[1]:
+        values = numpy.partition(values, -count, axis=1)[:, -count:]
+    return torch.from_numpy(numpy.sort(values, axis=1)).flip(1)
 
 
 def _weights(logits: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
