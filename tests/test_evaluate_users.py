@@ -206,7 +206,7 @@ def test_groups_are_columns_of_the_rows(
     assert "age=20" in output
     assert "age=30" in output
     data.write_text("\n".join(map(json.dumps, [*with_ages, {**with_ages[0], "age": 50}])))
-    with pytest.raises(RequestError, match="50 in the column 'age'"):
+    with pytest.raises(RequestError, match="'50' in the column 'age'"):
         command(tmp_path, "eval-users", str(data), *options)
     with pytest.raises(RequestError, match="a group in the column 'sex'"):
         command(tmp_path, "eval-users", str(data), "--group-columns", "sex")
