@@ -10,7 +10,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,9 +19,12 @@ import decoding
 import sampling
 import torch
 import training_speed
+from rich.console import Console
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from controlprefix.errors import short_reason
 from controlprefix.model.decode_kernel import Segment, segmented_attention
 from controlprefix.model.steering import Steering
 
@@ -41,6 +44,7 @@ EXACTNESS = (
     "steering",
 )
 PARTS = ("exactness", "attention", "kernels", "decoding", "training", "compiled", "sampling")
+console = Console()
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of a layer of Llama 3.1 8B
 
 
@@ -92,6 +96,12 @@ def attention(
                 "segments": partial(_in_segments, query, cached),
                 "flash, merged": partial(_merged, grouped, cached),
             }
+            flex = partial(_with_flex_attention, query, cached)
+            try:
+                flex()  # compiled here, for any number of rows, slots and tokens
+                ways["FlexAttention"] = flex
+            except Exception as error:  # such as without a compiler
+                console.print(f"FlexAttention: {short_reason(error)}", style="yellow")
             contenders = {name: timed(partial(_repeat, way)) for name, way in ways.items()}
             case = f"{num_rows} rows, {num_slots} own slots, {tokens} tokens"
             results += compare(case, contenders, rounds=rounds, warm_up=3)
@@ -123,6 +133,26 @@ def _merged(query: Tensor, cached: Sequence[Tensor]) -> Tensor:
     weights = torch.stack(log_sums).softmax(0)[..., None].to(query.dtype)
     merged: Tensor = weights[0] * outputs[0] + weights[1] * outputs[1]
     return merged
+
+
+def _with_flex_attention(query: Tensor, cached: Sequence[Tensor]) -> Tensor:
+    """One fused call on joined keys, with the slots' log strengths in its function of scores."""
+    key, value, slot_keys, slot_values = cached
+    num_slots = slot_keys.shape[2]
+    log_strengths = torch.zeros(len(query), num_slots + key.shape[2], device=query.device)
+
+    def with_strength(score: Tensor, row: Tensor, head: Tensor, at: Tensor, slot: Tensor) -> Tensor:
+        return score + log_strengths[row, slot]
+
+    attend: Any = flex_attention if query.device.type == "cpu" else _compiled_flex_attention()
+    keys, values = torch.cat([slot_keys, key], 2), torch.cat([slot_values, value], 2)
+    output: Tensor = attend(query, keys, values, score_mod=with_strength, enable_gqa=True)
+    return output
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _repeat(work: Callable[[], Tensor], times: int = 20) -> None:
